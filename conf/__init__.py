@@ -1,0 +1,1 @@
+"""What a run is: Hydra groups. This file only lets Hydra find the YAML beside it in an editable install."""

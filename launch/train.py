@@ -1,0 +1,85 @@
+"""One worker of a run.
+
+    torchrun --nproc-per-node 8 -m rowwise.launch.train model=llama_1b parallel.zero=3 steps=1000
+    python -m rowwise.launch.train                        a run of one process
+
+Arguments are Hydra overrides (`key=value`, `group=choice`, `experiment=name`); --cfg prints the configuration and leaves.
+Exit code 2: the run was refused before it began; 1: it failed; 0: it is complete, or was asked to stop and saved.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rowwise.launch.compose import compose_tree
+from rowwise.launch.workers import announce, hear, workers_from_environment
+from rowwise.parallel.mesh import Workers
+from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
+from rowwise.trainer.prepare import lock_run, prepare
+from rowwise.trainer.train import train
+from torch.distributed.elastic.multiprocessing.errors import record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Composes, checks and trains. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="rowwise.launch.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cfg", action="store_true", help="print the composed configuration and leave")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_args(arguments)
+    if options.cfg:
+        return print_configuration(options.overrides)
+    workers = workers_from_environment()
+    if workers.rank != 0:
+        tree = hear(workers)
+        if tree is None:
+            return 2
+        config = config_from_tree(tree)
+        train(config, workers)
+        return 0
+    try:
+        config = resolve(options.overrides, workers)
+        lock = lock_run(Path(config.run_dir))
+    except ValueError as refusal:
+        announce(workers, None)
+        print(f"refused: {refusal}", file=sys.stderr, flush=True)
+        return 2
+    with lock:
+        announce(workers, tree_of(config))
+        train(config, workers)
+    return 0
+
+
+def resolve(overrides: list[str], workers: Workers) -> TrainConfig:
+    """On rank 0: overrides to a checked configuration. Raises ValueError."""
+    return prepare(config_from_tree(compose_tree(overrides)), workers.world_size)
+
+
+def print_configuration(overrides: list[str]) -> int:
+    try:
+        config = config_from_tree(compose_tree(overrides))
+    except ValueError as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        return 2
+    print(OmegaConf.to_yaml(OmegaConf.create(tree_of(config))), end="")
+    return 0
+
+
+@record
+def _worker() -> int:
+    return main()
+
+
+if __name__ == "__main__":
+    try:
+        code = _worker()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # Not sys.exit: threads and destructors of a broken process group can wait for peers that wait for us.
+        os._exit(1)
+    sys.exit(code)

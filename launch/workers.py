@@ -1,0 +1,35 @@
+"""The workers that torchrun started: who this one is, and how rank 0 tells the others what to do.
+
+They meet in torchrun's store, before any process group exists.
+"""
+
+import datetime
+import json
+import os
+from typing import Any
+
+from rowwise.parallel.mesh import Workers
+from torch.distributed import rendezvous
+
+_KEY = "rowwise/config"
+_PATIENCE = datetime.timedelta(hours=4)  # rank 0 may have a corpus to tokenize first
+
+
+def workers_from_environment() -> Workers:
+    """This worker under torchrun; without torchrun, the only one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return Workers()
+    store, rank, world_size = next(rendezvous("env://", timeout=_PATIENCE))
+    return Workers(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)), store)
+
+
+def announce(workers: Workers, tree: dict[str, Any] | None) -> None:
+    """Rank 0 tells the others the resolved configuration, or None: there will be no run."""
+    if workers.store is not None:
+        workers.store.set(_KEY, json.dumps(tree))
+
+
+def hear(workers: Workers) -> dict[str, Any] | None:
+    """What rank 0 announced."""
+    assert workers.store is not None
+    return json.loads(workers.store.get(_KEY))

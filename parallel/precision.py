@@ -1,0 +1,92 @@
+"""Mixed precision (Micikevicius et al.): which dtype computes, which is kept, which is reduced; and the loss scale.
+
+| name | parameters and states | computes in | gradients reduced in | loss scale |
+|---|---|---|---|---|
+| fp64 | fp64 | fp64 | fp64 | - |
+| fp32 | fp32 | fp32 | fp32 | - |
+| bf16 | fp32 | bf16 | fp32 (or bf16) | - |
+| fp16 | fp32 | fp16 | fp32 | dynamic |
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Fp64:
+    name: Literal["fp64"] = "fp64"
+
+
+@dataclass(frozen=True)
+class Fp32:
+    name: Literal["fp32"] = "fp32"
+
+
+@dataclass(frozen=True)
+class Bf16:
+    """`reduce`: the dtype in which gradients are summed over ranks."""
+
+    name: Literal["bf16"] = "bf16"
+    reduce: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class Fp16:
+    """The loss scale starts at `initial_scale`, halves at an overflow, and doubles after `growth_every` good steps."""
+
+    name: Literal["fp16"] = "fp16"
+    initial_scale: float = 65536.0
+    growth_every: int = 2000
+
+
+PrecisionConfig = Fp64 | Fp32 | Bf16 | Fp16
+PRECISIONS: dict[str, type] = {p.name: p for p in (Fp64, Fp32, Bf16, Fp16)}
+
+
+def check_precision(config: PrecisionConfig) -> None:
+    """Refuses a loss scale that cannot work. Raises ValueError."""
+    if isinstance(config, Fp16) and not (config.initial_scale >= 1 and config.growth_every >= 1):
+        raise ValueError("precision=fp16: precision.initial_scale and precision.growth_every are at least 1")
+
+
+def master_dtype(config: PrecisionConfig) -> torch.dtype:
+    """The dtype in which parameters and optimizer states are kept."""
+    return torch.float64 if isinstance(config, Fp64) else torch.float32
+
+
+def policy(config: PrecisionConfig) -> MixedPrecisionPolicy:
+    """The same as FSDP2 wants it: compute dtype and reduction dtype."""
+    if isinstance(config, Bf16 | Fp16):
+        reduce = config.reduce if isinstance(config, Bf16) else "fp32"
+        return MixedPrecisionPolicy(param_dtype=DTYPES[config.name], reduce_dtype=DTYPES[reduce])
+    return MixedPrecisionPolicy()
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """The factor on the loss, the good steps since it last changed, and the steps skipped in all."""
+
+    scale: float = 1.0
+    good_steps: int = 0
+    skipped: int = 0
+
+
+def initial_loss_scale(config: PrecisionConfig) -> LossScale:
+    """fp16 starts at its own scale, every other precision stays at 1."""
+    return LossScale(config.initial_scale) if isinstance(config, Fp16) else LossScale()
+
+
+def next_loss_scale(now: LossScale, config: PrecisionConfig, overflow: bool) -> LossScale:
+    """The scale of the next step: halved at an overflow (never below 1), doubled after `growth_every` good steps."""
+    if not isinstance(config, Fp16):
+        return now
+    if overflow:
+        return LossScale(max(1.0, now.scale / 2), 0, now.skipped + 1)
+    if now.good_steps + 1 >= config.growth_every:
+        return LossScale(now.scale * 2, 0, now.skipped)
+    return replace(now, good_steps=now.good_steps + 1)

@@ -1,0 +1,106 @@
+"""ZeRO 0 to 3 and hybrid sharding on FSDP2 (Rajbhandari et al., *ZeRO*).
+
+Parameters are split by rows (dim 0) over the `shard` axis of the mesh and repeated over `replicate`. With N ranks
+on the shard axis and `accumulate` micro-batches a step, per step and parameter:
+
+| stage | gathered | gradients | crosses the shard axis (numbers per parameter and rank) |
+|---|---|---|---|
+| 0 | all, from the first forward to the last backward | whole, reduced once | nothing; all-reduce over all ranks, 1 x |
+| 1 | as 0 | whole, reduce-scattered once | gather 1 x, reduce-scatter 1 x |
+| 2 | as 0 | split, reduce-scattered each micro-batch | gather 1 x, reduce-scatter accumulate x |
+| 3 | one part at a time, twice a micro-batch | as 2 | gather 2 accumulate x, reduce-scatter accumulate x |
+
+With `replicate` > 1 the split gradients are all-reduced over it once a step. Gradients are *sums* over ranks:
+the step divides by the number of valid tokens of the global batch, which no rank knows on its own.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from rowwise.parallel.mesh import Mesh
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def shard_model(
+    model: nn.Module, parts: list[list[nn.Module]], mesh: Mesh, zero: int, policy: MixedPrecisionPolicy
+) -> None:
+    """Splits `model` in place. `parts`, in forward order, are gathered and reduced as one each; what they leave of
+    the model is one more. What is used last in the forward is used first in the backward and stays gathered between."""
+    states = mesh.states if mesh.states.size(0) > 1 else mesh.states["shard"]
+    for part in parts:
+        keep = zero < 3 or part is parts[-1]
+        fully_shard(part if len(part) > 1 else part[0], mesh=states, mp_policy=policy, reshard_after_forward=not keep)  # type: ignore[arg-type]
+    fully_shard(model, mesh=states, mp_policy=policy, reshard_after_forward=False)
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    """The modules of `model` that FSDP2 gathers, the root first."""
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def materialize(model: nn.Module, device: torch.device, fill_: Callable[[str, Tensor, int, int], None]) -> None:
+    """Gives a model built on the meta device memory for this rank's shards only and fills them.
+
+    `fill_(name, local, start, size)` writes rows [start, start + local.size(0)) of the parameter `name`, whose
+    logical dim 0 is `size`, into `local`.
+    """
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            fill_(name, local(param), row_offset(param), param.size(0))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def row_offset(tensor: Tensor) -> int:
+    """The logical row at which this rank's rows start."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    # A rank beyond the last row has none, and its offset is not defined.
+    return offset[0] if tensor.to_local().numel() else tensor.size(0)
+
+
+def begin_micro_batch(model: FSDPModule, zero: int, last: bool) -> None:
+    """Says whether the coming backward is the last of the step, so that gradients cross ranks when the stage says."""
+    model.set_is_last_backward(last)
+    if zero <= 1:
+        model.set_requires_gradient_sync(last)
+    else:
+        model.set_requires_all_reduce(last)
+    model.set_reshard_after_backward(last or zero == 3)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Frees the gathered parameters that a forward without backward leaves behind; `model.parameters()` are the
+    shards again."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """The local gradient shards, in the order of the parameters; a rank's empty shards are left out."""
+    grads = (local(p.grad) for p in model.parameters() if p.grad is not None)
+    return [g for g in grads if g.numel()]
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """The sum of squares over all of this rank's tensors, a float64 scalar."""
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+
+
+def clip_factor(norm: float, clip_norm: float) -> float:
+    """The factor that brings a gradient of global norm `norm` to at most `clip_norm` (0 = off)."""
+    return min(1.0, clip_norm / norm) if clip_norm > 0 and norm > 0 and math.isfinite(norm) else 1.0

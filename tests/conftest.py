@@ -1,0 +1,36 @@
+"""What every test shares: the pool of ranks, and a world that is left as it was found."""
+
+import os
+import threading
+
+import pytest
+from ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_cache(tmp_path_factory):
+    """Corpora are cached in a folder of this test run, never in the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["XDG_CACHE_HOME"]
+
+
+@pytest.fixture(autouse=True)
+def clean_world():
+    """No test leaves a process group, a thread or a changed environment behind."""
+    import torch.distributed as dist
+
+    environment, threads = dict(os.environ), set(threading.enumerate())
+    yield
+    assert not dist.is_initialized(), "the test left a process group behind"
+    left = {t.name for t in set(threading.enumerate()) - threads if not t.daemon or t.name == "prefetch"}
+    os.environ.clear()
+    os.environ.update(environment)
+    assert not left, f"the test left threads behind: {left}"

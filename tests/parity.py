@@ -1,0 +1,176 @@
+"""The parity harness: a configuration on its layout against one process, in float64.
+
+`run_layout` drives the product's own pieces on a mesh and records, for every step, the loss, every parameter's
+gradient and every parameter's update, gathered. `run_plain` does the same in one process with nothing of the product
+but the model, its initial numbers and the data: torch's autograd, torch's AdamW, one batch, no shards.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rowwise.launch.compose import compose_tree
+from rowwise.optim.build import build_optimizer, set_lr
+from rowwise.parallel.mesh import Workers, make_mesh
+from rowwise.trainer.config import TrainConfig, check, config_from_tree
+from rowwise.trainer.data.batches import MicroBatch, micro_batches
+from rowwise.trainer.data.open import Data, open_data
+from rowwise.trainer.data.order import sample_indices
+from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.models.init import random_rows
+from rowwise.trainer.step import compute_gradients
+from rowwise.trainer.train import build_model, train_batches
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+TOLERANCE = 1e-9
+VOCABULARY = 61
+
+
+@dataclass
+class Trace:
+    """What law 2 compares: a list entry a step."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: list[dict[str, Tensor]]
+    updates: list[dict[str, Tensor]]
+    valid_tokens: list[int]
+
+
+def write_tokens(folder: Path, tokens: int = 6000) -> Path:
+    """A raw token file whose documents are short in one half and long in the other, so that ranks get unequal numbers
+    of valid tokens."""
+    random = np.random.default_rng(7)
+    stream = random.integers(1, VOCABULARY, tokens)
+    # Some structure, so that there is something to learn.
+    stream[1::2] = (stream[::2] * 7 + 3) % (VOCABULARY - 1) + 1
+    ends = random.random(tokens) < np.where(np.arange(tokens) < tokens // 2, 0.2, 0.01)
+    stream[ends] = 0
+    path = folder / "tokens.bin"
+    stream.astype(np.uint16).tofile(path)
+    return path
+
+
+def small_config(folder: Path, *overrides: str) -> TrainConfig:
+    """A float64 run of a small model with uneven rows everywhere (61, 37, 30, 10), unequal token masks and accumulation."""
+    tokens = folder / "tokens.bin"
+    if not tokens.exists():
+        write_tokens(folder)
+    base = [
+        f"run_dir={folder}/run", "name=parity", "precision=fp64", "steps=3", "log_every=1000",
+        "model.layers=2", "model.dim=30", "model.heads=3", "model.kv_heads=1", "model.ffn_dim=37", "model.init_std=0.2",
+        f"model.vocab_size={VOCABULARY}", "data=tokens", f"data.files=[{tokens}]", "data.separator=0",
+        "data.mask_documents=true", "data.holdout=0.1", "batch.global_size=24", "batch.micro_size=2", "batch.seq_len=13",
+        "schedule=constant", "optim.lr=0.01", "clip_norm=0.5", "eval.every=0", "sample.tokens=0", "checkpoint.every=0",
+    ]  # fmt: skip
+    return config_from_tree(compose_tree(base + list(overrides)))
+
+
+def with_layout(config: TrainConfig, world_size: int, **degrees: int) -> TrainConfig:
+    """`config` on a layout, checked."""
+    return check(replace(config, parallel=replace(config.parallel, **degrees)), world_size)
+
+
+def run_layout(workers: Workers, config: TrainConfig, steps: int = 3) -> Trace:
+    """Runs `config` on its mesh. Every rank returns the whole trace."""
+    mesh = make_mesh(config.parallel, workers)
+    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    model = build_model(config, mesh)
+    optimizer = build_optimizer(model, config.optim)
+    batches = train_batches(config, mesh, data, position=0)
+    trace = Trace([], [], [], [], [])
+    places = config.batch.global_size * config.batch.seq_len
+    for step in range(steps):
+        report = compute_gradients(model, next(batches), mesh, config.parallel.zero, places, config.clip_norm)
+        trace.gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+        before = {name: whole(p) for name, p in model.named_parameters()}
+        set_lr(optimizer, config.optim.lr * config.schedule.factor(step, config.steps))
+        optimizer.step()
+        optimizer.zero_grad()
+        trace.updates.append({name: whole(p) - before[name] for name, p in model.named_parameters()})
+        trace.losses.append(report.loss)
+        trace.norms.append(report.grad_norm)
+        trace.valid_tokens.append(report.valid_tokens)
+    return trace
+
+
+def run_plain(config: TrainConfig, steps: int = 3) -> Trace:
+    """The same in one process, written as a textbook would."""
+    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    model = plain_model(config)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    o = config.optim
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": o.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, foreach=False,
+    )  # fmt: skip
+    trace = Trace([], [], [], [], [])
+    for step in range(steps):
+        batch = global_batch(config, data, step)
+        for group in optimizer.param_groups:
+            group["lr"] = o.lr * config.schedule.factor(step, config.steps)
+        logits = model(batch.inputs, batch.positions, batch.documents)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="mean")
+        loss.backward()
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1.0, config.clip_norm / float(norm)) if config.clip_norm else 1.0
+        trace.gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        trace.updates.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+        trace.losses.append(loss.item())
+        trace.norms.append(float(norm))
+        trace.valid_tokens.append(int((batch.labels >= 0).sum()))
+    return trace
+
+
+def plain_model(config: TrainConfig) -> Decoder:
+    """The whole model on one process, in float64, with the run's initial numbers."""
+    model = Decoder(config.model).double()
+    fill_ = random_rows(config.model, config.seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            fill_(name, p, 0, p.size(0))
+    return model
+
+
+def global_batch(config: TrainConfig, data: Data, step: int) -> MicroBatch:
+    """All sequences of a step in one batch."""
+    size = config.batch.global_size
+    indices = sample_indices(step * size, size, data.train.samples, f"train/{config.seed}")
+    return micro_batches(indices, data.train, size, pin=False)[0]
+
+
+def whole(tensor: Any) -> Tensor:
+    """The logical tensor, on every rank."""
+    return tensor.full_tensor().detach().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def assert_same(layout: Trace, reference: Trace, tolerance: float = TOLERANCE) -> None:
+    """Law 2, with the guards that make it mean something."""
+    assert all(norm > 0 for norm in reference.norms), "the gradient is zero: the test would see nothing"
+    assert len(set(reference.losses)) == len(reference.losses), "the loss does not move"
+    assert layout.valid_tokens == reference.valid_tokens
+    np.testing.assert_allclose(layout.losses, reference.losses, rtol=tolerance)
+    np.testing.assert_allclose(layout.norms, reference.norms, rtol=tolerance)
+    for kind in ("gradients", "updates"):
+        for step, (ours, theirs) in enumerate(zip(getattr(layout, kind), getattr(reference, kind), strict=True)):
+            assert ours.keys() == theirs.keys()
+            for name in theirs:
+                error = relative_error(ours[name], theirs[name])
+                assert error <= tolerance, f"step {step}, {kind} of {name}: relative error {error:.2e}"
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference over the largest entry."""
+    assert ours.shape == theirs.shape, f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
+    scale = theirs.abs().max()
+    assert scale > 0, "the reference is all zero"
+    return float((ours - theirs).abs().max() / scale)

@@ -1,0 +1,126 @@
+"""A pool of gloo workers kept for the whole test run, so that a distributed test costs milliseconds, not process starts.
+
+    def check(workers, x): ...                  # in a test module; runs on every rank
+    results = ranks.run(check, 4, x)            # a list, one result a rank
+
+The function gets a `Workers` whose store is its own; it makes its mesh with `make_mesh` (or calls `train`) and may
+leave the process group behind. A rank's exception is raised here, with that rank's traceback; the pool is then started
+anew, since the others may be waiting for the dead one.
+"""
+
+import importlib.util
+import inspect
+import itertools
+import multiprocessing
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+TIMEOUT_SECONDS = 240
+
+
+class RankFailure(AssertionError):
+    """A rank raised; the message is its traceback."""
+
+
+class RankPool:
+    def __init__(self) -> None:
+        self._calls = itertools.count()
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._pipes: list[Connection] = []
+        self._store: Any = None
+
+    def run(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+        """Runs `function(workers, *arguments)` on `world_size` ranks and returns what each gave back."""
+        self._grow(world_size)
+        call = next(self._calls)
+        for rank in range(world_size):
+            order = (inspect.getfile(function), function.__qualname__, rank, world_size, call, arguments)
+            self._pipes[rank].send_bytes(pickle.dumps(order))
+        results: dict[int, Any] = {}
+        while len(results) < world_size:
+            ready = wait([self._pipes[r] for r in range(world_size) if r not in results], TIMEOUT_SECONDS)
+            if not ready:
+                self.close()
+                raise RankFailure(
+                    f"{function.__qualname__}: no answer for {TIMEOUT_SECONDS} s; only {sorted(results)} are done"
+                )
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                results[rank] = self._receive(rank, function)
+        return [results[rank] for rank in range(world_size)]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes, self._store = [], [], None
+
+    def _receive(self, rank: int, function: Callable[..., Any]) -> Any:
+        try:
+            good, value = pickle.loads(self._pipes[rank].recv_bytes())
+        except EOFError:
+            good, value = False, "the worker died"
+        if not good:
+            self.close()
+            raise RankFailure(f"rank {rank} of {function.__qualname__}:\n{value}")
+        return value
+
+    def _grow(self, world_size: int) -> None:
+        from torch.distributed import TCPStore
+
+        if self._store is None:
+            self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        for _ in range(len(self._processes), world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, self._store.port), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+
+def _work(pipe: Connection, port: int) -> None:
+    """The life of a worker: orders in, results out."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+    from rowwise.parallel.mesh import Workers
+
+    torch.set_num_threads(1)
+    store = dist.TCPStore("localhost", port)
+    while True:
+        try:
+            file, name, rank, world_size, call, arguments = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            workers = Workers(rank, world_size, rank, dist.PrefixStore(f"call{call}", store))
+            answer = True, _load(file, name)(workers, *arguments)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        pipe.send_bytes(pickle.dumps(answer))
+
+
+def _load(file: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a test module, which is not importable by name."""
+    module_name = os.path.splitext(os.path.basename(file))[0]
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+    found: Any = sys.modules[module_name]
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,62 @@
+"""Law 2 for ZeRO 0 to 3 and hybrid sharding."""
+
+import pytest
+from parity import Trace, assert_same, run_layout, run_plain, small_config, with_layout
+
+# world size, parallel.replicate, parallel.shard
+LAYOUTS = [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, 4), (4, 2, 2), (2, 2, 1)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("parity")
+
+
+@pytest.fixture(scope="module")
+def plain(folder) -> Trace:
+    return run_plain(small_config(folder))
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(("world", "replicate", "shard"), LAYOUTS)
+def test_three_steps_equal_those_of_one_process(ranks, folder, plain, zero, world, replicate, shard):
+    config = with_layout(small_config(folder), world, zero=zero, replicate=replicate, shard=shard)
+    for trace in ranks.run(run_layout, world, config):
+        assert_same(trace, plain)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.tie_embeddings=true",),
+        ("model.qk_norm=true", "model.kv_heads=3", "model.head_dim=14"),
+        ("batch.micro_size=6", "clip_norm=0"),
+        ("batch.micro_size=1", "data.mask_documents=false", "schedule=cosine"),
+    ],
+    ids=["tied", "qk_norm", "no accumulation, no clipping", "accumulation of six, no document mask"],
+)
+def test_options_of_the_model_and_the_step(ranks, folder, zero, overrides):
+    config = small_config(folder, *overrides)
+    reference = run_plain(config)
+    for trace in ranks.run(run_layout, 4, with_layout(config, 4, zero=zero, replicate=2, shard=2)):
+        assert_same(trace, reference)
+
+
+def test_the_ranks_do_get_unequal_numbers_of_valid_tokens(folder):
+    from parity import global_batch
+    from rowwise.trainer.data.open import open_data
+
+    config = small_config(folder)
+    batch = global_batch(config, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
+    counts = (batch.labels >= 0).sum(dim=1).view(4, -1).sum(dim=1)
+    assert len(set(counts.tolist())) == 4
+
+
+def test_more_ranks_than_rows(ranks, folder):
+    overrides = ("model.dim=6", "model.heads=3", "model.kv_heads=3", "model.ffn_dim=3", "model.head_dim=2")
+    config = small_config(folder, *overrides)
+    reference = run_plain(config)
+    for zero in (1, 3):
+        for trace in ranks.run(run_layout, 4, with_layout(config, 4, zero=zero)):
+            assert_same(trace, reference)

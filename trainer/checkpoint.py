@@ -1,0 +1,117 @@
+"""Saving and loading a run: torch distributed checkpoint, in the background, on any layout.
+
+The state is one flat tree of tensors, `model.<parameter>` and `optim.<parameter>.<state>`, each a DTensor split like
+its parameter; torch.distributed.checkpoint reads whatever rows a rank needs out of whatever files hold them. The few
+numbers of `TrainState` are in the manifest.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from rowwise.optim.build import named_state
+from rowwise.parallel.mesh import Mesh
+from rowwise.trainer.manifest import (
+    begin,
+    commit,
+    damage,
+    file_facts,
+    incomplete_folder,
+    prune,
+    read_manifest,
+)
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint holds, by its name in it."""
+    tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    for name, states in named_state(model, optimizer).items():
+        tensors |= {f"optim.{name}.{key}": tensor for key, tensor in states.items()}
+    return tensors
+
+
+class Saver:
+    """Writes checkpoints of one run; at most one save is under way.
+
+    `save` copies the shards to host memory and returns; a thread writes, hashes and commits. Its messages (plans and
+    checksums, kilobytes) go over `mesh.save_group`. An error in the thread is raised by the next `save`, `poll` or
+    `wait`.
+    """
+
+    def __init__(self, checkpoints: Path, mesh: Mesh, keep: int, background: bool):
+        self._checkpoints, self._mesh, self._keep, self._background = checkpoints, mesh, keep, background
+        self._stager = BlockingAsyncStager()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+        """Saves `tensors` as the checkpoint of `step`. All ranks must call it. Waits for the save before."""
+        self.wait()
+        if not self._background:
+            self._write(step, tensors, manifest)
+            return
+        self._under_way = self._thread.submit(self._write, step, self._stager.stage(tensors), manifest)
+
+    def poll(self) -> None:
+        """Raises what a finished save raised."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is under way."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def _write(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+        group = self._mesh.save_group
+        folder = incomplete_folder(self._checkpoints, step)
+        if self._mesh.rank == 0:
+            begin(self._checkpoints, step)
+        dist.barrier(group=group)
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), process_group=group)
+        mine = [path for path in folder.iterdir() if self._is_mine(path)]
+        facts = {path.name: file_facts(path) for path in mine}
+        everyone: list[dict[str, Any]] = [{} for _ in range(self._mesh.world_size)]
+        dist.all_gather_object(everyone, facts, group=group)
+        if self._mesh.rank == 0:
+            files = {name: value for part in everyone for name, value in sorted(part.items())}
+            commit(folder, {**manifest, "files": files})
+            prune(self._checkpoints, self._keep)
+
+    def _is_mine(self, path: Path) -> bool:
+        if path.suffix == ".distcp":
+            return path.name.startswith(f"__{self._mesh.rank}_")
+        return self._mesh.rank == 0
+
+
+def load(checkpoint: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
+    """Reads a checkpoint into `tensors`, in place: each rank its own rows, whatever layout wrote them."""
+    dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(checkpoint), process_group=mesh.save_group)
+
+
+def first_sound(candidates: list[Path], mesh: Mesh) -> tuple[Path, dict[str, Any], list[str]]:
+    """The first checkpoint whose every file has its checksum, its manifest, and what was passed over and why.
+
+    The ranks share the reading. Raises RuntimeError where none is sound.
+    """
+    complaints: list[str] = []
+    for checkpoint in candidates:
+        try:
+            manifest = read_manifest(checkpoint)
+            files = sorted(manifest["files"].items())
+            found = damage(checkpoint, files[mesh.rank :: mesh.world_size])
+        except ValueError as error:
+            manifest, found = {}, [str(error)]
+        everyone: list[list[str]] = [[] for _ in range(mesh.world_size)]
+        dist.all_gather_object(everyone, found, group=mesh.save_group)
+        everything = list(dict.fromkeys(phrase for part in everyone for phrase in part))
+        if not everything:
+            return checkpoint, manifest, complaints
+        complaints.append(f"{checkpoint} is damaged: {'; '.join(everything)}")
+    raise RuntimeError("no sound checkpoint is left: " + ". ".join(complaints))

@@ -1,0 +1,135 @@
+"""TrainConfig, composed from the dataclasses of the rooms, and `check`: every rule that crosses rooms, in one place."""
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from rowwise.optim.build import OptimConfig, check_optimizer
+from rowwise.optim.schedules import ScheduleConfig, check_schedule
+from rowwise.parallel.mesh import ParallelConfig, resolve_degrees
+from rowwise.parallel.precision import PrecisionConfig, check_precision
+from rowwise.trainer.data.batches import BatchConfig, check_batch
+from rowwise.trainer.data.config import DataConfig
+from rowwise.trainer.evaluate import EvalConfig
+from rowwise.trainer.manifest import CheckpointConfig, check_checkpoint
+from rowwise.trainer.models.decoder import ModelConfig, check_model
+from rowwise.trainer.sample import SampleConfig
+from rowwise.trainer.tracker import TrackerConfig
+
+_BY_NAME = Field(discriminator="name")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run. Every key is read by the room whose dataclass it stands in."""
+
+    name: str
+    run_dir: str
+    seed: int
+    steps: int
+    clip_norm: float
+    resume: str
+    compile: bool
+    log_every: int
+    batch: BatchConfig
+    eval: EvalConfig
+    sample: SampleConfig
+    model: ModelConfig
+    data: Annotated[DataConfig, _BY_NAME]
+    optim: OptimConfig
+    schedule: Annotated[ScheduleConfig, _BY_NAME]
+    parallel: ParallelConfig
+    precision: Annotated[PrecisionConfig, _BY_NAME]
+    checkpoint: CheckpointConfig
+    tracker: Annotated[TrackerConfig, _BY_NAME]
+
+
+_ADAPTER = TypeAdapter(TrainConfig)
+
+
+def config_from_tree(tree: dict[str, Any]) -> TrainConfig:
+    """The typed configuration of a composed tree, strictly: raises ValueError for an unknown key, a missing one or a
+    wrong type, and names it."""
+    try:
+        # As JSON, because strict validation of Python objects would ask for instances instead of trees.
+        config = _ADAPTER.validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise ValueError(_explain(error, tree)) from None
+    _refuse_unknown(tree, asdict(config), "")
+    return config
+
+
+def tree_of(config: TrainConfig) -> dict[str, Any]:
+    """The plain tree of a configuration: what `config_from_tree` reads back."""
+    return asdict(config)
+
+
+def check(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Refuses what does not compose on `world_size` workers, and returns the configuration with the degrees of the mesh
+    filled in. Needs no process group. Raises ValueError."""
+    if config.steps < 1:
+        raise ValueError(f"steps={config.steps}: a run has at least 1 step")
+    if config.clip_norm < 0:
+        raise ValueError(f"clip_norm={config.clip_norm}: the largest gradient norm, or 0 for off")
+    if config.log_every < 1:
+        raise ValueError(f"log_every={config.log_every}: it is at least 1")
+    if not config.name or "/" in config.name:
+        raise ValueError(f"name={config.name!r}: a run name is not empty and holds no '/'")
+    check_model(config.model)
+    check_optimizer(config.optim)
+    check_schedule(config.schedule, config.steps)
+    check_precision(config.precision)
+    check_checkpoint(config.checkpoint)
+    _check_eval(config)
+    parallel = resolve_degrees(config.parallel, world_size)
+    check_batch(config.batch, data_degree=parallel.replicate * parallel.shard)
+    return replace(config, parallel=parallel)
+
+
+def _check_eval(config: TrainConfig) -> None:
+    if config.eval.every < 0 or config.eval.batches < 1:
+        raise ValueError(
+            f"eval.every={config.eval.every} eval.batches={config.eval.batches}: evaluate every so many steps (0 = off), "
+            "over at least 1 batch"
+        )
+    if config.eval.every and config.data.holdout == 0:
+        raise ValueError(
+            "eval.every is on and data.holdout=0 holds nothing out; give data.holdout a share, or eval.every=0"
+        )
+    if config.sample.tokens < 0 or config.sample.temperature < 0:
+        raise ValueError("sample.tokens and sample.temperature are at least 0")
+
+
+def unknown_key(path: str, possible: list[str]) -> str:
+    """The message for a key that does not exist: what is possible, and the nearest."""
+    parent, _, key = path.rpartition(".")
+    near = difflib.get_close_matches(key, possible, n=1)
+    where = f"{parent}" if parent else "the configuration"
+    hint = f"; did you mean {parent + '.' if parent else ''}{near[0]}?" if near else ""
+    return f"unknown key {path}: {where} has {', '.join(sorted(possible))}{hint}"
+
+
+def _refuse_unknown(tree: dict[str, Any], known: dict[str, Any], path: str) -> None:
+    for key, value in tree.items():
+        if key not in known:
+            raise ValueError(unknown_key(f"{path}{key}", list(known)))
+        if isinstance(value, dict) and isinstance(known[key], dict):
+            _refuse_unknown(value, known[key], f"{path}{key}.")
+
+
+def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
+    first = error.errors(include_url=False)[0]
+    path, node = [], tree
+    for part in first["loc"]:
+        # A union's choice stands in the location as if it were a key.
+        if isinstance(node, dict) and part not in node and first["type"] != "missing":
+            continue
+        path.append(str(part))
+        node = node[part] if isinstance(node, dict) and part in node else None
+    if first["type"] == "union_tag_invalid":
+        return f"{'.'.join(path)}.name={node['name']!r}: possible are {first['ctx']['expected_tags']}"
+    if first["type"] == "missing":
+        return f"{'.'.join(path)} is missing"
+    return f"{'.'.join(path)}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -1,0 +1,1 @@
+"""Token batches; the position in the data is one integer, and it is the state."""

@@ -1,0 +1,143 @@
+"""Global batches -> this rank's micro-batches, prepared ahead of the training thread.
+
+Step t of a run reads samples [position, position + global_size) of the order (`order.py`); data rank d of D takes
+the d-th of D equal runs of them. The set, and so the loss and every gradient, is the same on every layout.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rowwise.trainer.data.corpus import IGNORE, Corpus, Sample
+from rowwise.trainer.data.order import sample_indices
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """`global_size`: sequences per optimizer step over all ranks; `micro_size`: sequences per forward; `seq_len`: tokens."""
+
+    global_size: int = 16
+    micro_size: int = 8
+    seq_len: int = 256
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """int64 tensors (B, S). `documents` is None where attention does not stop at documents."""
+
+    inputs: Tensor
+    labels: Tensor
+    positions: Tensor
+    documents: Tensor | None
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
+        return MicroBatch(move(self.inputs), move(self.labels), move(self.positions), move(self.documents))
+
+
+def check_batch(config: BatchConfig, data_degree: int) -> None:
+    """Refuses a batch that does not divide. Raises ValueError."""
+    for key in ("global_size", "micro_size", "seq_len"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"batch.{key}={getattr(config, key)}: it is at least 1")
+    per_round = data_degree * config.micro_size
+    if config.global_size % per_round:
+        near = sorted(
+            {max(1, config.global_size // per_round) * per_round, -(-config.global_size // per_round) * per_round}
+        )
+        raise ValueError(
+            f"batch.global_size={config.global_size} does not divide into {data_degree} data-parallel ranks x "
+            f"batch.micro_size={config.micro_size}; the nearest that do are {near}"
+        )
+
+
+def micro_batches(indices: np.ndarray, corpus: Corpus, micro_size: int, pin: bool) -> list[MicroBatch]:
+    """The samples `indices` in micro-batches of `micro_size`. An index of -1 is a row of padding, with no label."""
+    samples = [corpus.sample(int(i)) if i >= 0 else _padding(corpus.seq_len) for i in indices]
+    return [_stack(samples[i : i + micro_size], corpus.mask_documents, pin) for i in range(0, len(samples), micro_size)]
+
+
+def step_batches(
+    corpus: Corpus, config: BatchConfig, seed: int, position: int, data_rank: int, data_degree: int, pin: bool
+) -> Iterator[list[MicroBatch]]:
+    """For ever: this rank's micro-batches of the step at `position`, then of the next."""
+    mine = config.global_size // data_degree
+    while True:
+        indices = sample_indices(position + data_rank * mine, mine, corpus.samples, f"train/{seed}")
+        yield micro_batches(indices, corpus, config.micro_size, pin)
+        position += config.global_size
+
+
+def holdout_batches(
+    corpus: Corpus, config: BatchConfig, batches: int, data_rank: int, data_degree: int
+) -> Iterator[MicroBatch]:
+    """The same held-out samples at every evaluation, `batches` global batches of them or all there are. Every rank
+    gets the same number of micro-batches; what is missing is padding."""
+    count = min(corpus.samples, batches * config.global_size)
+    chosen = sample_indices(0, count, corpus.samples, "holdout") if count else np.empty(0, dtype=np.int64)
+    per_round = config.micro_size * data_degree
+    padded = np.full(-(-count // per_round) * per_round, -1, dtype=np.int64)
+    padded[:count] = chosen
+    for row in padded.reshape(-1, data_degree, config.micro_size):
+        yield micro_batches(row[data_rank], corpus, config.micro_size, pin=False)[0]
+
+
+class Prefetch:
+    """Draws from `batches` on a thread of its own, `depth` ahead. Use as a context: leaving it ends the thread.
+    An error in the thread is raised where the next batch is asked for."""
+
+    def __init__(self, batches: Iterator[list[MicroBatch]], depth: int = 2):
+        self._batches = batches
+        self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+
+    def __enter__(self) -> "Prefetch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def __next__(self) -> list[MicroBatch]:
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _fill(self) -> None:
+        try:
+            for batch in self._batches:
+                if not self._offer(batch):
+                    return
+        except BaseException as error:  # handed to the training thread
+            self._offer(error)
+
+    def _offer(self, item: list[MicroBatch] | BaseException) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
+def _padding(seq_len: int) -> Sample:
+    zeros = np.zeros(seq_len, dtype=np.int64)
+    return Sample(zeros, np.full(seq_len, IGNORE), np.arange(seq_len), zeros)
+
+
+def _stack(samples: list[Sample], mask_documents: bool, pin: bool) -> MicroBatch:
+    def field(name: str) -> Tensor:
+        stacked = torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
+        return stacked.pin_memory() if pin else stacked
+
+    return MicroBatch(
+        field("inputs"), field("labels"), field("positions"), field("documents") if mask_documents else None
+    )

@@ -1,0 +1,112 @@
+"""A corpus: token files, memory-mapped, cut into samples of `seq_len` + 1 tokens.
+
+A sample is a window of the packed stream; neighbouring windows share one token, so that every token but the first is
+predicted once. Document boundaries are kept as offsets beside the tokens. On disk (what `store.py` writes):
+
+    corpus/meta.json          dtype, vocab_size, fingerprint
+    corpus/train.bin          tokens, raw            corpus/train.documents.npy     where each document starts
+    corpus/holdout.bin        likewise
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Packed tokens (n,) of any unsigned dtype, and the offsets at which documents start (ascending, from 0)."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+
+    def windows(self, seq_len: int) -> int:
+        """How many samples of `seq_len` the stream holds."""
+        return max(0, (len(self.tokens) - 1) // seq_len)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One window. `inputs`, `labels`, `positions` and `documents` are int64 (S,); a label that is not to be learned
+    is IGNORE."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    documents: np.ndarray
+
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The samples of one split. `fingerprint` names the tokens and their order in the files."""
+
+    streams: tuple[TokenStream, ...]
+    seq_len: int
+    mask_documents: bool
+    fingerprint: str
+
+    @property
+    def samples(self) -> int:
+        return sum(stream.windows(self.seq_len) for stream in self.streams)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(stream.tokens) for stream in self.streams)
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index` of the corpus, in the order of the files."""
+        for stream in self.streams:
+            if index < (here := stream.windows(self.seq_len)):
+                return cut(stream, index * self.seq_len, self.seq_len, self.mask_documents)
+            index -= here
+        raise IndexError(index)
+
+
+def cut(stream: TokenStream, start: int, seq_len: int, mask_documents: bool) -> Sample:
+    """The window at `start`. With `mask_documents`, positions restart at each document and the last token of a
+    document is not asked to predict the first of the next."""
+    tokens = stream.tokens[start : start + seq_len + 1].astype(np.int64)
+    inputs, labels = tokens[:-1], tokens[1:].copy()
+    places = np.arange(start, start + seq_len)
+    if not mask_documents:
+        return Sample(inputs, labels, places - start, np.zeros(seq_len, dtype=np.int64))
+    owner = np.searchsorted(stream.documents, np.arange(start, start + seq_len + 1), side="right") - 1
+    labels[owner[1:] != owner[:-1]] = IGNORE
+    begins = np.maximum(stream.documents[owner[:-1]], start)
+    return Sample(inputs, labels, places - begins, owner[:-1] - owner[0])
+
+
+def open_store(folder: Path, split: str) -> TokenStream:
+    """The stream `split` (train or holdout) of a corpus folder."""
+    meta = json.loads((folder / "meta.json").read_text())
+    tokens = _map(folder / f"{split}.bin", meta["dtype"])
+    return TokenStream(tokens, np.load(folder / f"{split}.documents.npy"))
+
+
+def open_raw(path: Path, dtype: str, separator: int | None) -> TokenStream:
+    """A bare file of tokens. A document ends with the token `separator`, where one is given."""
+    tokens = _map(path, dtype)
+    if separator is None:
+        return TokenStream(tokens, np.zeros(1, dtype=np.int64))
+    ends = np.flatnonzero(tokens[:-1] == separator)
+    return TokenStream(tokens, np.concatenate(([0], ends + 1)))
+
+
+def split_stream(stream: TokenStream, holdout: float, seq_len: int) -> tuple[TokenStream, TokenStream]:
+    """(train, held-out): the last share `holdout` of the windows, at least one, is held out."""
+    windows = stream.windows(seq_len)
+    held = min(windows, max(1, round(windows * holdout))) if holdout > 0 else 0
+    cut_at = (windows - held) * seq_len
+    train = TokenStream(stream.tokens[: cut_at + 1], stream.documents[stream.documents <= cut_at])
+    starts = stream.documents[stream.documents > cut_at] - cut_at
+    return train, TokenStream(stream.tokens[cut_at:], np.concatenate(([0], starts)))
+
+
+def _map(path: Path, dtype: str) -> np.ndarray:
+    # numpy cannot map an empty file.
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)

@@ -1,0 +1,63 @@
+"""Text to tokens and back: bytes, or a tokenizer.json through the `tokenizers` library."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+
+class Tokenizer(Protocol):
+    vocab_size: int
+    fingerprint: str
+
+    def encode(self, documents: Sequence[bytes]) -> list[list[int]] | list[bytes]: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """A token is a byte."""
+
+    vocab_size = 256
+    fingerprint = "bytes"
+
+    def encode(self, documents: Sequence[bytes]) -> list[bytes]:
+        return list(documents)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
+
+
+class FileTokenizer:
+    """A tokenizer.json. `end_of_text`, where given, is appended to every document."""
+
+    def __init__(self, path: Path, end_of_text: str | None):
+        from tokenizers import Tokenizer as Library
+
+        if not path.is_file():
+            raise ValueError(f"data.tokenizer={path}: no such file; give the path of a tokenizer.json, or 'bytes'")
+        try:
+            self._library = Library.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"data.tokenizer={path}: not a tokenizer.json ({error})") from None
+        self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest() + f"/{end_of_text}"
+        self._end = [] if end_of_text is None else [self._library.token_to_id(end_of_text)]
+        if None in self._end:
+            raise ValueError(f"data.end_of_text={end_of_text!r}: {path} has no such token")
+
+    def encode(self, documents: Sequence[bytes]) -> list[list[int]]:
+        texts = [document.decode("utf-8", errors="replace") for document in documents]
+        return [encoding.ids + self._end for encoding in self._library.encode_batch_fast(texts)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._library.decode(list(tokens))
+
+
+def open_tokenizer(choice: str, end_of_text: str | None = None) -> Tokenizer:
+    """`bytes`, or the tokenizer.json at that path. Raises ValueError where there is none."""
+    if choice == "bytes":
+        if end_of_text is not None:
+            raise ValueError(f"data.end_of_text={end_of_text!r}: data.tokenizer=bytes has no such token; leave it out")
+        return ByteTokenizer()
+    return FileTokenizer(Path(choice).expanduser(), end_of_text)

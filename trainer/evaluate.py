@@ -1,0 +1,36 @@
+"""The held-out loss: the mean over every valid token of the held-out batches, the same on every layout."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.shard import release_gathered
+from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.loss import summed_loss
+from torch import nn
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """`every`: steps between evaluations (0 = off; the last step is always evaluated otherwise). `batches`: global
+    batches of held-out text, or as many as there are."""
+
+    every: int = 100
+    batches: int = 8
+
+    def due(self, step: int, steps: int) -> bool:
+        return self.every > 0 and (step % self.every == 0 or step == steps)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[MicroBatch], mesh: Mesh) -> float:
+    """Nats per token. One all-reduce of two numbers over all ranks. Every rank must pass as many micro-batches."""
+    totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for batch in batches:
+        totals += torch.stack(summed_loss(model, batch.to(mesh.device))).double()
+    release_gathered(model)
+    dist.all_reduce(totals)
+    loss, tokens = totals.tolist()
+    return loss / max(1.0, tokens)

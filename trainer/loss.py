@@ -1,0 +1,18 @@
+"""The training loss: the cross entropy summed over valid tokens, and how many those are."""
+
+import torch
+import torch.nn.functional as F
+from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.data.corpus import IGNORE
+from torch import Tensor, nn
+
+
+def summed_loss(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """(sum over valid tokens of -log p(label), number of valid tokens), of this rank's micro-batch.
+
+    At least float32: the sum over a vocabulary is lost in 16 bits.
+    """
+    logits_BSV = model(batch.inputs, batch.positions, batch.documents)
+    wide = logits_BSV if logits_BSV.dtype == torch.float64 else logits_BSV.float()
+    loss = F.cross_entropy(wide.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss, (batch.labels != IGNORE).sum()

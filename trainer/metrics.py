@@ -1,0 +1,75 @@
+"""metrics.jsonl: one record a step, over all resumes; and what a record is made of."""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense 16-bit peak FLOP/s by device name, from the vendors' data sheets; no entry, no mfu.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+}
+
+
+class MetricsLog:
+    """The metrics.jsonl of a run. Opening it after `step` drops what was written beyond: those steps come again."""
+
+    def __init__(self, run_dir: Path, step: int):
+        self._path = run_dir / "metrics.jsonl"
+        kept = [line for line in _complete_lines(self._path) if json.loads(line)["step"] <= step]
+        partial = self._path.with_suffix(".jsonl.incomplete")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(self._path)
+        self._file = self._path.open("a")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Writes one record so that it survives the death of this process."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Makes what was appended survive the death of this machine: before a checkpoint counts on it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The records of a file whose last line may have been cut off."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return lines[:-1]
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run so far."""
+    return [json.loads(line) for line in _complete_lines(Path(run_dir) / "metrics.jsonl")]
+
+
+def model_flops_utilization(flops_per_second: float, device: torch.device) -> float | None:
+    """The share of the device's 16-bit peak; None where the peak is not known (a CPU, say)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    return flops_per_second / peak if peak else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most this process has held: of tensors on a GPU, of resident memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,1 @@
+"""Plain modules, ignorant of ranks."""

@@ -1,0 +1,162 @@
+"""A decoder-only transformer (Llama, Qwen3): RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+Shapes: B sequences, S tokens, D model dim, H query heads, K key/value heads, E head dim, F feed-forward dim, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rowwise.trainer.models.rope import RopeScaling, rope_tables, rotate
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. `head_dim` null means dim / heads. `init_from` names a Hugging Face folder to start from."""
+
+    name: str = "tiny"
+    layers: int = 4
+    dim: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int | None = None
+    ffn_dim: int = 704
+    vocab_size: int = 256
+    tie_embeddings: bool = False
+    qk_norm: bool = False
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    init_std: float = 0.02
+    init_from: str | None = None
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.dim // self.heads
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuses shapes that are no decoder. Raises ValueError."""
+    for key in ("layers", "dim", "heads", "kv_heads", "ffn_dim", "vocab_size"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"model.{key}={getattr(config, key)}: it is at least 1")
+    if config.head_dim is None and config.dim % config.heads:
+        raise ValueError(
+            f"model.dim={config.dim} is not divisible by model.heads={config.heads}; "
+            f"give a multiple of {config.heads}, or model.head_dim"
+        )
+    if config.heads % config.kv_heads:
+        raise ValueError(
+            f"model.heads={config.heads} is not divisible by model.kv_heads={config.kv_heads}; "
+            f"possible for kv_heads are {[k for k in range(1, config.heads + 1) if config.heads % k == 0]}"
+        )
+    if config.head_size % 2:
+        raise ValueError(f"the head dim is {config.head_size}: RoPE turns pairs, so it must be even")
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions and optional RMS-normalised queries and keys."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        heads, kv_heads, size = config.heads, config.kv_heads, config.head_size
+        self.head_size = size
+        self.wq = nn.Linear(config.dim, heads * size, bias=False)
+        self.wk = nn.Linear(config.dim, kv_heads * size, bias=False)
+        self.wv = nn.Linear(config.dim, kv_heads * size, bias=False)
+        self.wo = nn.Linear(heads * size, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, mask_BSS: Tensor | None) -> Tensor:
+        q_BHSE = self.q_norm(self.wq(x_BSD).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
+        k_BKSE = self.k_norm(self.wk(x_BSD).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
+        v_BKSE = self.wv(x_BSD).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        y_BHSE = F.scaled_dot_product_attention(
+            rotate(q_BHSE, cos_BSE, sin_BSE),
+            rotate(k_BKSE, cos_BSE, sin_BSE),
+            v_BKSE,
+            attn_mask=None if mask_BSS is None else mask_BSS.unsqueeze(1),
+            is_causal=mask_BSS is None,
+            enable_gqa=q_BHSE.size(1) != k_BKSE.size(1),
+        )
+        return self.wo(y_BHSE.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, *GLU Variants Improve Transformer*): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, mask_BSS: Tensor | None) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_BSE, sin_BSE, mask_BSS)
+        return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
+
+
+class Decoder(nn.Module):
+    """Tokens to logits. `parts` lists what is used together, in forward order."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        """Logits (B, S, V). `positions` count from 0 inside a document; with `documents` (the number of each token's
+        document) a token attends only inside its own."""
+        x_BSD = self.embed(tokens_BS)
+        cos_BSE, sin_BSE = rope_tables(positions_BS, self.config, x_BSD.dtype)
+        mask_BSS = None if documents_BS is None else document_mask(documents_BS)
+        for block in self.blocks:
+            x_BSD = block(x_BSD, cos_BSE, sin_BSE, mask_BSS)
+        x_BSD = self.norm(x_BSD)
+        return F.linear(x_BSD, self.embed.weight) if self.head is None else self.head(x_BSD)
+
+    def parts(self) -> list[list[nn.Module]]:
+        """What is used together. A tied embedding is used first and last, so it belongs to the whole."""
+        blocks: list[list[nn.Module]] = [[block] for block in self.blocks]
+        return blocks if self.head is None else [[self.embed], *blocks, [self.norm, self.head]]
+
+
+def document_mask(documents_BS: Tensor) -> Tensor:
+    """(B, S, S), true where a query (row) may see a key (column): the same document, and not later."""
+    same_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
+    return same_BSS.tril()
+
+
+def parameter_count(config: ModelConfig) -> tuple[int, int]:
+    """(all parameters, those of a matrix that multiplies every token) without building the model."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    total = sum(p.numel() for p in model.parameters())
+    lookup = 0 if config.tie_embeddings else model.embed.weight.numel()
+    return total, total - lookup
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Forward and backward: 6 per multiplying parameter, and 12 layers H E S / 2 for causal attention
+    (Chowdhery et al., *PaLM*, appendix B, with the masked half left out)."""
+    _, multiplying = parameter_count(config)
+    return 6 * multiplying + 6 * config.layers * config.heads * config.head_size * seq_len

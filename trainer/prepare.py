@@ -1,0 +1,53 @@
+"""Everything that can refuse a run, on rank 0, before any process group exists; and the run directory."""
+
+import os
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rowwise.trainer.config import TrainConfig, check
+from rowwise.trainer.data.open import open_data
+from rowwise.trainer.models.huggingface import check_source
+from rowwise.trainer.resume import find_resume
+
+
+def prepare(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Checks the configuration against the world, the data, the files it names and the checkpoints; returns it with
+    degrees filled in. Raises ValueError."""
+    config = check(config, world_size)
+    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    if config.eval.every and not data.holdout.samples:
+        raise ValueError(
+            f"eval.every is on and data.holdout={config.data.holdout} holds out less than one sample; "
+            "raise data.holdout, or give eval.every=0"
+        )
+    if config.sample.tokens and data.tokenizer is None:
+        raise ValueError(
+            f"sample.tokens is on and data={config.data.name} has no tokenizer to write with; give sample.tokens=0"
+        )
+    if config.model.init_from is not None:
+        check_source(Path(config.model.init_from).expanduser(), config.model)
+    find_resume(config, data.train.fingerprint)
+    make_writable(Path(config.run_dir))
+    return config
+
+
+def make_writable(run_dir: Path) -> None:
+    """Makes the run directory. Raises ValueError where it cannot be made or written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror}); give another run_dir") from None
+
+
+def lock_run(run_dir: Path) -> FileLock:
+    """Holds the run directory for this run, until released or the process ends. Raises ValueError where another run
+    holds it."""
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"run_dir={run_dir} is in use by another run; wait for it, or give another name") from None
+    return lock

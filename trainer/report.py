@@ -1,0 +1,78 @@
+"""What rank 0 tells the world about a run: metrics.jsonl, the tracker, the console. Other ranks tell nothing."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rowwise.parallel.mesh import Mesh
+from rowwise.trainer.config import TrainConfig, tree_of
+from rowwise.trainer.console import Console
+from rowwise.trainer.metrics import MetricsLog
+from rowwise.trainer.models.decoder import parameter_count
+from rowwise.trainer.state import TrainState
+from rowwise.trainer.tracker import open_tracker
+
+
+class Reporter:
+    """On ranks other than 0: silence."""
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def step(self, record: dict[str, Any]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RankZeroReporter(Reporter):
+    """Writes each record to metrics.jsonl, then shows it."""
+
+    def __init__(self, config: TrainConfig, state: TrainState):
+        run_dir = Path(config.run_dir)
+        tree = tree_of(config)
+        OmegaConf.save(OmegaConf.create(tree), run_dir / "config.yaml")
+        self._metrics = MetricsLog(run_dir, state.step)
+        self._tracker = open_tracker(config.tracker, run_dir, config.name, tree, state.step)
+        self._console = Console(state.step, config.steps, config.log_every)
+
+    def step(self, record: dict[str, Any]) -> None:
+        self._metrics.append(record)
+        if self._tracker is not None:
+            self._tracker.log(record)
+        self._console.step(record)
+
+    def say(self, text: str) -> None:
+        self._console.say(text)
+
+    def sync(self) -> None:
+        self._metrics.sync()
+
+    def close(self) -> None:
+        self._console.close()
+        self._metrics.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+
+def open_reporter(config: TrainConfig, mesh: Mesh, state: TrainState, remarks: list[str]) -> Reporter:
+    """The reporter of this rank; says what the run is and where it starts."""
+    if mesh.rank != 0:
+        return Reporter()
+    reporter = RankZeroReporter(config, state)
+    parallel, (parameters, _) = config.parallel, parameter_count(config.model)
+    reporter.say(
+        f"{config.run_dir}: {config.model.name}, {parameters:,} parameters, {config.precision.name}, {mesh.world_size} x "
+        f"{mesh.device.type}, replicate {parallel.replicate} x shard {parallel.shard}, ZeRO {parallel.zero}"
+    )
+    for remark in remarks:
+        reporter.say(remark)
+    if state.step >= config.steps:
+        reporter.say(f"{config.run_dir} is complete at step {state.step}; raise steps= to go on, or give another name=")
+    return reporter

@@ -1,0 +1,78 @@
+"""Where a run starts from: nothing, the newest checkpoint of its own, or a checkpoint it was given. Decided on rank 0,
+before any process group exists."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rowwise.trainer.config import TrainConfig, tree_of
+from rowwise.trainer.manifest import find_checkpoints, read_manifest
+
+
+def fingerprint(tree: Any) -> str:
+    """SHA-256 of a plain tree."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def model_facts(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint must agree in: the shape of the model, and the rule whose state it holds."""
+    shape = {k: v for k, v in tree_of(config)["model"].items() if k not in ("name", "init_std", "init_from")}
+    return {f"model.{key}": value for key, value in shape.items()} | {"optim.name": config.optim.name}
+
+
+def data_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
+    """What the order of the data is made of."""
+    return {
+        "seed": config.seed,
+        "batch.seq_len": config.batch.seq_len,
+        "data.mask_documents": config.data.mask_documents,
+        "the data": data_fingerprint,
+    }
+
+
+def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
+    """The checkpoints to try, the newest first; empty: start from nothing.
+
+    Raises ValueError where `resume` names none, where a checkpoint is of another model, and where `resume=auto` would
+    go on in a run whose data or seed has changed. (A path may: that is how a run goes on with other data.)
+    """
+    run_dir = Path(config.run_dir)
+    if config.resume == "never":
+        if find_checkpoints(run_dir):
+            raise ValueError(
+                f"resume=never, but run_dir={config.run_dir} already holds a run, which would be lost; "
+                "give resume=auto to go on with it, or another name"
+            )
+        return []
+    auto = config.resume == "auto"
+    found = find_checkpoints(run_dir if auto else Path(config.resume).expanduser())
+    if not auto and not found:
+        raise ValueError(
+            f"resume={config.resume}: no checkpoint there; give auto, never, or the path of a run or of a checkpoint "
+            "(runs/NAME/checkpoints/step-00000100)"
+        )
+    for checkpoint in found:
+        try:
+            manifest = read_manifest(checkpoint)
+        except ValueError:
+            continue  # reported and passed over by checkpoint.first_sound
+        _refuse_difference(checkpoint, manifest["model"], model_facts(config), "is of another model")
+        if auto:
+            advice = f"give another name, or resume={checkpoint} to go on with it on purpose"
+            _refuse_difference(
+                checkpoint, manifest["data"], data_facts(config, data_fingerprint), "read other data", advice
+            )
+    return found
+
+
+def _refuse_difference(checkpoint: Path, there: dict, here: dict, what: str, advice: str = "") -> None:
+    different = [key for key in here if there.get(key) != here[key]]
+    if different:
+        pairs = ", ".join(f"{key}={_short(there.get(key))} there and {_short(here[key])} here" for key in different)
+        raise ValueError(f"checkpoint {checkpoint} {what}: {pairs}; {advice or 'give the same model, or another name'}")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..."

@@ -1,0 +1,25 @@
+"""What must survive a step, beside parameters and optimizer states: a few numbers, kept in the manifest."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rowwise.parallel.precision import LossScale
+
+
+@dataclass
+class TrainState:
+    """`step`: steps done. `position`: samples read. `tokens`: tokens read. `updates`: optimizer updates applied, which
+    are fewer than steps where fp16 overflowed. `loss_scale`: of the next step."""
+
+    step: int = 0
+    position: int = 0
+    tokens: int = 0
+    updates: int = 0
+    loss_scale: LossScale = field(default_factory=LossScale)
+
+    def to_tree(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> "TrainState":
+        return cls(**{**tree, "loss_scale": LossScale(**tree["loss_scale"])})

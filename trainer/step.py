@@ -1,0 +1,71 @@
+"""One optimizer step: the gradient of the mean loss over every valid token of the global batch, on every layout.
+
+No rank knows the number of valid tokens N of the global batch before all have counted. So each micro-batch's summed
+loss is divided by the number of *places* M (a constant of the run), gradients are summed over ranks, and the result is
+multiplied by M / N, together with what clipping and the loss scale ask for: exact, in one pass over the shards.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.shard import begin_micro_batch, clip_factor, gradients, squared_norm
+from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.loss import summed_loss
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Of one step, over all ranks. `grad_norm` is before clipping; where it is not finite, there is no usable gradient.
+    `stop`: some rank was asked to stop."""
+
+    loss: float
+    grad_norm: float
+    valid_tokens: int
+    stop: bool
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.grad_norm)
+
+
+def compute_gradients(
+    model: nn.Module,
+    batches: list[MicroBatch],
+    mesh: Mesh,
+    zero: int,
+    places: int,
+    clip_norm: float,
+    loss_scale: float = 1.0,
+    stop: bool = False,
+) -> StepReport:
+    """Leaves in every `p.grad` this rank's shard of the (clipped) gradient of the global mean loss.
+
+    `places` is batch.global_size x batch.seq_len. Beside what FSDP2 moves (see `parallel.shard`), one all-reduce of
+    four float64 over all ranks, whose result is the only point where the host waits for the device.
+    """
+    totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+    totals[:2] = accumulate(model, batches, mesh.device, zero, loss_scale / places)
+    totals[2] = squared_norm(gradients(model)) / mesh.state_replicas
+    totals[3] = float(stop)
+    dist.all_reduce(totals)
+    loss_sum, tokens, norm_squared, stops = totals.tolist()
+    mean = places / max(1.0, tokens) / loss_scale
+    norm = math.sqrt(norm_squared) * mean if math.isfinite(norm_squared) else math.inf
+    if math.isfinite(norm):
+        torch._foreach_mul_(gradients(model), mean * clip_factor(norm, clip_norm))
+    return StepReport(loss_sum / max(1.0, tokens), norm, int(tokens), stops > 0)
+
+
+def accumulate(model: nn.Module, batches: list[MicroBatch], device: torch.device, zero: int, scale: float) -> Tensor:
+    """Forward and backward of every micro-batch. Returns this rank's (loss sum, valid tokens)."""
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for number, batch in enumerate(batches, 1):
+        begin_micro_batch(model, zero, last=number == len(batches))
+        loss, tokens = summed_loss(model, batch.to(device))
+        (loss * scale).backward()
+        totals += torch.stack((loss.detach(), tokens)).double()
+    return totals

@@ -1,0 +1,216 @@
+"""train(config): build, resume, loop, save."""
+
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rowwise.optim.build import build_optimizer, set_lr, set_step
+from rowwise.parallel.mesh import Mesh, Workers, make_mesh
+from rowwise.parallel.precision import initial_loss_scale, master_dtype, next_loss_scale, policy
+from rowwise.parallel.shard import materialize, shard_model
+from rowwise.trainer.checkpoint import Saver, first_sound, load, tensors_of
+from rowwise.trainer.config import TrainConfig, tree_of
+from rowwise.trainer.data.batches import Prefetch, holdout_batches, step_batches
+from rowwise.trainer.data.open import Data, open_data
+from rowwise.trainer.evaluate import evaluate
+from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes
+from rowwise.trainer.models.decoder import Decoder, flops_per_token
+from rowwise.trainer.models.huggingface import rows_from
+from rowwise.trainer.models.init import random_rows
+from rowwise.trainer.report import open_reporter
+from rowwise.trainer.resume import data_facts, find_resume, fingerprint, model_facts
+from rowwise.trainer.sample import generate
+from rowwise.trainer.state import TrainState
+from rowwise.trainer.step import StepReport, compute_gradients
+from rowwise.trainer.stop import StopSignals
+from torch import Tensor
+
+
+def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
+    """Runs `config` to its last step, or until asked to stop, and returns the numbers it ended with.
+
+    Every worker calls it with the same configuration, checked and resolved by `trainer.prepare` on rank 0. Makes the
+    process groups and takes them down. Raises FloatingPointError where the loss is no number.
+    """
+    mesh = make_mesh(config.parallel, workers or Workers())
+    try:
+        return _train(config, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(config: TrainConfig, mesh: Mesh) -> TrainState:
+    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    model = build_model(config, mesh)
+    optimizer = build_optimizer(model, config.optim)
+    tensors = tensors_of(model, optimizer)
+    state, complaints = resume(config, mesh, data, tensors)
+    set_step(optimizer, state.updates)
+
+    with ExitStack() as stack:
+        reporter = stack.enter_context(open_reporter(config, mesh, state, complaints))
+        saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
+        batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
+        stop = stack.enter_context(StopSignals())
+        stopping = False
+        while state.step < config.steps and not stopping:
+            started = time.perf_counter()
+            micro_batches = next(batches)
+            data_seconds = time.perf_counter() - started
+
+            report = compute_gradients(
+                model,
+                micro_batches,
+                mesh,
+                config.parallel.zero,
+                places=config.batch.global_size * config.batch.seq_len,
+                clip_norm=config.clip_norm,
+                loss_scale=state.loss_scale.scale,
+                stop=stop.requested,
+            )
+            lr = config.optim.lr * config.schedule.factor(state.step, config.steps)
+            set_lr(optimizer, lr)
+            if usable(report, config, state):
+                optimizer.step()
+            optimizer.zero_grad()
+            scale_used = state.loss_scale.scale
+            advance(state, report, config)
+            stopping = report.stop
+
+            record = step_record(state, report, lr, config, mesh, time.perf_counter() - started, data_seconds)
+            if config.precision.name == "fp16":
+                record |= {"loss_scale": scale_used, "skipped_steps": state.loss_scale.skipped}
+            if config.eval.due(state.step, config.steps):
+                record["eval_loss"] = evaluate(model, eval_batches(config, mesh, data), mesh)
+            reporter.step(record)
+
+            saver.poll()
+            if stopping or config.checkpoint.due(state.step, config.steps):
+                reporter.sync()
+                saver.save(state.step, tensors, manifest_of(config, mesh, data, state))
+        saver.wait()
+        if stopping and state.step < config.steps:
+            reporter.say(
+                f"asked to stop: saved step {state.step} of {config.steps} in {config.run_dir}; resume=auto goes on"
+            )
+        elif config.sample.tokens and data.tokenizer is not None:
+            reporter.say(sample_text(config, mesh, model, data))
+    return state
+
+
+def build_model(config: TrainConfig, mesh: Mesh) -> Decoder:
+    """The decoder, split over the mesh and filled: each rank makes its own rows and no others."""
+    with torch.device("meta"):
+        model = Decoder(config.model).to(master_dtype(config.precision))
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    shard_model(model, model.parts(), mesh, config.parallel.zero, policy(config.precision))
+    source = config.model.init_from
+    rows = random_rows(config.model, config.seed) if source is None else rows_from(Path(source).expanduser())
+    materialize(model, mesh.device, rows)
+    return model
+
+
+def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor]) -> tuple[TrainState, list[str]]:
+    """Loads the newest sound checkpoint that `config.resume` allows into `tensors`. Returns the state, and what was
+    passed over as damaged."""
+    found = [find_resume(config, data.train.fingerprint) if mesh.rank == 0 else []]
+    dist.broadcast_object_list(found, src=0, group=mesh.save_group)
+    if not found[0]:
+        return TrainState(loss_scale=initial_loss_scale(config.precision)), []
+    checkpoint, manifest, complaints = first_sound(found[0], mesh)
+    load(checkpoint, tensors, mesh)
+    state = TrainState.from_tree(manifest["state"])
+    if manifest["precision"] != config.precision.name:
+        state.loss_scale = initial_loss_scale(config.precision)
+    return state, [f"{complaint}; passed over" for complaint in complaints] + [f"resumed from {checkpoint}"]
+
+
+def train_batches(config: TrainConfig, mesh: Mesh, data: Data, position: int):
+    """This rank's micro-batches, step by step, from `position` on."""
+    pin = mesh.device.type == "cuda"
+    return step_batches(data.train, config.batch, config.seed, position, mesh.data_rank, mesh.data_degree, pin)
+
+
+def eval_batches(config: TrainConfig, mesh: Mesh, data: Data):
+    """This rank's share of the held-out samples."""
+    return holdout_batches(data.holdout, config.batch, config.eval.batches, mesh.data_rank, mesh.data_degree)
+
+
+def usable(report: StepReport, config: TrainConfig, state: TrainState) -> bool:
+    """Whether the step may be applied: fp16 passes an overflow over, every other precision stops the run before it is
+    spoilt."""
+    if report.finite:
+        return True
+    if config.precision.name == "fp16":
+        return False
+    raise FloatingPointError(
+        f"step {state.step + 1}: the gradient norm is not a number (loss {report.loss}); the weights are as they were "
+        "before it. A smaller optim.lr, a longer warm-up or clip_norm may help; the last checkpoint is sound"
+    )
+
+
+def advance(state: TrainState, report: StepReport, config: TrainConfig) -> None:
+    """Counts the step that was just made."""
+    state.step += 1
+    state.position += config.batch.global_size
+    state.tokens += config.batch.global_size * config.batch.seq_len
+    state.updates += report.finite
+    state.loss_scale = next_loss_scale(state.loss_scale, config.precision, overflow=not report.finite)
+
+
+def step_record(
+    state: TrainState,
+    report: StepReport,
+    lr: float,
+    config: TrainConfig,
+    mesh: Mesh,
+    seconds: float,
+    data_seconds: float,
+) -> dict[str, Any]:
+    """The line of metrics.jsonl. `tokens_per_second` is per worker; what is not a number is null."""
+    tokens_per_second = config.batch.global_size * config.batch.seq_len / seconds / mesh.world_size
+    flops_per_second = tokens_per_second * flops_per_token(config.model, config.batch.seq_len)
+    return {
+        "step": state.step,
+        "loss": report.loss if math.isfinite(report.loss) else None,
+        "grad_norm": report.grad_norm if report.finite else None,
+        "lr": lr,
+        "tokens": state.tokens,
+        "tokens_per_second": tokens_per_second,
+        "mfu": model_flops_utilization(flops_per_second, mesh.device),
+        "step_seconds": seconds,
+        "data_seconds": data_seconds,
+        "peak_memory_bytes": peak_memory_bytes(mesh.device),
+    }
+
+
+def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState) -> dict[str, Any]:
+    """What a checkpoint says of itself, beside its files."""
+    tree = tree_of(config)
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "state": state.to_tree(),
+        "precision": config.precision.name,
+        "model": model_facts(config),
+        "data": data_facts(config, data.train.fingerprint),
+        "fingerprint": {"config": fingerprint(tree), "data": data.train.fingerprint},
+        "layout": {"world_size": mesh.world_size, **asdict(config.parallel)},
+        "config": tree,
+    }
+
+
+def sample_text(config: TrainConfig, mesh: Mesh, model: Decoder, data: Data) -> str:
+    """What the model writes after the prompt."""
+    assert data.tokenizer is not None
+    prompt = [int(token) for token in data.tokenizer.encode([config.sample.prompt.encode()])[0]]
+    choice = config.sample
+    tokens = generate(model, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh.device)
+    return f"the model writes:\n{data.tokenizer.decode(tokens)}"
