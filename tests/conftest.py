@@ -4,7 +4,13 @@ import os
 import threading
 
 import pytest
+import torch
+import torch.distributed as dist
 from ranks import RankPool
+
+
+# One thread in this process as in every rank: on busy cores torch's own threads wait for one another.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +31,6 @@ def shared_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def clean_world():
     """No test leaves a process group, a thread or a changed environment behind."""
-    import torch.distributed as dist
-
     environment, threads = dict(os.environ), set(threading.enumerate())
     yield
     assert not dist.is_initialized(), "the test left a process group behind"

@@ -17,13 +17,14 @@ class Console:
         """One record: the bar moves on, or every `log_every` steps a line."""
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False
+                f"loss {_number(record['loss'], '.4f')}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False
             )
             self._bar.update()
         elif record["step"] % self._log_every == 0 or record["step"] in (1, self._steps):
             left = (self._steps - record["step"]) * record["step_seconds"]
             self.say(
-                f"step {record['step']}/{self._steps}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
+                f"step {record['step']}/{self._steps}  loss {_number(record['loss'], '.4f')}  "
+                f"grad norm {_number(record['grad_norm'], '.3f')}  "
                 f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s per worker  {_clock(left)} left"
             )
         if "eval_loss" in record:
@@ -39,6 +40,11 @@ class Console:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _number(value: float | None, form: str) -> str:
+    """A step that overflowed has none."""
+    return "overflow" if value is None else format(value, form)
 
 
 def _clock(seconds: float) -> str:

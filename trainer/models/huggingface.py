@@ -6,13 +6,17 @@ loading reads just the rows of a shard, exporting holds one output file at a tim
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from rowwise.trainer.models.decoder import ModelConfig
+from rowwise.trainer.models.decoder import Decoder, ModelConfig
+from rowwise.trainer.models.rope import RopeScaling
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 _LAYER_NAMES = {
@@ -29,7 +33,19 @@ _LAYER_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
 }
 _OUTER_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-INDEX = "model.safetensors.index.json"
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# What our decoder has in one form only: the values in a config.json that say so, the default where it says nothing.
+_FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_ROWS_AT_A_TIME = 4096
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def their_name(name: str) -> str:
@@ -40,9 +56,14 @@ def their_name(name: str) -> str:
     return f"{_OUTER_NAMES[stem]}.weight"
 
 
-def their_config(config: ModelConfig, dtype: torch.dtype, max_positions: int) -> dict[str, Any]:
-    """The config.json of a model."""
-    scaling = config.rope_scaling
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The logical shape of each of our parameters, without building the model."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in Decoder(config).named_parameters()}
+
+
+def their_config(config: ModelConfig, dtype: torch.dtype, max_positions: int, end_token: int | None) -> dict[str, Any]:
+    """The config.json of a model, in the form that transformers 4 and 5 both read."""
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
@@ -56,15 +77,7 @@ def their_config(config: ModelConfig, dtype: torch.dtype, max_positions: int) ->
         "tie_word_embeddings": config.tie_embeddings,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None
-        if scaling is None
-        else {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_length,
-        },
+        "rope_scaling": None if config.rope_scaling is None else _their_scaling(config.rope_scaling),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -72,68 +85,123 @@ def their_config(config: ModelConfig, dtype: torch.dtype, max_positions: int) ->
         "dtype": str(dtype).removeprefix("torch."),
         # Text of Rowwise has no token that begins it; transformers would otherwise assume Llama's.
         "bos_token_id": None,
-        "eos_token_id": None,
+        "eos_token_id": end_token,
     }
+
+
+def _their_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_length,
+    }
+
+
+def our_keys(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The model.* keys that a config.json describes. Raises ValueError for what our decoder does not have."""
+    kind = theirs.get("model_type")
+    if kind not in ("llama", "qwen3"):
+        raise ValueError(f"model_type is {kind!r}, possible are llama and qwen3")
+    for key, value in _FIXED.items():
+        if theirs.get(key, value) != value:
+            raise ValueError(f"{key} is {theirs[key]!r}, possible is {value!r}")
+    # transformers 5 writes rope_parameters, and goes by rope_scaling where an older folder has it.
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    heads = theirs["num_attention_heads"]
+    return {
+        "layers": theirs["num_hidden_layers"],
+        "dim": theirs["hidden_size"],
+        "heads": heads,
+        "kv_heads": theirs.get("num_key_value_heads") or heads,
+        "head_dim": theirs.get("head_dim") or theirs["hidden_size"] // heads,
+        "ffn_dim": theirs["intermediate_size"],
+        "vocab_size": theirs["vocab_size"],
+        "tie_embeddings": theirs.get("tie_word_embeddings", False),
+        "qk_norm": kind == "qwen3",
+        "norm_eps": theirs.get("rms_norm_eps", 1e-6),
+        "rope_theta": rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)),
+        "rope_scaling": _our_scaling(rope),
+    }
+
+
+def _our_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"the RoPE is {rope}, possible are the rope_type default and llama3, of whole heads")
+    if kind == "default":
+        return None
+    length = rope["original_max_position_embeddings"]
+    return RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], length)
 
 
 def check_source(folder: Path, config: ModelConfig) -> None:
-    """Refuses a folder that is no Hugging Face model or not the one `config` describes. Raises ValueError."""
+    """Refuses a folder that does not hold the model that `config` describes, each tensor in its shape.
+
+    Reads config.json and the headers of the safetensors files; of the numbers, only those of a head that ought to be
+    the embedding. Raises ValueError.
+    """
     try:
-        theirs = json.loads((folder / "config.json").read_text())
-        _weight_files(folder)
-    except (OSError, json.JSONDecodeError) as error:
+        theirs = our_keys(json.loads((folder / "config.json").read_text()))
+        ours = {key: getattr(config, key) for key in theirs} | {"head_dim": config.head_size}
+        different = [
+            f"model.{key}={theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]
+        ]
+        if different:
+            raise ValueError(f"it is another model, {', '.join(different)}")
+        _check_tensors(folder, config)
+    except KeyError as error:
+        raise ValueError(f"model.init_from={folder}: its JSON has no key {error}; complete the folder") from None
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"model.init_from={folder}: not a Hugging Face folder ({error}); give one with config.json and safetensors"
+            f"model.init_from={folder}: {error}; give a Hugging Face folder (config.json and safetensors) of this "
+            "model, or the model.* keys that fit the folder"
         ) from None
-    if theirs.get("model_type") not in ("llama", "qwen3"):
-        raise ValueError(
-            f"model.init_from={folder}: model_type is {theirs.get('model_type')!r}; possible are llama and qwen3"
-        )
-    ours, theirs = _comparable(their_config(config, torch.float32, 0)), _comparable(theirs)
-    different = [f"{key}={theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]]
-    if different:
-        raise ValueError(
-            f"model.init_from={folder} is another model: {', '.join(different)}; give the model.* keys that fit it"
-        )
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys that must agree, with what may be left out filled in; transformers 5 keeps RoPE in a place of its own."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    heads = config["num_attention_heads"]
-    keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return {key: config[key] for key in keys} | {
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-        "rope": kind if kind == "default" else (kind, *(float(rope.get(number, 0)) for number in numbers)),
-    }
+def _check_tensors(folder: Path, config: ModelConfig) -> None:
+    shapes = {their_name(name): shape for name, shape in parameter_shapes(config).items()}
+    files = _weight_files(folder)
+    for name in shapes:
+        if name not in files:
+            raise ValueError(f"it has no tensor {name}, which the model needs")
+    names_of_files = defaultdict(list)
+    for name, path in files.items():
+        # A tied head may stand in the files; releases before 2024 hold the frequencies of RoPE.
+        tied_head = name == _HEAD and config.tie_embeddings
+        if name not in shapes and not tied_head and not name.endswith("rotary_emb.inv_freq"):
+            raise ValueError(f"it has a tensor {name}, which the model does not have")
+        names_of_files[path].append(name)
+    for path, names in names_of_files.items():
+        with _opened(path) as file:
+            for name in shapes.keys() & names:
+                _sliced(file, path, name, shapes[name])
+    if config.tie_embeddings and _HEAD in files:
+        _check_tied(files, shapes[_EMBED])
+
+
+def _check_tied(files: dict[str, Path], shape: torch.Size) -> None:
+    with _opened(files[_EMBED]) as embed_file, _opened(files[_HEAD]) as head_file:
+        embed = _sliced(embed_file, files[_EMBED], _EMBED, shape)
+        head = _sliced(head_file, files[_HEAD], _HEAD, shape)
+        for start in range(0, shape[0], _ROWS_AT_A_TIME):
+            rows = slice(start, start + _ROWS_AT_A_TIME)
+            if (embed[rows] != head[rows]).any():
+                raise ValueError(f"its config.json ties the embeddings, but {_HEAD} differs from {_EMBED}")
 
 
 def rows_from(folder: Path) -> Callable[[str, Tensor, int, int], None]:
-    """A function that fills rows of a parameter from the folder's safetensors; see `parallel.shard.materialize`."""
+    """A function that fills rows of a parameter from the folder's safetensors and reads no others; see
+    `parallel.shard.materialize`. Raises ValueError for a tensor that `check_source` would have refused."""
     files = _weight_files(folder)
-
-    @cache
-    def opened(path: Path):
-        from safetensors import safe_open
-
-        return safe_open(path, framework="pt")
+    opened = cache(_opened)
 
     def fill_(name: str, rows: Tensor, start: int, size: int) -> None:
         theirs = their_name(name)
         if theirs not in files:
-            raise RuntimeError(f"{folder} has no tensor {theirs}, which the model needs")
-        source = opened(files[theirs]).get_slice(theirs)
-        shape = [size, *rows.shape[1:]]
-        if list(source.get_shape()) != shape:
-            raise RuntimeError(
-                f"{files[theirs]}: {theirs} has the shape {source.get_shape()}, and the model needs {shape}"
-            )
+            raise ValueError(f"{folder} has no tensor {theirs}, which the model needs")
+        source = _sliced(opened(files[theirs]), files[theirs], theirs, torch.Size((size, *rows.shape[1:])))
         if rows.numel():
             rows.copy_(source[start : start + rows.size(0)])
 
@@ -144,45 +212,68 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file."""
     if (folder / INDEX).is_file():
         return {name: folder / file for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
-    from safetensors import safe_open
-
-    path = folder / "model.safetensors"
+    path = folder / SINGLE
     if not path.is_file():
-        raise FileNotFoundError(f"no {INDEX} and no {path.name} in it")
-    with safe_open(path, framework="pt") as file:
+        raise ValueError(f"no {INDEX} and no {path.name} in it")
+    with _opened(path) as file:
         return dict.fromkeys(file.keys(), path)
+
+
+def _opened(path: Path) -> Any:
+    """A safetensors file, mapped: the header is read and checked against the length, the numbers when asked for."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error})") from None
+
+
+def _sliced(file: Any, path: Path, name: str, shape: torch.Size) -> Any:
+    """A tensor of a file, to be read by rows. Raises ValueError where its shape or dtype is not the model's."""
+    source = file.get_slice(name)
+    if tuple(source.get_shape()) != tuple(shape):
+        raise ValueError(f"{path}: {name} has the shape {source.get_shape()}, and the model needs {list(shape)}")
+    if source.get_dtype() not in _FLOATS:
+        raise ValueError(f"{path}: {name} is of dtype {source.get_dtype()}, possible are {', '.join(_FLOATS)}")
+    return source
 
 
 def write_folder(
     folder: Path,
-    config: ModelConfig,
+    config_json: dict[str, Any],
     shapes: dict[str, torch.Size],
-    read: Callable[[list[str]], dict[str, Tensor]],
+    read_: Callable[[dict[str, Tensor]], None],
     dtype: torch.dtype,
-    max_positions: int,
     max_file_bytes: int,
 ) -> list[Path]:
-    """Writes config.json and the safetensors files, one at a time; `read(names)` fetches the parameters of a file.
+    """Writes config.json and the safetensors files, one at a time, into an existing folder. Returns the latter.
 
-    `shapes` are those of our parameters. Returns the safetensors files.
+    `shapes` are those of our parameters; `read_(tensors)` fills those of one file, by our names, in place. Raises
+    ValueError for numbers that `dtype` cannot hold.
     """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    files = list(_pack(shapes, dtype.itemsize, max_file_bytes))
-    written, weight_map = [], {}
-    for number, names in enumerate(files, 1):
-        single = len(files) == 1
-        path = folder / ("model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors")
-        tensors = {their_name(name): tensor.to(dtype).contiguous() for name, tensor in read(names).items()}
-        save_file(tensors, path, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, path.name)
-        written.append(path)
-    if len(files) > 1:
+    groups = list(_pack(shapes, dtype.itemsize, max_file_bytes))
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(groups, 1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        _write_file(folder / file, {name: shapes[name] for name in names}, read_, dtype)
+        weight_map |= {their_name(name): file for name in names}
+    if len(groups) > 1:
         total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
-    (folder / "config.json").write_text(json.dumps(their_config(config, dtype, max_positions), indent=1))
-    return written
+    (folder / "config.json").write_text(json.dumps(config_json, indent=1))
+    return [folder / file for file in dict.fromkeys(weight_map.values())]
+
+
+def _write_file(
+    path: Path, shapes: dict[str, torch.Size], read_: Callable[[dict[str, Tensor]], None], dtype: torch.dtype
+) -> None:
+    """Everything a file holds lives in this call, and nowhere after it."""
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    read_(tensors)
+    for name, tensor in tensors.items():
+        smallest, largest = torch.aminmax(tensor)  # isfinite would make copies of it
+        if not (smallest.isfinite() and largest.isfinite()):
+            raise ValueError(f"{name} has numbers that are infinite or undefined in {dtype}; give a wider dtype")
+    save_file({their_name(name): tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def _pack(shapes: dict[str, torch.Size], itemsize: int, max_bytes: int) -> Iterator[list[str]]:

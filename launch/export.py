@@ -1,0 +1,226 @@
+"""A run's checkpoint as a Hugging Face folder, which transformers opens.
+
+    python -m rowwise.launch.export run=runs/NAME to=DIR
+
+    run=PATH             the run, or one checkpoint of it
+    to=DIR               the folder to make; it must not exist, or be empty
+    checkpoint=STEP      the checkpoint, by step or path; default: the newest whose checksums are right
+    dtype=fp32           fp32 (as trained, unless in fp64), bf16 (half the size) or fp16
+    max_file_bytes=5e9   of a safetensors file; the export holds one of them in memory, and a shard of one tensor
+    tokenizer=PATH       the tokenizer.json to put beside the weights, or none; default: the run's own
+
+Exit code 0: DIR is complete; 2: refused, and there is no DIR. It gets its name last: what a killed export leaves behind
+is DIR.incomplete, which the next one removes.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import warnings
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from rowwise.trainer.config import unknown_key
+from rowwise.trainer.data.tokenizer import open_tokenizer
+from rowwise.trainer.manifest import damage, find_checkpoints, read_manifest, step_folder
+from rowwise.trainer.models.decoder import ModelConfig
+from rowwise.trainer.models.huggingface import parameter_shapes, their_config, write_folder
+from rowwise.trainer.models.rope import RopeScaling
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The keys, as they were given."""
+
+    run: str
+    to: str
+    checkpoint: str | None = None
+    dtype: str = "fp32"
+    max_file_bytes: str = "5e9"
+    tokenizer: str | None = None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exports. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="rowwise.launch.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    try:
+        print(export(parse(parser.parse_args(arguments).settings)))
+    except ValueError as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(settings: list[str]) -> ExportConfig:
+    """`key=value` arguments, strictly. Raises ValueError."""
+    known = [field.name for field in fields(ExportConfig)]
+    given: dict[str, str] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in known:
+            raise ValueError(unknown_key(key, known))
+        if not value or key in given:
+            raise ValueError(f"{setting}: give {key}=VALUE, once")
+        given[key] = value
+    for field in fields(ExportConfig):
+        if field.default is MISSING and field.name not in given:
+            raise ValueError(f"{field.name}= is missing; give run=runs/NAME to=DIR")
+    return ExportConfig(**given)
+
+
+def export(config: ExportConfig) -> str:
+    """Writes the folder and returns what it did, in a line. Raises ValueError before anything is written, or for
+    numbers that `dtype` cannot hold."""
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype={config.dtype}: possible are {', '.join(DTYPES)}")
+    max_file_bytes = _bytes(config.max_file_bytes)
+    final = _free(Path(config.to).expanduser())
+    checkpoint, manifest = choose(config)
+    model, seq_len = model_of(manifest), manifest["config"]["batch"]["seq_len"]
+    tokenizer, end_token = tokenizer_of(manifest["config"]["data"], config.tokenizer, model.vocab_size)
+
+    dtype, shapes = DTYPES[config.dtype], parameter_shapes(model)
+    scaling = model.rope_scaling
+    positions = seq_len if scaling is None else max(seq_len, round(scaling.original_length * scaling.factor))
+    config_json = their_config(model, dtype, positions, end_token)
+    partial = _begin(final)
+    try:
+        files = write_folder(partial, config_json, shapes, lambda t: read_(checkpoint, t), dtype, max_file_bytes)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, partial, manifest["config"]["data"].get("end_of_text"))
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    parameters = sum(shape.numel() for shape in shapes.values())
+    return f"{checkpoint} -> {final}: {parameters:,} parameters in {config.dtype}, files: {len(files)}"
+
+
+def choose(config: ExportConfig) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint to export and its manifest. Says what it passes over. Raises ValueError where none is sound."""
+    candidates, complaints = _candidates(config), []
+    for checkpoint in candidates:
+        try:
+            manifest = read_manifest(checkpoint)
+            found = damage(checkpoint, manifest["files"].items())
+        except ValueError as error:
+            found = [str(error)]
+        if not found:
+            return checkpoint, manifest
+        complaints.append(f"{checkpoint} is damaged: {'; '.join(found)}")
+        if checkpoint != candidates[-1]:
+            print(f"{complaints[-1]}; passed over", file=sys.stderr)
+    raise ValueError(f"{complaints[-1]}; no sound checkpoint is left, give another checkpoint= or run=")
+
+
+def _candidates(config: ExportConfig) -> list[Path]:
+    run = Path(config.run).expanduser()
+    found = find_checkpoints(run)
+    if not found:
+        others = sorted(str(p) for p in run.parent.iterdir() if find_checkpoints(p)) if run.parent.is_dir() else []
+        hint = f"possible are {', '.join(others)}" if others else "give a folder that a training run wrote"
+        raise ValueError(f"run={config.run}: there is no checkpoint; {hint}")
+    if config.checkpoint is None:
+        return found
+    if config.checkpoint.isdigit():
+        name = step_folder(run, int(config.checkpoint)).name
+        chosen = [checkpoint for checkpoint in found if checkpoint.name == name]
+    else:
+        path = Path(config.checkpoint).expanduser().resolve()
+        chosen = [checkpoint for checkpoint in found if checkpoint.resolve() == path]
+    if not chosen:
+        possible = ", ".join(checkpoint.name for checkpoint in found)
+        raise ValueError(f"checkpoint={config.checkpoint}: not one of run={config.run}; possible are {possible}")
+    return chosen
+
+
+def model_of(manifest: dict[str, Any]) -> ModelConfig:
+    """The shape of the model that a checkpoint holds. Raises ValueError for one of another release."""
+    keys = dict(manifest["config"]["model"])
+    try:
+        scaling = keys.pop("rope_scaling")
+        return ModelConfig(**keys, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the run is of another release of Rowwise ({error}); export it with that one") from None
+
+
+def tokenizer_of(data: dict[str, Any], choice: str | None, vocab_size: int) -> tuple[Path | None, int | None]:
+    """The tokenizer.json to copy, and the token that ends a document; None where there is none. Raises ValueError."""
+    of_run, separator = data.get("tokenizer", "bytes"), data.get("separator")
+    if choice == "none" or (choice is None and of_run == "bytes"):
+        return None, separator
+    path = Path(choice or of_run).expanduser()
+    if not path.is_file():
+        origin = "tokenizer" if choice else "the run's data.tokenizer"
+        raise ValueError(f"{origin}={path}: no such file; give tokenizer=PATH of the tokenizer.json, or tokenizer=none")
+    end_of_text = data.get("end_of_text")
+    tokenizer = open_tokenizer(str(path), end_of_text)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{path} has tokens up to {tokenizer.vocab_size - 1}, and the model's vocab_size is {vocab_size}: it is "
+            "not the tokenizer of this run; give tokenizer=PATH of that, or tokenizer=none"
+        )
+    # What an empty document becomes ends in its end.
+    return path, separator if end_of_text is None else int(tokenizer.encode([b""])[0][-1])
+
+
+def copy_tokenizer(path: Path, folder: Path, end_of_text: str | None) -> None:
+    """tokenizer.json, and the word to transformers to take it as it is: it would rebuild a Llama's from the vocabulary
+    with rules of its own."""
+    shutil.copyfile(path, folder / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if end_of_text is not None:
+        settings["eos_token"] = end_of_text
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def read_(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills `tensors` (our parameters by name) from the checkpoint, in their dtype; reads nothing else. One process is
+    enough, whatever layout wrote it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process")
+        dcp.load(
+            {f"model.{name}": tensor for name, tensor in tensors.items()},
+            storage_reader=dcp.FileSystemReader(checkpoint),
+            no_dist=True,
+        )
+
+
+def _bytes(text: str) -> int:
+    try:
+        number = int(float(text))
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise ValueError(f"max_file_bytes={text}: a number of bytes of at least 1, such as 5e9")
+    return number
+
+
+def _free(final: Path) -> Path:
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise ValueError(f"to={final} exists and is not empty; give a new folder, or remove it")
+    return final
+
+
+def _begin(final: Path) -> Path:
+    """An empty folder beside `final`, to be renamed. What an interrupted export left is removed."""
+    partial = final.with_name(final.name + ".incomplete")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"to={final} cannot be written ({error.strerror}); give another folder") from None
+    return partial
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Bytes of states on one rank: measured, and the formula they are held against.
+
+With AdamW in float32, P the bytes of all parameters (4 a parameter), N the shard degree (1 at stage 0), p_k the bytes of
+part k and uneven rows counted exactly, a rank holds
+
+| stage | between steps | at the peak of a step, beside the optimizer state 2 P/N |
+|---|---|---|
+| 0 | P + 2 P | P shard + P gathered, gradients P |
+| 1 | P/N + 2 P/N | P/N shard + P gathered, gradients P (P/N + max p_k without accumulation) |
+| 2 | P/N + 2 P/N | P/N shard + P gathered, gradients P/N + max p_k |
+| 3 | P/N + 2 P/N | P/N shard + max p_k gathered, gradients P/N + max p_k |
+
+ZeRO's own count (Rajbhandari et al.) is 4 P, 2 P + 2 P/N, P + 3 P/N, 4 P/N. What is more here: the parameter shard,
+which FSDP2 keeps beside the gathered copy (P/N at stages 0 to 2), and the one part in flight, p_k, which the paper
+does not count. Collectives under way take flat buffers besides: two parts, and at stage 3 the first and the last too.
+In 16-bit precision the gathered copy takes half.
+"""
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rowwise.parallel.shard import local, sharded_modules
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes that this rank holds. `shards`: its rows of the parameters; `gathered`: whole parameters beside them;
+    `gradients`: whole and split ones; `optimizer`: its rows of the states;
+    `buffers`: the flat buffers of collectives under way."""
+
+    shards: int
+    gathered: int
+    gradients: int
+    optimizer: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+def measure(model: nn.Module, optimizer: torch.optim.Optimizer) -> StateBytes:
+    """What the live storages take now."""
+    return StateBytes(
+        shards=_storage_bytes(_shards(optimizer)),
+        optimizer=_storage_bytes(t for states in optimizer.state.values() for t in states.values()),
+        **_measure_moving(model, _shards(optimizer)),
+    )
+
+
+class PeakStates(TorchDispatchMode):
+    """While entered, measures after every operation; `peak` is the largest of each kind, `total` of all together."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        super().__init__()
+        self._model, self._shards = model, _shards(optimizer)
+        self._start = self.peak = measure(model, optimizer)
+        self.total = self.peak.total
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        # Shards and optimizer states do not move within a step.
+        now = replace(self._start, **_measure_moving(self._model, self._shards))
+        self.peak = StateBytes(*map(max, astuple(self.peak), astuple(now)))
+        self.total = max(self.total, now.total)
+        return result
+
+
+def _shards(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _measure_moving(model: nn.Module, shards: list[Tensor]) -> dict[str, int]:
+    modules = list(sharded_modules(model))
+    inner = [p for module in modules for p in _fsdp_params(module)]
+    whole = [p._unsharded_param for p in inner if hasattr(p, "_unsharded_param")]
+    accumulated = [p.unsharded_accumulated_grad for p in inner]
+    return {
+        "gathered": _storage_bytes(whole),
+        "gradients": _storage_bytes([p.grad for p in [*shards, *whole]] + accumulated),
+        "buffers": _storage_bytes(buffer for module in modules for buffer in _flat_buffers(module)),
+    }
+
+
+@dataclass(frozen=True)
+class PartBytes:
+    """One part of the model: `whole`, this rank's `shard`, and `padded` to equal rows on every rank."""
+
+    whole: int
+    shard: int
+    padded: int
+
+
+def count_parts(parts: list[list[nn.Module]], degree: int) -> list[PartBytes]:
+    """The parts of a sharded model, in forward order; `degree` is that of the shard axis."""
+    counted = []
+    for modules in parts:
+        params = [p for module in modules for p in module.parameters()]
+        padded = sum(-(-p.size(0) // degree) * degree * (p.numel() // p.size(0)) * p.itemsize for p in params)
+        whole = sum(p.numel() * p.itemsize for p in params)
+        counted.append(PartBytes(whole, sum(local(p).numel() * p.itemsize for p in params), padded))
+    return counted
+
+
+def predict(parts: list[PartBytes], zero: int, accumulate: int, states_per_parameter: int = 2) -> StateBytes:
+    """The peak of each kind by the formula above; `buffers` is a bound."""
+    whole, shard = sum(p.whole for p in parts), sum(p.shard for p in parts)
+    if zero <= 1 and accumulate > 1:
+        gradients = whole
+    else:  # with accumulation every shard exists by the last backward; without, those of later parts only
+        held = [0 if accumulate == 1 else p.shard for p in parts]
+        gradients = max(p.whole + sum(held[: k + 1]) + sum(q.shard for q in parts[k + 1 :]) for k, p in enumerate(parts))
+    return StateBytes(
+        shards=shard,
+        gathered=max(p.whole for p in parts) if zero == 3 else whole,
+        gradients=gradients,
+        optimizer=states_per_parameter * shard,
+        buffers=2 * max(p.padded for p in parts) + (parts[0].padded + parts[-1].padded if zero == 3 else 0),
+    )
+
+
+def _fsdp_params(module) -> list:
+    group = module._get_fsdp_state()._fsdp_param_group
+    return [] if group is None else group.fsdp_params
+
+
+def _flat_buffers(module) -> list:
+    """What FSDP2 gathers into and reduces from, while it does. (Its names differ between torch 2.11 and 2.13.)"""
+    group = module._get_fsdp_state()._fsdp_param_group
+    if group is None:
+        return []
+    context = group.comm_ctx
+    gathers = [group._all_gather_result, getattr(getattr(context, "all_gather_state", None), "all_gather_result", None)]
+    reduces = getattr(context, "reduce_scatter_states", None) or [getattr(context, "reduce_scatter_state", None)]
+    return [g.all_gather_output for g in gathers if g is not None] + [
+        r.reduce_scatter_input for r in reduces if r is not None
+    ]
+
+
+def _storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """The sum over distinct storages; a view counts what it shows, since a flat buffer is shared by its views."""
+    seen: dict[tuple[int, int], int] = {}
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        # Not `local`: that is an operation, which PeakStates would measure in turn.
+        t = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        if t.untyped_storage().size():
+            seen[(t.untyped_storage().data_ptr(), t.storage_offset())] = t.numel() * t.itemsize
+    return sum(seen.values())

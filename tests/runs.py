@@ -1,0 +1,128 @@
+"""Whole runs in tests: in the pool of ranks, or as processes of their own that can be killed."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from rowwise.parallel.mesh import Workers
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.manifest import complete_checkpoints
+from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.prepare import make_writable
+from rowwise.trainer.state import TrainState
+from rowwise.trainer.train import train
+
+SAME_EVERYWHERE = ("step", "loss", "grad_norm", "lr", "tokens")
+
+
+def run_train(workers: Workers, config: TrainConfig) -> TrainState:
+    """One rank of a run."""
+    if workers.rank == 0:
+        make_writable(Path(config.run_dir))
+    return train(config, workers)
+
+
+def run_said(workers: Workers, config: TrainConfig) -> str:
+    """One rank of a run; what it said."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        run_train(workers, config)
+    return said.getvalue()
+
+
+def run_until(workers: Workers, config: TrainConfig, stop_at: int) -> TrainState:
+    """A run whose last rank receives SIGTERM as it begins step `stop_at`."""
+    from rowwise.trainer.data.batches import Prefetch
+
+    original, calls = Prefetch.__next__, iter(range(1, stop_at + 1))
+
+    def counted(self):
+        if next(calls, None) == stop_at and workers.rank == workers.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    Prefetch.__next__ = counted  # type: ignore[method-assign]
+    try:
+        return run_train(workers, config)
+    finally:
+        Prefetch.__next__ = original  # type: ignore[method-assign]
+
+
+def final_tensors(run_dir: str | Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint, whole."""
+    checkpoint = complete_checkpoints(Path(run_dir) / "checkpoints")[0]
+    reader = FileSystemReader(checkpoint)
+    metadata = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}  # type: ignore[union-attr]
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def records(run_dir: str | Path) -> list[tuple]:
+    """What must be the same in metrics.jsonl, however often the run was stopped."""
+    return [tuple(record[key] for key in SAME_EVERYWHERE) for record in read_metrics(Path(run_dir))]
+
+
+class Job:
+    """A run in processes of their own, forked from a server that has torch loaded: a start costs a tenth of a second."""
+
+    def __init__(self, config: TrainConfig, world_size: int, log: Path):
+        context = multiprocessing.get_context("forkserver")
+        # `runs` itself cannot be named: in Python 3.11 the server does not know our sys.path.
+        context.set_forkserver_preload(["rowwise.trainer.train", "rowwise.trainer.prepare", "torch.distributed.checkpoint"])
+        self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self.processes = [
+            context.Process(target=_rank, args=(rank, world_size, self.store.port, config, log))
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def kill(self, rank: int) -> bool:
+        """SIGKILL to one rank; False where it had already ended."""
+        process = self.processes[rank]
+        if not process.is_alive():
+            return False
+        process.kill()
+        process.join()
+        return process.exitcode == -signal.SIGKILL
+
+    def wait(self, timeout_seconds: float) -> list[int | None]:
+        """The exit codes, once all have ended. Raises TimeoutError for a hang."""
+        deadline = time.monotonic() + timeout_seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        if self.alive():
+            self.end()
+            raise TimeoutError(f"ranks still alive after {timeout_seconds} s")
+        return [process.exitcode for process in self.processes]
+
+    def end(self) -> None:
+        """What torchrun does once a worker has died: the others go too, most of them in the middle of something."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _rank(rank: int, world_size: int, port: int, config: TrainConfig, log: Path) -> None:
+    sys.stdout = sys.stderr = log.open("a", buffering=1)
+    torch.set_num_threads(1)
+    try:
+        run_train(Workers(rank, world_size, rank, dist.TCPStore("localhost", port)), config)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)

@@ -1,0 +1,80 @@
+"""What each ZeRO stage holds on a rank: measured after every operation of a step, against the stated formula."""
+
+import pytest
+from parity import small_config, with_layout
+
+from rowwise.optim.build import build_optimizer
+from rowwise.parallel.mesh import make_mesh
+from rowwise.parallel.state_bytes import PeakStates, StateBytes, count_parts, measure, predict
+from rowwise.trainer.data.open import open_data
+from rowwise.trainer.step import compute_gradients
+from rowwise.trainer.train import build_model, train_batches
+
+KINDS = ("shards", "gathered", "gradients", "optimizer")
+
+
+def measure_a_step(workers, config):
+    """(between steps, peak of each kind, peak of all together, predicted peak)."""
+    mesh = make_mesh(config.parallel, workers)
+    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    model = build_model(config, mesh)
+    parts = count_parts(model.parts(), mesh.states["shard"].size())
+    optimizer = build_optimizer(model, config.optim)
+    batches = next(train_batches(config, mesh, data, position=0))
+    places = config.batch.global_size * config.batch.seq_len
+    with PeakStates(model, optimizer) as states:
+        compute_gradients(model, batches, mesh, config.parallel.zero, places, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return measure(model, optimizer), states.peak, states.total, predict(parts, config.parallel.zero, len(batches))
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(("world", "micro_batches"), [(2, 2), (4, 1), (4, 2)])
+def test_bytes_are_those_of_the_formula(ranks, tmp_path, zero, world, micro_batches):
+    micro_size = 24 // world // micro_batches
+    config = small_config(tmp_path, "precision=fp32", "model.layers=6", f"batch.micro_size={micro_size}")
+    for between, peak, total, predicted in ranks.run(measure_a_step, world, with_layout(config, world, zero=zero)):
+        assert between == StateBytes(predicted.shards, 0, 0, predicted.optimizer, between.buffers)
+        for kind in KINDS:
+            assert getattr(peak, kind) == pytest.approx(getattr(predicted, kind), rel=0.01), kind
+        assert peak.buffers <= predicted.buffers
+        assert total <= predicted.total
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_nothing_beyond_the_papers_count_but_a_parameter_shard_and_one_part(ranks, tmp_path, zero):
+    config = small_config(tmp_path, "precision=fp32", "model.layers=6", "batch.micro_size=3")
+    for rank, (_, peak, _, _) in enumerate(ranks.run(measure_a_step, 4, with_layout(config, 4, zero=zero))):
+        whole, part = _bytes_of(config)
+        shard, optimizer = peak.shards, peak.optimizer
+        paper = {
+            0: whole + whole + optimizer,
+            1: whole + whole + optimizer,
+            2: whole + shard + optimizer,
+            3: shard + shard + optimizer,
+        }[zero]
+        held = peak.shards + peak.gathered + peak.gradients + peak.optimizer
+        parts_in_flight = {0: 0, 1: 0, 2: part, 3: 2 * part}[zero]  # a gradient; a gradient and a gathered part
+        assert held - paper <= (shard if zero < 3 else 0) + parts_in_flight, f"rank {rank}"
+
+
+def _bytes_of(config) -> tuple[int, int]:
+    """(the whole model, its largest part) in float32."""
+    import torch
+
+    from rowwise.trainer.models.decoder import Decoder
+
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    sizes = [sum(4 * p.numel() for module in part for p in module.parameters()) for part in model.parts()]
+    return sum(sizes), max(sizes)
+
+
+def test_half_precision_gathers_half(ranks, tmp_path):
+    config = small_config(tmp_path, "precision=bf16", "batch.micro_size=2")
+    for _, peak, _, _ in ranks.run(measure_a_step, 2, with_layout(config, 2, zero=1)):
+        whole, part = _bytes_of(config)
+        assert peak.gathered == whole // 2
+        # Accumulated in the float32 they are reduced in, beside one part's as the backward left them.
+        assert peak.gradients == pytest.approx(whole + part // 2, rel=0.01)

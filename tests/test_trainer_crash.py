@@ -1,0 +1,127 @@
+"""Law 6: a rank killed at any instant leaves a run that goes on without a lost or repeated record; a damaged checkpoint
+is detected, named and passed over."""
+
+import random
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from parity import small_config, with_layout
+from ranks import RankFailure
+from runs import Job, final_tensors, records, run_said, run_train, run_until
+
+from rowwise.trainer.manifest import complete_checkpoints
+
+KILLS = 24
+
+
+def test_killed_at_random_instants(ranks, tmp_path):
+    """SIGKILL, again and again: one in two at a random instant, one in two while a checkpoint is being written."""
+    config = with_layout(small_config(tmp_path, "steps=300", "checkpoint.every=4"), 2, zero=3)
+    log, random_instants = tmp_path / "log", random.Random(2026)
+    kills = kills_in_save = 0
+    for attempt in range(4 * KILLS):
+        if kills >= KILLS and kills_in_save >= KILLS // 3:
+            break
+        job = Job(config, 2, log)
+        in_save = _await_save(job, config) if attempt % 2 else _await_steps(job, config, random_instants)
+        killed = job.kill(random_instants.randrange(2))
+        kills += killed
+        kills_in_save += killed and in_save
+        assert killed, f"the job ended before it was killed: {log.read_text()[-2000:]}"
+        time.sleep(random_instants.uniform(0, 0.2))
+        job.end()
+    assert kills >= 20
+    assert kills_in_save >= 5
+    assert Job(config, 2, log).wait(timeout_seconds=120) == [0, 0], log.read_text()[-3000:]
+
+    whole = replace(config, run_dir=str(tmp_path / "whole"))
+    ranks.run(run_train, 2, whole)
+    assert records(config.run_dir) == records(whole.run_dir)
+    ours, theirs = final_tensors(config.run_dir), final_tensors(whole.run_dir)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list((Path(config.run_dir) / "checkpoints").glob("*.incomplete"))
+
+
+def _await_steps(job: Job, config, instants: random.Random) -> bool:
+    """Waits a random time from the start of the job: set-up, resuming and training are all hit."""
+    until = time.monotonic() + instants.uniform(0.05, 2.0)
+    while job.alive() and time.monotonic() < until:
+        time.sleep(0.001)
+    return False
+
+
+def _await_save(job: Job, config) -> bool:
+    """Waits until this job has begun to write a checkpoint."""
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    stale = {(p.name, p.stat().st_ino) for p in checkpoints.glob("*.incomplete")}
+    while job.alive():
+        for path in checkpoints.glob("*.incomplete"):
+            try:
+                if (path.name, path.stat().st_ino) not in stale:
+                    return True
+            except FileNotFoundError:
+                continue
+        time.sleep(0.0002)
+    return False
+
+
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGE = {
+    "a flipped bit in a rank's file": ("__1_0.distcp", _flip_a_bit),
+    "a truncated rank's file": ("__0_0.distcp", _truncate),
+    "a missing rank's file": ("__1_0.distcp", Path.unlink),
+    "a flipped bit in the metadata": (".metadata", _flip_a_bit),
+    "a flipped bit in the manifest": ("manifest.json", _flip_a_bit),
+    "a truncated manifest": ("manifest.json", _truncate),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_twice(ranks, tmp_path_factory):
+    """A run stopped at step 8 with checkpoints at 4 and 8, and the same run to its end."""
+    folder = tmp_path_factory.mktemp("damage")
+    config = with_layout(small_config(folder, "steps=12", "checkpoint.every=4"), 2, zero=1)
+    ranks.run(run_until, 2, config, 8)
+    whole = replace(config, run_dir=str(folder / "whole"))
+    ranks.run(run_train, 2, whole)
+    return config, whole
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(ranks, saved_twice, tmp_path, kind):
+    config, whole = saved_twice
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    config = replace(config, run_dir=str(tmp_path / "run"))
+    newest, older = complete_checkpoints(tmp_path / "run/checkpoints")
+    name, harm = DAMAGE[kind]
+    harm(newest / name)
+    said = ranks.run(run_said, 2, config)[0]
+    assert f"{newest} is damaged: " in said
+    assert name in said
+    assert "passed over" in said
+    assert f"resumed from {older}" in said
+    assert records(config.run_dir) == records(whole.run_dir)
+    ours, theirs = final_tensors(config.run_dir), final_tensors(whole.run_dir)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_no_sound_checkpoint_left_is_an_error(ranks, saved_twice, tmp_path):
+    config, _ = saved_twice
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    for checkpoint in complete_checkpoints(tmp_path / "run/checkpoints"):
+        _flip_a_bit(checkpoint / "__0_0.distcp")
+    with pytest.raises(RankFailure, match="no sound checkpoint is left"):
+        ranks.run(run_train, 2, replace(config, run_dir=str(tmp_path / "run")))

@@ -1,0 +1,145 @@
+"""Laws 2 and 3 for whole runs: stopped and resumed, on the same layout and on others; the precisions; what is logged."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from parity import TOLERANCE, relative_error, small_config, with_layout
+from ranks import RankFailure
+from runs import final_tensors, records, run_train, run_until
+
+from rowwise.trainer.metrics import read_metrics
+
+STEPS = 20
+OVERRIDES = (f"steps={STEPS}", "schedule=cosine", "schedule.warmup_steps=4", "eval.every=5", "eval.batches=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+def named(config, folder, name):
+    return replace(config, run_dir=str(folder / name))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ranks, folder):
+    """Twenty steps on two ranks, never stopped."""
+    config = named(with_layout(small_config(folder, *OVERRIDES), 2, zero=2), folder, "uninterrupted")
+    states = ranks.run(run_train, 2, config)
+    assert states[0] == states[1]
+    assert states[0].step == STEPS
+    return config
+
+
+def test_ten_and_ten_are_twenty_bit_for_bit(ranks, folder, uninterrupted):
+    config = named(uninterrupted, folder, "stopped")
+    for state in ranks.run(run_until, 2, config, 10):
+        assert state.step == 10
+    ranks.run(run_train, 2, config)
+    assert records(config.run_dir) == records(uninterrupted.run_dir)
+    theirs, ours = final_tensors(uninterrupted.run_dir), final_tensors(config.run_dir)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((4, {"zero": 3}), (3, {"zero": 1})),
+        ((3, {"zero": 1}), (1, {"zero": 0})),
+        ((1, {"zero": 3}), (4, {"zero": 2, "replicate": 2})),
+        ((4, {"zero": 0, "replicate": 2}), (2, {"zero": 3})),
+    ],
+    ids=["4 ranks to 3", "3 to 1", "1 to 2x2", "stage 0 on 4 to stage 3 on 2"],
+)
+def test_a_run_goes_on_on_another_layout(ranks, folder, uninterrupted, before, after, request):
+    name = f"moved-{request.node.callspec.id}"
+    base = named(small_config(folder, *OVERRIDES), folder, name)
+    for (world, degrees), stop_at in ((before, 7), (after, STEPS + 1)):
+        ranks.run(run_until, world, with_layout(base, world, **degrees), stop_at)
+    ours, theirs = np.array(records(base.run_dir)), np.array(records(uninterrupted.run_dir))
+    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE)
+    reference = final_tensors(uninterrupted.run_dir)
+    for key, tensor in final_tensors(base.run_dir).items():
+        assert relative_error(tensor, reference[key]) <= TOLERANCE, key
+
+
+def test_the_record_of_a_step_and_the_manifest(uninterrupted):
+    lines = read_metrics(Path(uninterrupted.run_dir))
+    assert [record["step"] for record in lines] == list(range(1, STEPS + 1))
+    keys = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "step_seconds", "data_seconds"}
+    assert keys | {"peak_memory_bytes"} <= lines[0].keys()
+    assert [record["step"] for record in lines if "eval_loss" in record] == [5, 10, 15, 20]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    checkpoint = Path(uninterrupted.run_dir) / "checkpoints" / f"step-{STEPS:08d}"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert manifest["step"] == STEPS
+    assert manifest["tokens"] == STEPS * 24 * 13
+    assert manifest["layout"]["world_size"] == 2
+    assert {"config", "data"} == manifest["fingerprint"].keys()
+    assert set(manifest["files"]) == {p.name for p in checkpoint.iterdir()} - {"manifest.json"}
+
+
+def test_evaluation_is_the_same_on_every_layout(ranks, folder, uninterrupted):
+    config = named(with_layout(small_config(folder, *OVERRIDES), 3, zero=0), folder, "evaluated")
+    ranks.run(run_train, 3, config)
+    ours, theirs = ([r["eval_loss"] for r in read_metrics(Path(c.run_dir)) if "eval_loss" in r] for c in (config, uninterrupted))
+    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE)
+
+
+def test_a_complete_run_is_left_as_it_is(ranks, folder, uninterrupted):
+    before = (Path(uninterrupted.run_dir) / "metrics.jsonl").read_bytes()
+    assert all(state.step == STEPS for state in ranks.run(run_train, 2, uninterrupted))
+    assert (Path(uninterrupted.run_dir) / "metrics.jsonl").read_bytes() == before
+
+
+def test_only_the_newest_checkpoints_stay(ranks, folder):
+    config = named(small_config(folder, "steps=8", "checkpoint.every=2", "checkpoint.keep=2"), folder, "pruned")
+    ranks.run(run_train, 2, with_layout(config, 2))
+    assert sorted(p.name for p in (folder / "pruned/checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_fp16_skips_an_overflow_everywhere_and_counts_it(ranks, folder, zero):
+    options = ("precision=fp16", "precision.initial_scale=2.68e8", "precision.growth_every=1000", "steps=14")
+    counts = []
+    for world in (1, 3):
+        config = named(with_layout(small_config(folder, *options), world, zero=zero), folder, f"fp16-{zero}-{world}")
+        states = ranks.run(run_train, world, config)
+        assert all(state == states[0] for state in states)
+        lines = read_metrics(Path(config.run_dir))
+        skipped = [record for record in lines if record["grad_norm"] is None]
+        assert 0 < len(skipped) == states[0].loss_scale.skipped < len(lines)
+        assert states[0].updates == len(lines) - len(skipped)
+        assert lines[0]["loss_scale"] / lines[-1]["loss_scale"] == 2 ** len(skipped)
+        # What was skipped changed nothing: the same first loss-bearing weights serve the next step.
+        assert lines[-1]["loss"] < lines[0]["loss"]
+        counts.append(len(skipped))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_other_precisions_stay_near_float64(ranks, folder, uninterrupted, precision):
+    options = (f"precision={precision}", *(["precision.initial_scale=1024.0"] if precision == "fp16" else []))
+    config = named(with_layout(small_config(folder, *OVERRIDES, *options), 2, zero=3), folder, precision)
+    ranks.run(run_train, 2, config)
+    ours, theirs = (np.array([r["loss"] for r in read_metrics(Path(c.run_dir))]) for c in (config, uninterrupted))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4 if precision == "fp32" else 3e-2)
+    assert all(tensor.dtype == torch.float32 for tensor in final_tensors(config.run_dir).values())
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_spoilt(ranks, folder):
+    config = named(small_config(folder, "optim.lr=1e200", "steps=5", "clip_norm=0"), folder, "nan")
+    with pytest.raises(RankFailure, match=r"FloatingPointError: step \d: the gradient norm is not a number"):
+        ranks.run(run_train, 2, with_layout(config, 2))
+
+
+def test_compiled_blocks_give_the_same_run(ranks, folder, uninterrupted):
+    config = named(with_layout(small_config(folder, *OVERRIDES, "compile=true"), 1, zero=2), folder, "compiled")
+    ranks.run(run_train, 1, config)
+    np.testing.assert_allclose(np.array(records(config.run_dir)), np.array(records(uninterrupted.run_dir)), rtol=TOLERANCE)
