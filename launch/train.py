@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = resolve(options.overrides, workers)
         lock = lock_run(Path(config.run_dir))
-    except ValueError as refusal:
+    except (ValueError, OSError) as refusal:
         announce(workers, None)
         print(f"refused: {refusal}", file=sys.stderr, flush=True)
         return 2
@@ -74,7 +74,8 @@ def _worker() -> int:
     return main()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The process: ends with the exit code of `main`, at once where it failed."""
     try:
         code = _worker()
     except Exception:
@@ -83,3 +84,7 @@ if __name__ == "__main__":
         # Not sys.exit: threads and destructors of a broken process group can wait for peers that wait for us.
         os._exit(1)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,5 +1,6 @@
 """Where metrics go beside metrics.jsonl: nowhere, Weights & Biases, or TensorBoard. Only rank 0 has one."""
 
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -52,7 +53,7 @@ class _WandbTracker:
         # The id makes a resumed run the same run; it is kept beside the metrics.
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(uuid.uuid4().hex[:8])
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,

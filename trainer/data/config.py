@@ -22,7 +22,7 @@ class Text:
     tokenizer.json. `end_of_text`: the tokenizer's token that ends a document; none by default."""
 
     name: Literal["text"] = "text"
-    files: list[str] = field(default_factory=list)
+    files: str | list[str] = field(default_factory=list)
     tokenizer: str = "bytes"
     end_of_text: str | None = None
     mask_documents: bool = False
@@ -36,7 +36,7 @@ class Tokens:
     token that ends a document in a raw file."""
 
     name: Literal["tokens"] = "tokens"
-    files: list[str] = field(default_factory=list)
+    files: str | list[str] = field(default_factory=list)
     dtype: TokenDtype = "uint16"
     separator: int | None = None
     mask_documents: bool = False
@@ -48,7 +48,7 @@ class Hf:
     """A local Hugging Face dataset folder: .parquet, .arrow, .jsonl or .jsonl.gz files with the text in `column`."""
 
     name: Literal["hf"] = "hf"
-    files: list[str] = field(default_factory=list)
+    files: str | list[str] = field(default_factory=list)
     column: str = "text"
     tokenizer: str = "bytes"
     end_of_text: str | None = None

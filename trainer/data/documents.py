@@ -33,10 +33,11 @@ def stdlib_files(root: Path) -> list[Path]:
     return found
 
 
-def find_files(patterns: list[str], endings: tuple[str, ...]) -> list[Path]:
-    """The files that `patterns` name: a file is itself, a folder all files below it with one of `endings`, anything
+def find_files(files: str | list[str], endings: tuple[str, ...]) -> list[Path]:
+    """The files that `files` names, a pattern or a list: a file is itself, a folder all files below it with one of `endings`, anything
     else a glob. Each once, sorted within a pattern. Raises ValueError where a pattern names none."""
-    if not patterns:
+    patterns = [files] if isinstance(files, str) else files
+    if not any(patterns):
         raise ValueError("data.files is empty; give a path, a folder or a glob, or a list of them")
     found: dict[Path, None] = {}
     for pattern in patterns:

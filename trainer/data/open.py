@@ -82,7 +82,8 @@ def _open_tokens(config: Tokens, seq_len: int) -> Data:
 
 
 def _token_files(config: Tokens) -> list[Path]:
-    folders = [Path(f).expanduser() for f in config.files]
+    files = [config.files] if isinstance(config.files, str) else config.files
+    folders = [Path(f).expanduser() for f in files]
     if folders and all((folder / "meta.json").is_file() for folder in folders):
         return folders
     return find_files(config.files, (".bin",))

@@ -1,0 +1,132 @@
+"""The command itself, under a real torchrun: refusals, errors, signals, a killed worker."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from parity import small_config
+from runs import SAME_EVERYWHERE, records
+
+from rowwise.trainer.config import tree_of
+from rowwise.trainer.metrics import read_metrics
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def overrides_of(folder: Path, *more: str) -> list[str]:
+    """The small configuration of the parity harness as command-line overrides."""
+    tree = tree_of(small_config(folder))
+    model = [f"model.{key}={tree['model'][key]}" for key in ("layers", "dim", "heads", "kv_heads", "ffn_dim", "vocab_size")]
+    data = ["data=tokens", f"data.files={tree['data']['files'][0]}", "data.separator=0", "data.mask_documents=true"]
+    rest = ["batch.global_size=8", "batch.micro_size=2", "batch.seq_len=13", "eval.every=0", "sample.tokens=0", "log_every=1"]
+    return [f"run_dir={folder}/run", *model, *data, *rest, *more]
+
+
+def command(workers: int, *program: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers), *program]
+
+
+def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
+    log = (folder / "log").open("ab")
+    environment = {**os.environ, **ENVIRONMENT}
+    return subprocess.Popen(arguments, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def run(folder: Path, arguments: list[str]) -> tuple[int, str]:
+    done = subprocess.run(
+        arguments, cwd=folder, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def await_steps(folder: Path, steps: int, job: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while len(read_metrics(folder / "run")) < steps:
+        assert job.poll() is None, (folder / "log").read_text()[-3000:]
+        assert time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
+        time.sleep(0.01)
+
+
+def test_a_refusal_is_one_line_from_rank_zero_alone(tmp_path):
+    code, said = run(tmp_path, command(2, "-m", "rowwise.launch.train", "optim.lrr=3"))
+    assert code != 0
+    lines = [line for line in said.splitlines() if "refused" in line]
+    assert lines == ["refused: unknown key optim.lrr: optim has betas, eps, lr, name, weight_decay; did you mean optim.lr?"]
+    assert "Traceback (most recent call last):\n  File" not in said.split("torch/distributed")[0]
+    assert re.search(r"exitcode *: *2 ", said), said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_process_needs_no_torchrun(tmp_path):
+    program = [sys.executable, "-m", "rowwise.launch.train"]
+    code, said = run(tmp_path, [*program, *overrides_of(tmp_path, "steps=3")])
+    assert code == 0, said
+    assert len(read_metrics(tmp_path / "run")) == 3
+    assert run(tmp_path, [*program, "steps=0"])[0] == 2
+
+
+FAILING = """
+import sys
+from rowwise.launch import train as launch
+from rowwise.trainer import train as trainer
+
+compute = trainer.compute_gradients
+def fail_on_rank_one(model, batches, mesh, *rest, **options):
+    if mesh.rank == 1:
+        raise RuntimeError("the second rank has had enough")
+    return compute(model, batches, mesh, *rest, **options)
+trainer.compute_gradients = fail_on_rank_one
+launch.run()
+"""
+
+
+def test_an_error_on_one_rank_ends_the_job_with_its_traceback(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    started = time.monotonic()
+    code, said = run(tmp_path, command(2, "failing.py", *overrides_of(tmp_path, "steps=50")))
+    assert code == 1
+    assert time.monotonic() - started < 60
+    assert "RuntimeError: the second rank has had enough" in said
+    assert "fail_on_rank_one" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(tmp_path, number):
+    arguments = command(2, "-m", "rowwise.launch.train", *overrides_of(tmp_path, "steps=400", "checkpoint.every=0"))
+    job = start(tmp_path, arguments)
+    await_steps(tmp_path, 3, job)
+    for worker in psutil.Process(job.pid).children():
+        if "rowwise.launch.train" in " ".join(worker.cmdline()):
+            worker.send_signal(number)
+            break
+    assert job.wait(60) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert "asked to stop: saved step" in (tmp_path / "log").read_text()
+    stopped_at = len(read_metrics(tmp_path / "run"))
+    assert 3 <= stopped_at < 400
+    code, said = run(tmp_path, [*arguments, f"steps={stopped_at + 5}"])
+    assert code == 0, said
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(1, stopped_at + 6))
+
+
+def test_a_worker_killed_under_torchrun(tmp_path):
+    arguments = command(2, "-m", "rowwise.launch.train", *overrides_of(tmp_path, "steps=60", "checkpoint.every=5"))
+    job = start(tmp_path, arguments)
+    await_steps(tmp_path, 12, job)
+    victim = [w for w in psutil.Process(job.pid).children() if "rowwise.launch.train" in " ".join(w.cmdline())][-1]
+    victim.kill()
+    assert job.wait(60) != 0
+    assert len(read_metrics(tmp_path / "run")) < 60
+    code, said = run(tmp_path, arguments)
+    assert code == 0, said
+    assert "resumed from" in said
+    interrupted = records(tmp_path / "run")
+    code, said = run(tmp_path, [*arguments, f"run_dir={tmp_path}/whole"])
+    assert code == 0, said
+    assert interrupted == records(tmp_path / "whole")
+    assert len(interrupted[0]) == len(SAME_EVERYWHERE)

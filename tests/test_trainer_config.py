@@ -1,0 +1,181 @@
+"""Every configuration file is composed and run; every wrong one is refused with a line that helps."""
+
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import yaml
+from parity import small_config, write_tokens
+from runs import run_train
+
+from rowwise.launch import train as launch
+from rowwise.launch.compose import GROUPS, compose_tree
+from rowwise.optim.build import OPTIMIZERS
+from rowwise.optim.schedules import SCHEDULES
+from rowwise.parallel.mesh import ParallelConfig
+from rowwise.parallel.precision import PRECISIONS
+from rowwise.trainer.config import TrainConfig, check, config_from_tree, tree_of
+from rowwise.trainer.data.config import SOURCES
+from rowwise.trainer.manifest import CheckpointConfig
+from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.models.decoder import ModelConfig
+from rowwise.trainer.prepare import lock_run, prepare
+from rowwise.trainer.tracker import TRACKERS
+
+CONF = Path(__file__).parents[1] / "conf"
+FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))
+SHORT = ["steps=2", "batch.global_size=4", "batch.micro_size=2", "batch.seq_len=16", "eval.batches=1", "sample.tokens=2"]
+# A preset of a large model runs with its own options at a small size.
+SMALL = ["model.layers=1", "model.dim=32", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=24", "model.vocab_size=300"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder that every data source can read something of."""
+    folder = tmp_path_factory.mktemp("text")
+    for n in range(40):
+        (folder / f"{n}.txt").write_text(f"Document {n}: " + "to be or not to be. " * (n + 5))
+    rows = "".join(f'{{"text": "row {n} {"and so on " * 20}"}}\n' for n in range(40))
+    (folder / "rows.jsonl").write_text(rows)
+    write_tokens(folder)
+    return folder
+
+
+def data_overrides(choice: str, folder: Path) -> list[str]:
+    files = {"text": folder, "hf": folder, "tokens": folder / "tokens.bin"}
+    found = [f"data.files={files[choice]}", "data.holdout=0.3"] if choice in files else []
+    return [f"data={choice}", *found, *(["sample.tokens=0"] if choice == "tokens" else [])]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_config_file_is_composed_and_run(ranks, tmp_path, text, file):
+    group, choice = file.split("/")
+    overrides = [f"{group}={choice}", *SMALL, *SHORT, f"run_dir={tmp_path}/run"]
+    if group == "data":
+        overrides += data_overrides(choice, text)
+    if file == "tracker/wandb":
+        overrides.append("tracker.mode=offline")
+    config = prepare(config_from_tree(compose_tree(overrides)), 1)
+    ranks.run(run_train, 1, config)
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_config_file_holds_all_keys_of_its_dataclass(file):
+    group, choice = file.split("/")
+    if group == "experiment":
+        assert (CONF / f"{file}.yaml").read_text().startswith("# @package _global_")
+        return
+    classes = {
+        "model": ModelConfig, "parallel": ParallelConfig, "checkpoint": CheckpointConfig,
+        **{f"{name}/{key}": value for name, table in
+           {"data": SOURCES, "optim": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS, "tracker": TRACKERS}.items()
+           for key, value in table.items()},
+    }  # fmt: skip
+    expected = classes.get(group) or classes[file]
+    assert yaml.safe_load((CONF / f"{file}.yaml").read_text()).keys() == {f.name for f in fields(expected)}
+
+
+def test_every_group_has_a_folder_and_every_choice_a_file():
+    assert {path.name for path in CONF.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(GROUPS)
+    for group, table in (("data", SOURCES), ("schedule", SCHEDULES), ("precision", PRECISIONS), ("tracker", TRACKERS)):
+        assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(table)
+
+
+def test_a_configuration_survives_the_way_to_the_other_ranks():
+    config = config_from_tree(compose_tree(["schedule=wsd", "precision=fp16", "data=text", "data.files=[a,b]"]))
+    assert config_from_tree(tree_of(config)) == config
+    assert isinstance(config, TrainConfig)
+    assert asdict(config)["data"]["files"] == ["a", "b"]
+
+
+REFUSED = {
+    "unknown key": (["optim.learning_rate=1"], r"unknown key optim.learning_rate: optim has betas, eps, lr, name, weight_decay"),
+    "misspelt key": (["batch.micro_sise=1"], r"unknown key batch.micro_sise: .*did you mean batch.micro_size\?"),
+    "added key": (["+model.depth=3"], r"unknown key model.depth: model has .*layers"),
+    "key of another choice": (["data=text", "data.separator=0"], r"unknown key data.separator: data has .*tokenizer"),
+    "wrong type": (["batch.seq_len=long"], r"batch.seq_len='long': input should be a valid integer"),
+    "fraction for a whole number": (["steps=2.5"], r"steps=2.5: .*valid integer"),
+    "wrong type in a choice": (["schedule=wsd", "schedule.warmup_steps=a"], r"schedule.warmup_steps='a': .*integer"),
+    "unknown choice": (["optim=sgd"], r"optim/sgd.*Available options.*adamw"),
+    "unknown name": (["precision.name=fp8"], r"precision.name='fp8': possible are 'fp64', 'fp32', 'bf16', 'fp16'"),
+    "not an override": (["steps"], r"steps"),
+    "no steps": (["steps=0"], r"steps=0: a run has at least 1 step"),
+    "heads": (["model.heads=3"], r"model.dim=256 is not divisible by model.heads=3; give a multiple of 3, or model.head_dim"),
+    "key/value heads": (["model.kv_heads=3"], r"model.kv_heads=3; possible for kv_heads are \[1, 2, 4\]"),
+    "odd head dim": (["model.head_dim=31"], r"head dim is 31: .*must be even"),
+    "batch": (["batch.global_size=20"], r"batch.global_size=20 does not divide into 2 .*batch.micro_size=8; .*\[16, 32\]"),
+    "degrees": (["parallel.shard=3"], r"replicate=1 x parallel.shard=3 = 3 workers, but the world size is 2"),
+    "replicate": (["parallel.replicate=3"], r"parallel.replicate=3 does not divide the world size 2; possible are \[1, 2\]"),
+    "pipeline": (["parallel.pipeline=2"], r"parallel.pipeline=2: not built yet"),
+    "ulysses": (["parallel.ulysses=2"], r"parallel.ulysses=2: not built yet"),
+    "backend": (["parallel.backend=accelerate"], r"parallel.backend='accelerate': input should be 'torch'"),
+    "zero": (["parallel.zero=4"], r"parallel.zero=4: possible are 0, 1, 2 and 3"),
+    "learning rate": (["optim.lr=0"], r"optim.lr=0.*above 0"),
+    "betas": (["optim.betas=[0.9]"], r"optim.betas=\[0.9\]: two numbers"),
+    "schedule too long": (["schedule=wsd", "schedule.decay_steps=500"], r"take 500 steps and the run has 200"),
+    "annealing": (["schedule=infinite", "schedule.anneal_steps=5"], r"without schedule.anneal_at"),
+    "held-out share": (["data.holdout=1"], r"data.holdout=1.*share from 0 to below 1"),
+    "nothing held out": (["data.holdout=0"], r"eval.every is on and data.holdout=0"),
+    "no files": (["data=text"], r"data.files is empty; give a path, a folder or a glob"),
+    "missing file": (["data=text", "data.files=/nowhere/*.txt"], r"/nowhere/\*.txt names no file"),
+    "missing tokenizer": (["data=text", "data.files={folder}", "data.tokenizer=/no.json"], r"tokenizer=/no.json: no such file"),
+    "no tokenizer file": (["data=text", "data.files={folder}", "data.tokenizer={folder}/0.txt"], r"not a tokenizer.json"),
+    "vocabulary": (["model.vocab_size=100"], r"go up to 255, but model.vocab_size=100; give model.vocab_size=256 or more"),
+    "tokens beyond the vocabulary": (
+        ["data=tokens", "data.files={folder}/tokens.bin", "model.vocab_size=50", "sample.tokens=0"],
+        r"go up to 60, but model.vocab_size=50",
+    ),
+    "too little data": (["data=text", "data.files={folder}/0.txt", "batch.seq_len=9999", "data.holdout=0", "eval.every=0"],
+                        r"one sample takes batch.seq_len \+ 1 = 10000"),
+    "column": (["data=hf", "data.files={folder}/rows.jsonl", "data.column=body"], r"no text in column 'body'; its columns are text"),
+    "sampling tokens": (["data=tokens", "data.files={folder}/tokens.bin"], r"has no tokenizer to write with"),
+    "resume": (["resume=/nowhere"], r"resume=/nowhere: no checkpoint there; give auto, never, or the path"),
+    "run directory": (["run_dir=/dev/null/run"], r"run_dir=/dev/null/run cannot be written .*give another run_dir"),
+    "init_from": (["model.init_from=/nowhere"], r"model.init_from=/nowhere: .*No such file.*give a Hugging Face folder"),
+    "keep": (["checkpoint.keep=-1"], r"checkpoint.keep=-1"),
+    "clip": (["clip_norm=-1"], r"clip_norm=-1"),
+    "name": (["name=a/b"], r"name='a/b'"),
+    "tracker": (["tracker=wandb", "tracker.mode=on"], r"tracker.mode=.*'online' or 'offline'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals(text, tmp_path, what, capsys, monkeypatch):
+    """As a user meets them: one line, exit code 2, and nothing left on disk."""
+    monkeypatch.chdir(tmp_path)
+    overrides, message = REFUSED[what]
+    overrides = [override.replace("{folder}", str(text)) for override in overrides]
+    told: list = []  # what the other worker hears through the store
+    monkeypatch.setattr(launch, "workers_from_environment", lambda: launch.Workers(rank=0, world_size=2))
+    monkeypatch.setattr(launch, "announce", lambda workers, tree: told.append(tree))
+    assert launch.main(overrides) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(message, said), said
+    assert said.startswith("refused: ")
+    assert "\n" not in said
+    assert told == [None]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_model_or_other_data_is_refused(ranks, tmp_path):
+    base = ["steps=2", "checkpoint.every=1"]
+    ranks.run(run_train, 1, check(small_config(tmp_path, *base), 1))
+    cases = {
+        ("model.layers=3",): r"is of another model: model.layers=2 there and 3 here",
+        ("seed=5",): r"read other data: seed=0 there and 5 here; give another name",
+        ("batch.seq_len=12",): r"batch.seq_len=13 there and 12 here",
+        ("resume=never",): r"resume=never, but run_dir=.* already holds a run",
+    }
+    for overrides, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            prepare(small_config(tmp_path, *base, *overrides), 1)
+    onwards = small_config(tmp_path, "steps=4", "seed=5", f"resume={tmp_path}/run", f"run_dir={tmp_path}/next")
+    assert ranks.run(run_train, 1, prepare(onwards, 1))[0].step == 4
+    assert [record["step"] for record in read_metrics(tmp_path / "next")] == [3, 4]
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path):
+    with lock_run(tmp_path), pytest.raises(ValueError, match="in use by another run"):
+        lock_run(tmp_path)
