@@ -1,0 +1,72 @@
+"""The architecture: imports run one way, the namespace stays clean, a worker's import stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BELOW = {
+    "launch": {"trainer", "parallel", "optim", "kernels"},
+    "trainer": {"parallel", "optim", "kernels"},
+    "parallel": {"kernels"},
+    "optim": {"kernels"},
+    "kernels": set(),
+}
+FILES = sorted(path for room in BELOW for path in (ROOT / room).rglob("*.py"))
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_imports_only_rooms_below_it(path):
+    room = path.relative_to(ROOT).parts[0]
+    for name in imports_of(path):
+        parts = name.split(".")
+        assert parts[0] not in BELOW and parts[0] != "conf", f"{path}: bare import of {name}"
+        if parts[0] == "rowwise":
+            assert parts[1] == room or parts[1] in BELOW[room], f"{path}: {room} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_hydra_and_the_environment_stay_in_launch(path):
+    room = path.relative_to(ROOT).parts[0]
+    if room == "launch":
+        return
+    assert not {name.split(".")[0] for name in imports_of(path)} & {"hydra"}
+    if path.name != "dispatch.py":  # ROWWISE_KERNELS is for debugging kernels, not an argument of a run
+        assert "environ" not in path.read_text()
+
+
+def in_a_process(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], cwd="/", capture_output=True, text=True, check=True).stdout
+
+
+def test_a_workers_import_is_light():
+    """And no room is importable under its bare name, which would hide packages of that name."""
+    modules = set(in_a_process("import rowwise.launch.train, sys; print(*sys.modules)").split())
+    assert not modules & {"deepspeed", "transformers", "wandb", "matplotlib", "accelerate", "pyarrow", "tokenizers"}
+    assert not modules & {*BELOW, "conf"}
+
+
+def test_schedules_need_no_torch():
+    assert in_a_process("import rowwise.optim.schedules, sys; print('torch' in sys.modules)").strip() == "False"
+
+
+def test_no_path_of_a_machine_and_no_registry_host_in_the_repository():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        text = (ROOT / name).read_text(errors="ignore")
+        for word in ("pypi" + ".org", "download.pytorch" + ".org", "/ro" + "ot/", "/wo" + "rk/"):
+            assert word not in text, f"{name} names {word}"
