@@ -26,6 +26,8 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p build/types/rowwise
+	for room in conf kernels launch optim parallel trainer; do ln -sfn ../../../$$room build/types/rowwise/$$room; done
 	$(BIN)/mypy
 
 clean:

@@ -14,8 +14,9 @@ import hashlib
 import math
 
 import torch
-from rowwise.kernels.dispatch import use_triton
 from torch import Tensor
+
+from rowwise.kernels.dispatch import use_triton
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

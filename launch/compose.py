@@ -6,8 +6,8 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rowwise.trainer.config import unknown_key
 
+from rowwise.trainer.config import unknown_key
 
 GROUPS = ("model", "data", "optim", "schedule", "parallel", "precision", "checkpoint", "tracker", "experiment")
 
@@ -20,7 +20,7 @@ def compose_tree(overrides: list[str]) -> dict[str, Any]:
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(_explain(error, overrides)) from None
     assert isinstance(tree, dict)
-    return tree
+    return {str(key): value for key, value in tree.items()}
 
 
 def _explain(error: BaseException, overrides: list[str]) -> str:

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
 from rowwise.trainer.config import unknown_key
 from rowwise.trainer.data.tokenizer import open_tokenizer
 from rowwise.trainer.manifest import damage, find_checkpoints, read_manifest, step_folder
 from rowwise.trainer.models.decoder import ModelConfig
 from rowwise.trainer.models.huggingface import parameter_shapes, their_config, write_folder
 from rowwise.trainer.models.rope import RopeScaling
-from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,13 +14,14 @@ import traceback
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.workers import announce, hear, workers_from_environment
 from rowwise.parallel.mesh import Workers
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.prepare import lock_run, prepare
 from rowwise.trainer.train import train
-from torch.distributed.elastic.multiprocessing.errors import record
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,8 +8,9 @@ import json
 import os
 from typing import Any
 
-from rowwise.parallel.mesh import Workers
 from torch.distributed import rendezvous
+
+from rowwise.parallel.mesh import Workers
 
 _KEY = "rowwise/config"
 _PATIENCE = datetime.timedelta(hours=4)  # rank 0 may have a corpus to tokenize first

@@ -76,7 +76,7 @@ class AdamW(torch.optim.Optimizer):
                 self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None):
         """Applies the rule to every parameter that has a gradient."""
         assert closure is None
         beta1, beta2 = self.config.betas

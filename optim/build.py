@@ -1,8 +1,9 @@
 """Parameter names -> groups -> optimizer."""
 
 import torch
-from rowwise.optim.adamw import AdamW, AdamWConfig
 from torch import Tensor, nn
+
+from rowwise.optim.adamw import AdamW, AdamWConfig
 
 OptimConfig = AdamWConfig
 OPTIMIZERS: dict[str, type] = {"adamw": AdamWConfig}

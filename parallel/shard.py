@@ -18,11 +18,12 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from rowwise.parallel.mesh import Mesh
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from rowwise.parallel.mesh import Mesh
 
 
 def shard_model(
@@ -33,7 +34,7 @@ def shard_model(
     states = mesh.states if mesh.states.size(0) > 1 else mesh.states["shard"]
     for part in parts:
         keep = zero < 3 or part is parts[-1]
-        fully_shard(part if len(part) > 1 else part[0], mesh=states, mp_policy=policy, reshard_after_forward=not keep)  # type: ignore[arg-type]
+        fully_shard(part if len(part) > 1 else part[0], mesh=states, mp_policy=policy, reshard_after_forward=not keep)
     fully_shard(model, mesh=states, mp_policy=policy, reshard_after_forward=False)
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
@@ -71,8 +72,9 @@ def row_offset(tensor: Tensor) -> int:
     return offset[0] if tensor.to_local().numel() else tensor.size(0)
 
 
-def begin_micro_batch(model: FSDPModule, zero: int, last: bool) -> None:
+def begin_micro_batch(model: nn.Module, zero: int, last: bool) -> None:
     """Says whether the coming backward is the last of the step, so that gradients cross ranks when the stage says."""
+    assert isinstance(model, FSDPModule)
     model.set_is_last_backward(last)
     if zero <= 1:
         model.set_requires_gradient_sync(last)

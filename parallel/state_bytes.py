@@ -114,7 +114,9 @@ def predict(parts: list[PartBytes], zero: int, accumulate: int, states_per_param
         gradients = whole
     else:  # with accumulation every shard exists by the last backward; without, those of later parts only
         held = [0 if accumulate == 1 else p.shard for p in parts]
-        gradients = max(p.whole + sum(held[: k + 1]) + sum(q.shard for q in parts[k + 1 :]) for k, p in enumerate(parts))
+        gradients = max(
+            p.whole + sum(held[: k + 1]) + sum(q.shard for q in parts[k + 1 :]) for k, p in enumerate(parts)
+        )
     return StateBytes(
         shards=shard,
         gathered=max(p.whole for p in parts) if zero == 3 else whole,
@@ -151,5 +153,5 @@ def _storage_bytes(tensors: Iterable[Tensor | None]) -> int:
         # Not `local`: that is an operation, which PeakStates would measure in turn.
         t = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
         if t.untyped_storage().size():
-            seen[(t.untyped_storage().data_ptr(), t.storage_offset())] = t.numel() * t.itemsize
+            seen[(t.untyped_storage().data_ptr(), int(t.storage_offset()))] = t.numel() * t.itemsize
     return sum(seen.values())

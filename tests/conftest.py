@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankPool
 
+from ranks import RankPool
 
 # One thread in this process as in every rank: on busy cores torch's own threads wait for one another.
 torch.set_num_threads(1)

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer, set_lr
 from rowwise.parallel.mesh import Workers, make_mesh
@@ -23,8 +26,6 @@ from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.step import compute_gradients
 from rowwise.trainer.train import build_model, train_batches
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 TOLERANCE = 1e-9
 VOCABULARY = 61

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 240
@@ -92,6 +93,7 @@ def _work(pipe: Connection, port: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
+
     from rowwise.parallel.mesh import Workers
 
     torch.set_num_threads(1)
@@ -113,7 +115,7 @@ def _work(pipe: Connection, port: int) -> None:
 
 def _load(file: str, name: str) -> Callable[..., Any]:
     """The function `name` of a test module, which is not importable by name."""
-    module_name = os.path.splitext(os.path.basename(file))[0]
+    module_name = Path(file).stem
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, file)
         assert spec is not None and spec.loader is not None

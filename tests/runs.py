@@ -79,7 +79,9 @@ class Job:
     def __init__(self, config: TrainConfig, world_size: int, log: Path):
         context = multiprocessing.get_context("forkserver")
         # `runs` itself cannot be named: in Python 3.11 the server does not know our sys.path.
-        context.set_forkserver_preload(["rowwise.trainer.train", "rowwise.trainer.prepare", "torch.distributed.checkpoint"])
+        context.set_forkserver_preload(
+            ["rowwise.trainer.train", "rowwise.trainer.prepare", "torch.distributed.checkpoint"]
+        )
         self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self.processes = [
             context.Process(target=_rank, args=(rank, world_size, self.store.port, config, log))

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from test_trainer_models_decoder import TOLERANCE, our_logits, some_tokens, their_logits
+from torch import Tensor
+
 from parity import relative_error, small_config, with_layout
 from rowwise.launch import export as module
 from rowwise.launch.export import main
@@ -21,9 +25,6 @@ from rowwise.trainer.data.config import Text
 from rowwise.trainer.models.decoder import Decoder, ModelConfig
 from rowwise.trainer.models.huggingface import INDEX, check_source, parameter_shapes, rows_from
 from rowwise.trainer.train import train
-from safetensors.torch import load_file
-from test_trainer_models_decoder import TOLERANCE, our_logits, some_tokens, their_logits
-from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the tests' own reading
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from parity import small_config
-from runs import SAME_EVERYWHERE, records
 
+from parity import small_config
 from rowwise.trainer.config import tree_of
 from rowwise.trainer.metrics import read_metrics
+from runs import SAME_EVERYWHERE, records
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -22,9 +22,18 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 def overrides_of(folder: Path, *more: str) -> list[str]:
     """The small configuration of the parity harness as command-line overrides."""
     tree = tree_of(small_config(folder))
-    model = [f"model.{key}={tree['model'][key]}" for key in ("layers", "dim", "heads", "kv_heads", "ffn_dim", "vocab_size")]
+    model = [
+        f"model.{key}={tree['model'][key]}" for key in ("layers", "dim", "heads", "kv_heads", "ffn_dim", "vocab_size")
+    ]
     data = ["data=tokens", f"data.files={tree['data']['files'][0]}", "data.separator=0", "data.mask_documents=true"]
-    rest = ["batch.global_size=8", "batch.micro_size=2", "batch.seq_len=13", "eval.every=0", "sample.tokens=0", "log_every=1"]
+    rest = [
+        "batch.global_size=8",
+        "batch.micro_size=2",
+        "batch.seq_len=13",
+        "eval.every=0",
+        "sample.tokens=0",
+        "log_every=1",
+    ]
     return [f"run_dir={folder}/run", *model, *data, *rest, *more]
 
 
@@ -40,7 +49,13 @@ def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
 
 def run(folder: Path, arguments: list[str]) -> tuple[int, str]:
     done = subprocess.run(
-        arguments, cwd=folder, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=120, check=False
+        arguments,
+        cwd=folder,
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -57,7 +72,9 @@ def test_a_refusal_is_one_line_from_rank_zero_alone(tmp_path):
     code, said = run(tmp_path, command(2, "-m", "rowwise.launch.train", "optim.lrr=3"))
     assert code != 0
     lines = [line for line in said.splitlines() if "refused" in line]
-    assert lines == ["refused: unknown key optim.lrr: optim has betas, eps, lr, name, weight_decay; did you mean optim.lr?"]
+    assert lines == [
+        "refused: unknown key optim.lrr: optim has betas, eps, lr, name, weight_decay; did you mean optim.lr?"
+    ]
     assert "Traceback (most recent call last):\n  File" not in said.split("torch/distributed")[0]
     assert re.search(r"exitcode *: *2 ", said), said
     assert not (tmp_path / "runs").exists()

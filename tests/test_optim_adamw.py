@@ -22,7 +22,9 @@ def test_five_steps_are_those_of_the_formula():
     for t in range(1, 6):
         grads = [torch.randn_like(p) for p in params]
         hyper = (0.01 * t, 0.9, 0.95, 1e-8, 0.1)
-        expected = [by_the_formula(*state[:1], g, *state[1:], t, *hyper) for state, g in zip(expected, grads, strict=True)]
+        expected = [
+            by_the_formula(*state[:1], g, *state[1:], t, *hyper) for state, g in zip(expected, grads, strict=True)
+        ]
         adamw_(params, grads, m, v, t, *hyper)
         for ours, theirs in zip(zip(params, m, v, strict=True), expected, strict=True):
             for a, b in zip(ours, theirs, strict=True):

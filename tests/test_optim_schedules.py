@@ -21,8 +21,12 @@ def test_cosine_and_linear_end_at_their_floor():
     middle = 100 + 899 / 2
     assert cosine.factor(999, STEPS) == pytest.approx(0.1)
     assert linear.factor(999, STEPS) == pytest.approx(0.2)
-    assert (cosine.factor(math.floor(middle), STEPS) + cosine.factor(math.ceil(middle), STEPS)) / 2 == pytest.approx(0.55)
-    assert (linear.factor(math.floor(middle), STEPS) + linear.factor(math.ceil(middle), STEPS)) / 2 == pytest.approx(0.6)
+    assert (cosine.factor(math.floor(middle), STEPS) + cosine.factor(math.ceil(middle), STEPS)) / 2 == pytest.approx(
+        0.55
+    )
+    assert (linear.factor(math.floor(middle), STEPS) + linear.factor(math.ceil(middle), STEPS)) / 2 == pytest.approx(
+        0.6
+    )
 
 
 def test_one_cycle_climbs_once_and_falls_once():

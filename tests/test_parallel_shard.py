@@ -1,6 +1,7 @@
 """Law 2 for ZeRO 0 to 3 and hybrid sharding."""
 
 import pytest
+
 from parity import Trace, assert_same, run_layout, run_plain, small_config, with_layout
 
 # world size, parallel.replicate, parallel.shard

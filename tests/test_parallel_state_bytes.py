@@ -1,8 +1,8 @@
 """What each ZeRO stage holds on a rank: measured after every operation of a step, against the stated formula."""
 
 import pytest
-from parity import small_config, with_layout
 
+from parity import small_config, with_layout
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.state_bytes import PeakStates, StateBytes, count_parts, measure, predict

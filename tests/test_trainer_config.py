@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from parity import small_config, write_tokens
-from runs import run_train
 
+from parity import small_config, write_tokens
 from rowwise.launch import train as launch
 from rowwise.launch.compose import GROUPS, compose_tree
 from rowwise.optim.build import OPTIMIZERS
@@ -22,12 +21,27 @@ from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import ModelConfig
 from rowwise.trainer.prepare import lock_run, prepare
 from rowwise.trainer.tracker import TRACKERS
+from runs import run_train
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))
-SHORT = ["steps=2", "batch.global_size=4", "batch.micro_size=2", "batch.seq_len=16", "eval.batches=1", "sample.tokens=2"]
+SHORT = [
+    "steps=2",
+    "batch.global_size=4",
+    "batch.micro_size=2",
+    "batch.seq_len=16",
+    "eval.batches=1",
+    "sample.tokens=2",
+]
 # A preset of a large model runs with its own options at a small size.
-SMALL = ["model.layers=1", "model.dim=32", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=24", "model.vocab_size=300"]
+SMALL = [
+    "model.layers=1",
+    "model.dim=32",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.ffn_dim=24",
+    "model.vocab_size=300",
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +77,7 @@ def test_every_config_file_is_composed_and_run(ranks, tmp_path, text, file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_config_file_holds_all_keys_of_its_dataclass(file):
-    group, choice = file.split("/")
+    group, _choice = file.split("/")
     if group == "experiment":
         assert (CONF / f"{file}.yaml").read_text().startswith("# @package _global_")
         return

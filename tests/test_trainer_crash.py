@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from parity import small_config, with_layout
 from ranks import RankFailure
-from runs import Job, final_tensors, records, run_said, run_train, run_until
-
 from rowwise.trainer.manifest import complete_checkpoints
+from runs import Job, final_tensors, records, run_said, run_train, run_until
 
 KILLS = 24
 

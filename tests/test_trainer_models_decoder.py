@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from parity import relative_error, small_config
 from rowwise.launch.compose import choices, compose_tree
 from rowwise.trainer.config import config_from_tree
@@ -13,7 +15,6 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, parameter_count
 from rowwise.trainer.models.huggingface import parameter_shapes, their_config, their_name
 from rowwise.trainer.models.rope import RopeScaling, rope_frequencies, rope_tables
-from torch import Tensor
 
 TOLERANCE = 1e-5
 

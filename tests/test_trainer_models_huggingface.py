@@ -11,6 +11,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_trainer_models_decoder import (
+    CASES,
+    TOLERANCE,
+    our_logits,
+    some_tokens,
+    their_logits,
+    transformers_model,
+)
+from torch import Tensor
+
 from parity import relative_error, small_config, with_layout
 from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.parallel.shard import local, row_offset
@@ -29,16 +40,6 @@ from rowwise.trainer.models.huggingface import (
 )
 from rowwise.trainer.prepare import prepare
 from rowwise.trainer.train import build_model
-from safetensors.torch import load_file, save_file
-from test_trainer_models_decoder import (
-    CASES,
-    TOLERANCE,
-    our_logits,
-    some_tokens,
-    their_logits,
-    transformers_model,
-)
-from torch import Tensor
 
 FILES = {"one file": "1GB", "several files": "12KB"}
 

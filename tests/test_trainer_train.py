@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from parity import TOLERANCE, relative_error, small_config, with_layout
 from ranks import RankFailure
-from runs import final_tensors, records, run_train, run_until
-
 from rowwise.trainer.metrics import read_metrics
+from runs import final_tensors, records, run_train, run_until
 
 STEPS = 20
 OVERRIDES = (f"steps={STEPS}", "schedule=cosine", "schedule.warmup_steps=4", "eval.every=5", "eval.batches=2")
@@ -88,7 +88,9 @@ def test_the_record_of_a_step_and_the_manifest(uninterrupted):
 def test_evaluation_is_the_same_on_every_layout(ranks, folder, uninterrupted):
     config = named(with_layout(small_config(folder, *OVERRIDES), 3, zero=0), folder, "evaluated")
     ranks.run(run_train, 3, config)
-    ours, theirs = ([r["eval_loss"] for r in read_metrics(Path(c.run_dir)) if "eval_loss" in r] for c in (config, uninterrupted))
+    ours, theirs = (
+        [r["eval_loss"] for r in read_metrics(Path(c.run_dir)) if "eval_loss" in r] for c in (config, uninterrupted)
+    )
     np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE)
 
 
@@ -142,4 +144,6 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_spoilt(ranks, f
 def test_compiled_blocks_give_the_same_run(ranks, folder, uninterrupted):
     config = named(with_layout(small_config(folder, *OVERRIDES, "compile=true"), 1, zero=2), folder, "compiled")
     ranks.run(run_train, 1, config)
-    np.testing.assert_allclose(np.array(records(config.run_dir)), np.array(records(uninterrupted.run_dir)), rtol=TOLERANCE)
+    np.testing.assert_allclose(
+        np.array(records(config.run_dir)), np.array(records(uninterrupted.run_dir)), rtol=TOLERANCE
+    )

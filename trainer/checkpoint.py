@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
 from rowwise.optim.build import named_state
 from rowwise.parallel.mesh import Mesh
 from rowwise.trainer.manifest import (
@@ -23,8 +26,6 @@ from rowwise.trainer.manifest import (
     prune,
     read_manifest,
 )
-from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

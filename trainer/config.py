@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
+
 from rowwise.optim.build import OptimConfig, check_optimizer
 from rowwise.optim.schedules import ScheduleConfig, check_schedule
 from rowwise.parallel.mesh import ParallelConfig, resolve_degrees
@@ -121,7 +122,8 @@ def _refuse_unknown(tree: dict[str, Any], known: dict[str, Any], path: str) -> N
 
 def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
     first = error.errors(include_url=False)[0]
-    path, node = [], tree
+    path: list[str] = []
+    node: Any = tree
     for part in first["loc"]:
         # A union's choice stands in the location as if it were a key.
         if isinstance(node, dict) and part not in node and first["type"] != "missing":

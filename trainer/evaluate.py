@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import release_gathered
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import summed_loss
-from torch import nn
 
 
 @dataclass(frozen=True)

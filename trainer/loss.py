@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
-from torch import Tensor, nn
 
 
 def summed_loss(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
 from rowwise.trainer.config import TrainConfig, check
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.models.huggingface import check_source

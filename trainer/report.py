@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
 from rowwise.parallel.mesh import Mesh
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.console import Console

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from rowwise.parallel.shard import release_gathered
 from torch import nn
+
+from rowwise.parallel.shard import release_gathered
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import begin_micro_batch, clip_factor, gradients, squared_norm
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import summed_loss
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from rowwise.optim.build import build_optimizer, set_lr, set_step
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.precision import initial_loss_scale, master_dtype, next_loss_scale, policy
@@ -28,7 +30,6 @@ from rowwise.trainer.sample import generate
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients
 from rowwise.trainer.stop import StopSignals
-from torch import Tensor
 
 
 def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from rowwise.trainer.data.corpus import IGNORE, Corpus, Sample
 from rowwise.trainer.data.order import sample_indices
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ class MicroBatch:
     documents: Tensor | None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
-        return MicroBatch(move(self.inputs), move(self.labels), move(self.positions), move(self.documents))
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        documents = None if self.documents is None else move(self.documents)
+        return MicroBatch(move(self.inputs), move(self.labels), move(self.positions), documents)
 
 
 def check_batch(config: BatchConfig, data_degree: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 from platformdirs import user_cache_dir
+
 from rowwise.trainer.data.config import Hf, Stdlib, Text
 from rowwise.trainer.data.documents import list_files, read_documents
 from rowwise.trainer.data.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ def write_store(folder: Path, documents: Iterator[bytes], tokenizer: Tokenizer, 
                     starts[split].append(lengths[split])
                     lengths[split] += len(data)
                     content[split].update(data.tobytes() + b"\0end of document\0")
-                    files[split].write(data)
+                    files[split].write(data.data)
     finally:
         for file in files.values():
             file.close()
@@ -98,10 +99,10 @@ def write_store(folder: Path, documents: Iterator[bytes], tokenizer: Tokenizer, 
         np.save(folder / f"{split}.documents.npy", np.asarray(offsets or [0], dtype=np.int64))
     fingerprint = hashlib.sha256("".join(c.hexdigest() for c in content.values()).encode()).hexdigest()
     meta = {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "fingerprint": fingerprint, "tokens": lengths}
-    with (folder / "meta.json").open("w") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    with (folder / "meta.json").open("w") as meta_file:
+        json.dump(meta, meta_file, indent=1)
+        meta_file.flush()
+        os.fsync(meta_file.fileno())
 
 
 def is_held_out(document: bytes, share: float) -> bool:

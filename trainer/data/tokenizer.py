@@ -42,9 +42,12 @@ class FileTokenizer:
             raise ValueError(f"data.tokenizer={path}: not a tokenizer.json ({error})") from None
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest() + f"/{end_of_text}"
-        self._end = [] if end_of_text is None else [self._library.token_to_id(end_of_text)]
-        if None in self._end:
-            raise ValueError(f"data.end_of_text={end_of_text!r}: {path} has no such token")
+        self._end: list[int] = []
+        if end_of_text is not None:
+            token = self._library.token_to_id(end_of_text)
+            if token is None:
+                raise ValueError(f"data.end_of_text={end_of_text!r}: {path} has no such token")
+            self._end = [token]
 
     def encode(self, documents: Sequence[bytes]) -> list[list[int]]:
         texts = [document.decode("utf-8", errors="replace") for document in documents]

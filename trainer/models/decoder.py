@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from rowwise.trainer.models.rope import RopeScaling, rope_tables, rotate
 from torch import Tensor, nn
+
+from rowwise.trainer.models.rope import RopeScaling, rope_tables, rotate
 
 
 @dataclass(frozen=True)

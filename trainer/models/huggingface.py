@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rowwise.trainer.models.decoder import Decoder, ModelConfig
-from rowwise.trainer.models.rope import RopeScaling
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from rowwise.trainer.models.decoder import Decoder, ModelConfig
+from rowwise.trainer.models.rope import RopeScaling
 
 _LAYER_NAMES = {
     "attention_norm": "input_layernorm",

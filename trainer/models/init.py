@@ -8,9 +8,10 @@ Element i of the parameter `name` is element i of the stream (seed, name): a sha
 import math
 from collections.abc import Callable
 
+from torch import Tensor
+
 from rowwise.kernels.philox import normal, stream_key
 from rowwise.trainer.models.decoder import ModelConfig
-from torch import Tensor
 
 
 def standard_deviation(name: str, config: ModelConfig) -> float:

@@ -1,0 +1,136 @@
+"""What a run tells: metrics.jsonl over resumes, the trackers, the console, the sample."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+from parity import small_config, with_layout
+from rowwise.launch.compose import compose_tree
+from rowwise.trainer.config import check, config_from_tree
+from rowwise.trainer.console import Console
+from rowwise.trainer.manifest import CheckpointConfig, begin, commit, complete_checkpoints, file_facts, prune
+from rowwise.trainer.metrics import MetricsLog, model_flops_utilization, read_metrics
+from runs import run_said, run_train, run_until
+
+RECORD = {"step": 1, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 1234.0, "step_seconds": 0.5}
+
+
+def test_opening_the_log_drops_what_a_checkpoint_does_not_cover(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    for step in range(1, 8):
+        log.append({"step": step})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # cut off by a crash
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    log = MetricsLog(tmp_path, 5)
+    log.append({"step": 6})
+    log.sync()
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps({"step": s}) + "\n" for s in range(1, 7))
+
+
+def test_the_console_writes_plain_lines_where_there_is_no_terminal(capsys):
+    console = Console(0, 10, log_every=4)
+    for step in range(1, 11):
+        console.step({**RECORD, "step": step, **({"eval_loss": 1.5} if step == 10 else {})})
+    console.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/10", "4/10", "8/10", "10/10", "10/10"]
+    assert lines[1] == "step 4/10  loss 2.5000  grad norm 1.000  lr 1.00e-03  1,234 tokens/s per worker  0:03 left"
+    assert "held-out loss 1.5000" in lines[-1]
+
+
+def test_the_console_shows_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console(3, 10, log_every=1)
+    console.step({**RECORD, "step": 4, "loss": None, "grad_norm": None})
+    console.say("a word")
+    console.close()
+    shown = terminal.getvalue()
+    assert "4/10" in shown
+    assert "loss overflow" in shown
+    assert "a word" in shown
+
+
+def test_tensorboard_goes_on_where_the_run_does(ranks, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = with_layout(small_config(tmp_path, "tracker=tensorboard", "steps=6"), 2)
+    ranks.run(run_until, 2, config, 3)
+    ranks.run(run_train, 2, config)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    losses = {event.step: event.value for event in events.Scalars("loss")}
+    assert losses == pytest.approx({r["step"]: r["loss"] for r in read_metrics(tmp_path / "run")})
+    assert "mfu" not in events.Tags()["scalars"]
+
+
+def test_wandb_offline_keeps_one_run_over_a_resume(ranks, tmp_path):
+    config = small_config(tmp_path, "tracker=wandb", "tracker.mode=offline", "steps=6", "checkpoint.every=2")
+    ranks.run(run_until, 2, with_layout(config, 2), 3)
+    name = (tmp_path / "run/wandb_id").read_text()
+    ranks.run(run_train, 2, with_layout(config, 2))
+    assert (tmp_path / "run/wandb_id").read_text() == name
+    folders = list((tmp_path / "run/wandb").glob(f"offline-run-*-{name}"))
+    assert len(folders) >= 1
+    assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == len(folders)
+
+
+def test_the_model_writes_a_sample_at_the_end_on_every_layout(ranks, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, " * 400)
+    said = []
+    for world, zero in ((1, 1), (2, 3)):
+        tree = ["data=text", f"data.files={text}", "data.holdout=0", "data.mask_documents=false", "model.vocab_size=256",
+                "sample.tokens=12", "sample.prompt=to", f"run_dir={tmp_path}/{world}", "steps=2"]  # fmt: skip
+        base = ["precision=fp64", "schedule=constant", "model.layers=1", "model.dim=16", "model.heads=2", "model.ffn_dim=16",
+                "model.kv_heads=1", "batch.global_size=4", "batch.micro_size=2", "batch.seq_len=16", "eval.every=0"]  # fmt: skip
+        config = check(config_from_tree(compose_tree([*base, *tree, f"parallel.zero={zero}"])), world)
+        outputs = ranks.run(run_said, world, config)
+        said.append(outputs[0].split("the model writes:\n")[1])
+        assert all(output == "" for output in outputs[1:])
+    assert said[0] == said[1]
+    assert said[0].startswith("to")
+
+
+def test_a_checkpoint_exists_once_it_is_complete(tmp_path):
+    def save(step: int) -> None:
+        folder = begin(tmp_path, step)
+        (folder / "data").write_bytes(b"x" * step)
+        commit(folder, {"step": step, "files": {"data": file_facts(folder / "data")}})
+
+    save(1)
+    begin(tmp_path, 2)  # interrupted
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000001"]
+    (tmp_path / "step-00000009").mkdir()  # no manifest
+    save(3)
+    save(100_000_000)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-100000000", "step-00000003", "step-00000001"]
+    save(3)  # again: the old one was damaged, say
+    prune(tmp_path, 2)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-100000000", "step-00000003"]
+    assert not (tmp_path / "step-00000002.incomplete").exists()
+
+
+def test_a_file_that_rank_zero_does_not_see_is_named(tmp_path):
+    folder = begin(tmp_path, 1)
+    with pytest.raises(RuntimeError, match="run_dir must be on a file system that all machines share"):
+        commit(folder, {"files": {"__1_0.distcp": {"bytes": 3, "sha256": ""}}})
+
+
+def test_when_saves_are_due():
+    every, never = CheckpointConfig(every=4), CheckpointConfig(every=0)
+    assert [step for step in range(1, 11) if every.due(step, 10)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if never.due(step, 10)] == [10]
+
+
+def test_no_peak_no_mfu():
+    assert model_flops_utilization(1e12, torch.device("cpu")) is None
