@@ -3,6 +3,7 @@
 Shapes: B sequences, S tokens, D model dim, H query heads, K key/value heads, E head dim, F feed-forward dim, V vocabulary.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -147,6 +148,7 @@ def document_mask(documents_BS: Tensor) -> Tensor:
     return same_BSS.tril()
 
 
+@functools.cache
 def parameter_count(config: ModelConfig) -> tuple[int, int]:
     """(all parameters, those of a matrix that multiplies every token) without building the model."""
     with torch.device("meta"):
