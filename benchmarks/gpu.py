@@ -44,8 +44,8 @@ def check_parity() -> dict[str, Any]:
     of the CPU: the float32 logarithm and cosine of Box-Muller differ between devices in the last place."""
     sys.path.insert(0, str(TESTS))
     import torch.distributed as dist
-    from parity import assert_same, run_layout, run_plain, small_config, with_layout
 
+    from parity import assert_same, run_layout, run_plain, small_config, with_layout
     from rowwise.parallel.mesh import Workers
     from rowwise.trainer.models import init
 

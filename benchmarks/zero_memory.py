@@ -28,7 +28,7 @@ KINDS = ("shards", "gathered", "gradients", "optimizer", "buffers")
 def one_rank(rank: int, ranks: int, port: int, config: TrainConfig, results) -> None:
     """One step of `config`; rank 0 reports its bytes per parameter, between steps, at the peak, and as predicted."""
     torch.set_num_threads(1)
-    mesh = make_mesh(config.parallel, Workers(rank, ranks, rank, dist.TCPStore("localhost", port)))
+    mesh = make_mesh(config.parallel, Workers(rank, ranks, rank, ranks, dist.TCPStore("localhost", port)))
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = build_model(config, mesh)
     parameters = sum(p.numel() for p in model.parameters())

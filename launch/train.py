@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.workers import announce, hear, workers_from_environment
-from rowwise.parallel.mesh import Workers
+from rowwise.parallel.mesh import Workers, pick_device
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.prepare import lock_run, prepare
 from rowwise.trainer.train import train
@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def resolve(overrides: list[str], workers: Workers) -> TrainConfig:
     """On rank 0: overrides to a checked configuration. Raises ValueError."""
+    pick_device(workers.local_world_size - 1)
     return prepare(config_from_tree(compose_tree(overrides)), workers.world_size)
 
 

@@ -21,7 +21,9 @@ def workers_from_environment() -> Workers:
     if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
         return Workers()
     store, rank, world_size = next(rendezvous("env://", timeout=_PATIENCE))
-    return Workers(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)), store)
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Workers(rank, world_size, local_rank, local_world_size, store)
 
 
 def announce(workers: Workers, tree: dict[str, Any] | None) -> None:

@@ -32,11 +32,13 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Workers:
-    """Who this process is among the workers; the launcher makes it. `store` is where they meet (None: one process)."""
+    """Who this process is among all workers and among those of its machine; the launcher makes it. `store`
+    is where they meet (None: one process)."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
     store: dist.Store | None = None
 
 

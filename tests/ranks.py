@@ -104,7 +104,7 @@ def _work(pipe: Connection, port: int) -> None:
         except EOFError:
             return
         try:
-            workers = Workers(rank, world_size, rank, dist.PrefixStore(f"call{call}", store))
+            workers = Workers(rank, world_size, rank, world_size, dist.PrefixStore(f"call{call}", store))
             answer = True, _load(file, name)(workers, *arguments)
         except BaseException:
             answer = False, traceback.format_exc()

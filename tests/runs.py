@@ -123,7 +123,7 @@ def _rank(rank: int, world_size: int, port: int, config: TrainConfig, log: Path)
     sys.stdout = sys.stderr = log.open("a", buffering=1)
     torch.set_num_threads(1)
     try:
-        run_train(Workers(rank, world_size, rank, dist.TCPStore("localhost", port)), config)
+        run_train(Workers(rank, world_size, rank, world_size, dist.TCPStore("localhost", port)), config)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -145,6 +145,7 @@ REFUSED = {
                         r"one sample takes batch.seq_len \+ 1 = 10000"),
     "column": (["data=hf", "data.files={folder}/rows.jsonl", "data.column=body"], r"no text in column 'body'; its columns are text"),
     "sampling tokens": (["data=tokens", "data.files={folder}/tokens.bin"], r"has no tokenizer to write with"),
+    "empty prompt": (["sample.prompt=''"], r"sample.prompt='' has no token to go on from"),
     "resume": (["resume=/nowhere"], r"resume=/nowhere: no checkpoint there; give auto, never, or the path"),
     "run directory": (["run_dir=/dev/null/run"], r"run_dir=/dev/null/run cannot be written .*give another run_dir"),
     "init_from": (["model.init_from=/nowhere"], r"model.init_from=/nowhere: .*No such file.*give a Hugging Face folder"),

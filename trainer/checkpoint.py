@@ -69,6 +69,10 @@ class Saver:
         if under_way is not None:
             under_way.result()
 
+    def close(self) -> None:
+        """Ends the thread, once what it is at is done."""
+        self._thread.shutdown(wait=False)
+
     def _write(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
         group = self._mesh.save_group
         folder = incomplete_folder(self._checkpoints, step)

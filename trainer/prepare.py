@@ -25,6 +25,10 @@ def prepare(config: TrainConfig, world_size: int) -> TrainConfig:
         raise ValueError(
             f"sample.tokens is on and data={config.data.name} has no tokenizer to write with; give sample.tokens=0"
         )
+    if config.sample.tokens and data.tokenizer is not None and not data.tokenizer.encode_prompt(config.sample.prompt):
+        raise ValueError(
+            f"sample.prompt={config.sample.prompt!r} has no token to go on from; give one, or sample.tokens=0"
+        )
     if config.model.init_from is not None:
         check_source(Path(config.model.init_from).expanduser(), config.model)
     find_resume(config, data.train.fingerprint)

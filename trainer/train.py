@@ -39,10 +39,10 @@ def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
     process groups and takes them down. Raises FloatingPointError where the loss is no number.
     """
     mesh = make_mesh(config.parallel, workers or Workers())
-    try:
-        return _train(config, mesh)
-    finally:
-        dist.destroy_process_group()
+    state = _train(config, mesh)
+    # Not where it failed: taking down a group can wait for a peer that is gone.
+    dist.destroy_process_group()
+    return state
 
 
 def _train(config: TrainConfig, mesh: Mesh) -> TrainState:
@@ -56,6 +56,7 @@ def _train(config: TrainConfig, mesh: Mesh) -> TrainState:
     with ExitStack() as stack:
         reporter = stack.enter_context(open_reporter(config, mesh, state, complaints))
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
+        stack.callback(saver.close)
         batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
         stop = stack.enter_context(StopSignals())
         stopping = False
@@ -211,7 +212,7 @@ def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState) 
 def sample_text(config: TrainConfig, mesh: Mesh, model: Decoder, data: Data) -> str:
     """What the model writes after the prompt."""
     assert data.tokenizer is not None
-    prompt = [int(token) for token in data.tokenizer.encode([config.sample.prompt.encode()])[0]]
     choice = config.sample
+    prompt = data.tokenizer.encode_prompt(choice.prompt)
     tokens = generate(model, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh.device)
     return f"the model writes:\n{data.tokenizer.decode(tokens)}"

@@ -99,6 +99,8 @@ class Prefetch:
         self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+        # A thread starts on GPU 0, and pinning would make a context there for every worker of the machine.
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def __enter__(self) -> "Prefetch":
         self._thread.start()
@@ -116,6 +118,8 @@ class Prefetch:
 
     def _fill(self) -> None:
         try:
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)
             for batch in self._batches:
                 if not self._offer(batch):
                     return

@@ -11,7 +11,8 @@ from pathlib import Path
 from rowwise.trainer.data.config import Hf, Stdlib, Text
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-_DATASET_ENDINGS = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".json")
+# Not .json: such files of a saved dataset describe it.
+_DATASET_ENDINGS = (".parquet", ".arrow", ".jsonl", ".jsonl.gz")
 
 
 def list_files(config: Stdlib | Text | Hf) -> list[Path]:

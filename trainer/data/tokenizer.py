@@ -10,7 +10,13 @@ class Tokenizer(Protocol):
     vocab_size: int
     fingerprint: str
 
-    def encode(self, documents: Sequence[bytes]) -> list[list[int]] | list[bytes]: ...
+    def encode(self, documents: Sequence[bytes]) -> list[list[int]] | list[bytes]:
+        """The tokens of whole documents, each with its end."""
+        ...
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The tokens of a text that is to go on."""
+        ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
@@ -23,6 +29,9 @@ class ByteTokenizer:
 
     def encode(self, documents: Sequence[bytes]) -> list[bytes]:
         return list(documents)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
@@ -52,6 +61,9 @@ class FileTokenizer:
     def encode(self, documents: Sequence[bytes]) -> list[list[int]]:
         texts = [document.decode("utf-8", errors="replace") for document in documents]
         return [encoding.ids + self._end for encoding in self._library.encode_batch_fast(texts)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._library.encode(text).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._library.decode(list(tokens))
