@@ -15,6 +15,7 @@ from record import write_record
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import Workers, make_mesh
+from rowwise.parallel.shard import merge_parts
 from rowwise.parallel.state_bytes import PeakStates, count_parts, measure, predict
 from rowwise.trainer.config import TrainConfig, check, config_from_tree
 from rowwise.trainer.data.open import open_data
@@ -32,7 +33,7 @@ def one_rank(rank: int, ranks: int, port: int, config: TrainConfig, results) -> 
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = build_model(config, mesh)
     parameters = sum(p.numel() for p in model.parameters())
-    parts = count_parts(model.parts(), mesh.states["shard"].size())
+    parts = count_parts(merge_parts(model.parts(), config.parallel.zero), mesh.states["shard"].size())
     optimizer = build_optimizer(model, config.optim)
     batches = next(train_batches(config, mesh, data, position=0))
     with PeakStates(model, optimizer) as states:

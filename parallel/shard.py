@@ -25,6 +25,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from rowwise.parallel.mesh import Mesh
 
+BUCKET_BYTES = 25 << 20  # what torch's DistributedDataParallel reduces at once
+
 
 def shard_model(
     model: nn.Module, parts: list[list[nn.Module]], mesh: Mesh, zero: int, policy: MixedPrecisionPolicy
@@ -32,13 +34,30 @@ def shard_model(
     """Splits `model` in place. `parts`, in forward order, are gathered and reduced as one each; what they leave of
     the model is one more. What is used last in the forward is used first in the backward and stays gathered between."""
     states = mesh.states if mesh.states.size(0) > 1 else mesh.states["shard"]
-    for part in parts:
+    for part in parts if len(parts) > 1 else []:  # one part is everything: the root's
         keep = zero < 3 or part is parts[-1]
         fully_shard(part if len(part) > 1 else part[0], mesh=states, mp_policy=policy, reshard_after_forward=not keep)
     fully_shard(model, mesh=states, mp_policy=policy, reshard_after_forward=False)
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def merge_parts(parts: list[list[nn.Module]], zero: int) -> list[list[nn.Module]]:
+    """At stages 0 and 1, neighbouring parts together until each has BUCKET_BYTES: fewer, larger messages, and whole
+    gradients are held anyway. At stages 2 and 3 a part is what is whole at once, so they stay as they are."""
+    if zero >= 2:
+        return parts
+    merged: list[list[nn.Module]] = [[]]
+    for part in parts:
+        if _bytes(merged[-1]) >= BUCKET_BYTES:
+            merged.append([])
+        merged[-1] = merged[-1] + part
+    return merged
+
+
+def _bytes(modules: list[nn.Module]) -> int:
+    return sum(p.numel() * p.itemsize for module in modules for p in module.parameters())
 
 
 def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:

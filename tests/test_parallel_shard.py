@@ -4,6 +4,8 @@ import pytest
 
 from parity import Trace, assert_same, run_layout, run_plain, small_config, with_layout
 
+from rowwise.parallel import shard
+
 # world size, parallel.replicate, parallel.shard
 LAYOUTS = [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, 4), (4, 2, 2), (2, 2, 1)]
 
@@ -24,6 +26,24 @@ def test_three_steps_equal_those_of_one_process(ranks, folder, plain, zero, worl
     config = with_layout(small_config(folder), world, zero=zero, replicate=replicate, shard=shard)
     for trace in ranks.run(run_layout, world, config):
         assert_same(trace, plain)
+
+
+def run_layout_in_small_buckets(workers, config) -> Trace:
+    """The small model in buckets of its own size: three of them, the first of two parts."""
+    whole, shard.BUCKET_BYTES = shard.BUCKET_BYTES, 20_000
+    try:
+        return run_layout(workers, config)
+    finally:
+        shard.BUCKET_BYTES = whole
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("override", ["model.tie_embeddings=true", "model.tie_embeddings=false"])
+def test_many_buckets(ranks, folder, zero, override):
+    config = small_config(folder, override, "model.layers=3")
+    reference = run_plain(config)
+    for trace in ranks.run(run_layout_in_small_buckets, 3, with_layout(config, 3, zero=zero)):
+        assert_same(trace, reference)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

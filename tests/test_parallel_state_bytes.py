@@ -5,6 +5,7 @@ import pytest
 from parity import small_config, with_layout
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import make_mesh
+from rowwise.parallel.shard import merge_parts
 from rowwise.parallel.state_bytes import PeakStates, StateBytes, count_parts, measure, predict
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.step import compute_gradients
@@ -18,7 +19,7 @@ def measure_a_step(workers, config):
     mesh = make_mesh(config.parallel, workers)
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = build_model(config, mesh)
-    parts = count_parts(model.parts(), mesh.states["shard"].size())
+    parts = count_parts(merge_parts(model.parts(), config.parallel.zero), mesh.states["shard"].size())
     optimizer = build_optimizer(model, config.optim)
     batches = next(train_batches(config, mesh, data, position=0))
     places = config.batch.global_size * config.batch.seq_len

@@ -14,7 +14,7 @@ from torch import Tensor
 from rowwise.optim.build import build_optimizer, set_lr, set_step
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.precision import initial_loss_scale, master_dtype, next_loss_scale, policy
-from rowwise.parallel.shard import materialize, shard_model
+from rowwise.parallel.shard import materialize, merge_parts, shard_model
 from rowwise.trainer.checkpoint import Saver, first_sound, load, tensors_of
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import Prefetch, holdout_batches, step_batches
@@ -112,7 +112,8 @@ def build_model(config: TrainConfig, mesh: Mesh) -> Decoder:
     if config.compile:
         for block in model.blocks:
             block.compile()
-    shard_model(model, model.parts(), mesh, config.parallel.zero, policy(config.precision))
+    parallel = config.parallel
+    shard_model(model, merge_parts(model.parts(), parallel.zero), mesh, parallel.zero, policy(config.precision))
     source = config.model.init_from
     rows = random_rows(config.model, config.seed) if source is None else rows_from(Path(source).expanduser())
     materialize(model, mesh.device, rows)
