@@ -38,5 +38,5 @@ def _siblings(key: str, overrides: list[str]) -> list[str]:
     chosen = [override for override in overrides if override.partition("=")[0] in GROUPS]
     node: Any = compose("train", overrides=chosen)
     for part in key.split(".")[:-1]:
-        node = node[part]
-    return [str(name) for name in node]
+        node = node[part] if OmegaConf.is_config(node) else None
+    return [str(name) for name in node] if OmegaConf.is_config(node) else ["nothing below it"]

@@ -49,9 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
         announce(workers, None)
         print(f"refused: {refusal}", file=sys.stderr, flush=True)
         return 2
-    with lock:
+    try:
         announce(workers, tree_of(config))
         train(config, workers)
+    finally:
+        lock.release()
     return 0
 
 
@@ -80,7 +82,7 @@ def run() -> None:
     """The process: ends with the exit code of `main`, at once where it failed."""
     try:
         code = _worker()
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         traceback.print_exc()
         sys.stderr.flush()
         # Not sys.exit: threads and destructors of a broken process group can wait for peers that wait for us.

@@ -44,7 +44,7 @@ def adamw_(
     """
     if not params:
         return
-    steps = [torch.tensor(float(step), device=params[0].device)] * len(params)
+    steps = [torch.full((), float(step), device=params[0].device)] * len(params)
     torch._fused_adamw_(
         list(params),
         list(grads),

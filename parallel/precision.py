@@ -8,6 +8,7 @@
 | fp16 | fp32 | fp16 | fp32 | dynamic |
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -50,8 +51,8 @@ PRECISIONS: dict[str, type] = {p.name: p for p in (Fp64, Fp32, Bf16, Fp16)}
 
 def check_precision(config: PrecisionConfig) -> None:
     """Refuses a loss scale that cannot work. Raises ValueError."""
-    if isinstance(config, Fp16) and not (config.initial_scale >= 1 and config.growth_every >= 1):
-        raise ValueError("precision=fp16: precision.initial_scale and precision.growth_every are at least 1")
+    if isinstance(config, Fp16) and not (1 <= config.initial_scale < math.inf and config.growth_every >= 1):
+        raise ValueError("precision=fp16: precision.initial_scale (finite) and precision.growth_every are at least 1")
 
 
 def master_dtype(config: PrecisionConfig) -> torch.dtype:

@@ -3,7 +3,6 @@
 import pytest
 
 from parity import Trace, assert_same, run_layout, run_plain, small_config, with_layout
-
 from rowwise.parallel import shard
 
 # world size, parallel.replicate, parallel.shard

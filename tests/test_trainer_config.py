@@ -1,7 +1,7 @@
 """Every configuration file is composed and run; every wrong one is refused with a line that helps."""
 
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +115,11 @@ REFUSED = {
     "unknown choice": (["optim=sgd"], r"optim/sgd.*Available options.*adamw"),
     "unknown name": (["precision.name=fp8"], r"precision.name='fp8': possible are 'fp64', 'fp32', 'bf16', 'fp16'"),
     "not an override": (["steps"], r"steps"),
+    "below a number": (["optim.lr.x=3"], r"unknown key optim.lr.x"),
+    "no number": (["clip_norm=nan"], r"clip_norm=nan: give a finite number"),
+    "no name": (["name=.."], r"name='..': a run name is the name of a folder"),
+    "endless loss scale": (["precision=fp16", "precision.initial_scale=1e999"], r"finite"),
+    "rope": (["model.rope_theta=0"], r"model.rope_theta and model.init_std are above 0"),
     "no steps": (["steps=0"], r"steps=0: a run has at least 1 step"),
     "heads": (["model.heads=3"], r"model.dim=256 is not divisible by model.heads=3; give a multiple of 3, or model.head_dim"),
     "key/value heads": (["model.kv_heads=3"], r"model.kv_heads=3; possible for kv_heads are \[1, 2, 4\]"),
@@ -186,9 +191,15 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(ranks, tmp_path)
     for overrides, message in cases.items():
         with pytest.raises(ValueError, match=message):
             prepare(small_config(tmp_path, *base, *overrides), 1)
+    with pytest.raises(ValueError, match="this run has a later checkpoint, step-00000002, which would be lost"):
+        prepare(small_config(tmp_path, *base, f"resume={tmp_path}/run/checkpoints/step-00000001"), 1)
     onwards = small_config(tmp_path, "steps=4", "seed=5", f"resume={tmp_path}/run", f"run_dir={tmp_path}/next")
     assert ranks.run(run_train, 1, prepare(onwards, 1))[0].step == 4
     assert [record["step"] for record in read_metrics(tmp_path / "next")] == [3, 4]
+    # Started again with the same words, as torchrun does after a failure, it goes on with its own checkpoints.
+    again = replace(onwards, steps=6)
+    assert ranks.run(run_train, 1, prepare(again, 1))[0].step == 6
+    assert [record["step"] for record in read_metrics(tmp_path / "next")] == [3, 4, 5, 6]
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path):

@@ -157,6 +157,27 @@ def test_text_through_a_tokenizer_keeps_its_documents(tmp_path, tokenizer_file):
     assert data.vocab_size == library.get_vocab_size()
 
 
+def test_what_a_tokenizer_file_says_of_inputs_does_not_touch_the_corpus(tmp_path, tokenizer_file):
+    library = Tokenizer.from_file(str(tokenizer_file))
+    plain = open_tokenizer(str(tokenizer_file)).encode([DOCUMENTS[0].encode()])
+    library.enable_truncation(4)
+    library.enable_padding(length=64)
+    library.save(str(tokenizer_file))
+    assert open_tokenizer(str(tokenizer_file)).encode([DOCUMENTS[0].encode()]) == plain
+    assert len(plain[0]) > 4
+
+
+def test_a_corpus_in_one_long_file_holds_out_its_end(tmp_path):
+    lines = [f"line {n}\n" for n in range(60_000)]
+    (tmp_path / "corpus.txt").write_text("".join(lines))
+    config = Text(files=str(tmp_path / "corpus.txt"), holdout=0.1, cache_dir=str(tmp_path / "cache"))
+    data = open_data(config, 64, 256)
+    train, held = (ByteTokenizer().decode(c.streams[0].tokens.tolist()) for c in (data.train, data.holdout))
+    assert train + held == "".join(lines)
+    assert train.endswith("\n")
+    assert len(held) / len(train + held) == pytest.approx(0.1, abs=0.001)
+
+
 def test_the_cache_notices_a_changed_file(tmp_path):
     folder = write_documents(tmp_path / "text", DOCUMENTS)
     config = Text(files=str(folder), holdout=0.2, cache_dir=str(tmp_path / "cache"))
@@ -211,6 +232,10 @@ def test_token_files_raw_or_written_by_rowwise(tmp_path):
         open_data(raw, 9, 500)
     with pytest.raises(ValueError, match=r"mask_documents=true needs data.separator"):
         open_data(replace(raw, mask_documents=True), 9, 1000)
+    assert open_data(replace(raw, holdout=0.2), 9, 1000).train.fingerprint != data.train.fingerprint
+    np.array([1, -5, 3] * 20, dtype=np.int32).tofile(tmp_path / "negative.bin")
+    with pytest.raises(ValueError, match="holds the token -5"):
+        open_data(replace(raw, files=str(tmp_path / "negative.bin")), 9, 1000)
     (tmp_path / "odd.bin").write_bytes(b"abc")
     with pytest.raises(ValueError, match="3 bytes, which is no number of int32 tokens"):
         open_data(Tokens(files=str(tmp_path / "odd.bin"), dtype="int32"), 9, 1000)

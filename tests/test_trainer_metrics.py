@@ -11,7 +11,7 @@ from parity import small_config, with_layout
 from rowwise.launch.compose import compose_tree
 from rowwise.trainer.config import check, config_from_tree
 from rowwise.trainer.console import Console
-from rowwise.trainer.manifest import CheckpointConfig, begin, commit, complete_checkpoints, file_facts, prune
+from rowwise.trainer.manifest import CheckpointConfig, begin, commit, complete_checkpoints, file_facts, prune, set_aside
 from rowwise.trainer.metrics import MetricsLog, model_flops_utilization, read_metrics
 from runs import run_said, run_train, run_until
 
@@ -114,7 +114,10 @@ def test_a_checkpoint_exists_once_it_is_complete(tmp_path):
     save(3)
     save(100_000_000)
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-100000000", "step-00000003", "step-00000001"]
-    save(3)  # again: the old one was damaged, say
+    set_aside(tmp_path, beyond=1)  # as if both were damaged, and a run went on from step 1
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000001"]
+    save(3)
+    save(100_000_000)
     prune(tmp_path, 2)
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-100000000", "step-00000003"]
     assert not (tmp_path / "step-00000002.incomplete").exists()

@@ -141,6 +141,27 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_spoilt(ranks, f
         ranks.run(run_train, 2, with_layout(config, 2))
 
 
+def different_data(workers, config):
+    """Rank 1 has another file under the same name."""
+    if workers.rank == 1:
+        path = Path(config.data.files[0]).with_name("other.bin")
+        path.write_bytes(Path(config.data.files[0]).read_bytes()[2:])
+        config = replace(config, data=replace(config.data, files=[str(path)]))
+    return run_train(workers, config)
+
+
+def test_ranks_that_read_different_data_are_stopped(ranks, folder):
+    config = named(with_layout(small_config(folder, "steps=2"), 2), folder, "different")
+    with pytest.raises(RankFailure, match=r"ranks \[1\] read other data than rank 0"):
+        ranks.run(different_data, 2, config)
+
+
+def test_fp16_gives_up_where_no_smaller_scale_can_help(ranks, folder):
+    options = ("precision=fp16", "precision.initial_scale=4.0", "optim.lr=1e9", "steps=30", "clip_norm=0")
+    with pytest.raises(RankFailure, match="FloatingPointError"):
+        ranks.run(run_train, 1, named(with_layout(small_config(folder, *options), 1), folder, "hopeless"))
+
+
 def test_compiled_blocks_give_the_same_run(ranks, folder, uninterrupted):
     config = named(with_layout(small_config(folder, *OVERRIDES, "compile=true"), 1, zero=2), folder, "compiled")
     ranks.run(run_train, 1, config)

@@ -5,6 +5,7 @@ its parameter; torch.distributed.checkpoint reads whatever rows a rank needs out
 numbers of `TrainState` are in the manifest.
 """
 
+import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,12 @@ class Saver:
     def __init__(self, checkpoints: Path, mesh: Mesh, keep: int, background: bool):
         self._checkpoints, self._mesh, self._keep, self._background = checkpoints, mesh, keep, background
         self._stager = BlockingAsyncStager()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        on_gpu = mesh.device.type == "cuda"  # where a thread starts on GPU 0, whatever this worker's is
+        self._thread = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="checkpoint",
+            initializer=functools.partial(torch.cuda.set_device, mesh.device) if on_gpu else None,
+        )
         self._under_way: Future[None] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
@@ -70,14 +71,15 @@ def tree_of(config: TrainConfig) -> dict[str, Any]:
 def check(config: TrainConfig, world_size: int) -> TrainConfig:
     """Refuses what does not compose on `world_size` workers, and returns the configuration with the degrees of the mesh
     filled in. Needs no process group. Raises ValueError."""
+    _refuse_non_numbers(tree_of(config), "")
     if config.steps < 1:
         raise ValueError(f"steps={config.steps}: a run has at least 1 step")
     if config.clip_norm < 0:
         raise ValueError(f"clip_norm={config.clip_norm}: the largest gradient norm, or 0 for off")
     if config.log_every < 1:
         raise ValueError(f"log_every={config.log_every}: it is at least 1")
-    if not config.name or "/" in config.name:
-        raise ValueError(f"name={config.name!r}: a run name is not empty and holds no '/'")
+    if config.name in ("", ".", "..") or "/" in config.name:
+        raise ValueError(f"name={config.name!r}: a run name is the name of a folder, and holds no '/'")
     check_model(config.model)
     check_optimizer(config.optim)
     check_schedule(config.schedule, config.steps)
@@ -87,6 +89,14 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     parallel = resolve_degrees(config.parallel, world_size)
     check_batch(config.batch, data_degree=parallel.replicate * parallel.shard)
     return replace(config, parallel=parallel)
+
+
+def _refuse_non_numbers(tree: dict[str, Any], path: str) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _refuse_non_numbers(value, f"{path}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path}{key}={value}: give a finite number")
 
 
 def _check_eval(config: TrainConfig) -> None:

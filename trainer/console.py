@@ -17,7 +17,8 @@ class Console:
         """One record: the bar moves on, or every `log_every` steps a line."""
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"loss {_number(record['loss'], '.4f')}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False
+                f"loss {_number(record['loss'], '.4f')}, {record['tokens_per_second']:,.0f} tokens/s per worker",
+                refresh=False,
             )
             self._bar.update()
         elif record["step"] % self._log_every == 0 or record["step"] in (1, self._steps):

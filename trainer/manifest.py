@@ -101,18 +101,26 @@ def commit(folder: Path, manifest: dict[str, Any]) -> Path:
     partial.rename(folder / MANIFEST)
     _sync_folder(folder)
     final = folder.with_name(folder.name.removesuffix(_INCOMPLETE))
-    if final.exists():  # damaged, and passed over when this run resumed from the one before
-        shutil.rmtree(final)
     folder.rename(final)
     _sync_folder(final.parent)
     return final
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Removes all but the `keep` newest. The manifest goes first, so that no half-removed folder is a checkpoint."""
+    """Removes all but the `keep` newest. The name goes first, so that no half-removed folder is a checkpoint, and what
+    a crash leaves of one is cleared by the next save."""
     for old in complete_checkpoints(checkpoints)[keep:] if keep else []:
-        (old / MANIFEST).unlink()
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(old.with_name(old.name + _INCOMPLETE)))
+
+
+def set_aside(checkpoints: Path, beyond: int) -> None:
+    """Renames the checkpoints of later steps than `beyond`, from which a run goes on: they were damaged and passed over,
+    and must neither be resumed nor counted among the newest."""
+    for later in complete_checkpoints(checkpoints):
+        if int(later.name.split("-")[1]) > beyond:
+            aside = later.with_name(later.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
 
 
 def file_facts(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -28,7 +30,10 @@ class MetricsLog:
         self._path = run_dir / "metrics.jsonl"
         kept = [line for line in _complete_lines(self._path) if json.loads(line)["step"] <= step]
         partial = self._path.with_suffix(".jsonl.incomplete")
-        partial.write_text("".join(f"{line}\n" for line in kept))
+        with partial.open("w") as file:
+            file.write("".join(f"{line}\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self._path)
         self._file = self._path.open("a")
 
@@ -62,8 +67,8 @@ def model_flops_utilization(flops_per_second: float, device: torch.device) -> fl
     """The share of the device's 16-bit peak; None where the peak is not known (a CPU, say)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    words = set(re.split(r"[ -]", torch.cuda.get_device_name(device)))
+    peak = next((flops for key, flops in PEAK_FLOPS.items() if set(key.split()) <= words), None)
     return flops_per_second / peak if peak else None
 
 

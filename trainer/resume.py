@@ -45,13 +45,20 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
                 "give resume=auto to go on with it, or another name"
             )
         return []
-    auto = config.resume == "auto"
-    found = find_checkpoints(run_dir if auto else Path(config.resume).expanduser())
-    if not auto and not found:
+    own = find_checkpoints(run_dir)
+    given = [] if config.resume == "auto" else find_checkpoints(Path(config.resume).expanduser())
+    if config.resume != "auto" and not given:
         raise ValueError(
             f"resume={config.resume}: no checkpoint there; give auto, never, or the path of a run or of a checkpoint "
             "(runs/NAME/checkpoints/step-00000100)"
         )
+    if own and given and given[0].resolve() in [checkpoint.resolve() for checkpoint in own[1:]]:
+        raise ValueError(
+            f"resume={config.resume}: this run has a later checkpoint, {own[0].name}, which would be lost; "
+            "give another name to branch off, or move the later ones away"
+        )
+    # A run that has begun goes on with its own, also when its command, started again, names where it began.
+    found, auto = (own, True) if own or not given else (given, False)
     for checkpoint in found:
         try:
             manifest = read_manifest(checkpoint)
@@ -59,7 +66,7 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
             continue  # reported and passed over by checkpoint.first_sound
         _refuse_difference(checkpoint, manifest["model"], model_facts(config), "is of another model")
         if auto:
-            advice = f"give another name, or resume={checkpoint} to go on with it on purpose"
+            advice = f"to go on with it on purpose, give another name and resume={checkpoint}"
             _refuse_difference(
                 checkpoint, manifest["data"], data_facts(config, data_fingerprint), "read other data", advice
             )

@@ -57,7 +57,9 @@ def compute_gradients(
     mean = places / max(1.0, tokens) / loss_scale
     norm = math.sqrt(norm_squared) * mean if math.isfinite(norm_squared) else math.inf
     if math.isfinite(norm):
-        torch._foreach_mul_(gradients(model), mean * clip_factor(norm, clip_norm))
+        shards = gradients(model)
+        if shards:
+            torch._foreach_mul_(shards, mean * clip_factor(norm, clip_norm))
     return StepReport(loss_sum / max(1.0, tokens), norm, int(tokens), stops > 0)
 
 

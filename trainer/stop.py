@@ -1,17 +1,23 @@
 """SIGTERM and SIGINT: finish the step, save, and leave."""
 
 import signal
+import time
 from types import FrameType
+from typing import Any
+
+PATIENCE_SECONDS = 2.0
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT sets `requested`; a second one acts as it did before."""
+    """While entered, the first SIGTERM or SIGINT sets `requested`. More of SIGTERM change nothing: a cluster's signal
+    often comes twice, from the scheduler and through torchrun. A later SIGINT (Ctrl-C again) interrupts at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, object] = {}
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         for number in self.SIGNALS:
@@ -19,13 +25,11 @@ class StopSignals:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > PATIENCE_SECONDS:
+            raise KeyboardInterrupt

@@ -20,6 +20,7 @@ from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import Prefetch, holdout_batches, step_batches
 from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.evaluate import evaluate
+from rowwise.trainer.manifest import set_aside
 from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.models.decoder import Decoder, flops_per_token
 from rowwise.trainer.models.huggingface import rows_from
@@ -38,15 +39,17 @@ def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
     Every worker calls it with the same configuration, checked and resolved by `trainer.prepare` on rank 0. Makes the
     process groups and takes them down. Raises FloatingPointError where the loss is no number.
     """
+    # Before the groups exist: where a corpus is built first, they would lose patience.
+    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     mesh = make_mesh(config.parallel, workers or Workers())
-    state = _train(config, mesh)
+    state = _train(config, mesh, data)
     # Not where it failed: taking down a group can wait for a peer that is gone.
     dist.destroy_process_group()
     return state
 
 
-def _train(config: TrainConfig, mesh: Mesh) -> TrainState:
-    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
+    require_same_data(data, mesh)
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optim)
     tensors = tensors_of(model, optimizer)
@@ -77,6 +80,8 @@ def _train(config: TrainConfig, mesh: Mesh) -> TrainState:
             )
             lr = config.optim.lr * config.schedule.factor(state.step, config.steps)
             set_lr(optimizer, lr)
+            if not report.finite:
+                saver.wait()  # an error would end the save under way
             if usable(report, config, state):
                 optimizer.step()
             optimizer.zero_grad()
@@ -120,6 +125,15 @@ def build_model(config: TrainConfig, mesh: Mesh) -> Decoder:
     return model
 
 
+def require_same_data(data: Data, mesh: Mesh) -> None:
+    """Raises RuntimeError where ranks read different corpora: another Python's library, or another copy of the files."""
+    everyone: list[str] = [""] * mesh.world_size
+    dist.all_gather_object(everyone, data.train.fingerprint, group=mesh.save_group)
+    different = [rank for rank, fingerprint in enumerate(everyone) if fingerprint != everyone[0]]
+    if different:
+        raise RuntimeError(f"ranks {different} read other data than rank 0; every machine needs the same files")
+
+
 def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor]) -> tuple[TrainState, list[str]]:
     """Loads the newest sound checkpoint that `config.resume` allows into `tensors`. Returns the state, and what was
     passed over as damaged."""
@@ -129,6 +143,8 @@ def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tenso
         return TrainState(loss_scale=initial_loss_scale(config.precision)), []
     checkpoint, manifest, complaints = first_sound(found[0], mesh)
     load(checkpoint, tensors, mesh)
+    if mesh.rank == 0:
+        set_aside(Path(config.run_dir) / "checkpoints", beyond=manifest["step"])
     state = TrainState.from_tree(manifest["state"])
     if manifest["precision"] != config.precision.name:
         state.loss_scale = initial_loss_scale(config.precision)
@@ -147,15 +163,15 @@ def eval_batches(config: TrainConfig, mesh: Mesh, data: Data):
 
 
 def usable(report: StepReport, config: TrainConfig, state: TrainState) -> bool:
-    """Whether the step may be applied: fp16 passes an overflow over, every other precision stops the run before it is
-    spoilt."""
+    """Whether the step may be applied. fp16 passes an overflow over, as long as a smaller loss scale may help; anything
+    else stops the run before it is spoilt."""
     if report.finite:
         return True
-    if config.precision.name == "fp16":
+    if config.precision.name == "fp16" and state.loss_scale.scale > 1:
         return False
     raise FloatingPointError(
         f"step {state.step + 1}: the gradient norm is not a number (loss {report.loss}); the weights are as they were "
-        "before it. A smaller optim.lr, a longer warm-up or clip_norm may help; the last checkpoint is sound"
+        "before it. A smaller optim.lr, a longer warm-up or clip_norm may help; what was saved is sound"
     )
 
 

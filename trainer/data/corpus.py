@@ -93,7 +93,11 @@ def open_raw(path: Path, dtype: str, separator: int | None) -> TokenStream:
     tokens = _map(path, dtype)
     if separator is None:
         return TokenStream(tokens, np.zeros(1, dtype=np.int64))
-    ends = np.flatnonzero(tokens[:-1] == separator)
+    window = 1 << 24  # a comparison of the whole file would take a byte a token
+    last = len(tokens) - 1  # the file's own end begins no document
+    starts = range(0, last, window)
+    found = [s + np.flatnonzero(tokens[s : min(s + window, last)] == separator) for s in starts]
+    ends = np.concatenate([np.empty(0, dtype=np.int64), *found])
     return TokenStream(tokens, np.concatenate(([0], ends + 1)))
 
 

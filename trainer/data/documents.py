@@ -101,6 +101,9 @@ def _columns(path: Path, column: str) -> Iterator[bytes]:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({str(error).splitlines()[0]})") from None
     if column not in schema.names:
         raise ValueError(f"{path}: no column {column!r}; its columns are {', '.join(schema.names)}; set data.column")
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"{path}: column {column!r} holds {kind}, not text; set data.column")
     for batch in batches():
         for value in batch.column(column):
             if value.is_valid:

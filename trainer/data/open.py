@@ -58,7 +58,8 @@ def _open_text(config, seq_len: int) -> Data:
 
 
 def _open_tokens(config: Tokens, seq_len: int) -> Data:
-    trains, holdouts, digest, vocab_size = [], [], hashlib.sha256(), 0
+    trains, holdouts, vocab_size = [], [], 0
+    digest = hashlib.sha256(f"{config.dtype}/{config.separator}/{config.holdout}".encode())
     for path in _token_files(config):
         if path.is_dir():
             meta = json.loads((path / "meta.json").read_text())
@@ -67,7 +68,10 @@ def _open_tokens(config: Tokens, seq_len: int) -> Data:
             digest.update(meta["fingerprint"].encode())
         else:
             stream = _open_raw_checked(path, config)
-            vocab_size = max(vocab_size, _largest_token(stream) + 1)
+            least, most = _token_range(stream)
+            if least < 0:
+                raise ValueError(f"{path} holds the token {least}: tokens are at least 0; set data.dtype")
+            vocab_size = max(vocab_size, most + 1)
             digest.update(_fingerprint(path).encode())
             train, holdout = split_stream(stream, config.holdout, seq_len)
         trains.append(train)
@@ -102,12 +106,13 @@ def _open_raw_checked(path: Path, config: Tokens) -> TokenStream:
     return open_raw(path, config.dtype, config.separator)
 
 
-def _largest_token(stream: TokenStream, window: int = 1 << 24) -> int:
-    """The largest token: of the whole file up to 64 windows, else of 64 windows spread over it, so that a file of
+def _token_range(stream: TokenStream, window: int = 1 << 24) -> tuple[int, int]:
+    """The smallest and the largest token: of the whole file up to 64 windows, else of 64 windows spread over it, so that a file of
     terabytes opens at once."""
     n = len(stream.tokens)
     starts = range(0, n, window) if n <= 64 * window else range(0, n - window, (n - window) // 63)
-    return max(int(stream.tokens[s : s + window].max()) for s in starts)
+    windows = [stream.tokens[s : s + window] for s in starts]
+    return min(int(w.min()) for w in windows), max(int(w.max()) for w in windows)
 
 
 def _fingerprint(path: Path, window: int = 1 << 20) -> str:

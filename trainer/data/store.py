@@ -1,7 +1,7 @@
 """Documents -> a corpus folder on disk, once: later runs, and every other rank of this machine, map what is there.
 
 A document is held out as a whole, by a hash of its bytes, so that no text stands in both splits and adding files
-moves none.
+moves none. A long one (a corpus in a single file, say) holds out its own end instead.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ from rowwise.trainer.data.documents import list_files, read_documents
 from rowwise.trainer.data.tokenizer import Tokenizer
 
 _BATCH = 256  # documents tokenized at a time
-_FORMAT = 1
+_FORMAT = 2
+_LONG = 256 << 10  # bytes
 
 
 def cached_store(config: Stdlib | Text | Hf, tokenizer: Tokenizer) -> Path:
@@ -33,13 +34,16 @@ def cached_store(config: Stdlib | Text | Hf, tokenizer: Tokenizer) -> Path:
         try:
             root.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{folder}.lock")
+            lock.acquire()
         except OSError as error:
             raise ValueError(
                 f"data.cache_dir={root}: cannot be written ({error.strerror}); give another folder"
             ) from None
-        with lock:
+        try:
             if not (folder / "meta.json").exists():
                 _build(folder, config, files, tokenizer)
+        finally:
+            lock.release()
     return folder
 
 
@@ -69,6 +73,7 @@ def _build(folder: Path, config: Stdlib | Text | Hf, files: list[Path], tokenize
 
 def write_store(folder: Path, documents: Iterator[bytes], tokenizer: Tokenizer, holdout: float) -> None:
     """Writes a corpus folder (see `corpus.py`). Raises ValueError where there is no text."""
+    pieces = itertools.chain.from_iterable(split_document(document, holdout) for document in documents)
     dtype = np.dtype(
         "uint8" if tokenizer.vocab_size <= 1 << 8 else "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     )
@@ -77,9 +82,9 @@ def write_store(folder: Path, documents: Iterator[bytes], tokenizer: Tokenizer, 
     content = {split: hashlib.sha256() for split in starts}
     files = {split: (folder / f"{split}.bin").open("wb") for split in starts}
     try:
-        while batch := list(itertools.islice(documents, _BATCH)):
-            for document, tokens in zip(batch, tokenizer.encode(batch), strict=True):
-                split = "holdout" if is_held_out(document, holdout) else "train"
+        while batch := list(itertools.islice(pieces, _BATCH)):
+            tokenized = tokenizer.encode([document for _, document in batch])
+            for (split, _), tokens in zip(batch, tokenized, strict=True):
                 data = (
                     np.frombuffer(tokens, dtype=dtype) if isinstance(tokens, bytes) else np.asarray(tokens, dtype=dtype)
                 )
@@ -90,6 +95,8 @@ def write_store(folder: Path, documents: Iterator[bytes], tokenizer: Tokenizer, 
                     files[split].write(data.data)
     finally:
         for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
             file.close()
     if not lengths["train"]:
         raise ValueError(
@@ -103,6 +110,17 @@ def write_store(folder: Path, documents: Iterator[bytes], tokenizer: Tokenizer, 
         json.dump(meta, meta_file, indent=1)
         meta_file.flush()
         os.fsync(meta_file.fileno())
+
+
+def split_document(document: bytes, holdout: float) -> Iterator[tuple[str, bytes]]:
+    """(split, text) of a document: of one split, or of a long one its beginning and its end, cut between two lines."""
+    if len(document) < _LONG or holdout == 0:
+        yield ("holdout" if is_held_out(document, holdout) else "train"), document
+        return
+    end = round(len(document) * (1 - holdout))
+    cut = document.rfind(b"\n", 0, end) + 1 or end
+    yield "train", document[:cut]
+    yield "holdout", document[cut:]
 
 
 def is_held_out(document: bytes, share: float) -> bool:

@@ -38,7 +38,8 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json. `end_of_text`, where given, is appended to every document."""
+    """A tokenizer.json. Documents get no special tokens but `end_of_text`, where it is given, at their
+    end."""
 
     def __init__(self, path: Path, end_of_text: str | None):
         from tokenizers import Tokenizer as Library
@@ -49,6 +50,9 @@ class FileTokenizer:
             self._library = Library.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"data.tokenizer={path}: not a tokenizer.json ({error})") from None
+        # A tokenizer.json may carry what some model wanted of its inputs; a corpus is neither cut off nor filled up.
+        self._library.no_truncation()
+        self._library.no_padding()
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest() + f"/{end_of_text}"
         self._end: list[int] = []
@@ -60,10 +64,12 @@ class FileTokenizer:
 
     def encode(self, documents: Sequence[bytes]) -> list[list[int]]:
         texts = [document.decode("utf-8", errors="replace") for document in documents]
-        return [encoding.ids + self._end for encoding in self._library.encode_batch_fast(texts)]
+        return [
+            encoding.ids + self._end for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self._library.encode(text).ids
+        return self._library.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._library.decode(list(tokens))

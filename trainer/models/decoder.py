@@ -53,8 +53,13 @@ def check_model(config: ModelConfig) -> None:
             f"model.heads={config.heads} is not divisible by model.kv_heads={config.kv_heads}; "
             f"possible for kv_heads are {[k for k in range(1, config.heads + 1) if config.heads % k == 0]}"
         )
-    if config.head_size % 2:
-        raise ValueError(f"the head dim is {config.head_size}: RoPE turns pairs, so it must be even")
+    if config.norm_eps <= 0 or config.rope_theta <= 0 or config.init_std <= 0:
+        raise ValueError("model.norm_eps, model.rope_theta and model.init_std are above 0")
+    scaling = config.rope_scaling
+    if scaling is not None and not (scaling.factor >= 1 and 0 < scaling.low_freq_factor < scaling.high_freq_factor):
+        raise ValueError("model.rope_scaling: factor is at least 1, and low_freq_factor below high_freq_factor")
+    if config.head_size < 2 or config.head_size % 2:
+        raise ValueError(f"the head dim is {config.head_size}: RoPE turns pairs, so it must be even and above 0")
 
 
 class Attention(nn.Module):
@@ -75,13 +80,18 @@ class Attention(nn.Module):
         q_BHSE = self.q_norm(self.wq(x_BSD).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
         k_BKSE = self.k_norm(self.wk(x_BSD).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
         v_BKSE = self.wv(x_BSD).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        grouped = q_BHSE.size(1) != k_BKSE.size(1)
+        if grouped and mask_BSS is not None:
+            # With a mask, the fused operators of CUDA know no groups, and torch would fall back to whole S x S scores.
+            repeats = q_BHSE.size(1) // k_BKSE.size(1)
+            k_BKSE, v_BKSE = k_BKSE.repeat_interleave(repeats, 1), v_BKSE.repeat_interleave(repeats, 1)
         y_BHSE = F.scaled_dot_product_attention(
             rotate(q_BHSE, cos_BSE, sin_BSE),
             rotate(k_BKSE, cos_BSE, sin_BSE),
             v_BKSE,
             attn_mask=None if mask_BSS is None else mask_BSS.unsqueeze(1),
             is_causal=mask_BSS is None,
-            enable_gqa=q_BHSE.size(1) != k_BKSE.size(1),
+            enable_gqa=grouped and mask_BSS is None,
         )
         return self.wo(y_BHSE.transpose(1, 2).flatten(2))
 
