@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(ranks, tmp_path)
     ranks.run(run_train, 1, check(small_config(tmp_path, *base), 1))
     cases = {
         ("model.layers=3",): r"is of another model: model.layers=2 there and 3 here",
-        ("seed=5",): r"read other data: seed=0 there and 5 here; give another name",
+        ("seed=5",): r"read other data: seed=0 there and 5 here; to go on with it on purpose, give another name",
         ("batch.seq_len=12",): r"batch.seq_len=13 there and 12 here",
         ("resume=never",): r"resume=never, but run_dir=.* already holds a run",
     }
