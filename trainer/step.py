@@ -50,16 +50,15 @@ def compute_gradients(
     """
     totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
     totals[:2] = accumulate(model, batches, mesh.device, zero, loss_scale / places)
-    totals[2] = squared_norm(gradients(model)) / mesh.state_replicas
+    shards = gradients(model)
+    totals[2] = squared_norm(shards) / mesh.state_replicas
     totals[3] = float(stop)
     dist.all_reduce(totals)
     loss_sum, tokens, norm_squared, stops = totals.tolist()
     mean = places / max(1.0, tokens) / loss_scale
     norm = math.sqrt(norm_squared) * mean if math.isfinite(norm_squared) else math.inf
-    if math.isfinite(norm):
-        shards = gradients(model)
-        if shards:
-            torch._foreach_mul_(shards, mean * clip_factor(norm, clip_norm))
+    if math.isfinite(norm) and shards:
+        torch._foreach_mul_(shards, mean * clip_factor(norm, clip_norm))
     return StepReport(loss_sum / max(1.0, tokens), norm, int(tokens), stops > 0)
 
 
