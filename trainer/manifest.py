@@ -59,7 +59,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises ValueError where it cannot be read."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-        if manifest.pop("checksum") != _digest_of(manifest):
+        if manifest.pop("checksum") != fingerprint(manifest):
             raise ValueError("its own checksum differs")
         return manifest
     except (OSError, KeyError, ValueError, AttributeError) as error:
@@ -95,12 +95,14 @@ def commit(folder: Path, manifest: dict[str, Any]) -> Path:
             )
     partial = folder / (MANIFEST + _INCOMPLETE)
     with partial.open("w") as file:
-        json.dump({**manifest, "checksum": _digest_of(manifest)}, file, indent=1)
+        json.dump({**manifest, "checksum": fingerprint(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(folder / MANIFEST)
     _sync_folder(folder)
     final = folder.with_name(folder.name.removesuffix(_INCOMPLETE))
+    if final.exists():  # a folder that lost its manifest, and so is no checkpoint
+        shutil.rmtree(final)
     folder.rename(final)
     _sync_folder(final.parent)
     return final
@@ -151,8 +153,9 @@ def find_checkpoints(path: Path) -> list[Path]:
     return complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
 
 
-def _digest_of(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def fingerprint(tree: Any) -> str:
+    """SHA-256 of a plain tree."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,18 +1,11 @@
 """Where a run starts from: nothing, the newest checkpoint of its own, or a checkpoint it was given. Decided on rank 0,
 before any process group exists."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.manifest import find_checkpoints, read_manifest
-
-
-def fingerprint(tree: Any) -> str:
-    """SHA-256 of a plain tree."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def model_facts(config: TrainConfig) -> dict[str, Any]:

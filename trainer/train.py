@@ -20,13 +20,13 @@ from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import Prefetch, holdout_batches, step_batches
 from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.evaluate import evaluate
-from rowwise.trainer.manifest import set_aside
+from rowwise.trainer.manifest import fingerprint, set_aside
 from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.models.decoder import Decoder, flops_per_token
 from rowwise.trainer.models.huggingface import rows_from
 from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.report import open_reporter
-from rowwise.trainer.resume import data_facts, find_resume, fingerprint, model_facts
+from rowwise.trainer.resume import data_facts, find_resume, model_facts
 from rowwise.trainer.sample import generate
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients
