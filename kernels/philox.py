@@ -60,12 +60,17 @@ def philox_words(key: int, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = key & _LOW, key >> 32
     for _ in range(_ROUNDS):
-        # int64 products wrap modulo 2^64, which leaves both 32-bit halves right.
+        # int64 products wrap modulo 2^64, which leaves both 32-bit halves right. Only the lower half of c1 and c3 counts.
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW
-        c2, c3 = ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW
+        c0, c1 = _upper(b, c1, k0), b
+        c2, c3 = _upper(a, c3, k1), a
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return c0, c1, c2, c3
+    return c0, c1 & _LOW, c2, c3 & _LOW
+
+
+def _upper(product: Tensor, word: Tensor, key: int) -> Tensor:
+    """(product >> 32) ^ word ^ key as an unsigned 32-bit word."""
+    return (product >> 32).bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(_LOW)
 
 
 def _box_muller(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:

@@ -29,12 +29,15 @@ def normal_kernel(out, key, start, count, COUNTERS: tl.constexpr):
     tl.store(out + place + 3, radius_23 * tl.sin(angle_23), mask=(place + 3 >= 0) & (place + 3 < count))
 
 
+def signed_64(key: int) -> int:
+    """A 64-bit key as Triton passes Python integers: signed."""
+    return key - (1 << 64) if key >= 1 << 63 else key
+
+
 def normal_triton(key: int, start: int, count: int, device: torch.device) -> Tensor:
     out = torch.empty(count, dtype=torch.float32, device=device)
     counters = -(-(start + count) // 4) - start // 4
-    # Triton passes Python integers as signed 64-bit.
-    signed_key = key - (1 << 64) if key >= 1 << 63 else key
     if counters:
         grid = (triton.cdiv(counters, COUNTERS_PER_PROGRAM),)
-        normal_kernel[grid](out, signed_key, start, count, COUNTERS=COUNTERS_PER_PROGRAM)
+        normal_kernel[grid](out, signed_64(key), start, count, COUNTERS=COUNTERS_PER_PROGRAM)
     return out

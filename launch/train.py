@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.workers import announce, hear, workers_from_environment
+from rowwise.launch.workers import announce, hear, keep_freed_memory, workers_from_environment
 from rowwise.parallel.mesh import Workers, pick_device
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.prepare import lock_run, prepare
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.cfg:
         return print_configuration(options.overrides)
+    keep_freed_memory()
     workers = workers_from_environment()
     if workers.rank != 0:
         tree = hear(workers)

@@ -3,11 +3,14 @@
 They meet in torchrun's store, before any process group exists.
 """
 
+import ctypes
 import datetime
 import json
 import os
+import platform
 from typing import Any
 
+import torch
 from torch.distributed import rendezvous
 
 from rowwise.parallel.mesh import Workers
@@ -36,3 +39,13 @@ def hear(workers: Workers) -> dict[str, Any] | None:
     """What rank 0 announced."""
     assert workers.store is not None
     return json.loads(workers.store.get(_KEY))
+
+
+def keep_freed_memory() -> None:
+    """On the CPU, tells glibc to keep the activations that a step frees, instead of giving them back to the kernel and
+    faulting them in again, zeroed, at the next step: 25 ms a step of the default model. The peak stays what it is."""
+    if torch.cuda.is_available() or platform.libc_ver()[0] != "glibc":
+        return
+    mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)

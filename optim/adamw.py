@@ -7,23 +7,19 @@ State bytes per parameter: 4 + 4 in fp32. Nothing crosses ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from rowwise.optim.common import AdamBase
+from rowwise.optim.rule import Batch, pick
 
 
-@dataclass(frozen=True)
-class AdamWConfig:
-    """`weight_decay` acts on matrices (two or more dims) and not on norms."""
-
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig(AdamBase):
     name: Literal["adamw"] = "adamw"
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
 
 
 def adamw_(
@@ -62,40 +58,25 @@ def adamw_(
     )
 
 
-class AdamW(torch.optim.Optimizer):
-    """The shell around `adamw_`. State per parameter: `exp_avg`, `exp_avg_sq`, split over ranks like the parameter.
+class AdamW:
+    """The shell around `adamw_`. State: `exp_avg`, `exp_avg_sq`, split like the parameter."""
 
-    The number of steps taken is a plain number of each group (`step`), the same for all parameters.
-    """
+    name = "adamw"
+    rounds = False
 
-    def __init__(self, groups: list[dict], config: AdamWConfig):
-        super().__init__(groups, {"lr": config.lr, "step": 0, "weight_decay": config.weight_decay})
-        self.config = config
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    def __init__(self, betas: list[float], eps: float):
+        self._betas, self._eps = betas, eps
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """Applies the rule to every parameter that has a gradient."""
-        assert closure is None
-        beta1, beta2 = self.config.betas
-        for group in self.param_groups:
-            group["step"] += 1
-            live = [p for p in group["params"] if p.grad is not None]
-            adamw_(
-                [_local(p) for p in live],
-                [_local(p.grad) for p in live],
-                [_local(self.state[p]["exp_avg"]) for p in live],
-                [_local(self.state[p]["exp_avg_sq"]) for p in live],
-                group["step"],
-                group["lr"],
-                beta1,
-                beta2,
-                self.config.eps,
-                group["weight_decay"],
-            )
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        zeros = torch.zeros_like(p, dtype=state_dtype(p))
+        return {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+    def step_(self, batch: Batch) -> None:
+        first, second = pick(batch, "exp_avg"), pick(batch, "exp_avg_sq")
+        rates = (batch.step, batch.lr, *self._betas, self._eps, batch.weight_decay)
+        adamw_(batch.params, batch.grads, first, second, *rates)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def state_dtype(p: Tensor) -> torch.dtype:
+    """Unquantised states are float32, or float64 where the parameters are."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32

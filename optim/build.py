@@ -1,37 +1,170 @@
-"""Parameter names -> groups -> optimizer."""
+"""Parameter names -> kinds -> rules -> optimizer; and the table that says where every parameter went."""
+
+import re
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rowwise.optim.adafactor import Adafactor, AdafactorConfig
 from rowwise.optim.adamw import AdamW, AdamWConfig
+from rowwise.optim.common import AdamBase
+from rowwise.optim.lion import Lion, LionConfig
+from rowwise.optim.lowrank.config import ApolloConfig, ApolloMiniConfig, DCTConfig, FiraConfig, GaLoreConfig
+from rowwise.optim.lowrank.rules import DCT, Apollo, ApolloMini, Fira, GaLore
+from rowwise.optim.muon import Muon, MuonConfig
+from rowwise.optim.quantized import AdamW8bit, AdamW8bitConfig, Lion8bit, Lion8bitConfig, is_quantisable
+from rowwise.optim.rule import Rule
+from rowwise.optim.shell import Optimizer
 
-OptimConfig = AdamWConfig
-OPTIMIZERS: dict[str, type] = {"adamw": AdamWConfig}
+OptimConfig = (
+    AdamWConfig | LionConfig | AdafactorConfig | MuonConfig | AdamW8bitConfig | Lion8bitConfig
+    | GaLoreConfig | DCTConfig | FiraConfig | ApolloConfig | ApolloMiniConfig
+)  # fmt: skip
+
+LOW_RANK = {"galore": GaLore, "dct": DCT, "fira": Fira, "apollo": Apollo, "apollo_mini": ApolloMini}
+MATRICES_ONLY = {*LOW_RANK, "muon", "adamw8bit", "lion8bit"}
+# What `own` means: rule -> kind -> rule; a kind that is not named has the rule itself.
+FALLBACKS = {
+    "adafactor": {},
+    "muon": {"embedding": "adamw", "head": "adamw", "vector": "adamw"},
+    "adamw8bit": {"embedding": "adamw", "vector": "adamw"},
+    "lion8bit": {"embedding": "lion", "vector": "lion"},
+} | {name: {"embedding": "adamw", "head": "adamw", "vector": "adamw"} for name in LOW_RANK}
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """The optimizer of `config` over the model's (sharded) parameters: matrices decay, the rest does not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        config,
-    )
+def kind_of(name: str, shape: torch.Size) -> str:
+    """`hidden`, `embedding`, `head` or `vector`."""
+    if len(shape) < 2:
+        return "vector"
+    return {"embed": "embedding", "head": "head"}.get(name.split(".")[0], "hidden")
 
 
-def check_optimizer(config: OptimConfig) -> None:
-    """Refuses numbers that no optimizer can use. Raises ValueError."""
+def rule_name(name: str, shape: torch.Size, config: OptimConfig) -> str:
+    """The rule of a parameter: the first pattern of `optim.assign` that matches, else the rule's own table. An 8-bit
+    rule keeps a matrix that is too small for 8 bits in 32."""
+    own = FALLBACKS.get(config.name, {}).get(kind_of(name, shape), config.name)
+    chosen = next((a.rule for a in config.assign if fnmatchcase(name, a.match)), "own")
+    # What a pattern asks for by name goes past the table: 8 bits for an embedding, say.
+    found = own if chosen == "own" else chosen
+    return found.removesuffix("8bit") if found.endswith("8bit") and not is_quantisable(shape) else found
+
+
+def new_rule(name: str, config: Any) -> Rule:
+    """The rule `name` with the numbers of `config`."""
+    betas = list(getattr(config, "betas", AdamWConfig().betas))
+    adam: dict[str, Any] = {"betas": betas, "eps": getattr(config, "eps", AdamWConfig().eps)}
+    if name in LOW_RANK:
+        low = {"rank": getattr(config, "rank", 1), "refresh_every": config.refresh_every, "scale": config.scale,
+               "bits": config.state_bits, **adam}  # fmt: skip
+        return LOW_RANK[name](**low, **({"growth": config.growth} if name == "fira" else {}))
+    rules: dict[str, Any] = {
+        "adamw": lambda: AdamW(**adam),
+        "adamw8bit": lambda: AdamW8bit(**adam),
+        "lion": lambda: Lion(betas),
+        "lion8bit": lambda: Lion8bit(betas),
+        "adafactor": lambda: Adafactor(config.decay, config.clip_threshold),
+        "muon": lambda: Muon(config.momentum),
+    }
+    return rules[name]()
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Optimizer:
+    """The optimizer of `config` over the model's (sharded) parameters. Matrices decay, vectors do not; `seed` is that
+    of random projections and of stochastic rounding."""
+    groups: dict[tuple[str, int], dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        key = rule_name(name, p.shape, config), p.ndim
+        if key not in groups:
+            decay = config.weight_decay if p.ndim >= 2 else 0.0
+            groups[key] = {"params": [], "names": [], "rule": new_rule(key[0], config), "weight_decay": decay}
+        groups[key]["params"].append(p)
+        groups[key]["names"].append(name)
+    return Optimizer(list(groups.values()), config.lr, seed)
+
+
+def check_optimizer(config: OptimConfig, shapes: dict[str, torch.Size]) -> None:
+    """Refuses numbers that no optimizer can use, and what the parameters `shapes` do not admit. Raises ValueError."""
     if config.lr <= 0:
         raise ValueError(f"optim.lr={config.lr}: a learning rate is above 0")
-    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        raise ValueError(f"optim.betas={list(config.betas)}: two numbers, each from 0 to below 1")
-    if config.eps <= 0:
-        raise ValueError(f"optim.eps={config.eps}: it is above 0")
     if config.weight_decay < 0:
         raise ValueError(f"optim.weight_decay={config.weight_decay}: it is at least 0")
+    betas = getattr(config, "betas", [0.0, 0.0])
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optim.betas={list(betas)}: two numbers, each from 0 to below 1")
+    if isinstance(config, AdamBase) and config.eps <= 0:
+        raise ValueError(f"optim.eps={config.eps}: it is above 0")
+    _check_own_numbers(config)
+    for assign in config.assign:
+        if not any(fnmatchcase(name, assign.match) for name in shapes):
+            raise ValueError(
+                f"optim.assign: no parameter matches {assign.match!r}; there are {', '.join(sorted(fold(shapes)))}"
+            )
+    for name, shape in shapes.items():
+        _check_parameter(name, shape, config)
+
+
+def _check_own_numbers(config: OptimConfig) -> None:
+    if config.name in LOW_RANK:
+        if config.refresh_every < 1 or config.scale <= 0 or getattr(config, "rank", 1) < 1:
+            raise ValueError(f"optim={config.name}: rank and refresh_every are at least 1, scale is above 0")
+        if getattr(config, "growth", 1.0) < 1:
+            raise ValueError(f"optim.growth={config.growth}: the norm may grow by this factor, which is at least 1")
+    if isinstance(config, MuonConfig) and not 0 <= config.momentum < 1:
+        raise ValueError(f"optim.momentum={config.momentum}: from 0 to below 1")
+    if isinstance(config, AdafactorConfig) and not (0 < config.decay <= 1 and config.clip_threshold > 0):
+        raise ValueError("optim=adafactor: decay is above 0 and at most 1, clip_threshold is above 0")
+
+
+def _check_parameter(name: str, shape: torch.Size, config: OptimConfig) -> None:
+    chosen = next((a.rule for a in config.assign if fnmatchcase(name, a.match)), "own")
+    if chosen in MATRICES_ONLY and len(shape) != 2:
+        raise ValueError(
+            f"optim.assign: {chosen} is for matrices, and {name} has the shape {tuple(shape)}; "
+            "give a pattern that matches matrices only, or rule: adamw"
+        )
+    if rule_name(name, shape, config) in LOW_RANK and getattr(config, "rank", 1) > min(shape):
+        raise ValueError(
+            f"optim.rank={config.rank} is above the narrow side of {name}, {tuple(shape)}; give at most {min(shape)}, "
+            "or another rule to this matrix with optim.assign"
+        )
+
+
+def assignment_table(model: nn.Module, optimizer: Optimizer) -> str:
+    """Which rule every parameter follows, the dtypes of its state and its bytes over all ranks; layers that are alike
+    in one line."""
+    names = {p: name for name, p in model.named_parameters()}
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            dtypes = " ".join(dict.fromkeys(_short(t.dtype) for t in state.values()))
+            shape = " x ".join(map(str, p.shape))
+            row = (_folded(names[p]), shape, kind_of(names[p], p.shape), group["rule"].name, dtypes)
+            counts = rows.setdefault(row, [0, 0, 0])
+            counts[0] += 1
+            counts[1] += p.numel()
+            counts[2] += sum(t.numel() * t.itemsize for t in state.values())
+    head = ("parameter", "shape", "kind", "rule", "state", "count", "bytes/parameter")
+    lines = [head] + [(*row, str(c), f"{b / n:.2f}") for row, (c, n, b) in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    total = sum(b for _, _, b in rows.values()) / sum(n for _, n, _ in rows.values())
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, f"optimizer state: {total:.2f} bytes per parameter"])
+
+
+def fold(names: Any) -> list[str]:
+    """Names with the number of a layer replaced by *, each once."""
+    return list(dict.fromkeys(_folded(name) for name in names))
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.float64: "fp64", torch.uint8: "uint8", torch.int32: "int32"}[dtype]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -41,8 +174,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """parameter name -> state name -> tensor: tensors only, each split like its parameter, so that any layout can
-    read what any other wrote."""
+    """parameter name -> state name -> tensor: tensors only, laid so that any layout can read what any other wrote."""
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters()}
 
 

@@ -149,7 +149,6 @@ class Infinite:
 
 
 ScheduleConfig = Constant | Cosine | Linear | OneCycle | Wsd | Infinite
-SCHEDULES: dict[str, type] = {s.name: s for s in (Constant, Cosine, Linear, OneCycle, Wsd, Infinite)}
 
 
 def check_schedule(config: ScheduleConfig, steps: int) -> None:

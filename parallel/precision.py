@@ -46,7 +46,6 @@ class Fp16:
 
 
 PrecisionConfig = Fp64 | Fp32 | Bf16 | Fp16
-PRECISIONS: dict[str, type] = {p.name: p for p in (Fp64, Fp32, Bf16, Fp16)}
 
 
 def check_precision(config: PrecisionConfig) -> None:

@@ -1,14 +1,17 @@
-"""ZeRO 0 to 3 and hybrid sharding on FSDP2 (Rajbhandari et al., *ZeRO*).
+"""ZeRO 0 to 3 and hybrid sharding (Rajbhandari et al., *ZeRO*), on FSDP2 wherever something is split.
 
 Parameters are split by rows (dim 0) over the `shard` axis of the mesh and repeated over `replicate`. With N ranks
 on the shard axis and `accumulate` micro-batches a step, per step and parameter:
 
 | stage | gathered | gradients | crosses the shard axis (numbers per parameter and rank) |
 |---|---|---|---|
-| 0 | all, from the first forward to the last backward | whole, reduced once | nothing; all-reduce over all ranks, 1 x |
-| 1 | as 0 | whole, reduce-scattered once | gather 1 x, reduce-scatter 1 x |
-| 2 | as 0 | split, reduce-scattered each micro-batch | gather 1 x, reduce-scatter accumulate x |
+| 0 | nothing: `parallel.replicate` | whole, reduced once | nothing; all-reduce over all ranks, 1 x |
+| 1 | all, from the first forward to the last backward | whole, reduce-scattered once | gather 1 x, reduce-scatter 1 x |
+| 2 | as 1 | split, reduce-scattered each micro-batch | gather 1 x, reduce-scatter accumulate x |
 | 3 | one part at a time, twice a micro-batch | as 2 | gather 2 accumulate x, reduce-scatter accumulate x |
+
+Where the shard axis has one rank nothing is split, whatever the stage. In 16-bit precision, which computes in a copy of
+the parameters, FSDP2 makes that copy, also where nothing is split.
 
 With `replicate` > 1 the split gradients are all-reduced over it once a step. Gradients are *sums* over ranks:
 the step divides by the number of valid tokens of the global batch, which no rank knows on its own.
@@ -20,12 +23,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from rowwise.kernels.rows import local, row_offset
 from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.replicate import BUCKET_BYTES, buckets_of
 
-BUCKET_BYTES = 25 << 20  # what torch's DistributedDataParallel reduces at once
+
+def is_split(mesh: Mesh, policy: MixedPrecisionPolicy) -> bool:
+    """Whether FSDP2 holds the parameters: rows are split, or a copy in another dtype computes or accumulates."""
+    return mesh.states["shard"].size() > 1 or policy.param_dtype is not None
 
 
 def shard_model(
@@ -77,22 +83,11 @@ def materialize(model: nn.Module, device: torch.device, fill_: Callable[[str, Te
             fill_(name, local(param), row_offset(param), param.size(0))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def row_offset(tensor: Tensor) -> int:
-    """The logical row at which this rank's rows start."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    # A rank beyond the last row has none, and its offset is not defined.
-    return offset[0] if tensor.to_local().numel() else tensor.size(0)
-
-
 def begin_micro_batch(model: nn.Module, zero: int, last: bool) -> None:
     """Says whether the coming backward is the last of the step, so that gradients cross ranks when the stage says."""
+    if (buckets := buckets_of(model)) is not None:
+        buckets.begin_micro_batch(last)
+        return
     assert isinstance(model, FSDPModule)
     model.set_is_last_backward(last)
     if zero <= 1:
@@ -100,6 +95,12 @@ def begin_micro_batch(model: nn.Module, zero: int, last: bool) -> None:
     else:
         model.set_requires_all_reduce(last)
     model.set_reshard_after_backward(last or zero == 3)
+
+
+def finish_backward(model: nn.Module) -> None:
+    """After the last backward of a step: every gradient is summed over ranks."""
+    if (buckets := buckets_of(model)) is not None:
+        buckets.finish()
 
 
 def release_gathered(model: nn.Module) -> None:

@@ -1,19 +1,20 @@
 """Bytes of states on one rank: measured, and the formula they are held against.
 
 With AdamW in float32, P the bytes of all parameters (4 a parameter), N the shard degree (1 at stage 0), p_k the bytes of
-part k and uneven rows counted exactly, a rank holds
+part k, t_j those of tensor j and uneven rows counted exactly, a rank holds
 
 | stage | between steps | at the peak of a step, beside the optimizer state 2 P/N |
 |---|---|---|
-| 0 | P + 2 P | P shard + P gathered, gradients P |
+| 0 | P + P gradients + 2 P | P, gradients P + max t_j |
 | 1 | P/N + 2 P/N | P/N shard + P gathered, gradients P (P/N + max p_k without accumulation) |
 | 2 | P/N + 2 P/N | P/N shard + P gathered, gradients P/N + max p_k |
 | 3 | P/N + 2 P/N | P/N shard + max p_k gathered, gradients P/N + max p_k |
 
 ZeRO's own count (Rajbhandari et al.) is 4 P, 2 P + 2 P/N, P + 3 P/N, 4 P/N. What is more here: the parameter shard,
-which FSDP2 keeps beside the gathered copy (P/N at stages 0 to 2), and the one part in flight, p_k, which the paper
-does not count. Collectives under way take flat buffers besides: two parts, and at stage 3 the first and the last too.
-In 16-bit precision the gathered copy takes half.
+which FSDP2 keeps beside the gathered copy (P/N at stages 1 and 2), and the one part in flight, p_k (at stage 0 the one
+gradient t_j on its way into its bucket), which the paper does not count. Collectives under way take flat buffers
+besides: two parts, and at stage 3 the first and the last too. Where N is 1 every stage is stage 0. In 16-bit precision
+the gathered copy, which stage 0 then has too, takes half.
 """
 
 from collections.abc import Iterable
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rowwise.parallel.shard import local, sharded_modules
+from rowwise.kernels.rows import local
+from rowwise.parallel.replicate import buckets_of
+from rowwise.parallel.shard import sharded_modules
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,27 @@ def _measure_moving(model: nn.Module, shards: list[Tensor]) -> dict[str, int]:
     inner = [p for module in modules for p in _fsdp_params(module)]
     whole = [p._unsharded_param for p in inner if hasattr(p, "_unsharded_param")]
     accumulated = [p.unsharded_accumulated_grad for p in inner]
+    buckets = buckets_of(model)
+    flat = [] if buckets is None else buckets.flat
+    bucketed = {t.untyped_storage().data_ptr() for t in flat}
+    grads = [p.grad for p in [*shards, *whole]] + accumulated
+    loose = [g for g in grads if g is not None and _plain(g).untyped_storage().data_ptr() not in bucketed]
     return {
         "gathered": _storage_bytes(whole),
-        "gradients": _storage_bytes([p.grad for p in [*shards, *whole]] + accumulated),
+        "gradients": _storage_bytes([*flat, *loose]),
         "buffers": _storage_bytes(buffer for module in modules for buffer in _flat_buffers(module)),
     }
 
 
 @dataclass(frozen=True)
 class PartBytes:
-    """One part of the model: `whole`, this rank's `shard`, and `padded` to equal rows on every rank."""
+    """One part of the model: `whole`, this rank's `shard`, `padded` to equal rows on every rank, and its largest
+    tensor."""
 
     whole: int
     shard: int
     padded: int
+    tensor: int
 
 
 def count_parts(parts: list[list[nn.Module]], degree: int) -> list[PartBytes]:
@@ -103,13 +113,16 @@ def count_parts(parts: list[list[nn.Module]], degree: int) -> list[PartBytes]:
         params = [p for module in modules for p in module.parameters()]
         padded = sum(-(-p.size(0) // degree) * degree * (p.numel() // p.size(0)) * p.itemsize for p in params)
         whole = sum(p.numel() * p.itemsize for p in params)
-        counted.append(PartBytes(whole, sum(local(p).numel() * p.itemsize for p in params), padded))
+        largest = max(p.numel() * p.itemsize for p in params)
+        counted.append(PartBytes(whole, sum(local(p).numel() * p.itemsize for p in params), padded, largest))
     return counted
 
 
 def predict(parts: list[PartBytes], zero: int, accumulate: int, states_per_parameter: int = 2) -> StateBytes:
-    """The peak of each kind by the formula above; `buffers` is a bound."""
+    """The peak of each kind by the formula above, in full precision; `buffers` is a bound."""
     whole, shard = sum(p.whole for p in parts), sum(p.shard for p in parts)
+    if shard == whole:
+        return StateBytes(whole, 0, whole + max(p.tensor for p in parts), states_per_parameter * whole, 0)
     if zero <= 1 and accumulate > 1:
         gradients = whole
     else:  # with accumulation every shard exists by the last backward; without, those of later parts only
@@ -150,8 +163,12 @@ def _storage_bytes(tensors: Iterable[Tensor | None]) -> int:
     for tensor in tensors:
         if tensor is None:
             continue
-        # Not `local`: that is an operation, which PeakStates would measure in turn.
-        t = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        t = _plain(tensor)
         if t.untyped_storage().size():
             seen[(t.untyped_storage().data_ptr(), int(t.storage_offset()))] = t.numel() * t.itemsize
     return sum(seen.values())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """`local` without an operation, which PeakStates would measure in turn."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -1,12 +1,9 @@
 """Law 1 for the normal stream: the reference against published words and numpy's, the Triton kernel against it."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from test_kernels_triton import interpreted
 
 from rowwise.kernels.philox import normal, normal_reference, philox_words, stream_key
 
@@ -66,53 +63,20 @@ def test_streams_differ():
     assert len(keys) == 100
 
 
-INTERPRETED = """
-import torch
-from rowwise.kernels.philox import normal_reference, stream_key
-from rowwise.kernels.philox_triton import normal_triton
+def agree():
+    from rowwise.kernels.philox_triton import normal_triton
 
-cpu = torch.device("cpu")
-for seed in (0, 5):
-    for start, count in [(0, 1), (0, 1024), (3, 5), (1, 4097), (2**34 + 1, 777), (8, 0)]:
-        key = stream_key(seed, "w")
-        ours, reference = normal_triton(key, start, count, cpu), normal_reference(key, start, count, cpu)
-        assert ours.shape == reference.shape == (count,)
-        # The same words; float32 Box-Muller through other log, cos and sin.
-        torch.testing.assert_close(ours, reference, rtol=2e-5, atol=2e-6)
-print("agreed")
-"""
-
-COMPILED = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from rowwise.kernels.philox_triton import COUNTERS_PER_PROGRAM, normal_kernel
-
-types = {"out": "*fp32", "key": "i64", "start": "i64", "count": "i64", "COUNTERS": "constexpr"}
-for capability in (80, 90):
-    source = ASTSource(fn=normal_kernel, signature=types, constexprs={"COUNTERS": COUNTERS_PER_PROGRAM})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert len(compiled.asm["cubin"]) > 0
-    assert f"sm_{capability}" in compiled.asm["ptx"]
-print("compiled")
-"""
-
-
-def python(program: str, **environment: str) -> str:
-    """Triton reads its environment when it is imported, so each way of running it is a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    for seed in (0, 5):
+        for start, count in [(0, 1), (0, 1024), (3, 5), (1, 4097), (2**34 + 1, 777), (8, 0)]:
+            key = stream_key(seed, "w")
+            ours, reference = normal_triton(key, start, count, CPU), normal_reference(key, start, count, CPU)
+            assert ours.shape == reference.shape == (count,)
+            # The same words; float32 Box-Muller through other log, cos and sin.
+            torch.testing.assert_close(ours, reference, rtol=2e-5, atol=2e-6)
 
 
 def test_the_triton_kernel_agrees_with_the_reference():
-    assert "agreed" in python(INTERPRETED, TRITON_INTERPRET="1")
-
-
-def test_the_triton_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
-    assert "compiled" in python(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
+    interpreted("test_kernels_philox", "agree")
 
 
 def test_the_choice_of_kernels(monkeypatch):

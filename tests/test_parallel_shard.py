@@ -2,8 +2,8 @@
 
 import pytest
 
-from parity import Trace, assert_same, run_layout, run_plain, small_config, with_layout
-from rowwise.parallel import shard
+from parity import Trace, assert_all_same, run_layout, run_plain, small_config, with_layout
+from rowwise.parallel import replicate, shard
 
 # world size, parallel.replicate, parallel.shard
 LAYOUTS = [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, 4), (4, 2, 2), (2, 2, 1)]
@@ -23,17 +23,17 @@ def plain(folder) -> Trace:
 @pytest.mark.parametrize(("world", "replicate", "shard"), LAYOUTS)
 def test_three_steps_equal_those_of_one_process(ranks, folder, plain, zero, world, replicate, shard):
     config = with_layout(small_config(folder), world, zero=zero, replicate=replicate, shard=shard)
-    for trace in ranks.run(run_layout, world, config):
-        assert_same(trace, plain)
+    assert_all_same(ranks.run(run_layout, world, config), plain)
 
 
 def run_layout_in_small_buckets(workers, config) -> Trace:
     """The small model in buckets of its own size: three of them, the first of two parts."""
-    whole, shard.BUCKET_BYTES = shard.BUCKET_BYTES, 20_000
+    whole = shard.BUCKET_BYTES
+    shard.BUCKET_BYTES = replicate.BUCKET_BYTES = 20_000
     try:
         return run_layout(workers, config)
     finally:
-        shard.BUCKET_BYTES = whole
+        shard.BUCKET_BYTES = replicate.BUCKET_BYTES = whole
 
 
 @pytest.mark.parametrize("zero", [0, 1])
@@ -41,8 +41,7 @@ def run_layout_in_small_buckets(workers, config) -> Trace:
 def test_many_buckets(ranks, folder, zero, override):
     config = small_config(folder, override, "model.layers=3")
     reference = run_plain(config)
-    for trace in ranks.run(run_layout_in_small_buckets, 3, with_layout(config, 3, zero=zero)):
-        assert_same(trace, reference)
+    assert_all_same(ranks.run(run_layout_in_small_buckets, 3, with_layout(config, 3, zero=zero)), reference)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
@@ -59,8 +58,7 @@ def test_many_buckets(ranks, folder, zero, override):
 def test_options_of_the_model_and_the_step(ranks, folder, zero, overrides):
     config = small_config(folder, *overrides)
     reference = run_plain(config)
-    for trace in ranks.run(run_layout, 4, with_layout(config, 4, zero=zero, replicate=2, shard=2)):
-        assert_same(trace, reference)
+    assert_all_same(ranks.run(run_layout, 4, with_layout(config, 4, zero=zero, replicate=2, shard=2)), reference)
 
 
 def test_the_ranks_do_get_unequal_numbers_of_valid_tokens(folder):
@@ -78,5 +76,4 @@ def test_more_ranks_than_rows(ranks, folder):
     config = small_config(folder, *overrides)
     reference = run_plain(config)
     for zero in (1, 3):
-        for trace in ranks.run(run_layout, 4, with_layout(config, 4, zero=zero)):
-            assert_same(trace, reference)
+        assert_all_same(ranks.run(run_layout, 4, with_layout(config, 4, zero=zero)), reference)

@@ -23,8 +23,8 @@ from test_trainer_models_decoder import (
 from torch import Tensor
 
 from parity import relative_error, small_config, with_layout
+from rowwise.kernels.rows import local, row_offset
 from rowwise.parallel.mesh import Workers, make_mesh
-from rowwise.parallel.shard import local, row_offset
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models import huggingface
 from rowwise.trainer.models.decoder import Decoder, ModelConfig

@@ -16,7 +16,7 @@ from rowwise.trainer.data.batches import BatchConfig, check_batch
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.evaluate import EvalConfig
 from rowwise.trainer.manifest import CheckpointConfig, check_checkpoint
-from rowwise.trainer.models.decoder import ModelConfig, check_model
+from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_shapes
 from rowwise.trainer.sample import SampleConfig
 from rowwise.trainer.tracker import TrackerConfig
 
@@ -40,7 +40,7 @@ class TrainConfig:
     sample: SampleConfig
     model: ModelConfig
     data: Annotated[DataConfig, _BY_NAME]
-    optim: OptimConfig
+    optim: Annotated[OptimConfig, _BY_NAME]
     schedule: Annotated[ScheduleConfig, _BY_NAME]
     parallel: ParallelConfig
     precision: Annotated[PrecisionConfig, _BY_NAME]
@@ -81,13 +81,15 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     if config.name in ("", ".", "..") or "/" in config.name:
         raise ValueError(f"name={config.name!r}: a run name is the name of a folder, and holds no '/'")
     check_model(config.model)
-    check_optimizer(config.optim)
+    check_optimizer(config.optim, parameter_shapes(config.model))
     check_schedule(config.schedule, config.steps)
     check_precision(config.precision)
     check_checkpoint(config.checkpoint)
     _check_eval(config)
     parallel = resolve_degrees(config.parallel, world_size)
-    check_batch(config.batch, data_degree=parallel.replicate * parallel.shard)
+    data_degree = parallel.replicate * parallel.shard
+    check_batch(config.batch, data_degree)
+    _check_optimizer_and_step(config, config.batch.global_size // config.batch.micro_size // data_degree)
     return replace(config, parallel=parallel)
 
 
@@ -97,6 +99,33 @@ def _refuse_non_numbers(tree: dict[str, Any], path: str) -> None:
             _refuse_non_numbers(value, f"{path}{key}.")
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{path}{key}={value}: give a finite number")
+
+
+def _check_optimizer_and_step(config: TrainConfig, micro_batches: int) -> None:
+    if config.optim.param_dtype == "bf16" and config.precision.name != "bf16":
+        raise ValueError(
+            f"optim.param_dtype=bf16 with precision={config.precision.name}: parameters kept in bf16 compute in bf16; "
+            "give precision=bf16, or leave optim.param_dtype=null"
+        )
+    if not config.optim.in_backward:
+        return
+    if config.clip_norm:
+        raise ValueError(
+            f"optim.in_backward with clip_norm={config.clip_norm}: the global norm is known only when every gradient "
+            "has been used; give clip_norm=0, or optim.in_backward=false"
+        )
+    if micro_batches > 1:
+        needed = config.batch.global_size // micro_batches
+        raise ValueError(
+            f"optim.in_backward with {micro_batches} micro-batches a step: the second would meet changed parameters; "
+            f"give batch.micro_size={config.batch.micro_size * micro_batches} or batch.global_size={needed}, "
+            "or optim.in_backward=false"
+        )
+    if config.precision.name == "fp16":
+        raise ValueError(
+            "optim.in_backward with precision=fp16: an overflow is known only when parameters have changed; "
+            "give precision=bf16, or optim.in_backward=false"
+        )
 
 
 def _check_eval(config: TrainConfig) -> None:

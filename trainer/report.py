@@ -25,7 +25,7 @@ class Reporter:
 
     def step(self, record: dict[str, Any]) -> None: ...
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str | None) -> None: ...
 
     def sync(self) -> None: ...
 
@@ -49,8 +49,9 @@ class RankZeroReporter(Reporter):
             self._tracker.log(record)
         self._console.step(record)
 
-    def say(self, text: str) -> None:
-        self._console.say(text)
+    def say(self, text: str | None) -> None:
+        if text is not None:
+            self._console.say(text)
 
     def sync(self) -> None:
         self._metrics.sync()

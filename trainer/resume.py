@@ -9,9 +9,10 @@ from rowwise.trainer.manifest import find_checkpoints, read_manifest
 
 
 def model_facts(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint must agree in: the shape of the model, and the rule whose state it holds."""
+    """What a checkpoint must agree in: the shape of the model, and the rules whose states it holds."""
     shape = {k: v for k, v in tree_of(config)["model"].items() if k not in ("name", "init_std", "init_from")}
-    return {f"model.{key}": value for key, value in shape.items()} | {"optim.name": config.optim.name}
+    optim = {k: v for k, v in tree_of(config)["optim"].items() if k in ("name", "rank", "state_bits", "assign")}
+    return {f"model.{key}": value for key, value in shape.items()} | {f"optim.{key}": v for key, v in optim.items()}
 
 
 def data_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rowwise.optim.in_backward import InBackward
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.shard import begin_micro_batch, clip_factor, gradients, squared_norm
+from rowwise.parallel.shard import begin_micro_batch, clip_factor, finish_backward, gradients, squared_norm
 from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.loss import summed_loss
 
 
@@ -62,6 +64,29 @@ def compute_gradients(
     return StepReport(loss_sum / max(1.0, tokens), norm, int(tokens), stops > 0)
 
 
+def step_in_backward(
+    model: nn.Module, batch: MicroBatch, mesh: Mesh, zero: int, optimizer: InBackward, stop: bool = False
+) -> StepReport:
+    """The whole step of `optim.in_backward`: one micro-batch a rank, and every parameter changed by the end.
+
+    Its gradients must be final as they come, so the valid tokens are counted before the forward: two all-reduces over
+    all ranks, of 1 and of 3 float64.
+    """
+    tokens = (batch.labels != IGNORE).sum().double().to(mesh.device)
+    dist.all_reduce(tokens)
+    optimizer.begin()
+    begin_micro_batch(model, zero, last=True)
+    loss, _ = summed_loss(model, batch.to(mesh.device))
+    (loss / tokens.clamp_min(1)).backward()
+    norm = optimizer.squared_norm().to(mesh.device) / mesh.state_replicas
+    totals = torch.stack((loss.detach().double(), norm, torch.full_like(norm, float(stop))))
+    dist.all_reduce(totals)
+    loss_sum, norm_squared, stops = totals.tolist()
+    count = int(tokens)
+    norm_of_all = math.sqrt(norm_squared) if math.isfinite(norm_squared) else math.inf
+    return StepReport(loss_sum / max(1, count), norm_of_all, count, stops > 0)
+
+
 def accumulate(model: nn.Module, batches: list[MicroBatch], device: torch.device, zero: int, scale: float) -> Tensor:
     """Forward and backward of every micro-batch. Returns this rank's (loss sum, valid tokens)."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)
@@ -70,4 +95,5 @@ def accumulate(model: nn.Module, batches: list[MicroBatch], device: torch.device
         loss, tokens = summed_loss(model, batch.to(device))
         (loss * scale).backward()
         totals += torch.stack((loss.detach(), tokens)).double()
+    finish_backward(model)
     return totals

@@ -28,7 +28,6 @@ class TensorBoard:
 
 
 TrackerConfig = NoTracker | Wandb | TensorBoard
-TRACKERS: dict[str, type] = {t.name: t for t in (NoTracker, Wandb, TensorBoard)}
 
 
 class Tracker(Protocol):

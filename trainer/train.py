@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rowwise.optim.build import build_optimizer, set_lr, set_step
+from rowwise.optim.build import assignment_table, build_optimizer, set_lr, set_step
+from rowwise.optim.in_backward import InBackward
+from rowwise.optim.shell import Optimizer
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.precision import initial_loss_scale, master_dtype, next_loss_scale, policy
-from rowwise.parallel.shard import materialize, merge_parts, shard_model
+from rowwise.parallel.replicate import gradient_sum, replicate_model
+from rowwise.parallel.shard import is_split, materialize, merge_parts, shard_model
 from rowwise.trainer.checkpoint import Saver, first_sound, load, tensors_of
 from rowwise.trainer.config import TrainConfig, tree_of
-from rowwise.trainer.data.batches import Prefetch, holdout_batches, step_batches
+from rowwise.trainer.data.batches import MicroBatch, Prefetch, holdout_batches, step_batches
 from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.manifest import fingerprint, set_aside
@@ -29,8 +33,10 @@ from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import data_facts, find_resume, model_facts
 from rowwise.trainer.sample import generate
 from rowwise.trainer.state import TrainState
-from rowwise.trainer.step import StepReport, compute_gradients
+from rowwise.trainer.step import StepReport, compute_gradients, step_in_backward
 from rowwise.trainer.stop import StopSignals
+
+Update = Callable[[list[MicroBatch], float, bool], StepReport]
 
 
 def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
@@ -51,13 +57,15 @@ def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
 def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
     require_same_data(data, mesh)
     model = build_model(config, mesh)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, config.seed)
     tensors = tensors_of(model, optimizer)
     state, complaints = resume(config, mesh, data, tensors)
     set_step(optimizer, state.updates)
+    update = make_update(config, mesh, model, optimizer)
 
     with ExitStack() as stack:
         reporter = stack.enter_context(open_reporter(config, mesh, state, complaints))
+        reporter.say(assignment_table(model, optimizer))
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
         stack.callback(saver.close)
         batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
@@ -67,25 +75,13 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             started = time.perf_counter()
             micro_batches = next(batches)
             data_seconds = time.perf_counter() - started
+            lr, scale_used = config.optim.lr * config.schedule.factor(state.step, config.steps), state.loss_scale.scale
 
-            report = compute_gradients(
-                model,
-                micro_batches,
-                mesh,
-                config.parallel.zero,
-                places=config.batch.global_size * config.batch.seq_len,
-                clip_norm=config.clip_norm,
-                loss_scale=state.loss_scale.scale,
-                stop=stop.requested,
-            )
-            lr = config.optim.lr * config.schedule.factor(state.step, config.steps)
             set_lr(optimizer, lr)
+            report = update(micro_batches, scale_used, stop.requested)
             if not report.finite:
                 saver.wait()  # an error would end the save under way
-            if usable(report, config, state):
-                optimizer.step()
-            optimizer.zero_grad()
-            scale_used = state.loss_scale.scale
+                require_usable(report, config, state)
             advance(state, report, config)
             stopping = report.stop
 
@@ -101,27 +97,43 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
                 reporter.sync()
                 saver.save(state.step, tensors, manifest_of(config, mesh, data, state))
         saver.wait()
-        if stopping and state.step < config.steps:
-            reporter.say(
-                f"asked to stop: saved step {state.step} of {config.steps} in {config.run_dir}; resume=auto goes on"
-            )
-        elif config.sample.tokens and data.tokenizer is not None:
-            reporter.say(sample_text(config, mesh, model, data))
+        reporter.say(last_words(config, mesh, model, data, state, stopping))
     return state
+
+
+def make_update(config: TrainConfig, mesh: Mesh, model: Decoder, optimizer: Optimizer) -> Update:
+    """The function that makes one step: from micro-batches, the loss scale and whether this rank is to stop."""
+    zero, places = config.parallel.zero, config.batch.global_size * config.batch.seq_len
+    if config.optim.in_backward:
+        in_backward = InBackward(optimizer, gradient_sum(model, mesh))
+        return lambda batches, loss_scale, stop: step_in_backward(model, batches[0], mesh, zero, in_backward, stop)
+
+    def update(batches: list[MicroBatch], loss_scale: float, stop: bool) -> StepReport:
+        report = compute_gradients(model, batches, mesh, zero, places, config.clip_norm, loss_scale, stop)
+        if report.finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        return report
+
+    return update
 
 
 def build_model(config: TrainConfig, mesh: Mesh) -> Decoder:
     """The decoder, split over the mesh and filled: each rank makes its own rows and no others."""
+    dtype = torch.bfloat16 if config.optim.param_dtype == "bf16" else master_dtype(config.precision)
     with torch.device("meta"):
-        model = Decoder(config.model).to(master_dtype(config.precision))
+        model = Decoder(config.model).to(dtype)
     if config.compile:
         for block in model.blocks:
             block.compile()
-    parallel = config.parallel
-    shard_model(model, merge_parts(model.parts(), parallel.zero), mesh, parallel.zero, policy(config.precision))
+    zero, split = config.parallel.zero, is_split(mesh, policy(config.precision))
+    if split:
+        shard_model(model, merge_parts(model.parts(), zero), mesh, zero, policy(config.precision))
     source = config.model.init_from
     rows = random_rows(config.model, config.seed) if source is None else rows_from(Path(source).expanduser())
     materialize(model, mesh.device, rows)
+    if not split and not config.optim.in_backward:
+        replicate_model(model, mesh)
     return model
 
 
@@ -162,16 +174,15 @@ def eval_batches(config: TrainConfig, mesh: Mesh, data: Data):
     return holdout_batches(data.holdout, config.batch, config.eval.batches, mesh.data_rank, mesh.data_degree)
 
 
-def usable(report: StepReport, config: TrainConfig, state: TrainState) -> bool:
-    """Whether the step may be applied. fp16 passes an overflow over, as long as a smaller loss scale may help; anything
-    else stops the run before it is spoilt."""
-    if report.finite:
-        return True
+def require_usable(report: StepReport, config: TrainConfig, state: TrainState) -> None:
+    """Of a step whose gradient is no number: fp16 passes it over, as long as a smaller loss scale may help; anything
+    else stops the run, before it is spoilt where that is possible. Raises FloatingPointError."""
     if config.precision.name == "fp16" and state.loss_scale.scale > 1:
-        return False
+        return
+    weights = "have taken it (optim.in_backward)" if config.optim.in_backward else "are as they were before it"
     raise FloatingPointError(
-        f"step {state.step + 1}: the gradient norm is not a number (loss {report.loss}); the weights are as they were "
-        "before it. A smaller optim.lr, a longer warm-up or clip_norm may help; what was saved is sound"
+        f"step {state.step + 1}: the gradient norm is not a number (loss {report.loss}); the weights {weights}. "
+        "A smaller optim.lr, a longer warm-up or clip_norm may help; what was saved is sound"
     )
 
 
@@ -226,10 +237,15 @@ def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState) 
     }
 
 
-def sample_text(config: TrainConfig, mesh: Mesh, model: Decoder, data: Data) -> str:
-    """What the model writes after the prompt."""
-    assert data.tokenizer is not None
+def last_words(
+    config: TrainConfig, mesh: Mesh, model: Decoder, data: Data, state: TrainState, stopping: bool
+) -> str | None:
+    """What is said at the end: why the run stopped, or what the model writes after the prompt."""
+    if stopping and state.step < config.steps:
+        return f"asked to stop: saved step {state.step} of {config.steps} in {config.run_dir}; resume=auto goes on"
     choice = config.sample
+    if not choice.tokens or data.tokenizer is None:
+        return None
     prompt = data.tokenizer.encode_prompt(choice.prompt)
     tokens = generate(model, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh.device)
     return f"the model writes:\n{data.tokenizer.decode(tokens)}"

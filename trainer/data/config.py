@@ -58,4 +58,3 @@ class Hf:
 
 
 DataConfig = Stdlib | Text | Tokens | Hf
-SOURCES: dict[str, type] = {source.name: source for source in (Stdlib, Text, Tokens, Hf)}

@@ -159,12 +159,17 @@ def document_mask(documents_BS: Tensor) -> Tensor:
 
 
 @functools.cache
-def parameter_count(config: ModelConfig) -> tuple[int, int]:
-    """(all parameters, those of a matrix that multiplies every token) without building the model."""
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every parameter, by name, without building the model."""
     with torch.device("meta"):
-        model = Decoder(config)
-    total = sum(p.numel() for p in model.parameters())
-    lookup = 0 if config.tie_embeddings else model.embed.weight.numel()
+        return {name: p.shape for name, p in Decoder(config).named_parameters()}
+
+
+def parameter_count(config: ModelConfig) -> tuple[int, int]:
+    """(all parameters, those of a matrix that multiplies every token)."""
+    shapes = parameter_shapes(config)
+    total = sum(shape.numel() for shape in shapes.values())
+    lookup = 0 if config.tie_embeddings else shapes["embed.weight"].numel()
     return total, total - lookup
 
 

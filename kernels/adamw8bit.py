@@ -1,0 +1,83 @@
+"""AdamW with both moments in 8 bits: 2.03 bytes of state per parameter instead of 8.
+
+Dettmers et al., *8-bit Optimizers via Block-wise Quantization*, on the rule of Loshchilov & Hutter, *Decoupled Weight
+Decay Regularization*. Per element, with the moments dequantised before and quantised again after (`blockwise`):
+
+    m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2
+    x = x - lr wd x - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+x moves by the fresh m and v, before they are rounded to codes. The first moment has the signed code book, the second
+the unsigned one. The Triton form reads and writes every operand once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rowwise.kernels.dispatch import use_triton
+from rowwise.kernels.moments import Moment, Rounding, check_step, step_reference_
+
+
+def adamw8bit_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Moment],
+    exp_avg_sqs: Sequence[Moment],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rounding: Rounding = None,
+) -> None:
+    """One step on lists of local tensors (m_i, n_i), contiguous, in place; m_i may be 0. Communicates nothing.
+
+    params: all float32, all float64 or all bfloat16; grads: of that dtype or float32. A moment is (codes, absmax) as
+    `blockwise.quantise` makes them, zeros at first. `step` counts from 1. bfloat16 parameters are computed in float32
+    and rounded stochastically (`rounding`): rounding[i] = (key, logical index of the first element) of parameter i.
+    """
+    check_step(params, grads, (exp_avgs, exp_avg_sqs), rounding)
+    hyper = (step, lr, beta1, beta2, eps, weight_decay)
+    if params and params[0].dtype != torch.float64 and use_triton(params[0].device):
+        from rowwise.kernels.adamw8bit_triton import adamw8bit_triton_
+
+        adamw8bit_triton_(params, grads, exp_avgs, exp_avg_sqs, *hyper, rounding)
+    else:
+        adamw8bit_reference_(params, grads, exp_avgs, exp_avg_sqs, *hyper, rounding)
+
+
+def adamw8bit_reference_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Moment],
+    exp_avg_sqs: Sequence[Moment],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rounding: Rounding = None,
+) -> None:
+    """`adamw8bit_` in plain torch: on each portion of rows torch's fused operator, one pass for the whole rule."""
+
+    def rule(x, g, exp_avg, exp_avg_sq):
+        torch._fused_adamw_(
+            x,
+            g,
+            exp_avg,
+            exp_avg_sq,
+            [],
+            [torch.full((), float(step), device=x[0].device)] * len(x),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    step_reference_(params, grads, (exp_avgs, exp_avg_sqs), (True, False), rounding, rule)

@@ -1,0 +1,93 @@
+"""Steps of optimizers that keep their moments as 8-bit codes: everything about them but the rule.
+
+A step dequantises the moments, lets the rule change parameters and moments, and quantises the moments again, a
+portion of rows at a time, so that no more than a portion ever exists in float32. bfloat16 parameters are computed in
+float32 and rounded stochastically; float64 parameters (for proofs) are computed in float64.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rowwise.kernels.blockwise import BLOCK, blocks_per_row, decode, encode_
+from rowwise.kernels.portions import shared_portions
+from rowwise.kernels.rounding import round_reference_
+
+Moment = tuple[Tensor, Tensor]  # codes (m, n) uint8 and absmax (m, ceil(n / 256)) float32
+Rounding = Sequence[tuple[int, int]] | None  # of each bfloat16 parameter: key, logical index of its first element
+Rule = Callable[..., None]  # rule(params, grads, moments, ...): lists of (rows, n) of one dtype, changed in place
+
+
+def check_step(
+    params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Sequence[Moment]], rounding: Rounding
+) -> None:
+    """Asserts that the operands of a step belong together."""
+    assert len({p.dtype for p in params}) <= 1, "one call, one dtype of parameters"
+    assert (rounding is not None) == any(p.dtype == torch.bfloat16 for p in params), "rounding is for bfloat16 alone"
+    for p, g in zip(params, grads, strict=True):
+        assert p.dim() == 2 and p.shape == g.shape and p.is_contiguous() and g.is_contiguous()
+        assert g.dtype in (p.dtype, torch.float32)
+    for moment in moments:
+        for p, (codes, absmax) in zip(params, moment, strict=True):
+            assert codes.shape == p.shape and absmax.shape == (p.size(0), blocks_per_row(p.size(1)))
+
+
+def step_reference_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: Sequence[Sequence[Moment]],
+    signed: Sequence[bool],
+    rounding: Rounding,
+    rule: Rule,
+) -> None:
+    """One step of `rule` on lists of local tensors (m_i, n_i), in place. moments[j][i] is moment j of parameter i.
+
+    signed[j] tells which code book moment j has.
+    """
+    moments = [[_folded(*state) for state in moment] for moment in moments]
+    params, grads = [_fold(p) for p in params], [_fold(g) for g in grads]
+    for portion in shared_portions(params):
+        rows = [params[i][part] for i, part in portion]
+        dtype = torch.promote_types(rows[0].dtype, torch.float32)
+        x, g = [p.to(dtype) for p in rows], [grads[i][part].to(dtype) for i, part in portion]
+        states = [[(moment[i][0][part], moment[i][1][part]) for i, part in portion] for moment in moments]
+        numbers = [_decode(state, kind, dtype) for state, kind in zip(states, signed, strict=True)]
+        heights = [p.size(0) for p in rows]
+        rule(x, g, *(number.split(heights) for number in numbers))
+        for number, state, kind in zip(numbers, states, signed, strict=True):
+            _encode_(number, state, kind)
+        if rounding:
+            for (i, part), new, out in zip(portion, x, rows, strict=True):
+                key, start = rounding[i]
+                round_reference_(new, out, key, start + part.start * out.size(1))
+
+
+def _fold(x: Tensor) -> Tensor:
+    """Rows of whole blocks as rows of one block: tensors of many widths can then share a portion."""
+    return x.view(-1, BLOCK) if x.size(1) % BLOCK == 0 else x
+
+
+def _folded(codes: Tensor, absmax: Tensor) -> Moment:
+    return _fold(codes), absmax.view(-1, 1) if codes.size(1) % BLOCK == 0 else absmax
+
+
+def _decode(parts: Sequence[Moment], signed: bool, dtype: torch.dtype) -> Tensor:
+    """The numbers of several parts of one width, one below the other."""
+    if len(parts) == 1:
+        return decode(*parts[0], signed, dtype)
+    codes, absmax = zip(*parts, strict=True)
+    return decode(torch.cat(codes), torch.cat(absmax), signed, dtype)
+
+
+def _encode_(x: Tensor, parts: Sequence[Moment], signed: bool) -> None:
+    """Quantises x into the parts; x is used up."""
+    if len(parts) == 1:
+        encode_(x, *parts[0], signed)
+        return
+    codes, absmax = zip(*parts, strict=True)
+    all_codes, all_absmax = torch.cat(codes), torch.cat(absmax)
+    encode_(x, all_codes, all_absmax, signed)
+    heights = [part.size(0) for part in codes]
+    torch._foreach_copy_(codes, all_codes.split(heights))
+    torch._foreach_copy_(absmax, all_absmax.split(heights))

@@ -1,0 +1,49 @@
+"""Lion (Chen et al., *Symbolic Discovery of Optimization Algorithms*; its theory: Chen et al., *Lion Secretly Solves
+Constrained Optimization*): elementwise, so every shard is on its own.
+
+    x = x - lr (sign(b1 m + (1 - b1) g) + wd x)          m = b2 m + (1 - b2) g
+
+The iterates enter and stay in the box |x| <= 1 / wd. State bytes per parameter: 4 in fp32. Nothing crosses ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rowwise.optim.adamw import state_dtype
+from rowwise.optim.common import OptimBase
+from rowwise.optim.rule import Batch, apply_, pick
+
+
+@dataclass(frozen=True, kw_only=True)
+class LionConfig(OptimBase):
+    name: Literal["lion"] = "lion"
+    lr: float = 3e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+
+
+def lion_(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], beta1: float, beta2: float) -> list[Tensor]:
+    """The directions sign(b1 m + (1 - b1) g); then moves the averages, in place."""
+    directions = torch._foreach_lerp(exp_avgs, grads, 1 - beta1)
+    torch._foreach_sign_(directions)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta2)
+    return list(directions)
+
+
+class Lion:
+    """The shell around `lion_`. State: `exp_avg`, split like the parameter."""
+
+    name = "lion"
+    rounds = False
+
+    def __init__(self, betas: list[float]):
+        self._betas = betas
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        return {"exp_avg": torch.zeros_like(p, dtype=state_dtype(p))}
+
+    def step_(self, batch: Batch) -> None:
+        apply_(batch, lion_(batch.grads, pick(batch, "exp_avg"), *self._betas))

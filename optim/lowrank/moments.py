@@ -1,0 +1,54 @@
+"""Adam's moments of a projected gradient R (m, r), in 32 or 8 bits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rowwise.kernels.blockwise import dequantise, quantise_
+from rowwise.optim.adamw import state_dtype
+from rowwise.optim.quantized import is_quantisable, new_moment
+from rowwise.optim.rule import rows_like
+
+KEYS = (("exp_avg", True), ("exp_avg_sq", False))  # the first is signed, the second is not
+
+
+def new_moments(p: Tensor, rank: int, bits: int) -> dict[str, Tensor]:
+    """Both moments, (m, rank), split like `p`. 8 bits where the logical (m, rank) is large enough for them."""
+    if bits == 8 and is_quantisable(torch.Size((p.size(0), rank))):
+        return new_moment(p, rank, *KEYS[0]) | new_moment(p, rank, *KEYS[1])
+    return {key: rows_like(p, rank, state_dtype(p)) for key, _ in KEYS}
+
+
+def adam_directions(
+    rs: list[Tensor], states: list[dict[str, Tensor]], step: int, beta1: float, beta2: float, eps: float
+) -> list[Tensor]:
+    """N = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), with the moments moved towards R and R^2, in place."""
+    first, second = ([read(state, key, signed, r) for state, r in zip(states, rs, strict=True)] for key, signed in KEYS)
+    torch._foreach_lerp_(first, rs, 1 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, rs, rs, value=1 - beta2)
+    for values, (key, signed) in ((first, KEYS[0]), (second, KEYS[1])):
+        for state, value in zip(states, values, strict=True):
+            write(state, key, signed, value)
+    below = torch._foreach_sqrt(second)
+    torch._foreach_mul_(below, (1 - beta2**step) ** -0.5)
+    torch._foreach_add_(below, eps)
+    directions: Any = torch._foreach_div(first, below)
+    torch._foreach_div_(directions, 1 - beta1**step)
+    return list(directions)
+
+
+def read(state: dict[str, Tensor], key: str, signed: bool, like: Tensor) -> Tensor:
+    """A moment in full: the state itself where it is kept so."""
+    if key in state:
+        return state[key]
+    return dequantise(state[f"{key}.codes"], state[f"{key}.absmax"], signed, like.dtype)
+
+
+def write(state: dict[str, Tensor], key: str, signed: bool, value: Tensor) -> None:
+    """Keeps a moment that `read` gave, changed in place."""
+    if key not in state:
+        quantise_(value, state[f"{key}.codes"], state[f"{key}.absmax"], signed)
+    elif state[key] is not value:
+        state[key].copy_(value)

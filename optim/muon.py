@@ -1,0 +1,116 @@
+"""Muon (Jordan et al.): the momentum, orthogonalised by Newton-Schulz, without gathering it.
+
+    M = b M + G       X_0 = (G + b M) / |G + b M|       X_(k+1) = a X_k + (b' S + c S^2) X_k  with  S = X_k X_k^T
+    x = x - lr wd x - lr 0.2 sqrt(max(m, n)) X_5
+
+The scale gives the root mean square of an AdamW update (Liu et al., *Muon is Scalable for LLM Training*), so that
+AdamW's learning rate and decay serve.
+
+Every iterate is X_0 p(A) with A = X_0^T X_0 (n x n) and p a polynomial, which all ranks compute alike: for m >= n a rank
+sums A over the shard axis (n^2 numbers) and multiplies its own rows by p(A). For m < n one all-to-all turns rows into
+columns, the Gram matrix is m x m, and a second all-to-all turns the result back (m n / N numbers a rank each way). No
+rank ever holds the whole. The polynomial is computed in float32 (float64 in float64).
+
+State bytes per parameter: 4 (`momentum`, split like the parameter).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rowwise.optim.adamw import state_dtype
+from rowwise.optim.common import AdamBase
+from rowwise.optim.rule import Batch, all_reduce_, apply_, pick
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig(AdamBase):
+    """Hidden matrices follow Muon, everything else AdamW with the same learning rate."""
+
+    name: Literal["muon"] = "muon"
+    momentum: float = 0.95
+
+
+def newton_schulz_polynomial(gram: Tensor) -> Tensor:
+    """P (k, k) with X_5 = X P for any X whose X^T X = `gram`: the normalisation and all five iterations."""
+    scale = gram.diagonal().sum().sqrt().clamp_min(torch.finfo(gram.dtype).tiny)
+    a, b, c = COEFFICIENTS
+    gram = gram / scale**2
+    identity = torch.eye(gram.size(0), dtype=gram.dtype, device=gram.device)
+    p = identity
+    for _ in range(ITERATIONS):
+        s = p @ gram @ p  # the iterate's own Gram matrix: p and gram commute
+        p = p @ (a * identity + b * s + c * s @ s)
+    return p / scale
+
+
+class Muon:
+    """State: `momentum` (m, n), split like the parameter."""
+
+    name = "muon"
+    rounds = False
+
+    def __init__(self, momentum: float):
+        self._momentum = momentum
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(p, dtype=state_dtype(p))}
+
+    def step_(self, batch: Batch) -> None:
+        momenta = pick(batch, "momentum")
+        torch._foreach_mul_(momenta, self._momentum)
+        torch._foreach_add_(momenta, batch.grads)
+        nesterov = torch._foreach_add(batch.grads, momenta, alpha=self._momentum)
+        apply_(batch, orthogonalise(list(nesterov), batch.shapes, batch.group))
+
+
+def orthogonalise(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """0.2 sqrt(max(m, n)) X_5 of every logical matrix, given and returned as local rows; `group` is the shard axis."""
+    turned = [shape[0] < shape[1] for shape in shapes]  # held as columns, transposed, for the while
+    tall = [rows_to_columns(x, shape, group) if t else x for x, shape, t in zip(xs, shapes, turned, strict=True)]
+    grams = [x.T @ x for x in tall]
+    all_reduce_(grams, group)
+    results = []
+    for x, gram, shape, t in zip(tall, grams, shapes, turned, strict=True):
+        y = x @ newton_schulz_polynomial(gram) * (0.2 * math.sqrt(max(shape)))
+        results.append(columns_to_rows(y, shape, group) if t else y)
+    return results
+
+
+def rows_to_columns(x: Tensor, shape: torch.Size, group: dist.ProcessGroup | None) -> Tensor:
+    """(m_p, n) -> (n_p, m): this rank's columns of the logical (m, n) matrix, transposed. One all-to-all."""
+    if group is None:
+        return x.T
+    rows, columns = splits(shape[0], group.size()), splits(shape[1], group.size())
+    sent = torch.cat([part.flatten() for part in x.split(columns, dim=1)])
+    mine = columns[group.rank()]
+    received = x.new_empty(shape[0] * mine)
+    held = rows[group.rank()]
+    dist.all_to_all_single(received, sent, [r * mine for r in rows], [held * c for c in columns], group=group)
+    return received.view(shape[0], mine).T
+
+
+def columns_to_rows(y: Tensor, shape: torch.Size, group: dist.ProcessGroup | None) -> Tensor:
+    """The way back: (n_p, m) -> (m_p, n)."""
+    if group is None:
+        return y.T
+    rows, columns = splits(shape[0], group.size()), splits(shape[1], group.size())
+    mine, held = columns[group.rank()], rows[group.rank()]
+    sent = y.T.contiguous().view(-1)
+    received = y.new_empty(held * shape[1])
+    dist.all_to_all_single(received, sent, [held * c for c in columns], [r * mine for r in rows], group=group)
+    parts = received.split([held * c for c in columns])
+    return torch.cat([part.view(held, c) for part, c in zip(parts, columns, strict=True)], dim=1)
+
+
+def splits(size: int, degree: int) -> list[int]:
+    """How many of `size` rows each of `degree` ranks has (the first ones ceil(size / degree), as torch.chunk)."""
+    chunk = -(-size // degree)
+    return [max(0, min(chunk, size - rank * chunk)) for rank in range(degree)]

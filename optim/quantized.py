@@ -1,0 +1,97 @@
+"""AdamW and Lion with 8-bit states (Dettmers et al., *8-bit Optimizers via Block-wise Quantization*), row by row.
+
+Moments are 8-bit codes with one float32 absolute maximum per block; a step reads them, updates in float32 (float64 in
+float64) and writes them back (`kernels.blockwise`, `kernels.adamw8bit`). The paper cuts blocks from the flattened local
+tensor, so its states depend on the layout. Here blocks of 256 run along the last dim and never cross a row, and who gets
+8 bits is decided on the logical shape: matrices of at least 4,096 elements. Vectors, smaller matrices and (the paper's
+stable embedding) embeddings keep float32.
+
+State bytes per parameter of a matrix with n columns: 1 + 4 ceil(n / 256) / n for each moment, that is 2.03 for AdamW and
+1.02 for Lion. Nothing crosses ranks.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rowwise.kernels.adamw8bit import adamw8bit_
+from rowwise.kernels.blockwise import BLOCK, code_book
+from rowwise.kernels.lion8bit import lion8bit_
+from rowwise.optim.common import AdamBase, OptimBase
+from rowwise.optim.rule import Batch, rows_like
+
+SMALLEST = 4096  # elements of the logical matrix; below it 8 bits save nothing worth their error
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW8bitConfig(AdamBase):
+    name: Literal["adamw8bit"] = "adamw8bit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion8bitConfig(OptimBase):
+    name: Literal["lion8bit"] = "lion8bit"
+    lr: float = 3e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+
+
+def is_quantisable(shape: torch.Size) -> bool:
+    """Whether a state of this logical shape may be kept in 8 bits."""
+    return len(shape) == 2 and shape.numel() >= SMALLEST
+
+
+def new_moment(p: Tensor, columns: int, key: str, signed: bool) -> dict[str, Tensor]:
+    """A moment of zeros in 8 bits, `columns` wide, with the rows of `p`: `<key>.codes` and `<key>.absmax`."""
+    codes = rows_like(p, columns, torch.uint8)
+    zero = int((code_book(signed) == 0).nonzero())
+    return {
+        f"{key}.codes": codes.fill_(zero),
+        f"{key}.absmax": rows_like(p, -(-columns // BLOCK), torch.float32),
+    }
+
+
+def moments(batch: Batch, key: str) -> list[tuple[Tensor, Tensor]]:
+    """(codes, absmax) of every parameter."""
+    return [(state[f"{key}.codes"], state[f"{key}.absmax"]) for state in batch.states]
+
+
+class AdamW8bit:
+    """State: `exp_avg` in the signed code book, `exp_avg_sq` in the unsigned one."""
+
+    name = "adamw8bit"
+    rounds = True
+
+    def __init__(self, betas: list[float], eps: float):
+        self._betas, self._eps = betas, eps
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        return new_moment(p, p.size(1), "exp_avg", True) | new_moment(p, p.size(1), "exp_avg_sq", False)
+
+    def step_(self, batch: Batch) -> None:
+        rates = (batch.step, batch.lr, *self._betas, self._eps, batch.weight_decay)
+        first, second = moments(batch, "exp_avg"), moments(batch, "exp_avg_sq")
+        adamw8bit_(batch.params, batch.grads, first, second, *rates, rounding_of(batch))
+
+
+class Lion8bit:
+    """State: `exp_avg` in the signed code book."""
+
+    name = "lion8bit"
+    rounds = True
+
+    def __init__(self, betas: list[float]):
+        self._betas = betas
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        return new_moment(p, p.size(1), "exp_avg", True)
+
+    def step_(self, batch: Batch) -> None:
+        rates = (batch.lr, *self._betas, batch.weight_decay)
+        lion8bit_(batch.params, batch.grads, moments(batch, "exp_avg"), *rates, rounding_of(batch))
+
+
+def rounding_of(batch: Batch) -> list[tuple[int, int]] | None:
+    """Where the random bits of 16-bit parameters come from; None where parameters are wider."""
+    return batch.rounding() if batch.params and batch.params[0].dtype == torch.bfloat16 else None

@@ -1,0 +1,105 @@
+"""What a rule is: how one kind of parameter changes. The optimizer hands it the local rows of many parameters at once.
+
+A rule is written on whole rows of the *logical* matrix, so it is the same on every layout; where it needs a number of
+the whole matrix, it sums over `Batch.group`, the shard axis, for all its parameters in one message.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from rowwise.kernels.philox import stream_key
+from rowwise.kernels.rows import local
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a rule sees of one step: lists, an entry a parameter. `params`, `grads` and `states` are this rank's rows;
+    `shapes` are logical; `offsets` is the logical row of the first. `step` counts from 1."""
+
+    names: list[str]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+    shapes: list[torch.Size]
+    offsets: list[int]
+    group: dist.ProcessGroup | None
+    step: int
+    lr: float
+    weight_decay: float
+    seed: int
+
+    def rounding(self) -> list[tuple[int, int]]:
+        """For stochastic rounding: the key of each parameter's stream at this step, and the logical index of its first
+        element."""
+        keys = [stream_key(self.seed, f"rounding/{name}/{self.step}") for name in self.names]
+        return [(key, o * row_length(shape)) for key, o, shape in zip(keys, self.offsets, self.shapes, strict=True)]
+
+
+class Rule(Protocol):
+    """One rule of change. `rounds`: it writes 16-bit parameters itself; else it is given float32 copies of them."""
+
+    name: str
+    rounds: bool
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter before its first step: tensors only, laid like it wherever they have its rows."""
+
+    def step_(self, batch: Batch) -> None:
+        """Changes `params` and `states` in place."""
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Numbers in one row (entry of dim 0)."""
+    return int(torch.Size(shape[1:]).numel())
+
+
+def rows_like(p: Tensor, columns: int | None, dtype: torch.dtype) -> Tensor:
+    """Zeros with the rows of `p` and `columns` columns (None: a vector of one number a row), split as `p` is."""
+    tail = () if columns is None else (columns,)
+    zeros = torch.zeros(local(p).size(0), *tail, dtype=dtype, device=p.device)
+    if not isinstance(p, DTensor):
+        return zeros
+    shape = torch.Size((p.size(0), *tail))
+    stride = (1,) if columns is None else (columns, 1)
+    return DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
+
+
+def shard_group(p: Tensor) -> dist.ProcessGroup | None:
+    """The ranks that hold the other rows of `p`; None where this one has them all."""
+    if not isinstance(p, DTensor):
+        return None
+    groups = [p.device_mesh.get_group(dim) for dim, place in enumerate(p.placements) if isinstance(place, Shard)]
+    assert len(groups) <= 1, "rows are split over one axis"
+    return groups[0] if groups and groups[0].size() > 1 else None
+
+
+def all_reduce_(tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sums each tensor over the ranks of `group`, in place, all in one message."""
+    if group is None or not tensors:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat, group=group)
+    torch._foreach_copy_([t.view(-1) for t in tensors], list(flat.split([t.numel() for t in tensors])))
+
+
+def apply_(batch: Batch, updates: list[Tensor]) -> None:
+    """x = x - lr wd x - lr u, in place."""
+    if batch.weight_decay:
+        torch._foreach_mul_(batch.params, 1 - batch.lr * batch.weight_decay)
+    torch._foreach_add_(batch.params, updates, alpha=-batch.lr)
+
+
+def pick(batch: Batch, key: str) -> list[Tensor]:
+    """The state `key` of every parameter."""
+    return [state[key] for state in batch.states]
+
+
+def settings(config: Any, *names: str) -> dict[str, Any]:
+    """Some fields of a configuration, by name."""
+    return {name: getattr(config, name) for name in names}

@@ -1,0 +1,88 @@
+"""The optimizer: groups of parameters, each with its rule; hands every rule the local rows of what it has."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rowwise.kernels.rounding import round_bf16_
+from rowwise.kernels.rows import local, row_offset
+from rowwise.optim.rule import Batch, shard_group
+
+WIDE_BYTES = 64 << 20  # of float32 copies of 16-bit parameters at a time
+
+
+class Optimizer(torch.optim.Optimizer):
+    """`groups`: dicts of `params`, their `names`, `rule` and `weight_decay`. State: what the rules keep, tensors only.
+
+    The number of updates made is a plain number of each group (`step`), the same for all.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, seed: int):
+        super().__init__(groups, {"lr": lr, "step": 0})
+        self._seed = seed
+        self._places = {
+            p: (group, name)
+            for group in self.param_groups
+            for name, p in zip(group["names"], group["params"], strict=True)
+        }
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = group["rule"].new_state(p.detach())
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Changes every parameter that has a gradient."""
+        assert closure is None
+        self.begin_step()
+        for group in self.param_groups:
+            live = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
+            for some in _portions(live, group["rule"].rounds):
+                self._apply(group, some)
+
+    def begin_step(self) -> None:
+        """Counts an update; `step` does it itself."""
+        for group in self.param_groups:
+            group["step"] += 1
+
+    def step_one(self, p: Tensor) -> None:
+        """Changes one parameter, within the update that `begin_step` began."""
+        group, name = self._places[p]
+        self._apply(group, [(name, p)])
+
+    def _apply(self, group: dict[str, Any], named: list[tuple[str, Tensor]]) -> None:
+        params = [local(p) for _, p in named]
+        grads = [local(p.grad) for _, p in named if p.grad is not None]
+        narrow = params[0].dtype == torch.bfloat16 and not group["rule"].rounds
+        batch = Batch(
+            names=[name for name, _ in named],
+            params=[p.float() for p in params] if narrow else params,
+            grads=[g.float() for g in grads] if narrow else grads,
+            states=[{key: local(t) for key, t in self.state[p].items()} for _, p in named],
+            shapes=[p.shape for _, p in named],
+            offsets=[row_offset(p) for _, p in named],
+            group=shard_group(named[0][1]),
+            step=group["step"],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            seed=self._seed,
+        )
+        group["rule"].step_(batch)
+        if narrow:
+            for p, wide, (key, start) in zip(params, batch.params, batch.rounding(), strict=True):
+                round_bf16_(wide, p, key, start)
+
+
+def _portions(live: list[tuple[str, Tensor]], whole: bool) -> Iterable[list[tuple[str, Tensor]]]:
+    """All at once; 16-bit parameters, of which a rule gets float32 copies, in portions of WIDE_BYTES."""
+    if whole or not live or live[0][1].dtype != torch.bfloat16:
+        return [live] if live else []
+    portions: list[list[tuple[str, Tensor]]] = [[]]
+    held = 0
+    for name, p in live:
+        if held >= WIDE_BYTES:
+            portions, held = [*portions, []], 0
+        portions[-1].append((name, p))
+        held += 4 * p.numel()  # logical, so that all ranks cut alike: rules exchange messages
+    return portions

@@ -1,0 +1,110 @@
+"""Law 1 for machines that are not here: every Triton kernel is compiled for sm_80 and sm_90.
+
+And `interpreted`, with which the tests of each kernel run it on the CPU.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BLOCKS = {"rows": "i32", "columns": "i32", "per_row": "i32", "BLOCKS": 4, "WIDTH": 256}
+ADAMW = {
+    **dict.fromkeys(("keep", "beta1_rest", "beta2", "beta2_rest", "rate", "eps"), "fp32"),
+    **dict.fromkeys(("avg_codes", "sq_codes"), "*u8"),
+    **dict.fromkeys(("avg_absmax", "sq_absmax", "avg_book", "sq_book"), "*fp32"),
+    **dict.fromkeys(("avg_table", "sq_table"), "*i32"),
+    **dict.fromkeys(("key", "start"), "i64"),
+    **BLOCKS,
+}
+LION = {
+    **dict.fromkeys(("keep", "lr", "beta1_rest", "beta2_rest"), "fp32"),
+    "codes": "*u8",
+    "absmax": "*fp32",
+    "book": "*fp32",
+    "table": "*i32",
+    "key": "i64",
+    "start": "i64",
+    **BLOCKS,
+}
+QUANTISE = {"codes": "*u8", "absmax": "*fp32", "table": "*i32", **BLOCKS}
+DEQUANTISE = {"codes": "*u8", "absmax": "*fp32", "book": "*fp32", **BLOCKS}
+ROUND = {"x": "*fp32", "out": "*bf16", "key": "i64", "start": "i64", "count": "i64", "WIDTH": 1024}
+SCALE = {
+    "numerator": "*fp32",
+    "denominator": "*fp32",
+    "y": "*fp32",
+    "squares": "*fp32",
+    "rank": "i32",
+    "columns": "i32",
+}
+COLUMNS = {
+    "columns": "*i64",
+    "n": "i32",
+    "rank": "i32",
+    "first_scale": "fp32",
+    "scale": "fp32",
+    "ROWS": 16,
+    "COLUMNS": 64,
+}
+SQUARES = {"partial": "*fp32", "rows": "i32", "n": "i32", "ROWS": 64, "COLUMNS": 64, "DEPTH": 32}
+
+# Of every argument its type, or its value if it is a constant of the program. Both processors see every kernel; the
+# variants of a kernel (dtypes, alignment) are spread over them.
+KERNELS = [
+    (80, "philox", "normal", {"out": "*fp32", "key": "i64", "start": "i64", "count": "i64", "COUNTERS": 256}),
+    (90, "philox", "normal", {"out": "*fp32", "key": "i64", "start": "i64", "count": "i64", "COUNTERS": 256}),
+    (80, "blockwise", "quantise", {"x": "*fp32", **QUANTISE}),
+    (90, "blockwise", "quantise", {"x": "*bf16", **QUANTISE}),
+    (80, "blockwise", "dequantise", {"out": "*bf16", **DEQUANTISE}),
+    (90, "blockwise", "dequantise", {"out": "*fp32", **DEQUANTISE}),
+    (80, "rounding", "round", {**ROUND, "ALIGNED": True}),
+    (90, "rounding", "round", {**ROUND, "ALIGNED": False}),
+    (80, "adamw8bit", "adamw8bit", {"param": "*bf16", "grad": "*bf16", **ADAMW, "ALIGNED": False}),
+    (80, "adamw8bit", "adamw8bit", {"param": "*fp32", "grad": "*fp32", **ADAMW, "ALIGNED": True}),
+    (90, "adamw8bit", "adamw8bit", {"param": "*bf16", "grad": "*fp32", **ADAMW, "ALIGNED": True}),
+    (80, "lion8bit", "lion8bit", {"param": "*bf16", "grad": "*bf16", **LION, "ALIGNED": False}),
+    (90, "lion8bit", "lion8bit", {"param": "*fp32", "grad": "*fp32", **LION, "ALIGNED": True}),
+    (90, "lion8bit", "lion8bit", {"param": "*bf16", "grad": "*fp32", **LION, "ALIGNED": True}),
+    (80, "row_scale", "scale_rows", {"x": "*fp32", **SCALE, "WIDTH": 1024}),
+    (90, "row_scale", "scale_rows", {"x": "*bf16", **SCALE, "WIDTH": 1024}),
+    (80, "dct", "columns", {"out": "*bf16", **COLUMNS}),
+    (90, "dct", "columns", {"out": "*fp32", **COLUMNS}),
+    (80, "dct", "squares", {"g": "*fp32", **SQUARES}),
+    (90, "dct", "squares", {"g": "*bf16", **SQUARES}),
+]
+
+
+@pytest.mark.parametrize(("capability", "file", "name", "types"), KERNELS)
+def test_every_kernel_compiles_for_gpus_that_are_not_here(capability, file, name, types, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(importlib.import_module(f"rowwise.kernels.{file}_triton"), f"{name}_kernel")
+    constants = {name: value for name, value in types.items() if not isinstance(value, str)}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert len(compiled.asm["cubin"]) > 0
+    assert f"sm_{capability}" in compiled.asm["ptx"]
+
+
+def test_every_kernel_is_in_the_list():
+    found = set()
+    for path in (Path(__file__).parents[1] / "kernels").glob("*_triton.py"):
+        module = importlib.import_module(f"rowwise.kernels.{path.stem}")
+        names = [name for name in vars(module) if name.endswith("_kernel")]
+        found |= {(capability, path.stem, name) for name in names for capability in (80, 90)}
+    assert found == {(capability, f"{file}_triton", f"{name}_kernel") for capability, file, name, _ in KERNELS}
+
+
+def interpreted(module: str, function: str) -> None:
+    """Calls a function of a test module where Triton runs on the CPU: it reads its environment when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    program = f"import {module}; {module}.{function}(); print('agreed')"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "agreed" in done.stdout, done.stderr[-3000:]

@@ -1,0 +1,177 @@
+"""Laws 2 and 3 for every rule: gradients, updates and the states themselves, against the textbook in one process."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from parity import (
+    TOLERANCE,
+    Trace,
+    assert_all_same,
+    assert_same_codes,
+    relative_error,
+    run_layout,
+    run_plain,
+    small_config,
+    whole,
+    with_layout,
+)
+from rowwise.launch.compose import compose_tree
+from rowwise.optim.build import build_optimizer, named_state
+from rowwise.trainer.config import config_from_tree
+from runs import final_tensors, records, run_train, run_until
+from textbook import textbook_step
+
+# Matrices of exactly 4,096 elements (wq) and of 600 columns (w2); 8-bit moments of rank 8 for w1, 32-bit for others.
+SHAPES = ("model.dim=64", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=600", "batch.micro_size=2")
+LOW = ("optim.rank=8", "optim.refresh_every=2")
+RULES = {
+    "adamw": (),
+    "lion": (),
+    "adafactor": (),
+    "muon": (),
+    "adamw8bit": (),
+    "lion8bit": (),
+    "galore": LOW,
+    "dct": LOW,
+    "fira": LOW,
+    "apollo": LOW,
+    "apollo_mini": LOW[1:],
+    "galore 8-bit": (*LOW, "optim.state_bits=8"),
+    "dct 8-bit": (*LOW, "optim.state_bits=8"),
+    "fira 8-bit": (*LOW, "optim.state_bits=8"),
+    "apollo 8-bit": (*LOW, "optim.state_bits=8"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("rules")
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """rule -> its trace, made once."""
+    made: dict[str, Trace] = {}
+
+    def trace_of(rule: str) -> Trace:
+        if rule not in made:
+            made[rule] = run_plain(rule_config(folder, rule))
+        return made[rule]
+
+    return trace_of
+
+
+def rule_config(folder, rule, *overrides):
+    choice = f"optim={rule.split()[0]}"
+    return small_config(folder, choice, *SHAPES, "optim.lr=0.01", *RULES[rule], *overrides)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_three_steps_equal_those_of_the_textbook(ranks, folder, plain, rule, zero):
+    config = with_layout(rule_config(folder, rule), 3, zero=zero)
+    assert_all_same(ranks.run(run_layout, 3, config), plain(rule))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_hybrid_sharding(ranks, folder, plain, rule):
+    config = with_layout(rule_config(folder, rule), 4, zero=3, replicate=2, shard=2)
+    assert_all_same(ranks.run(run_layout, 4, config), plain(rule))
+
+
+# Just below and at 4,096 elements, columns around a block, fewer rows than ranks, one column, one row.
+EDGES = [(63, 65), (64, 64), (2, 2100), (3, 1365), (16, 257), (40, 255), (9, 600), (5000, 1), (1, 5000), (70, 3), (7,)]
+
+
+class Edges(nn.Module):
+    def __init__(self, shapes):
+        super().__init__()
+        for i, shape in enumerate(shapes):
+            self.register_parameter(f"w{i}", nn.Parameter(random(shape, 0, i)))
+
+
+def random(shape, step, i):
+    generator = torch.Generator().manual_seed(1000 * step + i)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def edge_shapes(rule):
+    return [
+        s for s in EDGES if rule.split()[0] not in ("galore", "dct", "fira", "apollo") or min(s) >= 8 or len(s) == 1
+    ]
+
+
+def optim_config(rule):
+    return config_from_tree(compose_tree([f"optim={rule.split()[0]}", *RULES[rule], "optim.lr=0.01"])).optim
+
+
+def run_edges(workers, rule, steps=3):
+    """Parameters and states after steps with random gradients, on this mesh, whole."""
+    torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
+    line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
+    model, shapes = Edges(edge_shapes(rule)), edge_shapes(rule)
+    for name, p in list(model.named_parameters()):
+        setattr(model, name, nn.Parameter(distribute_tensor(p.data, line, [Shard(0)])))
+    optimizer = build_optimizer(model, optim_config(rule), seed=5)
+    for step in range(1, steps + 1):
+        for i, p in enumerate(model.parameters()):
+            p.grad = distribute_tensor(random(shapes[i], step, i), line, [Shard(0)])
+        optimizer.step()
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    states = named_state(model, optimizer)
+    return {n: whole(p) for n, p in model.named_parameters()}, {
+        f"{n}.{key}": whole(t) for n, state in states.items() for key, t in state.items()
+    }
+
+
+def textbook_edges(rule, steps=3):
+    config, shapes = optim_config(rule), edge_shapes(rule)
+    xs = {f"w{i}": random(shape, 0, i) for i, shape in enumerate(shapes)}
+    states = {name: {} for name in xs}
+    for step in range(1, steps + 1):
+        for i, name in enumerate(xs):
+            xs[name] = textbook_step(name, states[name], xs[name], random(shapes[i], step, i), step, 0.01, config, 5)
+    return xs, {f"{n}.{key}": t for n, state in states.items() for key, t in state.items()}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_shapes_that_straddle_every_edge(ranks, rule):
+    xs, states = textbook_edges(rule)
+    for world in (1, 4):
+        for params, ours in ranks.run(run_edges, world, rule):
+            for name, x in xs.items():
+                assert relative_error(params[name], x) <= TOLERANCE, name
+            assert_same_states(ours, states)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_saved_on_four_ranks_and_resumed_on_three_and_on_one(ranks, folder, rule):
+    def named(name):
+        return replace(rule_config(folder, rule, "steps=4"), run_dir=str(folder / rule.replace(" ", "-") / name))
+
+    reference, stopped = named("uninterrupted"), named("stopped")
+    ranks.run(run_train, 4, with_layout(reference, 4, zero=3))
+    ranks.run(run_until, 4, with_layout(stopped, 4, zero=3), 2)
+    expected = final_tensors(reference.run_dir)
+    for after in (3, 1):
+        config = named(f"moved-to-{after}")
+        shutil.copytree(stopped.run_dir, config.run_dir)
+        ranks.run(run_train, after, with_layout(config, after, zero=2))
+        ours, theirs = np.array(records(config.run_dir)), np.array(records(reference.run_dir))
+        np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE)
+        assert_same_states(final_tensors(config.run_dir), expected)
+
+
+def assert_same_states(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        if theirs[name].is_floating_point():
+            bound = 2**-23 if theirs[name].dtype == torch.float32 else TOLERANCE
+            assert relative_error(ours[name], theirs[name]) <= bound, name
+    assert_same_codes(ours, theirs)

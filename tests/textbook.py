@@ -1,0 +1,201 @@
+"""Every rule as its paper writes it, on one whole matrix in float64, with nothing of the product but the code book and
+the counter-based random numbers. One function a rule: (state, x, g, t, config) -> x after the step; `state` is a dict of
+tensors under the names that the product's checkpoints use."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rowwise.kernels.blockwise import code_book
+from rowwise.kernels.philox import normal, stream_key
+
+CPU = torch.device("cpu")
+NO_STATE: dict[str, Tensor] = {}
+
+
+def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """The nearest of all 256 codes, block by block."""
+    book = code_book(signed).double()
+    codes, tops = [], []
+    for row in x:
+        blocks = [row[i : i + 256] for i in range(0, len(row), 256)]
+        top = [block.abs().max().float() for block in blocks]
+        scaled = torch.cat([b / t.double() if t > 0 else b for b, t in zip(blocks, top, strict=True)])
+        codes.append((scaled.unsqueeze(1) - book).abs().argmin(1).to(torch.uint8))
+        tops.append(torch.stack(top))
+    return torch.stack(codes), torch.stack(tops)
+
+
+def dequantise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    spread = absmax.double().repeat_interleave(256, dim=1)[:, : codes.size(1)]
+    return code_book(signed).double()[codes.long()] * spread
+
+
+def load(state: dict[str, Tensor], key: str, signed: bool, shape: Any, eight: bool) -> Tensor:
+    if eight:
+        return (
+            dequantise(state[f"{key}.codes"], state[f"{key}.absmax"], signed) if state else torch.zeros(shape).double()
+        )
+    return state[key] if key in state else torch.zeros(shape, dtype=torch.float64)
+
+
+def store(state: dict[str, Tensor], key: str, signed: bool, value: Tensor, eight: bool) -> None:
+    if eight:
+        state[f"{key}.codes"], state[f"{key}.absmax"] = quantise(value, signed)
+    else:
+        state[key] = value
+
+
+def adam(state: dict[str, Tensor], g: Tensor, t: int, c: Any, eight: bool = False) -> Tensor:
+    b1, b2 = c.betas
+    m = b1 * load(state, "exp_avg", True, g.shape, eight) + (1 - b1) * g
+    v = b2 * load(state, "exp_avg_sq", False, g.shape, eight) + (1 - b2) * g**2
+    store(state, "exp_avg", True, m, eight)
+    store(state, "exp_avg_sq", False, v, eight)
+    return (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + c.eps)
+
+
+def lion(state: dict[str, Tensor], g: Tensor, t: int, c: Any, eight: bool = False) -> Tensor:
+    b1, b2 = c.betas
+    m = load(state, "exp_avg", True, g.shape, eight)
+    store(state, "exp_avg", True, b2 * m + (1 - b2) * g, eight)
+    return (b1 * m + (1 - b1) * g).sign()
+
+
+def adafactor(state: dict[str, Tensor], g: Tensor, t: int, c: Any) -> Tensor:
+    b = 1 - t ** (-c.decay)
+    square = g**2 + 1e-30
+    if g.ndim == 1:
+        state["exp_avg_sq"] = b * state.get("exp_avg_sq", torch.zeros_like(g)) + (1 - b) * square
+        u = g / state["exp_avg_sq"].sqrt()
+    else:
+        state["row"] = b * state.get("row", torch.zeros(g.size(0)).double()) + (1 - b) * square.mean(1)
+        state["column"] = b * state.get("column", torch.zeros(g.size(1)).double()) + (1 - b) * square.mean(0)
+        u = g / (torch.outer(state["row"], state["column"]) / state["row"].mean()).sqrt()
+    return u / max(1.0, float((u**2).mean().sqrt()) / c.clip_threshold)
+
+
+def muon(state: dict[str, Tensor], g: Tensor, t: int, c: Any) -> Tensor:
+    state["momentum"] = c.momentum * state.get("momentum", torch.zeros_like(g)) + g
+    x = g + c.momentum * state["momentum"]
+    x = x / x.norm()
+    turned = x.size(0) > x.size(1)
+    x = x.T if turned else x
+    for _ in range(5):
+        s = x @ x.T
+        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+    x = x.T if turned else x
+    return 0.2 * math.sqrt(max(x.shape)) * x
+
+
+def gauss(seed: int, stream: str, rows: int, columns: int) -> Tensor:
+    return normal(stream_key(seed, stream), 0, rows * columns, CPU).view(rows, columns).double()
+
+
+def subspace(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: int) -> Tensor:
+    """Randomised subspace iteration (Halko, Martinsson & Tropp) from the basis of before."""
+    if (t - 1) % c.refresh_every == 0:
+        extra = min(8, min(g.shape) - c.rank)
+        fresh = c.rank + extra if "basis" not in state else extra
+        w = gauss(seed, f"subspace/{name}/{t}", g.size(1), fresh)
+        w = torch.cat([state["basis"], w], 1) if "basis" in state else w
+        q, _ = torch.linalg.qr(g.T @ (g @ w))
+        _, _, vt = torch.linalg.svd(g @ q, full_matrices=False)
+        basis = (q @ vt.T)[:, : c.rank]
+        signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+        state["basis"] = basis * signs
+    return state["basis"]
+
+
+def galore(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: int, eight: bool) -> Tensor:
+    q = subspace(state, g, t, c, name, seed)
+    moments = {k: v for k, v in state.items() if k.startswith("exp")}
+    n = adam(moments, g @ q, t, c, eight)
+    state.update(moments)
+    return c.scale * n @ q.T
+
+
+def fira(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: int, eight: bool) -> Tensor:
+    q = subspace(state, g, t, c, name, seed)
+    r = g @ q
+    moments = {k: v for k, v in state.items() if k.startswith("exp")}
+    n = adam(moments, r, t, c, eight)
+    state.update(moments)
+    s = (n.norm(dim=1) / r.norm(dim=1)).unsqueeze(1) * (g - r @ q.T)
+    if "limit" in state and s.norm() > c.growth * state["limit"]:
+        s = s * (c.growth * state["limit"] / s.norm())
+    state["limit"] = s.norm().reshape(1)
+    return c.scale * (n @ q.T + s)
+
+
+def dct_matrix(n: int) -> Tensor:
+    j, k = torch.arange(n).double().unsqueeze(1), torch.arange(n).double()
+    d = torch.cos(math.pi * (2 * j + 1) * k / (2 * n)) * math.sqrt(2 / n)
+    d[:, 0] /= math.sqrt(2)
+    return d
+
+
+def dct(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: int, eight: bool) -> Tensor:
+    d = dct_matrix(g.size(1))
+    moments = {k: v for k, v in state.items() if k.startswith("exp")}
+    if (t - 1) % c.refresh_every == 0:
+        chosen = sorted((g @ d).norm(dim=0).topk(c.rank).indices.tolist())
+        if "columns" in state:
+            before = state["columns"].tolist()
+            for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                old = load(moments, key, signed, None, eight)
+                new = torch.zeros_like(old)
+                for place, column in enumerate(chosen):
+                    if column in before:
+                        new[:, place] = old[:, before.index(column)]
+                store(moments, key, signed, new, eight)
+        state["columns"] = torch.tensor(chosen, dtype=torch.int32)
+    q = d[:, state["columns"].long()]
+    n = adam(moments, g @ q, t, c, eight)
+    state.update(moments)
+    return c.scale * n @ q.T
+
+
+def apollo(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: int, eight: bool) -> Tensor:
+    rank = getattr(c, "rank", 1)
+    omega = gauss(seed, f"projection/{name}/{(t - 1) // c.refresh_every}", g.size(1), rank) / math.sqrt(rank)
+    r = g @ omega
+    n = adam(state, r, t, c, eight)
+    if c.name == "apollo_mini":
+        return c.scale * (n.norm() / r.norm()) * g
+    return c.scale * (n.norm(dim=1) / r.norm(dim=1)).unsqueeze(1) * g
+
+
+LOW_RANK = {"galore": galore, "dct": dct, "fira": fira, "apollo": apollo, "apollo_mini": apollo}
+PLAIN = {"adamw": adam, "lion": lion, "adafactor": adafactor, "muon": muon}
+
+
+def rule_of(name: str, shape: Any, config: Any) -> str:
+    """The table of the README, written once more."""
+    special = name.startswith(("embed", "head")) or len(shape) == 1
+    eight = len(shape) == 2 and math.prod(shape) >= 4096
+    if config.name == "adamw8bit":
+        return "adamw8bit" if eight and not name.startswith("embed") else "adamw"
+    if config.name == "lion8bit":
+        return "lion8bit" if eight and not name.startswith("embed") else "lion"
+    if config.name in LOW_RANK or config.name == "muon":
+        return "adamw" if special else config.name
+    return config.name
+
+
+def textbook_step(
+    name: str, state: dict[str, Tensor], x: Tensor, g: Tensor, t: int, lr: float, config: Any, seed: int
+) -> Tensor:
+    """One step of one parameter: x after it; `state` changes."""
+    rule = rule_of(name, x.shape, config)
+    if rule in LOW_RANK:
+        eight = config.state_bits == 8 and x.size(0) * getattr(config, "rank", 1) >= 4096
+        u = LOW_RANK[rule](state, g, t, config, name, seed, eight)
+    elif rule.endswith("8bit"):
+        u = PLAIN[rule.removesuffix("8bit")](state, g, t, config, True)
+    else:
+        u = PLAIN[rule](state, g, t, config)
+    decay = config.weight_decay if x.ndim > 1 else 0.0
+    return x - lr * decay * x - lr * u
