@@ -97,7 +97,7 @@ def code_table(signed: bool, device: torch.device = _CPU) -> Tensor:
     """
     interval = torch.arange(1 << 15, dtype=torch.int32, device=_CPU) << 16
     low, high = (_codes_of_keys(signed, y) for y in (interval, interval | _LOW))
-    in_use = (interval < _key(torch.tensor(2.0))) | (interval > _key(torch.tensor(-2.0)))
+    in_use = (interval < _key(_float32(2.0))) | (interval > _key(_float32(-2.0)))
     assert (high - low)[in_use].max() <= 1, "two midpoints in one interval"
     thresholds = _key(_float32_below(midpoints(signed)))
     threshold = torch.where(high > low, thresholds[low.clamp_max(254)] & _LOW, _LOW)
@@ -116,18 +116,22 @@ def _codes_of_keys(signed: bool, key: Tensor) -> Tensor:
     return torch.bucketize(z.nan_to_num().double(), midpoints(signed))
 
 
+def _float32(number: float) -> Tensor:
+    return torch.tensor(number, dtype=torch.float32, device=_CPU)
+
+
 def _float32_below(x: Tensor) -> Tensor:
     """The largest float32 <= x (float64)."""
     near = x.float()
-    return torch.where(near.double() > x, near.nextafter(torch.tensor(-torch.inf)), near)
+    return torch.where(near.double() > x, near.nextafter(_float32(-torch.inf)), near)
 
 
 def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes (m, n) uint8 and absolute maxima (m, ceil(n / 256)) float32 of x (m, n), float32, bfloat16 or float64.
 
     Float64 is divided and compared in float64, the others in float32; absmax is rounded to float32 first, and what
-    that leaves a little above 1 gets the last code. Unsigned takes x >= 0. A block of zeros has absmax 0; one that
-    holds a NaN or an infinity dequantises to NaN. Local: communicates nothing.
+    that leaves a little above 1 gets the last code. Unsigned takes x >= 0. A block of zeros has absmax 0; of one that
+    holds a NaN or what is infinite in float32, nothing comes back finite. Local: communicates nothing.
     """
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(x.size(0), blocks_per_row(x.size(1)), dtype=torch.float32, device=x.device)
@@ -149,7 +153,7 @@ def quantise_reference_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) 
     """`quantise_` in plain torch."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     for rows in row_portions(*x.shape):
-        encode_(x[rows].to(dtype, copy=True), codes[rows], absmax[rows], signed)
+        encode_(x[rows].to(dtype) + 0.0, codes[rows], absmax[rows], signed)  # a copy, in which -0 is 0
 
 
 def dequantise(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -174,10 +178,7 @@ def dequantise_reference_(codes: Tensor, absmax: Tensor, signed: bool, out: Tens
 def encode_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
     """Quantises one portion of rows, float32 or float64; x is used up."""
     for block, top in _blocks(x, absmax):
-        largest = block.abs().amax(-1, keepdim=True) if signed else block.amax(-1, keepdim=True)
-        if x.dtype == torch.float64:  # keep what float32 cannot hold finite
-            largest.clamp_max_(torch.finfo(torch.float32).max)
-        top.copy_(largest)
+        top.copy_((block.abs() if signed else block).amax(-1, keepdim=True))
         block.div_(top.clamp_min(_SMALLEST))
     _nearest_(x, codes, signed)
 

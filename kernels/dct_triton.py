@@ -41,7 +41,9 @@ def columns_kernel(columns, out, n, rank, first_scale, scale, ROWS: tl.constexpr
 
 
 @triton.jit
-def squares_kernel(g, partial, rows, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+def squares_kernel(
+    g, partial, rows, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr
+):
     """partial[row block, k] = sum over the block's rows of (sum_j g[., j] cos(pi (2j + 1) k / (2n)))^2."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -49,7 +51,8 @@ def squares_kernel(g, partial, rows, n, ROWS: tl.constexpr, COLUMNS: tl.constexp
     within = (2 * inner[:, None] * k[None, :]) % (4 * n)  # the phase of row j of D is that of row `first` and this
     place = g + row[:, None].to(tl.int64) * n
     s = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, n, DEPTH):
+    for i in range(STEPS):
+        first = i * DEPTH
         start = ((2 * first + 1) * k.to(tl.int64)) % (4 * n)
         d = _cosine(start.to(tl.int32)[None, :] + within, n)
         j = first + inner
@@ -73,7 +76,7 @@ def column_squares_triton(g: Tensor) -> Tensor:
     partial = torch.empty(blocks, n, dtype=torch.float32, device=g.device)
     if partial.numel():
         grid = (triton.cdiv(n, COLUMNS), blocks)
-        squares_kernel[grid](g, partial, m, n, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH)
+        squares_kernel[grid](g, partial, m, n, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, STEPS=triton.cdiv(n, DEPTH))
     squares = partial.sum(0, dtype=torch.float64) * (2 / n)
     squares[:1] /= 2
     return squares.float()

@@ -24,7 +24,8 @@ def check_step(
 ) -> None:
     """Asserts that the operands of a step belong together."""
     assert len({p.dtype for p in params}) <= 1, "one call, one dtype of parameters"
-    assert (rounding is not None) == any(p.dtype == torch.bfloat16 for p in params), "rounding is for bfloat16 alone"
+    if params:
+        assert (rounding is not None) == (params[0].dtype == torch.bfloat16), "rounding is for bfloat16, which needs it"
     for p, g in zip(params, grads, strict=True):
         assert p.dim() == 2 and p.shape == g.shape and p.is_contiguous() and g.is_contiguous()
         assert g.dtype in (p.dtype, torch.float32)

@@ -30,6 +30,11 @@ class AdafactorConfig(OptimBase):
     decay: float = 0.8
     clip_threshold: float = 1.0
 
+    def check(self) -> None:
+        super().check()
+        if not (0 < self.decay <= 1 and self.clip_threshold > 0):
+            raise ValueError("optim=adafactor: decay is above 0 and at most 1, clip_threshold is above 0")
+
 
 def factored_direction(g: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """g / sqrt(R C / mean(C)), of local rows (m, n), (m), (n)."""

@@ -65,7 +65,7 @@ class AdamW:
     rounds = False
 
     def __init__(self, betas: list[float], eps: float):
-        self._betas, self._eps = betas, eps
+        (self._beta1, self._beta2), self._eps = betas, eps
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         zeros = torch.zeros_like(p, dtype=state_dtype(p))
@@ -73,7 +73,7 @@ class AdamW:
 
     def step_(self, batch: Batch) -> None:
         first, second = pick(batch, "exp_avg"), pick(batch, "exp_avg_sq")
-        rates = (batch.step, batch.lr, *self._betas, self._eps, batch.weight_decay)
+        rates = (batch.step, batch.lr, self._beta1, self._beta2, self._eps, batch.weight_decay)
         adamw_(batch.params, batch.grads, first, second, *rates)
 
 

@@ -9,9 +9,15 @@ from torch import Tensor, nn
 
 from rowwise.optim.adafactor import Adafactor, AdafactorConfig
 from rowwise.optim.adamw import AdamW, AdamWConfig
-from rowwise.optim.common import AdamBase
 from rowwise.optim.lion import Lion, LionConfig
-from rowwise.optim.lowrank.config import ApolloConfig, ApolloMiniConfig, DCTConfig, FiraConfig, GaLoreConfig
+from rowwise.optim.lowrank.config import (
+    ApolloConfig,
+    ApolloMiniConfig,
+    DCTConfig,
+    FiraConfig,
+    GaLoreConfig,
+    LowRankBase,
+)
 from rowwise.optim.lowrank.rules import DCT, Apollo, ApolloMini, Fira, GaLore
 from rowwise.optim.muon import Muon, MuonConfig
 from rowwise.optim.quantized import AdamW8bit, AdamW8bitConfig, Lion8bit, Lion8bitConfig, is_quantisable
@@ -86,16 +92,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Opt
 
 def check_optimizer(config: OptimConfig, shapes: dict[str, torch.Size]) -> None:
     """Refuses numbers that no optimizer can use, and what the parameters `shapes` do not admit. Raises ValueError."""
-    if config.lr <= 0:
-        raise ValueError(f"optim.lr={config.lr}: a learning rate is above 0")
-    if config.weight_decay < 0:
-        raise ValueError(f"optim.weight_decay={config.weight_decay}: it is at least 0")
-    betas = getattr(config, "betas", [0.0, 0.0])
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optim.betas={list(betas)}: two numbers, each from 0 to below 1")
-    if isinstance(config, AdamBase) and config.eps <= 0:
-        raise ValueError(f"optim.eps={config.eps}: it is above 0")
-    _check_own_numbers(config)
+    config.check()
     for assign in config.assign:
         if not any(fnmatchcase(name, assign.match) for name in shapes):
             raise ValueError(
@@ -105,18 +102,6 @@ def check_optimizer(config: OptimConfig, shapes: dict[str, torch.Size]) -> None:
         _check_parameter(name, shape, config)
 
 
-def _check_own_numbers(config: OptimConfig) -> None:
-    if config.name in LOW_RANK:
-        if config.refresh_every < 1 or config.scale <= 0 or getattr(config, "rank", 1) < 1:
-            raise ValueError(f"optim={config.name}: rank and refresh_every are at least 1, scale is above 0")
-        if getattr(config, "growth", 1.0) < 1:
-            raise ValueError(f"optim.growth={config.growth}: the norm may grow by this factor, which is at least 1")
-    if isinstance(config, MuonConfig) and not 0 <= config.momentum < 1:
-        raise ValueError(f"optim.momentum={config.momentum}: from 0 to below 1")
-    if isinstance(config, AdafactorConfig) and not (0 < config.decay <= 1 and config.clip_threshold > 0):
-        raise ValueError("optim=adafactor: decay is above 0 and at most 1, clip_threshold is above 0")
-
-
 def _check_parameter(name: str, shape: torch.Size, config: OptimConfig) -> None:
     chosen = next((a.rule for a in config.assign if fnmatchcase(name, a.match)), "own")
     if chosen in MATRICES_ONLY and len(shape) != 2:
@@ -124,7 +109,7 @@ def _check_parameter(name: str, shape: torch.Size, config: OptimConfig) -> None:
             f"optim.assign: {chosen} is for matrices, and {name} has the shape {tuple(shape)}; "
             "give a pattern that matches matrices only, or rule: adamw"
         )
-    if rule_name(name, shape, config) in LOW_RANK and getattr(config, "rank", 1) > min(shape):
+    if isinstance(config, LowRankBase) and rule_name(name, shape, config) == config.name and config.rank > min(shape):
         raise ValueError(
             f"optim.rank={config.rank} is above the narrow side of {name}, {tuple(shape)}; give at most {min(shape)}, "
             "or another rule to this matrix with optim.assign"

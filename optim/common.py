@@ -25,6 +25,13 @@ class OptimBase:
     in_backward: bool = False
     assign: list[Assign] = field(default_factory=list)
 
+    def check(self) -> None:
+        """Refuses numbers that the rule cannot use. Raises ValueError."""
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr={self.lr}: a learning rate is above 0")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay={self.weight_decay}: it is at least 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamBase(OptimBase):
@@ -32,3 +39,15 @@ class AdamBase(OptimBase):
 
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
+
+    def check(self) -> None:
+        super().check()
+        check_betas(self.betas)
+        if self.eps <= 0:
+            raise ValueError(f"optim.eps={self.eps}: it is above 0")
+
+
+def check_betas(betas: list[float]) -> None:
+    """Refuses what are not two forgetting factors. Raises ValueError."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optim.betas={list(betas)}: two numbers, each from 0 to below 1")

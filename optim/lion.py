@@ -6,7 +6,6 @@ Constrained Optimization*): elementwise, so every shard is on its own.
 The iterates enter and stay in the box |x| <= 1 / wd. State bytes per parameter: 4 in fp32. Nothing crosses ranks.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rowwise.optim.adamw import state_dtype
-from rowwise.optim.common import OptimBase
+from rowwise.optim.common import OptimBase, check_betas
 from rowwise.optim.rule import Batch, apply_, pick
 
 
@@ -24,8 +23,12 @@ class LionConfig(OptimBase):
     lr: float = 3e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
 
+    def check(self) -> None:
+        super().check()
+        check_betas(self.betas)
 
-def lion_(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], beta1: float, beta2: float) -> list[Tensor]:
+
+def lion_(grads: list[Tensor], exp_avgs: list[Tensor], beta1: float, beta2: float) -> list[Tensor]:
     """The directions sign(b1 m + (1 - b1) g); then moves the averages, in place."""
     directions = torch._foreach_lerp(exp_avgs, grads, 1 - beta1)
     torch._foreach_sign_(directions)
@@ -40,10 +43,10 @@ class Lion:
     rounds = False
 
     def __init__(self, betas: list[float]):
-        self._betas = betas
+        self._beta1, self._beta2 = betas
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return {"exp_avg": torch.zeros_like(p, dtype=state_dtype(p))}
 
     def step_(self, batch: Batch) -> None:
-        apply_(batch, lion_(batch.grads, pick(batch, "exp_avg"), *self._betas))
+        apply_(batch, lion_(batch.grads, pick(batch, "exp_avg"), self._beta1, self._beta2))

@@ -37,10 +37,16 @@ class MuonConfig(AdamBase):
     name: Literal["muon"] = "muon"
     momentum: float = 0.95
 
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optim.momentum={self.momentum}: from 0 to below 1")
+
 
 def newton_schulz_polynomial(gram: Tensor) -> Tensor:
     """P (k, k) with X_5 = X P for any X whose X^T X = `gram`: the normalisation and all five iterations."""
-    scale = gram.diagonal().sum().sqrt().clamp_min(torch.finfo(gram.dtype).tiny)
+    norm = gram.diagonal().sum().sqrt()
+    scale = torch.where(norm > 0, norm, torch.ones_like(norm))  # a gradient of zeros stays one
     a, b, c = COEFFICIENTS
     gram = gram / scale**2
     identity = torch.eye(gram.size(0), dtype=gram.dtype, device=gram.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 from rowwise.kernels.adamw8bit import adamw8bit_
 from rowwise.kernels.blockwise import BLOCK, code_book
 from rowwise.kernels.lion8bit import lion8bit_
-from rowwise.optim.common import AdamBase, OptimBase
+from rowwise.optim.common import AdamBase, OptimBase, check_betas
 from rowwise.optim.rule import Batch, rows_like
 
 SMALLEST = 4096  # elements of the logical matrix; below it 8 bits save nothing worth their error
@@ -35,6 +35,10 @@ class Lion8bitConfig(OptimBase):
     name: Literal["lion8bit"] = "lion8bit"
     lr: float = 3e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+
+    def check(self) -> None:
+        super().check()
+        check_betas(self.betas)
 
 
 def is_quantisable(shape: torch.Size) -> bool:
@@ -64,13 +68,13 @@ class AdamW8bit:
     rounds = True
 
     def __init__(self, betas: list[float], eps: float):
-        self._betas, self._eps = betas, eps
+        (self._beta1, self._beta2), self._eps = betas, eps
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return new_moment(p, p.size(1), "exp_avg", True) | new_moment(p, p.size(1), "exp_avg_sq", False)
 
     def step_(self, batch: Batch) -> None:
-        rates = (batch.step, batch.lr, *self._betas, self._eps, batch.weight_decay)
+        rates = (batch.step, batch.lr, self._beta1, self._beta2, self._eps, batch.weight_decay)
         first, second = moments(batch, "exp_avg"), moments(batch, "exp_avg_sq")
         adamw8bit_(batch.params, batch.grads, first, second, *rates, rounding_of(batch))
 
@@ -82,13 +86,13 @@ class Lion8bit:
     rounds = True
 
     def __init__(self, betas: list[float]):
-        self._betas = betas
+        self._beta1, self._beta2 = betas
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return new_moment(p, p.size(1), "exp_avg", True)
 
     def step_(self, batch: Batch) -> None:
-        rates = (batch.lr, *self._betas, batch.weight_decay)
+        rates = (batch.lr, self._beta1, self._beta2, batch.weight_decay)
         lion8bit_(batch.params, batch.grads, moments(batch, "exp_avg"), *rates, rounding_of(batch))
 
 

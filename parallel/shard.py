@@ -87,8 +87,8 @@ def begin_micro_batch(model: nn.Module, zero: int, last: bool) -> None:
     """Says whether the coming backward is the last of the step, so that gradients cross ranks when the stage says."""
     if (buckets := buckets_of(model)) is not None:
         buckets.begin_micro_batch(last)
+    if not isinstance(model, FSDPModule):
         return
-    assert isinstance(model, FSDPModule)
     model.set_is_last_backward(last)
     if zero <= 1:
         model.set_requires_gradient_sync(last)

@@ -19,7 +19,6 @@ from rowwise.kernels.blockwise import (
 )
 
 SHAPES = [(0, 300), (3, 1), (1, 255), (1, 256), (5, 257), (2, 704), (3, 1000), (70, 1024)]
-LARGEST = torch.finfo(torch.float32).max
 
 
 def nearest(z: torch.Tensor, signed: bool) -> torch.Tensor:
@@ -96,21 +95,18 @@ def test_codes_and_maxima_are_those_of_a_search(shape, signed, dtype):
         assert (codes[x == 0] == code_book(signed).tolist().index(0)).all()
 
 
-def test_float64_beyond_float32_saturates_or_vanishes():
-    x = torch.tensor([[1e300, 1e38], [1e-300, -1e-301]], dtype=torch.float64)
-    numbers = dequantise(*quantise(x, True), True, torch.float64)
-    torch.testing.assert_close(numbers[0], torch.tensor([LARGEST, 1e38], dtype=torch.float64), rtol=0.02, atol=0)
-    assert (numbers[1] == 0).all()
+def test_float64_below_float32_vanishes():
+    x = torch.tensor([[1e-300, -1e-301]], dtype=torch.float64)
+    assert (dequantise(*quantise(x, True), True, torch.float64) == 0).all()
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e300])
 def test_what_is_not_finite_shows_in_its_block_and_there_alone(bad):
-    x = torch.randn(2, 600)
-    x[1, 300] = bad
-    numbers = dequantise(*quantise(x, True), True)
-    assert numbers[1, 256:512].isnan().all()
-    numbers[1, 256:512] = 0
-    assert numbers.isfinite().all()
+    for dtype in (torch.float64, torch.float32):
+        x = torch.randn(2, 600, dtype=dtype)
+        x[1, 300] = torch.tensor(bad, dtype=torch.float64).to(dtype)
+        finite = dequantise(*quantise(x, True), True).isfinite()
+        assert not finite[1, 256:512].any() and finite.sum() == 2 * 600 - 256
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -170,7 +166,7 @@ def agree():
     quantise_triton_(x, codes, absmax, True)
     assert absmax.isnan().tolist() == [[True, False]]
     for signed in (True, False):
-        z = torch.cat([hard_numbers(signed), torch.ones(1, hard_numbers(signed).size(1))]).T[:1500].contiguous()
+        z = torch.cat([hard_numbers(signed), torch.ones(1, hard_numbers(signed).size(1))]).T[:900].contiguous()
         ours = torch.zeros(z.shape, dtype=torch.uint8), torch.zeros(len(z), 1)
         quantise_triton_(z, *ours, signed)
         assert torch.equal(ours[0], quantise(z, signed)[0])

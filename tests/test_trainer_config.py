@@ -146,7 +146,7 @@ REFUSED = {
         ["optim=galore", "optim.rank=129"],
         r"optim.rank=129 is above the narrow side of blocks.0.attention.wk.weight, \(128, 256\); give at most 128, or another",
     ),
-    "rank": (["optim=fira", "optim.rank=0"], r"rank and refresh_every are at least 1"),
+    "rank": (["optim=fira", "optim.rank=0"], r"optim.rank=0: it is at least 1"),
     "growth": (["optim=fira", "optim.growth=0.5"], r"optim.growth=0.5"),
     "state bits": (["optim=galore", "optim.state_bits=4"], r"optim.state_bits=4: input should be 8 or 32"),
     "momentum": (["optim=muon", "optim.momentum=1"], r"optim.momentum=1"),

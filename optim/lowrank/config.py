@@ -7,14 +7,30 @@ from rowwise.optim.common import AdamBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankBase(AdamBase):
-    """`rank` r of the projected gradient (m, r); the projection is renewed every `refresh_every` steps; `scale` stands
-    before the projected update; `state_bits`: 32, or 8 for block-wise quantised moments."""
+class ProjectedBase(AdamBase):
+    """`refresh_every`: steps between renewals of the projection; `scale` stands before the update; `state_bits`: 32, or
+    8 for block-wise quantised moments."""
 
-    rank: int = 128
     refresh_every: int = 200
     scale: float = 1.0
     state_bits: Literal[8, 32] = 32
+
+    def check(self) -> None:
+        super().check()
+        if self.refresh_every < 1 or self.scale <= 0:
+            raise ValueError("optim.refresh_every is at least 1, optim.scale is above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankBase(ProjectedBase):
+    """`rank`: r of the projected gradient (m, r)."""
+
+    rank: int = 64
+
+    def check(self) -> None:
+        super().check()
+        if self.rank < 1:
+            raise ValueError(f"optim.rank={self.rank}: it is at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +47,16 @@ class DCTConfig(LowRankBase):
 
 @dataclass(frozen=True, kw_only=True)
 class FiraConfig(LowRankBase):
-    """`growth`: how much the norm of what is outside the subspace may grow in a step."""
+    """`growth`: by how much the norm of what is outside the subspace may grow in a step."""
 
     name: Literal["fira"] = "fira"
     scale: float = 0.25
     growth: float = 1.01
+
+    def check(self) -> None:
+        super().check()
+        if self.growth < 1:
+            raise ValueError(f"optim.growth={self.growth}: the norm may grow by this factor, which is at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +65,8 @@ class ApolloConfig(LowRankBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApolloMiniConfig(AdamBase):
-    """Rank 1 and one scale a matrix. `scale` is the paper's sqrt(128)."""
+class ApolloMiniConfig(ProjectedBase):
+    """Rank 1 and one factor a matrix. `scale` is the paper's sqrt(128)."""
 
     name: Literal["apollo_mini"] = "apollo_mini"
-    refresh_every: int = 200
     scale: float = 11.313708498984761
-    state_bits: Literal[8, 32] = 32

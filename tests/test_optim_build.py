@@ -1,0 +1,176 @@
+"""Which rule every parameter follows, what its state weighs, and what the rules promise beside their formulas."""
+
+import pytest
+import torch
+from torch import nn
+
+from parity import small_config, with_layout
+from rowwise.launch.compose import compose_tree
+from rowwise.optim.build import assignment_table, build_optimizer, named_state, rule_name
+from rowwise.optim.lowrank.projection import subspace_bases
+from rowwise.optim.muon import newton_schulz_polynomial
+from rowwise.trainer.config import config_from_tree
+from rowwise.trainer.models.decoder import Decoder
+from runs import run_said, run_train
+
+
+def optim(*overrides):
+    return config_from_tree(compose_tree(list(overrides))).optim
+
+
+def decoder():
+    """A hidden matrix of 600 x 64, one of 64 x 600, attention of 64 x 64."""
+    overrides = ["model.dim=64", "model.heads=1", "model.kv_heads=1", "model.ffn_dim=600", "model.layers=1"]
+    return Decoder(config_from_tree(compose_tree(overrides)).model)
+
+
+def rules(*overrides):
+    return {name: rule_name(name, p.shape, optim(*overrides)) for name, p in decoder().named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "embedding", "head", "vector"),
+    [
+        ("adamw", "adamw", "adamw", "adamw", "adamw"),
+        ("lion", "lion", "lion", "lion", "lion"),
+        ("adafactor", "adafactor", "adafactor", "adafactor", "adafactor"),
+        ("muon", "muon", "adamw", "adamw", "adamw"),
+        ("adamw8bit", "adamw8bit", "adamw", "adamw8bit", "adamw"),
+        ("lion8bit", "lion8bit", "lion", "lion8bit", "lion"),
+        ("galore", "galore", "adamw", "adamw", "adamw"),
+        ("apollo_mini", "apollo_mini", "adamw", "adamw", "adamw"),
+    ],
+)
+def test_every_kind_has_its_rule(name, hidden, embedding, head, vector):
+    found = rules(f"optim={name}")
+    assert found["blocks.0.feed_forward.w1.weight"] == found["blocks.0.attention.wo.weight"] == hidden
+    assert (found["embed.weight"], found["head.weight"], found["norm.weight"]) == (embedding, head, vector)
+
+
+def test_the_first_pattern_that_matches_wins():
+    patterns = (
+        "[{match: '*.w1.*', rule: lion8bit}, {match: 'blocks.*', rule: adamw}, {match: embed.*, rule: adamw8bit}]"
+    )
+    found = rules("optim=galore", f"optim.assign={patterns}")
+    assert found["blocks.0.feed_forward.w1.weight"] == "lion8bit"
+    assert found["blocks.0.feed_forward.w2.weight"] == "adamw"
+    assert found["embed.weight"] == "adamw8bit"
+    assert found["head.weight"] == "adamw"
+
+
+def test_the_table_names_every_parameter_its_state_and_its_bytes():
+    model = decoder()
+    table = assignment_table(model, build_optimizer(model, optim("optim=adamw8bit")))
+    lines = {line.split("  ")[0]: line for line in table.splitlines()}
+    w1 = lines["blocks.*.feed_forward.w1.weight"].split()
+    # 600 x 64: a code and, per row of 64, one absolute maximum, twice.
+    assert w1[-3:] == ["fp32", "1", f"{2 * (1 + 4 / 64):.2f}"]
+    assert lines["norm.weight"].split()[-4:] == ["adamw", "fp32", "1", "8.00"]
+    assert "bytes per parameter" in table.splitlines()[-1]
+
+
+def test_a_run_prints_its_table_once(ranks, tmp_path):
+    said = ranks.run(run_said, 2, with_layout(small_config(tmp_path, "optim=galore", "optim.rank=4", "steps=1"), 2))
+    assert said[0].count("optimizer state:") == 1
+    assert "galore" in said[0] and "adamw" in said[0]
+    assert not said[1]
+
+
+def test_state_holds_nothing_but_tensors_and_loads_with_weights_only(tmp_path):
+    for name in ("galore", "dct", "fira", "apollo", "adamw8bit", "adafactor", "muon"):
+        model = decoder()
+        low = ["optim.rank=8"] if name in ("galore", "dct", "fira", "apollo") else []
+        optimizer = build_optimizer(model, optim(f"optim={name}", *low))
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        states = named_state(model, optimizer)
+        torch.save(states, tmp_path / "state.pt")
+        again = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert all(torch.equal(again[n][key], t) for n, state in states.items() for key, t in state.items())
+
+
+@pytest.mark.parametrize("start", [40.0, -40.0, 1.9])
+def test_lion_goes_into_its_box_and_stays(start):
+    """The distance to |x| <= 1 / weight_decay shrinks by 1 - lr weight_decay a step, whatever the gradients; inside it
+    stays zero."""
+    rate, decay = 0.05, 0.5
+    model = nn.Linear(64, 64, bias=False)
+    nn.init.constant_(model.weight, start)
+    optimizer = build_optimizer(model, optim("optim=lion", f"optim.lr={rate}", f"optim.weight_decay={decay}"))
+    torch.manual_seed(0)
+    outside = max(0.0, abs(start) - 1 / decay)
+    for step in range(300):
+        model.weight.grad = torch.randn(64, 64) if step % 50 < 10 else torch.full((64, 64), -1.0)
+        optimizer.step()
+        outside *= 1 - rate * decay
+        assert float(model.weight.detach().abs().max()) <= 1 / decay + outside + 1e-4
+    assert float(model.weight.detach().abs().max()) > 1.8, "the wall is reached, so the test sees it"
+
+
+def test_the_subspace_is_that_of_the_singular_vectors():
+    torch.manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(90, 40, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(60, 40, dtype=torch.float64))
+    g = left @ torch.diag(0.7 ** torch.arange(40, dtype=torch.float64)) @ right.T
+    basis = torch.zeros(60, 8, dtype=torch.float64)
+    for refresh in range(3):
+        (basis,) = subspace_bases([g], [basis], [g.shape], [refresh], None)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(8, dtype=torch.float64))
+    # Each vector is the singular vector but for its sign.
+    torch.testing.assert_close((basis.T @ right[:, :8]).abs(), torch.eye(8, dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+def test_muon_brings_every_singular_value_near_one():
+    torch.manual_seed(0)
+    x = torch.randn(90, 30, dtype=torch.float64)
+    values = torch.linalg.svdvals(x @ newton_schulz_polynomial(x.T @ x))
+    assert float(values.min()) > 0.6 and float(values.max()) < 1.3
+    assert not newton_schulz_polynomial(torch.zeros(3, 3)).isnan().any()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion", "apollo"])
+def test_16_bit_parameters_move_by_less_than_they_can_show(name):
+    """Steps a hundred times smaller than the distance to the next bfloat16 add up, since rounding is unbiased; to
+    nearest, nothing would ever move."""
+    model = nn.Linear(64, 640, bias=False, dtype=torch.bfloat16)
+    nn.init.constant_(model.weight, 1.0)
+    low = ["optim.rank=8"] if name == "apollo" else []
+    config = optim(f"optim={name}", *low, "optim.lr=4e-5", "optim.weight_decay=0", "optim.param_dtype=bf16")
+    optimizer = build_optimizer(model, config)
+    wide = nn.Linear(64, 640, bias=False)
+    nn.init.constant_(wide.weight, 1.0)
+    reference = build_optimizer(wide, config)
+    for step in range(100):
+        torch.manual_seed(step)
+        g = torch.randn(640, 64).abs()
+        model.weight.grad, wide.weight.grad = g.bfloat16(), g
+        optimizer.step()
+        reference.step()
+    moved, expected = (1 - w.weight.detach().float().mean() for w in (model, wide))
+    assert expected > 5e-4
+    assert float(moved) == pytest.approx(float(expected), rel=0.05)
+    assert model.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", ["optim.param_dtype=null", "optim.param_dtype=bf16"])
+@pytest.mark.parametrize("rule", ["adamw8bit", "galore"])
+def test_a_run_in_16_bits_stays_near_float64(ranks, tmp_path, rule, precision):
+    from rowwise.trainer.metrics import read_metrics
+
+    low = ["optim.rank=8"] if rule == "galore" else []
+    losses = {}
+    for name, choice in (("bf16", [precision, "precision=bf16"]), ("fp64", [])):
+        shape = [
+            "model.dim=64",
+            "model.heads=2",
+            "model.ffn_dim=128",
+            "steps=10",
+            "optim.lr=0.003",
+            f"run_dir={tmp_path}/{name}",
+        ]
+        config = small_config(tmp_path, f"optim={rule}", *low, *shape, *choice)
+        ranks.run(run_train, 2, with_layout(config, 2))
+        losses[name] = [record["loss"] for record in read_metrics(tmp_path / name)]
+    assert losses["bf16"] == pytest.approx(losses["fp64"], rel=0.01)
+    assert losses["fp64"][-1] < losses["fp64"][0]

@@ -1,0 +1,79 @@
+"""What every rule sends, counted while it steps, against the table of the design: nothing, or numbers that do not grow
+with the rows of a matrix. No rule ever sends a gradient or a weight."""
+
+import pytest
+import torch
+from messages import Messages
+from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from rowwise.launch.compose import compose_tree
+from rowwise.optim.build import build_optimizer
+from rowwise.trainer.config import config_from_tree
+
+RANK, EXTRA, WORLD = 8, 8, 4
+SHAPES = [(64, 80), (90, 60), (48, 48)]
+N = [n for _, n in SHAPES]
+BYTES = 4
+
+# rule -> (numbers all-reduced at a refresh, at every other step), over all matrices
+REDUCED = {
+    "adamw": (0, 0),
+    "lion": (0, 0),
+    "adamw8bit": (0, 0),
+    "lion8bit": (0, 0),
+    "apollo": (0, 0),
+    "apollo_mini": (2 * len(SHAPES), 2 * len(SHAPES)),
+    "adafactor": (sum(N) + len(SHAPES), sum(N) + len(SHAPES)),
+    "galore": (sum(n * (RANK + EXTRA) + (RANK + EXTRA) ** 2 for n in N), 0),
+    "fira": (sum(n * (RANK + EXTRA) + (RANK + EXTRA) ** 2 for n in N) + len(SHAPES), len(SHAPES)),
+    "dct": (sum(N), 0),
+    "muon": (sum(min(shape) ** 2 for shape in SHAPES), sum(min(shape) ** 2 for shape in SHAPES)),
+}
+
+
+def count(workers, rule):
+    """(numbers all-reduced, bytes of all-to-all) of this rank in steps 1, 2 and 3, with a refresh at 1 and 3."""
+    torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
+    line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
+    model = nn.Module()
+    for i, shape in enumerate(SHAPES):
+        torch.manual_seed(i)
+        model.register_parameter(f"w{i}", nn.Parameter(distribute_tensor(torch.randn(shape), line, [Shard(0)])))
+    low = ["optim.refresh_every=2"] if rule in ("galore", "fira", "dct", "apollo", "apollo_mini") else []
+    rank = [f"optim.rank={RANK}"] if low and rule != "apollo_mini" else []
+    optimizer = build_optimizer(model, config_from_tree(compose_tree([f"optim={rule}", *low, *rank])).optim)
+    counted = []
+    for step in range(3):
+        for i, p in enumerate(model.parameters()):
+            torch.manual_seed(10 * step + i)
+            p.grad = distribute_tensor(torch.randn(SHAPES[i]), line, [Shard(0)])
+        with Messages() as messages:
+            optimizer.step()
+        assert set(messages.calls) <= {"allreduce_", "alltoall_base_"}, messages.calls
+        counted.append(
+            (messages.bytes["allreduce_"] // BYTES, messages.bytes["alltoall_base_"], messages.calls["allreduce_"])
+        )
+    return counted
+
+
+@pytest.mark.parametrize("rule", REDUCED)
+def test_numbers_sent_are_those_of_the_table(ranks, rule):
+    refresh, ordinary = REDUCED[rule]
+    for counted in ranks.run(count, WORLD, rule):
+        assert [reduced for reduced, _, _ in counted] == [refresh, ordinary, refresh]
+        assert all(calls <= 3 for _, _, calls in counted), "messages are for all matrices together"
+
+
+def test_muon_sends_its_wide_matrices_twice_by_all_to_all_and_the_others_not_at_all(ranks):
+    wide = [(m, n) for m, n in SHAPES if m < n]
+    for rank, counted in enumerate(ranks.run(count, WORLD, "muon")):
+        for _, sent, _ in counted:
+            there = sum(held(m, rank) * n for m, n in wide)
+            back = sum(m * held(n, rank) for m, n in wide)
+            assert sent == BYTES * (there + back)
+
+
+def held(size, rank):
+    chunk = -(-size // WORLD)
+    return max(0, min(chunk, size - rank * chunk))
