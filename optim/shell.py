@@ -30,6 +30,9 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = group["rule"].new_state(p.detach())
+        # Both stay what they are: a checkpoint is read into the tensors that exist.
+        self._offsets = {p: row_offset(p) for p in self._places}
+        self._local_states = {p: {key: local(t) for key, t in self.state[p].items()} for p in self._places}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -59,9 +62,9 @@ class Optimizer(torch.optim.Optimizer):
             names=[name for name, _ in named],
             params=[p.float() for p in params] if narrow else params,
             grads=[g.float() for g in grads] if narrow else grads,
-            states=[{key: local(t) for key, t in self.state[p].items()} for _, p in named],
+            states=[self._local_states[p] for _, p in named],
             shapes=[p.shape for _, p in named],
-            offsets=[row_offset(p) for _, p in named],
+            offsets=[self._offsets[p] for _, p in named],
             group=shard_group(named[0][1]),
             step=group["step"],
             lr=group["lr"],
