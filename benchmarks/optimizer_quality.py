@@ -58,7 +58,7 @@ def overrides_of(run: Run, options: argparse.Namespace) -> tuple[str, ...]:
     if rule in WITH_RANK:
         own.append(f"optim.rank={options.rank}")
     if rule in WITH_REFRESH:
-        own.append(f"optim.refresh_every={max(1, options.steps // 8)}")
+        own.append(f"optim.refresh_every={options.refresh_every}")
     return (*ALWAYS, *(GPU if options.gpu else CPU), *own, *options.model)
 
 
@@ -180,11 +180,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--factors", nargs="+", type=float, default=list(FACTORS), help="of the preset's learning rate")
     parser.add_argument("--beyond", type=int, default=2, help="rates tried beyond an end of the grid that was best")
     parser.add_argument("--rank", type=int, help="of the low-rank rules: a quarter of the width otherwise")
+    parser.add_argument("--refresh-every", type=int, help="of the low-rank rules: a quarter of the steps otherwise")
     parser.add_argument("--processes", type=int, help="runs side by side: 2, on a GPU 1")
     parser.add_argument("--gpu", action="store_true", help="the large setting")
     options = parser.parse_args()
     options.factors.sort()
     options.rank = options.rank or (128 if options.gpu else 32)
+    options.refresh_every = options.refresh_every or max(1, options.steps // 4)
     options.processes = options.processes or (1 if options.gpu else 2)
     try:
         for rule in options.rules:
@@ -203,7 +205,9 @@ def main() -> None:
         sys.exit("interrupted: the same command goes on from the runs that are finished")
     found = summarise(kept, options)
     print_table(found)
-    setting = {key: getattr(options, key) for key in ("steps", "model", "factors", "beyond", "rank", "gpu")}
+    setting = {
+        key: getattr(options, key) for key in ("steps", "model", "factors", "beyond", "rank", "refresh_every", "gpu")
+    }
     setting |= {"overrides": [*ALWAYS, *(GPU if options.gpu else CPU)], "seeds": SEEDS}
     path = write_record("optimizer_quality", {"setting": setting, "rules": found})
     tokens = next(iter(found.values()))["tokens"]

@@ -1,7 +1,7 @@
 """Time and memory of one optimizer step on the matrices of a real model: our rules beside others' optimizers.
 
     python benchmarks/optimizer_step.py                                   llama_130m; on a GPU llama_1b too
-    python benchmarks/optimizer_step.py --models llama_1b --layers 2      what a CPU can hold of the larger one
+    python benchmarks/optimizer_step.py --models llama_1b --together 4    on a CPU 2 of its 24 layers, or --layers
     python benchmarks/optimizer_step.py --rules adamw8bit galore --rounds 20
 
 | contestant | what steps |
@@ -9,7 +9,8 @@
 | torch fused AdamW | torch.optim.AdamW(fused=True): what the ratios are taken against |
 | bitsandbytes AdamW8bit, torchao AdamW8bit | as their guides use them: 8 bits for the embedding too |
 | galore-torch | GaLoreAdamW on the hidden matrices, AdamW on the rest |
-| ours | every rule of conf/optim by its name, with the rank of the GaLore paper; low-rank rules leave the rest to AdamW |
+| ours | every rule of conf/optim by its name, with the rank of the GaLore paper |
+| adamw8bit, embedding too | ours with 8 bits for the embedding, as those two have it |
 
 The others come with `pip install rowwise[bench]`; one that is not there, or does not run on this device, stands in the
 record with the reason. All contestants step the same float32 parameters with the same gradients, each with its own
@@ -183,7 +184,7 @@ def print_tables(found: dict[str, Any]) -> None:
             low, high = row["step_seconds"]["quartiles"]
             cells = [name, ms(row["step_seconds"]["median"]), f"{ms(low)} to {ms(high)}",
                      ms(row["refresh_seconds"]["median"]) if "refresh_seconds" in row else "",
-                     f"{row['state_bytes_per_parameter']:.3f}", f"{(row['extra_bytes'] or 0) / 1e6:.0f}",
+                     f"{row['state_bytes_per_parameter']:.3f}", mb(row["extra_bytes"]),
                      *(f"{speeds[peer]['median']:.2f}" if speeds else "" for peer in peers)]  # fmt: skip
             print(f"| {' | '.join(cells)} |")
         for name, reason in race["missing"].items():
@@ -195,7 +196,7 @@ def print_tables(found: dict[str, Any]) -> None:
     for way in ("svd", "subspace", "dct"):
         row = alone[way]
         print(f"| {way} | {ms(row['seconds']['median'])} | {row['faster_than_svd']['median']:.1f} "
-              f"| {(row['extra_bytes'] or 0) / 1e6:.0f} |")  # fmt: skip
+              f"| {mb(row['extra_bytes'])} |")  # fmt: skip
     for model, row in found.get("bandwidth", {}).items():
         shares = ", ".join(f"{key} {row[key]['share_of_copy']:.2f}" for key in row if key != "copy_bytes_per_second")
         print(
@@ -205,6 +206,10 @@ def print_tables(found: dict[str, Any]) -> None:
 
 def ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f}"
+
+
+def mb(count: int | None) -> str:
+    return "not known" if count is None else f"{count / 1e6:,.0f}"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

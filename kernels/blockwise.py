@@ -70,8 +70,8 @@ def relative_error_bound(signed: bool, magnitude: float) -> float:
     """The largest |x' - x| / |x| over all |x| >= magnitude * a.
 
     Between neighbouring codes l < h of one sign the relative error is largest at their midpoint: (h - l) / (h + l).
-    Decade i has 4.5 / 2^i (signed) or 4.5 / 2^(i+1) at its lower end: 7 % or 3.5 % in [0.1, 1], and ten times less
-    resolution every three decades further down. Below 1e-7 everything becomes 0: the bound is 1.
+    Decade i has 4.5 / 2^i (signed) or 4.5 / 2^(i+1) at its lower end: 7 % or 3.5 % in [0.1, 1], and twice that with
+    every decade further down. Below 1e-7 everything becomes 0: the bound is 1.
     """
     book = code_book(signed).double()
     book = book[book >= 0]
@@ -153,7 +153,7 @@ def quantise_reference_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) 
     """`quantise_` in plain torch."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     for rows in row_portions(*x.shape):
-        encode_(x[rows].to(dtype) + 0.0, codes[rows], absmax[rows], signed)  # a copy, in which -0 is 0
+        encode_(x[rows].to(dtype, copy=True), codes[rows], absmax[rows], signed)
 
 
 def dequantise(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -189,8 +189,7 @@ def _nearest_(z: Tensor, codes: Tensor, signed: bool) -> None:
         codes.copy_(torch.bucketize(z, midpoints(signed, z.device), out_int32=True))
         return
     bits = z.view(torch.int32)
-    if signed:  # others are keys as they are
-        bits ^= bits >> 31
+    bits ^= bits >> 31
     found = lookup(code_table(signed, z.device), (bits >> 16).long())
     found += bits
     found >>= 16

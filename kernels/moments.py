@@ -23,8 +23,9 @@ def check_step(
     params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Sequence[Moment]], rounding: Rounding
 ) -> None:
     """Asserts that the operands of a step belong together."""
-    assert len({p.dtype for p in params}) <= 1, "one call, one dtype of parameters"
     if params:
+        dtypes = {p.dtype for p in params}
+        assert len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64, torch.bfloat16}, dtypes
         assert (rounding is not None) == (params[0].dtype == torch.bfloat16), "rounding is for bfloat16, which needs it"
     for p, g in zip(params, grads, strict=True):
         assert p.dim() == 2 and p.shape == g.shape and p.is_contiguous() and g.is_contiguous()

@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rowwise.kernels.portions import row_portions
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase
-from rowwise.optim.rule import Batch, all_reduce_, apply_, pick, rows_like
+from rowwise.optim.rule import Batch, all_reduce_, pick, rows_like
 
 TINY = 1e-30
 
@@ -36,15 +37,35 @@ class AdafactorConfig(OptimBase):
             raise ValueError("optim=adafactor: decay is above 0 and at most 1, clip_threshold is above 0")
 
 
-def factored_direction(g: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """g / sqrt(R C / mean(C)), of local rows (m, n), (m), (n)."""
-    return g * torch.outer((row / column.mean()).rsqrt(), column.rsqrt())
+def square_sums(g: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of g^2 + e of local rows (m, n) over columns (m) and over rows (n)."""
+    over_columns, over_rows = g.new_empty(g.size(0)), g.new_zeros(g.size(1))
+    for rows in row_portions(*g.shape):
+        square = g[rows].square().add_(TINY)
+        over_columns[rows] = square.sum(1)
+        over_rows += square.sum(0)
+    return over_columns, over_rows
+
+
+def squared_norm(g: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """|U|^2 of U = g_ij a_i b_j, without U: a^2 (g^2) b^2."""
+    total = g.new_zeros(())
+    for rows in row_portions(*g.shape):
+        total += by_row[rows].square() @ (g[rows].square() @ by_column.square())
+    return total
+
+
+def subtract_(x: Tensor, g: Tensor, by_row: Tensor, by_column: Tensor) -> None:
+    """x -= g_ij a_i b_j, in place."""
+    for rows in row_portions(*g.shape):
+        x[rows] -= (g[rows] * by_column).mul_(by_row[rows, None])
 
 
 class Adafactor:
     """State of a matrix: `row` (m), `column` (n); of a vector: `exp_avg_sq`."""
 
     name = "adafactor"
+    fused = True
     rounds = False
 
     def __init__(self, decay: float, clip_threshold: float):
@@ -58,23 +79,31 @@ class Adafactor:
 
     def step_(self, batch: Batch) -> None:
         forget = 1 - batch.step**-self._decay
-        factored = len(batch.shapes[0]) == 2
-        directions = self._matrices(batch, forget) if factored else self._vectors(batch, forget)
-        squares = [u.square().sum(dtype=torch.float64 if u.dtype == torch.float64 else None) for u in directions]
-        all_reduce_(squares, batch.group)
-        for u, square, shape in zip(directions, squares, batch.shapes, strict=True):
-            u /= torch.clamp((square / shape.numel()).sqrt() / self._clip, min=1.0)
-        apply_(batch, directions)
+        (self._matrices if len(batch.shapes[0]) == 2 else self._vectors)(batch, forget)
 
-    def _matrices(self, batch: Batch, forget: float) -> list[Tensor]:
-        squares = [g.square() + TINY for g in batch.grads]
-        columns = [s.sum(0) / shape[0] for s, shape in zip(squares, batch.shapes, strict=True)]
-        all_reduce_(columns, batch.group)
-        torch._foreach_lerp_(pick(batch, "row"), [s.mean(1) for s in squares], 1 - forget)
-        torch._foreach_lerp_(pick(batch, "column"), columns, 1 - forget)
-        return [factored_direction(g, s["row"], s["column"]) for g, s in zip(batch.grads, batch.states, strict=True)]
+    def _matrices(self, batch: Batch, forget: float) -> None:
+        sums = [square_sums(g) for g in batch.grads]
+        all_reduce_([over_rows for _, over_rows in sums], batch.group)
+        for state, (over_columns, over_rows), (m, n) in zip(batch.states, sums, batch.shapes, strict=True):
+            state["row"].lerp_(over_columns / n, 1 - forget)
+            state["column"].lerp_(over_rows / m, 1 - forget)
+        factors = [((s["row"] / s["column"].mean()).rsqrt(), s["column"].rsqrt()) for s in batch.states]
+        squares = [squared_norm(g, *factor) for g, factor in zip(batch.grads, factors, strict=True)]
+        rates = self._rates(batch, squares)
+        for x, g, (by_row, by_column), rate in zip(batch.params, batch.grads, factors, rates, strict=True):
+            x.mul_(1 - batch.lr * batch.weight_decay)
+            subtract_(x, g, by_row * rate, by_column)
 
-    def _vectors(self, batch: Batch, forget: float) -> list[Tensor]:
+    def _vectors(self, batch: Batch, forget: float) -> None:
         second = pick(batch, "exp_avg_sq")
         torch._foreach_lerp_(second, [g.square() + TINY for g in batch.grads], 1 - forget)
-        return [g * v.rsqrt() for g, v in zip(batch.grads, second, strict=True)]
+        directions = [g * v.rsqrt() for g, v in zip(batch.grads, second, strict=True)]
+        rates = self._rates(batch, [u.square().sum() for u in directions])
+        for x, u, rate in zip(batch.params, directions, rates, strict=True):
+            x.mul_(1 - batch.lr * batch.weight_decay).sub_(u * rate)
+
+    def _rates(self, batch: Batch, squares: list[Tensor]) -> list[Tensor]:
+        """lr / max(1, rms(U) / d) of every tensor."""
+        all_reduce_(squares, batch.group)
+        norms = [(square / shape.numel()).sqrt() for square, shape in zip(squares, batch.shapes, strict=True)]
+        return [batch.lr / torch.clamp(norm / self._clip, min=1.0) for norm in norms]

@@ -62,6 +62,7 @@ class AdamW:
     """The shell around `adamw_`. State: `exp_avg`, `exp_avg_sq`, split like the parameter."""
 
     name = "adamw"
+    fused = True
     rounds = False
 
     def __init__(self, betas: list[float], eps: float):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase, check_betas
-from rowwise.optim.rule import Batch, apply_, pick
+from rowwise.optim.rule import Batch, cache_portions, pick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +28,28 @@ class LionConfig(OptimBase):
         check_betas(self.betas)
 
 
-def lion_(grads: list[Tensor], exp_avgs: list[Tensor], beta1: float, beta2: float) -> list[Tensor]:
-    """The directions sign(b1 m + (1 - b1) g); then moves the averages, in place."""
+def lion_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    decay: float,
+) -> None:
+    """One Lion step on lists of local tensors, in place."""
     directions = torch._foreach_lerp(exp_avgs, grads, 1 - beta1)
     torch._foreach_sign_(directions)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta2)
-    return list(directions)
+    torch._foreach_mul_(params, 1 - lr * decay)
+    torch._foreach_add_(params, directions, alpha=-lr)
 
 
 class Lion:
     """The shell around `lion_`. State: `exp_avg`, split like the parameter."""
 
     name = "lion"
+    fused = True
     rounds = False
 
     def __init__(self, betas: list[float]):
@@ -49,4 +59,6 @@ class Lion:
         return {"exp_avg": torch.zeros_like(p, dtype=state_dtype(p))}
 
     def step_(self, batch: Batch) -> None:
-        apply_(batch, lion_(batch.grads, pick(batch, "exp_avg"), self._beta1, self._beta2))
+        rates = batch.lr, self._beta1, self._beta2, batch.weight_decay
+        for params, grads, exp_avgs in cache_portions(batch.params, batch.grads, pick(batch, "exp_avg")):
+            lion_(params, grads, exp_avgs, *rates)

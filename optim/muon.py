@@ -50,8 +50,9 @@ def newton_schulz_polynomial(gram: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     gram = gram / scale**2
     identity = torch.eye(gram.size(0), dtype=gram.dtype, device=gram.device)
-    p = identity
-    for _ in range(ITERATIONS):
+    s = gram
+    p = a * identity + b * s + c * s @ s
+    for _ in range(ITERATIONS - 1):
         s = p @ gram @ p  # the iterate's own Gram matrix: p and gram commute
         p = p @ (a * identity + b * s + c * s @ s)
     return p / scale
@@ -61,6 +62,7 @@ class Muon:
     """State: `momentum` (m, n), split like the parameter."""
 
     name = "muon"
+    fused = False
     rounds = False
 
     def __init__(self, momentum: float):

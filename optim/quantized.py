@@ -65,6 +65,7 @@ class AdamW8bit:
     """State: `exp_avg` in the signed code book, `exp_avg_sq` in the unsigned one."""
 
     name = "adamw8bit"
+    fused = True
     rounds = True
 
     def __init__(self, betas: list[float], eps: float):
@@ -83,6 +84,7 @@ class Lion8bit:
     """State: `exp_avg` in the signed code book."""
 
     name = "lion8bit"
+    fused = True
     rounds = True
 
     def __init__(self, betas: list[float]):

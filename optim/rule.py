@@ -4,9 +4,9 @@ A rule is written on whole rows of the *logical* matrix, so it is the same on ev
 the whole matrix, it sums over `Batch.group`, the shard axis, for all its parameters in one message.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from rowwise.kernels.philox import stream_key
+from rowwise.kernels.portions import row_portions
 from rowwise.kernels.rows import local
 
 
@@ -42,9 +43,11 @@ class Batch:
 
 
 class Rule(Protocol):
-    """One rule of change. `rounds`: it writes 16-bit parameters itself; else it is given float32 copies of them."""
+    """One rule of change. `fused`: it needs no memory beside its operands and is given all parameters at once, the
+    others a portion at a time. `rounds`: it writes 16-bit parameters itself; else it is given float32 copies of them."""
 
     name: str
+    fused: bool
     rounds: bool
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -95,11 +98,17 @@ def apply_(batch: Batch, updates: list[Tensor]) -> None:
     torch._foreach_add_(batch.params, updates, alpha=-batch.lr)
 
 
+def cache_portions(*operands: list[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """Lists of tensors of equal shapes, in portions that an elementwise rule can go through without leaving a core's
+    cache; on a GPU, where launches cost more, all at once."""
+    if operands[0] and operands[0][0].device.type == "cuda":
+        yield list(operands)
+        return
+    for tensors in zip(*operands, strict=True):
+        for rows in row_portions(tensors[0].size(0), row_length(tensors[0].shape)):
+            yield [[tensor[rows]] for tensor in tensors]
+
+
 def pick(batch: Batch, key: str) -> list[Tensor]:
     """The state `key` of every parameter."""
     return [state[key] for state in batch.states]
-
-
-def settings(config: Any, *names: str) -> dict[str, Any]:
-    """Some fields of a configuration, by name."""
-    return {name: getattr(config, name) for name in names}

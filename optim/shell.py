@@ -8,9 +8,9 @@ from torch import Tensor
 
 from rowwise.kernels.rounding import round_bf16_
 from rowwise.kernels.rows import local, row_offset
-from rowwise.optim.rule import Batch, shard_group
+from rowwise.optim.rule import Batch, Rule, shard_group
 
-WIDE_BYTES = 64 << 20  # of float32 copies of 16-bit parameters at a time
+PORTION_BYTES = 16 << 20  # of float32 parameters that a rule is given at a time: its temporaries are a few times that
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -41,7 +41,7 @@ class Optimizer(torch.optim.Optimizer):
         self.begin_step()
         for group in self.param_groups:
             live = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
-            for some in _portions(live, group["rule"].rounds):
+            for some in _portions(live, group["rule"]):
                 self._apply(group, some)
 
     def begin_step(self) -> None:
@@ -77,15 +77,20 @@ class Optimizer(torch.optim.Optimizer):
                 round_bf16_(wide, p, key, start)
 
 
-def _portions(live: list[tuple[str, Tensor]], whole: bool) -> Iterable[list[tuple[str, Tensor]]]:
-    """All at once; 16-bit parameters, of which a rule gets float32 copies, in portions of WIDE_BYTES."""
-    if whole or not live or live[0][1].dtype != torch.bfloat16:
-        return [live] if live else []
+def _portions(live: list[tuple[str, Tensor]], rule: Rule) -> Iterable[list[tuple[str, Tensor]]]:
+    """PORTION_BYTES at a time, or a larger parameter alone; all at once where that takes no memory.
+
+    Cut by logical sizes, so that all ranks cut alike: rules exchange messages.
+    """
+    if not live:
+        return []
+    if rule.fused and (rule.rounds or live[0][1].dtype != torch.bfloat16):
+        return [live]
     portions: list[list[tuple[str, Tensor]]] = [[]]
     held = 0
     for name, p in live:
-        if held >= WIDE_BYTES:
+        if held and held + 4 * p.numel() > PORTION_BYTES:
             portions, held = [*portions, []], 0
         portions[-1].append((name, p))
-        held += 4 * p.numel()  # logical, so that all ranks cut alike: rules exchange messages
+        held += 4 * p.numel()
     return portions

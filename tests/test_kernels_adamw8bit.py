@@ -108,11 +108,15 @@ def test_steps_from_zero_follow_adamw():
     assert losses[1] < 0.1 * losses[0] and abs(losses[2] - losses[1]) < 0.02 * losses[0]
 
 
-def test_a_moment_of_zeros_stays_zero_and_a_nan_shows():
+def test_zeros_stay_zeros_and_what_is_not_finite_shows():
     p, g, m, v = operands([(2, 600)], torch.float32)
     g[0][0, 300] = torch.nan
     adamw8bit_(p, g, m, v, 1, **HYPER)
     assert p[0].isnan().sum() == 1 and m[0][1].isnan().sum() == v[0][1].isnan().sum() == 1
+    p, g, m, v = operands([(2, 600)], torch.float32)
+    g[0][0, 300] = 1e30  # whose square float32 does not hold
+    adamw8bit_(p, g, m, v, 1, **HYPER)
+    assert p[0].isfinite().all() and v[0][1].isinf().sum() == 1
     zeros = [quantise(torch.zeros(2, 600), signed) for signed in (True, False)]
     before = [moment[0].clone() for moment in zeros]
     x = [torch.randn(2, 600)]

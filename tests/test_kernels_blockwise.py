@@ -103,10 +103,12 @@ def test_float64_below_float32_vanishes():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e300])
 def test_what_is_not_finite_shows_in_its_block_and_there_alone(bad):
     for dtype in (torch.float64, torch.float32):
-        x = torch.randn(2, 600, dtype=dtype)
-        x[1, 300] = torch.tensor(bad, dtype=torch.float64).to(dtype)
-        finite = dequantise(*quantise(x, True), True).isfinite()
-        assert not finite[1, 256:512].any() and finite.sum() == 2 * 600 - 256
+        for signed in (True, False):
+            x = torch.randn(2, 600, dtype=dtype)
+            x[1, 300] = torch.tensor(bad, dtype=torch.float64).to(dtype)
+            x = x if signed else x.abs()
+            finite = dequantise(*quantise(x, signed), signed).isfinite()
+            assert not finite[1, 256:512].any() and finite.sum() == 2 * 600 - 256
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -123,6 +125,13 @@ def test_the_error_is_within_the_bounds(signed, dtype):
         assert (error / (x.abs() / 3.7))[held].max() <= relative_error_bound(signed, magnitude) * (1 + 1e-4)
     assert 0.01 < relative_error_bound(signed, 0.1) < 0.071
     assert relative_error_bound(signed, 1e-9) == 1
+
+
+def test_the_zero_below_zero_is_zero():
+    for signed in (True, False):
+        for dtype in (torch.float32, torch.float64):
+            codes, absmax = quantise(torch.tensor([[-0.0, 0.0, 1.0]], dtype=dtype), signed)
+            assert codes.tolist() == [[127 if signed else 0] * 2 + [255]] and absmax == 1
 
 
 def test_rows_do_not_know_of_one_another():

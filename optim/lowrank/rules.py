@@ -32,6 +32,7 @@ class LowRank:
     """What the rules share: moments of R, and when the projection is renewed."""
 
     name: str
+    fused = False
     rounds = False
 
     def __init__(self, rank: int, refresh_every: int, scale: float, bits: int, betas: list[float], eps: float):
@@ -129,7 +130,8 @@ def limited(norm: Tensor, limit: Tensor, growth: float) -> Tensor:
 
 
 class Apollo(LowRank):
-    """No state beside the moments: the projection is drawn anew at every step from (seed, name, refresh)."""
+    """No state beside the moments: the projection is drawn anew at every step from (seed, name, refresh). Without the
+    norm-growth limiter that the authors' code adds, so that no step communicates."""
 
     name = "apollo"
 
