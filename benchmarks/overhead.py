@@ -12,13 +12,14 @@ Every contestant is a torchrun job of its own:
 | transformers | the transformers Trainer |
 | rowwise zero N | `rowwise.launch.train.main`: the product's own entry, parallel.zero=N |
 
-All jobs are started, one after the other, and then take turns of a few steps: while one runs the others sleep, each in
-the memory that it has. So contestants are compared within seconds of each other, and a machine whose speed drifts slows
-all alike; ratios are taken turn by turn. One clock for all: a hook after every optimizer step of the process, so
-everything that an iteration does is in a turn: data, logging, the host's waiting. Tokens per second are those of all
-ranks on the slowest one; `cpu_seconds` are processor seconds of all ranks. All start from the same numbers and read the
-same samples, so their last losses agree: they did the same work. The others know only their own rank's loss at each
-step; ours reduces it over all ranks, and writes a record a step.
+First each is started alone, `--starts` times, for the seconds to its first step. Then all are started, and take turns of
+a few steps: while one runs the others sleep, each in the memory that it has. So contestants are compared within seconds
+of each other, and a machine whose speed drifts slows all alike; ratios are taken turn by turn. One clock for all: a hook
+after every optimizer step of the process, so everything that an iteration does is in a turn: data, logging, the host's
+waiting. Tokens per second are those of all ranks on the slowest one; `cpu_seconds` are processor seconds of all ranks.
+All start from the same numbers and read the same samples, so their last losses agree until float32 has drifted apart:
+they did the same work. The others know only their own rank's loss at each step; ours reduces it over all ranks, and
+writes a record a step.
 
 Then the saves, on one state in one job: how long the loop is blocked by a save in the background, by one that is not,
 and by a plain torch.distributed.checkpoint.save of the same tensors.
@@ -117,8 +118,18 @@ def answers(process: subprocess.Popen, job: Job, folder: Path) -> list[Any]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(job.workers)]
 
 
+def first_steps(job: Job, starts: int) -> dict[str, list[float]]:
+    """contestant -> seconds from its start, alone on the machine, to the end of its first step."""
+    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for _ in range(starts):
+        for name in CONTESTANTS:
+            with ExitStack() as stack:
+                seconds[name].append(Entrant(name, with_zero(job, name), stack).first_step_seconds)
+    return seconds
+
+
 def race(job: Job) -> dict[str, dict[str, Any]]:
-    """contestant -> seconds to its first step, its turns in figures, its last loss."""
+    """contestant -> its turns in figures, its last loss."""
     with ExitStack() as stack:
         entrants = {name: Entrant(name, with_zero(job, name), stack) for name in CONTESTANTS}
         turns: dict[str, list[dict[str, float]]] = {name: [] for name in entrants}
@@ -127,10 +138,7 @@ def race(job: Job) -> dict[str, dict[str, Any]]:
                 turns[name].append(entrant.turn())
             print(f"turn {number + 1}/{job.turns}  " + "  ".join(
                 f"{name} {rows[-1]['tokens_per_second']:,.0f}" for name, rows in turns.items()), flush=True)  # fmt: skip
-        return {
-            name: {"first_step_seconds": e.first_step_seconds, "turns": turns[name], "last_loss": e.last_loss()}
-            for name, e in entrants.items()
-        }
+        return {name: {"turns": turns[name], "last_loss": entrant.last_loss()} for name, entrant in entrants.items()}
 
 
 def with_zero(job: Job, contestant: str) -> Job:
@@ -195,7 +203,8 @@ def print_tables(found: dict, compared: dict, saved: dict) -> None:
     for name, entrant in found.items():
         keys = ("tokens_per_second", "cpu_seconds", "peak_memory_bytes")
         tokens, cpu, peak = (statistics.median(turn[key] for turn in entrant["turns"]) for key in keys)
-        print(f"| {name} | {tokens:,.0f} | {entrant['first_step_seconds']:.2f} | {cpu:.2f} | {peak / 1e6:,.0f} "
+        first = statistics.median(entrant["first_step_seconds"])
+        print(f"| {name} | {tokens:,.0f} | {first:.2f} | {cpu:.2f} | {peak / 1e6:,.0f} "
               f"| {entrant['last_loss']:.5f} |")  # fmt: skip
     print("\n| ours / theirs | tokens/s | quartiles | by cpu seconds |\n|---|---|---|---|")
     for mine, others in compared.items():
@@ -215,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=40, help="of each contestant")
     parser.add_argument("--turn", type=int, default=4, help="steps in a turn")
+    parser.add_argument("--starts", type=int, default=3, help="of each contestant alone")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
@@ -225,13 +235,14 @@ def main() -> None:
         return work(options.contestant, options.folder)
     if refused := [text for text in options.overrides if not text.startswith(ADJUSTABLE)]:
         parser.error(f"{refused}: possible are {', '.join(ADJUSTABLE)}, which every contestant obeys")
-    if min(options.warmup, options.turns) < 2 or min(options.turn, options.workers) < 1:
+    if min(options.warmup, options.turns) < 2 or min(options.turn, options.starts, options.workers) < 1:
         parser.error("--warmup and --turns are at least 2, the others at least 1")
     job = make_job(options)
-    found = race(job)
+    started = first_steps(job, options.starts)
+    found = {name: {"first_step_seconds": started[name], **figures} for name, figures in race(job).items()}
     compared, saved = ratios(found), run_saves(job)
     print_tables(found, compared, saved)
-    keys = ("turns", "turn", "warmup", "workers", "overrides")
+    keys = ("starts", "turns", "turn", "warmup", "workers", "overrides")
     setting = {key: getattr(options, key) for key in keys}
     path = write_record("overhead", {"setting": setting, "contestants": found, "ratios": compared, "saves": saved})
     print(f"\nwritten: {path}")

@@ -22,6 +22,7 @@ from parity import (
     with_layout,
 )
 from rowwise.launch.compose import compose_tree
+from rowwise.optim import shell
 from rowwise.optim.build import build_optimizer, named_state
 from rowwise.trainer.config import config_from_tree
 from runs import final_tensors, records, run_train, run_until
@@ -112,7 +113,15 @@ def optim_config(rule):
 
 
 def run_edges(workers, rule, steps=3):
-    """Parameters and states after steps with random gradients, on this mesh, whole."""
+    """Parameters and states after steps with random gradients, on this mesh, whole; rules get a few tensors at a time."""
+    whole_portion, shell.PORTION_BYTES = shell.PORTION_BYTES, 40_000
+    try:
+        return step_edges(workers, rule, steps)
+    finally:
+        shell.PORTION_BYTES = whole_portion
+
+
+def step_edges(workers, rule, steps):
     torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
     line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
     model, shapes = Edges(edge_shapes(rule)), edge_shapes(rule)
