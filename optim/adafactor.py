@@ -5,7 +5,7 @@
     U = g / sqrt(R C / mean(R))       U = U / max(1, rms(U) / d)       x = x - lr wd x - lr U
 
 e = 1e-30, d = `clip_threshold`. Row-local: R (m) is split like the rows; C (n) is the same on every rank. Crosses the
-shard axis, for all matrices in two messages a step: n numbers, then 1. mean(R) needs none: it equals mean(C).
+shard axis, in two messages for each 16 MiB of matrices: n numbers, then 1. mean(R) needs none: it equals mean(C).
 Vectors keep the whole second moment. State bytes of a matrix: 4 (m / N + n).
 """
 
@@ -15,10 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rowwise.kernels.portions import row_portions
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase
-from rowwise.optim.rule import Batch, all_reduce_, pick, rows_like
+from rowwise.optim.rule import Batch, all_reduce_, pick, row_slices, rows_like
 
 TINY = 1e-30
 
@@ -40,7 +39,7 @@ class AdafactorConfig(OptimBase):
 def square_sums(g: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of g^2 + e of local rows (m, n) over columns (m) and over rows (n)."""
     over_columns, over_rows = g.new_empty(g.size(0)), g.new_zeros(g.size(1))
-    for rows in row_portions(*g.shape):
+    for rows in row_slices(g):
         square = g[rows].square().add_(TINY)
         over_columns[rows] = square.sum(1)
         over_rows += square.sum(0)
@@ -50,14 +49,14 @@ def square_sums(g: Tensor) -> tuple[Tensor, Tensor]:
 def squared_norm(g: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
     """|U|^2 of U = g_ij a_i b_j, without U: a^2 (g^2) b^2."""
     total = g.new_zeros(())
-    for rows in row_portions(*g.shape):
+    for rows in row_slices(g):
         total += by_row[rows].square() @ (g[rows].square() @ by_column.square())
     return total
 
 
 def subtract_(x: Tensor, g: Tensor, by_row: Tensor, by_column: Tensor) -> None:
     """x -= g_ij a_i b_j, in place."""
-    for rows in row_portions(*g.shape):
+    for rows in row_slices(g):
         x[rows] -= (g[rows] * by_column).mul_(by_row[rows, None])
 
 
@@ -65,7 +64,7 @@ class Adafactor:
     """State of a matrix: `row` (m), `column` (n); of a vector: `exp_avg_sq`."""
 
     name = "adafactor"
-    fused = True
+    fused = False
     rounds = False
 
     def __init__(self, decay: float, clip_threshold: float):

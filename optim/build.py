@@ -63,7 +63,7 @@ def new_rule(name: str, config: Any) -> Rule:
     adam: dict[str, Any] = {"betas": betas, "eps": getattr(config, "eps", AdamWConfig().eps)}
     if name in LOW_RANK:
         low = {"rank": getattr(config, "rank", 1), "refresh_every": config.refresh_every, "scale": config.scale,
-               "bits": config.state_bits, **adam}  # fmt: skip
+               "bits": getattr(config, "state_bits", 32), **adam}  # fmt: skip
         return LOW_RANK[name](**low, **({"growth": config.growth} if name == "fira" else {}))
     rules: dict[str, Any] = {
         "adamw": lambda: AdamW(**adam),
@@ -93,10 +93,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Opt
 def check_optimizer(config: OptimConfig, shapes: dict[str, torch.Size]) -> None:
     """Refuses numbers that no optimizer can use, and what the parameters `shapes` do not admit. Raises ValueError."""
     config.check()
-    for assign in config.assign:
-        if not any(fnmatchcase(name, assign.match) for name in shapes):
+    for i, assign in enumerate(config.assign):
+        left = [n for n in shapes if not any(fnmatchcase(n, earlier.match) for earlier in config.assign[:i])]
+        if not any(fnmatchcase(name, assign.match) for name in left):
             raise ValueError(
-                f"optim.assign: no parameter matches {assign.match!r}; there are {', '.join(sorted(fold(shapes)))}"
+                f"optim.assign: no parameter matches {assign.match!r}"
+                f"{' that no earlier pattern takes' if i else ''}; there are {', '.join(sorted(fold(left)))}"
             )
     for name, shape in shapes.items():
         _check_parameter(name, shape, config)

@@ -6,8 +6,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Assign:
-    """Parameters whose names match the shell pattern `match` follow `rule`: `own`, that of `optim.name`, or another by
-    name, with the same learning rate, betas and eps."""
+    """Parameters whose names match the shell pattern `match` follow `rule`: `own` is what they would follow without any
+    pattern; another has the same learning rate, and the same betas and eps where `optim.name` has them."""
 
     match: str
     rule: Literal["own", "adamw", "adamw8bit", "lion", "lion8bit"]

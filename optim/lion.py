@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase, check_betas
-from rowwise.optim.rule import Batch, cache_portions, pick
+from rowwise.optim.rule import Batch, pick, row_slices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,28 +28,19 @@ class LionConfig(OptimBase):
         check_betas(self.betas)
 
 
-def lion_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    decay: float,
-) -> None:
-    """One Lion step on lists of local tensors, in place."""
-    directions = torch._foreach_lerp(exp_avgs, grads, 1 - beta1)
-    torch._foreach_sign_(directions)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta2)
-    torch._foreach_mul_(params, 1 - lr * decay)
-    torch._foreach_add_(params, directions, alpha=-lr)
+def lion_(x: Tensor, g: Tensor, m: Tensor, lr: float, beta1: float, beta2: float, weight_decay: float) -> None:
+    """One Lion step on local rows, in place."""
+    for rows in row_slices(x):
+        direction = m[rows].lerp(g[rows], 1 - beta1).sign_()
+        m[rows].lerp_(g[rows], 1 - beta2)
+        x[rows].mul_(1 - lr * weight_decay).sub_(direction, alpha=lr)
 
 
 class Lion:
     """The shell around `lion_`. State: `exp_avg`, split like the parameter."""
 
     name = "lion"
-    fused = True
+    fused = False
     rounds = False
 
     def __init__(self, betas: list[float]):
@@ -60,5 +51,5 @@ class Lion:
 
     def step_(self, batch: Batch) -> None:
         rates = batch.lr, self._beta1, self._beta2, batch.weight_decay
-        for params, grads, exp_avgs in cache_portions(batch.params, batch.grads, pick(batch, "exp_avg")):
-            lion_(params, grads, exp_avgs, *rates)
+        for x, g, m in zip(batch.params, batch.grads, pick(batch, "exp_avg"), strict=True):
+            lion_(x, g, m, *rates)

@@ -1,10 +1,10 @@
 """What a rule is: how one kind of parameter changes. The optimizer hands it the local rows of many parameters at once.
 
 A rule is written on whole rows of the *logical* matrix, so it is the same on every layout; where it needs a number of
-the whole matrix, it sums over `Batch.group`, the shard axis, for all its parameters in one message.
+the whole matrix, it sums over `Batch.group`, the shard axis, in one message for all the parameters of a batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,15 +98,10 @@ def apply_(batch: Batch, updates: list[Tensor]) -> None:
     torch._foreach_add_(batch.params, updates, alpha=-batch.lr)
 
 
-def cache_portions(*operands: list[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """Lists of tensors of equal shapes, in portions that an elementwise rule can go through without leaving a core's
-    cache; on a GPU, where launches cost more, all at once."""
-    if operands[0] and operands[0][0].device.type == "cuda":
-        yield list(operands)
-        return
-    for tensors in zip(*operands, strict=True):
-        for rows in row_portions(tensors[0].size(0), row_length(tensors[0].shape)):
-            yield [[tensor[rows]] for tensor in tensors]
+def row_slices(t: Tensor) -> Iterable[slice]:
+    """The rows of `t` in portions that a rule can go through without leaving a core's cache; on a GPU, where launches
+    cost more, all at once."""
+    return [slice(None)] if t.device.type == "cuda" else row_portions(t.size(0), row_length(t.shape))
 
 
 def pick(batch: Batch, key: str) -> list[Tensor]:

@@ -4,7 +4,7 @@
 |---|---|---|---|---|
 | fp64 | fp64 | fp64 | fp64 | - |
 | fp32 | fp32 | fp32 | fp32 | - |
-| bf16 | fp32 | bf16 | fp32 (or bf16) | - |
+| bf16 | fp32 (parameters bf16 with `optim.param_dtype=bf16`) | bf16 | fp32 (or bf16) | - |
 | fp16 | fp32 | fp16 | fp32 | dynamic |
 """
 

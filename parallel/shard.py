@@ -120,7 +120,9 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
     """The sum of squares over all of this rank's tensors, a float64 scalar."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+    # 16-bit gradients have no 16-bit norm: it would depend on how they are split.
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(tensors, 2, wide)).double().square().sum()
 
 
 def clip_factor(norm: float, clip_norm: float) -> float:

@@ -173,4 +173,4 @@ def test_a_run_in_16_bits_stays_near_float64(ranks, tmp_path, rule, precision):
         ranks.run(run_train, 2, with_layout(config, 2))
         losses[name] = [record["loss"] for record in read_metrics(tmp_path / name)]
     assert losses["bf16"] == pytest.approx(losses["fp64"], rel=0.01)
-    assert losses["fp64"][-1] < losses["fp64"][0]
+    assert losses["fp64"][-1] < 0.97 * losses["fp64"][0]

@@ -23,13 +23,13 @@ from parity import (
 )
 from rowwise.launch.compose import compose_tree
 from rowwise.optim import shell
-from rowwise.optim.build import build_optimizer, named_state
+from rowwise.optim.build import build_optimizer, named_state, set_step
 from rowwise.trainer.config import config_from_tree
 from runs import final_tensors, records, run_train, run_until
 from textbook import textbook_step
 
 # Matrices of exactly 4,096 elements (wq) and of 600 columns (w2); 8-bit moments of rank 8 for w1, 32-bit for others.
-SHAPES = ("model.dim=64", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=600", "batch.micro_size=2")
+SHAPES = ("model.layers=1", "model.dim=64", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=600")
 LOW = ("optim.rank=8", "optim.refresh_every=2")
 RULES = {
     "adamw": (),
@@ -76,13 +76,13 @@ def rule_config(folder, rule, *overrides):
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("rule", RULES)
 def test_three_steps_equal_those_of_the_textbook(ranks, folder, plain, rule, zero):
-    config = with_layout(rule_config(folder, rule), 3, zero=zero)
+    config = with_layout(rule_config(folder, rule, "batch.micro_size=8"), 3, zero=zero)
     assert_all_same(ranks.run(run_layout, 3, config), plain(rule))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_hybrid_sharding(ranks, folder, plain, rule):
-    config = with_layout(rule_config(folder, rule), 4, zero=3, replicate=2, shard=2)
+    config = with_layout(rule_config(folder, rule, "batch.micro_size=6"), 4, zero=3, replicate=2, shard=2)
     assert_all_same(ranks.run(run_layout, 4, config), plain(rule))
 
 
@@ -175,6 +175,49 @@ def test_saved_on_four_ranks_and_resumed_on_three_and_on_one(ranks, folder, rule
         ours, theirs = np.array(records(config.run_dir)), np.array(records(reference.run_dir))
         np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE)
         assert_same_states(final_tensors(config.run_dir), expected)
+
+
+@pytest.mark.parametrize("rule", ["adamw8bit", "adafactor", "dct", "fira"])
+def test_saved_whole_and_resumed_split(ranks, folder, rule):
+    """At stage 0 states are plain tensors, at stage 3 rows of them."""
+
+    def named(name):
+        return replace(rule_config(folder, rule, "steps=4"), run_dir=str(folder / f"{rule}-whole" / name))
+
+    ranks.run(run_train, 2, with_layout(named("uninterrupted"), 2, zero=0))
+    ranks.run(run_until, 2, with_layout(named("moved"), 2, zero=0), 2)
+    ranks.run(run_train, 3, with_layout(named("moved"), 3, zero=3))
+    assert_same_states(final_tensors(named("moved").run_dir), final_tensors(named("uninterrupted").run_dir))
+
+
+def run_16_bit(workers, rule, steps=3):
+    """bf16 parameters after steps with the same gradients; the optimizer is rebuilt and told where it is half-way."""
+    torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
+    line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
+    model, shapes = Edges(EDGES), EDGES
+    for name, p in list(model.named_parameters()):
+        setattr(model, name, nn.Parameter(distribute_tensor(p.data.bfloat16(), line, [Shard(0)])))
+    optimizer = build_optimizer(model, optim_config(rule), seed=5)
+    for step in range(1, steps + 1):
+        if step == 2:
+            again = build_optimizer(model, optim_config(rule), seed=5)
+            for p, state in optimizer.state.items():
+                for key, t in state.items():
+                    again.state[p][key].copy_(t)
+            set_step(again, step - 1)
+            optimizer = again
+        for i, p in enumerate(model.parameters()):
+            p.grad = distribute_tensor(random(shapes[i], step, i).bfloat16(), line, [Shard(0)])
+        optimizer.step()
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lion", "adamw8bit", "lion8bit"])
+def test_stochastic_rounding_is_the_same_on_every_layout(ranks, rule):
+    """To the last bit: these rules are elementwise, and the random bits belong to the logical element and the step."""
+    (alone,) = ranks.run(run_16_bit, 1, rule)
+    for split in ranks.run(run_16_bit, 3, rule):
+        assert all(torch.equal(split[name], alone[name]) for name in alone)
 
 
 def assert_same_states(ours, theirs):

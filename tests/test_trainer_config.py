@@ -1,5 +1,6 @@
 """Every configuration file is composed and run; every wrong one is refused with a line that helps."""
 
+import json
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from rowwise.parallel.mesh import ParallelConfig
 from rowwise.parallel.precision import PrecisionConfig
 from rowwise.trainer.config import TrainConfig, check, config_from_tree, tree_of
 from rowwise.trainer.data.config import DataConfig
-from rowwise.trainer.manifest import CheckpointConfig
+from rowwise.trainer.manifest import CheckpointConfig, fingerprint
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import ModelConfig
 from rowwise.trainer.prepare import lock_run, prepare
@@ -157,6 +158,13 @@ REFUSED = {
     "a pattern without a parameter": (
         ["optim.assign=[{match: 'layers.*', rule: adamw}]"], r"no parameter matches 'layers.\*'; there are blocks.\*.attention",
     ),
+    "a pattern that an earlier one hides": (
+        ["optim.assign=[{match: '*', rule: adamw}, {match: 'embed.*', rule: lion}]"],
+        r"no parameter matches 'embed.\*' that no earlier pattern takes",
+    ),
+    "unknown key in a list": (
+        ["optim.assign=[{match: '*', rule: adamw, lr: 1e-5}]"], r"unknown key optim.assign\[0\].lr: optim.assign\[0\] has match, rule",
+    ),
     "a rule that cannot be assigned": (["optim.assign=[{match: '*', rule: sgd}]"], r"optim.assign.*rule='sgd': input should be"),
     "clipping in the backward": (["optim.in_backward=true"], r"optim.in_backward with clip_norm=1.0: .*give clip_norm=0"),
     "accumulation in the backward": (
@@ -164,6 +172,15 @@ REFUSED = {
         r"with 2 micro-batches a step: .*give batch.micro_size=8 or batch.global_size=8",
     ),
     "fp16 in the backward": (["optim.in_backward=true", "clip_norm=0", "precision=fp16"], r"in_backward with precision=fp16"),
+    "replicas in the backward": (
+        ["optim.in_backward=true", "clip_norm=0", "parallel.zero=0", "precision=bf16"],
+        r"in_backward with parallel.replicate=1 parallel.zero=0: .*give parallel.replicate=1 and parallel.zero=1 to 3",
+    ),
+    "split gradients in bf16": (
+        ["optim.param_dtype=bf16", "precision=bf16", "parallel.zero=2", "batch.micro_size=4"],
+        r"parallel.zero=2 and 2 micro-batches a step: .*give parallel.zero=1, or batch.micro_size=8",
+    ),
+    "8-bit moments of rank 1": (["optim=apollo_mini", "+optim.state_bits=8"], r"unknown key optim.state_bits"),
     "bf16 parameters": (["optim.param_dtype=bf16"], r"optim.param_dtype=bf16 with precision=fp32: .*give precision=bf16"),
     "schedule too long": (["schedule=wsd", "schedule.decay_steps=500"], r"take 500 steps and the run has 200"),
     "annealing": (["schedule=infinite", "schedule.anneal_steps=5"], r"without schedule.anneal_at"),
@@ -215,7 +232,10 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(ranks, tmp_path)
     base = ["steps=2", "checkpoint.every=1"]
     ranks.run(run_train, 1, check(small_config(tmp_path, *base), 1))
     cases = {
-        ("model.layers=3",): r"is of another model: model.layers=2 there and 3 here",
+        ("model.layers=3",): r"is of another model: model.layers=2 there and 3 here; give the same, or another name",
+        ("optim=lion",): r"holds other optimizer states: optim.name=adamw there and lion here",
+        ("optim.assign=[{match: embed.*, rule: lion}]",): r"holds other optimizer states: optim.assign=\[\] there",
+        ("optim.param_dtype=bf16", "precision=bf16"): r"keeps its parameters otherwise: optim.param_dtype=None there",
         ("seed=5",): r"read other data: seed=0 there and 5 here; to go on with it on purpose, give another name",
         ("batch.seq_len=12",): r"batch.seq_len=13 there and 12 here",
         ("resume=never",): r"resume=never, but run_dir=.* already holds a run",
@@ -232,6 +252,21 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(ranks, tmp_path)
     again = replace(onwards, steps=6)
     assert ranks.run(run_train, 1, prepare(again, 1))[0].step == 6
     assert [record["step"] for record in read_metrics(tmp_path / "next")] == [3, 4, 5, 6]
+
+
+def test_a_checkpoint_of_the_first_version_goes_on(ranks, tmp_path):
+    """Its manifest knows the rule's name alone."""
+    config = check(small_config(tmp_path, "steps=2"), 1)
+    ranks.run(run_train, 1, config)
+    (path,) = (tmp_path / "run/checkpoints").glob("*/manifest.json")
+    manifest = json.loads(path.read_text())
+    del manifest["checksum"], manifest["config"]["optim"]["param_dtype"]
+    manifest["model"]["optim.name"] = manifest.pop("states")["optim.name"]
+    path.write_text(json.dumps({**manifest, "checksum": fingerprint(manifest)}))
+    with pytest.raises(ValueError, match=r"other optimizer states: optim.name=adamw there and lion here"):
+        prepare(small_config(tmp_path, "steps=4", "optim=lion"), 1)
+    ranks.run(run_train, 1, prepare(replace(config, steps=4), 1))
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path):

@@ -191,7 +191,7 @@ def textbook_step(
     """One step of one parameter: x after it; `state` changes."""
     rule = rule_of(name, x.shape, config)
     if rule in LOW_RANK:
-        eight = config.state_bits == 8 and x.size(0) * getattr(config, "rank", 1) >= 4096
+        eight = getattr(config, "state_bits", 32) == 8 and x.size(0) * getattr(config, "rank", 1) >= 4096
         u = LOW_RANK[rule](state, g, t, config, name, seed, eight)
     elif rule.endswith("8bit"):
         u = PLAIN[rule.removesuffix("8bit")](state, g, t, config, True)

@@ -89,7 +89,9 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     parallel = resolve_degrees(config.parallel, world_size)
     data_degree = parallel.replicate * parallel.shard
     check_batch(config.batch, data_degree)
-    _check_optimizer_and_step(config, config.batch.global_size // config.batch.micro_size // data_degree)
+    micro_batches = config.batch.global_size // config.batch.micro_size // data_degree
+    _check_param_dtype(config, micro_batches)
+    _check_in_backward(config, parallel, micro_batches)
     return replace(config, parallel=parallel)
 
 
@@ -101,12 +103,23 @@ def _refuse_non_numbers(tree: dict[str, Any], path: str) -> None:
             raise ValueError(f"{path}{key}={value}: give a finite number")
 
 
-def _check_optimizer_and_step(config: TrainConfig, micro_batches: int) -> None:
-    if config.optim.param_dtype == "bf16" and config.precision.name != "bf16":
+def _check_param_dtype(config: TrainConfig, micro_batches: int) -> None:
+    if config.optim.param_dtype is None:
+        return
+    if config.precision.name != "bf16":
         raise ValueError(
             f"optim.param_dtype=bf16 with precision={config.precision.name}: parameters kept in bf16 compute in bf16; "
             "give precision=bf16, or leave optim.param_dtype=null"
         )
+    if config.parallel.zero >= 2 and micro_batches > 1:
+        raise ValueError(
+            f"optim.param_dtype=bf16 with parallel.zero={config.parallel.zero} and {micro_batches} micro-batches a step: "
+            "split gradients would be added up in bf16; give parallel.zero=1, or "
+            f"batch.micro_size={config.batch.micro_size * micro_batches}"
+        )
+
+
+def _check_in_backward(config: TrainConfig, parallel: ParallelConfig, micro_batches: int) -> None:
     if not config.optim.in_backward:
         return
     if config.clip_norm:
@@ -125,6 +138,14 @@ def _check_optimizer_and_step(config: TrainConfig, micro_batches: int) -> None:
         raise ValueError(
             "optim.in_backward with precision=fp16: an overflow is known only when parameters have changed; "
             "give precision=bf16, or optim.in_backward=false"
+        )
+    split = parallel.shard if parallel.zero > 0 else 1
+    copies = config.precision.name == "bf16"  # FSDP2 holds the parameters, and the sums over replicas until the end
+    if parallel.replicate * parallel.shard > split and (split > 1 or copies):
+        raise ValueError(
+            f"optim.in_backward with parallel.replicate={parallel.replicate} parallel.zero={parallel.zero}: gradients "
+            "that FSDP2 sums over replicas stay until the backward ends; give parallel.replicate=1 and parallel.zero=1 "
+            "to 3, or optim.in_backward=false"
         )
 
 
@@ -155,8 +176,12 @@ def _refuse_unknown(tree: dict[str, Any], known: dict[str, Any], path: str) -> N
     for key, value in tree.items():
         if key not in known:
             raise ValueError(unknown_key(f"{path}{key}", list(known)))
-        if isinstance(value, dict) and isinstance(known[key], dict):
-            _refuse_unknown(value, known[key], f"{path}{key}.")
+        pairs = [(value, known[key], f"{path}{key}.")]
+        if isinstance(value, list) and isinstance(known[key], list):
+            pairs = [(v, k, f"{path}{key}[{i}].") for i, (v, k) in enumerate(zip(value, known[key], strict=True))]
+        for inner, inner_known, inner_path in pairs:
+            if isinstance(inner, dict) and isinstance(inner_known, dict):
+                _refuse_unknown(inner, inner_known, inner_path)
 
 
 def _explain(error: ValidationError, tree: dict[str, Any]) -> str:

@@ -7,12 +7,20 @@ from typing import Any
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.manifest import find_checkpoints, read_manifest
 
+# What the facts were before they were kept.
+BEFORE: dict[str, Any] = {"optim.assign": []}
+
 
 def model_facts(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint must agree in: the shape of the model, and the rules whose states it holds."""
+    """What a checkpoint must agree in: the shape of the model."""
     shape = {k: v for k, v in tree_of(config)["model"].items() if k not in ("name", "init_std", "init_from")}
-    optim = {k: v for k, v in tree_of(config)["optim"].items() if k in ("name", "rank", "state_bits", "assign")}
-    return {f"model.{key}": value for key, value in shape.items()} | {f"optim.{key}": v for key, v in optim.items()}
+    return {f"model.{key}": value for key, value in shape.items()}
+
+
+def state_facts(config: TrainConfig) -> dict[str, Any]:
+    """What the optimizer's states are made of; a checkpoint must agree in it too."""
+    optim = tree_of(config)["optim"]
+    return {f"optim.{key}": optim[key] for key in ("name", "rank", "state_bits", "assign") if key in optim}
 
 
 def data_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
@@ -58,20 +66,27 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
             manifest = read_manifest(checkpoint)
         except ValueError:
             continue  # reported and passed over by checkpoint.first_sound
-        _refuse_difference(checkpoint, manifest["model"], model_facts(config), "is of another model")
+        advice = "give the same, or another name"
+        _refuse_difference(checkpoint, manifest["model"], model_facts(config), "is of another model", advice)
+        states = {**manifest["model"], **manifest.get("states", {})}
+        _refuse_difference(checkpoint, states, state_facts(config), "holds other optimizer states", advice)
         if auto:
             advice = f"to go on with it on purpose, give another name and resume={checkpoint}"
+            kept = {"optim.param_dtype": manifest["config"]["optim"].get("param_dtype")}
+            now = {"optim.param_dtype": config.optim.param_dtype}
+            _refuse_difference(checkpoint, kept, now, "keeps its parameters otherwise", advice)
             _refuse_difference(
                 checkpoint, manifest["data"], data_facts(config, data_fingerprint), "read other data", advice
             )
     return found
 
 
-def _refuse_difference(checkpoint: Path, there: dict, here: dict, what: str, advice: str = "") -> None:
+def _refuse_difference(checkpoint: Path, there: dict, here: dict, what: str, advice: str) -> None:
+    there = BEFORE | there
     different = [key for key in here if there.get(key) != here[key]]
     if different:
         pairs = ", ".join(f"{key}={_short(there.get(key))} there and {_short(here[key])} here" for key in different)
-        raise ValueError(f"checkpoint {checkpoint} {what}: {pairs}; {advice or 'give the same model, or another name'}")
+        raise ValueError(f"checkpoint {checkpoint} {what}: {pairs}; {advice}")
 
 
 def _short(value: Any) -> str:

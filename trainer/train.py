@@ -30,7 +30,7 @@ from rowwise.trainer.models.decoder import Decoder, flops_per_token
 from rowwise.trainer.models.huggingface import rows_from
 from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.report import open_reporter
-from rowwise.trainer.resume import data_facts, find_resume, model_facts
+from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_facts
 from rowwise.trainer.sample import generate
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients, step_in_backward
@@ -230,6 +230,7 @@ def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState) 
         "state": state.to_tree(),
         "precision": config.precision.name,
         "model": model_facts(config),
+        "states": state_facts(config),
         "data": data_facts(config, data.train.fingerprint),
         "fingerprint": {"config": fingerprint(tree), "data": data.train.fingerprint},
         "layout": {"world_size": mesh.world_size, **asdict(config.parallel)},

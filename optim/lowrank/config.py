@@ -8,12 +8,10 @@ from rowwise.optim.common import AdamBase
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectedBase(AdamBase):
-    """`refresh_every`: steps between renewals of the projection; `scale` stands before the update; `state_bits`: 32, or
-    8 for block-wise quantised moments."""
+    """`refresh_every`: steps between renewals of the projection; `scale` stands before the update."""
 
     refresh_every: int = 200
     scale: float = 1.0
-    state_bits: Literal[8, 32] = 32
 
     def check(self) -> None:
         super().check()
@@ -23,9 +21,10 @@ class ProjectedBase(AdamBase):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankBase(ProjectedBase):
-    """`rank`: r of the projected gradient (m, r)."""
+    """`rank`: r of the projected gradient (m, r); `state_bits`: 32, or 8 for block-wise quantised moments."""
 
     rank: int = 64
+    state_bits: Literal[8, 32] = 32
 
     def check(self) -> None:
         super().check()
@@ -66,7 +65,7 @@ class ApolloConfig(LowRankBase):
 
 @dataclass(frozen=True, kw_only=True)
 class ApolloMiniConfig(ProjectedBase):
-    """Rank 1 and one factor a matrix. `scale` is the paper's sqrt(128)."""
+    """Rank 1, whose moments are too short for 8-bit blocks, and one factor a matrix. `scale` is the paper's sqrt(128)."""
 
     name: Literal["apollo_mini"] = "apollo_mini"
     scale: float = 11.313708498984761

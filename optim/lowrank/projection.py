@@ -68,7 +68,11 @@ def start_directions(basis: Tensor, shape: torch.Size, key: int) -> Tensor:
 
 
 def leading(q: Tensor, gram: Tensor, rank: int) -> Tensor:
-    """q rotated onto the eigenvectors of `gram`, the `rank` largest first, each with its largest entry positive."""
+    """q rotated onto the eigenvectors of `gram`, the `rank` largest first, each with its largest entry positive.
+
+    A gradient that is no number gives no number, for the step's report to find; `eigh` would raise here and now."""
+    if not gram.isfinite().all():
+        return torch.full_like(q[:, :rank], torch.nan)
     vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank]
     rotated = q @ vectors
     largest = rotated.gather(0, rotated.abs().argmax(0, keepdim=True))
