@@ -1,7 +1,7 @@
 """Time and memory of one optimizer step on the matrices of a real model: our rules beside others' optimizers.
 
     python benchmarks/optimizer_step.py                                   llama_130m; on a GPU llama_1b too
-    python benchmarks/optimizer_step.py --models llama_1b --together 4    on a CPU 2 of its 24 layers, or --layers
+    python benchmarks/optimizer_step.py --models llama_1b --record optimizer_step_llama_1b    on a CPU 2 of its 24 layers
     python benchmarks/optimizer_step.py --rules adamw8bit galore --rounds 20
 
 | contestant | what steps |
@@ -224,6 +224,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--refreshes", type=int, default=5 if cuda else 3, help="rounds that also time a refresh")
     parser.add_argument("--n", type=int, default=4096 if cuda else 1024, help="width of the refresh alone")
     parser.add_argument("--together", type=int, default=1 if cuda else 99, help="of our rules, in one race in memory")
+    parser.add_argument("--record", default="optimizer_step", help="the name of the results file")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     options = parser.parse_args(arguments)
     if options.rounds < 2 or options.refreshes < 0 or options.together < 1:
@@ -232,9 +233,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    found = measure_steps(parse())
+    options = parse()
+    found = measure_steps(options)
     print_tables(found)
-    print(f"\nwritten: {write_record('optimizer_step', found)}")
+    print(f"\nwritten: {write_record(options.record, found)}")
 
 
 if __name__ == "__main__":

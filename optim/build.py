@@ -30,7 +30,7 @@ OptimConfig = (
 )  # fmt: skip
 
 LOW_RANK = {"galore": GaLore, "dct": DCT, "fira": Fira, "apollo": Apollo, "apollo_mini": ApolloMini}
-MATRICES_ONLY = {*LOW_RANK, "muon", "adamw8bit", "lion8bit"}
+MATRICES_ONLY = {"adamw8bit", "lion8bit"}  # of what optim.assign can name
 # What `own` means: rule -> kind -> rule; a kind that is not named has the rule itself.
 FALLBACKS = {
     "adafactor": {},
