@@ -50,6 +50,10 @@ RULES = {
 }
 
 
+# Every rule, and 8-bit moments once: the four keep them alike.
+MOVED = [rule for rule in RULES if not rule.endswith("8-bit")] + ["dct 8-bit"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("rules")
@@ -159,7 +163,7 @@ def test_shapes_that_straddle_every_edge(ranks, rule):
             assert_same_states(ours, states)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", MOVED)
 def test_saved_on_four_ranks_and_resumed_on_three_and_on_one(ranks, folder, rule):
     def named(name):
         return replace(rule_config(folder, rule, "steps=4"), run_dir=str(folder / rule.replace(" ", "-") / name))

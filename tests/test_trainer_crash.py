@@ -15,7 +15,7 @@ from ranks import RankFailure
 from rowwise.trainer.manifest import complete_checkpoints
 from runs import Job, final_tensors, records, run_said, run_train, run_until
 
-KILLS = 24
+KILLS = 20
 
 
 def test_killed_at_random_instants(ranks, tmp_path):
