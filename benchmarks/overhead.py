@@ -133,12 +133,15 @@ def race(job: Job) -> dict[str, dict[str, Any]]:
     with ExitStack() as stack:
         entrants = {name: Entrant(name, with_zero(job, name), stack) for name in CONTESTANTS}
         turns: dict[str, list[dict[str, float]]] = {name: [] for name in entrants}
+        losses: dict[str, float] = {}
         for number in range(job.turns):
             for name, entrant in entrants.items():
                 turns[name].append(entrant.turn())
+                if number + 1 == job.turns:
+                    losses[name] = entrant.last_loss()  # waits for its end, which would be beside the next one's turn
             print(f"turn {number + 1}/{job.turns}  " + "  ".join(
                 f"{name} {rows[-1]['tokens_per_second']:,.0f}" for name, rows in turns.items()), flush=True)  # fmt: skip
-        return {name: {"turns": turns[name], "last_loss": entrant.last_loss()} for name, entrant in entrants.items()}
+        return {name: {"turns": turns[name], "last_loss": losses[name]} for name in entrants}
 
 
 def with_zero(job: Job, contestant: str) -> Job:
