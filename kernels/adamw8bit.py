@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rowwise.kernels.adamw import adamw_
 from rowwise.kernels.dispatch import use_triton
 from rowwise.kernels.moments import Moment, Rounding, check_step, step_reference_
 
@@ -64,20 +65,6 @@ def adamw8bit_reference_(
     """`adamw8bit_` in plain torch: on each portion of rows torch's fused operator, one pass for the whole rule."""
 
     def rule(x, g, exp_avg, exp_avg_sq):
-        torch._fused_adamw_(
-            x,
-            g,
-            exp_avg,
-            exp_avg_sq,
-            [],
-            [torch.full((), float(step), device=x[0].device)] * len(x),
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        adamw_(x, g, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay)
 
     step_reference_(params, grads, (exp_avgs, exp_avg_sqs), (True, False), rounding, rule)

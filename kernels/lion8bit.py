@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.dispatch import use_triton
+from rowwise.kernels.lion import lion_
 from rowwise.kernels.moments import Moment, Rounding, check_step, step_reference_
 
 
@@ -55,10 +56,6 @@ def lion8bit_reference_(
     """`lion8bit_` in plain torch."""
 
     def rule(x, g, exp_avg):
-        direction = torch._foreach_lerp(exp_avg, g, 1 - beta1)
-        torch._foreach_sign_(direction)
-        torch._foreach_mul_(x, 1 - lr * weight_decay)
-        torch._foreach_add_(x, direction, alpha=-lr)
-        torch._foreach_lerp_(exp_avg, g, 1 - beta2)
+        lion_(x, g, exp_avg, lr, beta1, beta2, weight_decay)
 
     step_reference_(params, grads, (exp_avgs,), (True,), rounding, rule)

@@ -6,13 +6,13 @@
 State bytes per parameter: 4 + 4 in fp32. Nothing crosses ranks.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rowwise.kernels.adamw import adamw_
 from rowwise.optim.common import AdamBase
 from rowwise.optim.rule import Batch, pick
 
@@ -20,42 +20,6 @@ from rowwise.optim.rule import Batch, pick
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig(AdamBase):
     name: Literal["adamw"] = "adamw"
-
-
-def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One AdamW step on lists of local tensors, in place, as torch's fused operator: one pass over memory.
-
-    `step` counts from 1.
-    """
-    if not params:
-        return
-    steps = [torch.full((), float(step), device=params[0].device)] * len(params)
-    torch._fused_adamw_(
-        list(params),
-        list(grads),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        [],
-        steps,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-    )
 
 
 class AdamW:

@@ -32,12 +32,11 @@ OptimConfig = (
 LOW_RANK = {"galore": GaLore, "dct": DCT, "fira": Fira, "apollo": Apollo, "apollo_mini": ApolloMini}
 MATRICES_ONLY = {"adamw8bit", "lion8bit"}  # of what optim.assign can name
 # What `own` means: rule -> kind -> rule; a kind that is not named has the rule itself.
+HIDDEN_ONLY = {"embedding": "adamw", "head": "adamw", "vector": "adamw"}
 FALLBACKS = {
-    "adafactor": {},
-    "muon": {"embedding": "adamw", "head": "adamw", "vector": "adamw"},
     "adamw8bit": {"embedding": "adamw", "vector": "adamw"},
     "lion8bit": {"embedding": "lion", "vector": "lion"},
-} | {name: {"embedding": "adamw", "head": "adamw", "vector": "adamw"} for name in LOW_RANK}
+} | dict.fromkeys(("muon", *LOW_RANK), HIDDEN_ONLY)
 
 
 def kind_of(name: str, shape: torch.Size) -> str:
@@ -47,11 +46,16 @@ def kind_of(name: str, shape: torch.Size) -> str:
     return {"embed": "embedding", "head": "head"}.get(name.split(".")[0], "hidden")
 
 
+def assigned(name: str, config: OptimConfig) -> str:
+    """What the first pattern of `optim.assign` that matches says of a parameter; `own` where none does."""
+    return next((a.rule for a in config.assign if fnmatchcase(name, a.match)), "own")
+
+
 def rule_name(name: str, shape: torch.Size, config: OptimConfig) -> str:
     """The rule of a parameter: the first pattern of `optim.assign` that matches, else the rule's own table. An 8-bit
     rule keeps a matrix that is too small for 8 bits in 32."""
     own = FALLBACKS.get(config.name, {}).get(kind_of(name, shape), config.name)
-    chosen = next((a.rule for a in config.assign if fnmatchcase(name, a.match)), "own")
+    chosen = assigned(name, config)
     # What a pattern asks for by name goes past the table: 8 bits for an embedding, say.
     found = own if chosen == "own" else chosen
     return found.removesuffix("8bit") if found.endswith("8bit") and not is_quantisable(shape) else found
@@ -105,7 +109,7 @@ def check_optimizer(config: OptimConfig, shapes: dict[str, torch.Size]) -> None:
 
 
 def _check_parameter(name: str, shape: torch.Size, config: OptimConfig) -> None:
-    chosen = next((a.rule for a in config.assign if fnmatchcase(name, a.match)), "own")
+    chosen = assigned(name, config)
     if chosen in MATRICES_ONLY and len(shape) != 2:
         raise ValueError(
             f"optim.assign: {chosen} is for matrices, and {name} has the shape {tuple(shape)}; "

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rowwise.kernels.lion import lion_
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase, check_betas
 from rowwise.optim.rule import Batch, pick, row_slices
@@ -26,14 +27,6 @@ class LionConfig(OptimBase):
     def check(self) -> None:
         super().check()
         check_betas(self.betas)
-
-
-def lion_(x: Tensor, g: Tensor, m: Tensor, lr: float, beta1: float, beta2: float, weight_decay: float) -> None:
-    """One Lion step on local rows, in place."""
-    for rows in row_slices(x):
-        direction = m[rows].lerp(g[rows], 1 - beta1).sign_()
-        m[rows].lerp_(g[rows], 1 - beta2)
-        x[rows].mul_(1 - lr * weight_decay).sub_(direction, alpha=lr)
 
 
 class Lion:
@@ -52,4 +45,5 @@ class Lion:
     def step_(self, batch: Batch) -> None:
         rates = batch.lr, self._beta1, self._beta2, batch.weight_decay
         for x, g, m in zip(batch.params, batch.grads, pick(batch, "exp_avg"), strict=True):
-            lion_(x, g, m, *rates)
+            for rows in row_slices(x):
+                lion_([x[rows]], [g[rows]], [m[rows]], *rates)

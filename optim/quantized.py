@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.adamw8bit import adamw8bit_
-from rowwise.kernels.blockwise import BLOCK, code_book
+from rowwise.kernels.blockwise import blocks_per_row, code_book
 from rowwise.kernels.lion8bit import lion8bit_
 from rowwise.optim.common import AdamBase, OptimBase, check_betas
 from rowwise.optim.rule import Batch, rows_like
@@ -52,7 +52,7 @@ def new_moment(p: Tensor, columns: int, key: str, signed: bool) -> dict[str, Ten
     zero = int((code_book(signed) == 0).nonzero())
     return {
         f"{key}.codes": codes.fill_(zero),
-        f"{key}.absmax": rows_like(p, -(-columns // BLOCK), torch.float32),
+        f"{key}.absmax": rows_like(p, blocks_per_row(columns), torch.float32),
     }
 
 

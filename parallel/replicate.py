@@ -7,6 +7,7 @@ and no second copy of anything; each step sends and receives 2 P (n - 1) / n ove
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from rowwise.parallel.mesh import Mesh
 
 BUCKET_BYTES = 25 << 20  # large messages cost least; the last bucket is what the backward cannot hide
 _HANDLE = "gradient_buckets"
+T = TypeVar("T")
 
 
 class GradientBuckets:
@@ -23,7 +25,7 @@ class GradientBuckets:
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup):
         self._group = group
-        self._buckets = [_Bucket(params) for params in _fill(list(model.parameters())[::-1])]
+        self._buckets = [_Bucket(params) for params in in_buckets(list(model.parameters())[::-1], lambda p: p.nbytes)]
         self._last = False
         self._launched = 0
         self._under_way: list[dist.Work] = []
@@ -82,12 +84,16 @@ class _Bucket:
         self.missing = len(params)
 
 
-def _fill(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    buckets: list[list[nn.Parameter]] = [[]]
-    for p in params:
-        if sum(q.numel() * q.itemsize for q in buckets[-1]) >= BUCKET_BYTES:
+def in_buckets(items: list[T], bytes_of: Callable[[T], int]) -> list[list[T]]:
+    """Neighbours together until each bucket has BUCKET_BYTES."""
+    buckets: list[list[T]] = [[]]
+    held = 0
+    for item in items:
+        if held >= BUCKET_BYTES:
             buckets.append([])
-        buckets[-1].append(p)
+            held = 0
+        buckets[-1].append(item)
+        held += bytes_of(item)
     return buckets
 
 
@@ -102,7 +108,11 @@ def gradient_sum(model: nn.Module, mesh: Mesh) -> Callable[[Tensor], None]:
     group = mesh.states["replicate"].get_group()
     if any(isinstance(p, DTensor) for p in model.parameters()) or group.size() == 1:
         return lambda gradient: None
-    return lambda gradient: dist.all_reduce(gradient, group=group) and None
+
+    def sum_(gradient: Tensor) -> None:
+        dist.all_reduce(gradient, group=group)
+
+    return sum_
 
 
 def buckets_of(model: nn.Module) -> GradientBuckets | None:

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rowwise.kernels.rows import local, row_offset
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.replicate import BUCKET_BYTES, buckets_of
+from rowwise.parallel.replicate import buckets_of, in_buckets
 
 
 def is_split(mesh: Mesh, policy: MixedPrecisionPolicy) -> bool:
@@ -54,12 +54,7 @@ def merge_parts(parts: list[list[nn.Module]], zero: int) -> list[list[nn.Module]
     gradients are held anyway. At stages 2 and 3 a part is what is whole at once, so they stay as they are."""
     if zero >= 2:
         return parts
-    merged: list[list[nn.Module]] = [[]]
-    for part in parts:
-        if _bytes(merged[-1]) >= BUCKET_BYTES:
-            merged.append([])
-        merged[-1] = merged[-1] + part
-    return merged
+    return [[module for part in bucket for module in part] for bucket in in_buckets(parts, _bytes)]
 
 
 def _bytes(modules: list[nn.Module]) -> int:

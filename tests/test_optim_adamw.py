@@ -2,7 +2,8 @@
 
 import torch
 
-from rowwise.optim.adamw import AdamWConfig, adamw_
+from rowwise.kernels.adamw import adamw_
+from rowwise.optim.adamw import AdamWConfig
 from rowwise.optim.build import build_optimizer, named_state, set_step
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from parity import Trace, assert_all_same, run_layout, run_plain, small_config, with_layout
-from rowwise.parallel import replicate, shard
+from rowwise.parallel import replicate
 
 # world size, parallel.replicate, parallel.shard
 LAYOUTS = [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, 4), (4, 2, 2), (2, 2, 1)]
@@ -28,12 +28,11 @@ def test_three_steps_equal_those_of_one_process(ranks, folder, plain, zero, worl
 
 def run_layout_in_small_buckets(workers, config) -> Trace:
     """The small model in buckets of its own size: three of them, the first of two parts."""
-    whole = shard.BUCKET_BYTES
-    shard.BUCKET_BYTES = replicate.BUCKET_BYTES = 20_000
+    whole, replicate.BUCKET_BYTES = replicate.BUCKET_BYTES, 20_000
     try:
         return run_layout(workers, config)
     finally:
-        shard.BUCKET_BYTES = replicate.BUCKET_BYTES = whole
+        replicate.BUCKET_BYTES = whole
 
 
 @pytest.mark.parametrize("zero", [0, 1])

@@ -1,0 +1,17 @@
+"""Lion (Chen et al., *Symbolic Discovery of Optimization Algorithms*) on lists of tensors.
+
+x = x - lr (sign(b1 m + (1 - b1) g) + wd x)          m = b2 m + (1 - b2) g
+"""
+
+from typing import Any
+
+import torch
+
+
+def lion_(params: Any, grads: Any, exp_avgs: Any, lr: float, beta1: float, beta2: float, weight_decay: float) -> None:
+    """One Lion step on lists of local tensors, in place."""
+    directions = torch._foreach_lerp(exp_avgs, grads, 1 - beta1)
+    torch._foreach_sign_(directions)
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_add_(params, directions, alpha=-lr)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta2)
