@@ -11,7 +11,7 @@ from rowwise.kernels.blockwise import BLOCK, blocks_per_row, code_book, code_tab
 from rowwise.kernels.blockwise_triton import BLOCKS, block_places, decode, encode, programs
 from rowwise.kernels.moments import Moment, Rounding
 from rowwise.kernels.philox_triton import signed_64
-from rowwise.kernels.rounding_triton import WORDS, random_16, round_16
+from rowwise.kernels.rounding_triton import WORDS, store_number
 
 
 @triton.jit
@@ -49,10 +49,7 @@ def adamw8bit_kernel(
     v = beta2 * v + beta2_rest * g * g
     x = tl.load(param + place, mask=inside, other=0.0).to(tl.float32)
     x = keep * x - rate * tl.div_rn(m, tl.sqrt_rn(v) + eps)
-    if param.dtype.element_ty == tl.bfloat16:
-        tl.store(param + place, round_16(x, random_16(key, start + first, WIDTH, ALIGNED)), mask=inside)
-    else:
-        tl.store(param + place, x, mask=inside)
+    store_number(param, place, x, inside, key, start + first, WIDTH, ALIGNED)
     encode(m, avg_codes, avg_absmax, avg_table, block, place, exists, inside)
     encode(v, sq_codes, sq_absmax, sq_table, block, place, exists, inside)
 

@@ -10,7 +10,7 @@ from rowwise.kernels.blockwise import BLOCK, blocks_per_row, code_book, code_tab
 from rowwise.kernels.blockwise_triton import BLOCKS, block_places, decode, encode, programs
 from rowwise.kernels.moments import Moment, Rounding
 from rowwise.kernels.philox_triton import signed_64
-from rowwise.kernels.rounding_triton import WORDS, random_16, round_16
+from rowwise.kernels.rounding_triton import WORDS, store_number
 
 
 @triton.jit
@@ -41,10 +41,7 @@ def lion8bit_kernel(
     sign = tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, 0.0))
     x = tl.load(param + place, mask=inside, other=0.0).to(tl.float32)
     x = keep * x - lr * sign
-    if param.dtype.element_ty == tl.bfloat16:
-        tl.store(param + place, round_16(x, random_16(key, start + first, WIDTH, ALIGNED)), mask=inside)
-    else:
-        tl.store(param + place, x, mask=inside)
+    store_number(param, place, x, inside, key, start + first, WIDTH, ALIGNED)
     encode(m + beta2_rest * (g - m), codes, absmax, table, block, place, exists, inside)
 
 

@@ -54,6 +54,15 @@ def rounded_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def store_number(out, place, x, inside, key, first, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    """Stores x float32 (n, WIDTH): into bfloat16 rounded with the bits of the runs that begin at `first` (n,)."""
+    if out.dtype.element_ty == tl.bfloat16:
+        tl.store(out + place, round_16(x, random_16(key, first, WIDTH, ALIGNED)), mask=inside)
+    else:
+        tl.store(out + place, x, mask=inside)
+
+
+@triton.jit
 def round_kernel(x, out, key, start, count, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, 1)
     place = first[:, None] + tl.arange(0, WIDTH)[None, :]
