@@ -1,0 +1,1 @@
+"""Pipeline schedules as plain data: made, checked, simulated, searched. Nothing here imports torch."""

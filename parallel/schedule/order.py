@@ -1,0 +1,117 @@
+"""A pipeline schedule is data: for every rank, the order in which it works.
+
+One unit of work is an `Action` (stage, kind, micro-batch). Kinds: F forward; I the gradient of the input; W the gradient
+of the weights; B is I and W together. Stages count along the model; a rank holds one or more of them.
+
+A schedule is written as CSV in torch's format (`torch.distributed.pipelining`): a row a rank, a cell an action such as
+`2F0` (stage 2, forward, micro-batch 0); an empty cell means nothing and is left out.
+"""
+
+import csv
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+KINDS = ("F", "I", "W", "B")
+_CELL = re.compile(r"(\d+)([FIWB])(\d+)")
+
+
+class Action(NamedTuple):
+    """One unit of work."""
+
+    stage: int
+    kind: str
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.micro_batch}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`ranks[r]` is the order of rank r. `source` names it in messages; `lines[r]` is where its order stands in a file."""
+
+    ranks: tuple[tuple[Action, ...], ...]
+    source: str = ""
+    lines: tuple[int, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def rank_of(self) -> dict[int, int]:
+        """Stage -> the rank that holds it: the first on which it appears."""
+        placed: dict[int, int] = {}
+        for rank, actions in enumerate(self.ranks):
+            for action in actions:
+                placed.setdefault(action.stage, rank)
+        return placed
+
+    @property
+    def stages(self) -> int:
+        return max(self.rank_of) + 1
+
+    @cached_property
+    def micro_batches(self) -> int:
+        return 1 + max(action.micro_batch for actions in self.ranks for action in actions)
+
+    @cached_property
+    def splits_backward(self) -> bool:
+        """Whether weight gradients are ever computed apart from input gradients."""
+        return any(action.kind == "I" for actions in self.ranks for action in actions)
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The stages that `rank` holds, ascending."""
+        return sorted(stage for stage, holder in self.rank_of.items() if holder == rank)
+
+    def forward_only(self, micro_batches: int) -> "Schedule":
+        """The same stages on the same ranks, forward alone: every micro-batch through one stage, then the next."""
+        return Schedule(
+            tuple(
+                tuple(Action(stage, "F", i) for stage in self.stages_of(rank) for i in range(micro_batches))
+                for rank in range(len(self.ranks))
+            )
+        )
+
+
+def loop_placement(ranks: int, chunks: int) -> list[list[int]]:
+    """Rank r holds stages r, r + p, r + 2 p, ... of p ranks."""
+    return [[rank + chunk * ranks for chunk in range(chunks)] for rank in range(ranks)]
+
+
+def v_placement(ranks: int) -> list[list[int]]:
+    """Down and up again: rank r holds stages r and 2 p - 1 - r of p ranks."""
+    return [[rank, 2 * ranks - 1 - rank] for rank in range(ranks)]
+
+
+def read_csv(path: Path) -> Schedule:
+    """The schedule in `path`. Raises ValueError for a cell that is no action, and names the line."""
+    ranks, lines = [], []
+    try:
+        with path.open(newline="") as file:
+            reader = csv.reader(file)
+            for row in reader:
+                cells = [cell.strip() for cell in row]
+                if any(cells) or row:
+                    ranks.append(tuple(_parse(cell, path, reader.line_num) for cell in cells if cell))
+                    lines.append(reader.line_num)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"parallel.pipeline_schedule={path}: {error}; give a name or a CSV file that exists") from None
+    if not any(ranks):
+        raise ValueError(f"{path} holds no actions; a line holds those of one rank, such as 0F0,0F1,0B0,0B1")
+    return Schedule(tuple(ranks), str(path), tuple(lines))
+
+
+def _parse(cell: str, path: Path, line: int) -> Action:
+    match = _CELL.fullmatch(cell)
+    if match is None:
+        raise ValueError(
+            f"{path}, line {line}: {cell!r} is no action; write stage, one of {', '.join(KINDS)}, micro-batch, such as 2F0 "
+            "(messages and gathers follow from the order and are not written)"
+        )
+    return Action(int(match[1]), match[2], int(match[3]))
+
+
+def write_csv(schedule: Schedule, path: Path) -> None:
+    """Writes `schedule` as `read_csv`, and torch, read it."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([[str(action) for action in actions] for actions in schedule.ranks])
