@@ -42,14 +42,24 @@ class GradientBuckets:
         """Says whether the coming backward is the last of the step."""
         self._last = last
 
-    def finish(self) -> None:
-        """After the last backward: returns when the sums are there (on a GPU: when the stream will wait for them)."""
+    def zero(self) -> None:
+        """Every gradient there and zero, so that what is computed outside a backward can be added in place."""
+        for bucket in self._buckets:
+            for p, view in bucket.views.items():
+                p.grad = view.zero_()
+
+    def launch(self) -> None:
+        """After the last backward: starts to sum every bucket that is not under way."""
         for bucket in self._buckets[self._launched :]:
             # A parameter that this rank did not use may have been used by another.
             for p, view in bucket.views.items():
                 if p.grad is None:
                     p.grad = view.zero_()
         self._launch(len(self._buckets))
+
+    def finish(self) -> None:
+        """Returns when the sums are there (on a GPU: when the stream will wait for them)."""
+        self.launch()
         for work in self._under_way:
             work.wait()
         self._under_way, self._launched = [], 0

@@ -19,6 +19,7 @@ the step divides by the number of valid tokens of the global batch, which no ran
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,19 @@ def is_split(mesh: Mesh, policy: MixedPrecisionPolicy) -> bool:
 
 
 def shard_model(
-    model: nn.Module, parts: list[list[nn.Module]], mesh: Mesh, zero: int, policy: MixedPrecisionPolicy
+    model: nn.Module,
+    parts: list[list[nn.Module]],
+    mesh: Mesh,
+    zero: int,
+    policy: MixedPrecisionPolicy,
+    keep_gathered: bool = False,
 ) -> None:
     """Splits `model` in place. `parts`, in forward order, are gathered and reduced as one each; what they leave of
-    the model is one more. What is used last in the forward is used first in the backward and stays gathered between."""
+    the model is one more. What is used last in the forward is used first in the backward and stays gathered between.
+    `keep_gathered`: so does everything, until it is released."""
     states = mesh.states if mesh.states.size(0) > 1 else mesh.states["shard"]
     for part in parts if len(parts) > 1 else []:  # one part is everything: the root's
-        keep = zero < 3 or part is parts[-1]
+        keep = zero < 3 or keep_gathered or part is parts[-1]
         fully_shard(part if len(part) > 1 else part[0], mesh=states, mp_policy=policy, reshard_after_forward=not keep)
     fully_shard(model, mesh=states, mp_policy=policy, reshard_after_forward=False)
     for module in sharded_modules(model):
@@ -96,6 +103,68 @@ def finish_backward(model: nn.Module) -> None:
     """After the last backward of a step: every gradient is summed over ranks."""
     if (buckets := buckets_of(model)) is not None:
         buckets.finish()
+
+
+def hold_gradients(model: nn.Module, release_after_backward: bool) -> None:
+    """For a pipeline stage, before its first forward of a step: backwards add to whole gradients, until
+    `reduce_gradients`. `release_after_backward`: gathered parameters are freed after each backward."""
+    if (buckets := buckets_of(model)) is not None:
+        buckets.begin_micro_batch(last=False)
+        buckets.zero()
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(False)
+        model.set_requires_gradient_sync(False)
+        model.set_reshard_after_backward(release_after_backward)
+
+
+def add_up_gradients(model: nn.Module) -> None:
+    """Moves what weight-gradient passes left in `.grad` to where FSDP2 adds gradients up: in the dtype in which they are
+    reduced, so that a sum over micro-batches is not rounded to 16 bits each time."""
+    for module in sharded_modules(model):
+        for param in fsdp_params(module):
+            if hasattr(param, "_unsharded_param"):
+                param.accumulate_unsharded_grad_if_needed()
+                param.to_accumulated_grad_if_needed()
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """Starts to sum the gradients of a stage over its data-parallel ranks, and frees its gathered parameters."""
+    if (buckets := buckets_of(model)) is not None:
+        buckets.launch()
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_is_last_backward(True)
+    model.set_requires_gradient_sync(True)
+    model.set_reshard_after_backward(True)
+    for module in reversed(list(sharded_modules(model))):
+        if (group := fsdp_group(module)) is not None:
+            group.post_backward()
+
+
+def wait_for_gradients(model: nn.Module) -> None:
+    """Returns when the gradients that `reduce_gradients` sums are there."""
+    finish_backward(model)
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def gather(model: nn.Module) -> None:
+    """Starts to gather all parameters of a stage; its forward waits for them. Nothing where they are gathered."""
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()
+    for module in sharded_modules(model):
+        module.unshard(async_op=True)
+
+
+def fsdp_group(module: FSDPModule) -> Any:
+    """What FSDP2 keeps of the parameters that it gathers with `module`; None where there are none."""
+    return module._get_fsdp_state()._fsdp_param_group
+
+
+def fsdp_params(module: FSDPModule) -> list[Any]:
+    """Of each of them."""
+    group = fsdp_group(module)
+    return [] if group is None else group.fsdp_params
 
 
 def release_gathered(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rowwise.kernels.rows import local
 from rowwise.parallel.replicate import buckets_of
-from rowwise.parallel.shard import sharded_modules
+from rowwise.parallel.shard import fsdp_group, fsdp_params, sharded_modules
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _shards(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _measure_moving(model: nn.Module, shards: list[Tensor]) -> dict[str, int]:
     modules = list(sharded_modules(model))
-    inner = [p for module in modules for p in _fsdp_params(module)]
+    inner = [p for module in modules for p in fsdp_params(module)]
     whole = [p._unsharded_param for p in inner if hasattr(p, "_unsharded_param")]
     accumulated = [p.unsharded_accumulated_grad for p in inner]
     buckets = buckets_of(model)
@@ -139,14 +139,9 @@ def predict(parts: list[PartBytes], zero: int, accumulate: int, states_per_param
     )
 
 
-def _fsdp_params(module) -> list:
-    group = module._get_fsdp_state()._fsdp_param_group
-    return [] if group is None else group.fsdp_params
-
-
 def _flat_buffers(module) -> list:
     """What FSDP2 gathers into and reduces from, while it does. (Its names differ between torch 2.11 and 2.13.)"""
-    group = module._get_fsdp_state()._fsdp_param_group
+    group = fsdp_group(module)
     if group is None:
         return []
     context = group.comm_ctx

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer, named_state, set_lr
-from rowwise.parallel.mesh import Workers, make_mesh
+from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.trainer.config import TrainConfig, check, config_from_tree
 from rowwise.trainer.data.batches import MicroBatch, micro_batches
 from rowwise.trainer.data.open import Data, open_data
@@ -82,7 +83,16 @@ def with_layout(config: TrainConfig, world_size: int, **degrees: int) -> TrainCo
 
 def run_layout(workers: Workers, config: TrainConfig, steps: int = 3) -> Trace:
     """Runs `config` on its mesh. Every rank returns its trace; the tensors, which are large, only rank 0."""
-    mesh = make_mesh(config.parallel, workers)
+    return run_on(make_mesh(config.parallel, workers), config, steps)
+
+
+def run_layouts(workers: Workers, configs: list[TrainConfig], steps: int = 3) -> list[Trace]:
+    """The same for many configurations of one mesh: a mesh costs more than a few steps."""
+    mesh = make_mesh(configs[0].parallel, workers)
+    return [run_on(mesh, config, steps) for config in configs]
+
+
+def run_on(mesh: Mesh, config: TrainConfig, steps: int) -> Trace:
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
@@ -91,18 +101,30 @@ def run_layout(workers: Workers, config: TrainConfig, steps: int = 3) -> Trace:
     places = config.batch.global_size * config.batch.seq_len
     for step in range(steps):
         report = compute_gradients(model, next(batches), mesh, config.parallel.zero, places, config.clip_norm)
-        trace.gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+        trace.gradients.append(of_all_stages({name: whole(p.grad) for name, p in model.named_parameters()}, mesh))
         before = {name: whole(p) for name, p in model.named_parameters()}
         set_lr(optimizer, config.optim.lr * config.schedule.factor(step, config.steps))
         optimizer.step()
         optimizer.zero_grad()
-        trace.updates.append({name: whole(p) - before[name] for name, p in model.named_parameters()})
+        updates = {name: whole(p) - before[name] for name, p in model.named_parameters()}
+        trace.updates.append(of_all_stages(updates, mesh))
         states = named_state(model, optimizer)
-        trace.states.append({f"{n}.{key}": whole(t) for n, state in states.items() for key, t in state.items()})
+        named = {f"{n}.{key}": whole(t) for n, state in states.items() for key, t in state.items()}
+        trace.states.append(of_all_stages(named, mesh))
         trace.losses.append(report.loss)
         trace.norms.append(report.grad_norm)
         trace.valid_tokens.append(report.valid_tokens)
-    return sealed(trace, keep=workers.rank == 0)
+    return sealed(trace, keep=mesh.rank == 0)
+
+
+def of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """What the stages of a pipeline have together, on every rank. A name is on one stage only."""
+    if mesh.pipeline is None:
+        return tensors
+    everyone: list[dict[str, Tensor]] = [{} for _ in range(mesh.pipeline.size)]
+    dist.all_gather_object(everyone, tensors, group=mesh.pipeline.group)
+    assert len({name for part in everyone for name in part}) == sum(map(len, everyone)), "a name on two stages"
+    return {name: part[name] for part in everyone for name in part}
 
 
 def sealed(trace: Trace, keep: bool) -> Trace:
@@ -110,7 +132,7 @@ def sealed(trace: Trace, keep: bool) -> Trace:
     digest = hashlib.sha256()
     for entries in (trace.gradients, trace.updates, trace.states):
         for entry in entries:
-            for name in entry:
+            for name in sorted(entry):
                 digest.update(entry[name].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     trace.digest = digest.hexdigest()
     if not keep:

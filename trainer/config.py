@@ -18,6 +18,7 @@ from rowwise.trainer.evaluate import EvalConfig
 from rowwise.trainer.manifest import CheckpointConfig, check_checkpoint
 from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_shapes
 from rowwise.trainer.sample import SampleConfig
+from rowwise.trainer.stages import check_pipeline, splits_backward
 from rowwise.trainer.tracker import TrackerConfig
 
 _BY_NAME = Field(discriminator="name")
@@ -90,6 +91,8 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     data_degree = parallel.replicate * parallel.shard
     check_batch(config.batch, data_degree)
     micro_batches = config.batch.global_size // config.batch.micro_size // data_degree
+    check_pipeline(parallel, config.model.layers, micro_batches)
+    _check_compile(config, parallel, micro_batches)
     _check_param_dtype(config, micro_batches)
     _check_in_backward(config, parallel, micro_batches)
     return replace(config, parallel=parallel)
@@ -119,9 +122,22 @@ def _check_param_dtype(config: TrainConfig, micro_batches: int) -> None:
         )
 
 
+def _check_compile(config: TrainConfig, parallel: ParallelConfig, micro_batches: int) -> None:
+    if config.compile and parallel.pipeline > 1 and splits_backward(parallel, micro_batches):
+        raise ValueError(
+            f"compile=true with parallel.pipeline_schedule={parallel.pipeline_schedule}: a compiled block computes its "
+            "input and weight gradients together; give compile=false, or gpipe, 1f1b or interleaved_1f1b"
+        )
+
+
 def _check_in_backward(config: TrainConfig, parallel: ParallelConfig, micro_batches: int) -> None:
     if not config.optim.in_backward:
         return
+    if parallel.pipeline > 1:
+        raise ValueError(
+            f"optim.in_backward with parallel.pipeline={parallel.pipeline}: a stage's gradient is complete only after the "
+            "last of many micro-batches; give parallel.pipeline=1, or optim.in_backward=false"
+        )
     if config.clip_norm:
         raise ValueError(
             f"optim.in_backward with clip_norm={config.clip_norm}: the global norm is known only when every gradient "

@@ -11,6 +11,7 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import release_gathered
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import summed_loss
+from rowwise.trainer.pipeline import StagedDecoder
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,12 @@ class EvalConfig:
 def evaluate(model: nn.Module, batches: Iterable[MicroBatch], mesh: Mesh) -> float:
     """Nats per token. One all-reduce of two numbers over all ranks. Every rank must pass as many micro-batches."""
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for batch in batches:
-        totals += torch.stack(summed_loss(model, batch.to(mesh.device))).double()
-    release_gathered(model)
+    if isinstance(model, StagedDecoder):
+        totals += model.losses(list(batches), mesh.device)
+    else:
+        for batch in batches:
+            totals += torch.stack(summed_loss(model, batch.to(mesh.device))).double()
+        release_gathered(model)
     dist.all_reduce(totals)
     loss, tokens = totals.tolist()
     return loss / max(1.0, tokens)

@@ -13,7 +13,11 @@ def summed_loss(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
 
     At least float32: the sum over a vocabulary is lost in 16 bits.
     """
-    logits_BSV = model(batch.inputs, batch.positions, batch.documents)
+    return loss_of(model(batch.inputs, batch.positions, batch.documents), batch.labels)
+
+
+def loss_of(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, of logits."""
     wide = logits_BSV if logits_BSV.dtype == torch.float64 else logits_BSV.float()
-    loss = F.cross_entropy(wide.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return loss, (batch.labels != IGNORE).sum()
+    loss = F.cross_entropy(wide.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss, (labels_BS != IGNORE).sum()

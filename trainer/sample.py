@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from rowwise.parallel.shard import release_gathered
+from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.pipeline import StagedDecoder
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ def generate(
     for _ in range(tokens):
         window = torch.tensor([written[-context:]], device=device)
         positions = torch.arange(window.size(1), device=device).unsqueeze(0)
-        logits = model(window, positions)[0, -1].double().cpu()
+        if isinstance(model, StagedDecoder):
+            logits = model.last_logits(MicroBatch(window, window, positions, None)).cpu()
+        else:
+            logits = model(window, positions)[0, -1].double().cpu()
         if temperature == 0:
             written.append(int(logits.argmax()))
         else:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from rowwise.optim.in_backward import InBackward
 from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.pipeline import Span
 from rowwise.parallel.shard import begin_micro_batch, clip_factor, finish_backward, gradients, squared_norm
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.loss import summed_loss
+from rowwise.trainer.pipeline import StagedDecoder
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,16 @@ def compute_gradients(
     clip_norm: float,
     loss_scale: float = 1.0,
     stop: bool = False,
+    trace: list[Span] | None = None,
 ) -> StepReport:
     """Leaves in every `p.grad` this rank's shard of the (clipped) gradient of the global mean loss.
 
     `places` is batch.global_size x batch.seq_len. Beside what FSDP2 moves (see `parallel.shard`), one all-reduce of
-    four float64 over all ranks, whose result is the only point where the host waits for the device.
+    four float64 over all ranks, whose result is the only point where the host waits for the device. `trace` takes the
+    timeline of a pipeline.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
-    totals[:2] = accumulate(model, batches, mesh.device, zero, loss_scale / places)
+    totals[:2] = accumulate(model, batches, mesh.device, zero, loss_scale / places, trace)
     shards = gradients(model)
     totals[2] = squared_norm(shards) / mesh.state_replicas
     totals[3] = float(stop)
@@ -87,8 +91,12 @@ def step_in_backward(
     return StepReport(loss_sum / max(1, count), norm_of_all, count, stops > 0)
 
 
-def accumulate(model: nn.Module, batches: list[MicroBatch], device: torch.device, zero: int, scale: float) -> Tensor:
+def accumulate(
+    model: nn.Module, batches: list[MicroBatch], device: torch.device, zero: int, scale: float, trace: list[Span] | None = None
+) -> Tensor:
     """Forward and backward of every micro-batch. Returns this rank's (loss sum, valid tokens)."""
+    if isinstance(model, StagedDecoder):
+        return model.accumulate(batches, device, scale, trace)
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for number, batch in enumerate(batches, 1):
         begin_micro_batch(model, zero, last=number == len(batches))

@@ -29,9 +29,11 @@ from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.models.decoder import Decoder, flops_per_token
 from rowwise.trainer.models.huggingface import rows_from
 from rowwise.trainer.models.init import random_rows
+from rowwise.trainer.pipeline import StagedDecoder, connect_stages, make_plan
 from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_facts
 from rowwise.trainer.sample import generate
+from rowwise.trainer.stages import gathering
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients, step_in_backward
 from rowwise.trainer.stop import StopSignals
@@ -101,7 +103,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
     return state
 
 
-def make_update(config: TrainConfig, mesh: Mesh, model: Decoder, optimizer: Optimizer) -> Update:
+def make_update(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, optimizer: Optimizer) -> Update:
     """The function that makes one step: from micro-batches, the loss scale and whether this rank is to stop."""
     zero, places = config.parallel.zero, config.batch.global_size * config.batch.seq_len
     if config.optim.in_backward:
@@ -118,22 +120,34 @@ def make_update(config: TrainConfig, mesh: Mesh, model: Decoder, optimizer: Opti
     return update
 
 
-def build_model(config: TrainConfig, mesh: Mesh) -> Decoder:
-    """The decoder, split over the mesh and filled: each rank makes its own rows and no others."""
-    dtype = torch.bfloat16 if config.optim.param_dtype == "bf16" else master_dtype(config.precision)
+def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:
+    """The decoder, or this rank's stages of it, split over the mesh and filled: each rank makes its own rows and no
+    others."""
+    axis = mesh.pipeline
+    plan = None if axis is None else make_plan(config.parallel, config.model, config.batch, mesh)
     with torch.device("meta"):
-        model = Decoder(config.model).to(dtype)
-    if config.compile:
-        for block in model.blocks:
+        if axis is None or plan is None:
+            model: Decoder | StagedDecoder = Decoder(config.model)
+        else:
+            mine = plan.schedule.stages_of(axis.rank)
+            model = StagedDecoder({stage: Decoder(config.model, plan.layers[stage]) for stage in mine})
+    model.to(torch.bfloat16 if config.optim.param_dtype == "bf16" else master_dtype(config.precision))
+    stages = [model] if isinstance(model, Decoder) else list(model.decoders.values())
+    zero, mixed = config.parallel.zero, policy(config.precision)
+    split = is_split(mesh, mixed)
+    for stage in stages:
+        for block in stage.blocks.values() if config.compile else []:
             block.compile()
-    zero, split = config.parallel.zero, is_split(mesh, policy(config.precision))
-    if split:
-        shard_model(model, merge_parts(model.parts(), zero), mesh, zero, policy(config.precision))
+        if split:
+            shard_model(stage, merge_parts(stage.parts(), zero), mesh, zero, mixed, gathering(config.parallel) == "run")
     source = config.model.init_from
     rows = random_rows(config.model, config.seed) if source is None else rows_from(Path(source).expanduser())
     materialize(model, mesh.device, rows)
-    if not split and not config.optim.in_backward:
-        replicate_model(model, mesh)
+    for stage in stages if not split and not config.optim.in_backward else []:
+        replicate_model(stage, mesh)
+    if isinstance(model, StagedDecoder):
+        assert plan is not None
+        connect_stages(model, plan.schedule, config.parallel, config.precision, mesh)
     return model
 
 
@@ -239,7 +253,7 @@ def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState) 
 
 
 def last_words(
-    config: TrainConfig, mesh: Mesh, model: Decoder, data: Data, state: TrainState, stopping: bool
+    config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data, state: TrainState, stopping: bool
 ) -> str | None:
     """What is said at the end: why the run stopped, or what the model writes after the prompt."""
     if stopping and state.step < config.steps:

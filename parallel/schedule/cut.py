@@ -1,5 +1,6 @@
 """Cuts a model into stages of nearly equal cost."""
 
+import itertools
 from collections.abc import Sequence
 
 
@@ -37,4 +38,4 @@ def balance(first: float, layers: Sequence[float], last: float, stages: int) -> 
             for n in range(len(layers) + 1)
         ]
     begins = [*best[-1][2], len(layers)]
-    return [range(a, b) for a, b in zip(begins, begins[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(begins)]

@@ -15,6 +15,7 @@ least p micro-batches each) and blockwise (at least u), the units are as equal a
 the largest unit.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -171,7 +172,7 @@ def units(micro_batches: int, size: int) -> list[range]:
     """As many units of at least `size` as there can be, as equal as they can be."""
     count = max(1, micro_batches // size)
     bounds = [micro_batches * i // count for i in range(count + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 class _Line:

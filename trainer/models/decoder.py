@@ -125,31 +125,51 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to logits. `parts` lists what is used together, in forward order."""
+    """Tokens to logits, or a stage of that: the embedding before the first layer, `layers` of the model's, the norm and
+    the head after the last. What is not in the stage is None.
 
-    def __init__(self, config: ModelConfig):
+    A tied head is the embedding's own matrix; in a stage that has no embedding it is a copy (`tied_copy`).
+    """
+
+    def __init__(self, config: ModelConfig, layers: range | None = None):
         super().__init__()
+        layers = range(config.layers) if layers is None else layers
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        first, last = layers.start == 0, layers.stop == config.layers
+        self.embed = nn.Embedding(config.vocab_size, config.dim) if first else None
+        self.blocks = nn.ModuleDict({str(layer): Block(config) for layer in layers})
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if last else None
+        needs_head = last and not (first and config.tie_embeddings)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False) if needs_head else None
 
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
-        """Logits (B, S, V). `positions` count from 0 inside a document; with `documents` (the number of each token's
-        document) a token attends only inside its own."""
-        x_BSD = self.embed(tokens_BS)
+    @property
+    def tied_copy(self) -> nn.Parameter | None:
+        """The copy of another stage's embedding that this one has for a head."""
+        return self.head.weight if self.config.tie_embeddings and self.head is not None else None
+
+    def forward(self, x: Tensor, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        """Tokens (B, S), or what the stage before gave (B, S, D), to what the next one takes, or logits (B, S, V).
+        `positions` count from 0 inside a document; with `documents` (the number of each token's document) a token
+        attends only inside its own."""
+        x_BSD = x if self.embed is None else self.embed(x)
         cos_BSE, sin_BSE = rope_tables(positions_BS, self.config, x_BSD.dtype)
         mask_BSS = None if documents_BS is None else document_mask(documents_BS)
-        for block in self.blocks:
+        for block in self.blocks.values():
             x_BSD = block(x_BSD, cos_BSE, sin_BSE, mask_BSS)
+        if self.norm is None:
+            return x_BSD
         x_BSD = self.norm(x_BSD)
-        return F.linear(x_BSD, self.embed.weight) if self.head is None else self.head(x_BSD)
+        if self.head is not None:
+            return self.head(x_BSD)
+        assert self.embed is not None
+        return F.linear(x_BSD, self.embed.weight)
 
     def parts(self) -> list[list[nn.Module]]:
-        """What is used together. A tied embedding is used first and last, so it belongs to the whole."""
-        blocks: list[list[nn.Module]] = [[block] for block in self.blocks]
-        return blocks if self.head is None else [[self.embed], *blocks, [self.norm, self.head]]
+        """What is used together, in forward order. An embedding that is used first and last belongs to the whole."""
+        tied = self.embed is not None and self.norm is not None and self.head is None
+        ends = [[] if tied or module is None else [module] for module in (self.embed, self.norm, self.head)]
+        blocks: list[list[nn.Module]] = [[block] for block in self.blocks.values()]
+        return [part for part in [ends[0], *blocks, [] if tied else [*ends[1], *ends[2]]] if part]
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:
@@ -178,3 +198,12 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     (Chowdhery et al., *PaLM*, appendix B, with the masked half left out)."""
     _, multiplying = parameter_count(config)
     return 6 * multiplying + 6 * config.layers * config.heads * config.head_size * seq_len
+
+
+def layer_flops(config: ModelConfig, seq_len: int) -> tuple[float, float, float]:
+    """Forward operations per token of (what comes before the layers, one layer, what comes after): 2 per weight of a
+    matrix, and causal attention as in `flops_per_token`. A look-up costs none."""
+    shapes = parameter_shapes(config)
+    layer = sum(shape.numel() for name, shape in shapes.items() if name.startswith("blocks.0.") and len(shape) == 2)
+    attention = 2 * config.heads * config.head_size * seq_len
+    return 0.0, 2.0 * layer + attention, 2.0 * config.vocab_size * config.dim

@@ -1,0 +1,107 @@
+"""Messages between the stages of a pipeline: first sent, first received, and a send never waits."""
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rowwise.parallel.mesh import Lane, Pair, PipelineAxis
+from rowwise.parallel.schedule.order import Schedule
+
+Key = tuple[bool, int, int]  # (forward, the stage that takes it, micro-batch)
+Lanes = dict[Pair, Lane]
+
+
+class Channels:
+    """The messages of one pass over `schedule`, as this rank sends and receives them.
+
+    On a lane messages arrive in the order in which they are sent; that order follows from the schedule, so a message is
+    only its numbers. `buffer()` makes room for one. Between two stages of this rank nothing is sent: a tensor is handed
+    over.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        axis: PipelineAxis,
+        lanes: Lanes,
+        buffer: Callable[[], Tensor],
+    ):
+        self._schedule, self._axis, self._lanes, self._buffer = schedule, axis, lanes, buffer
+        self._expected: dict[int, deque[Key]] = {}
+        for sender, receiver, key in messages(schedule):
+            if receiver == axis.rank and sender != axis.rank:
+                self._expected.setdefault(sender, deque()).append(key)
+        self._coming: dict[Key, tuple[dist.Work, Tensor]] = {}
+        self._here: dict[Key, Tensor] = {}
+        self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def send(self, key: Key, tensor: Tensor) -> None:
+        """To the rank of the stage that takes it. The tensor is kept until it is gone."""
+        receiver = self._schedule.rank_of[key[1]]
+        if receiver == self._axis.rank:
+            self._here[key] = tensor
+            return
+        while self._leaving and self._leaving[0][0].is_completed():
+            self._leaving.popleft()
+        self._leaving.append((send_to(receiver, tensor.contiguous(), self._axis, self._lanes), tensor))
+
+    def expect(self, key: Key) -> None:
+        """Makes room for the message `key`, and for those that come before it, so that they can arrive."""
+        forward, stage, _ = key
+        sender = self._schedule.rank_of[stage - 1 if forward else stage + 1]
+        while sender != self._axis.rank and key not in self._coming:
+            buffer, coming = self._buffer(), self._expected[sender].popleft()
+            self._coming[coming] = receive_from(sender, buffer, self._axis, self._lanes), buffer
+
+    def receive(self, key: Key) -> Tensor:
+        """The message `key`, once it has arrived."""
+        if key in self._here:
+            return self._here.pop(key)
+        self.expect(key)
+        work, buffer = self._coming.pop(key)
+        work.wait()
+        return buffer
+
+    def close(self) -> None:
+        """Returns when everything sent is gone."""
+        while self._leaving:
+            self._leaving.popleft()[0].wait()
+
+
+def messages(schedule: Schedule) -> list[tuple[int, int, Key]]:
+    """(sender, receiver, key) of every message of a schedule, in each sender's order."""
+    found = []
+    for sender, actions in enumerate(schedule.ranks):
+        for stage, kind, i in actions:
+            target = stage + 1 if kind == "F" else stage - 1
+            if kind != "W" and 0 <= target < schedule.stages:
+                found.append((sender, schedule.rank_of[target], (kind == "F", target, i)))
+    return found
+
+
+def send_to(receiver: int, tensor: Tensor, axis: PipelineAxis, lanes: Lanes) -> dist.Work:
+    """Starts sending `tensor` to the place `receiver` of the pipeline axis."""
+    lane = lanes[axis.rank, receiver]
+    work = dist.isend(tensor, axis.ranks[receiver], group=lane.group, tag=lane.tag)
+    assert work is not None
+    return work
+
+
+def receive_from(sender: int, buffer: Tensor, axis: PipelineAxis, lanes: Lanes) -> dist.Work:
+    """Starts receiving into `buffer` what the place `sender` sends next."""
+    lane = lanes[sender, axis.rank]
+    work = dist.irecv(buffer, axis.ranks[sender], group=lane.group, tag=lane.tag)
+    assert work is not None
+    return work
+
+
+def warm_up(axis: PipelineAxis, lanes: Lanes, device: torch.device) -> None:
+    """One number through every lane, in one order for all: NCCL connects at the first message, both sides waiting."""
+    for sender, receiver in sorted(lanes):
+        if axis.rank == sender:
+            send_to(receiver, torch.zeros(1, device=device), axis, lanes).wait()
+        elif axis.rank == receiver:
+            receive_from(sender, torch.zeros(1, device=device), axis, lanes).wait()

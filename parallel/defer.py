@@ -1,0 +1,81 @@
+"""The backward in two: input gradients now (I), weight gradients later (W).
+
+    y = x w^T        I: dx = dy w        W: dw = dy^T x
+
+Inside `deferred`, every linear layer of a plain model keeps (x, dy) in its backward instead of computing dw; the rest of
+the graph, activations included, is freed as usual. W needs no weights, so under ZeRO-3 they may be gone by then. Biases,
+norms and embeddings get their gradients in I: they are cheap.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class WeightGradients:
+    """What is left to do for the weights of one stage and one micro-batch."""
+
+    def __init__(self) -> None:
+        self._work: list[Callable[[], None]] = []
+
+    def add(self, work: Callable[[], None]) -> None:
+        self._work.append(work)
+
+    def run(self) -> None:
+        """W: adds each gradient to its parameter's, and frees what it needed as it goes."""
+        while self._work:
+            self._work.pop()()
+
+
+class deferred(TorchFunctionMode):
+    """While entered, the weight gradients of linear layers go to `later`."""
+
+    def __init__(self, later: WeightGradients):
+        super().__init__()
+        self._later = later
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear and torch.is_grad_enabled():
+            return _linear(self._later, *args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _linear(later: WeightGradients, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not (isinstance(weight, nn.Parameter) and weight.requires_grad):
+        return F.linear(input, weight, bias)
+    # Detached: autograd must not see a parameter that gets no gradient from it.
+    y = _InputGradient.apply(input, weight.detach(), partial(_keep, later, weight))
+    return y if bias is None else y + bias
+
+
+def _keep(later: WeightGradients, weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
+    later.add(lambda: add_weight_gradient_(weight, x, dy))
+
+
+class _InputGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, keep: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.keep = keep
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        ctx.keep(x, dy)
+        return dy @ weight if ctx.needs_input_grad[0] else None, None, None
+
+
+@torch.no_grad()
+def add_weight_gradient_(weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
+    """weight.grad += dy^T x, over all but the last dim."""
+    left, right = dy.flatten(0, -2).t(), x.flatten(0, -2)
+    if weight.grad is None:
+        weight.grad = left @ right
+    else:
+        weight.grad.addmm_(left, right)

@@ -1,0 +1,203 @@
+"""Carries a schedule out: the stages of this rank, in its order, with messages to the ranks of the stages around them.
+
+    F   y = f(x)                     keeps x and the graph of y; sends y on
+    I   dx = dy (df/dx)              frees the graph but for what W needs; sends dx back
+    W   dw += dy (df/dw)             what I left (`parallel.defer`); needs no weights
+    B   I and W in one backward
+
+Every micro-batch's gradients are added up whole on the stage and cross data-parallel ranks once, after its last W or B.
+At stage 3 of ZeRO, weights are gathered block by block for each micro-batch, or (`gathering="run"`) a stage at once for
+all actions up to those of another stage, the next stage's gather going on meanwhile.
+
+Bytes a rank sends for each micro-batch: B S D in the dtype of computation for each stage boundary and direction, unless
+both sides are its own; with a tied embedding, its local rows twice a step between the first stage and the last.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from rowwise.kernels.rows import local
+from rowwise.parallel.channels import Channels, messages, receive_from, send_to, warm_up
+from rowwise.parallel.defer import WeightGradients, deferred
+from rowwise.parallel.mesh import PipelineAxis, make_lanes
+from rowwise.parallel.schedule.order import Action, Schedule
+from rowwise.parallel.schedule.simulate import Gathering, gathers
+from rowwise.parallel.shard import (
+    add_up_gradients,
+    gather,
+    hold_gradients,
+    reduce_gradients,
+    release_gathered,
+    wait_for_gradients,
+)
+
+Forward = Callable[[int, int, Tensor | None], Tensor]
+Span = tuple[Action, float, float]
+
+
+@dataclass
+class _Open:
+    """A micro-batch on a stage: between F and its backward `input` and the graph's end `output` (without its numbers),
+    and from I to W what is left to do."""
+
+    input: Tensor | None
+    output: GradientEdge | None
+    later: WeightGradients | None
+
+
+@dataclass
+class Pipeline:
+    """The stages of this rank and where the others are. `stages`: stage number -> module, sharded or replicated.
+    `gathering`: `run` or `micro_batch` at ZeRO stage 3, `none` below."""
+
+    stages: dict[int, nn.Module]
+    schedule: Schedule
+    axis: PipelineAxis
+    gathering: Gathering
+    device: torch.device
+    tied: tuple[nn.Parameter | None, nn.Parameter | None] | None = None
+
+    def __post_init__(self) -> None:
+        ends = self.schedule.rank_of[0], self.schedule.rank_of[self.schedule.stages - 1]
+        pairs = {(sender, receiver) for sender, receiver, _ in messages(self.schedule)}
+        pairs |= {ends, ends[::-1]} if self.tied is not None else set()
+        self._lanes = make_lanes(self.axis, {pair for pair in pairs if pair[0] != pair[1]}, self.device)
+        if self.device.type == "cuda":
+            warm_up(self.axis, self._lanes, self.device)
+        self._split = {(stage, i) for stage, kind, i in self.schedule.ranks[self.axis.rank] if kind == "I"}
+
+    def forward_backward(self, forward: Forward, buffer: Callable[[], Tensor], trace: list[Span] | None = None) -> None:
+        """One step of the schedule. `forward(stage, micro_batch, x)` gives what the next stage takes, or on the last
+        stage the loss, a scalar; x is None on the first stage. `buffer()` makes room for what crosses a boundary.
+
+        Leaves in every gradient the sum over micro-batches and data-parallel ranks. `trace` is filled with the spans of
+        this rank's actions, in seconds since the epoch of the machine.
+        """
+        for stage in self.stages.values():
+            hold_gradients(stage, release_after_backward=self.gathering == "micro_batch")
+        self._refresh_tied()
+        channels = Channels(self.schedule, self.axis, self._lanes, buffer)
+        actions = self.schedule.ranks[self.axis.rank]
+        runs = gathers(actions, "run") if self.gathering == "run" else []
+        left = {stage: self.schedule.micro_batches for stage in self.stages}
+        opened: dict[tuple[int, int], _Open] = {}
+        for position, action in enumerate(actions):
+            self._expect(channels, actions[position : position + 2])
+            if position in runs:
+                self._change_gathered(actions, runs, position)
+            started = _now(self.device) if trace is not None else 0.0
+            self._do(action, opened, forward, channels)
+            if trace is not None:
+                trace.append((action, started, _now(self.device)))
+            if action.kind in "WB":
+                add_up_gradients(self.stages[action.stage])
+                left[action.stage] -= 1
+                if not left[action.stage]:
+                    reduce_gradients(self.stages[action.stage])
+        for stage in self.stages.values():
+            wait_for_gradients(stage)
+        self._move_tied_gradient()
+        channels.close()
+
+    def forward_only(self, forward: Forward, buffer: Callable[[], Tensor], micro_batches: int) -> None:
+        """Every micro-batch through every stage, without gradients."""
+        schedule = self.schedule.forward_only(micro_batches)
+        self._refresh_tied()
+        channels = Channels(schedule, self.axis, self._lanes, buffer)
+        with torch.no_grad():
+            for stage, _, i in schedule.ranks[self.axis.rank]:
+                y = forward(stage, i, channels.receive((True, stage, i)) if stage else None)
+                if stage + 1 < schedule.stages:
+                    channels.send((True, stage + 1, i), y)
+        for stage in self.stages.values():
+            release_gathered(stage)
+        channels.close()
+
+    def broadcast_from_last(self, tensor: Tensor) -> None:
+        """What the last stage's rank has in `tensor`, to every rank of the pipeline."""
+        last = self.schedule.rank_of[self.schedule.stages - 1]
+        dist.broadcast(tensor, self.axis.ranks[last], group=self.axis.group)
+
+    def _do(self, action: Action, opened: dict[tuple[int, int], _Open], forward: Forward, channels: Channels) -> None:
+        stage, kind, i = action
+        last = self.schedule.stages - 1
+        if kind == "F":
+            x = channels.receive((True, stage, i)).requires_grad_() if stage else None
+            later = WeightGradients() if (stage, i) in self._split else None
+            with deferred(later) if later is not None else nullcontext():
+                y = forward(stage, i, x)
+            opened[stage, i] = _Open(x, get_gradient_edge(y), later)
+            if stage < last:
+                channels.send((True, stage + 1, i), y.detach())
+        elif kind == "W":
+            later = opened.pop((stage, i)).later
+            assert later is not None
+            later.run()
+        else:
+            dy = channels.receive((False, stage, i)) if stage < last else None
+            this = opened.pop((stage, i))
+            assert this.output is not None
+            torch.autograd.backward([this.output], [dy])
+            if this.input is not None:
+                assert this.input.grad is not None
+                channels.send((False, stage - 1, i), this.input.grad)
+            if kind == "I":
+                opened[stage, i] = _Open(None, None, this.later)
+
+    def _expect(self, channels: Channels, coming: tuple[Action, ...]) -> None:
+        """The next action's message may arrive during this one."""
+        for stage, kind, i in coming:
+            if (kind == "F" and stage > 0) or (kind in "IB" and stage < self.schedule.stages - 1):
+                channels.expect((kind == "F", stage, i))
+
+    def _change_gathered(self, actions: tuple[Action, ...], runs: list[int], position: int) -> None:
+        """Gathers the stage of the run that begins at `position`, and the next run's; frees the others."""
+        number = runs.index(position)
+        wanted = [actions[begin].stage for begin in runs[number : number + 2]]
+        for stage, module in self.stages.items():
+            if stage not in wanted:
+                release_gathered(module)
+        for stage in wanted:
+            gather(self.stages[stage])
+
+    def _refresh_tied(self) -> None:
+        """The last stage's copy of the embedding gets the first stage's numbers."""
+        if self.tied is not None:
+            with torch.no_grad():
+                own, copy = (None if p is None else local(p) for p in self.tied)
+                self._pass(own, copy, 0, self.schedule.stages - 1)
+
+    def _move_tied_gradient(self) -> None:
+        """The gradient of the copy is added to the embedding's own, whose optimizer state is the only one."""
+        if self.tied is None:
+            return
+        own, copy = self.tied
+        moved = None if own is None else torch.empty_like(local(own))
+        self._pass(None if copy is None else local(copy.grad), moved, self.schedule.stages - 1, 0)
+        if own is not None:
+            local(own.grad).add_(moved)
+        if copy is not None:
+            copy.grad = None
+
+    def _pass(self, given: Tensor | None, taken: Tensor | None, source: int, target: int) -> None:
+        """`given`, where stage `source` is, into `taken`, where `target` is."""
+        sender, receiver = self.schedule.rank_of[source], self.schedule.rank_of[target]
+        if given is not None and taken is not None:
+            taken.copy_(given)
+        elif given is not None:
+            send_to(receiver, given.contiguous(), self.axis, self._lanes).wait()
+        elif taken is not None:
+            receive_from(sender, taken, self.axis, self._lanes).wait()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.time()

@@ -1,0 +1,303 @@
+"""Looks for the fastest schedule for measured times within a limit of memory (Qi et al., *Zero Bubble Pipeline
+Parallelism*, section 3): the schedules with a name, ranks that go greedily by many habits, the integer programme where the
+step is small, and else local search around the best of these.
+"""
+
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, product, starmap
+
+from rowwise.parallel.schedule.exact import solve
+from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
+from rowwise.parallel.schedule.greedy import Ready, play
+from rowwise.parallel.schedule.order import Action, Schedule, loop_placement, v_placement
+from rowwise.parallel.schedule.simulate import Costs, Deadlock, Gathering, peak_activations, period
+
+Placement = list[list[int]]
+
+_SLACK = 1 + 1e-9  # sums of floats within it are equal
+_ACTIONS_A_SECOND = 1e6  # simulated; budgets count actions, not time, so that the same question has the same answer
+_PLAY = 10  # simulated actions that cost as much as one that is played greedily
+_STARTS = 3  # of local search
+_EXACT_ACTIONS = 48  # the integer programme takes a few seconds at most (two ranks with two chunks are the slowest)
+
+
+@dataclass(frozen=True)
+class Found:
+    """`seconds`, `bubble`: the period of `schedule`. `how` it was made: a generator's name, "heuristic", "local search" or
+    "integer programme". `proved`: nothing on the placements tried and within the limit is faster, since the integer
+    programme says so (to 1e-6) or since the busiest rank waits no longer than it takes a forward to reach it."""
+
+    schedule: Schedule
+    seconds: float
+    bubble: float
+    how: str
+    proved: bool
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """What is looked for."""
+
+    shape: Shape
+    costs: Costs
+    limit: float
+    synchronised: bool
+    gathering: Gathering
+
+    @property
+    def actions(self) -> int:
+        return 3 * self.shape.ranks * self.shape.chunks * self.shape.micro_batches
+
+
+def find_schedule(
+    shape: Shape,
+    costs: Costs,
+    limit: float,
+    synchronised: bool = True,
+    gathering: Gathering = "none",
+    seconds: float = 10.0,
+) -> Found:
+    """The fastest schedule found for `shape` (its `unit` is chosen here) of which no rank holds more than `limit`, in the
+    unit of `costs.held`; among equally fast ones, one that holds least. `synchronised`, `gathering`: as in `period`.
+
+    Never slower than a schedule with a name that keeps to the limit. Stages go around the ranks in a loop; two chunks a
+    rank also down and up again. Takes about `seconds`, counted in simulated actions: the same arguments give the same
+    schedule, unless the integer programme runs out of them on a slow machine. Raises ValueError where `limit` is too
+    small for a single micro-batch.
+    """
+    stages = shape.ranks * shape.chunks
+    if len(costs.forward) != stages:
+        raise ValueError(
+            f"the costs are of {len(costs.forward)} stages and {shape.ranks} ranks x {shape.chunks} chunks are {stages}; "
+            "give an entry a stage"
+        )
+    aim = _Aim(shape, costs, limit * _SLACK, synchronised, gathering)
+    placements = [loop_placement(shape.ranks, shape.chunks)]
+    if shape.chunks == 2 and shape.ranks > 1:
+        placements.append(v_placement(shape.ranks))
+    least = min(max(sum(costs.held[stage] for stage in own) for own in placement) for placement in placements)
+    if least > aim.limit:
+        raise ValueError(
+            f"limit={limit:g} holds no micro-batch on all chunks of a rank: the smallest possible is {least!r}; raise the "
+            "limit, or give smaller micro-batches, more ranks or activation checkpointing"
+        )
+    budget = int(seconds * _ACTIONS_A_SECOND / aim.actions / (1 if synchronised else 2))
+    pool = [*_named(aim), *islice(_greedy(aim, placements), max(4, budget // 2 // _PLAY))]
+    bound = min(_bound(aim, placement) for placement in placements)
+    proved = False
+    if _best(aim, pool).seconds > bound * _SLACK:
+        if synchronised and gathering == "none" and aim.actions <= _EXACT_ACTIONS:
+            optima, proved = _exact(aim, placements, pool, seconds)
+            pool += optima
+        if not proved:
+            starts = sorted(dict.fromkeys(pool), key=lambda found: found.seconds)[:_STARTS]
+            pool += [_improve(aim, start, bound, budget // _STARTS) for start in starts]
+    best = _best(aim, pool)
+    return replace(best, proved=proved or best.seconds <= bound * _SLACK)
+
+
+def _peak(aim: _Aim, schedule: Schedule) -> float:
+    return max(peak_activations(actions, aim.costs) for actions in schedule.ranks)
+
+
+def _rate(aim: _Aim, schedule: Schedule, how: str) -> list[Found]:
+    """`schedule` with its period; nothing if it holds too much."""
+    if _peak(aim, schedule) > aim.limit:
+        return []
+    return [Found(schedule, *period(schedule, aim.costs, aim.synchronised, aim.gathering), how, proved=False)]
+
+
+def _best(aim: _Aim, pool: Sequence[Found]) -> Found:
+    """Of the fastest the one that holds least, and of those the first."""
+    fastest = min(found.seconds for found in pool)
+    return min((found for found in pool if found.seconds <= fastest * _SLACK), key=lambda f: _peak(aim, f.schedule))
+
+
+def _bound(aim: _Aim, placement: Placement) -> float:
+    """No period is shorter: the work of a rank, and before it, if all begin together, the way of the first forward."""
+    rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
+    costs, longest = aim.costs, 0.0
+    for stages in placement:
+        work = sum(costs.forward[stage] + costs.input[stage] + costs.weight[stage] for stage in stages)
+        before = range(min(stages)) if aim.synchronised else ()
+        way = sum(costs.forward[s] + (costs.send if rank_of[s] != rank_of[s + 1] else 0.0) for s in before)
+        longest = max(longest, way + work * aim.shape.micro_batches)
+    return longest + costs.step
+
+
+def _named(aim: _Aim) -> Iterator[Found]:
+    """Every schedule with a name that fits, blockwise with every unit that makes a difference."""
+    shape = aim.shape
+    for name in GENERATORS:
+        counts = range(1, shape.micro_batches // shape.ranks + 1) if name == "blockwise" else [1]
+        for unit in sorted({shape.micro_batches // count for count in counts}):
+            try:
+                schedule = make_schedule(name, replace(shape, unit=unit))
+            except ValueError:  # the shape does not fit
+                continue
+            yield from _rate(aim, schedule, name)
+            yield from _rate(aim, _split(schedule), "heuristic")
+
+
+def _split(schedule: Schedule) -> Schedule:
+    """I and W for every B: the gradient leaves sooner."""
+    parts = {"F": "F", "I": "I", "W": "W", "B": "IW"}
+    return Schedule(
+        tuple(tuple(a._replace(kind=kind) for a in actions for kind in parts[a.kind]) for actions in schedule.ranks)
+    )
+
+
+def _exact(
+    aim: _Aim, placements: Sequence[Placement], pool: Sequence[Found], seconds: float
+) -> tuple[list[Found], bool]:
+    """The optimum of each placement, and whether all are proved."""
+    if any(kept > held for kept, held in zip(aim.costs.kept, aim.costs.held, strict=True)):
+        return [], False
+    optima: list[Found] = []
+    proved = True
+    for placement in placements:
+        rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
+        known = _best(aim, [found for found in pool if found.schedule.rank_of == rank_of])
+        upper = known.seconds - aim.costs.step
+        solved = solve(placement, aim.shape.micro_batches, aim.costs, aim.limit, upper, seconds)
+        optimum = _rate(aim, solved[0], "integer programme") if solved else []
+        proved &= solved is not None and solved[1] and bool(optimum)
+        optima += optimum
+    return optima, proved
+
+
+def _improve(aim: _Aim, start: Found, bound: float, evaluations: int) -> Found:
+    """Local search: moves one action at a time within its rank's order, and stays where that is not slower."""
+    rng = random.Random(0)
+    best, orders = start, list(start.schedule.ranks)
+    places = [(rank, at) for rank, order in enumerate(orders) for at in range(len(order))]
+    for _ in range(evaluations):
+        if best.seconds <= bound * _SLACK:
+            break
+        rank, at = rng.choice(places)
+        moved = _move(orders[rank], at, rng)
+        if moved == orders[rank] or peak_activations(moved, aim.costs) > aim.limit:
+            continue
+        schedule = Schedule((*orders[:rank], moved, *orders[rank + 1 :]))
+        try:
+            seconds, bubble = period(schedule, aim.costs, aim.synchronised, aim.gathering)
+        except Deadlock:
+            continue
+        if seconds <= best.seconds:
+            orders[rank] = moved
+            best = Found(schedule, seconds, bubble, "local search", proved=False)
+    return best if best.seconds < start.seconds / _SLACK else start
+
+
+def _move(order: tuple[Action, ...], at: int, rng: random.Random) -> tuple[Action, ...]:
+    """The action at `at` anywhere between its neighbours of the same stage that it must not, or need not, pass: those of
+    its own micro-batch and those of its own kind."""
+    action, low, high = order[at], at, at
+
+    def passes(other: Action) -> bool:
+        return other.stage != action.stage or (other.kind != action.kind and other.micro_batch != action.micro_batch)
+
+    while low > 0 and passes(order[low - 1]):
+        low -= 1
+    while high < len(order) - 1 and passes(order[high + 1]):
+        high += 1
+    rest, to = order[:at] + order[at + 1 :], rng.randint(low, high)
+    return (*rest[:to], action, *rest[to:])
+
+
+@dataclass(frozen=True)
+class _Habits:
+    """What a greedy rank does where it has a choice.
+
+    `chunk` that goes first: the one "near" to the end of its pass, the one "far" from it, or that by "units" of p
+    micro-batches. `ahead`: forwards up to the "limit" of memory, or as many as (interleaved) "1f1b". `prefers`: I or F
+    where both are ready, or "turns". `weights`: W in "gaps", where nothing else is ready; "late", where memory or the end
+    asks for it; "joined" with I in B."""
+
+    chunk: str
+    ahead: str
+    prefers: str
+    weights: str
+
+
+def _greedy(aim: _Aim, placements: Sequence[Placement]) -> Iterator[Found]:
+    """A schedule for every set of habits, those that win more often first."""
+    chunks = ("near", "units", "far") if aim.shape.chunks > 1 else ("near",)
+    choices = product(chunks, ("limit", "1f1b"), ("turns", "I", "F"), ("gaps", "joined", "late"))
+    for habits in starmap(_Habits, choices):
+        for placement in placements:
+            schedule = _play(aim, placement, habits)
+            yield from _rate(aim, _split(schedule), "heuristic") or _rate(aim, schedule, "heuristic")
+
+
+def _play(aim: _Aim, placement: Placement, habits: _Habits) -> Schedule:
+    ranks = [_Rank(aim, rank, stages, habits) for rank, stages in enumerate(placement)]
+    return play(placement, aim.costs, lambda rank, ready: ranks[rank].choose(ready))
+
+
+class _Rank:
+    """A greedy rank: what it has done, and what it does next."""
+
+    def __init__(self, aim: _Aim, rank: int, stages: list[int], habits: _Habits):
+        self._aim, self._held, self._habits = aim, {stage: aim.costs.held[stage] for stage in stages}, habits
+        self._forwards, self._gradients = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)  # done
+        self._weights = deque[Action]()  # of which I is done and W is not
+        self._turn = "F"
+        p, chunks = aim.shape.ranks, aim.shape.chunks
+        way = p - rank if chunks == 1 else 2 * (p - rank - 1) + (chunks - 1) * p + 1
+        self._most_ahead = way if habits.ahead == "1f1b" else aim.shape.micro_batches * chunks
+
+    def choose(self, ready: Ready) -> Action | None:
+        count = self._aim.shape.micro_batches
+        forwards = (Action(stage, "F", i) for stage, i in self._forwards.items() if i < count)
+        gradients = (Action(stage, "I", i) for stage, i in self._gradients.items() if i < self._forwards[stage])
+        forward = min((a for a in forwards if ready(a) and self._admits(a)), key=self._order, default=None)
+        gradient = min((a for a in gradients if ready(a)), key=self._order, default=None)
+        if gradient and not (forward and self._turn == "F"):
+            return self._do(gradient._replace(kind="B") if self._habits.weights == "joined" else gradient)
+        if forward and self._keeps() + self._holds() + self._held[forward.stage] <= self._aim.limit:
+            return self._do(forward)
+        done = all(i == count for i in self._gradients.values())
+        if self._weights and (forward or done or self._habits.weights == "gaps"):
+            return self._weights.popleft()
+        return None
+
+    def _do(self, action: Action) -> Action:
+        if action.kind == "F":
+            self._forwards[action.stage] += 1
+        else:
+            self._gradients[action.stage] += 1
+            if action.kind == "I":
+                self._weights.append(action._replace(kind="W"))
+        prefers = self._habits.prefers
+        self._turn = ("I" if action.kind == "F" else "F") if prefers == "turns" else prefers
+        return action
+
+    def _order(self, action: Action) -> tuple[int, int]:
+        far = action.stage if action.kind == "F" else -action.stage
+        unit = action.micro_batch // self._aim.shape.ranks if self._habits.chunk == "units" else 0
+        return unit, (-far if self._habits.chunk == "near" else far)
+
+    def _holds(self) -> float:
+        return sum(held * (self._forwards[stage] - self._gradients[stage]) for stage, held in self._held.items())
+
+    def _keeps(self) -> float:
+        return sum(self._aim.costs.kept[action.stage] for action in self._weights)
+
+    def _admits(self, forward: Action) -> bool:
+        """Whether every micro-batch can still be finished after `forward`, one after another in their order, each with
+        what those before it leave (the banker's algorithm). So the first unfinished one never waits for memory, whatever
+        the other ranks do."""
+        first, ahead = min(self._gradients.values()), sum(self._forwards.values()) - sum(self._gradients.values())
+        if ahead >= self._most_ahead and forward.micro_batch > first:
+            return False
+        done = {**self._forwards, forward.stage: forward.micro_batch + 1}
+        free = self._aim.limit - self._holds() - self._held[forward.stage]
+        for i in range(first, max(done.values())):
+            if free < sum(held for stage, held in self._held.items() if done[stage] <= i):
+                return False
+            free += sum(held for stage, held in self._held.items() if self._gradients[stage] <= i < done[stage])
+        return True

@@ -1,0 +1,117 @@
+"""The stages of one rank, and how micro-batches go through them.
+
+Every rank reads the micro-batches of its replica itself, labels and document masks included; only activations and their
+gradients cross stages.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rowwise.parallel.mesh import Mesh, ParallelConfig
+from rowwise.parallel.pipeline import Forward, Pipeline, Span
+from rowwise.parallel.precision import PrecisionConfig, policy
+from rowwise.parallel.schedule.order import Schedule
+from rowwise.trainer.data.batches import BatchConfig, MicroBatch
+from rowwise.trainer.loss import loss_of
+from rowwise.trainer.models.decoder import Decoder, ModelConfig
+from rowwise.trainer.stages import Plan, gathering, plan_pipeline
+
+
+class StagedDecoder(nn.Module):
+    """The stages of one rank. Its parameters have the names they have in the whole model; the copy of a tied embedding
+    is none of them, since the first stage owns it."""
+
+    def __init__(self, decoders: dict[int, Decoder]):
+        super().__init__()
+        self._stages = nn.ModuleList(decoders.values())
+        self.decoders = decoders
+        self.config = next(iter(decoders.values())).config
+        self._pipeline: Pipeline | None = None
+        self._dtype = torch.float32
+
+    def connect(self, pipeline: Pipeline, dtype: torch.dtype) -> None:
+        """`dtype`: of what crosses a boundary."""
+        self._pipeline, self._dtype = pipeline, dtype
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        for decoder in self.decoders.values():
+            for name, p in decoder.named_parameters(*args, **kwargs):
+                if p is not decoder.tied_copy:
+                    yield name, p
+
+    @property
+    def pipeline(self) -> Pipeline:
+        assert self._pipeline is not None
+        return self._pipeline
+
+    def accumulate(self, batches: list[MicroBatch], device: torch.device, scale: float, trace: list[Span] | None) -> Tensor:
+        """Forward and backward of every micro-batch. Returns (loss sum, valid tokens) on the last stage, zeros
+        elsewhere; every gradient is summed over data-parallel ranks."""
+        here = [batch.to(device) for batch in batches]
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+
+        def loss(i: int, logits: Tensor) -> Tensor:
+            loss, tokens = loss_of(logits, here[i].labels)
+            totals.add_(torch.stack((loss.detach(), tokens)).double())
+            return loss * scale
+
+        self.pipeline.forward_backward(self._forward(here, loss), lambda: self._buffer(here[0]), trace)
+        return totals
+
+    def losses(self, batches: list[MicroBatch], device: torch.device) -> Tensor:
+        """(loss sum, valid tokens) on the last stage, zeros elsewhere, without gradients."""
+        here = [batch.to(device) for batch in batches]
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+
+        def loss(i: int, logits: Tensor) -> Tensor:
+            return totals.add_(torch.stack(loss_of(logits, here[i].labels)).double())
+
+        self.pipeline.forward_only(self._forward(here, loss), lambda: self._buffer(here[0]), len(here))
+        return totals
+
+    def last_logits(self, batch: MicroBatch) -> Tensor:
+        """The logits (V) at the last place of the first sequence, float64, on every rank of the pipeline."""
+        last = torch.zeros(self.config.vocab_size, dtype=torch.float64, device=batch.inputs.device)
+        forward = self._forward([batch], lambda _, logits: last.copy_(logits[0, -1]))
+        self.pipeline.forward_only(forward, lambda: self._buffer(batch), 1)
+        self.pipeline.broadcast_from_last(last)
+        return last
+
+    def _forward(self, batches: list[MicroBatch], finish: Callable[[int, Tensor], Tensor]) -> Forward:
+        """What each stage does with each micro-batch; `finish` takes its logits."""
+
+        def forward(stage: int, i: int, x: Tensor | None) -> Tensor:
+            batch, decoder = batches[i], self.decoders[stage]
+            y = decoder(batch.inputs if x is None else x, batch.positions, batch.documents)
+            return y if decoder.norm is None else finish(i, y)
+
+        return forward
+
+    def _buffer(self, batch: MicroBatch) -> Tensor:
+        return torch.empty(*batch.inputs.shape, self.config.dim, dtype=self._dtype, device=batch.inputs.device)
+
+
+def connect_stages(
+    model: StagedDecoder, schedule: Schedule, parallel: ParallelConfig, precision: PrecisionConfig, mesh: Mesh
+) -> None:
+    """Gives the stages of this rank, whose parameters must exist, their pipeline."""
+    assert mesh.pipeline is not None
+    first, last = model.decoders.get(0), model.decoders.get(schedule.stages - 1)
+    embedding = first.embed.weight if first is not None and first.embed is not None else None
+    tied = (embedding, last.tied_copy if last is not None else None) if model.config.tie_embeddings else None
+    stages: dict[int, nn.Module] = dict(model.decoders)
+    pipeline = Pipeline(stages, schedule, mesh.pipeline, gathering(parallel), mesh.device, tied)
+    model.connect(pipeline, policy(precision).param_dtype or next(model.parameters()).dtype)
+
+
+def make_plan(parallel: ParallelConfig, model: ModelConfig, batch: BatchConfig, mesh: Mesh) -> Plan:
+    """The plan of the run; rank 0 makes it for all."""
+    micro_batches = batch.global_size // batch.micro_size // mesh.data_degree
+    plan = [plan_pipeline(parallel, model, batch.seq_len, micro_batches) if mesh.rank == 0 else None]
+    dist.broadcast_object_list(plan, src=0, group=mesh.save_group)
+    assert plan[0] is not None
+    return plan[0]
