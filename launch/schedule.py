@@ -168,15 +168,19 @@ def read_costs(path: Path, stages: int) -> Costs:
     names = [field.name for field in fields(Costs)]
     if not isinstance(content, dict) or content.keys() != set(names):
         raise ValueError(f"{path} must hold {', '.join(names)}, and nothing else")
+    values: dict[str, Any] = {}
     for field in fields(Costs):
-        value = content[field.name]
-        wanted = f"a list of {stages}, one a stage," if field.default is MISSING else "a number"
+        value, each_stage = content[field.name], field.default is MISSING
         numbers = value if isinstance(value, list) else [value]
-        if isinstance(value, list) != (field.default is MISSING) or (isinstance(value, list) and len(value) != stages):
+        if isinstance(value, list) != each_stage or (each_stage and len(numbers) != stages):
+            wanted = f"a list of {stages}, one a stage," if each_stage else "a number"
             raise ValueError(f"{path}: {field.name} is not {wanted} but {json.dumps(value)}")
         if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers):
             raise ValueError(f"{path}: {field.name} has an entry that is no number of at least 0: {json.dumps(value)}")
-    return Costs(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+        values[field.name] = tuple(numbers) if each_stage else value
+    if not any((*values["forward"], *values["input"], *values["weight"])):
+        raise ValueError(f"{path}: no forward, input or weight takes time")
+    return Costs(**values)
 
 
 def describe_prediction(name: str, timeline: Timeline, costs: Costs, settings: Settings) -> str:

@@ -126,7 +126,9 @@ def resolve_degrees(config: ParallelConfig, world_size: int) -> ParallelConfig:
             )
         return config
     if world_size % (config.pipeline * config.replicate):
-        raise ValueError(f"{_given(config)} does not divide the world size {world_size}; possible are {divisors(world_size)}")
+        raise ValueError(
+            f"{_given(config)} does not divide the world size {world_size}; possible are {divisors(world_size)}"
+        )
     return replace(config, shard=world_size // (config.pipeline * config.replicate))
 
 
@@ -168,9 +170,7 @@ def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
     data_degree = config.replicate * config.shard
     # At stage 0 nothing is split: every rank of both axes is a replica.
     shape = (config.replicate, config.shard) if config.zero > 0 else (data_degree, 1)
-    axes = init_device_mesh(
-        device.type, (config.pipeline, *shape), mesh_dim_names=("pipeline", "replicate", "shard")
-    )
+    axes = init_device_mesh(device.type, (config.pipeline, *shape), mesh_dim_names=("pipeline", "replicate", "shard"))
     return Mesh(
         rank=workers.rank,
         world_size=workers.world_size,

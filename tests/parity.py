@@ -5,7 +5,6 @@ gradient and every parameter's update, gathered. `run_plain` does the same in on
 but the model, its initial numbers and the data: torch's autograd, torch's AdamW, one batch, no shards.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rowwise.kernels.rows import local, row_offset
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer, named_state, set_lr
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
@@ -44,7 +44,9 @@ class Trace:
     updates: list[dict[str, Tensor]]
     states: list[dict[str, Tensor]]
     valid_tokens: list[int]
-    digest: str = ""  # of all the tensors, which only rank 0 keeps
+
+
+Piece = tuple[torch.Size, int, Tensor]  # logical shape, logical row of the first, the rows that a rank holds
 
 
 def write_tokens(folder: Path, tokens: int = 6000) -> Path:
@@ -82,7 +84,7 @@ def with_layout(config: TrainConfig, world_size: int, **degrees: int) -> TrainCo
 
 
 def run_layout(workers: Workers, config: TrainConfig, steps: int = 3) -> Trace:
-    """Runs `config` on its mesh. Every rank returns its trace; the tensors, which are large, only rank 0."""
+    """Runs `config` on its mesh. Every rank returns its numbers; rank 0 also the tensors, put together."""
     return run_on(make_mesh(config.parallel, workers), config, steps)
 
 
@@ -99,45 +101,47 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int) -> Trace:
     batches = train_batches(config, mesh, data, position=0)
     trace = Trace([], [], [], [], [], [])
     places = config.batch.global_size * config.batch.seq_len
+    pieces: dict[tuple[str, int, str], Piece] = {}
     for step in range(steps):
         report = compute_gradients(model, next(batches), mesh, config.parallel.zero, places, config.clip_norm)
-        trace.gradients.append(of_all_stages({name: whole(p.grad) for name, p in model.named_parameters()}, mesh))
-        before = {name: whole(p) for name, p in model.named_parameters()}
+        pieces |= {("gradients", step, name): piece_of(p.grad) for name, p in model.named_parameters()}
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
         set_lr(optimizer, config.optim.lr * config.schedule.factor(step, config.steps))
         optimizer.step()
         optimizer.zero_grad()
-        updates = {name: whole(p) - before[name] for name, p in model.named_parameters()}
-        trace.updates.append(of_all_stages(updates, mesh))
-        states = named_state(model, optimizer)
-        named = {f"{n}.{key}": whole(t) for n, state in states.items() for key, t in state.items()}
-        trace.states.append(of_all_stages(named, mesh))
+        pieces |= {("updates", step, name): piece_of(p.detach() - before[name]) for name, p in model.named_parameters()}
+        for name, state in named_state(model, optimizer).items():
+            pieces |= {("states", step, f"{name}.{key}"): piece_of(t) for key, t in state.items()}
         trace.losses.append(report.loss)
         trace.norms.append(report.grad_norm)
         trace.valid_tokens.append(report.valid_tokens)
-    return sealed(trace, keep=mesh.rank == 0)
-
-
-def of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """What the stages of a pipeline have together, on every rank. A name is on one stage only."""
-    if mesh.pipeline is None:
-        return tensors
-    everyone: list[dict[str, Tensor]] = [{} for _ in range(mesh.pipeline.size)]
-    dist.all_gather_object(everyone, tensors, group=mesh.pipeline.group)
-    assert len({name for part in everyone for name in part}) == sum(map(len, everyone)), "a name on two stages"
-    return {name: part[name] for part in everyone for name in part}
-
-
-def sealed(trace: Trace, keep: bool) -> Trace:
-    """The trace with the digest of its tensors; without them unless `keep`."""
-    digest = hashlib.sha256()
-    for entries in (trace.gradients, trace.updates, trace.states):
-        for entry in entries:
-            for name in sorted(entry):
-                digest.update(entry[name].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    trace.digest = digest.hexdigest()
-    if not keep:
-        trace.gradients, trace.updates, trace.states = [], [], []
+    everyone: list[dict[tuple[str, int, str], Piece]] | None = [{}] * mesh.world_size if mesh.rank == 0 else None
+    dist.gather_object(pieces, everyone)
+    for kind, step, name in dict.fromkeys(key for part in everyone or [] for key in part):
+        entries = getattr(trace, kind)
+        entries += [{} for _ in range(step + 1 - len(entries))]
+        entries[step][name] = assemble(
+            [part[kind, step, name] for part in everyone or [] if (kind, step, name) in part]
+        )
     return trace
+
+
+def piece_of(tensor: Tensor) -> "Piece":
+    """What this rank has of `tensor`."""
+    return tensor.shape, row_offset(tensor), local(tensor).detach().clone()
+
+
+def assemble(pieces: list["Piece"]) -> Tensor:
+    """The logical tensor. Ranks that hold the same rows must hold the same numbers, to the last bit."""
+    shape = pieces[0][0]
+    rows: dict[int, Tensor] = {}
+    for _, offset, rows_here in pieces:
+        if rows_here.numel():
+            first = rows.setdefault(offset, rows_here)
+            assert torch.equal(first, rows_here), "ranks hold different numbers for the same rows"
+    tensor = torch.cat([rows[offset] for offset in sorted(rows)]) if shape else rows[0]
+    assert tensor.shape == shape, f"the rows {sorted(rows)} do not make {tuple(shape)}"
+    return tensor
 
 
 def run_plain(config: TrainConfig, steps: int = 3) -> Trace:
@@ -192,8 +196,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def assert_all_same(traces: list[Trace], reference: Trace, tolerance: float = TOLERANCE) -> None:
-    """Law 2 on every rank: rank 0 has what the reference has, and the others have what rank 0 has, to the last bit."""
-    assert len({trace.digest for trace in traces}) == 1, "ranks hold different tensors"
+    """Law 2: what the ranks have together (rank 0 put it together) is what the reference has."""
     assert all(trace.losses == traces[0].losses and trace.norms == traces[0].norms for trace in traces)
     assert_same(traces[0], reference, tolerance)
 

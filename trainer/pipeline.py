@@ -48,7 +48,9 @@ class StagedDecoder(nn.Module):
         assert self._pipeline is not None
         return self._pipeline
 
-    def accumulate(self, batches: list[MicroBatch], device: torch.device, scale: float, trace: list[Span] | None) -> Tensor:
+    def accumulate(
+        self, batches: list[MicroBatch], device: torch.device, scale: float, trace: list[Span] | None
+    ) -> Tensor:
         """Forward and backward of every micro-batch. Returns (loss sum, valid tokens) on the last stage, zeros
         elsewhere; every gradient is summed over data-parallel ranks."""
         here = [batch.to(device) for batch in batches]

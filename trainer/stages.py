@@ -46,7 +46,9 @@ def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int) -> N
         )
     name = config.pipeline_schedule
     if config.pipeline_unit is not None and name != "blockwise":
-        raise ValueError(f"parallel.pipeline_unit={config.pipeline_unit} with {name}: only blockwise has units; leave it null")
+        raise ValueError(
+            f"parallel.pipeline_unit={config.pipeline_unit} with {name}: only blockwise has units; leave it null"
+        )
     if name in GENERATORS:
         check_shape(name, shape_of(config, micro_batches))
     elif Path(name).suffix == ".csv":

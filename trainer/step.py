@@ -92,7 +92,12 @@ def step_in_backward(
 
 
 def accumulate(
-    model: nn.Module, batches: list[MicroBatch], device: torch.device, zero: int, scale: float, trace: list[Span] | None = None
+    model: nn.Module,
+    batches: list[MicroBatch],
+    device: torch.device,
+    zero: int,
+    scale: float,
+    trace: list[Span] | None = None,
 ) -> Tensor:
     """Forward and backward of every micro-batch. Returns this rank's (loss sum, valid tokens)."""
     if isinstance(model, StagedDecoder):

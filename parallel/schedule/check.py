@@ -69,7 +69,10 @@ def _check_counts(schedule: Schedule, stages: int, micro_batches: int) -> None:
                 continue
             if "F" in kinds:
                 raise ValueError(f"{where}: {missing[0]} is missing")
-            raise ValueError(f"{where}: stage {stage}, micro-batch {i} wants either B, or I and W; it lacks {kinds}")
+            given = [str(Action(stage, kind, i)) for kind in "IWB" if kind not in kinds]
+            raise ValueError(
+                f"{where}: stage {stage}, micro-batch {i} wants either B, or I and W; there is {', '.join(given) or 'none'}"
+            )
 
 
 def _check_order(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
@@ -112,6 +112,7 @@ def _set_up(panel: Axes, name: str, timeline: Timeline, row_inches: float) -> No
 
 
 def _draw_bars(panel: Axes, bars: list[Bar], chunks: int, points: float) -> None:
+    """`points` are those of a unit of time: the lines between bars are thinner where bars are narrow."""
     shades = {(kind, chunk): lighten(COLORS[kind], chunk, chunks) for kind in COLORS for chunk in range(chunks)}
     corners = [
         [(bar.start, y), (bar.end, y), (bar.end, y + ROW), (bar.start, y + ROW)]
@@ -129,7 +130,7 @@ def _draw_bars(panel: Axes, bars: list[Bar], chunks: int, points: float) -> None
 
 
 def _draw_numbers(panel: Axes, bars: list[Bar], chunks: int, points: float) -> None:
-    """`points` has a unit of time. All numbers are of the size at which the largest fits into a narrow bar."""
+    """`points` are those of a unit of time. All numbers are of the size at which the largest fits into a narrow bar."""
     digits = len(str(max(bar.micro_batch for bar in bars)))
     size = min(POINTS[1], (points * _narrow(bars) - 1) / (0.64 * digits))
     if size < POINTS[0]:
@@ -152,7 +153,7 @@ def _draw_legend(figure: Figure, kinds: Collection[str], chunks: int) -> None:
     entries = {WORDS[kind]: COLORS[kind] for kind in COLORS if kind in kinds}
     if chunks > 1:
         entries["a rank's first to last stage"] = "#505050"
-    swatches: dict[str, tuple[Patch, ...]] = {
+    swatches: dict[str, Any] = {  # matplotlib's types know of no tuples as handles
         words: tuple(Patch(color=lighten(color, chunk, chunks), linewidth=0) for chunk in range(chunks))
         for words, color in entries.items()
     }

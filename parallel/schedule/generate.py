@@ -4,15 +4,14 @@
 |---|---|---|---|---|
 | gpipe (Huang et al.) | v >= 1 | B | (p - 1) / (v m + p - 1) | m |
 | 1f1b (Narayanan et al.) | 1 | B | (p - 1) / (m + p - 1) | p |
-| interleaved_1f1b (Narayanan et al.) | v >= 2 | B | (p - 1) / (v m + p - 1) | p + (p - 1) / v |
+| interleaved_1f1b (Narayanan et al.) | v >= 2 | B | (p - 1) / (v m + p - 1) | ((v - 1) u + 2 p - 1) / v |
 | zb_h1 (Qi et al.) | 1 | I, W | (p - 1) / (3 m + p - 1) | p |
 | zb_h2 (Qi et al.) | 1 | I, W | as zb_h1; none where ranks do not wait for each other's step | 2 p - 1 |
 | zb_v (Qi et al., *Controllable Memory*) | 2 | I, W | (p - 1) / (6 m + p - 1); none, as above | p |
 | blockwise (Tang et al., *ZeroPP*) | v >= 1 | I, W | 2 (p - 1) / (3 v m + 2 (p - 1)), v >= 2 | u + 2 (p - 1) / v |
 
-zb_h2 and zb_v reach theirs from 2 p - 1 micro-batches on. Where m does not divide into the units of interleaved_1f1b (at
-least p micro-batches each) and blockwise (at least u), the units are as equal as can be; u and the last column then mean
-the largest unit.
+zb_h2 and zb_v reach theirs from 2 p - 1 micro-batches on. Micro-batches go through interleaved_1f1b and blockwise in
+units of at least p and `unit`, as equal as can be; u is the largest. No rank holds more than m.
 """
 
 import itertools

@@ -21,7 +21,7 @@ _SLACK = 1 + 1e-9  # sums of floats within it are equal
 _ACTIONS_A_SECOND = 1e6  # simulated; budgets count actions, not time, so that the same question has the same answer
 _PLAY = 10  # simulated actions that cost as much as one that is played greedily
 _STARTS = 3  # of local search
-_EXACT_ACTIONS = 48  # the integer programme takes a few seconds at most (two ranks with two chunks are the slowest)
+_EXACT = 48  # actions x chunks: up to here the integer programme mostly takes below two seconds
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def find_schedule(
     seconds: float = 10.0,
 ) -> Found:
     """The fastest schedule found for `shape` (its `unit` is chosen here) of which no rank holds more than `limit`, in the
-    unit of `costs.held`; among equally fast ones, one that holds least. `synchronised`, `gathering`: as in `period`.
+    unit of `costs.held`; among equally fast ones the one that holds least. `synchronised`, `gathering`: as in `period`.
 
     Never slower than a schedule with a name that keeps to the limit. Stages go around the ranks in a loop; two chunks a
     rank also down and up again. Takes about `seconds`, counted in simulated actions: the same arguments give the same
-    schedule, unless the integer programme runs out of them on a slow machine. Raises ValueError where `limit` is too
-    small for a single micro-batch.
+    schedule, unless the integer programme, to which they are time, runs out of them. Raises ValueError where `limit` is
+    too small for a single micro-batch.
     """
     stages = shape.ranks * shape.chunks
     if len(costs.forward) != stages:
@@ -78,10 +78,11 @@ def find_schedule(
     placements = [loop_placement(shape.ranks, shape.chunks)]
     if shape.chunks == 2 and shape.ranks > 1:
         placements.append(v_placement(shape.ranks))
-    least = min(max(sum(costs.held[stage] for stage in own) for own in placement) for placement in placements)
-    if least > aim.limit:
+    least = [max(sum(costs.held[stage] for stage in own) for own in placement) for placement in placements]
+    placements = [placement for placement, needed in zip(placements, least, strict=True) if needed <= aim.limit]
+    if not placements:
         raise ValueError(
-            f"limit={limit:g} holds no micro-batch on all chunks of a rank: the smallest possible is {least!r}; raise the "
+            f"limit={limit:g} holds no micro-batch on all chunks of a rank: the smallest possible is {min(least)!r}; raise the "
             "limit, or give smaller micro-batches, more ranks or activation checkpointing"
         )
     budget = int(seconds * _ACTIONS_A_SECOND / aim.actions / (1 if synchronised else 2))
@@ -89,7 +90,7 @@ def find_schedule(
     bound = min(_bound(aim, placement) for placement in placements)
     proved = False
     if _best(aim, pool).seconds > bound * _SLACK:
-        if synchronised and gathering == "none" and aim.actions <= _EXACT_ACTIONS:
+        if synchronised and gathering == "none" and aim.actions * shape.chunks <= _EXACT:
             optima, proved = _exact(aim, placements, pool, seconds)
             pool += optima
         if not proved:
@@ -113,7 +114,7 @@ def _rate(aim: _Aim, schedule: Schedule, how: str) -> list[Found]:
 def _best(aim: _Aim, pool: Sequence[Found]) -> Found:
     """Of the fastest the one that holds least, and of those the first."""
     fastest = min(found.seconds for found in pool)
-    return min((found for found in pool if found.seconds <= fastest * _SLACK), key=lambda f: _peak(aim, f.schedule))
+    return min((f for f in pool if f.seconds <= fastest * _SLACK), key=lambda f: _peak(aim, f.schedule))
 
 
 def _bound(aim: _Aim, placement: Placement) -> float:
@@ -144,9 +145,10 @@ def _named(aim: _Aim) -> Iterator[Found]:
 
 def _split(schedule: Schedule) -> Schedule:
     """I and W for every B: the gradient leaves sooner."""
-    parts = {"F": "F", "I": "I", "W": "W", "B": "IW"}
     return Schedule(
-        tuple(tuple(a._replace(kind=kind) for a in actions for kind in parts[a.kind]) for actions in schedule.ranks)
+        tuple(
+            tuple(a._replace(kind=k) for a in actions for k in a.kind.replace("B", "IW")) for actions in schedule.ranks
+        )
     )
 
 
@@ -225,12 +227,11 @@ class _Habits:
 
 def _greedy(aim: _Aim, placements: Sequence[Placement]) -> Iterator[Found]:
     """A schedule for every set of habits, those that win more often first."""
-    chunks = ("near", "units", "far") if aim.shape.chunks > 1 else ("near",)
-    choices = product(chunks, ("limit", "1f1b"), ("turns", "I", "F"), ("gaps", "joined", "late"))
-    for habits in starmap(_Habits, choices):
-        for placement in placements:
-            schedule = _play(aim, placement, habits)
-            yield from _rate(aim, _split(schedule), "heuristic") or _rate(aim, schedule, "heuristic")
+    chunk = ("near", "units", "far") if aim.shape.chunks > 1 else ("near",)
+    choices = product(chunk, ("limit", "1f1b"), ("turns", "I", "F"), ("gaps", "joined", "late"))
+    for habits, placement in product(starmap(_Habits, choices), placements):
+        schedule = _play(aim, placement, habits)
+        yield from _rate(aim, _split(schedule), "heuristic") or _rate(aim, schedule, "heuristic")
 
 
 def _play(aim: _Aim, placement: Placement, habits: _Habits) -> Schedule:

@@ -54,8 +54,11 @@ def uniform_costs(
     kept: float = 1.0,
 ) -> Costs:
     """Every stage alike."""
-    each = [(value,) * stages for value in (forward, input, weight, gather, held, kept)]
-    return Costs(*each, send=send, step=step)
+
+    def each(value: float) -> tuple[float, ...]:
+        return (value,) * stages
+
+    return Costs(each(forward), each(input), each(weight), each(gather), each(held), each(kept), send, step)
 
 
 class Deadlock(ValueError):
@@ -212,7 +215,7 @@ def period(
     """
     if synchronised:
         timeline = simulate(schedule, costs, gathering=gathering)
-        seconds = timeline.makespan + costs.step
+        seconds = max(ends[-1] for ends in timeline.ends if ends) + costs.step  # a first gather counts, too
         return seconds, 1 - (timeline.busy / len(schedule.ranks) + costs.step) / seconds
     clocks, seconds = [0.0] * len(schedule.ranks), 0.0
     for _ in range(4 * len(schedule.ranks) + 4):

@@ -73,8 +73,11 @@ def _timeline(spans_per_rank: Sequence[Sequence[Span]], source: str = "") -> Tim
                     "each other"
                 )
             clock = end
-    return Timeline(
+    timeline = Timeline(
         Schedule(tuple(tuple(action for action, _, _ in spans) for spans in spans_per_rank), source),
         [[start for _, start, _ in spans] for spans in spans_per_rank],
         [[end for _, _, end in spans] for spans in spans_per_rank],
     )
+    if timeline.makespan == 0:
+        raise ValueError("nothing in it takes time")
+    return timeline
