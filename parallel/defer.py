@@ -65,7 +65,7 @@ class _InputGradient(torch.autograd.Function):
         return F.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         ctx.keep(x, dy)
         return dy @ weight if ctx.needs_input_grad[0] else None, None, None

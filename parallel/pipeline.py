@@ -55,14 +55,15 @@ class _Open:
 @dataclass
 class Pipeline:
     """The stages of this rank and where the others are. `stages`: stage number -> module, sharded or replicated.
-    `gathering`: `run` or `micro_batch` at ZeRO stage 3, `none` below."""
+    `gathering`: `run` or `micro_batch` at ZeRO stage 3, `none` below. `tied`: where embeddings are tied, what this rank
+    has of the first stage's embedding and of the last stage's copy."""
 
     stages: dict[int, nn.Module]
     schedule: Schedule
     axis: PipelineAxis
     gathering: Gathering
     device: torch.device
-    tied: tuple[nn.Parameter | None, nn.Parameter | None] | None = None
+    tied: tuple[Tensor | None, Tensor | None] | None = None
 
     def __post_init__(self) -> None:
         ends = self.schedule.rank_of[0], self.schedule.rank_of[self.schedule.stages - 1]
@@ -86,7 +87,7 @@ class Pipeline:
         channels = Channels(self.schedule, self.axis, self._lanes, buffer)
         actions = self.schedule.ranks[self.axis.rank]
         runs = gathers(actions, "run") if self.gathering == "run" else []
-        left = {stage: self.schedule.micro_batches for stage in self.stages}
+        left = dict.fromkeys(self.stages, self.schedule.micro_batches)
         opened: dict[tuple[int, int], _Open] = {}
         for position, action in enumerate(actions):
             self._expect(channels, actions[position : position + 2])
@@ -159,13 +160,12 @@ class Pipeline:
 
     def _change_gathered(self, actions: tuple[Action, ...], runs: list[int], position: int) -> None:
         """Gathers the stage of the run that begins at `position`, and the next run's; frees the others."""
-        number = runs.index(position)
-        wanted = [actions[begin].stage for begin in runs[number : number + 2]]
-        for stage, module in self.stages.items():
-            if stage not in wanted:
-                release_gathered(module)
-        for stage in wanted:
-            gather(self.stages[stage])
+        at = runs.index(position)
+        wanted = [actions[begin].stage for begin in runs[at : at + 2]]
+        for number in self.stages.keys() - set(wanted):
+            release_gathered(self.stages[number])
+        for number in wanted:
+            gather(self.stages[number])
 
     def _refresh_tied(self) -> None:
         """The last stage's copy of the embedding gets the first stage's numbers."""
@@ -180,11 +180,14 @@ class Pipeline:
             return
         own, copy = self.tied
         moved = None if own is None else torch.empty_like(local(own))
-        self._pass(None if copy is None else local(copy.grad), moved, self.schedule.stages - 1, 0)
-        if own is not None:
-            local(own.grad).add_(moved)
+        given = None
         if copy is not None:
-            copy.grad = None
+            assert copy.grad is not None
+            given, copy.grad = local(copy.grad), None
+        self._pass(given, moved, self.schedule.stages - 1, 0)
+        if own is not None and moved is not None:
+            assert own.grad is not None
+            local(own.grad).add_(moved)
 
     def _pass(self, given: Tensor | None, taken: Tensor | None, source: int, target: int) -> None:
         """`given`, where stage `source` is, into `taken`, where `target` is."""

@@ -67,6 +67,11 @@ def policy(config: PrecisionConfig) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy()
 
 
+def compute_dtype(config: PrecisionConfig) -> torch.dtype:
+    """The dtype in which layers compute, and activations cross stages."""
+    return policy(config).param_dtype or master_dtype(config)
+
+
 @dataclass(frozen=True)
 class LossScale:
     """The factor on the loss, the good steps since it last changed, and the steps skipped in all."""

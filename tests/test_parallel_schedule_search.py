@@ -16,7 +16,7 @@ from rowwise.parallel.schedule.search import find_schedule
 from rowwise.parallel.schedule.simulate import Costs, Deadlock, peak_activations, period, uniform_costs
 
 SLACK = 1 + 1e-9
-QUICK = 0.03  # seconds of search
+QUICK = 0.02  # seconds of search
 
 
 def holds(schedule: Schedule, costs: Costs) -> float:
@@ -97,9 +97,10 @@ def test_as_fast_as_the_best_of_all_orders(seed):
             assert found.seconds == pytest.approx(shortest(2, 2, costs, limit, *rules), rel=1e-9), (rules, limit)
 
 
-def test_the_integer_programme_is_the_best_of_all_orders_of_three_ranks():
+@pytest.mark.parametrize("share", [1.0, 1.5, 2.0])
+def test_the_integer_programme_is_the_best_of_all_orders_of_three_ranks(share):
     costs = random_costs(3, 1, send=1.0)
-    limit = 1.5 * max(costs.held)
+    limit = share * max(costs.held)
     best = shortest(3, 2, costs, limit)
     schedule, proved = solve(loop_placement(3, 1), 2, costs, limit, 2 * best, 20.0)
     assert proved and holds(schedule, costs) <= limit
@@ -159,7 +160,7 @@ def test_a_limit_below_one_micro_batch_is_refused_and_the_smallest_works():
 
 
 def test_costs_of_other_stages_are_refused():
-    with pytest.raises(ValueError, match="3 stages and 2 ranks x 2 chunks are 4"):
+    with pytest.raises(ValueError, match="of 3 stages, the shape has 4"):
         find_schedule(Shape(2, 2, 4), uniform_costs(3), 4.0)
 
 

@@ -5,6 +5,8 @@ gradients cross stages.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,22 @@ from torch import Tensor, nn
 
 from rowwise.parallel.mesh import Mesh, ParallelConfig
 from rowwise.parallel.pipeline import Forward, Pipeline, Span
-from rowwise.parallel.precision import PrecisionConfig, policy
-from rowwise.parallel.schedule.order import Schedule
+from rowwise.parallel.schedule.order import Schedule, write_csv
+from rowwise.parallel.schedule.trace import align, write_trace
 from rowwise.trainer.data.batches import BatchConfig, MicroBatch
 from rowwise.trainer.loss import loss_of
+from rowwise.trainer.measure import measure_parts, read_part_times
 from rowwise.trainer.models.decoder import Decoder, ModelConfig
-from rowwise.trainer.stages import Plan, gathering, plan_pipeline
+from rowwise.trainer.stages import (
+    PLAN_KEYS,
+    Plan,
+    gathering,
+    measured_costs,
+    plan_pipeline,
+    save_plan,
+    saved_plan,
+    write_costs,
+)
 
 
 class StagedDecoder(nn.Module):
@@ -98,22 +110,57 @@ class StagedDecoder(nn.Module):
 
 
 def connect_stages(
-    model: StagedDecoder, schedule: Schedule, parallel: ParallelConfig, precision: PrecisionConfig, mesh: Mesh
+    model: StagedDecoder, schedule: Schedule, parallel: ParallelConfig, dtype: torch.dtype, mesh: Mesh
 ) -> None:
-    """Gives the stages of this rank, whose parameters must exist, their pipeline."""
+    """Gives the stages of this rank, whose parameters must exist, their pipeline, which computes in `dtype`."""
     assert mesh.pipeline is not None
     first, last = model.decoders.get(0), model.decoders.get(schedule.stages - 1)
     embedding = first.embed.weight if first is not None and first.embed is not None else None
     tied = (embedding, last.tied_copy if last is not None else None) if model.config.tie_embeddings else None
     stages: dict[int, nn.Module] = dict(model.decoders)
     pipeline = Pipeline(stages, schedule, mesh.pipeline, gathering(parallel), mesh.device, tied)
-    model.connect(pipeline, policy(precision).param_dtype or next(model.parameters()).dtype)
+    model.connect(pipeline, dtype)
 
 
-def make_plan(parallel: ParallelConfig, model: ModelConfig, batch: BatchConfig, mesh: Mesh) -> Plan:
-    """The plan of the run; rank 0 makes it for all."""
+def make_plan(
+    config: ParallelConfig, model: ModelConfig, batch: BatchConfig, dtype: torch.dtype, folder: Path, mesh: Mesh
+) -> Plan:
+    """The plan of the run; rank 0 makes it for all. What `auto` finds is kept in `folder` and found there again."""
     micro_batches = batch.global_size // batch.micro_size // mesh.data_degree
-    plan = [plan_pipeline(parallel, model, batch.seq_len, micro_batches) if mesh.rank == 0 else None]
+    made_for = {
+        "parallel": {key: getattr(config, key) for key in ("pipeline", "zero", *PLAN_KEYS)},
+        "model": asdict(model),
+        "micro_batches": [micro_batches, batch.micro_size, batch.seq_len],
+    }
+    auto = config.pipeline_schedule == "auto"
+    plan = [saved_plan(made_for, folder) if auto and mesh.rank == 0 else None]
+    dist.broadcast_object_list(plan, src=0, group=mesh.save_group)
+    if plan[0] is not None:
+        return plan[0]
+    times = None
+    if auto and config.pipeline_costs is not None:
+        times = read_part_times(Path(config.pipeline_costs).expanduser()) if mesh.rank == 0 else None
+    elif auto:
+        times = measure_parts(model, batch, dtype, config.zero == 3, mesh)
+    if mesh.rank == 0:
+        made = plan_pipeline(config, model, batch.seq_len, micro_batches, times)
+        if times is not None:
+            save_plan(made, times, made_for, folder)
+        plan = [made]
     dist.broadcast_object_list(plan, src=0, group=mesh.save_group)
     assert plan[0] is not None
     return plan[0]
+
+
+def keep_trace(spans: list[Span], folder: Path, mesh: Mesh) -> None:
+    """Writes the timeline of a step, as the ranks of the first replica measured it, into `folder`, with what each stage
+    took on the mean: `python -m rowwise.launch.schedule run=... to=picture.png` shows both."""
+    assert mesh.pipeline is not None
+    everyone: list[list[Span]] = [[] for _ in range(mesh.world_size)]
+    dist.all_gather_object(everyone, spans, group=mesh.save_group)
+    if mesh.rank == 0:
+        timeline = align([everyone[rank] for rank in mesh.pipeline.ranks])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_trace(timeline, folder / "trace.json")
+        write_csv(timeline.schedule, folder / "schedule.csv")
+        write_costs(measured_costs(timeline), folder)

@@ -1,34 +1,40 @@
 """What a pipeline does with a model: which layers each stage has, and in which order stages work."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rowwise.parallel.mesh import ParallelConfig
 from rowwise.parallel.schedule.check import check_schedule
 from rowwise.parallel.schedule.cut import balance
 from rowwise.parallel.schedule.generate import GENERATORS, Shape, check_shape, make_schedule
-from rowwise.parallel.schedule.order import Schedule, read_csv
-from rowwise.parallel.schedule.simulate import Gathering
+from rowwise.parallel.schedule.order import Schedule, read_csv, write_csv
+from rowwise.parallel.schedule.search import find_schedule
+from rowwise.parallel.schedule.simulate import Costs, Gathering, Timeline
+from rowwise.trainer.measure import PartTimes, read_part_times, write_part_times
 from rowwise.trainer.models.decoder import ModelConfig, layer_flops
 
-PIPELINE_KEYS = (
+PLAN_FILE = "plan.json"
+PLAN_KEYS = (
     "pipeline_schedule",
     "virtual_stages",
     "pipeline_unit",
     "pipeline_gather",
     "pipeline_memory",
     "pipeline_costs",
-    "pipeline_trace",
-    "post_validation",
 )
+PIPELINE_KEYS = (*PLAN_KEYS, "pipeline_trace", "post_validation")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is cut and in which order its stages work. `layers[s]`: those of stage s."""
+    """How a model is cut and in which order its stages work. `layers[s]`: those of stage s; `how`: what `auto` found it
+    by."""
 
     schedule: Schedule
     layers: list[range]
+    how: str = ""
 
 
 def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int) -> None:
@@ -45,19 +51,51 @@ def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int) -> N
             "gathered once a step; leave it null, or give parallel.zero=3"
         )
     name = config.pipeline_schedule
+    for key in ("pipeline_memory", "pipeline_costs"):
+        if name != "auto" and (given := getattr(config, key)) != getattr(ParallelConfig(), key):
+            raise ValueError(
+                f"parallel.{key}={given} with {name}: only auto looks at it; give parallel.pipeline_schedule=auto"
+            )
+    if config.pipeline_trace < 0:
+        raise ValueError(f"parallel.pipeline_trace={config.pipeline_trace}: a step, counted from 1, or 0 for none")
     if config.pipeline_unit is not None and name != "blockwise":
         raise ValueError(
             f"parallel.pipeline_unit={config.pipeline_unit} with {name}: only blockwise has units; leave it null"
         )
     if name in GENERATORS:
         check_shape(name, shape_of(config, micro_batches))
-    elif Path(name).suffix == ".csv":
+    elif name == "auto":
+        _check_auto(config, micro_batches)
+    elif _path(name).suffix == ".csv":
         stages = config.pipeline * config.virtual_stages
-        check_schedule(read_csv(Path(name).expanduser()), config.pipeline, stages, micro_batches)
+        check_schedule(read_csv(_path(name)), config.pipeline, stages, micro_batches)
     else:
         raise ValueError(
             f"parallel.pipeline_schedule={name}: possible are {', '.join([*GENERATORS, 'auto'])}, or the path of a .csv file"
         )
+
+
+def _check_auto(config: ParallelConfig, micro_batches: int) -> None:
+    if config.virtual_stages > 2:
+        raise ValueError(
+            f"parallel.pipeline_schedule=auto with parallel.virtual_stages={config.virtual_stages}: possible are 1 and 2"
+        )
+    if micro_batches < config.pipeline:
+        raise ValueError(
+            f"parallel.pipeline_schedule=auto on {config.pipeline} ranks needs at least {config.pipeline} micro-batches a "
+            f"step and there are {micro_batches}; give a larger batch.global_size or a smaller batch.micro_size"
+        )
+    if not config.pipeline_memory >= 1 / config.pipeline:
+        raise ValueError(
+            f"parallel.pipeline_memory={config.pipeline_memory}: 1 is what 1f1b holds, {config.pipeline} micro-batches; "
+            f"the least is one, 1/{config.pipeline}"
+        )
+    if config.pipeline_costs is not None:
+        read_part_times(_path(config.pipeline_costs))
+
+
+def _path(given: str) -> Path:
+    return Path(given).expanduser()
 
 
 def _refuse_without_pipeline(config: ParallelConfig) -> None:
@@ -76,16 +114,46 @@ def shape_of(config: ParallelConfig, micro_batches: int) -> Shape:
     return Shape(config.pipeline, config.virtual_stages, micro_batches, unit)
 
 
-def plan_pipeline(config: ParallelConfig, model: ModelConfig, seq_len: int, micro_batches: int) -> Plan:
-    """The same on one rank."""
-    before, layer, after = layer_flops(model, seq_len)
-    layers = balance(before, [layer] * model.layers, after, config.pipeline * config.virtual_stages)
-    name = config.pipeline_schedule
-    if name in GENERATORS:
-        schedule = make_schedule(name, shape_of(config, micro_batches))
+def plan_pipeline(
+    config: ParallelConfig, model: ModelConfig, seq_len: int, micro_batches: int, times: PartTimes | None
+) -> Plan:
+    """The cut and the order of work. `auto` needs `times`; the cut is by counted operations without."""
+    stages = config.pipeline * config.virtual_stages
+    if times is None:
+        before, layer, after = layer_flops(model, seq_len)
     else:
-        schedule = read_csv(Path(name).expanduser())
-    return Plan(schedule, layers)
+        before, layer, after = times.before.total, times.layer.total, times.after.total
+    layers = balance(before, [layer] * model.layers, after, stages)
+    name = config.pipeline_schedule
+    if name != "auto":
+        named = name in GENERATORS
+        return Plan(make_schedule(name, shape_of(config, micro_batches)) if named else read_csv(_path(name)), layers)
+    assert times is not None
+    first_rank = balance(before, [layer] * model.layers, after, config.pipeline)
+    limit = config.pipeline_memory * max((config.pipeline - rank) * len(own) for rank, own in enumerate(first_rank))
+    found = find_schedule(shape_of(config, micro_batches), costs_of(times, layers), limit, gathering=gathering(config))
+    return Plan(found.schedule, layers, found.how)
+
+
+def costs_of(times: PartTimes, layers: list[range]) -> Costs:
+    """What each stage takes. Activations are counted in layers; all of them are taken to wait for W."""
+    counts = [len(own) for own in layers]
+
+    def seconds(kind: str) -> tuple[float, ...]:
+        each = [count * getattr(times.layer, kind) for count in counts]
+        each[0] += getattr(times.before, kind)
+        each[-1] += getattr(times.after, kind)
+        return tuple(each)
+
+    return Costs(
+        forward=seconds("forward"),
+        input=seconds("input"),
+        weight=seconds("weight"),
+        gather=tuple(count * times.gather for count in counts),
+        held=tuple(map(float, counts)),
+        kept=tuple(map(float, counts)),
+        send=times.send,
+    )
 
 
 def gathering(config: ParallelConfig) -> Gathering:
@@ -100,4 +168,45 @@ def splits_backward(config: ParallelConfig, micro_batches: int) -> bool:
     name = config.pipeline_schedule
     if name in GENERATORS:
         return make_schedule(name, shape_of(config, micro_batches)).splits_backward
-    return name == "auto" or read_csv(Path(name).expanduser()).splits_backward
+    return name == "auto" or read_csv(_path(name)).splits_backward
+
+
+def save_plan(plan: Plan, times: PartTimes, made_for: dict[str, Any], folder: Path) -> None:
+    """Writes what `auto` found into a run's pipeline/ folder: the schedule, the cut, and the times they were found for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(plan.schedule, folder / "schedule.csv")
+    write_part_times(times, folder / "times.json")
+    write_costs(costs_of(times, plan.layers), folder)
+    layers = [[own.start, own.stop] for own in plan.layers]
+    # Last: without it there is no plan.
+    (folder / PLAN_FILE).write_text(
+        json.dumps({"how": plan.how, "layers": layers, "made_for": made_for}, indent=2) + "\n"
+    )
+
+
+def saved_plan(made_for: dict[str, Any], folder: Path) -> Plan | None:
+    """The plan that a run has, if it was made for this: a resumed run goes on in the same order, to the last bit."""
+    if not (folder / PLAN_FILE).is_file():
+        return None
+    saved = json.loads((folder / PLAN_FILE).read_text())
+    if saved["made_for"] != made_for:
+        return None
+    return Plan(read_csv(folder / "schedule.csv"), [range(*own) for own in saved["layers"]], saved["how"])
+
+
+def write_costs(costs: Costs, folder: Path) -> None:
+    """What each stage takes, for pictures of what was predicted."""
+    (folder / "costs.json").write_text(json.dumps(asdict(costs), indent=2) + "\n")
+
+
+def measured_costs(timeline: Timeline) -> Costs:
+    """What each stage took in a measured step: means over micro-batches; a B counts as I and W in equal parts."""
+    spent: dict[tuple[int, str], list[float]] = {}
+    for actions, starts, ends in zip(timeline.schedule.ranks, timeline.starts, timeline.ends, strict=True):
+        for action, start, end in zip(actions, starts, ends, strict=True):
+            for kind in {"B": "IW"}.get(action.kind, action.kind):
+                spent.setdefault((action.stage, kind), []).append((end - start) / (2 if action.kind == "B" else 1))
+    stages = range(timeline.schedule.stages)
+    forward, input_, weight = (tuple(sum(spent[s, kind]) / len(spent[s, kind]) for s in stages) for kind in "FIW")
+    ones = (1.0,) * len(stages)
+    return Costs(forward, input_, weight, gather=(0.0,) * len(stages), held=ones, kept=ones)

@@ -16,7 +16,8 @@ from rowwise.optim.build import assignment_table, build_optimizer, set_lr, set_s
 from rowwise.optim.in_backward import InBackward
 from rowwise.optim.shell import Optimizer
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
-from rowwise.parallel.precision import initial_loss_scale, master_dtype, next_loss_scale, policy
+from rowwise.parallel.pipeline import Span
+from rowwise.parallel.precision import compute_dtype, initial_loss_scale, master_dtype, next_loss_scale, policy
 from rowwise.parallel.replicate import gradient_sum, replicate_model
 from rowwise.parallel.shard import is_split, materialize, merge_parts, shard_model
 from rowwise.trainer.checkpoint import Saver, first_sound, load, tensors_of
@@ -29,7 +30,7 @@ from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.models.decoder import Decoder, flops_per_token
 from rowwise.trainer.models.huggingface import rows_from
 from rowwise.trainer.models.init import random_rows
-from rowwise.trainer.pipeline import StagedDecoder, connect_stages, make_plan
+from rowwise.trainer.pipeline import StagedDecoder, connect_stages, keep_trace, make_plan
 from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_facts
 from rowwise.trainer.sample import generate
@@ -38,7 +39,7 @@ from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients, step_in_backward
 from rowwise.trainer.stop import StopSignals
 
-Update = Callable[[list[MicroBatch], float, bool], StepReport]
+Update = Callable[[list[MicroBatch], float, bool, list[Span] | None], StepReport]
 
 
 def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
@@ -80,7 +81,10 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             lr, scale_used = config.optim.lr * config.schedule.factor(state.step, config.steps), state.loss_scale.scale
 
             set_lr(optimizer, lr)
-            report = update(micro_batches, scale_used, stop.requested)
+            spans: list[Span] | None = [] if state.step + 1 == config.parallel.pipeline_trace else None
+            report = update(micro_batches, scale_used, stop.requested, spans)
+            if spans is not None:
+                keep_trace(spans, Path(config.run_dir) / "pipeline", mesh)
             if not report.finite:
                 saver.wait()  # an error would end the save under way
                 require_usable(report, config, state)
@@ -104,14 +108,15 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
 
 
 def make_update(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, optimizer: Optimizer) -> Update:
-    """The function that makes one step: from micro-batches, the loss scale and whether this rank is to stop."""
+    """The function that makes one step: from micro-batches, the loss scale, whether this rank is to stop, and where the
+    timeline of a pipeline goes."""
     zero, places = config.parallel.zero, config.batch.global_size * config.batch.seq_len
     if config.optim.in_backward:
         in_backward = InBackward(optimizer, gradient_sum(model, mesh))
-        return lambda batches, loss_scale, stop: step_in_backward(model, batches[0], mesh, zero, in_backward, stop)
+        return lambda batches, scale, stop, _: step_in_backward(model, batches[0], mesh, zero, in_backward, stop)
 
-    def update(batches: list[MicroBatch], loss_scale: float, stop: bool) -> StepReport:
-        report = compute_gradients(model, batches, mesh, zero, places, config.clip_norm, loss_scale, stop)
+    def update(batches: list[MicroBatch], loss_scale: float, stop: bool, trace: list[Span] | None) -> StepReport:
+        report = compute_gradients(model, batches, mesh, zero, places, config.clip_norm, loss_scale, stop, trace)
         if report.finite:
             optimizer.step()
         optimizer.zero_grad()
@@ -123,8 +128,8 @@ def make_update(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder,
 def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:
     """The decoder, or this rank's stages of it, split over the mesh and filled: each rank makes its own rows and no
     others."""
-    axis = mesh.pipeline
-    plan = None if axis is None else make_plan(config.parallel, config.model, config.batch, mesh)
+    axis, dtype, folder = mesh.pipeline, compute_dtype(config.precision), Path(config.run_dir) / "pipeline"
+    plan = None if axis is None else make_plan(config.parallel, config.model, config.batch, dtype, folder, mesh)
     with torch.device("meta"):
         if axis is None or plan is None:
             model: Decoder | StagedDecoder = Decoder(config.model)
@@ -147,7 +152,7 @@ def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:
         replicate_model(stage, mesh)
     if isinstance(model, StagedDecoder):
         assert plan is not None
-        connect_stages(model, plan.schedule, config.parallel, config.precision, mesh)
+        connect_stages(model, plan.schedule, config.parallel, dtype, mesh)
     return model
 
 

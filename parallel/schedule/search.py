@@ -70,10 +70,7 @@ def find_schedule(
     """
     stages = shape.ranks * shape.chunks
     if len(costs.forward) != stages:
-        raise ValueError(
-            f"the costs are of {len(costs.forward)} stages and {shape.ranks} ranks x {shape.chunks} chunks are {stages}; "
-            "give an entry a stage"
-        )
+        raise ValueError(f"the costs are of {len(costs.forward)} stages, the shape has {stages}; give an entry a stage")
     aim = _Aim(shape, costs, limit * _SLACK, synchronised, gathering)
     placements = [loop_placement(shape.ranks, shape.chunks)]
     if shape.chunks == 2 and shape.ranks > 1:
@@ -82,13 +79,12 @@ def find_schedule(
     placements = [placement for placement, needed in zip(placements, least, strict=True) if needed <= aim.limit]
     if not placements:
         raise ValueError(
-            f"limit={limit:g} holds no micro-batch on all chunks of a rank: the smallest possible is {min(least)!r}; raise the "
-            "limit, or give smaller micro-batches, more ranks or activation checkpointing"
+            f"limit={limit:g} holds no micro-batch on all chunks of a rank: the smallest possible is {min(least)!r}; raise "
+            "the limit, or give smaller micro-batches, more ranks or activation checkpointing"
         )
     budget = int(seconds * _ACTIONS_A_SECOND / aim.actions / (1 if synchronised else 2))
     pool = [*_named(aim), *islice(_greedy(aim, placements), max(4, budget // 2 // _PLAY))]
-    bound = min(_bound(aim, placement) for placement in placements)
-    proved = False
+    bound, proved = min(_bound(aim, placement) for placement in placements), False
     if _best(aim, pool).seconds > bound * _SLACK:
         if synchronised and gathering == "none" and aim.actions * shape.chunks <= _EXACT:
             optima, proved = _exact(aim, placements, pool, seconds)
@@ -124,7 +120,7 @@ def _bound(aim: _Aim, placement: Placement) -> float:
     for stages in placement:
         work = sum(costs.forward[stage] + costs.input[stage] + costs.weight[stage] for stage in stages)
         before = range(min(stages)) if aim.synchronised else ()
-        way = sum(costs.forward[s] + (costs.send if rank_of[s] != rank_of[s + 1] else 0.0) for s in before)
+        way = sum(costs.forward[s] + costs.send * (rank_of[s] != rank_of[s + 1]) for s in before)
         longest = max(longest, way + work * aim.shape.micro_batches)
     return longest + costs.step
 
@@ -157,9 +153,8 @@ def _exact(
 ) -> tuple[list[Found], bool]:
     """The optimum of each placement, and whether all are proved."""
     if any(kept > held for kept, held in zip(aim.costs.kept, aim.costs.held, strict=True)):
-        return [], False
-    optima: list[Found] = []
-    proved = True
+        return [], False  # `solve` does not count that
+    optima, proved = list[Found](), True
     for placement in placements:
         rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
         known = _best(aim, [found for found in pool if found.schedule.rank_of == rank_of])

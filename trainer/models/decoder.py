@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False) if needs_head else None
 
     @property
-    def tied_copy(self) -> nn.Parameter | None:
+    def tied_copy(self) -> Tensor | None:
         """The copy of another stage's embedding that this one has for a head."""
         return self.head.weight if self.config.tie_embeddings and self.head is not None else None
 
@@ -167,7 +167,9 @@ class Decoder(nn.Module):
     def parts(self) -> list[list[nn.Module]]:
         """What is used together, in forward order. An embedding that is used first and last belongs to the whole."""
         tied = self.embed is not None and self.norm is not None and self.head is None
-        ends = [[] if tied or module is None else [module] for module in (self.embed, self.norm, self.head)]
+        ends: list[list[nn.Module]] = [
+            [] if tied or module is None else [module] for module in (self.embed, self.norm, self.head)
+        ]
         blocks: list[list[nn.Module]] = [[block] for block in self.blocks.values()]
         return [part for part in [ends[0], *blocks, [] if tied else [*ends[1], *ends[2]]] if part]
 

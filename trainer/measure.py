@@ -1,0 +1,141 @@
+"""How long the parts of a model take on these machines, for `parallel.pipeline_schedule=auto` and for the cut.
+
+Three stages of one layer each are made, timed and thrown away: one with the embedding, one with nothing else, one with the
+norm, the head and the loss. A layer takes what the second does; what comes before and after is the rest of the others.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from rowwise.parallel.channels import receive_from, send_to
+from rowwise.parallel.defer import WeightGradients, deferred
+from rowwise.parallel.mesh import Mesh, make_lanes
+from rowwise.trainer.data.batches import BatchConfig
+from rowwise.trainer.loss import loss_of
+from rowwise.trainer.models.decoder import Decoder, ModelConfig
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of F, I and W for one micro-batch."""
+
+    forward: float
+    input: float
+    weight: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.input + self.weight
+
+
+@dataclass(frozen=True)
+class PartTimes:
+    """Of what comes before the layers, of one layer, of what comes after; of one message between stages, and of gathering
+    one layer's weights."""
+
+    before: Times
+    layer: Times
+    after: Times
+    send: float
+    gather: float
+
+
+def read_part_times(path: Path) -> PartTimes:
+    """The times in a JSON file, such as a run's pipeline/times.json. Raises ValueError."""
+    try:
+        return TypeAdapter(PartTimes).validate_json(path.read_text(), strict=True)
+    except OSError as error:
+        raise ValueError(f"parallel.pipeline_costs={path}: {error.strerror}; leave it null to measure") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"parallel.pipeline_costs={path}: {where}: {first['msg']}") from None
+
+
+def measure_parts(model: ModelConfig, batch: BatchConfig, dtype: torch.dtype, split: bool, mesh: Mesh) -> PartTimes:
+    """Medians of a few repeats, and of those the slowest rank's. `dtype`: of computation; `split`: whether weights are
+    gathered. All ranks must call it."""
+    ends = [_time_stage(replace(model, layers=3), layer, batch, dtype, mesh.device) for layer in range(3)]
+    send = _time_message(torch.zeros(batch.micro_size, batch.seq_len, model.dim, dtype=dtype, device=mesh.device), mesh)
+    gather = _time_gather(model, dtype, mesh) if split else 0.0
+    seconds = torch.tensor([*(t for end in ends for t in end), send, gather], dtype=torch.float64)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX, group=mesh.save_group)
+    first, layer, last, (send, gather) = (part.tolist() for part in seconds.split([3, 3, 3, 2]))
+    before, after = ([max(0.0, a - b) for a, b in zip(end, layer, strict=True)] for end in (first, last))
+    return PartTimes(Times(*before), Times(*layer), Times(*after), send, gather)
+
+
+def _time_stage(
+    model: ModelConfig, layer: int, batch: BatchConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[float, float, float]:
+    with torch.device(device):
+        stage = Decoder(model, range(layer, layer + 1)).to(dtype)
+        tokens = torch.zeros(batch.micro_size, batch.seq_len, dtype=torch.int64)
+        positions = torch.arange(batch.seq_len).expand_as(tokens)
+        x = torch.randn(*tokens.shape, model.dim, dtype=dtype)
+    rounds = []
+    for _ in range(REPEATS + 1):
+        later = WeightGradients()
+        began = _now(device)
+        with deferred(later):
+            y = stage(tokens if layer == 0 else x.detach().requires_grad_(), positions)
+        if stage.norm is not None:
+            y, _ = loss_of(y, tokens)
+        forward = _now(device)
+        y.backward(None if y.ndim == 0 else torch.ones_like(y))
+        input_ = _now(device)
+        later.run()
+        rounds.append((forward - began, input_ - forward, _now(device) - input_))
+    f, i, w = (statistics.median(kind) for kind in zip(*rounds[1:], strict=True))
+    return f, i, w
+
+
+def _time_message(tensor: Tensor, mesh: Mesh) -> float:
+    """Half of a way there and back, between the first two places of the pipeline."""
+    axis = mesh.pipeline
+    assert axis is not None
+    lanes = make_lanes(axis, {(0, 1), (1, 0)}, mesh.device)
+    rounds = []
+    for _ in range(REPEATS + 1 if axis.rank < 2 else 0):
+        began = _now(mesh.device)
+        if axis.rank == 0:
+            send_to(1, tensor, axis, lanes).wait()
+        receive_from(1 - axis.rank, tensor, axis, lanes).wait()
+        if axis.rank == 1:
+            send_to(0, tensor, axis, lanes).wait()
+        rounds.append((_now(mesh.device) - began) / 2)
+    return statistics.median(rounds[1:]) if rounds else 0.0
+
+
+def _time_gather(model: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> float:
+    group = mesh.states.get_group("shard")
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in Decoder(replace(model, layers=3), range(1, 2)).parameters())
+    mine = torch.zeros(-(-numbers // group.size()), dtype=dtype, device=mesh.device)
+    whole = mine.new_empty(mine.numel() * group.size())
+    rounds = []
+    for _ in range(REPEATS + 1):
+        began = _now(mesh.device)
+        dist.all_gather_into_tensor(whole, mine, group=group)
+        rounds.append(_now(mesh.device) - began)
+    return statistics.median(rounds[1:])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def write_part_times(times: PartTimes, path: Path) -> None:
+    """As `read_part_times` reads them."""
+    path.write_bytes(TypeAdapter(PartTimes).dump_json(times, indent=2) + b"\n")
