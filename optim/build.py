@@ -30,6 +30,7 @@ OptimConfig = (
 )  # fmt: skip
 
 LOW_RANK = {"galore": GaLore, "dct": DCT, "fira": Fira, "apollo": Apollo, "apollo_mini": ApolloMini}
+ELEMENTWISE = ("adamw", "adamw8bit", "lion", "lion8bit")  # and so are all that they fall back on
 MATRICES_ONLY = {"adamw8bit", "lion8bit"}  # of what optim.assign can name
 # What `own` means: rule -> kind -> rule; a kind that is not named has the rule itself.
 HIDDEN_ONLY = {"embedding": "adamw", "head": "adamw", "vector": "adamw"}

@@ -54,6 +54,22 @@ class Optimizer(torch.optim.Optimizer):
         group, name = self._places[p]
         self._apply(group, [(name, p)])
 
+    @torch.no_grad()
+    def remember(self) -> list[Tensor]:
+        """Copies of all that a step changes on this rank: its rows of the parameters and of their states."""
+        return [t.clone() for t in self._changed()]
+
+    @torch.no_grad()
+    def undo(self, remembered: list[Tensor]) -> None:
+        """Takes the last step back, to the last bit. Only where no rank of the shard group keeps it: a rule that exchanges
+        messages may not be undone on one rank alone."""
+        torch._foreach_copy_(self._changed(), remembered)
+        for group in self.param_groups:
+            group["step"] -= 1
+
+    def _changed(self) -> list[Tensor]:
+        return [t for p in self._places for t in (local(p.detach()), *self._local_states[p].values())]
+
     def _apply(self, group: dict[str, Any], named: list[tuple[str, Tensor]]) -> None:
         params = [local(p) for _, p in named]
         grads = [local(p.grad) for _, p in named if p.grad is not None]

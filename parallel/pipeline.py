@@ -81,8 +81,8 @@ class Pipeline:
         Leaves in every gradient the sum over micro-batches and data-parallel ranks. `trace` is filled with the spans of
         this rank's actions, in seconds since the epoch of the machine.
         """
-        for stage in self.stages.values():
-            hold_gradients(stage, release_after_backward=self.gathering == "micro_batch")
+        for module in self.stages.values():
+            hold_gradients(module, release_after_backward=self.gathering == "micro_batch")
         self._refresh_tied()
         channels = Channels(self.schedule, self.axis, self._lanes, buffer)
         actions = self.schedule.ranks[self.axis.rank]
@@ -102,8 +102,8 @@ class Pipeline:
                 left[action.stage] -= 1
                 if not left[action.stage]:
                     reduce_gradients(self.stages[action.stage])
-        for stage in self.stages.values():
-            wait_for_gradients(stage)
+        for module in self.stages.values():
+            wait_for_gradients(module)
         self._move_tied_gradient()
         channels.close()
 
@@ -117,8 +117,8 @@ class Pipeline:
                 y = forward(stage, i, channels.receive((True, stage, i)) if stage else None)
                 if stage + 1 < schedule.stages:
                     channels.send((True, stage + 1, i), y)
-        for stage in self.stages.values():
-            release_gathered(stage)
+        for module in self.stages.values():
+            release_gathered(module)
         channels.close()
 
     def broadcast_from_last(self, tensor: Tensor) -> None:

@@ -95,6 +95,10 @@ def test_as_fast_as_the_best_of_all_orders(seed):
         for limit in (max(costs.held), 1.5 * max(costs.held), 2 * max(costs.held)):
             found = find_schedule(Shape(2, 1, 2), costs, limit, *rules, seconds=QUICK)
             assert found.seconds == pytest.approx(shortest(2, 2, costs, limit, *rules), rel=1e-9), (rules, limit)
+            # Only the programme, and a rank that never waits once a forward has come, prove anything.
+            work = [2 * (costs.forward[r] + costs.input[r] + costs.weight[r]) + costs.step for r in range(2)]
+            no_wait = max(work[0], work[1] + rules[0] * (costs.forward[0] + costs.send))
+            assert found.proved == (rules == (True, "none") or found.seconds <= no_wait * SLACK)
 
 
 @pytest.mark.parametrize("share", [1.0, 1.5, 2.0])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from rowwise.optim.build import OptimConfig, check_optimizer
+from rowwise.optim.build import ELEMENTWISE, OptimConfig, check_optimizer
 from rowwise.optim.schedules import ScheduleConfig, check_schedule
 from rowwise.parallel.mesh import ParallelConfig, resolve_degrees
 from rowwise.parallel.precision import PrecisionConfig, check_precision
@@ -93,6 +93,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     micro_batches = config.batch.global_size // config.batch.micro_size // data_degree
     check_pipeline(parallel, config.model.layers, micro_batches)
     _check_compile(config, parallel, micro_batches)
+    _check_post_validation(config, parallel)
     _check_param_dtype(config, micro_batches)
     _check_in_backward(config, parallel, micro_batches)
     return replace(config, parallel=parallel)
@@ -127,6 +128,14 @@ def _check_compile(config: TrainConfig, parallel: ParallelConfig, micro_batches:
         raise ValueError(
             f"compile=true with parallel.pipeline_schedule={parallel.pipeline_schedule}: a compiled block computes its "
             "input and weight gradients together; give compile=false, or gpipe, 1f1b or interleaved_1f1b"
+        )
+
+
+def _check_post_validation(config: TrainConfig, parallel: ParallelConfig) -> None:
+    if parallel.post_validation and config.optim.name not in ELEMENTWISE:
+        raise ValueError(
+            f"parallel.post_validation with optim={config.optim.name}: its step exchanges messages or draws on a basis that "
+            f"one rank cannot take back alone; possible are {', '.join(ELEMENTWISE)}, or parallel.post_validation=false"
         )
 
 

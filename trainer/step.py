@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rowwise.optim.in_backward import InBackward
+from rowwise.optim.shell import Optimizer
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.pipeline import Span
 from rowwise.parallel.shard import begin_micro_batch, clip_factor, finish_backward, gradients, squared_norm
@@ -54,18 +55,96 @@ def compute_gradients(
     four float64 over all ranks, whose result is the only point where the host waits for the device. `trace` takes the
     timeline of a pipeline.
     """
-    totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
-    totals[:2] = accumulate(model, batches, mesh.device, zero, loss_scale / places, trace)
-    shards = gradients(model)
-    totals[2] = squared_norm(shards) / mesh.state_replicas
-    totals[3] = float(stop)
+    totals = local_totals(model, batches, mesh, zero, loss_scale / places, stop, trace)
     dist.all_reduce(totals)
+    report = read_totals(totals, places, loss_scale)
+    if report.finite:
+        shards = gradients(model)
+        scale_(shards, mean_factor(report.valid_tokens, places, loss_scale))
+        scale_(shards, clip_factor(report.grad_norm, clip_norm))
+    return report
+
+
+def step_at_once(
+    model: nn.Module,
+    batches: list[MicroBatch],
+    mesh: Mesh,
+    zero: int,
+    places: int,
+    clip_norm: float,
+    loss_scale: float,
+    optimizer: Optimizer,
+    stop: bool = False,
+    trace: list[Span] | None = None,
+) -> StepReport:
+    """`compute_gradients` and the optimizer's step without waiting between them (Qi et al., *Zero Bubble*, section 4):
+    each rank steps as soon as its own gradients are there, as if none were clipped, while the global norm is on its way;
+    where that was wrong, the step is undone, and made again with clipped gradients or not at all. Equal to the ordinary
+    step to the last bit.
+
+    Beside it, one all-reduce of one float64 (the valid tokens) while the micro-batches go through; and a copy of this
+    rank's rows of the parameters and their states for as long as the norm is on its way.
+    """
+    count = sum((batch.labels != IGNORE).sum() for batch in batches)
+    tokens = torch.as_tensor(count, dtype=torch.float64, device=mesh.device)
+    counted = dist.all_reduce(tokens, async_op=True)
+    totals = local_totals(model, batches, mesh, zero, loss_scale / places, stop, trace)
+    usable = math.isfinite(totals[2])
+    summed = dist.all_reduce(totals, async_op=True)
+    assert counted is not None and summed is not None
+    counted.wait()
+    shards, before = gradients(model), None
+    if usable:
+        # Every stage of a replica counted the same tokens.
+        scale_(shards, mean_factor(int(tokens) * mesh.data_degree // mesh.world_size, places, loss_scale))
+        before = optimizer.remember()
+        optimizer.step()
+    summed.wait()
+    report = read_totals(totals, places, loss_scale)
+    factor = clip_factor(report.grad_norm, clip_norm)
+    if before is not None and (not report.finite or factor < 1):
+        optimizer.undo(before)
+    if report.finite and factor < 1:
+        scale_(shards, factor)
+        optimizer.step()
+    return report
+
+
+def local_totals(
+    model: nn.Module,
+    batches: list[MicroBatch],
+    mesh: Mesh,
+    zero: int,
+    scale: float,
+    stop: bool,
+    trace: list[Span] | None,
+) -> Tensor:
+    """Forward and backward; then this rank's loss sum, valid tokens, squared norm of its gradient shards, and whether it
+    is asked to stop: what summed over all ranks says all of a step."""
+    totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+    totals[:2] = accumulate(model, batches, mesh.device, zero, scale, trace)
+    totals[2] = squared_norm(gradients(model)) / mesh.state_replicas
+    totals[3] = float(stop)
+    return totals
+
+
+def read_totals(totals: Tensor, places: int, loss_scale: float) -> StepReport:
+    """The report in what `local_totals` gave, summed over all ranks."""
     loss_sum, tokens, norm_squared, stops = totals.tolist()
-    mean = places / max(1.0, tokens) / loss_scale
-    norm = math.sqrt(norm_squared) * mean if math.isfinite(norm_squared) else math.inf
-    if math.isfinite(norm) and shards:
-        torch._foreach_mul_(shards, mean * clip_factor(norm, clip_norm))
+    finite = math.isfinite(norm_squared)
+    norm = math.sqrt(norm_squared) * mean_factor(int(tokens), places, loss_scale) if finite else math.inf
     return StepReport(loss_sum / max(1.0, tokens), norm, int(tokens), stops > 0)
+
+
+def mean_factor(tokens: int, places: int, loss_scale: float) -> float:
+    """What makes of the sum of scaled losses divided by places, M, the mean over valid tokens, N: M / N / scale."""
+    return places / max(1, tokens) / loss_scale
+
+
+def scale_(shards: list[Tensor], factor: float) -> None:
+    """Multiplies each in place."""
+    if shards and factor != 1:
+        torch._foreach_mul_(shards, factor)
 
 
 def step_in_backward(

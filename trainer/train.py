@@ -36,7 +36,7 @@ from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_f
 from rowwise.trainer.sample import generate
 from rowwise.trainer.stages import gathering
 from rowwise.trainer.state import TrainState
-from rowwise.trainer.step import StepReport, compute_gradients, step_in_backward
+from rowwise.trainer.step import StepReport, compute_gradients, step_at_once, step_in_backward
 from rowwise.trainer.stop import StopSignals
 
 Update = Callable[[list[MicroBatch], float, bool, list[Span] | None], StepReport]
@@ -116,6 +116,11 @@ def make_update(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder,
         return lambda batches, scale, stop, _: step_in_backward(model, batches[0], mesh, zero, in_backward, stop)
 
     def update(batches: list[MicroBatch], loss_scale: float, stop: bool, trace: list[Span] | None) -> StepReport:
+        if config.parallel.post_validation:
+            at_once = (model, batches, mesh, zero, places, config.clip_norm, loss_scale, optimizer, stop, trace)
+            report = step_at_once(*at_once)
+            optimizer.zero_grad()
+            return report
         report = compute_gradients(model, batches, mesh, zero, places, config.clip_norm, loss_scale, stop, trace)
         if report.finite:
             optimizer.step()
