@@ -44,8 +44,6 @@ class Channels:
         if receiver == self._axis.rank:
             self._here[key] = tensor
             return
-        while self._leaving and self._leaving[0][0].is_completed():
-            self._leaving.popleft()
         self._leaving.append((send_to(receiver, tensor.contiguous(), self._axis, self._lanes), tensor))
 
     def expect(self, key: Key) -> None:
@@ -55,6 +53,11 @@ class Channels:
         while sender != self._axis.rank and key not in self._coming:
             buffer, coming = self._buffer(), self._expected[sender].popleft()
             self._coming[coming] = receive_from(sender, buffer, self._axis, self._lanes), buffer
+
+    def free(self) -> None:
+        """Lets go of what is sent and gone. (gloo does not say so before the end, and keeps what was sent until then.)"""
+        while self._leaving and self._leaving[0][0].is_completed():
+            self._leaving.popleft()
 
     def receive(self, key: Key) -> Tensor:
         """The message `key`, once it has arrived."""

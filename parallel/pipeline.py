@@ -6,15 +6,16 @@
     B   I and W in one backward
 
 Every micro-batch's gradients are added up whole on the stage and cross data-parallel ranks once, after its last W or B.
-At stage 3 of ZeRO, weights are gathered block by block for each micro-batch, or (`gathering="run"`) a stage at once for
-all actions up to those of another stage, the next stage's gather going on meanwhile.
+At stage 3 of ZeRO, weights are gathered block by block as they are used, and freed after each micro-batch, or
+(`gathering="run"`) kept for all actions up to those of another stage: at most one stage and one block are whole.
 
 Bytes a rank sends for each micro-batch: B S D in the dtype of computation for each stage boundary and direction, unless
 both sides are its own; with a tied embedding, its local rows twice a step between the first stage and the last.
 """
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -31,8 +32,9 @@ from rowwise.parallel.schedule.order import Action, Schedule
 from rowwise.parallel.schedule.simulate import Gathering, gathers
 from rowwise.parallel.shard import (
     add_up_gradients,
-    gather,
     hold_gradients,
+    keep_gathered,
+    prefetch_within,
     reduce_gradients,
     release_gathered,
     wait_for_gradients,
@@ -72,6 +74,8 @@ class Pipeline:
         self._lanes = make_lanes(self.axis, {pair for pair in pairs if pair[0] != pair[1]}, self.device)
         if self.device.type == "cuda":
             warm_up(self.axis, self._lanes, self.device)
+        for module in self.stages.values():
+            prefetch_within(module)
         self._split = {(stage, i) for stage, kind, i in self.schedule.ranks[self.axis.rank] if kind == "I"}
 
     def forward_backward(self, forward: Forward, buffer: Callable[[], Tensor], trace: list[Span] | None = None) -> None:
@@ -86,13 +90,14 @@ class Pipeline:
         self._refresh_tied()
         channels = Channels(self.schedule, self.axis, self._lanes, buffer)
         actions = self.schedule.ranks[self.axis.rank]
-        runs = gathers(actions, "run") if self.gathering == "run" else []
+        released = last_uses(actions) if self.gathering == "run" else None
         left = dict.fromkeys(self.stages, self.schedule.micro_batches)
         opened: dict[tuple[int, int], _Open] = {}
         for position, action in enumerate(actions):
+            channels.free()
             self._expect(channels, actions[position : position + 2])
-            if position in runs:
-                self._change_gathered(actions, runs, position)
+            if released is not None and action.kind != "W":
+                keep_gathered(self.stages[action.stage], position not in released)
             started = _now(self.device) if trace is not None else 0.0
             self._do(action, opened, forward, channels)
             if trace is not None:
@@ -158,15 +163,6 @@ class Pipeline:
             if (kind == "F" and stage > 0) or (kind in "IB" and stage < self.schedule.stages - 1):
                 channels.expect((kind == "F", stage, i))
 
-    def _change_gathered(self, actions: tuple[Action, ...], runs: list[int], position: int) -> None:
-        """Gathers the stage of the run that begins at `position`, and the next run's; frees the others."""
-        at = runs.index(position)
-        wanted = [actions[begin].stage for begin in runs[at : at + 2]]
-        for number in self.stages.keys() - set(wanted):
-            release_gathered(self.stages[number])
-        for number in wanted:
-            gather(self.stages[number])
-
     def _refresh_tied(self) -> None:
         """The last stage's copy of the embedding gets the first stage's numbers."""
         if self.tied is not None:
@@ -198,6 +194,13 @@ class Pipeline:
             send_to(receiver, given.contiguous(), self.axis, self._lanes).wait()
         elif taken is not None:
             receive_from(sender, taken, self.axis, self._lanes).wait()
+
+
+def last_uses(actions: Sequence[Action]) -> set[int]:
+    """The positions of a rank's order after which weights are freed: another stage's are used next."""
+    begins = set(gathers(actions, "run"))
+    uses = [position for position, action in enumerate(actions) if action.kind != "W"]
+    return {use for use, following in itertools.pairwise(uses) if following in begins} | {uses[-1]}
 
 
 def _now(device: torch.device) -> float:

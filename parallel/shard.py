@@ -41,14 +41,12 @@ def shard_model(
     mesh: Mesh,
     zero: int,
     policy: MixedPrecisionPolicy,
-    keep_gathered: bool = False,
 ) -> None:
     """Splits `model` in place. `parts`, in forward order, are gathered and reduced as one each; what they leave of
-    the model is one more. What is used last in the forward is used first in the backward and stays gathered between.
-    `keep_gathered`: so does everything, until it is released."""
+    the model is one more. What is used last in the forward is used first in the backward and stays gathered between."""
     states = mesh.states if mesh.states.size(0) > 1 else mesh.states["shard"]
     for part in parts if len(parts) > 1 else []:  # one part is everything: the root's
-        keep = zero < 3 or keep_gathered or part is parts[-1]
+        keep = zero < 3 or part is parts[-1]
         fully_shard(part if len(part) > 1 else part[0], mesh=states, mp_policy=policy, reshard_after_forward=not keep)
     fully_shard(model, mesh=states, mp_policy=policy, reshard_after_forward=False)
     for module in sharded_modules(model):
@@ -148,12 +146,22 @@ def wait_for_gradients(model: nn.Module) -> None:
         model._get_fsdp_state()._root_post_backward_final_callback()
 
 
-def gather(model: nn.Module) -> None:
-    """Starts to gather all parameters of a stage; its forward waits for them. Nothing where they are gathered."""
+def prefetch_within(model: nn.Module) -> None:
+    """Makes the backward of a stage gather ahead what is used next in it, and nothing at its end: FSDP2 by itself would
+    gather what was used before in the forward, which may be another micro-batch's."""
+    parts = {
+        id(module._get_fsdp_state()): module for module in sharded_modules(model) if fsdp_group(module) is not None
+    }
+    ordered = list(parts.values())
+    for before, module in zip(ordered[:1] + ordered, ordered, strict=False):
+        module.set_modules_to_backward_prefetch([before])
+
+
+def keep_gathered(model: nn.Module, keep: bool) -> None:
+    """Whether the coming forward or backward of a stage leaves its parameters gathered."""
     if isinstance(model, FSDPModule):
-        model._get_fsdp_state()._lazy_init()
-    for module in sharded_modules(model):
-        module.unshard(async_op=True)
+        model.set_reshard_after_forward(not keep)
+        model.set_reshard_after_backward(not keep)
 
 
 def fsdp_group(module: FSDPModule) -> Any:

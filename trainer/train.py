@@ -34,7 +34,6 @@ from rowwise.trainer.pipeline import StagedDecoder, connect_stages, keep_trace, 
 from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_facts
 from rowwise.trainer.sample import generate
-from rowwise.trainer.stages import gathering
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients, step_at_once, step_in_backward
 from rowwise.trainer.stop import StopSignals
@@ -149,7 +148,7 @@ def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:
         for block in stage.blocks.values() if config.compile else []:
             block.compile()
         if split:
-            shard_model(stage, merge_parts(stage.parts(), zero), mesh, zero, mixed, gathering(config.parallel) == "run")
+            shard_model(stage, merge_parts(stage.parts(), zero), mesh, zero, mixed)
     source = config.model.init_from
     rows = random_rows(config.model, config.seed) if source is None else rows_from(Path(source).expanduser())
     materialize(model, mesh.device, rows)

@@ -1,0 +1,170 @@
+"""What a pipeline holds and sends, counted while it runs: activations as the checker says, gathers as the plan says."""
+
+import itertools
+from statistics import median
+
+import pytest
+import torch
+from messages import Messages
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from parity import small_config, with_layout
+from rowwise.parallel.mesh import make_mesh
+from rowwise.parallel.schedule.generate import Shape, blockwise, units
+from rowwise.parallel.schedule.simulate import Costs, gathers, peak_activations
+from rowwise.trainer.data.open import open_data
+from rowwise.trainer.train import build_model, train_batches
+
+MICRO_BATCHES = 8
+
+
+def plain_tensors(tree) -> list[Tensor]:
+    """All tensors in a tree that have a storage."""
+    return [t for t in tree_leaves(tree) if type(t) in (Tensor, torch.nn.Parameter)]
+
+
+class LiveBytes(TorchDispatchMode):
+    """While entered, knows the storages that operations made and that still live."""
+
+    def __init__(self):
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in plain_tensors((*args, *(kwargs or {}).values()))}
+        for t in plain_tensors(result):
+            storage = t.untyped_storage()
+            if storage._cdata not in given:  # else a view, or written in place
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def now(self) -> int:
+        self._made = {key: (ref, size) for key, (ref, size) in self._made.items() if not ref.expired()}
+        return sum(size for _, size in self._made.values())
+
+
+class Watched(list):
+    """A trace that looks at the live bytes after every action."""
+
+    def __init__(self, live: LiveBytes):
+        super().__init__()
+        self.bytes: list[int] = []
+        self._live = live
+
+    def append(self, span):
+        super().append(span)
+        self.bytes.append(self._live.now())
+
+
+def watch(workers, config):
+    """(this rank's actions, live bytes after each beyond those before the first), in the second step."""
+    mesh = make_mesh(config.parallel, workers)
+    model = build_model(config, mesh)
+    batches = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
+    model.accumulate(next(batches), mesh.device, 1.0, None)
+    micro_batches = next(batches)
+    with LiveBytes() as live:
+        watched = Watched(live)
+        model.accumulate(micro_batches, mesh.device, 1.0, watched)
+    return [action for action, _, _ in watched], watched.bytes
+
+
+def held_bytes(actions, live: list[int]) -> Costs:
+    """What a micro-batch leaves on each stage of this rank after F and after I: medians, since messages come early."""
+    changes: dict[tuple[int, str], list[int]] = {}
+    for action, before, after in zip(actions, [0, *live], live, strict=False):
+        changes.setdefault((action.stage, action.kind), []).append(after - before)
+    held = tuple(float(median(changes.get((stage, "F"), [0]))) for stage in range(8))
+    kept = tuple(held[stage] + median(changes.get((stage, "I"), [0])) for stage in range(8))
+    zeros = (0.0,) * 8
+    return Costs(zeros, zeros, zeros, zeros, held, kept)
+
+
+def without_messages(actions, live: list[int], own: set[int], boundary: int) -> list[int]:
+    """`live` less what was sent to other ranks: gloo keeps it until the end."""
+    sent, rest = 0, []
+    for action, bytes_ in zip(actions, live, strict=True):
+        target = action.stage + {"F": 1, "I": -1, "B": -1, "W": 9}[action.kind]
+        sent += 0 <= target < 8 // (1 if len(own) == 2 else 2) and target not in own
+        rest.append(bytes_ - sent * boundary)
+    return rest
+
+
+@pytest.mark.parametrize(
+    "name, chunks",
+    [("gpipe", 1), ("gpipe", 2), ("1f1b", 1), ("interleaved_1f1b", 2), ("zb_h1", 1), ("zb_h2", 1), ("zb_v", 2), ("blockwise", 2)],
+)  # fmt: skip
+def test_activations_are_what_the_checker_says(ranks, tmp_path, name, chunks):
+    config = small_config(
+        tmp_path, "model.layers=8", "model.dim=24", "model.ffn_dim=96", "model.heads=2", "batch.global_size=16",
+        "batch.micro_size=2", "batch.seq_len=32",
+    )  # fmt: skip
+    config = with_layout(config, 4, pipeline=4, pipeline_schedule=name, virtual_stages=chunks, zero=0)
+    boundary = 2 * 32 * 24 * 8  # bytes of what crosses from stage to stage
+    for actions, bytes_ in ranks.run(watch, 4, config):
+        live = without_messages(actions, bytes_, {action.stage for action in actions}, boundary)
+        costs = held_bytes(actions, live)
+        expected = peak_activations(actions, costs)
+        assert min(held for held in costs.held if held) > 20 * boundary, "too small for a micro-batch more to be seen"
+        assert abs(max(live) - expected) <= 5 * boundary, (max(live), expected)  # messages that came early
+        assert live[-1] <= 5 * boundary, "something is left"
+
+
+def count_gathers(workers, config):
+    """(all-gathers in one step, groups of parameters of each stage)."""
+    mesh = make_mesh(config.parallel, workers)
+    model = build_model(config, mesh)
+    batches = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
+    model.accumulate(next(batches), mesh.device, 1.0, None)
+    with Messages() as messages:
+        model.accumulate(next(batches), mesh.device, 1.0, None)
+    return messages.calls, {stage: len(decoder.parts()) for stage, decoder in model.decoders.items()}
+
+
+@pytest.mark.parametrize("unit", [2, 4])
+def test_blockwise_gathers_once_a_unit_and_pass(ranks, tmp_path, unit):
+    """Weights cross ranks once for the forwards of a unit on a chunk and once for its input gradients; where one follows
+    the other, once for both. Gradients cross once a step."""
+    config = small_config(
+        tmp_path, "model.layers=8", "model.dim=12", "model.heads=2", "batch.global_size=16", "batch.micro_size=1"
+    )
+    layout = {"pipeline": 2, "virtual_stages": 2, "zero": 3, "pipeline_schedule": "blockwise", "pipeline_unit": unit}
+    plan = blockwise(Shape(2, 2, MICRO_BATCHES, unit))
+    rounds = len(units(MICRO_BATCHES, unit))
+    for rank, (calls, parts) in enumerate(ranks.run(count_gathers, 4, with_layout(config, 4, **layout))[::2]):
+        runs = [plan.ranks[rank][position].stage for position in gathers(plan.ranks[rank], "run")]
+        assert len(runs) == 1 + 2 * rounds  # 2 chunks: to the second and back for each unit
+        assert calls["_allgather_base_"] == sum(parts[stage] for stage in runs)
+        assert calls["_reduce_scatter_base_"] == sum(parts.values())
+
+
+def test_other_schedules_gather_for_every_micro_batch(ranks, tmp_path):
+    config = small_config(
+        tmp_path, "model.layers=8", "model.dim=12", "model.heads=2", "batch.global_size=16", "batch.micro_size=1"
+    )
+    for name, chunks in (("1f1b", 1), ("interleaved_1f1b", 2), ("zb_v", 2), ("blockwise", 2)):
+        layout = {"pipeline": 2, "virtual_stages": chunks, "zero": 3, "pipeline_schedule": name}
+        layout["pipeline_gather"] = "micro_batch"
+        for calls, parts in ranks.run(count_gathers, 4, with_layout(config, 4, **layout))[::2]:
+            groups = sum(parts.values())
+            # Forward and backward each; the last part of a stage stays whole between them, and prefetching saves some.
+            assert (
+                MICRO_BATCHES * (2 * groups - 2 * len(parts)) <= calls["_allgather_base_"] <= 2 * MICRO_BATCHES * groups
+            )
+            assert calls["_reduce_scatter_base_"] == groups
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_below_stage_3_weights_are_gathered_once_a_step(ranks, tmp_path, zero):
+    config = small_config(
+        tmp_path, "model.layers=8", "model.dim=12", "model.heads=2", "batch.global_size=16", "batch.micro_size=1"
+    )
+    layout = {"pipeline": 2, "virtual_stages": 2, "zero": zero, "pipeline_schedule": "interleaved_1f1b"}
+    counted = [calls for calls, _ in ranks.run(count_gathers, 4, with_layout(config, 4, **layout))]
+    for calls in counted:
+        assert calls["_allgather_base_"] == calls["_reduce_scatter_base_"] > 0
+    assert len({tuple(sorted(c.items())) for c in itertools.islice(counted, 2)}) == 1
