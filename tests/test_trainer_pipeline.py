@@ -1,0 +1,192 @@
+"""Whole runs on pipelines: moved between layouts, evaluated, sampled, traced, planned by measurement, validated late."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from parity import TOLERANCE, plain_model, relative_error, small_config, with_layout
+from rowwise.launch.schedule import show
+from rowwise.optim.build import build_optimizer, named_state
+from rowwise.parallel.mesh import make_mesh
+from rowwise.parallel.schedule.order import read_csv
+from rowwise.parallel.schedule.trace import read_trace
+from rowwise.trainer.data.open import open_data
+from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.sample import generate
+from rowwise.trainer.train import build_model, make_update, train_batches
+from runs import final_tensors, records, run_train, run_until
+
+STEPS = 12
+MODEL = ("model.layers=4", "model.tie_embeddings=true")
+OVERRIDES = (*MODEL, f"steps={STEPS}", "eval.every=4", "eval.batches=2", "batch.micro_size=1", "batch.global_size=8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pipeline-runs")
+
+
+def named(config, folder, name):
+    return replace(config, run_dir=str(folder / name))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ranks, folder):
+    """Never stopped, on one process."""
+    config = named(with_layout(small_config(folder, *OVERRIDES), 1), folder, "uninterrupted")
+    ranks.run(run_train, 1, config)
+    return config
+
+
+def assert_same_run(run_dir, other_dir):
+    np.testing.assert_allclose(np.array(records(run_dir)), np.array(records(other_dir)), rtol=TOLERANCE)
+    evaluated = [[r["eval_loss"] for r in read_metrics(Path(d)) if "eval_loss" in r] for d in (run_dir, other_dir)]
+    assert len(evaluated[0]) == STEPS // 4
+    np.testing.assert_allclose(*evaluated, rtol=TOLERANCE)
+    ours, theirs = final_tensors(run_dir), final_tensors(other_dir)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert relative_error(tensor, theirs[key]) <= TOLERANCE, key
+
+
+def test_a_run_moves_from_four_stages_to_one_process_and_back(ranks, folder, uninterrupted):
+    base = named(small_config(folder, *OVERRIDES), folder, "moved")
+    four = {"pipeline": 4, "pipeline_schedule": "zb_h2"}
+    stops = [(4, four, 4), (1, {}, 7), (4, {**four, "pipeline_schedule": "1f1b"}, 10)]
+    for world, degrees, stop_at in stops:
+        ranks.run(run_until, world, with_layout(base, world, **degrees), stop_at)
+    last = with_layout(base, 4, pipeline=2, pipeline_schedule="zb_v", virtual_stages=2, zero=3)
+    ranks.run(run_train, 4, last)
+    assert_same_run(base.run_dir, uninterrupted.run_dir)
+
+
+def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
+    layout = {"pipeline": 2, "pipeline_schedule": "zb_v", "virtual_stages": 2, "zero": 2}
+    config = with_layout(small_config(folder, *OVERRIDES), 4, **layout)
+    whole, stopped = named(config, folder, "whole"), named(config, folder, "stopped")
+    ranks.run(run_train, 4, whole)
+    ranks.run(run_until, 4, stopped, 6)
+    ranks.run(run_train, 4, stopped)
+    assert records(whole.run_dir) == records(stopped.run_dir)
+    theirs = final_tensors(whole.run_dir)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in final_tensors(stopped.run_dir).items())
+
+
+def sample(workers, config):
+    mesh = make_mesh(config.parallel, workers)
+    return generate(build_model(config, mesh), [1, 2, 3], 12, 0.0, config.batch.seq_len, 0, mesh.device)
+
+
+def test_a_pipeline_writes_what_one_process_writes(ranks, folder):
+    config = small_config(folder, *OVERRIDES)
+    alone = generate(plain_model(config), [1, 2, 3], 12, 0.0, config.batch.seq_len, 0, torch.device("cpu"))
+    for zero in (0, 3):
+        layout = with_layout(config, 4, pipeline=2, pipeline_schedule="zb_v", virtual_stages=2, zero=zero)
+        assert ranks.run(sample, 4, layout) == [alone] * 4
+
+
+def gradients_of(workers, config):
+    """Name -> this rank's gradient after one step's micro-batches, in the dtype in which they are kept."""
+    mesh = make_mesh(config.parallel, workers)
+    model = build_model(config, mesh)
+    batches = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
+    if isinstance(model, Decoder):
+        from rowwise.trainer.step import accumulate
+
+        accumulate(model, next(batches), mesh.device, config.parallel.zero, 0.01)
+    else:
+        model.accumulate(next(batches), mesh.device, 0.01, None)
+    return {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name, chunks", [("1f1b", 1), ("zb_h1", 1), ("zb_v", 2)])
+def test_16_bit_gradients_are_added_up_in_32_bits(ranks, folder, name, chunks):
+    """To the last bit what one process adds up, also where weight gradients are computed apart."""
+    config = small_config(folder, *OVERRIDES, "precision=bf16", "model.tie_embeddings=false")
+    (alone,) = ranks.run(gradients_of, 1, with_layout(config, 1, zero=1))
+    layout = with_layout(config, 2, pipeline=2, pipeline_schedule=name, virtual_stages=chunks, zero=1)
+    for part in ranks.run(gradients_of, 2, layout):
+        for key, gradient in part.items():
+            assert gradient.dtype == torch.float32
+            assert torch.equal(gradient, alone[key]), key
+
+
+def three_updates(workers, config):
+    """(reports, this rank's rows of every parameter and state) after three steps."""
+    mesh = make_mesh(config.parallel, workers)
+    model = build_model(config, mesh)
+    optimizer = build_optimizer(model, config.optim, config.seed)
+    update = make_update(config, mesh, model, optimizer)
+    batches = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
+    scales = [1.0, 2.0**60, 1.0] if config.precision.name == "fp16" else [1.0] * 3
+    reports = [update(next(batches), scale, False, None) for scale in scales]
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    for name, state in named_state(model, optimizer).items():
+        tensors |= {f"{name}.{key}": t for key, t in state.items()}
+    kept = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
+    return reports, {name: t.clone() for name, t in kept.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("clip_norm=0.5",), ("clip_norm=1e9",), ("clip_norm=0",), ("clip_norm=1e-3", "optim=lion"),
+        ("clip_norm=0.5", "optim=adamw8bit"), ("clip_norm=0.5", "optim=lion8bit"), ("precision=fp16", "clip_norm=0.5"),
+        ("precision=bf16", "optim.param_dtype=bf16", "clip_norm=0.5"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_step_at_once_is_the_ordinary_step_to_the_last_bit(ranks, folder, options):
+    """Clipped or not, and where the gradients of one stage overflow."""
+    config = small_config(folder, *OVERRIDES, *options)
+    layout = {"pipeline": 2, "pipeline_schedule": "zb_h1", "zero": 1}
+    ordinary = ranks.run(three_updates, 4, with_layout(config, 4, **layout))
+    at_once = ranks.run(three_updates, 4, with_layout(config, 4, **layout, post_validation=True))
+    for (reports, tensors), (reports_at_once, tensors_at_once) in zip(ordinary, at_once, strict=True):
+        assert reports == reports_at_once
+        assert all(torch.equal(tensor, tensors_at_once[name]) for name, tensor in tensors.items())
+    finite = [report.finite for report in ordinary[0][0]]
+    assert finite == ([True, False, True] if "precision=fp16" in options else [True] * 3)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_auto_measures_plans_and_keeps_its_plan(ranks, folder, uninterrupted, chunks):
+    base = named(small_config(folder, *OVERRIDES), folder, f"auto-{chunks}")
+    config = with_layout(base, 2, pipeline=2, pipeline_schedule="auto", virtual_stages=chunks)
+    ranks.run(run_until, 2, config, 5)
+    kept = Path(config.run_dir) / "pipeline"
+    plan, times = (kept / "plan.json").read_text(), (kept / "times.json").read_text()
+    schedule = read_csv(kept / "schedule.csv")
+    assert schedule.micro_batches == 8 and schedule.stages == 2 * chunks
+    assert json.loads(times)["layer"]["forward"] > 0
+    ranks.run(run_train, 2, config)
+    assert (kept / "plan.json").read_text() == plan and (kept / "times.json").read_text() == times
+    assert_same_run(config.run_dir, uninterrupted.run_dir)
+
+
+def test_auto_takes_times_from_a_file(ranks, folder):
+    part = {"forward": 1.0, "input": 1.0, "weight": 1.0}
+    nothing = dict.fromkeys(part, 0.0)
+    file = folder / "times.json"
+    file.write_text(json.dumps({"before": nothing, "layer": part, "after": nothing, "send": 0.0, "gather": 0.0}))
+    base = named(small_config(folder, *OVERRIDES, "steps=1", "eval.every=0"), folder, "auto-file")
+    layout = {"pipeline": 2, "pipeline_schedule": "auto", "pipeline_costs": str(file), "pipeline_memory": 1.5}
+    ranks.run(run_train, 2, with_layout(base, 2, **layout))
+    assert json.loads((folder / "auto-file/pipeline/times.json").read_text()) == json.loads(file.read_text())
+
+
+def test_a_traced_step_is_the_schedule_and_has_a_picture(ranks, folder):
+    base = named(small_config(folder, *OVERRIDES, "steps=2", "eval.every=0"), folder, "traced")
+    config = with_layout(base, 4, pipeline=2, pipeline_schedule="zb_v", virtual_stages=2, zero=3, pipeline_trace=2)
+    ranks.run(run_train, 4, config)
+    timeline = read_trace(folder / "traced/pipeline/trace.json")
+    assert timeline.schedule.micro_batches == 4 and timeline.schedule.splits_backward
+    assert len(timeline.schedule.ranks) == 2 and all(len(actions) == 24 for actions in timeline.schedule.ranks)
+    table = show(f"run={config.run_dir}", f"to={folder}/traced.png")
+    assert "predicted" in table and "measured" in table
+    assert (folder / "traced.png").read_bytes().startswith(b"\x89PNG")
