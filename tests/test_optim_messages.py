@@ -3,10 +3,10 @@ with the rows of a matrix. No rule ever sends a gradient or a weight."""
 
 import pytest
 import torch
-from messages import Messages
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from messages import Messages
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer
 from rowwise.trainer.config import config_from_tree

@@ -4,13 +4,9 @@ import itertools
 from statistics import median
 
 import pytest
-import torch
-from messages import Messages
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from live_bytes import LiveBytes
+from messages import Messages
 from parity import small_config, with_layout
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.schedule.generate import Shape, blockwise, units
@@ -19,32 +15,6 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.train import build_model, train_batches
 
 MICRO_BATCHES = 8
-
-
-def plain_tensors(tree) -> list[Tensor]:
-    """All tensors in a tree that have a storage."""
-    return [t for t in tree_leaves(tree) if type(t) in (Tensor, torch.nn.Parameter)]
-
-
-class LiveBytes(TorchDispatchMode):
-    """While entered, knows the storages that operations made and that still live."""
-
-    def __init__(self):
-        super().__init__()
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in plain_tensors((*args, *(kwargs or {}).values()))}
-        for t in plain_tensors(result):
-            storage = t.untyped_storage()
-            if storage._cdata not in given:  # else a view, or written in place
-                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-    def now(self) -> int:
-        self._made = {key: (ref, size) for key, (ref, size) in self._made.items() if not ref.expired()}
-        return sum(size for _, size in self._made.values())
 
 
 class Watched(list):

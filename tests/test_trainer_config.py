@@ -62,6 +62,8 @@ def text(tmp_path_factory):
     rows = "".join(f'{{"text": "row {n} {"and so on " * 20}"}}\n' for n in range(40))
     (folder / "rows.jsonl").write_text(rows)
     write_tokens(folder)
+    (folder / "cycle.csv").write_text("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n")
+    (folder / "short.csv").write_text("0F0,0B0\n1F0,1B0\n")
     return folder
 
 
@@ -113,6 +115,7 @@ def test_a_configuration_survives_the_way_to_the_other_ranks():
     assert asdict(config)["data"]["files"] == ["a", "b"]
 
 
+TWO = ["parallel.pipeline=2"]
 REFUSED = {
     "unknown key": (["optim.learning_rate=1"], r"unknown key optim.learning_rate: optim has assign, betas, eps, .*name, "),
     "misspelt key": (["batch.micro_sise=1"], r"unknown key batch.micro_sise: .*did you mean batch.micro_size\?"),
@@ -136,7 +139,47 @@ REFUSED = {
     "batch": (["batch.global_size=20"], r"batch.global_size=20 does not divide into 2 .*batch.micro_size=8; .*\[16, 32\]"),
     "degrees": (["parallel.shard=3"], r"replicate=1 x parallel.shard=3 = 3 workers, but the world size is 2"),
     "replicate": (["parallel.replicate=3"], r"parallel.replicate=3 does not divide the world size 2; possible are \[1, 2\]"),
-    "pipeline": (["parallel.pipeline=2"], r"parallel.pipeline=2: not built yet"),
+    "pipeline degree": (["parallel.pipeline=3"], r"pipeline=3 x parallel.replicate=1 does not divide the world size 2; possible"),
+    "pipeline and shard": (["parallel.pipeline=2", "parallel.shard=2"], r"= 4 workers, but the world size is 2; start 4 workers"),
+    "stages without layers": (
+        [*TWO, "parallel.virtual_stages=3", "parallel.pipeline_schedule=gpipe"],
+        r"6 pipeline stages .*model.layers=4: a stage has at least one layer; give at most 4 stages",
+    ),
+    "virtual stages": ([*TWO, "parallel.virtual_stages=2"], r"pipeline_schedule=1f1b with parallel.virtual_stages=2: possible is 1"),
+    "too few virtual stages": ([*TWO, "parallel.pipeline_schedule=zb_v"], r"zb_v with parallel.virtual_stages=1: possible is 2;"),
+    "micro-batches": (
+        [*TWO, "parallel.pipeline_schedule=zb_h2"],
+        r"zb_h2 on 2 ranks needs at least 3 micro-batches a step and there are 2; .*or one of gpipe, 1f1b",
+    ),
+    "one micro-batch": ([*TWO, "batch.global_size=8"], r"1f1b on 2 ranks needs at least 2 micro-batches a step and there are 1"),
+    "unit": (
+        [*TWO, "parallel.pipeline_schedule=blockwise", "parallel.pipeline_unit=3"],
+        r"parallel.pipeline_unit=3: a unit of blockwise has from 2 \(the ranks\) to 2",
+    ),
+    "unit of another": ([*TWO, "parallel.pipeline_unit=2"], r"pipeline_unit=2 with 1f1b: only blockwise has units"),
+    "unknown schedule": ([*TWO, "parallel.pipeline_schedule=2f2b"], r"pipeline_schedule=2f2b: possible are gpipe, .*auto"),
+    "missing schedule": ([*TWO, "parallel.pipeline_schedule=no.csv"], r"pipeline_schedule=no.csv: .*No such file"),
+    "a schedule with a cycle": (
+        [*TWO, "parallel.pipeline_schedule={folder}/cycle.csv"],
+        r"wait for each other in a circle: .*cycle.csv, line 1 stops at 0B0, .*cycle.csv, line 2 stops at 1F1",
+    ),
+    "a schedule of another step": ([*TWO, "parallel.pipeline_schedule={folder}/short.csv"], r"short.csv, line 1: 0F1 is missing"),
+    "gathering below stage 3": ([*TWO, "parallel.pipeline_gather=run"], r"pipeline_gather=run with parallel.zero=1: below 3"),
+    "memory of another": ([*TWO, "parallel.pipeline_memory=2"], r"pipeline_memory=2.0 with 1f1b: only auto looks at it"),
+    "too little memory": (
+        [*TWO, "parallel.pipeline_schedule=auto", "parallel.pipeline_memory=0.1"], r"pipeline_memory=0.1: 1 is what 1f1b holds, 2",
+    ),
+    "costs": ([*TWO, "parallel.pipeline_schedule=auto", "parallel.pipeline_costs=/no.json"], r"costs=/no.json: .*leave it null"),
+    "a schedule without a pipeline": (
+        ["parallel.pipeline_schedule=zb_h1"], r"pipeline_schedule=zb_h1 with parallel.pipeline=1: there is no pipeline",
+    ),
+    "compiled halves": (
+        [*TWO, "compile=true", "parallel.pipeline_schedule=zb_h1"], r"compile=true with .*zb_h1: .*or gpipe, 1f1b or interleaved",
+    ),
+    "stages in the backward": ([*TWO, "optim.in_backward=true", "clip_norm=0"], r"in_backward with parallel.pipeline=2"),
+    "a step that cannot be taken back": (
+        [*TWO, "parallel.post_validation=true", "optim=muon"], r"post_validation with optim=muon: .*possible are adamw, adamw8bit",
+    ),
     "ulysses": (["parallel.ulysses=2"], r"parallel.ulysses=2: not built yet"),
     "backend": (["parallel.backend=accelerate"], r"parallel.backend='accelerate': input should be 'torch'"),
     "zero": (["parallel.zero=4"], r"parallel.zero=4: possible are 0, 1, 2 and 3"),

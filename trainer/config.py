@@ -94,7 +94,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_pipeline(parallel, config.model.layers, micro_batches)
     _check_compile(config, parallel, micro_batches)
     _check_post_validation(config, parallel)
-    _check_param_dtype(config, micro_batches)
+    _check_param_dtype(config, parallel, micro_batches)
     _check_in_backward(config, parallel, micro_batches)
     return replace(config, parallel=parallel)
 
@@ -107,7 +107,7 @@ def _refuse_non_numbers(tree: dict[str, Any], path: str) -> None:
             raise ValueError(f"{path}{key}={value}: give a finite number")
 
 
-def _check_param_dtype(config: TrainConfig, micro_batches: int) -> None:
+def _check_param_dtype(config: TrainConfig, parallel: ParallelConfig, micro_batches: int) -> None:
     if config.optim.param_dtype is None:
         return
     if config.precision.name != "bf16":
@@ -115,9 +115,10 @@ def _check_param_dtype(config: TrainConfig, micro_batches: int) -> None:
             f"optim.param_dtype=bf16 with precision={config.precision.name}: parameters kept in bf16 compute in bf16; "
             "give precision=bf16, or leave optim.param_dtype=null"
         )
-    if config.parallel.zero >= 2 and micro_batches > 1:
+    # A pipeline adds up whole gradients in 32 bits and splits them once.
+    if parallel.zero >= 2 and micro_batches > 1 and parallel.pipeline == 1:
         raise ValueError(
-            f"optim.param_dtype=bf16 with parallel.zero={config.parallel.zero} and {micro_batches} micro-batches a step: "
+            f"optim.param_dtype=bf16 with parallel.zero={parallel.zero} and {micro_batches} micro-batches a step: "
             "split gradients would be added up in bf16; give parallel.zero=1, or "
             f"batch.micro_size={config.batch.micro_size * micro_batches}"
         )

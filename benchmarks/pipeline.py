@@ -1,0 +1,60 @@
+"""Pipelines: what the simulator says beside what ranks do, beside the papers' gains, and beside torch's own runtime.
+
+python benchmarks/pipeline.py                   all three parts; writes results/pipeline.json
+python benchmarks/pipeline.py --parts gains     only what is simulated
+
+`waits`   4 ranks whose work is a timed wait: the makespan of every schedule, simulated and measured.
+`gains`   steps per second over 1f1b at 1 and 2 times its activations, and of blockwise over breadth-first, simulated.
+`runtime` 2 ranks train a small decoder by the same schedule, in turns: this runtime and torch.distributed.pipelining's.
+"""
+
+import argparse
+import multiprocessing
+from typing import Any
+
+import pipeline_gains
+import pipeline_runtime
+import pipeline_waits
+import torch.distributed as dist
+from record import RESULTS, write_record
+
+PARTS = {"waits": pipeline_waits, "gains": pipeline_gains, "runtime": pipeline_runtime}
+
+
+def on_ranks(function: Any, ranks: int, *arguments: Any) -> Any:
+    """What `function(rank, ranks, port, *arguments)` gives on rank 0 of so many processes."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=_answer, args=(results, function, rank, ranks, store.port, *arguments))
+        for rank in range(ranks)
+    ]
+    for worker in workers:
+        worker.start()
+    found = results.get(timeout=1200)
+    for worker in workers:
+        worker.join()
+    return found
+
+
+def _answer(results: Any, function: Any, rank: int, *arguments: Any) -> None:
+    found = function(rank, *arguments)
+    if rank == 0:
+        results.put(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    options = parser.parse_args()
+    measured = {}
+    for name in options.parts:
+        measured[name] = PARTS[name].run(on_ranks)
+        print(f"\n{name}\n{PARTS[name].show(measured[name])}", flush=True)
+    if set(options.parts) == set(PARTS):
+        print(f"\nwritten: {write_record('pipeline', measured).relative_to(RESULTS.parents[1])}")
+
+
+if __name__ == "__main__":
+    main()
