@@ -48,18 +48,18 @@ def gain(base: float, schedule: Any, costs: Costs, wait: bool, gathering: Gather
 
 def over_breadth_first(ranks: int, micro_batches: int, ratio: tuple[float, float, float]) -> dict[str, float]:
     """Chunks -> gain in percent of blockwise (units as large as ranks) over breadth-first, weights gathered for every run
-    of one chunk by both; and what breadth-first holds more in activations."""
+    of one chunk by both: with breadth-first in rounds of a unit, which hold no more, and in one round of all
+    micro-batches, which holds so many times more."""
     rows = {}
     for chunks in (2, 4):
         costs = uniform_costs(ranks * chunks, *ratio, send=0.03, gather=GATHER * ratio[0])
         shape = Shape(ranks, chunks, micro_batches, ranks)
-        base, _ = period(make_schedule("gpipe", shape), costs, gathering="run")
-        rows[f"{chunks} chunks"] = gain(base, make_schedule("blockwise", shape), costs, True, "run")
-        held = [
-            max(peak_activations(actions, costs) for actions in make_schedule(name, shape).ranks)
-            for name in ("gpipe", "blockwise")
-        ]
-        rows[f"{chunks} chunks, activations of breadth-first / blockwise"] = held[0] / held[1]
+        ours, at_once = make_schedule("blockwise", shape), make_schedule("gpipe", shape)
+        one_round, _ = period(make_schedule("gpipe", Shape(ranks, chunks, ranks)), costs, gathering="run")
+        held = [max(peak_activations(actions, costs) for actions in s.ranks) for s in (ours, at_once)]
+        rows[f"{chunks} chunks, in rounds"] = gain(one_round * micro_batches / ranks, ours, costs, True, "run")
+        rows[f"{chunks} chunks, in one"] = gain(period(at_once, costs, gathering="run")[0], ours, costs, True, "run")
+        rows[f"{chunks} chunks, held by one round / blockwise"] = held[1] / held[0]
     return rows
 
 
@@ -83,5 +83,7 @@ def show(found: dict[str, Any]) -> str:
             best = sorted(rows.items(), key=lambda row: -row[1])[:6]
             lines.append(f"  {limit}: " + "; ".join(f"{name} {percent:+.1f} %" for name, percent in best))
         rows = parts["blockwise over breadth-first"]
-        lines.append("  blockwise over breadth-first: " + "; ".join(f"{k} {v:.2f}" for k, v in rows.items()))
+        lines.append(
+            "  blockwise over breadth-first: " + "; ".join(f"{name} {value:.1f}" for name, value in rows.items())
+        )
     return "\n".join(lines)

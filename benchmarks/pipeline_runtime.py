@@ -84,7 +84,7 @@ def torchs(stages: dict[int, Decoder], schedule: Schedule, axis: PipelineAxis, t
         last = schedule.stages - 1 in stages
         given = (tokens,) if 0 in stages else ()
         runtime.step(*given, target=tokens if last else None, losses=losses if last else None, return_outputs=False)
-        return float(sum(losses))
+        return float(sum(loss.detach() for loss in losses))
 
     return step
 

@@ -123,11 +123,14 @@ def _check_parameter(name: str, shape: torch.Size, config: OptimConfig) -> None:
         )
 
 
-def assignment_table(model: nn.Module, optimizer: Optimizer) -> str:
-    """Which rule every parameter follows, the dtypes of its state and its bytes over all ranks; layers that are alike
-    in one line."""
+Assignments = dict[tuple[str, ...], list[int]]
+
+
+def assignments(model: nn.Module, optimizer: Optimizer) -> Assignments:
+    """(parameter, shape, kind, rule, dtypes of its state) -> (how many, their numbers, bytes of their states over all
+    ranks). Layers that are alike are one entry."""
     names = {p: name for name, p in model.named_parameters()}
-    rows: dict[tuple[str, ...], list[int]] = {}
+    rows: Assignments = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
@@ -138,6 +141,15 @@ def assignment_table(model: nn.Module, optimizer: Optimizer) -> str:
             counts[0] += 1
             counts[1] += p.numel()
             counts[2] += sum(t.numel() * t.itemsize for t in state.values())
+    return rows
+
+
+def assignment_table(parts: list[Assignments]) -> str:
+    """Which rule every parameter follows, of all the parts of a model, such as the stages of a pipeline."""
+    rows: Assignments = {}
+    for part in parts:
+        for row, counts in part.items():
+            rows[row] = [a + b for a, b in zip(rows.get(row, [0, 0, 0]), counts, strict=True)]
     head = ("parameter", "shape", "kind", "rule", "state", "count", "bytes/parameter")
     lines = [head] + [(*row, str(c), f"{b / n:.2f}") for row, (c, n, b) in rows.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

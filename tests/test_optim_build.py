@@ -6,7 +6,7 @@ from torch import nn
 
 from parity import small_config, with_layout
 from rowwise.launch.compose import compose_tree
-from rowwise.optim.build import assignment_table, build_optimizer, named_state, rule_name
+from rowwise.optim.build import assignment_table, assignments, build_optimizer, named_state, rule_name
 from rowwise.optim.lowrank.projection import subspace_bases
 from rowwise.optim.muon import newton_schulz_polynomial
 from rowwise.trainer.config import config_from_tree
@@ -60,7 +60,7 @@ def test_the_first_pattern_that_matches_wins():
 
 def test_the_table_names_every_parameter_its_state_and_its_bytes():
     model = decoder()
-    table = assignment_table(model, build_optimizer(model, optim("optim=adamw8bit")))
+    table = assignment_table([assignments(model, build_optimizer(model, optim("optim=adamw8bit")))])
     lines = {line.split("  ")[0]: line for line in table.splitlines()}
     w1 = lines["blocks.*.feed_forward.w1.weight"].split()
     # 600 x 64: a code and, per row of 64, one absolute maximum, twice.

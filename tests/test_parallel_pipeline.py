@@ -53,3 +53,35 @@ def test_four_ranks(ranks, folder, name, chunks):
     for zero, case in enumerate([(8, 8, False), (8, 7, True), (8, 8, True), (8, 7, False)]):
         layout = {"pipeline": 4, "pipeline_schedule": name, "virtual_stages": chunks}
         assert_law(ranks, folder, 8, [case], zero=zero, **layout)
+
+
+@pytest.mark.parametrize("rule", ["adamw8bit", "dct", "fira", "muon", "adafactor"])
+def test_rules_that_exchange_messages_and_8_bit_states(ranks, folder, rule):
+    """A stage's rules see whole matrices, as they do without stages."""
+    options = [f"optim={rule}", *(["optim.rank=4", "optim.refresh_every=2"] if rule in ("dct", "fira") else [])]
+    config = pipeline_config(folder, 4, 4, True, *options)
+    layout = {"pipeline": 2, "pipeline_schedule": "zb_v", "virtual_stages": 2, "zero": 3}
+    (traces,) = zip(*ranks.run(run_layouts, 4, [with_layout(config, 4, **layout)]), strict=True)
+    assert_all_same(list(traces), run_plain(config))
+
+
+def test_hybrid_sharding_under_a_pipeline(ranks, folder):
+    config = pipeline_config(folder, 4, 2, True, "batch.global_size=16")
+    for zero in (1, 3):
+        layout = {"pipeline": 2, "pipeline_schedule": "zb_h1", "zero": zero, "replicate": 2, "shard": 2}
+        (traces,) = zip(*ranks.run(run_layouts, 8, [with_layout(config, 8, **layout)]), strict=True)
+        assert_all_same(list(traces), run_plain(config))
+
+
+def test_a_schedule_of_the_users_own(ranks, folder):
+    """Several stages of the model side by side on a rank, B here and I and W there."""
+    file = folder / "own.csv"
+    rows = [["0F0", "1F0", "0F1", "1F1", "1I0", "0B0", "1B1", "0I1", "0W1", "1W0"],
+            ["2F0", "3F0", "3B0", "2I0", "2F1", "3F1", "3I1", "2B1", "3W1", "2W0"]]  # fmt: skip
+    file.write_text("\n".join(",".join(row) for row in rows) + "\n")
+    config = pipeline_config(folder, 4, 2, True)
+    layout = {"pipeline": 2, "pipeline_schedule": str(file), "virtual_stages": 2, "zero": 3}
+    for gather in ("micro_batch", "run"):
+        own = with_layout(config, 4, **layout, pipeline_gather=gather)
+        (traces,) = zip(*ranks.run(run_layouts, 4, [own]), strict=True)
+        assert_all_same(list(traces), reference(folder, 4, 2, True))

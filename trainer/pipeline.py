@@ -7,7 +7,7 @@ gradients cross stages.
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ from rowwise.trainer.stages import (
     saved_plan,
     write_costs,
 )
+
+T = TypeVar("T")
 
 
 class StagedDecoder(nn.Module):
@@ -155,12 +157,18 @@ def make_plan(
 def keep_trace(spans: list[Span], folder: Path, mesh: Mesh) -> None:
     """Writes the timeline of a step, as the ranks of the first replica measured it, into `folder`, with what each stage
     took on the mean: `python -m rowwise.launch.schedule run=... to=picture.png` shows both."""
-    assert mesh.pipeline is not None
-    everyone: list[list[Span]] = [[] for _ in range(mesh.world_size)]
-    dist.all_gather_object(everyone, spans, group=mesh.save_group)
+    timeline = align(of_every_stage(spans, mesh))
     if mesh.rank == 0:
-        timeline = align([everyone[rank] for rank in mesh.pipeline.ranks])
         folder.mkdir(parents=True, exist_ok=True)
         write_trace(timeline, folder / "trace.json")
         write_csv(timeline.schedule, folder / "schedule.csv")
         write_costs(measured_costs(timeline), folder)
+
+
+def of_every_stage(mine: T, mesh: Mesh) -> list[T]:
+    """What each rank of a pipeline has, in their order, on every rank; of this rank alone where there is none."""
+    if mesh.pipeline is None:
+        return [mine]
+    everyone: list[T] = [mine] * mesh.world_size
+    dist.all_gather_object(everyone, mine, group=mesh.save_group)
+    return [everyone[rank] for rank in mesh.pipeline.ranks]

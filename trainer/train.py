@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rowwise.optim.build import assignment_table, build_optimizer, set_lr, set_step
+from rowwise.optim.build import assignment_table, assignments, build_optimizer, set_lr, set_step
 from rowwise.optim.in_backward import InBackward
 from rowwise.optim.shell import Optimizer
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
@@ -30,7 +30,7 @@ from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.models.decoder import Decoder, flops_per_token
 from rowwise.trainer.models.huggingface import rows_from
 from rowwise.trainer.models.init import random_rows
-from rowwise.trainer.pipeline import StagedDecoder, connect_stages, keep_trace, make_plan
+from rowwise.trainer.pipeline import StagedDecoder, connect_stages, keep_trace, make_plan, of_every_stage
 from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_facts
 from rowwise.trainer.sample import generate
@@ -67,7 +67,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
 
     with ExitStack() as stack:
         reporter = stack.enter_context(open_reporter(config, mesh, state, complaints))
-        reporter.say(assignment_table(model, optimizer))
+        reporter.say(assignment_table(of_every_stage(assignments(model, optimizer), mesh)))
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
         stack.callback(saver.close)
         batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
