@@ -60,7 +60,7 @@ def ours(stages: dict[int, Decoder], schedule: Schedule, axis: PipelineAxis, tok
                 losses.append(y.detach())
             return y
 
-        pipeline.forward_backward(forward, lambda: torch.empty(BATCH, LENGTH, MODEL.dim))
+        pipeline.forward_backward(forward, lambda: torch.empty(BATCH, LENGTH, MODEL.dim), 1.0)
         return float(sum(losses))
 
     return step

@@ -81,7 +81,7 @@ def one_rank(rank: int, ranks: int, port: int) -> dict[str, list[float]]:
         for _ in range(ROUNDS):
             dist.barrier()
             spans: list[Any] = []
-            pipeline.forward_backward(forward, lambda: torch.empty(1, 8), spans)
+            pipeline.forward_backward(forward, lambda: torch.empty(1, 8), 1.0, spans)
             everyone: list[Any] = [None] * ranks
             dist.all_gather_object(everyone, spans)
             found.setdefault(label, []).append(align(everyone).makespan)

@@ -68,20 +68,33 @@ class Channels:
         work.wait()
         return buffer
 
+    def drain(self, part: Schedule) -> None:
+        """Where only `part` of the schedule, the first actions of each rank, was done: takes what it sent to this rank and
+        nobody took."""
+        wanted = {key for _, receiver, key in messages(part, self._schedule) if receiver == self._axis.rank}
+        for key in [key for queue in list(self._expected.values()) for key in queue if key in wanted]:
+            self.expect(key)
+        for work, _ in self._coming.values():
+            work.wait()
+        self._coming.clear()
+        self._here.clear()
+        self.close()
+
     def close(self) -> None:
         """Returns when everything sent is gone."""
         while self._leaving:
             self._leaving.popleft()[0].wait()
 
 
-def messages(schedule: Schedule) -> list[tuple[int, int, Key]]:
-    """(sender, receiver, key) of every message of a schedule, in each sender's order."""
+def messages(schedule: Schedule, whole: Schedule | None = None) -> list[tuple[int, int, Key]]:
+    """(sender, receiver, key) of every message of a schedule, in each sender's order. `whole`: what it is a part of."""
+    whole = whole or schedule
     found = []
     for sender, actions in enumerate(schedule.ranks):
         for stage, kind, i in actions:
             target = stage + 1 if kind == "F" else stage - 1
-            if kind != "W" and 0 <= target < schedule.stages:
-                found.append((sender, schedule.rank_of[target], (kind == "F", target, i)))
+            if kind != "W" and 0 <= target < whole.stages:
+                found.append((sender, whole.rank_of[target], (kind == "F", target, i)))
     return found
 
 

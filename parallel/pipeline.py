@@ -17,7 +17,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -28,10 +28,11 @@ from rowwise.kernels.rows import local
 from rowwise.parallel.channels import Channels, messages, receive_from, send_to, warm_up
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.mesh import PipelineAxis, make_lanes
-from rowwise.parallel.schedule.order import Action, Schedule
+from rowwise.parallel.schedule.order import Action, Schedule, leading_forwards
 from rowwise.parallel.schedule.simulate import Gathering, gathers
 from rowwise.parallel.shard import (
     add_up_gradients,
+    forget_forwards,
     hold_gradients,
     keep_gathered,
     prefetch_within,
@@ -46,12 +47,25 @@ Span = tuple[Action, float, float]
 
 @dataclass
 class _Open:
-    """A micro-batch on a stage: between F and its backward `input` and the graph's end `output` (without its numbers),
-    and from I to W what is left to do."""
+    """A micro-batch on a stage: between F and its backward `input` and the graph's end `output` (without its numbers;
+    `one` is in its dtype), and from I to W what is left to do."""
 
     input: Tensor | None
     output: GradientEdge | None
+    one: Tensor
     later: WeightGradients | None
+
+
+@dataclass
+class Step:
+    """One step under way on this rank: `done` of its actions are, `opened` is held, `trace` takes their spans, in seconds
+    since the epoch of the machine."""
+
+    forward: Forward
+    channels: Channels
+    trace: list[Span] | None
+    done: int = 0
+    opened: dict[tuple[int, int], _Open] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,41 +90,67 @@ class Pipeline:
             warm_up(self.axis, self._lanes, self.device)
         for module in self.stages.values():
             prefetch_within(module)
-        self._split = {(stage, i) for stage, kind, i in self.schedule.ranks[self.axis.rank] if kind == "I"}
+        self._actions = self.schedule.ranks[self.axis.rank]
+        self._split = {(stage, i) for stage, kind, i in self._actions if kind == "I"}
+        self._released = last_uses(self._actions) if self.gathering == "run" else None
+        self._leading = leading_forwards(self.schedule)
 
-    def forward_backward(self, forward: Forward, buffer: Callable[[], Tensor], trace: list[Span] | None = None) -> None:
-        """One step of the schedule. `forward(stage, micro_batch, x)` gives what the next stage takes, or on the last
-        stage the loss, a scalar; x is None on the first stage. `buffer()` makes room for what crosses a boundary.
+    def forward_backward(
+        self, forward: Forward, buffer: Callable[[], Tensor], scale: float, trace: list[Span] | None = None
+    ) -> None:
+        """One step of the schedule: `begin` and `finish`."""
+        self.finish(self.begin(forward, buffer, trace), scale)
 
-        Leaves in every gradient the sum over micro-batches and data-parallel ranks. `trace` is filled with the spans of
-        this rank's actions, in seconds since the epoch of the machine.
+    def begin(self, forward: Forward, buffer: Callable[[], Tensor], trace: list[Span] | None = None) -> Step:
+        """The first forwards of a step, as many as need no backward of any rank; no gradient is touched.
+
+        `forward(stage, micro_batch, x)` gives what the next stage takes, or on the last stage the loss, a scalar; x is
+        None on the first stage. `buffer()` makes room for what crosses a boundary.
         """
+        self._refresh_tied()
+        step = Step(forward, Channels(self.schedule, self.axis, self._lanes, buffer), trace)
+        self._go_on(step, self._leading[self.axis.rank])
+        return step
+
+    def finish(self, step: Step, scale: float) -> None:
+        """The rest of the step. Leaves in every gradient `scale` times the sum over micro-batches and data-parallel ranks."""
         for module in self.stages.values():
             hold_gradients(module, release_after_backward=self.gathering == "micro_batch")
-        self._refresh_tied()
-        channels = Channels(self.schedule, self.axis, self._lanes, buffer)
-        actions = self.schedule.ranks[self.axis.rank]
-        released = last_uses(actions) if self.gathering == "run" else None
-        left = dict.fromkeys(self.stages, self.schedule.micro_batches)
-        opened: dict[tuple[int, int], _Open] = {}
-        for position, action in enumerate(actions):
-            channels.free()
-            self._expect(channels, actions[position : position + 2])
-            if released is not None and action.kind != "W":
-                keep_gathered(self.stages[action.stage], position not in released)
-            started = _now(self.device) if trace is not None else 0.0
-            self._do(action, opened, forward, channels)
-            if trace is not None:
-                trace.append((action, started, _now(self.device)))
+        self._go_on(step, len(self._actions), scale)
+        for module in self.stages.values():
+            wait_for_gradients(module)
+        self._move_tied_gradient()
+        step.channels.close()
+
+    def abandon(self, step: Step) -> None:
+        """Drops what `begin` did, on all ranks alike: what it sent is received, and parameters are no longer gathered."""
+        step.opened.clear()
+        leading = [actions[:count] for actions, count in zip(self.schedule.ranks, self._leading, strict=True)]
+        step.channels.drain(Schedule(tuple(leading)))
+        for module in self.stages.values():
+            forget_forwards(module)
+
+    def _go_on(self, step: Step, until: int, scale: float = 1.0) -> None:
+        left = {
+            stage: sum(action.stage == stage and action.kind in "WB" for action in self._actions[step.done :])
+            for stage in self.stages
+        }
+        for position in range(step.done, until):
+            action = self._actions[position]
+            step.channels.free()
+            self._expect(step.channels, self._actions[position : min(position + 2, until)])
+            if self._released is not None and action.kind != "W":
+                keep_gathered(self.stages[action.stage], position not in self._released)
+            started = _now(self.device) if step.trace is not None else 0.0
+            self._do(action, step, scale)
+            if step.trace is not None:
+                step.trace.append((action, started, _now(self.device)))
             if action.kind in "WB":
                 add_up_gradients(self.stages[action.stage])
                 left[action.stage] -= 1
                 if not left[action.stage]:
                     reduce_gradients(self.stages[action.stage])
-        for module in self.stages.values():
-            wait_for_gradients(module)
-        self._move_tied_gradient()
-        channels.close()
+        step.done = until
 
     def forward_only(self, forward: Forward, buffer: Callable[[], Tensor], micro_batches: int) -> None:
         """Every micro-batch through every stage, without gradients."""
@@ -131,15 +171,15 @@ class Pipeline:
         last = self.schedule.rank_of[self.schedule.stages - 1]
         dist.broadcast(tensor, self.axis.ranks[last], group=self.axis.group)
 
-    def _do(self, action: Action, opened: dict[tuple[int, int], _Open], forward: Forward, channels: Channels) -> None:
+    def _do(self, action: Action, step: Step, scale: float) -> None:
         stage, kind, i = action
-        last = self.schedule.stages - 1
+        opened, channels, last = step.opened, step.channels, self.schedule.stages - 1
         if kind == "F":
             x = channels.receive((True, stage, i)).requires_grad_() if stage else None
             later = WeightGradients() if (stage, i) in self._split else None
             with deferred(later) if later is not None else nullcontext():
-                y = forward(stage, i, x)
-            opened[stage, i] = _Open(x, get_gradient_edge(y), later)
+                y = step.forward(stage, i, x)
+            opened[stage, i] = _Open(x, get_gradient_edge(y), y.new_ones(()), later)
             if stage < last:
                 channels.send((True, stage + 1, i), y.detach())
         elif kind == "W":
@@ -147,15 +187,16 @@ class Pipeline:
             assert later is not None
             later.run()
         else:
-            dy = channels.receive((False, stage, i)) if stage < last else None
             this = opened.pop((stage, i))
             assert this.output is not None
+            # The loss is scaled here: what begins a step need not know the scale.
+            dy = channels.receive((False, stage, i)) if stage < last else this.one * scale
             torch.autograd.backward([this.output], [dy])
             if this.input is not None:
                 assert this.input.grad is not None
                 channels.send((False, stage - 1, i), this.input.grad)
             if kind == "I":
-                opened[stage, i] = _Open(None, None, this.later)
+                opened[stage, i] = _Open(None, None, this.one, this.later)
 
     def _expect(self, channels: Channels, coming: tuple[Action, ...]) -> None:
         """The next action's message may arrive during this one."""

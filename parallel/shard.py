@@ -146,6 +146,14 @@ def wait_for_gradients(model: nn.Module) -> None:
         model._get_fsdp_state()._root_post_backward_final_callback()
 
 
+def forget_forwards(model: nn.Module) -> None:
+    """Where forwards of a stage will have no backward: FSDP2 waits for none, and gathered parameters are freed."""
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(True)
+        model._get_fsdp_state()._root_post_backward_final_callback()
+        release_gathered(model)
+
+
 def prefetch_within(model: nn.Module) -> None:
     """Makes the backward of a stage gather ahead what is used next in it, and nothing at its end: FSDP2 by itself would
     gather what was used before in the forward, which may be another micro-batch's."""

@@ -116,15 +116,19 @@ def test_16_bit_gradients_are_added_up_in_32_bits(ranks, folder, name, chunks):
             assert torch.equal(gradient, alone[key]), key
 
 
-def three_updates(workers, config):
-    """(reports, this rank's rows of every parameter and state) after three steps."""
+def five_updates(workers, config):
+    """(reports, this rank's rows of every parameter and state) after five steps, the next one begun where that may be."""
     mesh = make_mesh(config.parallel, workers)
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
     update = make_update(config, mesh, model, optimizer)
-    batches = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
-    scales = [1.0, 2.0**60, 1.0] if config.precision.name == "fp16" else [1.0] * 3
-    reports = [update(next(batches), scale, False, None) for scale in scales]
+    stream = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
+    batches = [next(stream) for _ in range(5)]
+    scales = [1.0, 2.0**60, 1.0, 1.0, 2.0**60] if config.precision.name == "fp16" else [1.0] * 5
+    reports = []
+    for step in range(5):
+        ahead = batches[step + 1] if config.parallel.post_validation and step in (0, 1, 3) else None
+        reports.append(update(batches[step], scales[step], False, None, ahead))
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     for name, state in named_state(model, optimizer).items():
         tensors |= {f"{name}.{key}": t for key, t in state.items()}
@@ -132,6 +136,7 @@ def three_updates(workers, config):
     return reports, {name: t.clone() for name, t in kept.items()}
 
 
+@pytest.mark.parametrize("schedule, chunks, zero", [("zb_h1", 1, 1), ("zb_v", 2, 3), ("interleaved_1f1b", 2, 0)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -141,17 +146,19 @@ def three_updates(workers, config):
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_a_step_at_once_is_the_ordinary_step_to_the_last_bit(ranks, folder, options):
-    """Clipped or not, and where the gradients of one stage overflow."""
+def test_a_step_at_once_is_the_ordinary_step_to_the_last_bit(ranks, folder, options, schedule, chunks, zero):
+    """Clipped or not, and where gradients overflow; with the next step begun before that is known, and without."""
     config = small_config(folder, *OVERRIDES, *options)
-    layout = {"pipeline": 2, "pipeline_schedule": "zb_h1", "zero": 1}
-    ordinary = ranks.run(three_updates, 4, with_layout(config, 4, **layout))
-    at_once = ranks.run(three_updates, 4, with_layout(config, 4, **layout, post_validation=True))
+    layout = {"pipeline": 2, "pipeline_schedule": schedule, "virtual_stages": chunks, "zero": zero}
+    ordinary = ranks.run(five_updates, 4, with_layout(config, 4, **layout))
+    at_once = ranks.run(five_updates, 4, with_layout(config, 4, **layout, post_validation=True))
     for (reports, tensors), (reports_at_once, tensors_at_once) in zip(ordinary, at_once, strict=True):
         assert reports == reports_at_once
         assert all(torch.equal(tensor, tensors_at_once[name]) for name, tensor in tensors.items())
     finite = [report.finite for report in ordinary[0][0]]
-    assert finite == ([True, False, True] if "precision=fp16" in options else [True] * 3)
+    assert finite == ([True, False, True, True, False] if "precision=fp16" in options else [True] * 5)
+    clipped = [report.grad_norm > config.clip_norm > 0 for report in ordinary[0][0]]
+    assert any(clipped) == ("clip_norm=1e9" not in options and "clip_norm=0" not in options)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
@@ -166,6 +173,17 @@ def test_auto_measures_plans_and_keeps_its_plan(ranks, folder, uninterrupted, ch
     assert json.loads(times)["layer"]["forward"] > 0
     ranks.run(run_train, 2, config)
     assert (kept / "plan.json").read_text() == plan and (kept / "times.json").read_text() == times
+    assert_same_run(config.run_dir, uninterrupted.run_dir)
+
+
+def test_a_run_that_validates_late_is_the_same_run(ranks, folder, uninterrupted):
+    """Stopped on the way, while the next step has begun."""
+    config = named(small_config(folder, *OVERRIDES), folder, "late")
+    layout = {"pipeline": 2, "pipeline_schedule": "zb_v", "virtual_stages": 2, "zero": 3, "post_validation": True}
+    for stop_at in (3, 7):
+        states = ranks.run(run_until, 4, with_layout(config, 4, **layout), stop_at)
+        assert states[0].step < STEPS
+    ranks.run(run_train, 4, with_layout(config, 4, **layout))
     assert_same_run(config.run_dir, uninterrupted.run_dir)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rowwise.parallel.mesh import Mesh, ParallelConfig
-from rowwise.parallel.pipeline import Forward, Pipeline, Span
+from rowwise.parallel.pipeline import Forward, Pipeline, Span, Step
 from rowwise.parallel.schedule.order import Schedule, write_csv
 from rowwise.parallel.schedule.trace import align, write_trace
 from rowwise.trainer.data.batches import BatchConfig, MicroBatch
@@ -45,6 +45,7 @@ class StagedDecoder(nn.Module):
         self.decoders = decoders
         self.config = next(iter(decoders.values())).config
         self._pipeline: Pipeline | None = None
+        self._begun: tuple[Step, Tensor] | None = None
         self._dtype = torch.float32
 
     def connect(self, pipeline: Pipeline, dtype: torch.dtype) -> None:
@@ -62,21 +63,36 @@ class StagedDecoder(nn.Module):
         assert self._pipeline is not None
         return self._pipeline
 
-    def accumulate(
-        self, batches: list[MicroBatch], device: torch.device, scale: float, trace: list[Span] | None
-    ) -> Tensor:
-        """Forward and backward of every micro-batch. Returns (loss sum, valid tokens) on the last stage, zeros
-        elsewhere; every gradient is summed over data-parallel ranks."""
+    def begin(self, batches: list[MicroBatch], device: torch.device, trace: list[Span] | None = None) -> None:
+        """The first forwards of these micro-batches, as many as need no gradient; `accumulate` goes on from there."""
         here = [batch.to(device) for batch in batches]
         totals = torch.zeros(2, dtype=torch.float64, device=device)
 
         def loss(i: int, logits: Tensor) -> Tensor:
             loss, tokens = loss_of(logits, here[i].labels)
             totals.add_(torch.stack((loss.detach(), tokens)).double())
-            return loss * scale
+            return loss
 
-        self.pipeline.forward_backward(self._forward(here, loss), lambda: self._buffer(here[0]), trace)
+        step = self.pipeline.begin(self._forward(here, loss), lambda: self._buffer(here[0]), trace)
+        self._begun = step, totals
+
+    def accumulate(
+        self, batches: list[MicroBatch], device: torch.device, scale: float, trace: list[Span] | None
+    ) -> Tensor:
+        """Forward and backward of every micro-batch. Returns (loss sum, valid tokens) on the last stage, zeros
+        elsewhere; every gradient is `scale` times the sum over micro-batches and data-parallel ranks."""
+        if self._begun is None:
+            self.begin(batches, device, trace)
+        assert self._begun is not None
+        (step, totals), self._begun = self._begun, None
+        self.pipeline.finish(step, scale)
         return totals
+
+    def abandon(self) -> None:
+        """Drops what was begun, if anything was; on all ranks alike."""
+        if self._begun is not None:
+            (step, _), self._begun = self._begun, None
+            self.pipeline.abandon(step)
 
     def losses(self, batches: list[MicroBatch], device: torch.device) -> Tensor:
         """(loss sum, valid tokens) on the last stage, zeros elsewhere, without gradients."""

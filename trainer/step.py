@@ -66,7 +66,7 @@ def compute_gradients(
 
 
 def step_at_once(
-    model: nn.Module,
+    model: StagedDecoder,
     batches: list[MicroBatch],
     mesh: Mesh,
     zero: int,
@@ -76,11 +76,12 @@ def step_at_once(
     optimizer: Optimizer,
     stop: bool = False,
     trace: list[Span] | None = None,
+    ahead: list[MicroBatch] | None = None,
 ) -> StepReport:
     """`compute_gradients` and the optimizer's step without waiting between them (Qi et al., *Zero Bubble*, section 4):
-    each rank steps as soon as its own gradients are there, as if none were clipped, while the global norm is on its way;
-    where that was wrong, the step is undone, and made again with clipped gradients or not at all. Equal to the ordinary
-    step to the last bit.
+    each rank steps as soon as its own gradients are there, as if none were clipped, and begins the forwards of `ahead`,
+    the next step's micro-batches, while the global norm is on its way; where that was wrong, those are dropped, the step
+    is undone, and made again with clipped gradients or not at all. Equal to the ordinary step to the last bit.
 
     Beside it, one all-reduce of one float64 (the valid tokens) while the micro-batches go through; and a copy of this
     rank's rows of the parameters and their states for as long as the norm is on its way.
@@ -99,9 +100,13 @@ def step_at_once(
         scale_(shards, mean_factor(int(tokens) * mesh.data_degree // mesh.world_size, places, loss_scale))
         before = optimizer.remember()
         optimizer.step()
+    if ahead is not None:
+        model.begin(ahead, mesh.device)
     summed.wait()
     report = read_totals(totals, places, loss_scale)
     factor = clip_factor(report.grad_norm, clip_norm)
+    if not report.finite or factor < 1 or report.stop:
+        model.abandon()
     if before is not None and (not report.finite or factor < 1):
         optimizer.undo(before)
     if report.finite and factor < 1:

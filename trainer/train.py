@@ -2,11 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -38,7 +37,19 @@ from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients, step_at_once, step_in_backward
 from rowwise.trainer.stop import StopSignals
 
-Update = Callable[[list[MicroBatch], float, bool, list[Span] | None], StepReport]
+
+class Update(Protocol):
+    """Makes one step: from its micro-batches, the loss scale, whether this rank is to stop, where the timeline of a
+    pipeline goes, and the micro-batches of the next step where it may be begun."""
+
+    def __call__(
+        self,
+        batches: list[MicroBatch],
+        loss_scale: float,
+        stop: bool,
+        trace: list[Span] | None = None,
+        ahead: list[MicroBatch] | None = None,
+    ) -> StepReport: ...
 
 
 def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
@@ -72,16 +83,17 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
         stack.callback(saver.close)
         batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
         stop = stack.enter_context(StopSignals())
-        stopping = False
+        stopping, ahead = False, None
         while state.step < config.steps and not stopping:
             started = time.perf_counter()
-            micro_batches = next(batches)
+            micro_batches = next(batches) if ahead is None else ahead
+            ahead = next(batches) if may_begin_next(config, state.step + 1) else None
             data_seconds = time.perf_counter() - started
             lr, scale_used = config.optim.lr * config.schedule.factor(state.step, config.steps), state.loss_scale.scale
 
             set_lr(optimizer, lr)
             spans: list[Span] | None = [] if state.step + 1 == config.parallel.pipeline_trace else None
-            report = update(micro_batches, scale_used, stop.requested, spans)
+            report = update(micro_batches, scale_used, stop.requested, spans, ahead)
             if spans is not None:
                 keep_trace(spans, Path(config.run_dir) / "pipeline", mesh)
             if not report.finite:
@@ -107,26 +119,40 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
 
 
 def make_update(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, optimizer: Optimizer) -> Update:
-    """The function that makes one step: from micro-batches, the loss scale, whether this rank is to stop, and where the
-    timeline of a pipeline goes."""
+    """The function that makes one step, as the configuration asks."""
     zero, places = config.parallel.zero, config.batch.global_size * config.batch.seq_len
     if config.optim.in_backward:
         in_backward = InBackward(optimizer, gradient_sum(model, mesh))
-        return lambda batches, scale, stop, _: step_in_backward(model, batches[0], mesh, zero, in_backward, stop)
+        return lambda batches, loss_scale, stop, trace=None, ahead=None: step_in_backward(
+            model, batches[0], mesh, zero, in_backward, stop
+        )
 
-    def update(batches: list[MicroBatch], loss_scale: float, stop: bool, trace: list[Span] | None) -> StepReport:
+    def update(
+        batches: list[MicroBatch],
+        loss_scale: float,
+        stop: bool,
+        trace: list[Span] | None = None,
+        ahead: list[MicroBatch] | None = None,
+    ) -> StepReport:
+        asked = (mesh, zero, places, config.clip_norm, loss_scale)
         if config.parallel.post_validation:
-            at_once = (model, batches, mesh, zero, places, config.clip_norm, loss_scale, optimizer, stop, trace)
-            report = step_at_once(*at_once)
-            optimizer.zero_grad()
-            return report
-        report = compute_gradients(model, batches, mesh, zero, places, config.clip_norm, loss_scale, stop, trace)
-        if report.finite:
-            optimizer.step()
+            assert isinstance(model, StagedDecoder)
+            report = step_at_once(model, batches, *asked, optimizer, stop, trace, ahead)
+        else:
+            report = compute_gradients(model, batches, *asked, stop, trace)
+            if report.finite:
+                optimizer.step()
         optimizer.zero_grad()
         return report
 
     return update
+
+
+def may_begin_next(config: TrainConfig, step: int) -> bool:
+    """Whether the step after `step` may be begun before `step` is known to be good: not where something else comes
+    between them, or where it is to be traced as a whole."""
+    between = config.eval.due(step, config.steps) or config.checkpoint.due(step, config.steps) or step == config.steps
+    return config.parallel.post_validation and not between and step + 1 != config.parallel.pipeline_trace
 
 
 def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:

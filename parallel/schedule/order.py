@@ -73,6 +73,24 @@ class Schedule:
         )
 
 
+def leading_forwards(schedule: Schedule) -> list[int]:
+    """How many of each rank's first actions are forwards that need nothing but each other: what can be done before any
+    backward, on any rank, begins."""
+    lengths = [next((n for n, a in enumerate(actions) if a.kind != "F"), len(actions)) for actions in schedule.ranks]
+    while True:
+        done = {a for actions, length in zip(schedule.ranks, lengths, strict=True) for a in actions[:length]}
+        shorter = [
+            next(
+                (n for n, a in enumerate(actions[:length]) if a.stage and a._replace(stage=a.stage - 1) not in done),
+                length,
+            )
+            for actions, length in zip(schedule.ranks, lengths, strict=True)
+        ]
+        if shorter == lengths:
+            return lengths
+        lengths = shorter
+
+
 def loop_placement(ranks: int, chunks: int) -> list[list[int]]:
     """Rank r holds stages r, r + p, r + 2 p, ... of p ranks."""
     return [[rank + chunk * ranks for chunk in range(chunks)] for rank in range(ranks)]
