@@ -8,19 +8,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from record import RESULTS
 from torch import Tensor, nn
 
 import rowwise.parallel.defer as defer
 from rowwise.parallel.mesh import ParallelConfig, Workers, make_mesh
 from rowwise.parallel.pipeline import Pipeline
+from rowwise.parallel.schedule.gantt import draw
 from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
 from rowwise.parallel.schedule.order import Schedule
 from rowwise.parallel.schedule.search import find_schedule
-from rowwise.parallel.schedule.simulate import simulate, uniform_costs
+from rowwise.parallel.schedule.simulate import period, simulate, uniform_costs
 from rowwise.parallel.schedule.trace import align
 
 RANKS, MICRO_BATCHES, ROUNDS = 4, 12, 3
-SECONDS = 0.03  # of F, of I and of W, for all the stages of a rank
+STEPS = 5  # in a row, where ranks do or do not wait for each other before their optimizer step
+OPTIMIZER = 0.1  # seconds of it
+SECONDS = 0.05  # of F, of I and of W, for all the stages of a rank
+PICTURE = "zb_v, 2 chunks"
 SHAPES = {name: 2 if generator.chunks[0] == 2 else 1 for name, generator in GENERATORS.items()}
 
 
@@ -51,8 +56,8 @@ def schedules() -> dict[str, Schedule]:
     return made
 
 
-def one_rank(rank: int, ranks: int, port: int) -> dict[str, list[float]]:
-    """Schedule -> the makespan of each round, in seconds."""
+def one_rank(rank: int, ranks: int, port: int) -> dict[str, dict[str, Any]]:
+    """Schedule -> the makespan of each round, and a step of many in a row, in seconds."""
     torch.set_num_threads(1)
     store = dist.TCPStore("localhost", port)
     mesh = make_mesh(ParallelConfig(pipeline=ranks, shard=1), Workers(rank, ranks, rank, ranks, store))
@@ -65,7 +70,7 @@ def one_rank(rank: int, ranks: int, port: int) -> dict[str, list[float]]:
         add(weight, x, dy)
 
     defer.add_weight_gradient_ = slow_weight_gradient_
-    found: dict[str, list[float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for label, schedule in schedules().items():
         each = SECONDS * ranks / schedule.stages
         pause[0] = each
@@ -78,46 +83,82 @@ def one_rank(rank: int, ranks: int, port: int) -> dict[str, list[float]]:
 
         modules: dict[int, nn.Module] = {stage: nn.Identity() for stage in schedule.stages_of(mesh.pipeline.rank)}
         pipeline = Pipeline(modules, schedule, mesh.pipeline, "none", mesh.device)
+        timelines = []
         for _ in range(ROUNDS):
             dist.barrier()
             spans: list[Any] = []
-            pipeline.forward_backward(forward, lambda: torch.empty(1, 8), 1.0, spans)
+            pipeline.forward_backward(forward, buffer, 1.0, spans)
             everyone: list[Any] = [None] * ranks
             dist.all_gather_object(everyone, spans)
-            found.setdefault(label, []).append(align(everyone).makespan)
+            timelines.append(align(everyone))
+        found[label] = {
+            "timelines": timelines,
+            "synchronised": in_a_row(pipeline, forward, ahead=False),
+            "unsynchronised": in_a_row(pipeline, forward, ahead=True),
+        }
     dist.destroy_process_group()
     return found
 
 
+def buffer() -> Tensor:
+    return torch.empty(1, 8)
+
+
+def in_a_row(pipeline: Pipeline, forward: Any, ahead: bool) -> float:
+    """Seconds of a step in the steady state, the optimizer's wait included; `ahead`: as `trainer.step.step_at_once` does
+    it, else every rank waits for the global norm before its optimizer steps."""
+    dist.barrier()
+    ends = []
+    step = pipeline.begin(forward, buffer)
+    for number in range(STEPS):
+        pipeline.finish(step, 1.0)
+        norm = dist.all_reduce(torch.ones(1), async_op=True)
+        assert norm is not None
+        if not ahead:
+            norm.wait()
+        time.sleep(OPTIMIZER)
+        if number + 1 < STEPS:
+            step = pipeline.begin(forward, buffer)
+        norm.wait()
+        ends.append(time.perf_counter())
+    # The first step fills the pipeline and the last drains it.
+    return (ends[-2] - ends[0]) / (STEPS - 2)
+
+
 def run(on_ranks: Callable[..., Any]) -> dict[str, Any]:
-    """Simulated and measured makespans, and the pairs of schedules whose order differs."""
-    measured = {label: median(rounds) for label, rounds in on_ranks(one_rank, RANKS).items()}
-    simulated = {}
+    """Simulated and measured: the makespan of one step, and steps in a row; and the pairs whose order differs."""
+    measured = on_ranks(one_rank, RANKS)
+    rows: dict[str, dict[str, Any]] = {}
     for label, schedule in schedules().items():
         each = SECONDS * RANKS / schedule.stages
-        simulated[label] = simulate(schedule, uniform_costs(schedule.stages, each, each, each)).makespan
+        costs = uniform_costs(schedule.stages, each, each, each, step=OPTIMIZER)
+        timelines = measured[label]["timelines"]
+        rows[label] = {"one step": pair(simulate(schedule, costs).makespan, median(t.makespan for t in timelines))}
+        for wait in ("synchronised", "unsynchronised"):
+            rows[label][wait] = pair(period(schedule, costs, wait == "synchronised")[0], measured[label][wait])
+    one = {label: row["one step"] for label, row in rows.items()}
     # Schedules less than 3 % apart are as good as equal.
     swapped = [
-        [a, b] for a in simulated for b in simulated if simulated[a] * 1.03 < simulated[b] and measured[a] > measured[b]
+        [a, b]
+        for a in one
+        for b in one
+        if one[a]["simulated"] * 1.03 < one[b]["simulated"] and one[a]["measured"] > one[b]["measured"]
     ]
-    return {
-        "ranks": RANKS,
-        "micro_batches": MICRO_BATCHES,
-        "seconds": SECONDS,
-        "schedules": {
-            label: {
-                "simulated": simulated[label],
-                "measured": measured[label],
-                "ratio": measured[label] / simulated[label],
-            }
-            for label in simulated
-        },
-        "in_another_order": swapped,
-    }
+    schedule = schedules()[PICTURE]
+    predicted = simulate(schedule, uniform_costs(schedule.stages, *[SECONDS * RANKS / schedule.stages] * 3))
+    draw({"predicted": predicted, "measured": measured[PICTURE]["timelines"][-1]}, RESULTS / "pipeline.png", "seconds")
+    sizes = {"ranks": RANKS, "micro_batches": MICRO_BATCHES, "seconds": SECONDS, "optimizer_seconds": OPTIMIZER}
+    return {**sizes, "schedules": rows, "in_another_order": swapped}
+
+
+def pair(simulated: float, measured: float) -> dict[str, float]:
+    return {"simulated": simulated, "measured": measured, "ratio": measured / simulated}
 
 
 def show(found: dict[str, Any]) -> str:
-    lines = [f"{'schedule':<28}{'simulated':>11}{'measured':>10}{'ratio':>8}"]
-    for label, row in sorted(found["schedules"].items(), key=lambda item: item[1]["simulated"]):
-        lines.append(f"{label:<28}{row['simulated']:>11.3f}{row['measured']:>10.3f}{row['ratio']:>8.3f}")
+    kinds = ("one step", "synchronised", "unsynchronised")
+    lines = [f"{'simulated, measured, ratio':<28}" + "".join(f"{kind:>24}" for kind in kinds)]
+    for label, row in sorted(found["schedules"].items(), key=lambda item: item[1]["one step"]["simulated"]):
+        cells = (f"{row[k]['simulated']:>9.3f}{row[k]['measured']:>8.3f}{row[k]['ratio']:>7.3f}" for k in kinds)
+        lines.append(f"{label:<28}" + "".join(cells))
     return "\n".join([*lines, f"in another order: {found['in_another_order'] or 'none'}"])

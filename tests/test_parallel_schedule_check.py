@@ -10,7 +10,7 @@ from torch.distributed.pipelining import schedules as theirs
 from rowwise.parallel.schedule.check import check_schedule
 from rowwise.parallel.schedule.cut import balance
 from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
-from rowwise.parallel.schedule.order import Action, read_csv, write_csv
+from rowwise.parallel.schedule.order import Action, leading_forwards, read_csv, write_csv
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -187,3 +187,20 @@ def test_the_cut_is_the_best_of_all_contiguous_ones():
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(ValueError, match=r"5 pipeline stages .* model.layers=4: .* at most 4 stages"):
         balance(1.0, [1.0] * 4, 1.0, 5)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_leading_forwards_need_nothing_but_each_other_and_are_as_many_as_can_be(name, ranks):
+    chunks = GENERATORS[name].chunks[0]
+    schedule = make_schedule(name, Shape(ranks, chunks, 2 * ranks, ranks))
+    counts = leading_forwards(schedule)
+    done = {action for actions, count in zip(schedule.ranks, counts, strict=True) for action in actions[:count]}
+
+    def possible(action: Action) -> bool:
+        return action.kind == "F" and (action.stage == 0 or action._replace(stage=action.stage - 1) in done)
+
+    assert all(possible(action) for action in done)
+    following = [actions[count] for actions, count in zip(schedule.ranks, counts, strict=True)]
+    assert not any(possible(action) for action in following)
+    assert all(count > 0 for count in counts)
