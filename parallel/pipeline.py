@@ -59,13 +59,22 @@ class _Open:
 @dataclass
 class Step:
     """One step under way on this rank: `done` of its actions are, `opened` is held, `trace` takes their spans, in seconds
-    since the epoch of the machine."""
+    since the epoch by a clock that is never set back."""
 
     forward: Forward
     channels: Channels
     trace: list[Span] | None
     done: int = 0
     opened: dict[tuple[int, int], _Open] = field(default_factory=dict)
+    epoch: float = field(default_factory=lambda: time.time() - time.perf_counter())
+
+    def now(self, device: torch.device) -> float:
+        """When all that was asked of the device is done; 0 where nobody keeps it."""
+        if self.trace is None:
+            return 0.0
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return self.epoch + time.perf_counter()
 
 
 @dataclass
@@ -141,24 +150,29 @@ class Pipeline:
             self._expect(step.channels, self._actions[position : min(position + 2, until)])
             if self._released is not None and action.kind != "W":
                 keep_gathered(self.stages[action.stage], position not in self._released)
-            started = _now(self.device) if step.trace is not None else 0.0
+            started = step.now(self.device)
             self._do(action, step, scale)
             if step.trace is not None:
-                step.trace.append((action, started, _now(self.device)))
-            if action.kind in "WB":
+                step.trace.append((action, started, step.now(self.device)))
+            if action.kind != "F":
                 add_up_gradients(self.stages[action.stage])
+            if action.kind in "WB":
                 left[action.stage] -= 1
                 if not left[action.stage]:
                     reduce_gradients(self.stages[action.stage])
         step.done = until
 
-    def forward_only(self, forward: Forward, buffer: Callable[[], Tensor], micro_batches: int) -> None:
-        """Every micro-batch through every stage, without gradients."""
+    def forward_only(
+        self, forward: Forward, buffer: Callable[[], Tensor], micro_batches: int, refresh: bool = True
+    ) -> None:
+        """Every micro-batch through every stage, without gradients. `refresh`: weights have changed since the last pass."""
         schedule = self.schedule.forward_only(micro_batches)
-        self._refresh_tied()
+        if refresh:
+            self._refresh_tied()
         channels = Channels(schedule, self.axis, self._lanes, buffer)
         with torch.no_grad():
             for stage, _, i in schedule.ranks[self.axis.rank]:
+                channels.free()
                 y = forward(stage, i, channels.receive((True, stage, i)) if stage else None)
                 if stage + 1 < schedule.stages:
                     channels.send((True, stage + 1, i), y)
@@ -242,9 +256,3 @@ def last_uses(actions: Sequence[Action]) -> set[int]:
     begins = set(gathers(actions, "run"))
     uses = [position for position, action in enumerate(actions) if action.kind != "W"]
     return {use for use, following in itertools.pairwise(uses) if following in begins} | {uses[-1]}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.time()

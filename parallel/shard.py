@@ -116,13 +116,18 @@ def hold_gradients(model: nn.Module, release_after_backward: bool) -> None:
 
 
 def add_up_gradients(model: nn.Module) -> None:
-    """Moves what weight-gradient passes left in `.grad` to where FSDP2 adds gradients up: in the dtype in which they are
-    reduced, so that a sum over micro-batches is not rounded to 16 bits each time."""
+    """Moves 16-bit gradients of one micro-batch from `.grad` to where FSDP2 adds gradients up, in 32 bits: a sum over
+    micro-batches is not rounded to 16 bits each time, whatever the dtype in which ranks reduce it."""
     for module in sharded_modules(model):
         for param in fsdp_params(module):
-            if hasattr(param, "_unsharded_param"):
-                param.accumulate_unsharded_grad_if_needed()
-                param.to_accumulated_grad_if_needed()
+            gradient = param._unsharded_param.grad if hasattr(param, "_unsharded_param") else None
+            if gradient is None or gradient.itemsize > 2:
+                continue
+            if param.unsharded_accumulated_grad is None:
+                param.unsharded_accumulated_grad = gradient.float()
+            else:
+                param.unsharded_accumulated_grad += gradient
+            param._unsharded_param.grad = None
 
 
 def reduce_gradients(model: nn.Module) -> None:
@@ -135,6 +140,10 @@ def reduce_gradients(model: nn.Module) -> None:
     model.set_requires_gradient_sync(True)
     model.set_reshard_after_backward(True)
     for module in reversed(list(sharded_modules(model))):
+        for param in fsdp_params(module):
+            # FSDP2 says None where ranks reduce in the dtype that computes.
+            if param.unsharded_accumulated_grad is not None and param.reduce_dtype is None:
+                param.unsharded_accumulated_grad = param.unsharded_accumulated_grad.to(param._unsharded_param.dtype)
         if (group := fsdp_group(module)) is not None:
             group.post_backward()
 

@@ -231,7 +231,7 @@ def test_spans_that_are_no_timeline_are_refused():
         ('{"ranks": [1]}', 'no list "ranks" of a list a rank'),
         ('{"ranks": [[], []]}', "no rank did anything"),
         ('{"ranks": [[["0F0", 0, 1]], [["1F0", 1]]]}', r'rank 1: \["1F0", 1\] is not \[action, start, end\]'),
-        ('{"ranks": [[["0X0", 0, 1]]]}', r'rank 0: \["0X0", 0, 1\] is not \[action, start, end\], such as'),
+        ('{"ranks": [[["0X0", 0, 1]]]}', r"'0X0' is no action; write stage, one of F, I, W, B"),
         ('{"ranks": [[["0F0", 0, "1"]]]}', r'rank 0: \["0F0", 0, "1"\] is not'),
         ('{"ranks": [[["0F0", 1, 1]]]}', "nothing in it takes time"),
         ('{"ranks": [[["0F0", 1, 0]]]}', "rank 0: 0F0 goes from 1 to 0"),

@@ -45,6 +45,8 @@ def assert_law(ranks, folder: Path, world: int, cases: list[tuple[int, int, bool
 @pytest.mark.parametrize("name, chunks", SCHEDULES)
 def test_two_ranks(ranks, folder, name, chunks, zero):
     cases = [(4, m, tied) for m in (4, 5) for tied in (False, True)]
+    if zero in (1, 2):  # which gather and reduce alike; together they see every case
+        cases = cases[1:3] if zero == 1 else cases[::3]
     assert_law(ranks, folder, 4, cases, pipeline=2, pipeline_schedule=name, virtual_stages=chunks, zero=zero)
 
 

@@ -91,7 +91,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     data_degree = parallel.replicate * parallel.shard
     check_batch(config.batch, data_degree)
     micro_batches = config.batch.global_size // config.batch.micro_size // data_degree
-    check_pipeline(parallel, config.model.layers, micro_batches)
+    check_pipeline(parallel, config.model.layers, micro_batches, config.steps)
     _check_compile(config, parallel, micro_batches)
     _check_post_validation(config, parallel)
     _check_param_dtype(config, parallel, micro_batches)

@@ -4,9 +4,10 @@ Three stages of one layer each are made, timed and thrown away: one with the emb
 norm, the head and the loss. A layer takes what the second does; what comes before and after is the rest of the others.
 """
 
+import math
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,10 +53,16 @@ class PartTimes:
 def read_part_times(path: Path) -> PartTimes:
     """The times in a JSON file, such as a run's pipeline/times.json. Raises ValueError."""
     try:
-        return TypeAdapter(PartTimes).validate_json(path.read_text(), strict=True)
+        times = TypeAdapter(PartTimes).validate_json(path.read_text(), strict=True)
+        numbers = [*astuple(times.before), *astuple(times.layer), *astuple(times.after), times.send, times.gather]
+        if not all(0 <= number < math.inf for number in numbers) or min(astuple(times.layer)) == 0:
+            raise ValueError(
+                f"parallel.pipeline_costs={path}: times are finite and at least 0, and those of a layer above 0"
+            )
+        return times
     except OSError as error:
         raise ValueError(f"parallel.pipeline_costs={path}: {error.strerror}; leave it null to measure") from None
-    except ValidationError as error:
+    except ValidationError as error:  # is a ValueError too, and says less
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ValueError(f"parallel.pipeline_costs={path}: {where}: {first['msg']}") from None

@@ -96,20 +96,25 @@ class StagedDecoder(nn.Module):
 
     def losses(self, batches: list[MicroBatch], device: torch.device) -> Tensor:
         """(loss sum, valid tokens) on the last stage, zeros elsewhere, without gradients."""
-        here = [batch.to(device) for batch in batches]
         totals = torch.zeros(2, dtype=torch.float64, device=device)
+        # In rounds, so that no more is held than in a step.
+        size = self.pipeline.schedule.micro_batches
+        for begin in range(0, len(batches), size):
+            here = [batch.to(device) for batch in batches[begin : begin + size]]
 
-        def loss(i: int, logits: Tensor) -> Tensor:
-            return totals.add_(torch.stack(loss_of(logits, here[i].labels)).double())
+            def loss(i: int, logits: Tensor, here: list[MicroBatch] = here) -> Tensor:
+                return totals.add_(torch.stack(loss_of(logits, here[i].labels)).double())
 
-        self.pipeline.forward_only(self._forward(here, loss), lambda: self._buffer(here[0]), len(here))
+            forward = self._forward(here, loss)
+            self.pipeline.forward_only(forward, lambda: self._buffer(batches[0]), len(here), refresh=begin == 0)
         return totals
 
-    def last_logits(self, batch: MicroBatch) -> Tensor:
-        """The logits (V) at the last place of the first sequence, float64, on every rank of the pipeline."""
+    def last_logits(self, batch: MicroBatch, refresh: bool) -> Tensor:
+        """The logits (V) at the last place of the first sequence, float64, on every rank of the pipeline. `refresh`:
+        weights have changed since the last pass."""
         last = torch.zeros(self.config.vocab_size, dtype=torch.float64, device=batch.inputs.device)
         forward = self._forward([batch], lambda _, logits: last.copy_(logits[0, -1]))
-        self.pipeline.forward_only(forward, lambda: self._buffer(batch), 1)
+        self.pipeline.forward_only(forward, lambda: self._buffer(batch), 1, refresh)
         self.pipeline.broadcast_from_last(last)
         return last
 
@@ -151,7 +156,9 @@ def make_plan(
         "micro_batches": [micro_batches, batch.micro_size, batch.seq_len],
     }
     auto = config.pipeline_schedule == "auto"
-    plan = [saved_plan(made_for, folder) if auto and mesh.rank == 0 else None]
+    stages = config.pipeline * config.virtual_stages
+    known = saved_plan(made_for, config.pipeline, stages, micro_batches, folder) if auto and mesh.rank == 0 else None
+    plan: list[Plan | None] = [known]
     dist.broadcast_object_list(plan, src=0, group=mesh.save_group)
     if plan[0] is not None:
         return plan[0]
@@ -173,8 +180,9 @@ def make_plan(
 def keep_trace(spans: list[Span], folder: Path, mesh: Mesh) -> None:
     """Writes the timeline of a step, as the ranks of the first replica measured it, into `folder`, with what each stage
     took on the mean: `python -m rowwise.launch.schedule run=... to=picture.png` shows both."""
-    timeline = align(of_every_stage(spans, mesh))
+    everyone = of_every_stage(spans, mesh)
     if mesh.rank == 0:
+        timeline = align(everyone)
         folder.mkdir(parents=True, exist_ok=True)
         write_trace(timeline, folder / "trace.json")
         write_csv(timeline.schedule, folder / "schedule.csv")
@@ -185,6 +193,7 @@ def of_every_stage(mine: T, mesh: Mesh) -> list[T]:
     """What each rank of a pipeline has, in their order, on every rank; of this rank alone where there is none."""
     if mesh.pipeline is None:
         return [mine]
-    everyone: list[T] = [mine] * mesh.world_size
-    dist.all_gather_object(everyone, mine, group=mesh.save_group)
-    return [everyone[rank] for rank in mesh.pipeline.ranks]
+    everyone: list[T] = [mine] * mesh.pipeline.size
+    # Not over `save_group`, on which a save may be under way.
+    dist.all_gather_object(everyone, mine, group=mesh.pipeline.group)
+    return everyone

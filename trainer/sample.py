@@ -34,7 +34,9 @@ def generate(
         window = torch.tensor([written[-context:]], device=device)
         positions = torch.arange(window.size(1), device=device).unsqueeze(0)
         if isinstance(model, StagedDecoder):
-            logits = model.last_logits(MicroBatch(window, window, positions, None)).cpu()
+            logits = model.last_logits(
+                MicroBatch(window, window, positions, None), refresh=len(written) == len(prompt)
+            ).cpu()
         else:
             logits = model(window, positions)[0, -1].double().cpu()
         if temperature == 0:

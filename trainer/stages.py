@@ -1,6 +1,8 @@
 """What a pipeline does with a model: which layers each stage has, and in which order stages work."""
 
 import json
+import os
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from rowwise.parallel.mesh import ParallelConfig
 from rowwise.parallel.schedule.check import check_schedule
 from rowwise.parallel.schedule.cut import balance
 from rowwise.parallel.schedule.generate import GENERATORS, Shape, check_shape, make_schedule
-from rowwise.parallel.schedule.order import Schedule, read_csv, write_csv
+from rowwise.parallel.schedule.order import Schedule, loop_placement, parse_action, read_csv, v_placement
 from rowwise.parallel.schedule.search import find_schedule
 from rowwise.parallel.schedule.simulate import Costs, Gathering, Timeline
 from rowwise.trainer.measure import PartTimes, read_part_times, write_part_times
@@ -37,7 +39,7 @@ class Plan:
     how: str = ""
 
 
-def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int) -> None:
+def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int, steps: int) -> None:
     """Refuses a pipeline that cannot be. Raises ValueError."""
     if config.virtual_stages < 1:
         raise ValueError(f"parallel.virtual_stages={config.virtual_stages}: it is at least 1")
@@ -45,10 +47,11 @@ def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int) -> N
         _refuse_without_pipeline(config)
         return
     balance(0, [1] * layers, 0, config.pipeline * config.virtual_stages)
-    if config.pipeline_gather is not None and config.zero != 3:
+    if config.pipeline_gather is not None and (config.zero != 3 or config.shard == 1):
         raise ValueError(
-            f"parallel.pipeline_gather={config.pipeline_gather} with parallel.zero={config.zero}: below 3 weights are "
-            "gathered once a step; leave it null, or give parallel.zero=3"
+            f"parallel.pipeline_gather={config.pipeline_gather} with parallel.zero={config.zero} parallel.shard="
+            f"{config.shard}: below stage 3 weights are gathered once a step, and where one rank has them all not at all; "
+            "leave it null, or give parallel.zero=3 and parallel.shard above 1"
         )
     name = config.pipeline_schedule
     for key in ("pipeline_memory", "pipeline_costs"):
@@ -56,8 +59,10 @@ def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int) -> N
             raise ValueError(
                 f"parallel.{key}={given} with {name}: only auto looks at it; give parallel.pipeline_schedule=auto"
             )
-    if config.pipeline_trace < 0:
-        raise ValueError(f"parallel.pipeline_trace={config.pipeline_trace}: a step, counted from 1, or 0 for none")
+    if not 0 <= config.pipeline_trace <= steps:
+        raise ValueError(
+            f"parallel.pipeline_trace={config.pipeline_trace}: a step of the {steps}, counted from 1, or 0 for none"
+        )
     if config.pipeline_unit is not None and name != "blockwise":
         raise ValueError(
             f"parallel.pipeline_unit={config.pipeline_unit} with {name}: only blockwise has units; leave it null"
@@ -131,6 +136,11 @@ def plan_pipeline(
     assert times is not None
     first_rank = balance(before, [layer] * model.layers, after, config.pipeline)
     limit = config.pipeline_memory * max((config.pipeline - rank) * len(own) for rank, own in enumerate(first_rank))
+    # One micro-batch is the least that a rank can hold, however its stages are placed.
+    placements = [loop_placement(config.pipeline, config.virtual_stages)]
+    if config.virtual_stages == 2:
+        placements.append(v_placement(config.pipeline))
+    limit = max(limit, min(max(sum(len(layers[s]) for s in own) for own in placement) for placement in placements))
     found = find_schedule(shape_of(config, micro_batches), costs_of(times, layers), limit, gathering=gathering(config))
     return Plan(found.schedule, layers, found.how)
 
@@ -172,26 +182,43 @@ def splits_backward(config: ParallelConfig, micro_batches: int) -> bool:
 
 
 def save_plan(plan: Plan, times: PartTimes, made_for: dict[str, Any], folder: Path) -> None:
-    """Writes what `auto` found into a run's pipeline/ folder: the schedule, the cut, and the times they were found for."""
+    """Writes what `auto` found into a run's pipeline/ folder, all that is read again in one file, whole or not at all;
+    and the times that it was found for."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(plan.schedule, folder / "schedule.csv")
     write_part_times(times, folder / "times.json")
-    write_costs(costs_of(times, plan.layers), folder)
-    layers = [[own.start, own.stop] for own in plan.layers]
-    # Last: without it there is no plan.
-    (folder / PLAN_FILE).write_text(
-        json.dumps({"how": plan.how, "layers": layers, "made_for": made_for}, indent=2) + "\n"
-    )
+    saved = {
+        "how": plan.how,
+        "made_for": made_for,
+        "layers": [[own.start, own.stop] for own in plan.layers],
+        "schedule": [[str(action) for action in actions] for actions in plan.schedule.ranks],
+    }
+    partial = folder / (PLAN_FILE + ".incomplete")
+    with partial.open("w") as file:
+        json.dump(saved, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / PLAN_FILE)
 
 
-def saved_plan(made_for: dict[str, Any], folder: Path) -> Plan | None:
-    """The plan that a run has, if it was made for this: a resumed run goes on in the same order, to the last bit."""
-    if not (folder / PLAN_FILE).is_file():
+def saved_plan(made_for: dict[str, Any], ranks: int, stages: int, micro_batches: int, folder: Path) -> Plan | None:
+    """The plan that a run has, if it was made for this: a resumed run goes on in the same order, to the last bit. One
+    that is damaged is none, with a warning."""
+    path = folder / PLAN_FILE
+    if not path.is_file():
         return None
-    saved = json.loads((folder / PLAN_FILE).read_text())
-    if saved["made_for"] != made_for:
+    try:
+        saved = json.loads(path.read_text())
+        if saved["made_for"] != made_for:
+            return None
+        rows = tuple(tuple(parse_action(cell) for cell in row) for row in saved["schedule"])
+        plan = Plan(Schedule(rows, str(path)), [range(*own) for own in saved["layers"]], saved["how"])
+        check_schedule(plan.schedule, ranks, stages, micro_batches)
+        if [layer for own in plan.layers for layer in own] != list(range(made_for["model"]["layers"])):
+            raise ValueError("its stages do not hold every layer once")
+    except (ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path} is damaged ({error}); the schedule is planned anew", stacklevel=1)
         return None
-    return Plan(read_csv(folder / "schedule.csv"), [range(*own) for own in saved["layers"]], saved["how"])
+    return plan
 
 
 def write_costs(costs: Costs, folder: Path) -> None:

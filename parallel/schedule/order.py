@@ -120,12 +120,19 @@ def read_csv(path: Path) -> Schedule:
 
 
 def _parse(cell: str, path: Path, line: int) -> Action:
-    match = _CELL.fullmatch(cell)
-    if match is None:
+    try:
+        return parse_action(cell)
+    except ValueError as error:
         raise ValueError(
-            f"{path}, line {line}: {cell!r} is no action; write stage, one of {', '.join(KINDS)}, micro-batch, such as 2F0 "
-            "(messages and gathers follow from the order and are not written)"
-        )
+            f"{path}, line {line}: {error} (messages and gathers follow from the order and are not written)"
+        ) from None
+
+
+def parse_action(text: str) -> Action:
+    """The action that is written so. Raises ValueError."""
+    match = _CELL.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no action; write stage, one of {', '.join(KINDS)}, micro-batch, such as 2F0")
     return Action(int(match[1]), match[2], int(match[3]))
 
 

@@ -7,16 +7,14 @@
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rowwise.parallel.schedule.order import KINDS, Action, Schedule
+from rowwise.parallel.schedule.order import Action, Schedule, parse_action
 from rowwise.parallel.schedule.simulate import Timeline
 
 Span = tuple[Action, float, float]
-_ACTION = re.compile(rf"(\d+)([{''.join(KINDS)}])(\d+)")
 
 
 def align(spans_per_rank: Sequence[Sequence[Span]]) -> Timeline:
@@ -58,8 +56,8 @@ def read_trace(path: Path) -> Timeline:
 
 def _span(rank: int, entry: Any) -> Span:
     match entry:
-        case [str(text), int() | float() as start, int() | float() as end] if action := _ACTION.fullmatch(text):
-            return Action(int(action[1]), action[2], int(action[3])), float(start), float(end)
+        case [str(text), int() | float() as start, int() | float() as end]:
+            return parse_action(text), float(start), float(end)
     raise ValueError(f'rank {rank}: {json.dumps(entry)} is not [action, start, end], such as ["2F0", 1.5, 2.0]')
 
 
