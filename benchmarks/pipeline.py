@@ -1,6 +1,6 @@
 """Pipelines: what the simulator says beside what ranks do, beside the papers' gains, and beside torch's own runtime.
 
-python benchmarks/pipeline.py                   all three parts; writes results/pipeline.json
+python benchmarks/pipeline.py                   all three parts; each writes results/pipeline_PART.json
 python benchmarks/pipeline.py --parts gains     only what is simulated
 
 `waits`   4 ranks whose work is a timed wait: the makespan of every schedule, simulated and measured.
@@ -48,12 +48,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
-    measured = {}
     for name in options.parts:
-        measured[name] = PARTS[name].run(on_ranks)
-        print(f"\n{name}\n{PARTS[name].show(measured[name])}", flush=True)
-    if set(options.parts) == set(PARTS):
-        print(f"\nwritten: {write_record('pipeline', measured).relative_to(RESULTS.parents[1])}")
+        measured = PARTS[name].run(on_ranks)
+        print(f"\n{name}\n{PARTS[name].show(measured)}", flush=True)
+        print(f"written: {write_record(f'pipeline_{name}', measured).relative_to(RESULTS.parents[1])}", flush=True)
 
 
 if __name__ == "__main__":

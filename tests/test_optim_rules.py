@@ -77,8 +77,13 @@ def rule_config(folder, rule, *overrides):
     return small_config(folder, choice, *SHAPES, "optim.lr=0.01", *RULES[rule], *overrides)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("rule", RULES)
+# Rows are split alike at stages 1 to 3, and tests/test_parallel_shard.py has how gradients get there: 1 and 2 for some.
+STAGES = [
+    (rule, zero) for rule in RULES for zero in (0, 1, 2, 3) if zero in (0, 3) or rule in ("adamw8bit", "dct", "muon")
+]
+
+
+@pytest.mark.parametrize(("rule", "zero"), STAGES)
 def test_three_steps_equal_those_of_the_textbook(ranks, folder, plain, rule, zero):
     config = with_layout(rule_config(folder, rule, "batch.micro_size=8"), 3, zero=zero)
     assert_all_same(ranks.run(run_layout, 3, config), plain(rule))
