@@ -23,8 +23,8 @@ from rowwise.parallel.schedule.trace import align
 
 RANKS, MICRO_BATCHES, ROUNDS = 4, 12, 3
 STEPS = 5  # in a row, where ranks do or do not wait for each other before their optimizer step
-OPTIMIZER = 0.1  # seconds of it
-SECONDS = 0.05  # of F, of I and of W, for all the stages of a rank
+OPTIMIZER = 0.06  # seconds of it
+SECONDS = 0.03  # of F, of I and of W, for all the stages of a rank
 PICTURE = "zb_v, 2 chunks"
 SHAPES = {name: 2 if generator.chunks[0] == 2 else 1 for name, generator in GENERATORS.items()}
 
