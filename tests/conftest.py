@@ -13,6 +13,17 @@ from ranks import RankPool
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="whole products of cases, where a share of them stands for all"
+    )
+
+
+@pytest.fixture(scope="session")
+def full(request):
+    return request.config.getoption("--full")
+
+
 @pytest.fixture(scope="session")
 def ranks():
     pool = RankPool()
