@@ -1,16 +1,15 @@
 """Messages between the stages of a pipeline: first sent, first received, and a send never waits."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.parallel.mesh import Lane, Pair, PipelineAxis
-from rowwise.parallel.schedule.order import Schedule
+from rowwise.parallel.schedule.order import Action, Key, Schedule
 
-Key = tuple[bool, int, int]  # (forward, the stage that takes it, micro-batch)
 Lanes = dict[Pair, Lane]
 
 
@@ -31,7 +30,7 @@ class Channels:
     ):
         self._schedule, self._axis, self._lanes, self._buffer = schedule, axis, lanes, buffer
         self._expected: dict[int, deque[Key]] = {}
-        for sender, receiver, key in messages(schedule):
+        for sender, receiver, key in schedule.messages:
             if receiver == axis.rank and sender != axis.rank:
                 self._expected.setdefault(sender, deque()).append(key)
         self._coming: dict[Key, tuple[dist.Work, Tensor]] = {}
@@ -68,11 +67,10 @@ class Channels:
         work.wait()
         return buffer
 
-    def drain(self, part: Schedule) -> None:
-        """Where only `part` of the schedule, the first actions of each rank, was done: takes what it sent to this rank and
-        nobody took."""
-        wanted = {key for _, receiver, key in messages(part, self._schedule) if receiver == self._axis.rank}
-        for key in [key for queue in list(self._expected.values()) for key in queue if key in wanted]:
+    def drain(self, forwards: Collection[Action]) -> None:
+        """Where nothing but `forwards` was done, on all ranks: takes what they sent to this rank and nobody took."""
+        sent = {(True, stage + 1, i) for stage, _, i in forwards}
+        for key in [key for queue in self._expected.values() for key in queue if key in sent]:
             self.expect(key)
         for work, _ in self._coming.values():
             work.wait()
@@ -84,18 +82,6 @@ class Channels:
         """Returns when everything sent is gone."""
         while self._leaving:
             self._leaving.popleft()[0].wait()
-
-
-def messages(schedule: Schedule, whole: Schedule | None = None) -> list[tuple[int, int, Key]]:
-    """(sender, receiver, key) of every message of a schedule, in each sender's order. `whole`: what it is a part of."""
-    whole = whole or schedule
-    found = []
-    for sender, actions in enumerate(schedule.ranks):
-        for stage, kind, i in actions:
-            target = stage + 1 if kind == "F" else stage - 1
-            if kind != "W" and 0 <= target < whole.stages:
-                found.append((sender, whole.rank_of[target], (kind == "F", target, i)))
-    return found
 
 
 def send_to(receiver: int, tensor: Tensor, axis: PipelineAxis, lanes: Lanes) -> dist.Work:

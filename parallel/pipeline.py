@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rowwise.kernels.rows import local
-from rowwise.parallel.channels import Channels, messages, receive_from, send_to, warm_up
+from rowwise.parallel.channels import Channels, receive_from, send_to, warm_up
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.mesh import PipelineAxis, make_lanes
 from rowwise.parallel.schedule.order import Action, Schedule, leading_forwards
@@ -92,7 +92,7 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         ends = self.schedule.rank_of[0], self.schedule.rank_of[self.schedule.stages - 1]
-        pairs = {(sender, receiver) for sender, receiver, _ in messages(self.schedule)}
+        pairs = {(sender, receiver) for sender, receiver, _ in self.schedule.messages}
         pairs |= {ends, ends[::-1]} if self.tied is not None else set()
         self._lanes = make_lanes(self.axis, {pair for pair in pairs if pair[0] != pair[1]}, self.device)
         if self.device.type == "cuda":
@@ -134,8 +134,8 @@ class Pipeline:
     def abandon(self, step: Step) -> None:
         """Drops what `begin` did, on all ranks alike: what it sent is received, and parameters are no longer gathered."""
         step.opened.clear()
-        leading = [actions[:count] for actions, count in zip(self.schedule.ranks, self._leading, strict=True)]
-        step.channels.drain(Schedule(tuple(leading)))
+        leading = zip(self.schedule.ranks, self._leading, strict=True)
+        step.channels.drain([action for actions, count in leading for action in actions[:count]])
         for module in self.stages.values():
             forget_forwards(module)
 

@@ -1,6 +1,7 @@
 """Whole runs in tests: in the pool of ranks, or as processes of their own that can be killed."""
 
 import contextlib
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +26,11 @@ from rowwise.trainer.state import TrainState
 from rowwise.trainer.train import train
 
 SAME_EVERYWHERE = ("step", "loss", "grad_norm", "lr", "tokens")
+
+
+def named(config: TrainConfig, folder: Path, name: str) -> TrainConfig:
+    """The same run in the folder of that name."""
+    return replace(config, run_dir=str(folder / name))
 
 
 def run_train(workers: Workers, config: TrainConfig) -> TrainState:
@@ -82,6 +89,7 @@ class Job:
         context.set_forkserver_preload(
             ["rowwise.trainer.train", "rowwise.trainer.prepare", "torch.distributed.checkpoint"]
         )
+        self.log = log
         self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self.processes = [
             context.Process(target=_rank, args=(rank, world_size, self.store.port, config, log))
@@ -103,13 +111,18 @@ class Job:
         return process.exitcode == -signal.SIGKILL
 
     def wait(self, timeout_seconds: float) -> list[int | None]:
-        """The exit codes, once all have ended. Raises TimeoutError for a hang."""
+        """The exit codes, once all have ended. Raises TimeoutError for a hang, with where each rank was and what was
+        said."""
         deadline = time.monotonic() + timeout_seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         if self.alive():
+            for process in self.processes:
+                if process.pid is not None and process.is_alive():
+                    os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(2)
             self.end()
-            raise TimeoutError(f"ranks still alive after {timeout_seconds} s")
+            raise TimeoutError(f"ranks still alive after {timeout_seconds} s:\n{self.log.read_text()[-6000:]}")
         return [process.exitcode for process in self.processes]
 
     def end(self) -> None:
@@ -121,6 +134,7 @@ class Job:
 
 def _rank(rank: int, world_size: int, port: int, config: TrainConfig, log: Path) -> None:
     sys.stdout = sys.stderr = log.open("a", buffering=1)
+    faulthandler.register(signal.SIGUSR1, sys.stderr)  # see `Job.wait`
     torch.set_num_threads(1)
     try:
         run_train(Workers(rank, world_size, rank, world_size, dist.TCPStore("localhost", port)), config)

@@ -22,7 +22,7 @@ from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.sample import generate
 from rowwise.trainer.train import build_model, eval_batches, make_update, train_batches
-from runs import final_tensors, records, run_train, run_until
+from runs import final_tensors, named, records, run_train, run_until
 
 STEPS = 12
 MODEL = ("model.layers=4", "model.tie_embeddings=true")
@@ -32,10 +32,6 @@ OVERRIDES = (*MODEL, f"steps={STEPS}", "eval.every=4", "eval.batches=2", "batch.
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("pipeline-runs")
-
-
-def named(config, folder, name):
-    return replace(config, run_dir=str(folder / name))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from parity import TOLERANCE, relative_error, small_config, with_layout
 from ranks import RankFailure
 from rowwise.trainer.metrics import read_metrics
-from runs import final_tensors, records, run_train, run_until
+from runs import final_tensors, named, records, run_train, run_until
 
 STEPS = 20
 OVERRIDES = (f"steps={STEPS}", "schedule=cosine", "schedule.warmup_steps=4", "eval.every=5", "eval.batches=2")
@@ -20,10 +20,6 @@ OVERRIDES = (f"steps={STEPS}", "schedule=cosine", "schedule.warmup_steps=4", "ev
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("train")
-
-
-def named(config, folder, name):
-    return replace(config, run_dir=str(folder / name))
 
 
 @pytest.fixture(scope="module")

@@ -157,9 +157,11 @@ def make_plan(
     }
     auto = config.pipeline_schedule == "auto"
     stages = config.pipeline * config.virtual_stages
-    known = saved_plan(made_for, config.pipeline, stages, micro_batches, folder) if auto and mesh.rank == 0 else None
-    plan: list[Plan | None] = [known]
-    dist.broadcast_object_list(plan, src=0, group=mesh.save_group)
+    plan: list[Plan | None] = [None]
+    if auto and mesh.rank == 0:
+        plan = [saved_plan(made_for, config.pipeline, stages, micro_batches, folder)]
+    if auto:
+        dist.broadcast_object_list(plan, src=0, group=mesh.save_group)
     if plan[0] is not None:
         return plan[0]
     times = None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 KINDS = ("F", "I", "W", "B")
+Key = tuple[bool, int, int]  # of a message: forward, the stage that takes it, micro-batch
 _CELL = re.compile(r"(\d+)([FIWB])(\d+)")
 
 
@@ -46,7 +47,7 @@ class Schedule:
                 placed.setdefault(action.stage, rank)
         return placed
 
-    @property
+    @cached_property
     def stages(self) -> int:
         return max(self.rank_of) + 1
 
@@ -58,6 +59,16 @@ class Schedule:
     def splits_backward(self) -> bool:
         """Whether weight gradients are ever computed apart from input gradients."""
         return any(action.kind == "I" for actions in self.ranks for action in actions)
+
+    @cached_property
+    def messages(self) -> list[tuple[int, int, Key]]:
+        """(sender, receiver, key) of every message between stages, those of one rank too, in each sender's order."""
+        return [
+            (sender, self.rank_of[target], (action.kind == "F", target, action.micro_batch))
+            for sender, actions in enumerate(self.ranks)
+            for action in actions
+            if action.kind != "W" and 0 <= (target := action.stage + (1 if action.kind == "F" else -1)) < self.stages
+        ]
 
     def stages_of(self, rank: int) -> list[int]:
         """The stages that `rank` holds, ascending."""

@@ -106,7 +106,7 @@ def simulate(
     starts: list[list[float]] = [[] for _ in range(ranks)]
     ends: list[list[float]] = [[] for _ in range(ranks)]
     clocks = list(begin) if begin is not None else [0.0] * ranks
-    ready = [_gather_ready(actions, costs, gathering, clocks[r]) for r, actions in enumerate(schedule.ranks)]
+    weights = [_Gathers(actions, costs, gathering, clocks[r]) for r, actions in enumerate(schedule.ranks)]
     runnable = list(range(ranks))
     while runnable:
         rank = runnable.pop()
@@ -124,7 +124,7 @@ def simulate(
                     waiting[kind == "F", source * count + i] = rank
                     break
                 start = max(start, arrived + (costs.send if rank_of[source] != rank else 0.0))
-            start = ready[rank].wait(len(end_of), start)
+            start = weights[rank].wait(len(end_of), start)
             clock = start + costs.seconds(action)
             start_of.append(start)
             end_of.append(clock)
@@ -140,23 +140,16 @@ def simulate(
     return Timeline(schedule, starts, ends)
 
 
-class _NoGather:
-    def wait(self, position: int, start: float) -> float:
-        return start
-
-
 class _Gathers:
-    """The gathers of one rank: each starts when the run before it begins, and after the gather before it."""
+    """The gathers of one rank: each starts when the run before it begins."""
 
-    def __init__(self, runs: dict[int, float], begin: float):
-        self._runs = sorted(runs.items())
+    def __init__(self, actions: Sequence[Action], costs: Costs, gathering: Gathering, begin: float):
+        self._runs = [(at, costs.gather[actions[at].stage]) for at in gathers(actions, gathering)]
         self._next = 0
-        self._ready = begin  # when the last gather that was asked for is there
-        self._asked = begin
-        if self._runs:
-            self._ready = begin + self._runs[0][1]
+        self._ready = begin + self._runs[0][1] if self._runs else begin  # when the next run's weights are there
 
     def wait(self, position: int, start: float) -> float:
+        """When the action at `position`, which could begin at `start`, has its weights."""
         if self._next == len(self._runs) or self._runs[self._next][0] != position:
             return start
         start = max(start, self._ready)
@@ -164,14 +157,6 @@ class _Gathers:
         if self._next < len(self._runs):
             self._ready = start + self._runs[self._next][1]
         return start
-
-
-def _gather_ready(actions: Sequence[Action], costs: Costs, gathering: Gathering, begin: float):
-    if gathering == "none":
-        return _NoGather()
-    return _Gathers(
-        {position: costs.gather[actions[position].stage] for position in gathers(actions, gathering)}, begin
-    )
 
 
 def gathers(actions: Sequence[Action], gathering: Gathering) -> list[int]:
@@ -221,11 +206,8 @@ def period(
     for _ in range(4 * len(schedule.ranks) + 4):
         timeline = simulate(schedule, costs, clocks, gathering)
         after = [ends[-1] + costs.step for ends in timeline.ends]
-        longest = max(b - a for a, b in zip(clocks, after, strict=True))
-        settled = max(b - a for a, b in zip(clocks, after, strict=True)) - min(
-            b - a for a, b in zip(clocks, after, strict=True)
-        )
-        clocks, seconds = after, longest
-        if settled <= 1e-12 * longest:
+        taken = [b - a for a, b in zip(clocks, after, strict=True)]
+        clocks, seconds = after, max(taken)
+        if max(taken) - min(taken) <= 1e-12 * seconds:
             break
     return seconds, 1 - (timeline.busy / len(schedule.ranks) + costs.step) / seconds
