@@ -101,7 +101,7 @@ class Samples(torch.utils.data.Dataset):
     def __getitems__(self, places: list[int]) -> dict[str, Tensor]:
         from rowwise.trainer.data.batches import micro_batches
 
-        batch = micro_batches(self.order[places], self.corpus, len(places), pin=False)[0]
+        batch = micro_batches(self.order[places], self.corpus, len(places))[0]
         return {"inputs": batch.inputs, "labels": batch.labels, "positions": batch.positions}
 
 

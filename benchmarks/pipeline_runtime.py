@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 
-from rowwise.parallel.mesh import ParallelConfig, PipelineAxis, Workers, make_mesh
+from rowwise.parallel.mesh import Axis, ParallelConfig, Workers, make_mesh
 from rowwise.parallel.pipeline import Pipeline
 from rowwise.parallel.schedule.generate import Shape, make_schedule
 from rowwise.parallel.schedule.order import Schedule
@@ -44,7 +44,7 @@ class OnlyActivations(nn.Module):
         return self.decoder(x, torch.arange(LENGTH).expand(BATCH, LENGTH))
 
 
-def ours(stages: dict[int, Decoder], schedule: Schedule, axis: PipelineAxis, tokens: Tensor) -> Callable[[], float]:
+def ours(stages: dict[int, Decoder], schedule: Schedule, axis: Axis, tokens: Tensor) -> Callable[[], float]:
     """One step; returns the sum of the losses on the last stage's rank."""
     modules: dict[int, nn.Module] = {stage: OnlyActivations(decoder) for stage, decoder in stages.items()}
     pipeline = Pipeline(modules, schedule, axis, "none", torch.device("cpu"))
@@ -66,7 +66,7 @@ def ours(stages: dict[int, Decoder], schedule: Schedule, axis: PipelineAxis, tok
     return step
 
 
-def torchs(stages: dict[int, Decoder], schedule: Schedule, axis: PipelineAxis, tokens: Tensor) -> Callable[[], float]:
+def torchs(stages: dict[int, Decoder], schedule: Schedule, axis: Axis, tokens: Tensor) -> Callable[[], float]:
     """The same."""
     made = [
         PipelineStage(OnlyActivations(decoder), stage, schedule.stages, torch.device("cpu"), group=axis.group)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rowwise.parallel.mesh import Lane, Pair, PipelineAxis
+from rowwise.parallel.mesh import Axis, Lane, Pair
 from rowwise.parallel.schedule.order import Action, Key, Schedule
 
 Lanes = dict[Pair, Lane]
@@ -24,7 +24,7 @@ class Channels:
     def __init__(
         self,
         schedule: Schedule,
-        axis: PipelineAxis,
+        axis: Axis,
         lanes: Lanes,
         buffer: Callable[[], Tensor],
     ):
@@ -84,7 +84,7 @@ class Channels:
             self._leaving.popleft()[0].wait()
 
 
-def send_to(receiver: int, tensor: Tensor, axis: PipelineAxis, lanes: Lanes) -> dist.Work:
+def send_to(receiver: int, tensor: Tensor, axis: Axis, lanes: Lanes) -> dist.Work:
     """Starts sending `tensor` to the place `receiver` of the pipeline axis."""
     lane = lanes[axis.rank, receiver]
     work = dist.isend(tensor, axis.ranks[receiver], group=lane.group, tag=lane.tag)
@@ -92,7 +92,7 @@ def send_to(receiver: int, tensor: Tensor, axis: PipelineAxis, lanes: Lanes) -> 
     return work
 
 
-def receive_from(sender: int, buffer: Tensor, axis: PipelineAxis, lanes: Lanes) -> dist.Work:
+def receive_from(sender: int, buffer: Tensor, axis: Axis, lanes: Lanes) -> dist.Work:
     """Starts receiving into `buffer` what the place `sender` sends next."""
     lane = lanes[sender, axis.rank]
     work = dist.irecv(buffer, axis.ranks[sender], group=lane.group, tag=lane.tag)
@@ -100,7 +100,7 @@ def receive_from(sender: int, buffer: Tensor, axis: PipelineAxis, lanes: Lanes) 
     return work
 
 
-def warm_up(axis: PipelineAxis, lanes: Lanes, device: torch.device) -> None:
+def warm_up(axis: Axis, lanes: Lanes, device: torch.device) -> None:
     """One number through every lane, in one order for all: NCCL connects at the first message, both sides waiting."""
     for sender, receiver in sorted(lanes):
         if axis.rank == sender:

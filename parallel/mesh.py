@@ -2,11 +2,13 @@
 
     pipeline x replicate x shard x ulysses x ring = world size
 
-Data is split over (replicate, shard); states are split over shard. The pipeline axis varies slowest: its messages are
-the fewest, so they may cross machines.
+Data is split over (replicate, shard), each sequence over (ring, ulysses), and states over (shard, ring, ulysses) as if
+those were one axis. The pipeline axis varies slowest: its messages are the fewest, so they may cross machines; ulysses
+varies fastest, since nothing is computed while its messages are on their way.
 """
 
 import datetime
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,14 +16,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-NOT_BUILT = ("ulysses", "ring")
+DEGREES = ("pipeline", "replicate", "shard", "ring", "ulysses")  # the slowest first
+RING_ORDER = Literal["contiguous", "zigzag", "striped"]
 GATHERING = Literal["micro_batch", "run"]
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of the axes; `shard=-1` takes what the others leave. `zero`: what is split over the shard axis
-    (0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters).
+    """Degrees of the axes; `shard=-1` takes what the others leave. `zero`: what is split over the shard axis and the ranks
+    that share sequences (0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters). `ulysses` ranks share the heads
+    of attention, `ring` ranks its keys; `ring_order`: which tokens each has (null: zigzag); see `parallel.sequence`.
 
     `pipeline_schedule`: a name, `auto`, or the path of a CSV; `virtual_stages`: stages a rank; `pipeline_unit`: the
     micro-batches of a unit of `blockwise` (null: as many as ranks). `pipeline_gather`: at stage 3, whether blocks are
@@ -45,7 +49,18 @@ class ParallelConfig:
     post_validation: bool = False
     ulysses: int = 1
     ring: int = 1
+    ring_order: RING_ORDER | None = None
     backend: Literal["torch"] = "torch"
+
+    @property
+    def data_degree(self) -> int:
+        """Into how many shares a global batch is split. Degrees must be resolved, here and below."""
+        return self.replicate * self.shard
+
+    @property
+    def state_degree(self) -> int:
+        """Into how many shards a state is split, at stages that split it."""
+        return self.shard * self.ring * self.ulysses
 
 
 @dataclass(frozen=True)
@@ -61,9 +76,9 @@ class Workers:
 
 
 @dataclass(frozen=True)
-class PipelineAxis:
-    """The ranks that hold the stages of this rank's replica (`ranks[i]`: the global rank of the i-th), this rank's place
-    among them, and the group of all of them."""
+class Axis:
+    """The ranks along one axis of the mesh that differ from this rank in nothing else (`ranks[i]`: the global rank of the
+    i-th), this rank's place among them, and the group of all of them."""
 
     ranks: tuple[int, ...]
     rank: int
@@ -75,29 +90,54 @@ class PipelineAxis:
 
 
 @dataclass(frozen=True)
+class SequenceAxes:
+    """The ranks that share this rank's sequences."""
+
+    ring: Axis
+    ulysses: Axis
+    order: RING_ORDER
+
+    @property
+    def size(self) -> int:
+        return self.ring.size * self.ulysses.size
+
+
+@dataclass(frozen=True)
 class Mesh:
     """The axes of this run, seen from one rank.
 
-    `states` is the (replicate, shard) device mesh over which parameters, gradients and optimizer states are laid;
-    `pipeline` is None where the model is not cut; `save_group` is a gloo group of its own for the thread that writes
-    checkpoints, so that its messages never mix with those of a step.
+    `states` is the device mesh over which parameters, gradients and optimizer states are laid: (replicate, shard x ring
+    x ulysses). `pipeline` is None where the model is not cut, `sequence` where sequences are not. `save_group` is a gloo
+    group of its own for the thread that writes checkpoints, so that its messages never mix with those of a step.
     """
 
     rank: int
     world_size: int
     device: torch.device
     states: DeviceMesh
-    pipeline: PipelineAxis | None
+    pipeline: Axis | None
+    sequence: SequenceAxes | None
     save_group: dist.ProcessGroup
 
     @property
-    def data_rank(self) -> int:
-        """Which share of each global batch this rank reads, out of `data_degree`. All stages of a replica read the same."""
-        return self.rank % self.data_degree
+    def stages(self) -> int:
+        """Ranks that hold one model between them, and see the same tokens."""
+        return 1 if self.pipeline is None else self.pipeline.size
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that hold one sequence between them."""
+        return 1 if self.sequence is None else self.sequence.size
 
     @property
     def data_degree(self) -> int:
-        return self.world_size // (1 if self.pipeline is None else self.pipeline.size)
+        return self.world_size // self.stages // self.sharers
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of each global batch this rank reads, out of `data_degree`. All stages of a replica, and all ranks
+        that share its sequences, read the same."""
+        return self.rank // self.sharers % self.data_degree
 
     @property
     def state_replicas(self) -> int:
@@ -107,34 +147,33 @@ class Mesh:
 
 def resolve_degrees(config: ParallelConfig, world_size: int) -> ParallelConfig:
     """`config` with `shard=-1` filled in. Raises ValueError where the degrees do not multiply to the world size."""
-    for key in NOT_BUILT:
-        if (degree := getattr(config, key)) != 1:
-            raise ValueError(f"parallel.{key}={degree}: not built yet; possible is parallel.{key}=1")
     if config.zero not in (0, 1, 2, 3):
         raise ValueError(f"parallel.zero={config.zero}: possible are 0, 1, 2 and 3")
-    if config.replicate < 1 or config.pipeline < 1 or (config.shard < 1 and config.shard != -1):
+    degrees = {key: getattr(config, key) for key in DEGREES}
+    given = " x ".join(
+        f"parallel.{key}={n}" for key, n in degrees.items() if (n > 1 or key == "replicate") and key != "shard"
+    )
+    for key, degree in degrees.items():
+        if degree < 1 and not (key == "shard" and degree == -1):
+            raise ValueError(f"parallel.{key}={degree}: degrees are at least 1 (shard=-1 takes what is left)")
+    if config.ring_order is not None and config.ring == 1:
         raise ValueError(
-            f"parallel.replicate={config.replicate} parallel.pipeline={config.pipeline} parallel.shard={config.shard}: "
-            "degrees are at least 1 (shard=-1 takes what is left)"
+            f"parallel.ring_order={config.ring_order} with parallel.ring=1: there is no ring; give parallel.ring, or leave "
+            "parallel.ring_order=null"
         )
-    if config.shard != -1:
-        product = config.pipeline * config.replicate * config.shard
-        if product != world_size:
+    others = math.prod(degree for key, degree in degrees.items() if key != "shard")
+    if config.shard == -1:
+        if world_size % others:
             raise ValueError(
-                f"{_given(config)} x parallel.shard={config.shard} = {product} workers, but the world size is "
-                f"{world_size}; start {product} workers or give parallel.shard=-1"
+                f"{given} does not divide the world size {world_size}; possible are {divisors(world_size)}"
             )
-        return config
-    if world_size % (config.pipeline * config.replicate):
+        return replace(config, shard=world_size // others)
+    if others * config.shard != world_size:
         raise ValueError(
-            f"{_given(config)} does not divide the world size {world_size}; possible are {divisors(world_size)}"
+            f"{given} x parallel.shard={config.shard} = {others * config.shard} workers, but the world size is "
+            f"{world_size}; start {others * config.shard} workers or give parallel.shard=-1"
         )
-    return replace(config, shard=world_size // (config.pipeline * config.replicate))
-
-
-def _given(config: ParallelConfig) -> str:
-    degrees = {"pipeline": config.pipeline, "replicate": config.replicate}
-    return " x ".join(f"parallel.{k}={v}" for k, v in degrees.items() if v > 1 or k == "replicate")
+    return config
 
 
 def divisors(n: int) -> list[int]:
@@ -167,23 +206,33 @@ def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
         # A peer that dies ends the job through torchrun; this bound is for one that hangs.
         timeout=datetime.timedelta(minutes=30),
     )
-    data_degree = config.replicate * config.shard
-    # At stage 0 nothing is split: every rank of both axes is a replica.
-    shape = (config.replicate, config.shard) if config.zero > 0 else (data_degree, 1)
-    axes = init_device_mesh(device.type, (config.pipeline, *shape), mesh_dim_names=("pipeline", "replicate", "shard"))
+    # At stage 0 nothing is split: every rank of all these axes is a replica.
+    split = config.state_degree if config.zero > 0 else 1
+    shape = (config.pipeline, config.replicate * config.state_degree // split, split)
+    axes = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "replicate", "shard"))
     return Mesh(
         rank=workers.rank,
         world_size=workers.world_size,
         device=device,
         states=axes["replicate", "shard"],
-        pipeline=_pipeline_axis(axes) if config.pipeline > 1 else None,
+        pipeline=_axis(axes, "pipeline") if config.pipeline > 1 else None,
+        sequence=_sequence_axes(config, device, workers.world_size),
         save_group=dist.new_group(backend="gloo"),
     )
 
 
-def _pipeline_axis(axes: DeviceMesh) -> PipelineAxis:
-    group = axes.get_group("pipeline")
-    return PipelineAxis(tuple(dist.get_process_group_ranks(group)), axes.get_local_rank("pipeline"), group)
+def _sequence_axes(config: ParallelConfig, device: torch.device, world_size: int) -> SequenceAxes | None:
+    sharers = config.ring * config.ulysses
+    if sharers == 1:
+        return None
+    names = ("others", "ring", "ulysses")
+    axes = init_device_mesh(device.type, (world_size // sharers, config.ring, config.ulysses), mesh_dim_names=names)
+    return SequenceAxes(_axis(axes, "ring"), _axis(axes, "ulysses"), config.ring_order or "zigzag")
+
+
+def _axis(axes: DeviceMesh, name: str) -> Axis:
+    group = axes.get_group(name)
+    return Axis(tuple(dist.get_process_group_ranks(group)), axes.get_local_rank(name), group)
 
 
 Pair = tuple[int, int]  # places on the pipeline axis: who sends, who receives
@@ -197,7 +246,7 @@ class Lane:
     tag: int
 
 
-def make_lanes(axis: PipelineAxis, pairs: set[Pair], device: torch.device) -> dict[Pair, Lane]:
+def make_lanes(axis: Axis, pairs: set[Pair], device: torch.device) -> dict[Pair, Lane]:
     """A lane for each of `pairs`. All ranks of the axis must call it with the same pairs.
 
     Pairs that share a rank get different numbers. With gloo the number is a tag; NCCL knows no tags, and keeps the

@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from rowwise.kernels.rows import local
 from rowwise.parallel.channels import Channels, receive_from, send_to, warm_up
 from rowwise.parallel.defer import WeightGradients, deferred
-from rowwise.parallel.mesh import PipelineAxis, make_lanes
+from rowwise.parallel.mesh import Axis, make_lanes
 from rowwise.parallel.schedule.order import Action, Schedule, leading_forwards
 from rowwise.parallel.schedule.simulate import Gathering, gathers
 from rowwise.parallel.shard import (
@@ -85,7 +85,7 @@ class Pipeline:
 
     stages: dict[int, nn.Module]
     schedule: Schedule
-    axis: PipelineAxis
+    axis: Axis
     gathering: Gathering
     device: torch.device
     tied: tuple[Tensor | None, Tensor | None] | None = None

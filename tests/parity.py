@@ -2,7 +2,7 @@
 
 `run_layout` drives the product's own pieces on a mesh and records, for every step, the loss, every parameter's
 gradient and every parameter's update, gathered. `run_plain` does the same in one process with nothing of the product
-but the model, its initial numbers and the data: torch's autograd, torch's AdamW, one batch, no shards.
+but the model, its initial numbers and the data: torch's autograd, a textbook's attention and AdamW, one batch, no shards.
 """
 
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.step import compute_gradients
 from rowwise.trainer.train import build_model, train_batches
-from textbook import textbook_step
+from textbook import attention, textbook_step
 
 TOLERANCE = 1e-9
 VOCABULARY = 61
@@ -175,7 +175,7 @@ def run_plain(config: TrainConfig, steps: int = 3) -> Trace:
 
 def plain_model(config: TrainConfig) -> Decoder:
     """The whole model on one process, in float64, with the run's initial numbers."""
-    model = Decoder(config.model).double()
+    model = Decoder(config.model, attend=attention).double()
     fill_ = random_rows(config.model, config.seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -187,7 +187,7 @@ def global_batch(config: TrainConfig, data: Data, step: int) -> MicroBatch:
     """All sequences of a step in one batch."""
     size = config.batch.global_size
     indices = sample_indices(step * size, size, data.train.samples, f"train/{config.seed}")
-    return micro_batches(indices, data.train, size, pin=False)[0]
+    return micro_batches(indices, data.train, size)[0]
 
 
 def whole(tensor: Any) -> Tensor:

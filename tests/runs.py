@@ -12,11 +12,13 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
+from parity import TOLERANCE, relative_error
 from rowwise.parallel.mesh import Workers
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.manifest import complete_checkpoints
@@ -78,6 +80,18 @@ def final_tensors(run_dir: str | Path) -> dict[str, torch.Tensor]:
 def records(run_dir: str | Path) -> list[tuple]:
     """What must be the same in metrics.jsonl, however often the run was stopped."""
     return [tuple(record[key] for key in SAME_EVERYWHERE) for record in read_metrics(Path(run_dir))]
+
+
+def assert_same_run(run_dir: str, other_dir: str) -> None:
+    """Law 3 between two runs that end at one step: records, evaluations and every tensor of the last checkpoint."""
+    np.testing.assert_allclose(np.array(records(run_dir)), np.array(records(other_dir)), rtol=TOLERANCE)
+    evaluated = [[r["eval_loss"] for r in read_metrics(Path(d)) if "eval_loss" in r] for d in (run_dir, other_dir)]
+    assert evaluated[0], "nothing was evaluated"
+    np.testing.assert_allclose(*evaluated, rtol=TOLERANCE)
+    ours, theirs = final_tensors(run_dir), final_tensors(other_dir)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert relative_error(tensor, theirs[key]) <= TOLERANCE, key
 
 
 class Job:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from rowwise.trainer.data.batches import (
     BatchConfig,
     Prefetch,
+    Share,
     holdout_batches,
     micro_batches,
     step_batches,
@@ -89,8 +90,10 @@ def corpus_of(stream, seq_len=5):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_global_batch_is_the_same_on_every_layout(stream, ranks):
     config = BatchConfig(global_size=8, micro_size=2, seq_len=5)
-    whole = next(step_batches(corpus_of(stream), config, 3, 16, 0, 1, pin=False))
-    parts = [next(step_batches(corpus_of(stream), config, 3, 16, rank, ranks, pin=False)) for rank in range(ranks)]
+    whole = next(step_batches(corpus_of(stream), config, 3, 16, Share(), pin=False))
+    parts = [
+        next(step_batches(corpus_of(stream), config, 3, 16, Share(rank, ranks), pin=False)) for rank in range(ranks)
+    ]
     expected = torch.cat([batch.inputs for batch in whole])
     assert torch.equal(torch.cat([batch.inputs for part in parts for batch in part]), expected)
     assert len(parts[0]) == 8 // ranks // 2
@@ -100,10 +103,10 @@ def test_the_global_batch_is_the_same_on_every_layout(stream, ranks):
 def test_held_out_samples_are_padded_to_equal_rounds_and_counted_once(stream, ranks):
     config = BatchConfig(global_size=6, micro_size=2, seq_len=5)
     corpus = corpus_of(stream)
-    parts = [list(holdout_batches(corpus, config, 99, rank, ranks)) for rank in range(ranks)]
+    parts = [list(holdout_batches(corpus, config, 99, Share(rank, ranks))) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1
     labels = torch.cat([batch.labels for part in parts for batch in part])
-    everything = micro_batches(np.arange(corpus.samples), corpus, corpus.samples, pin=False)[0]
+    everything = micro_batches(np.arange(corpus.samples), corpus, corpus.samples)[0]
     assert int((labels != IGNORE).sum()) == int((everything.labels != IGNORE).sum())
 
 

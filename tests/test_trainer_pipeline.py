@@ -5,11 +5,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from parity import TOLERANCE, plain_model, relative_error, small_config, with_layout
+from parity import small_config, with_layout
 from rowwise.launch.schedule import show
 from rowwise.optim.build import build_optimizer, named_state
 from rowwise.parallel.mesh import make_mesh
@@ -18,11 +17,10 @@ from rowwise.parallel.schedule.trace import read_trace
 from rowwise.parallel.shard import fsdp_params, sharded_modules
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
-from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.sample import generate
 from rowwise.trainer.train import build_model, eval_batches, make_update, train_batches
-from runs import final_tensors, named, records, run_train, run_until
+from runs import assert_same_run, final_tensors, named, records, run_train, run_until
 
 STEPS = 12
 MODEL = ("model.layers=4", "model.tie_embeddings=true")
@@ -40,17 +38,6 @@ def uninterrupted(ranks, folder):
     config = named(with_layout(small_config(folder, *OVERRIDES), 1), folder, "uninterrupted")
     ranks.run(run_train, 1, config)
     return config
-
-
-def assert_same_run(run_dir, other_dir):
-    np.testing.assert_allclose(np.array(records(run_dir)), np.array(records(other_dir)), rtol=TOLERANCE)
-    evaluated = [[r["eval_loss"] for r in read_metrics(Path(d)) if "eval_loss" in r] for d in (run_dir, other_dir)]
-    assert len(evaluated[0]) == STEPS // 4
-    np.testing.assert_allclose(*evaluated, rtol=TOLERANCE)
-    ours, theirs = final_tensors(run_dir), final_tensors(other_dir)
-    assert ours.keys() == theirs.keys()
-    for key, tensor in ours.items():
-        assert relative_error(tensor, theirs[key]) <= TOLERANCE, key
 
 
 def test_a_run_moves_from_four_stages_to_one_process_and_back(ranks, folder, uninterrupted):
@@ -78,12 +65,12 @@ def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
 
 def sample(workers, config):
     mesh = make_mesh(config.parallel, workers)
-    return generate(build_model(config, mesh), [1, 2, 3], 12, 0.0, config.batch.seq_len, 0, mesh.device)
+    return generate(build_model(config, mesh), [1, 2, 3], 12, 0.0, config.batch.seq_len, 0, mesh)
 
 
 def test_a_pipeline_writes_what_one_process_writes(ranks, folder):
     config = small_config(folder, *OVERRIDES)
-    alone = generate(plain_model(config), [1, 2, 3], 12, 0.0, config.batch.seq_len, 0, torch.device("cpu"))
+    (alone,) = ranks.run(sample, 1, with_layout(config, 1))
     for zero in (0, 3):
         layout = with_layout(config, 4, pipeline=2, pipeline_schedule="zb_v", virtual_stages=2, zero=zero)
         assert ranks.run(sample, 4, layout) == [alone] * 4

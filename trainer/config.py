@@ -12,6 +12,7 @@ from rowwise.optim.build import ELEMENTWISE, OptimConfig, check_optimizer
 from rowwise.optim.schedules import ScheduleConfig, check_schedule
 from rowwise.parallel.mesh import ParallelConfig, resolve_degrees
 from rowwise.parallel.precision import PrecisionConfig, check_precision
+from rowwise.parallel.sequence import check_heads
 from rowwise.trainer.data.batches import BatchConfig, check_batch
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.evaluate import EvalConfig
@@ -88,9 +89,9 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_checkpoint(config.checkpoint)
     _check_eval(config)
     parallel = resolve_degrees(config.parallel, world_size)
-    data_degree = parallel.replicate * parallel.shard
-    check_batch(config.batch, data_degree)
-    micro_batches = config.batch.global_size // config.batch.micro_size // data_degree
+    check_batch(config.batch, parallel.data_degree)
+    check_heads(config.model.heads, parallel.ulysses)
+    micro_batches = config.batch.global_size // config.batch.micro_size // parallel.data_degree
     check_pipeline(parallel, config.model.layers, micro_batches, config.steps)
     _check_compile(config, parallel, micro_batches)
     _check_post_validation(config, parallel)
@@ -165,9 +166,9 @@ def _check_in_backward(config: TrainConfig, parallel: ParallelConfig, micro_batc
             "optim.in_backward with precision=fp16: an overflow is known only when parameters have changed; "
             "give precision=bf16, or optim.in_backward=false"
         )
-    split = parallel.shard if parallel.zero > 0 else 1
+    split = parallel.state_degree if parallel.zero > 0 else 1
     copies = config.precision.name == "bf16"  # FSDP2 holds the parameters, and the sums over replicas until the end
-    if parallel.replicate * parallel.shard > split and (split > 1 or copies):
+    if parallel.replicate * parallel.state_degree > split and (split > 1 or copies):
         raise ValueError(
             f"optim.in_backward with parallel.replicate={parallel.replicate} parallel.zero={parallel.zero}: gradients "
             "that FSDP2 sums over replicas stay until the backward ends; give parallel.replicate=1 and parallel.zero=1 "

@@ -18,6 +18,7 @@ from torch import Tensor
 from rowwise.parallel.channels import receive_from, send_to
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.mesh import Mesh, make_lanes
+from rowwise.parallel.sequence import attention_on, places_of
 from rowwise.trainer.data.batches import BatchConfig
 from rowwise.trainer.loss import loss_of
 from rowwise.trainer.models.decoder import Decoder, ModelConfig
@@ -71,8 +72,10 @@ def read_part_times(path: Path) -> PartTimes:
 def measure_parts(model: ModelConfig, batch: BatchConfig, dtype: torch.dtype, split: bool, mesh: Mesh) -> PartTimes:
     """Medians of a few repeats, and of those the slowest rank's. `dtype`: of computation; `split`: whether weights are
     gathered. All ranks must call it."""
-    ends = [_time_stage(replace(model, layers=3), layer, batch, dtype, mesh.device) for layer in range(3)]
-    send = _time_message(torch.zeros(batch.micro_size, batch.seq_len, model.dim, dtype=dtype, device=mesh.device), mesh)
+    length = batch.seq_len if mesh.sequence is None else len(places_of(mesh.sequence, batch.seq_len))
+    tokens = torch.zeros(batch.micro_size, length, dtype=torch.int64, device=mesh.device)
+    ends = [_time_stage(replace(model, layers=3), layer, tokens, dtype, mesh) for layer in range(3)]
+    send = _time_message(torch.zeros(*tokens.shape, model.dim, dtype=dtype, device=mesh.device), mesh)
     gather = _time_gather(model, dtype, mesh) if split else 0.0
     seconds = torch.tensor([*(t for end in ends for t in end), send, gather], dtype=torch.float64)
     dist.all_reduce(seconds, dist.ReduceOp.MAX, group=mesh.save_group)
@@ -82,12 +85,12 @@ def measure_parts(model: ModelConfig, batch: BatchConfig, dtype: torch.dtype, sp
 
 
 def _time_stage(
-    model: ModelConfig, layer: int, batch: BatchConfig, dtype: torch.dtype, device: torch.device
+    model: ModelConfig, layer: int, tokens: Tensor, dtype: torch.dtype, mesh: Mesh
 ) -> tuple[float, float, float]:
+    device = mesh.device
     with torch.device(device):
-        stage = Decoder(model, range(layer, layer + 1)).to(dtype)
-        tokens = torch.zeros(batch.micro_size, batch.seq_len, dtype=torch.int64)
-        positions = torch.arange(batch.seq_len).expand_as(tokens)
+        stage = Decoder(model, range(layer, layer + 1), attention_on(mesh)).to(dtype)
+        positions = torch.arange(tokens.size(1)).expand_as(tokens)
         x = torch.randn(*tokens.shape, model.dim, dtype=dtype)
     rounds = []
     for _ in range(REPEATS + 1):

@@ -109,14 +109,17 @@ class StagedDecoder(nn.Module):
             self.pipeline.forward_only(forward, lambda: self._buffer(batches[0]), len(here), refresh=begin == 0)
         return totals
 
-    def last_logits(self, batch: MicroBatch, refresh: bool) -> Tensor:
-        """The logits (V) at the last place of the first sequence, float64, on every rank of the pipeline. `refresh`:
-        weights have changed since the last pass."""
-        last = torch.zeros(self.config.vocab_size, dtype=torch.float64, device=batch.inputs.device)
-        forward = self._forward([batch], lambda _, logits: last.copy_(logits[0, -1]))
-        self.pipeline.forward_only(forward, lambda: self._buffer(batch), 1, refresh)
-        self.pipeline.broadcast_from_last(last)
-        return last
+    def logits_at(self, batch: MicroBatch, place: int | None, refresh: bool) -> Tensor:
+        """The logits (V) at a place of the first sequence (None: zeros), float64, on every rank of the pipeline.
+        `refresh`: weights have changed since the last pass."""
+        found = torch.zeros(self.config.vocab_size, dtype=torch.float64, device=batch.inputs.device)
+
+        def keep(_: int, logits: Tensor) -> Tensor:
+            return found if place is None else found.copy_(logits[0, place])
+
+        self.pipeline.forward_only(self._forward([batch], keep), lambda: self._buffer(batch), 1, refresh)
+        self.pipeline.broadcast_from_last(found)
+        return found
 
     def _forward(self, batches: list[MicroBatch], finish: Callable[[int, Tensor], Tensor]) -> Forward:
         """What each stage does with each micro-batch; `finish` takes its logits."""

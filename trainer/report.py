@@ -70,9 +70,10 @@ def open_reporter(config: TrainConfig, mesh: Mesh, state: TrainState, remarks: l
     reporter = RankZeroReporter(config, state)
     parallel, (parameters, _) = config.parallel, parameter_count(config.model)
     cut = f"pipeline {parallel.pipeline} ({parallel.pipeline_schedule}) x " if parallel.pipeline > 1 else ""
+    shared = "".join(f" x {axis} {n}" for axis in ("ring", "ulysses") if (n := getattr(parallel, axis)) > 1)
     reporter.say(
         f"{config.run_dir}: {config.model.name}, {parameters:,} parameters, {config.precision.name}, {mesh.world_size} x "
-        f"{mesh.device.type}, {cut}replicate {parallel.replicate} x shard {parallel.shard}, ZeRO {parallel.zero}"
+        f"{mesh.device.type}, {cut}replicate {parallel.replicate} x shard {parallel.shard}{shared}, ZeRO {parallel.zero}"
     )
     for remark in remarks:
         reporter.say(remark)

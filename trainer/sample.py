@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.sequence import places_of
 from rowwise.parallel.shard import release_gathered
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.pipeline import StagedDecoder
@@ -21,7 +24,7 @@ class SampleConfig:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompt: list[int], tokens: int, temperature: float, context: int, seed: int, device: torch.device
+    model: nn.Module, prompt: list[int], tokens: int, temperature: float, context: int, seed: int, mesh: Mesh
 ) -> list[int]:
     """`tokens` tokens after `prompt`, each drawn from softmax(logits / temperature) (0 = the likeliest).
 
@@ -31,17 +34,35 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     written = list(prompt)
     for _ in range(tokens):
-        window = torch.tensor([written[-context:]], device=device)
-        positions = torch.arange(window.size(1), device=device).unsqueeze(0)
-        if isinstance(model, StagedDecoder):
-            logits = model.last_logits(
-                MicroBatch(window, window, positions, None), refresh=len(written) == len(prompt)
-            ).cpu()
-        else:
-            logits = model(window, positions)[0, -1].double().cpu()
+        logits = next_logits(model, written[-context:], mesh, refresh=len(written) == len(prompt)).cpu()
         if temperature == 0:
             written.append(int(logits.argmax()))
         else:
             written.append(int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)))
     release_gathered(model)
     return written
+
+
+def next_logits(model: nn.Module, tokens: list[int], mesh: Mesh, refresh: bool) -> Tensor:
+    """The logits (V) of what follows `tokens`, float64, on every rank; each attends with its part of them. `refresh`:
+    weights have changed since the last pass. Bytes: 8 V to every rank where the model or the sequence is split."""
+    window = torch.tensor([tokens])
+    batch = MicroBatch(window, window, torch.arange(len(tokens)).unsqueeze(0), None)
+    place: int | None = len(tokens) - 1
+    if mesh.sequence is not None:
+        places = places_of(mesh.sequence, len(tokens))
+        batch, place = batch.at(places), _find(places, len(tokens) - 1)
+    batch = batch.to(mesh.device)
+    if isinstance(model, StagedDecoder):
+        logits = model.logits_at(batch, place, refresh)
+    else:
+        every = model(batch.inputs, batch.positions)[0]
+        logits = every[place].double() if place is not None else every.new_zeros(every.size(-1), dtype=torch.float64)
+    for axis in (mesh.sequence.ring, mesh.sequence.ulysses) if mesh.sequence is not None else ():
+        dist.all_reduce(logits, group=axis.group)
+    return logits
+
+
+def _find(places: Tensor, place: int) -> int | None:
+    found = places.eq(place).nonzero()
+    return int(found) if found.numel() else None

@@ -47,7 +47,7 @@ def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int, step
         _refuse_without_pipeline(config)
         return
     balance(0, [1] * layers, 0, config.pipeline * config.virtual_stages)
-    if config.pipeline_gather is not None and (config.zero != 3 or config.shard == 1):
+    if config.pipeline_gather is not None and (config.zero != 3 or config.state_degree == 1):
         raise ValueError(
             f"parallel.pipeline_gather={config.pipeline_gather} with parallel.zero={config.zero} parallel.shard="
             f"{config.shard}: below stage 3 weights are gathered once a step, and where one rank has them all not at all; "

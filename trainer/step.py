@@ -97,7 +97,7 @@ def step_at_once(
     shards, before = gradients(model), None
     if usable:
         # Every stage of a replica counted the same tokens.
-        scale_(shards, mean_factor(int(tokens) * mesh.data_degree // mesh.world_size, places, loss_scale))
+        scale_(shards, mean_factor(int(tokens) // mesh.stages, places, loss_scale))
         before = optimizer.remember()
         optimizer.step()
     if ahead is not None:

@@ -18,10 +18,11 @@ from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Span
 from rowwise.parallel.precision import compute_dtype, initial_loss_scale, master_dtype, next_loss_scale, policy
 from rowwise.parallel.replicate import gradient_sum, replicate_model
+from rowwise.parallel.sequence import attention_on, places_of
 from rowwise.parallel.shard import is_split, materialize, merge_parts, shard_model
 from rowwise.trainer.checkpoint import Saver, first_sound, load, tensors_of
 from rowwise.trainer.config import TrainConfig, tree_of
-from rowwise.trainer.data.batches import MicroBatch, Prefetch, holdout_batches, step_batches
+from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_batches, step_batches
 from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.manifest import fingerprint, set_aside
@@ -160,12 +161,13 @@ def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:
     others."""
     axis, dtype, folder = mesh.pipeline, compute_dtype(config.precision), Path(config.run_dir) / "pipeline"
     plan = None if axis is None else make_plan(config.parallel, config.model, config.batch, dtype, folder, mesh)
+    attend = attention_on(mesh)
     with torch.device("meta"):
         if axis is None or plan is None:
-            model: Decoder | StagedDecoder = Decoder(config.model)
+            model: Decoder | StagedDecoder = Decoder(config.model, attend=attend)
         else:
             mine = plan.schedule.stages_of(axis.rank)
-            model = StagedDecoder({stage: Decoder(config.model, plan.layers[stage]) for stage in mine})
+            model = StagedDecoder({stage: Decoder(config.model, plan.layers[stage], attend) for stage in mine})
     model.to(torch.bfloat16 if config.optim.param_dtype == "bf16" else master_dtype(config.precision))
     stages = [model] if isinstance(model, Decoder) else list(model.decoders.values())
     zero, mixed = config.parallel.zero, policy(config.precision)
@@ -212,15 +214,22 @@ def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tenso
     return state, [f"{complaint}; passed over" for complaint in complaints] + [f"resumed from {checkpoint}"]
 
 
+def share_of(mesh: Mesh, seq_len: int) -> Share:
+    """What this rank reads of every global batch."""
+    places = None if mesh.sequence is None else places_of(mesh.sequence, seq_len)
+    return Share(mesh.data_rank, mesh.data_degree, places)
+
+
 def train_batches(config: TrainConfig, mesh: Mesh, data: Data, position: int):
     """This rank's micro-batches, step by step, from `position` on."""
-    pin = mesh.device.type == "cuda"
-    return step_batches(data.train, config.batch, config.seed, position, mesh.data_rank, mesh.data_degree, pin)
+    share, pin = share_of(mesh, config.batch.seq_len), mesh.device.type == "cuda"
+    return step_batches(data.train, config.batch, config.seed, position, share, pin)
 
 
 def eval_batches(config: TrainConfig, mesh: Mesh, data: Data):
     """This rank's share of the held-out samples."""
-    return holdout_batches(data.holdout, config.batch, config.eval.batches, mesh.data_rank, mesh.data_degree)
+    share = share_of(mesh, config.batch.seq_len)
+    return holdout_batches(data.holdout, config.batch, config.eval.batches, share)
 
 
 def require_usable(report: StepReport, config: TrainConfig, state: TrainState) -> None:
@@ -297,5 +306,5 @@ def last_words(
     if not choice.tokens or data.tokenizer is None:
         return None
     prompt = data.tokenizer.encode_prompt(choice.prompt)
-    tokens = generate(model, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh.device)
+    tokens = generate(model, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh)
     return f"the model writes:\n{data.tokenizer.decode(tokens)}"

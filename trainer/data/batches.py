@@ -1,18 +1,20 @@
 """Global batches -> this rank's micro-batches, prepared ahead of the training thread.
 
 Step t of a run reads samples [position, position + global_size) of the order (`order.py`); data rank d of D takes
-the d-th of D equal runs of them. The set, and so the loss and every gradient, is the same on every layout.
+the d-th of D equal runs of them, and ranks that share sequences a part of each. The set, and so the loss and every
+gradient, is the same on every layout.
 """
 
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rowwise.kernels.visible import Documents
 from rowwise.trainer.data.corpus import IGNORE, Corpus, Sample
 from rowwise.trainer.data.order import sample_indices
 
@@ -28,19 +30,29 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """int64 tensors (B, S). `documents` is None where attention does not stop at documents."""
+    """int64 tensors (B, S), of whole sequences or of this rank's part of them. `documents` is None where attention does
+    not stop at documents; it is always of whole sequences."""
 
     inputs: Tensor
     labels: Tensor
     positions: Tensor
-    documents: Tensor | None
+    documents: Documents | None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        documents = None if self.documents is None else move(self.documents)
-        return MicroBatch(move(self.inputs), move(self.labels), move(self.positions), documents)
+    def pin(self) -> "MicroBatch":
+        return self._each(Tensor.pin_memory)
+
+    def at(self, places: Tensor) -> "MicroBatch":
+        """The part at these places of every sequence. Places beyond the end are padding, with no label: no token sees
+        them."""
+        inside, real = places.clamp_max(self.inputs.size(1) - 1), places < self.inputs.size(1)
+        part = self._each(lambda tensor: tensor[:, inside])
+        return replace(part, labels=part.labels.where(real, IGNORE))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        return MicroBatch(change(self.inputs), change(self.labels), change(self.positions), self.documents)
 
 
 def check_batch(config: BatchConfig, data_degree: int) -> None:
@@ -59,35 +71,47 @@ def check_batch(config: BatchConfig, data_degree: int) -> None:
         )
 
 
-def micro_batches(indices: np.ndarray, corpus: Corpus, micro_size: int, pin: bool) -> list[MicroBatch]:
+@dataclass(frozen=True)
+class Share:
+    """What one rank reads of every global batch: the `rank`-th of `degree` equal runs of its samples, and of each
+    sequence the tokens at `places` (None: all)."""
+
+    rank: int = 0
+    degree: int = 1
+    places: Tensor | None = None
+
+    def of(self, batch: MicroBatch) -> MicroBatch:
+        return batch if self.places is None else batch.at(self.places)
+
+
+def micro_batches(indices: np.ndarray, corpus: Corpus, micro_size: int) -> list[MicroBatch]:
     """The samples `indices` in micro-batches of `micro_size`. An index of -1 is a row of padding, with no label."""
     samples = [corpus.sample(int(i)) if i >= 0 else _padding(corpus.seq_len) for i in indices]
-    return [_stack(samples[i : i + micro_size], corpus.mask_documents, pin) for i in range(0, len(samples), micro_size)]
+    return [_stack(samples[i : i + micro_size], corpus.mask_documents) for i in range(0, len(samples), micro_size)]
 
 
 def step_batches(
-    corpus: Corpus, config: BatchConfig, seed: int, position: int, data_rank: int, data_degree: int, pin: bool
+    corpus: Corpus, config: BatchConfig, seed: int, position: int, share: Share, pin: bool
 ) -> Iterator[list[MicroBatch]]:
     """For ever: this rank's micro-batches of the step at `position`, then of the next."""
-    mine = config.global_size // data_degree
+    mine = config.global_size // share.degree
     while True:
-        indices = sample_indices(position + data_rank * mine, mine, corpus.samples, f"train/{seed}")
-        yield micro_batches(indices, corpus, config.micro_size, pin)
+        indices = sample_indices(position + share.rank * mine, mine, corpus.samples, f"train/{seed}")
+        batches = [share.of(batch) for batch in micro_batches(indices, corpus, config.micro_size)]
+        yield [batch.pin() for batch in batches] if pin else batches
         position += config.global_size
 
 
-def holdout_batches(
-    corpus: Corpus, config: BatchConfig, batches: int, data_rank: int, data_degree: int
-) -> Iterator[MicroBatch]:
+def holdout_batches(corpus: Corpus, config: BatchConfig, batches: int, share: Share) -> Iterator[MicroBatch]:
     """The same held-out samples at every evaluation, `batches` global batches of them or all there are. Every rank
     gets the same number of micro-batches; what is missing is padding."""
     count = min(corpus.samples, batches * config.global_size)
     chosen = sample_indices(0, count, corpus.samples, "holdout") if count else np.empty(0, dtype=np.int64)
-    per_round = config.micro_size * data_degree
+    per_round = config.micro_size * share.degree
     padded = np.full(-(-count // per_round) * per_round, -1, dtype=np.int64)
     padded[:count] = chosen
-    for row in padded.reshape(-1, data_degree, config.micro_size):
-        yield micro_batches(row[data_rank], corpus, config.micro_size, pin=False)[0]
+    for row in padded.reshape(-1, share.degree, config.micro_size):
+        yield share.of(micro_batches(row[share.rank], corpus, config.micro_size)[0])
 
 
 class Prefetch:
@@ -141,11 +165,11 @@ def _padding(seq_len: int) -> Sample:
     return Sample(zeros, np.full(seq_len, IGNORE), np.arange(seq_len), zeros)
 
 
-def _stack(samples: list[Sample], mask_documents: bool, pin: bool) -> MicroBatch:
+def _stack(samples: list[Sample], mask_documents: bool) -> MicroBatch:
     def field(name: str) -> Tensor:
-        stacked = torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
-        return stacked.pin_memory() if pin else stacked
+        return torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
 
+    begins = tuple(tuple(np.flatnonzero(np.diff(s.documents, prepend=-1)).tolist()) for s in samples)
     return MicroBatch(
-        field("inputs"), field("labels"), field("positions"), field("documents") if mask_documents else None
+        field("inputs"), field("labels"), field("positions"), Documents(begins) if mask_documents else None
     )

@@ -4,13 +4,20 @@ Shapes: B sequences, S tokens, D model dim, H query heads, K key/value heads, E 
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rowwise.kernels.attention import causal_attention
+from rowwise.kernels.visible import Documents
 from rowwise.trainer.models.rope import RopeScaling, rope_tables, rotate
+
+# What looks from queries (B, S, H, E) at keys and values (B, S, K, E), each inside its document: `causal_attention`, or
+# what does the same where a sequence is shared.
+Attend = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,24 +83,14 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, mask_BSS: Tensor | None) -> Tensor:
-        q_BHSE = self.q_norm(self.wq(x_BSD).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
-        k_BKSE = self.k_norm(self.wk(x_BSD).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
-        v_BKSE = self.wv(x_BSD).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-        grouped = q_BHSE.size(1) != k_BKSE.size(1)
-        if grouped and mask_BSS is not None:
-            # With a mask, the fused operators of CUDA know no groups, and torch would fall back to whole S x S scores.
-            repeats = q_BHSE.size(1) // k_BKSE.size(1)
-            k_BKSE, v_BKSE = k_BKSE.repeat_interleave(repeats, 1), v_BKSE.repeat_interleave(repeats, 1)
-        y_BHSE = F.scaled_dot_product_attention(
-            rotate(q_BHSE, cos_BSE, sin_BSE),
-            rotate(k_BKSE, cos_BSE, sin_BSE),
-            v_BKSE,
-            attn_mask=None if mask_BSS is None else mask_BSS.unsqueeze(1),
-            is_causal=mask_BSS is None,
-            enable_gqa=grouped and mask_BSS is None,
-        )
-        return self.wo(y_BHSE.transpose(1, 2).flatten(2))
+    def forward(
+        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, documents: Documents | None, attend: Attend
+    ) -> Tensor:
+        q_BSHE = self.q_norm(self.wq(x_BSD).unflatten(-1, (-1, self.head_size)))
+        k_BSKE = self.k_norm(self.wk(x_BSD).unflatten(-1, (-1, self.head_size)))
+        v_BSKE = self.wv(x_BSD).unflatten(-1, (-1, self.head_size))
+        y_BSHE = attend(rotate(q_BSHE, cos_BSE, sin_BSE), rotate(k_BSKE, cos_BSE, sin_BSE), v_BSKE, documents)
+        return self.wo(y_BSHE.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -119,8 +116,10 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, mask_BSS: Tensor | None) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_BSE, sin_BSE, mask_BSS)
+    def forward(
+        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, documents: Documents | None, attend: Attend
+    ) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_BSE, sin_BSE, documents, attend)
         return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
 
 
@@ -128,13 +127,14 @@ class Decoder(nn.Module):
     """Tokens to logits, or a stage of that: the embedding before the first layer, `layers` of the model's, the norm and
     the head after the last. What is not in the stage is None.
 
-    A tied head is the embedding's own matrix; in a stage that has no embedding it is a copy (`tied_copy`).
+    A tied head is the embedding's own matrix; in a stage that has no embedding it is a copy (`tied_copy`). `attend` is
+    all that looks at other tokens.
     """
 
-    def __init__(self, config: ModelConfig, layers: range | None = None):
+    def __init__(self, config: ModelConfig, layers: range | None = None, attend: Attend = causal_attention):
         super().__init__()
         layers = range(config.layers) if layers is None else layers
-        self.config = config
+        self.config, self.attend = config, attend
         first, last = layers.start == 0, layers.stop == config.layers
         self.embed = nn.Embedding(config.vocab_size, config.dim) if first else None
         self.blocks = nn.ModuleDict({str(layer): Block(config) for layer in layers})
@@ -147,15 +147,13 @@ class Decoder(nn.Module):
         """The copy of another stage's embedding that this one has for a head."""
         return self.head.weight if self.config.tie_embeddings and self.head is not None else None
 
-    def forward(self, x: Tensor, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions_BS: Tensor, documents: Documents | None = None) -> Tensor:
         """Tokens (B, S), or what the stage before gave (B, S, D), to what the next one takes, or logits (B, S, V).
-        `positions` count from 0 inside a document; with `documents` (the number of each token's document) a token
-        attends only inside its own."""
+        `positions` count from 0 inside a document; with `documents` a token attends only inside its own."""
         x_BSD = x if self.embed is None else self.embed(x)
         cos_BSE, sin_BSE = rope_tables(positions_BS, self.config, x_BSD.dtype)
-        mask_BSS = None if documents_BS is None else document_mask(documents_BS)
         for block in self.blocks.values():
-            x_BSD = block(x_BSD, cos_BSE, sin_BSE, mask_BSS)
+            x_BSD = block(x_BSD, cos_BSE, sin_BSE, documents, self.attend)
         if self.norm is None:
             return x_BSD
         x_BSD = self.norm(x_BSD)
@@ -172,12 +170,6 @@ class Decoder(nn.Module):
         ]
         blocks: list[list[nn.Module]] = [[block] for block in self.blocks.values()]
         return [part for part in [ends[0], *blocks, [] if tied else [*ends[1], *ends[2]]] if part]
-
-
-def document_mask(documents_BS: Tensor) -> Tensor:
-    """(B, S, S), true where a query (row) may see a key (column): the same document, and not later."""
-    same_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
-    return same_BSS.tril()
 
 
 @functools.cache

@@ -53,8 +53,8 @@ def rope_tables(positions_BS: Tensor, config: RopeConfig, dtype: torch.dtype) ->
     return angles_BSE.cos().to(dtype), angles_BSE.sin().to(dtype)
 
 
-def rotate(x_BHSE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
+def rotate(x_BSHE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
     """Turns every pair of every head by its position's angle."""
-    first, second = x_BHSE.chunk(2, dim=-1)
+    first, second = x_BSHE.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return x_BHSE * cos_BSE.unsqueeze(1) + turned * sin_BSE.unsqueeze(1)
+    return x_BSHE * cos_BSE.unsqueeze(2) + turned * sin_BSE.unsqueeze(2)

@@ -1,0 +1,113 @@
+"""Causal attention between the tokens of packed sequences that see each other, block by block, and no others.
+
+    out = softmax(scale Q K^T) V over the keys that a query sees,    lse = log sum exp(scale Q K^T)
+
+(Vaswani et al.; Dao, *FlashAttention-2*, for lse, and for a backward that keeps no scores.) Blocks of keys merge by
+
+    lse = log(e^lse1 + e^lse2),    out = e^(lse1 - lse) out1 + e^(lse2 - lse) out2.
+
+Each area that queries see (`kernels.visible`) is one call of the device's fastest operator that gives lse
+(`kernels.attention_block`); no mask is ever made, and what is not seen is not computed.
+
+Shapes: B sequences, S queries, T keys, H heads, K key/value heads, E head dim. Sums are kept in float32, or float64.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rowwise.kernels.attention_block import block_backward, block_forward
+from rowwise.kernels.visible import Area, Documents, Run, visible_areas
+
+
+def causal_attention(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None) -> Tensor:
+    """Attention of whole sequences, (B, S, H, E); each token sees its document up to itself. H is a multiple of K: query
+    head h looks at key head h K / H. Raises ValueError where the device has no operator for it."""
+    if documents is not None:
+        return _packed_attention(q_BSHE, k_BSKE, v_BSKE, documents)
+    y_BHSE = F.scaled_dot_product_attention(
+        q_BSHE.transpose(1, 2),
+        k_BSKE.transpose(1, 2),
+        v_BSKE.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=q_BSHE.size(2) != k_BSKE.size(2),
+    )
+    return y_BHSE.transpose(1, 2)
+
+
+@torch.compiler.disable  # the areas differ from batch to batch: a compiled block leaves them to Python
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    return _PackedAttention.apply(q, k, v, documents)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        run = (Run(0, 1, q.size(1)),)
+        ctx.areas = visible_areas(run, run, documents)
+        out, lse = nothing_seen(q)
+        see(q, k, v, ctx.areas, out, lse)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        sums = [torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v)]
+        see_backward(d_out, q, k, v, out, lse, ctx.areas, *sums)
+        return *(s.to(q.dtype) for s in sums), None
+
+
+def nothing_seen(q_BSHE: Tensor) -> tuple[Tensor, Tensor]:
+    """What queries have before they see a key: out (B, S, H, E) of zeros, and lse (B, H, S) of minus infinity."""
+    wide = torch.float64 if q_BSHE.dtype == torch.float64 else torch.float32
+    B, S, H, _ = q_BSHE.shape
+    return torch.zeros_like(q_BSHE, dtype=wide), q_BSHE.new_full((B, H, S), -torch.inf, dtype=wide)
+
+
+def see(q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor) -> None:
+    """Adds to (`out`, `lse`), in place, what queries (B, S, H, E) see in keys and values (B, T, K, E)."""
+    scale = q.size(-1) ** -0.5
+    for area in areas:
+        rows, seen = _slices(area)
+        part, part_lse = block_forward(q[rows], k[seen], v[seen], area.causal, scale)
+        _merge_(out[rows], lse[rows[0], :, rows[1]], part, part_lse)
+
+
+def see_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    areas: tuple[Area, ...],
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+) -> None:
+    """Adds to `d_q`, `d_k`, `d_v`, in place, what these areas give of the gradient. `out` and `lse` are those of all keys
+    that the queries see, anywhere: with them, the gradient is a sum over blocks."""
+    scale = q.size(-1) ** -0.5
+    for area in areas:
+        rows, seen = _slices(area)
+        lse_here = lse[rows[0], :, rows[1]].contiguous()  # FlashAttention reads it as if it were
+        gradients = block_backward(d_out[rows], q[rows], k[seen], v[seen], out[rows], lse_here, area.causal, scale)
+        for total, gradient in zip((d_q[rows], d_k[seen], d_v[seen]), gradients, strict=True):
+            total += gradient
+
+
+def _slices(area: Area) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Its queries, and its keys."""
+    batch = slice(None) if area.sequence is None else slice(area.sequence, area.sequence + 1)
+    return (batch, slice(area.q0, area.q1)), (batch, slice(area.k0, area.k1))
+
+
+def _merge_(out_BSHE: Tensor, lse_BHS: Tensor, part_BSHE: Tensor, part_lse_BHS: Tensor) -> None:
+    total_BHS = torch.logaddexp(lse_BHS, part_lse_BHS)
+    old, new = ((lse - total_BHS).exp_().transpose(1, 2).unsqueeze(-1) for lse in (lse_BHS, part_lse_BHS))
+    out_BSHE.mul_(old).addcmul_(part_BSHE.to(out_BSHE.dtype), new)
+    lse_BHS.copy_(total_BHS)

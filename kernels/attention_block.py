@@ -1,0 +1,128 @@
+"""One block of attention, by the fastest operator of the device that gives the log-sum-exp too.
+
+| device | dtype | operator |
+|---|---|---|
+| CPU | float64, float32, bfloat16, float16 | torch's FlashAttention for CPUs |
+| CUDA | bfloat16, float16, heads of up to 256 | FlashAttention-2 |
+| CUDA | float32 | memory-efficient attention (Rabe & Staats) |
+| any | any other | plain torch, whole scores |
+
+Shapes: queries (B, S, H, E), keys and values (B, T, K, E), lse (B, H, S); H is a multiple of K. `causal`: as many keys as
+queries, and the n-th query sees the first n.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """out in the dtype of `q`, and lse in float32, or float64 for float64."""
+    operator = _operator(q)
+    if operator == "plain":
+        return plain_forward(q, k, v, causal, scale)
+    size = q.size(-1)
+    q, k, v = (_heads_first(t, operator) for t in (q, k, v))
+    if operator == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    elif operator == "flash":
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    else:
+        k, v = (_repeated(t, q.size(1)) for t in (k, v))
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    # Some operators pad the queries of lse.
+    return out.transpose(1, 2)[..., :size], lse[..., : q.size(2)]
+
+
+def block_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v. `out` and `lse` may be over more keys than this block's."""
+    operator = _operator(q)
+    if operator == "plain":
+        return plain_backward(d_out, q, k, v, out, lse, causal, scale)
+    size, groups = q.size(-1), k.size(2)
+    d_out, q, k, v, out = (_heads_first(t, operator) for t in (d_out, q, k, v, out))
+    if operator == "cpu":
+        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, q, k, v, out, lse, 0.0, causal, scale=scale
+        )
+    else:
+        # Of dropout, which there is none of.
+        seed, offset = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
+        if operator == "flash":
+            gradients = aten._scaled_dot_product_flash_attention_backward(
+                d_out, q, k, v, out, lse, None, None, q.size(2), k.size(2), 0.0, causal, seed, offset, scale=scale
+            )
+        else:
+            k, v = (_repeated(t, q.size(1)) for t in (k, v))
+            asked = [True, True, True, False]
+            lse = F.pad(lse, (0, -lse.size(2) % 32), value=torch.inf)  # its kernel reads 32 queries at a time
+            d_q, d_k, d_v, _ = aten._scaled_dot_product_efficient_attention_backward(
+                d_out, q, k, v, None, out, lse, seed, offset, 0.0, asked, causal, scale=scale
+            )
+            gradients = d_q, _summed(d_k, groups, dim=1), _summed(d_v, groups, dim=1)
+    d_q, d_k, d_v = (gradient.transpose(1, 2)[..., :size] for gradient in gradients)
+    return d_q, d_k, d_v
+
+
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """`block_forward` in plain torch: the reference."""
+    scores = _scores(q, k, causal, scale)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1)).exp()
+    out = torch.einsum("bhst,bthe->bshe", weights, _repeated(v, q.size(2), dim=2).to(weights.dtype))
+    return out.to(q.dtype), lse
+
+
+def plain_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`block_backward` in plain torch: the reference.
+
+    P = exp(S - lse),  dV = P^T dO,  dS = P (dO V^T - rowsum(dO out)),  dQ = scale dS K,  dK = scale dS^T Q.
+    """
+    heads, groups, wide = q.size(2), k.size(2), lse.dtype
+    weights = (_scores(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
+    d_out, out, q_wide, k_wide, v_wide = (_repeated(t, heads, dim=2).to(wide) for t in (d_out, out, q, k, v))
+    d_v = torch.einsum("bhst,bshe->bthe", weights, d_out)
+    d_weights = torch.einsum("bshe,bthe->bhst", d_out, v_wide)
+    d_scores = weights * (d_weights - (d_out * out).sum(-1).transpose(1, 2).unsqueeze(-1)) * scale
+    d_q = torch.einsum("bhst,bthe->bshe", d_scores, k_wide)
+    d_k = torch.einsum("bhst,bshe->bthe", d_scores, q_wide)
+    return d_q.to(q.dtype), _summed(d_k, groups, dim=2).to(q.dtype), _summed(d_v, groups, dim=2).to(q.dtype)
+
+
+def _operator(q: Tensor) -> str:
+    if q.device.type == "cpu":
+        return "cpu"
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) <= 256:
+        return "flash"
+    if q.device.type == "cuda" and q.dtype == torch.float32:
+        return "efficient"
+    return "plain"
+
+
+def _heads_first(t_BSHE: Tensor, operator: str) -> Tensor:
+    """(B, H, S, E), with heads of a size that the operator takes: zeros behind change no score."""
+    pad = 0 if operator == "cpu" else -t_BSHE.size(-1) % 8
+    return F.pad(t_BSHE, (0, pad)).transpose(1, 2) if pad else t_BSHE.transpose(1, 2)
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = torch.einsum("bshe,bthe->bhst", q.to(wide), _repeated(k, q.size(2), dim=2).to(wide)) * scale
+    if not causal:
+        return scores
+    later = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(later, -torch.inf)
+
+
+def _repeated(t: Tensor, heads: int, dim: int = 1) -> Tensor:
+    return t if t.size(dim) == heads else t.repeat_interleave(heads // t.size(dim), dim)
+
+
+def _summed(t: Tensor, groups: int, dim: int) -> Tensor:
+    return t if t.size(dim) == groups else t.unflatten(dim, (groups, -1)).sum(dim + 1)

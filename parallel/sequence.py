@@ -1,0 +1,163 @@
+"""Attention over sequences that several ranks share: Ulysses inside, a ring outside (Fang & Zhao, *USP*).
+
+Every rank holds 1 / (ring x ulysses) of each sequence: its embeddings, activations, logits and losses. Only attention
+looks at other tokens:
+
+- **Ulysses** (Jacobs et al., *DeepSpeed Ulysses*): an all-to-all turns queries, keys and values (B, S / U, H, E) into
+  (B, S, H / U, E), and another turns what attention gives back. With fewer key heads than ranks, they are repeated until
+  each rank has those that its query heads look at.
+- **Ring** (Liu et al., *Ring Attention*): keys and values travel round the ring, the next block while the present one is
+  looked at; what was seen merges by its log-sum-exp (`kernels.attention`). In the backward they travel again, and the
+  gradients of each block with it, back to where it came from.
+
+The order says which tokens a rank of the ring has: `contiguous` an R-th, `zigzag` the i-th of 2 R chunks and the i-th from
+the end, `striped` every R-th token (Brandon et al., *Striped Attention*). The last two give every rank the same work.
+
+Bytes a rank sends for each layer and micro-batch, with b = B S / (U R) tokens of itemsize i, and KV the key heads after
+repeating: Ulysses (U - 1) / U b (2 H + 2 KV) E i forward and as much backward; the ring (R - 1) b 2 KV E i forward, and
+backward as much again and R b 2 KV E x 4 bytes (8 in float64) of gradients.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
+from rowwise.kernels.visible import Documents, Run, visible_areas
+from rowwise.parallel.collectives import Passing, all_to_all
+from rowwise.parallel.mesh import RING_ORDER, Axis, Mesh, SequenceAxes, divisors
+
+
+def check_heads(heads: int, ulysses: int) -> None:
+    """Refuses heads that the ranks of an all-to-all cannot share. Raises ValueError."""
+    if heads % ulysses:
+        raise ValueError(
+            f"parallel.ulysses={ulysses} with model.heads={heads}: each rank attends with as many heads; possible are "
+            f"{divisors(heads)}, and parallel.ring for more ranks"
+        )
+
+
+def padded_length(length: int, order: RING_ORDER, ring: int, ulysses: int) -> int:
+    """The least length from `length` on that `ring` x `ulysses` ranks can share: what is missing is padding behind the
+    last token, which no token sees."""
+    multiple = ring * (math.lcm(2, ulysses) if order == "zigzag" and ring > 1 else ulysses)
+    return -(-length // multiple) * multiple
+
+
+def runs_of(order: RING_ORDER, rank: int, ring: int, length: int) -> tuple[Run, ...]:
+    """The tokens, of `length`, that a rank of the ring has, in the order in which it has them."""
+    if order == "striped":
+        return (Run(rank, ring, length // ring),)
+    if order == "contiguous" or ring == 1:
+        return (Run(rank * (length // ring), 1, length // ring),)
+    chunk = length // (2 * ring)
+    return Run(rank * chunk, 1, chunk), Run((2 * ring - 1 - rank) * chunk, 1, chunk)
+
+
+def places_of(axes: SequenceAxes, length: int) -> Tensor:
+    """The places in a sequence of `length` tokens that this rank has; those from `length` on are padding."""
+    ring, ulysses = axes.ring, axes.ulysses
+    runs = runs_of(axes.order, ring.rank, ring.size, padded_length(length, axes.order, ring.size, ulysses.size))
+    places = torch.cat([run.start + run.stride * torch.arange(run.length) for run in runs])
+    return places.chunk(ulysses.size)[ulysses.rank]
+
+
+@dataclass(frozen=True)
+class SequenceAttention:
+    """`kernels.attention.causal_attention`, of what each rank has of the sequences."""
+
+    axes: SequenceAxes
+
+    @torch.compiler.disable  # a compiled block leaves messages to Python
+    def __call__(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None) -> Tensor:
+        ulysses = self.axes.ulysses
+        if ulysses.size == 1:
+            return self._around(q_BSHE, k_BSKE, v_BSKE, documents)
+        return to_tokens(self._around(*to_heads(q_BSHE, k_BSKE, v_BSKE, ulysses), documents), ulysses)
+
+    def _around(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        ring = self.axes.ring
+        if ring.size == 1:
+            return causal_attention(q, k, v, documents)
+        return ring_attention(q, k, v, documents, ring, self.axes.order)
+
+
+def attention_on(mesh: Mesh) -> Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]:
+    """What a model on this mesh attends with."""
+    return causal_attention if mesh.sequence is None else SequenceAttention(mesh.sequence)
+
+
+def to_heads(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, ulysses: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """From all heads of this rank's tokens to this rank's heads of all ranks' tokens: (B, U S, H / U, E), and keys and
+    values with max(1, K / U) heads where one of K and U divides the other. One all-to-all."""
+    U, K = ulysses.size, k_BSKE.size(2)
+    repeats = math.lcm(K, U) // K
+    parts = [t.unflatten(2, (U, -1)) for t in (q_BSHE, _repeat(k_BSKE, repeats), _repeat(v_BSKE, repeats))]
+    sizes = [part.size(3) for part in parts]
+    came_UBSHE = all_to_all(torch.cat(parts, dim=3).movedim(2, 0), ulysses)
+    q, k, v = came_UBSHE.movedim(0, 1).flatten(1, 2).split(sizes, dim=2)
+    return q, k, v
+
+
+def to_tokens(y_BSHE: Tensor, ulysses: Axis) -> Tensor:
+    """The way back: from this rank's heads of all tokens to all heads of its own."""
+    came_UBSHE = all_to_all(y_BSHE.unflatten(1, (ulysses.size, -1)).movedim(1, 0), ulysses)
+    return came_UBSHE.movedim(0, 2).flatten(2, 3)
+
+
+def _repeat(t_BSKE: Tensor, repeats: int) -> Tensor:
+    return t_BSKE.repeat_interleave(repeats, dim=2) if repeats > 1 else t_BSKE
+
+
+def rotate(block: Tensor, ring: Axis) -> Iterator[tuple[int, Tensor]]:
+    """The block of every rank of the ring in turn, with its rank, this rank's own first; the next one travels while the
+    caller looks at one."""
+    for step in range(ring.size):
+        coming = Passing(block, ring) if step + 1 < ring.size else None
+        yield (ring.rank - step) % ring.size, block
+        if coming is not None:
+            block = coming.wait()
+
+
+def ring_attention(
+    q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None, ring: Axis, order: RING_ORDER
+) -> Tensor:
+    """Attention of the sequences of which this rank of the ring has the tokens of `order`."""
+    return _RingAttention.apply(q_BSHE, k_BSKE, v_BSKE, documents, ring, order)
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, ring: Axis, order: RING_ORDER
+    ) -> Tensor:
+        length = q.size(1) * ring.size
+        own = runs_of(order, ring.rank, ring.size, length)
+        ctx.ring, ctx.areas = ring, {}
+        block = torch.stack((k, v))
+        out, lse = nothing_seen(q)
+        for source, (k_there, v_there) in rotate(block, ring):
+            ctx.areas[source] = visible_areas(own, runs_of(order, source, ring.size, length), documents)
+            see(q, k_there, v_there, ctx.areas[source], out, lse)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, block, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, block, out, lse = ctx.saved_tensors
+        d_q = torch.zeros_like(q, dtype=lse.dtype)
+        under_way: Passing | None = None
+        for source, (k, v) in rotate(block, ctx.ring):
+            here = torch.zeros_like(block, dtype=lse.dtype)
+            see_backward(d_out, q, k, v, out, lse, ctx.areas[source], d_q, here[0], here[1])
+            # What the ranks before gave to this block's gradient has travelled one step behind it.
+            here = here if under_way is None else here.add_(under_way.wait())
+            under_way = Passing(here, ctx.ring)
+        assert under_way is not None
+        d_k, d_v = under_way.wait()
+        return d_q.to(q.dtype), d_k.to(q.dtype), d_v.to(q.dtype), None, None, None

@@ -1,0 +1,99 @@
+"""Law 2 for sequences that ranks share: Ulysses, rings in every order, and both, equal one process."""
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from parity import Trace, assert_all_same, run_layouts, run_plain, small_config, with_layout
+
+# ulysses, ring, order: two and four ranks
+SHARES = [
+    (2, 1, None), (1, 2, "contiguous"), (1, 2, "zigzag"), (1, 2, "striped"),
+    (4, 1, None), (1, 4, "contiguous"), (1, 4, "zigzag"), (1, 4, "striped"),
+    (2, 2, "contiguous"), (2, 2, "zigzag"), (2, 2, "striped"),
+]  # fmt: skip
+KV_HEADS = (1, 2, 4)
+# 32 tokens are shared evenly by all; 29 are not, and are padded; 3 leave some ranks nothing but padding.
+LENGTHS = (32, 29, 3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sequence")
+
+
+def sequence_config(folder: Path, kv_heads: int, length: int, *overrides: str):
+    """Documents that begin anywhere, unequal valid tokens, and clipping."""
+    return small_config(
+        folder, "model.layers=1", "model.dim=12", "model.heads=4", f"model.kv_heads={kv_heads}", "model.head_dim=6", "model.ffn_dim=9",
+        "batch.global_size=4", f"batch.seq_len={length}", *overrides,
+    )  # fmt: skip
+
+
+@functools.cache
+def reference(folder: Path, *case) -> Trace:
+    return run_plain(sequence_config(folder, *case))
+
+
+def assert_law(ranks, folder: Path, world: int, cases: list[tuple], **layout) -> None:
+    """Each case (key heads, length, overrides) on the layout."""
+    configs = [with_layout(sequence_config(folder, *case), world, **layout) for case in cases]
+    everyone = ranks.run(run_layouts, world, configs)
+    for number, case in enumerate(cases):
+        assert_all_same([traces[number] for traces in everyone], reference(folder, *case))
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize(("ulysses", "ring", "order"), SHARES)
+def test_three_steps_equal_those_of_one_process(ranks, folder, ulysses, ring, order, zero):
+    cases = [(kv_heads, 32) for kv_heads in KV_HEADS] + [(2, length) for length in LENGTHS[1:]]
+    layout = {"ulysses": ulysses, "ring": ring, "ring_order": order, "zero": zero}
+    assert_law(ranks, folder, ulysses * ring, cases, **layout)
+
+
+def test_every_kind_of_rank_at_once(ranks, folder):
+    """Replicas, shards and sharers of sequences, at every stage of ZeRO."""
+    for zero in range(4):
+        layout = {"replicate": 2, "shard": 2, "ring": 2, "zero": zero}
+        assert_law(ranks, folder, 8, [(2, 29, "batch.micro_size=1")], **layout)
+    assert_law(ranks, folder, 8, [(1, 29)], replicate=1, shard=2, ring=2, ulysses=2, zero=2)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "ulysses", "ring", "order"),
+    [
+        ("1f1b", 1, 2, 1, None),
+        ("1f1b", 1, 4, 1, None),
+        ("zb_h1", 1, 1, 2, "contiguous"),
+        ("zb_v", 2, 1, 2, "zigzag"),
+        ("interleaved_1f1b", 2, 1, 2, "striped"),
+        ("zb_h2", 1, 1, 4, "striped"),
+        ("blockwise", 2, 2, 2, "zigzag"),
+    ],
+)
+def test_under_a_pipeline(ranks, folder, schedule, chunks, ulysses, ring, order, zero):
+    layout = {"pipeline": 2, "pipeline_schedule": schedule, "virtual_stages": chunks, "zero": zero}
+    layout |= {"ulysses": ulysses, "ring": ring, "ring_order": order}
+    tied = "model.tie_embeddings=true"
+    assert_law(
+        ranks,
+        folder,
+        2 * ulysses * ring,
+        [(2, 29, "model.layers=4", "batch.global_size=3", "batch.micro_size=1", tied)],
+        **layout,
+    )
+
+
+def test_whole_sequences_without_documents(ranks, folder):
+    for ulysses, ring, order in SHARES:
+        layout = {"ulysses": ulysses, "ring": ring, "ring_order": order, "zero": 1}
+        assert_law(ranks, folder, ulysses * ring, [(2, 29, "data.mask_documents=false")], **layout)
+
+
+@pytest.mark.parametrize("rule", ["adamw8bit", "dct", "fira", "muon", "adafactor"])
+def test_rules_that_exchange_messages_and_8_bit_states(ranks, folder, rule):
+    """States are laid over the ranks that share sequences as over any others."""
+    options = [f"optim={rule}", *(["optim.rank=4", "optim.refresh_every=2"] if rule in ("dct", "fira") else [])]
+    assert_law(ranks, folder, 4, [(2, 29, *options)], ulysses=2, ring=2, zero=2)

@@ -1,0 +1,179 @@
+"""What sharing sequences costs and saves, counted on real ranks: scores computed, bytes sent, activations held."""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from live_bytes import LiveBytes
+from messages import Messages
+from parity import small_config, with_layout
+from rowwise.kernels.visible import Documents
+from rowwise.parallel.mesh import RING_ORDER, make_mesh
+from rowwise.parallel.sequence import SequenceAttention, padded_length, places_of, runs_of
+from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.loss import summed_loss
+from rowwise.trainer.train import build_model
+
+HEADS, SIZE = 4, 8
+ORDERS: tuple[RING_ORDER, ...] = ("contiguous", "zigzag", "striped")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sequence-counts")
+
+
+class Scores(TorchDispatchMode):
+    """While entered, counts the pairs of query and key, times heads and sequences, that forward operators compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            (B, H, S, _), T, causal = args[0].shape, args[1].size(2), args[4:5] == (True,)
+            self.count += B * H * (S * (S + 1) // 2 if causal else S * T)
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Case:
+    length: int
+    kv_heads: int = HEADS
+    order: RING_ORDER = "zigzag"
+    documents: Documents | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one attention: scores computed in the forward; messages and bytes sent, backward included."""
+
+    scores: int
+    calls: Counter[str]
+    bytes: Counter[str]
+
+
+def attend(workers, config, cases: list[Case]) -> list[Counts]:
+    mesh = make_mesh(config.parallel, workers)
+    return [count(mesh.sequence, case) for case in cases]
+
+
+def count(axes, case: Case) -> Counts:
+    axes = replace(axes, order=case.order)
+    here = len(places_of(axes, case.length))
+    q, k, v = (torch.randn(2, here, heads, SIZE, requires_grad=True) for heads in (HEADS, case.kv_heads, case.kv_heads))
+    with Messages() as messages, Scores() as scores:
+        SequenceAttention(axes)(q, k, v, case.documents).sum().backward()
+    return Counts(scores.count, messages.calls, messages.bytes)
+
+
+def on(ranks, folder, world: int, cases: list[Case], **degrees) -> list[tuple[Counts, ...]]:
+    """For each case, what each rank counted."""
+    config = with_layout(small_config(folder, f"model.heads={HEADS}", "model.head_dim=8"), world, **degrees)
+    return list(zip(*ranks.run(attend, world, config, cases), strict=True))
+
+
+@pytest.mark.parametrize("ring", [2, 4, 8])
+def test_zigzag_and_striped_orders_share_the_work_evenly(ranks, folder, ring):
+    length, chunk = 256, 256 // ring
+    cases = [Case(length, order=order) for order in ORDERS]
+    for case, counts in zip(cases, on(ranks, folder, ring, cases, ring=ring), strict=True):
+        scores = [rank.scores for rank in counts]
+        assert sum(scores) == 2 * HEADS * length * (length + 1) // 2, "something is computed twice, or not seen"
+        imbalance = max(scores) / (sum(scores) / ring)
+        if case.order == "contiguous":  # the last rank sees all chunks before its own, and half of that
+            theory = (chunk * (chunk + 1) / 2 + (ring - 1) * chunk**2) / (length * (length + 1) / 2 / ring)
+            assert imbalance == pytest.approx(theory) and theory > 1.95 - 1 / ring
+        else:
+            assert imbalance < 1.05
+
+
+def test_nothing_of_another_document_is_computed(ranks, folder):
+    chance, length = random.Random(3), 64
+    begins = tuple((0, *sorted(chance.sample(range(1, length), count))) for count in (3, 9))
+    sizes = [b - a for row in begins for a, b in pairwise((*row, length))]
+    cases = [Case(length, order=order, documents=Documents(begins)) for order in ORDERS]
+    for degrees in ({"ring": 4}, {"ulysses": 2, "ring": 2}, {"ulysses": 4}):
+        for counts in on(ranks, folder, 4, cases, **degrees):
+            assert sum(rank.scores for rank in counts) == HEADS * sum(n * (n + 1) // 2 for n in sizes)
+
+
+def test_ulysses_sends_what_its_formula_says_and_no_more_for_longer_sequences(ranks, folder):
+    sent = {}
+    for ulysses, cases in ((2, [Case(64), Case(64, kv_heads=1)]), (4, [Case(128), Case(64, kv_heads=1)])):
+        for case, counts in zip(cases, on(ranks, folder, ulysses, cases, ulysses=ulysses), strict=True):
+            key_heads = max(case.kv_heads, ulysses)  # one for each rank at least
+            expected = 2 * (2 * case.length // ulysses) * (2 * HEADS + 2 * key_heads) * SIZE * 4
+            for rank in counts:
+                assert rank.calls == Counter(alltoall_base_=4)  # there and back, and both in the backward
+                assert rank.bytes["alltoall_base_"] == expected
+            sent[ulysses, case] = expected
+    assert sent[4, Case(128)] == sent[2, Case(64)] > 0, "length and degree doubled together: the volume is not the same"
+
+
+@pytest.mark.parametrize("ring", [2, 4])
+def test_a_ring_sends_keys_and_values_once_round_and_their_gradients_home(ranks, folder, ring):
+    cases, times = [Case(64, kv_heads=1), Case(64), Case(128)], 2 * (ring - 1) + ring
+    for case, counts in zip(cases, on(ranks, folder, ring, cases, ring=ring), strict=True):
+        block = 2 * 2 * case.length // ring * case.kv_heads * SIZE * 4
+        for rank in counts:
+            assert rank.calls == Counter(send=times, recv_=times)
+            assert rank.bytes["send"] == times * block
+
+
+def peaks(workers, config, lengths: list[int]) -> list[int]:
+    """For each length, the most bytes that the forward and backward of one micro-batch made and held."""
+    mesh = make_mesh(config.parallel, workers)
+    model = build_model(config, mesh)
+    return [peak(model, mesh.sequence, length) for length in lengths]
+
+
+def peak(model, axes, length: int) -> int:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (2, length))
+    batch = MicroBatch(tokens, tokens, torch.arange(length).expand_as(tokens), None)
+    if axes is not None:
+        batch = batch.at(places_of(axes, length))
+    with LiveBytes() as live:
+        loss, _ = summed_loss(model, batch)
+        loss.backward()
+    return live.peak
+
+
+def test_activations_fall_with_the_number_of_ranks(ranks, folder):
+    """Of what grows with the length, each rank holds its share, and a block of keys, values and gradients on its way."""
+    config = small_config(
+        folder, "precision=fp32", "model.layers=4", "model.heads=8", "model.kv_heads=4", "model.dim=64", "model.ffn_dim=128",
+        "model.head_dim=8", "parallel.zero=0",
+    )  # fmt: skip
+    lengths = [256, 512]
+    (alone,) = ranks.run(peaks, 1, with_layout(config, 1), lengths)
+    for degrees in ({"ulysses": 2}, {"ring": 2}, {"ulysses": 4}, {"ring": 4}, {"ulysses": 2, "ring": 2}):
+        world = degrees.get("ulysses", 1) * degrees.get("ring", 1)
+        for rank in ranks.run(peaks, world, with_layout(config, world, **degrees), lengths):
+            growth = (rank[1] - rank[0]) / (alone[1] - alone[0])
+            assert 1 / world <= growth <= 1.15 / world, degrees
+            weights = alone[0] - (alone[1] - alone[0])  # what does not grow: gradients
+            assert all(
+                part - weights <= 1.2 * (whole - weights) / world for part, whole in zip(rank, alone, strict=True)
+            )
+
+
+def test_every_place_is_held_once_and_padding_comes_last():
+    for order in ("contiguous", "zigzag", "striped"):
+        for ring in (1, 2, 3, 4):
+            for ulysses in (1, 2, 3, 4):
+                for length in (1, 5, 24, 29):
+                    padded = padded_length(length, order, ring, ulysses)
+                    assert length <= padded < length + 2 * ring * ulysses and padded % (ring * ulysses) == 0
+                    runs = [runs_of(order, rank, ring, padded) for rank in range(ring)]
+                    assert len({sum(run.length for run in own) for own in runs}) == 1
+                    held = sorted(run.start + run.stride * n for own in runs for run in own for n in range(run.length))
+                    assert held == list(range(padded))
+                    assert all(sum(run.length for run in own) % ulysses == 0 for own in runs)
