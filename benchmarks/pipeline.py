@@ -9,39 +9,14 @@ python benchmarks/pipeline.py --parts gains     only what is simulated
 """
 
 import argparse
-import multiprocessing
-from typing import Any
 
 import pipeline_gains
 import pipeline_runtime
 import pipeline_waits
-import torch.distributed as dist
+from processes import on_ranks
 from record import RESULTS, write_record
 
 PARTS = {"waits": pipeline_waits, "gains": pipeline_gains, "runtime": pipeline_runtime}
-
-
-def on_ranks(function: Any, ranks: int, *arguments: Any) -> Any:
-    """What `function(rank, ranks, port, *arguments)` gives on rank 0 of so many processes."""
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(target=_answer, args=(results, function, rank, ranks, store.port, *arguments))
-        for rank in range(ranks)
-    ]
-    for worker in workers:
-        worker.start()
-    found = results.get(timeout=1200)
-    for worker in workers:
-        worker.join()
-    return found
-
-
-def _answer(results: Any, function: Any, rank: int, *arguments: Any) -> None:
-    found = function(rank, *arguments)
-    if rank == 0:
-        results.put(found)
 
 
 def main() -> None:

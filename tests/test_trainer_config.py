@@ -1,6 +1,7 @@
 """Every configuration file is composed and run; every wrong one is refused with a line that helps."""
 
 import json
+import math
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from rowwise.launch import train as launch
 from rowwise.launch.compose import GROUPS, compose_tree
 from rowwise.optim.build import OptimConfig
 from rowwise.optim.schedules import ScheduleConfig
-from rowwise.parallel.mesh import ParallelConfig
+from rowwise.parallel.mesh import DEGREES, ParallelConfig
 from rowwise.parallel.precision import PrecisionConfig
 from rowwise.trainer.config import TrainConfig, check, config_from_tree, tree_of
 from rowwise.trainer.data.config import DataConfig
@@ -83,8 +84,9 @@ def test_every_config_file_is_composed_and_run(ranks, tmp_path, text, file):
         overrides += data_overrides(choice, text)
     if file == "tracker/wandb":
         overrides.append("tracker.mode=offline")
-    config = prepare(config_from_tree(compose_tree(overrides)), 1)
-    ranks.run(run_train, 1, config)
+    config = config_from_tree(compose_tree(overrides))
+    world = math.prod(getattr(config.parallel, axis) for axis in DEGREES if axis != "shard")
+    ranks.run(run_train, world, prepare(config, world))
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
 
 
@@ -181,7 +183,19 @@ REFUSED = {
     "a step that cannot be taken back": (
         [*TWO, "parallel.post_validation=true", "optim=muon"], r"post_validation with optim=muon: .*possible are adamw, adamw8bit",
     ),
-    "ulysses": (["parallel.ulysses=2"], r"parallel.ulysses=2: not built yet"),
+    "heads that do not divide": (
+        ["parallel.ulysses=2", "model.heads=5", "model.kv_heads=5", "model.head_dim=4"],
+        r"parallel.ulysses=2 with model.heads=5: .*possible are \[1, 5\], and parallel.ring",
+    ),
+    "an order without a ring": (["parallel.ring_order=striped"], r"ring_order=striped with parallel.ring=1: there is no ring"),
+    "unknown order": (["parallel.ring=2", "parallel.ring_order=random"], r"ring_order='random': input should be 'contiguous', 'zig"),
+    "no ranks to share": (["parallel.ring=0"], r"parallel.ring=0: degrees are at least 1"),
+    "too many to share": (
+        ["parallel.ring=2", "parallel.ulysses=2"], r"replicate=1 x parallel.ring=2 x parallel.ulysses=2 does not divide .* size 2",
+    ),
+    "ranks that are not there": (
+        ["parallel.ring=2", "parallel.shard=2"], r"parallel.ring=2 x parallel.shard=2 = 4 workers, but the world size is 2",
+    ),
     "backend": (["parallel.backend=accelerate"], r"parallel.backend='accelerate': input should be 'torch'"),
     "zero": (["parallel.zero=4"], r"parallel.zero=4: possible are 0, 1, 2 and 3"),
     "learning rate": (["optim.lr=0"], r"optim.lr=0.*above 0"),

@@ -1,14 +1,23 @@
 """Whole runs over shared sequences: moved between layouts, evaluated, sampled, compiled, in 16 bits, with other savings."""
 
+import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from parity import small_config, with_layout
+from rowwise.launch.compose import compose_tree
 from rowwise.parallel.mesh import make_mesh
+from rowwise.parallel.shard import gradients, squared_norm
+from rowwise.trainer.config import check, config_from_tree
+from rowwise.trainer.data.open import open_data
+from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.sample import generate
-from rowwise.trainer.train import build_model
+from rowwise.trainer.step import accumulate
+from rowwise.trainer.train import build_model, train_batches
 from runs import assert_same_run, final_tensors, named, records, run_train, run_until
 
 OVERRIDES = (
@@ -93,3 +102,58 @@ def test_with_other_savings(ranks, folder, request, options, layout):
         runs[name] = named(checked, folder, f"{request.node.callspec.id}-{name}")
         ranks.run(run_train, world, runs[name])
     assert_same_run(runs["shared"].run_dir, runs["alone"].run_dir)
+
+
+def test_16_bits_stay_near_one_process(ranks, folder):
+    """The same tokens in bf16: losses differ by roundings, and no more for shared sequences than for one process."""
+    runs = {}
+    for name, world, layout, precision in (
+        ("exact", 1, {}, "fp64"), ("alone", 1, {}, "bf16"), ("shared", 4, BOTH | {"zero": 3}, "bf16"),
+    ):  # fmt: skip
+        config = small_config(folder, *OVERRIDES, f"precision={precision}")
+        runs[name] = named(with_layout(config, world, **layout), folder, f"bits_{name}")
+        ranks.run(run_train, world, runs[name])
+    losses = {name: torch.tensor([r["loss"] for r in read_metrics(Path(run.run_dir))]) for name, run in runs.items()}
+    alone, shared = ((losses[name] - losses["exact"]).abs().max().item() for name in ("alone", "shared"))
+    assert 0 < shared <= max(2 * alone, 0.01)
+
+
+def test_a_long_context_on_four_ranks(ranks, tmp_path):
+    """The named run, at 16,384 tokens, in float64 and smaller in everything else: the loss is one process's."""
+    text = tmp_path / "text.txt"
+    chance = random.Random(11)
+    text.write_text(" ".join(chance.choice(("shared", "sequence", "of", "many", "tokens")) for _ in range(15_000)))
+    smaller = ("steps=2", "model.layers=1", "model.dim=32", "model.ffn_dim=32", "eval.every=2", "eval.batches=1")
+    data = ("data=text", f"data.files={text}", "data.holdout=0.2", "data.mask_documents=false")
+    tree = compose_tree(["experiment=long_context", "precision=fp64", *smaller, *data, f"run_dir={tmp_path}/run"])
+    config = config_from_tree(tree)
+    assert config.batch.seq_len == 16_384
+    shared = check(config, 4)
+    alone = check(replace(config, parallel=replace(config.parallel, ulysses=1, ring=1), run_dir=f"{tmp_path}/alone"), 1)
+    ranks.run(run_train, 4, shared)
+    ranks.run(run_train, 1, alone)
+    assert_same_run(shared.run_dir, alone.run_dir)
+
+
+def compiled_gradients(workers, config) -> tuple[float, int]:
+    """The squared norm of the gradients of three steps whose documents differ, and how often blocks were compiled."""
+    mesh = make_mesh(config.parallel, workers)
+    model = build_model(config, mesh)
+    batches = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
+    counters.clear()
+    for _ in range(3):
+        accumulate(model, next(batches), mesh.device, config.parallel.zero, 0.01)
+    squared = float(squared_norm(gradients(model)))
+    return squared, counters["stats"]["unique_graphs"]
+
+
+def test_compiled_blocks_are_not_compiled_anew_for_other_documents(ranks, folder):
+    config = small_config(folder, *OVERRIDES, "batch.global_size=2", "parallel.zero=0")
+    for world, degrees in ((1, {}), (2, {"ring": 2})):
+        plain, compiled = (
+            ranks.run(compiled_gradients, world, with_layout(replace(config, compile=on), world, **degrees))
+            for on in (False, True)
+        )
+        for (expected, none), (found, graphs) in zip(plain, compiled, strict=True):
+            assert found == pytest.approx(expected, rel=1e-9)
+            assert none == 0 < graphs <= 4  # before attention and after it; not for every batch
