@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py                on a machine with one or more CUDA GPUs; writes results/gpu.json
 
-Checks: every Triton kernel on the device against its reference on the CPU, and three float64 steps on the GPU against
-one plain CPU process. Figures: the speed of the kernels; tokens per second, MFU and peak memory of a real run on one GPU
-in bf16; all of optimizer_step.py and optimizer_bytes.py. A check that fails is in the file, and the exit code is 1.
+Checks: every Triton kernel on the device against its reference on the CPU; attention block by block, as the ranks of a
+ring would compute it; three float64 steps on the GPU against one plain CPU process. Figures: the speed of the kernels and
+of attention; tokens per second, MFU and peak memory of a real run on one GPU in bf16; all of optimizer_step.py and
+optimizer_bytes.py. A check that fails is in the file, and the exit code is 1.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 import optimizer_bytes
 import optimizer_step
 import torch
+from gpu_attention import check_attention, time_attention
 from record import write_record
 from torch import Tensor
 
@@ -216,6 +218,7 @@ def train(model: str, steps: int) -> dict[str, Any]:
 
 
 CHECKS = {
+    "attention": lambda: check_attention(CUDA),
     "philox": check_philox,
     "blockwise": check_blockwise,
     "adamw8bit": check_adamw8bit,
@@ -238,7 +241,8 @@ def main() -> int:
     runs = {model: train(model, steps=40) for model in ("tiny", "llama_60m", "llama_130m", "llama_350m")}
     counted = optimizer_bytes.measure_bytes(["llama_130m", "llama_1b"])
     stepped = optimizer_step.measure_steps(optimizer_step.parse([]))
-    measured = {"checks": checks, "kernels": time_philox(), "training": runs}
+    kernels = {**time_philox(), "attention_seconds": time_attention(CUDA)}
+    measured = {"checks": checks, "kernels": kernels, "training": runs}
     path = write_record("gpu", {**measured, "optimizer_step": stepped, "optimizer_bytes": counted})
     optimizer_step.print_tables(stepped)
     print(f"\nwritten: {path}")

@@ -5,11 +5,11 @@ python benchmarks/zero_memory.py --model tiny --ranks 2
 """
 
 import argparse
-import multiprocessing
 from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
+from processes import on_ranks
 from record import write_record
 
 from rowwise.launch.compose import compose_tree
@@ -26,8 +26,8 @@ MICRO_BATCHES = 2
 KINDS = ("shards", "gathered", "gradients", "optimizer", "buffers")
 
 
-def one_rank(rank: int, ranks: int, port: int, config: TrainConfig, results) -> None:
-    """One step of `config`; rank 0 reports its bytes per parameter, between steps, at the peak, and as predicted."""
+def one_rank(rank: int, ranks: int, port: int, config: TrainConfig) -> dict:
+    """One step of `config`: this rank's bytes per parameter, between steps, at the peak, and as predicted."""
     torch.set_num_threads(1)
     mesh = make_mesh(config.parallel, Workers(rank, ranks, rank, ranks, dist.TCPStore("localhost", port)))
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
@@ -42,18 +42,12 @@ def one_rank(rank: int, ranks: int, port: int, config: TrainConfig, results) -> 
         optimizer.step()
         optimizer.zero_grad()
     dist.barrier()
-    if rank == 0:
-        predicted = predict(parts, config.parallel.zero, len(batches))
-        per_parameter = {
-            name: {kind: count / parameters for kind, count in asdict(counted).items()}
-            for name, counted in (
-                ("between", measure(model, optimizer)),
-                ("peak", states.peak),
-                ("predicted", predicted),
-            )
-        }
-        results.put({"parameters": parameters, "peak_of_all": states.total / parameters, **per_parameter})
+    predicted = predict(parts, config.parallel.zero, len(batches))
+    counted = {"between": measure(model, optimizer), "peak": states.peak, "predicted": predicted}
     dist.destroy_process_group()
+    return {"parameters": parameters, "peak_of_all": states.total / parameters} | {
+        name: {kind: count / parameters for kind, count in asdict(bytes_).items()} for name, bytes_ in counted.items()
+    }
 
 
 def run_stage(model: str, ranks: int, zero: int) -> dict:
@@ -61,17 +55,7 @@ def run_stage(model: str, ranks: int, zero: int) -> dict:
     overrides = [f"model={model}", f"parallel.zero={zero}", "batch.micro_size=1", "batch.seq_len=32"]
     tree = compose_tree([*overrides, f"batch.global_size={ranks * MICRO_BATCHES}"])
     config = check(config_from_tree(tree), ranks)
-    context = multiprocessing.get_context("spawn")
-    store, results = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False), context.Queue()
-    processes = [
-        context.Process(target=one_rank, args=(rank, ranks, store.port, config, results)) for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    found = results.get(timeout=900)
-    for process in processes:
-        process.join()
-    return found
+    return on_ranks(one_rank, ranks, config)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ class _PackedAttention(torch.autograd.Function):
         run = (Run(0, 1, q.size(1)),)
         ctx.areas = visible_areas(run, run, documents)
         out, lse = nothing_seen(q)
-        see(q, k, v, ctx.areas, out, lse)
+        see(q, k, v, ctx.areas, out, lse, once=True)  # a triangle for each document
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -68,13 +68,20 @@ def nothing_seen(q_BSHE: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(q_BSHE, dtype=wide), q_BSHE.new_full((B, H, S), -torch.inf, dtype=wide)
 
 
-def see(q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor) -> None:
-    """Adds to (`out`, `lse`), in place, what queries (B, S, H, E) see in keys and values (B, T, K, E)."""
+def see(
+    q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor, once: bool = False
+) -> None:
+    """Adds to (`out`, `lse`), in place, what queries (B, S, H, E) see in keys and values (B, T, K, E). `once`: no query is
+    in two of the areas and none has seen a key before, so that there is nothing to merge."""
     scale = q.size(-1) ** -0.5
     for area in areas:
         rows, seen = _slices(area)
         part, part_lse = block_forward(q[rows], k[seen], v[seen], area.causal, scale)
-        _merge_(out[rows], lse[rows[0], :, rows[1]], part, part_lse)
+        lse_here = lse[rows[0], :, rows[1]]
+        if once:
+            out[rows], lse_here[:] = part, part_lse
+        else:
+            _merge_(out[rows], lse_here, part, part_lse)
 
 
 def see_backward(

@@ -34,7 +34,9 @@ def measure_a_step(workers, config):
 @pytest.mark.parametrize(("world", "micro_batches"), [(2, 2), (4, 1), (4, 2)])
 def test_bytes_are_those_of_the_formula(ranks, tmp_path, zero, world, micro_batches):
     micro_size = 24 // world // micro_batches
-    config = small_config(tmp_path, "precision=fp32", "model.layers=6", f"batch.micro_size={micro_size}")
+    config = small_config(
+        tmp_path, "precision=fp32", "model.layers=6", "data.mask_documents=false", f"batch.micro_size={micro_size}"
+    )
     for between, peak, total, predicted in ranks.run(measure_a_step, world, with_layout(config, world, zero=zero)):
         buckets = predicted.shards if zero == 0 else 0
         assert between == StateBytes(predicted.shards, 0, buckets, predicted.optimizer, between.buffers)
@@ -45,8 +47,23 @@ def test_bytes_are_those_of_the_formula(ranks, tmp_path, zero, world, micro_batc
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_ranks_that_share_sequences_share_states(ranks, tmp_path, zero):
+    """2 shards x 2 ranks of a ring hold what 4 shards would."""
+    config = small_config(
+        tmp_path, "precision=fp32", "model.layers=6", "data.mask_documents=false", "batch.micro_size=12"
+    )
+    for between, peak, total, predicted in ranks.run(measure_a_step, 4, with_layout(config, 4, zero=zero, ring=2)):
+        assert between.shards == predicted.shards and between.optimizer == predicted.optimizer
+        for kind in KINDS:
+            assert getattr(peak, kind) == pytest.approx(getattr(predicted, kind), rel=0.01), kind
+        assert total <= predicted.total
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_nothing_beyond_the_papers_count_but_a_parameter_shard_and_one_part(ranks, tmp_path, zero):
-    config = small_config(tmp_path, "precision=fp32", "model.layers=6", "batch.micro_size=3")
+    config = small_config(
+        tmp_path, "precision=fp32", "model.layers=6", "data.mask_documents=false", "batch.micro_size=3"
+    )
     for rank, (_, peak, _, _) in enumerate(ranks.run(measure_a_step, 4, with_layout(config, 4, zero=zero))):
         whole, part = _bytes_of(config)
         shard, optimizer = peak.shards, peak.optimizer
