@@ -24,7 +24,7 @@ from rowwise.kernels.visible import Area, Documents, Run, visible_areas
 
 def causal_attention(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None) -> Tensor:
     """Attention of whole sequences, (B, S, H, E); each token sees its document up to itself. H is a multiple of K: query
-    head h looks at key head h K / H. Raises ValueError where the device has no operator for it."""
+    head h looks at key head h K / H."""
     if documents is not None:
         return _packed_attention(q_BSHE, k_BSKE, v_BSKE, documents)
     y_BHSE = F.scaled_dot_product_attention(
@@ -68,9 +68,7 @@ def nothing_seen(q_BSHE: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(q_BSHE, dtype=wide), q_BSHE.new_full((B, H, S), -torch.inf, dtype=wide)
 
 
-def see(
-    q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor, once: bool = False
-) -> None:
+def see(q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor, once: bool = False) -> None:
     """Adds to (`out`, `lse`), in place, what queries (B, S, H, E) see in keys and values (B, T, K, E). `once`: no query is
     in two of the areas and none has seen a key before, so that there is nothing to merge."""
     scale = q.size(-1) ** -0.5

@@ -45,7 +45,7 @@ class Area(NamedTuple):
         return side * (side + 1) // 2 if self.causal else side * (self.k1 - self.k0)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)  # the layers of a model ask for the same
 def visible_areas(
     queries: tuple[Run, ...], keys: tuple[Run, ...], documents: Documents | None = None
 ) -> tuple[Area, ...]:

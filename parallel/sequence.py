@@ -138,7 +138,8 @@ class _RingAttention(torch.autograd.Function):
         length = q.size(1) * ring.size
         own = runs_of(order, ring.rank, ring.size, length)
         ctx.ring, ctx.areas = ring, {}
-        block = torch.stack((k, v))
+        # After an all-to-all, a view of what came would keep the keys and values that are in the block.
+        q, block = q.contiguous(), torch.stack((k, v))
         out, lse = nothing_seen(q)
         for source, (k_there, v_there) in rotate(block, ring):
             ctx.areas[source] = visible_areas(own, runs_of(order, source, ring.size, length), documents)

@@ -147,7 +147,7 @@ def peak(model, axes, length: int) -> int:
 
 
 def test_activations_fall_with_the_number_of_ranks(ranks, folder):
-    """Of what grows with the length, each rank holds its share, and a block of keys, values and gradients on its way."""
+    """Each rank holds its share, to the byte round a ring; an all-to-all holds what it sends beside what came."""
     config = small_config(
         folder, "precision=fp32", "model.layers=4", "model.heads=8", "model.kv_heads=4", "model.dim=64", "model.ffn_dim=128",
         "model.head_dim=8", "parallel.zero=0",
@@ -157,12 +157,8 @@ def test_activations_fall_with_the_number_of_ranks(ranks, folder):
     for degrees in ({"ulysses": 2}, {"ring": 2}, {"ulysses": 4}, {"ring": 4}, {"ulysses": 2, "ring": 2}):
         world = degrees.get("ulysses", 1) * degrees.get("ring", 1)
         for rank in ranks.run(peaks, world, with_layout(config, world, **degrees), lengths):
-            growth = (rank[1] - rank[0]) / (alone[1] - alone[0])
-            assert 1 / world <= growth <= 1.15 / world, degrees
-            weights = alone[0] - (alone[1] - alone[0])  # what does not grow: gradients
-            assert all(
-                part - weights <= 1.2 * (whole - weights) / world for part, whole in zip(rank, alone, strict=True)
-            )
+            for part, whole in zip(rank, alone, strict=True):
+                assert 1 <= part / whole * world <= 1.06, degrees
 
 
 def test_every_place_is_held_once_and_padding_comes_last():
