@@ -3,7 +3,6 @@
 import contextlib
 import faulthandler
 import io
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
+from ranks import quick_start
 from rowwise.parallel.mesh import Workers
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.manifest import complete_checkpoints
@@ -81,14 +81,10 @@ def records(run_dir: str | Path) -> list[tuple]:
 
 
 class Job:
-    """A run in processes of their own, forked from a server that has torch loaded: a start costs a tenth of a second."""
+    """A run in processes of their own."""
 
     def __init__(self, config: TrainConfig, world_size: int, log: Path):
-        context = multiprocessing.get_context("forkserver")
-        # `runs` itself cannot be named: in Python 3.11 the server does not know our sys.path.
-        context.set_forkserver_preload(
-            ["rowwise.trainer.train", "rowwise.trainer.prepare", "torch.distributed.checkpoint"]
-        )
+        context = quick_start()
         self.log = log
         self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self.processes = [
