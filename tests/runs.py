@@ -48,7 +48,7 @@ def run_said(workers: Workers, config: TrainConfig) -> str:
 
 
 def run_until(workers: Workers, config: TrainConfig, stop_at: int) -> TrainState:
-    """A run whose last rank receives SIGTERM as it begins step `stop_at`."""
+    """A run whose last rank receives SIGTERM as it begins the step that is the `stop_at`-th from where it goes on."""
     from rowwise.trainer.data.batches import Prefetch
 
     original, calls = Prefetch.__next__, iter(range(1, stop_at + 1))
