@@ -3,7 +3,6 @@
 import contextlib
 import faulthandler
 import io
-import multiprocessing
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 from parity import TOLERANCE, relative_error
+from ranks import quick_start
 from rowwise.parallel.mesh import Workers
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.manifest import complete_checkpoints
@@ -50,7 +50,7 @@ def run_said(workers: Workers, config: TrainConfig) -> str:
 
 
 def run_until(workers: Workers, config: TrainConfig, stop_at: int) -> TrainState:
-    """A run whose last rank receives SIGTERM as it begins step `stop_at`."""
+    """A run whose last rank receives SIGTERM as it begins the step that is the `stop_at`-th from where it goes on."""
     from rowwise.trainer.data.batches import Prefetch
 
     original, calls = Prefetch.__next__, iter(range(1, stop_at + 1))
@@ -95,14 +95,10 @@ def assert_same_run(run_dir: str, other_dir: str) -> None:
 
 
 class Job:
-    """A run in processes of their own, forked from a server that has torch loaded: a start costs a tenth of a second."""
+    """A run in processes of their own."""
 
     def __init__(self, config: TrainConfig, world_size: int, log: Path):
-        context = multiprocessing.get_context("forkserver")
-        # `runs` itself cannot be named: in Python 3.11 the server does not know our sys.path.
-        context.set_forkserver_preload(
-            ["rowwise.trainer.train", "rowwise.trainer.prepare", "torch.distributed.checkpoint"]
-        )
+        context = quick_start()
         self.log = log
         self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self.processes = [

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
-from parity import small_config
-from rowwise.trainer.config import tree_of
+from parity import small_config, with_layout
+from rowwise.launch.compose import compose_tree
+from rowwise.trainer.config import config_from_tree, tree_of
 from rowwise.trainer.metrics import read_metrics
-from runs import SAME_EVERYWHERE, records
+from runs import SAME_EVERYWHERE, records, run_said
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -58,6 +58,15 @@ def run(folder: Path, arguments: list[str]) -> tuple[int, str]:
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def run_in_pool(ranks, overrides: list[str]) -> str:
+    """The same run, where it does not matter what starts it; what rank 0 said."""
+    return ranks.run(run_said, 2, with_layout(config_from_tree(compose_tree(overrides)), 2))[0]
+
+
+def workers_of(job: subprocess.Popen) -> list[psutil.Process]:
+    return [w for w in psutil.Process(job.pid).children() if "rowwise.launch.train" in " ".join(w.cmdline())]
 
 
 def await_steps(folder: Path, steps: int, job: subprocess.Popen) -> None:
@@ -114,37 +123,34 @@ def test_an_error_on_one_rank_ends_the_job_with_its_traceback(tmp_path):
     assert "fail_on_rank_one" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves_and_the_run_goes_on(tmp_path, number):
-    arguments = command(2, "-m", "rowwise.launch.train", *overrides_of(tmp_path, "steps=400", "checkpoint.every=0"))
-    job = start(tmp_path, arguments)
-    await_steps(tmp_path, 3, job)
-    for worker in psutil.Process(job.pid).children():
-        if "rowwise.launch.train" in " ".join(worker.cmdline()):
-            worker.send_signal(number)
-            break
-    assert job.wait(60) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert "asked to stop: saved step" in (tmp_path / "log").read_text()
-    stopped_at = len(read_metrics(tmp_path / "run"))
-    assert 3 <= stopped_at < 400
-    code, said = run(tmp_path, [*arguments, f"steps={stopped_at + 5}"])
-    assert code == 0, said
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(ranks, tmp_path):
+    """With SIGTERM; started again, with SIGINT; and to its end."""
+    overrides = overrides_of(tmp_path, "steps=1000000", "schedule=constant", "checkpoint.every=0")
+    stopped_at = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        (tmp_path / "log").write_bytes(b"")
+        job = start(tmp_path, command(2, "-m", "rowwise.launch.train", *overrides))
+        await_steps(tmp_path, stopped_at + 3, job)
+        workers_of(job)[0].send_signal(number)
+        code, said = job.wait(60), (tmp_path / "log").read_text()
+        assert code == 0, said[-3000:]
+        assert ("resumed from" in said) == (stopped_at > 0)
+        assert "asked to stop: saved step" in said
+        assert len(read_metrics(tmp_path / "run")) >= stopped_at + 3
+        stopped_at = len(read_metrics(tmp_path / "run"))
+    run_in_pool(ranks, [*overrides, f"steps={stopped_at + 5}"])
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(1, stopped_at + 6))
 
 
-def test_a_worker_killed_under_torchrun(tmp_path):
-    arguments = command(2, "-m", "rowwise.launch.train", *overrides_of(tmp_path, "steps=60", "checkpoint.every=5"))
-    job = start(tmp_path, arguments)
+def test_a_worker_killed_under_torchrun(ranks, tmp_path):
+    overrides = overrides_of(tmp_path, "steps=1000000", "schedule=constant", "checkpoint.every=5")
+    job = start(tmp_path, command(2, "-m", "rowwise.launch.train", *overrides))
     await_steps(tmp_path, 12, job)
-    victim = [w for w in psutil.Process(job.pid).children() if "rowwise.launch.train" in " ".join(w.cmdline())][-1]
-    victim.kill()
+    workers_of(job)[-1].kill()
     assert job.wait(60) != 0
-    assert len(read_metrics(tmp_path / "run")) < 60
-    code, said = run(tmp_path, arguments)
-    assert code == 0, said
-    assert "resumed from" in said
+    overrides += [f"steps={len(read_metrics(tmp_path / 'run')) + 5}"]
+    assert "resumed from" in run_in_pool(ranks, overrides)
     interrupted = records(tmp_path / "run")
-    code, said = run(tmp_path, [*arguments, f"run_dir={tmp_path}/whole"])
-    assert code == 0, said
+    run_in_pool(ranks, [*overrides, f"run_dir={tmp_path}/whole"])
     assert interrupted == records(tmp_path / "whole")
     assert len(interrupted[0]) == len(SAME_EVERYWHERE)

@@ -1,5 +1,6 @@
 """The optimizer inside the backward: the same run, with gradients that do not stay."""
 
+import functools
 from contextlib import nullcontext
 
 import pytest
@@ -43,11 +44,21 @@ def run(workers, config, steps=3, watch=False):
     return losses, norms, parameters, kept, states.peak
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("in-backward")
+
+
+@functools.cache
+def plain(folder, rule):
+    return run_plain(config_of(folder, rule))
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("world", "zero"), [(1, 1), (3, 0), (3, 3)])
-def test_it_is_the_same_run(ranks, tmp_path, rule, world, zero):
-    config = config_of(tmp_path, rule, f"batch.micro_size={24 // world}", "optim.in_backward=true")
-    reference = run_plain(config)
+def test_it_is_the_same_run(ranks, folder, rule, world, zero):
+    config = config_of(folder, rule, f"batch.micro_size={24 // world}", "optim.in_backward=true")
+    reference = plain(folder, rule)
     start = None
     for losses, norms, parameters, kept, _ in ranks.run(run, world, with_layout(config, world, zero=zero)):
         assert losses == pytest.approx(reference.losses, rel=TOLERANCE)
@@ -74,8 +85,14 @@ def test_gradients_do_not_stay(ranks, tmp_path, zero):
 
 def test_bytes_of_everything_with_16_bit_parameters(ranks, tmp_path):
     """Parameters 2, 8-bit states 2.04, and the gradients of one part: at most 5.1 bytes a parameter."""
-    overrides = ("optim.param_dtype=bf16", "precision=bf16", "optim.in_backward=true", "batch.micro_size=24")
-    big = ("model.dim=256", "model.ffn_dim=768", "model.layers=12", "model.heads=4", "model.kv_heads=4")
+    overrides = (
+        "optim.param_dtype=bf16",
+        "precision=bf16",
+        "optim.in_backward=true",
+        "batch.global_size=4",
+        "batch.micro_size=4",
+    )
+    big = ("model.dim=256", "model.ffn_dim=768", "model.layers=8", "model.heads=4", "model.kv_heads=4")
     config = with_layout(config_of(tmp_path, "adamw8bit", *big, *overrides), 1, zero=3)
     ((_, _, parameters, _, peak),) = ranks.run(run, 1, config, 1, True)
     count = sum(p.numel() for p in parameters[0].values())

@@ -1,9 +1,12 @@
 """Law 2 for ZeRO 0 to 3 and hybrid sharding."""
 
+import functools
+
 import pytest
 
 from parity import Trace, assert_all_same, run_layout, run_plain, small_config, with_layout
 from rowwise.parallel import replicate
+from rowwise.trainer.config import TrainConfig
 
 # world size, parallel.replicate, parallel.shard
 LAYOUTS = [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, 4), (4, 2, 2), (2, 2, 1)]
@@ -22,7 +25,9 @@ def plain(folder) -> Trace:
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize(("world", "replicate", "shard"), LAYOUTS)
 def test_three_steps_equal_those_of_one_process(ranks, folder, plain, zero, world, replicate, shard):
-    config = with_layout(small_config(folder), world, zero=zero, replicate=replicate, shard=shard)
+    """Each rank with two micro-batches; `test_options_of_the_model_and_the_step` has one, three and six."""
+    config = small_config(folder, f"batch.micro_size={24 // world // 2}")
+    config = with_layout(config, world, zero=zero, replicate=replicate, shard=shard)
     assert_all_same(ranks.run(run_layout, world, config), plain)
 
 
@@ -55,9 +60,14 @@ def test_many_buckets(ranks, folder, zero, override):
     ids=["tied", "qk_norm", "no accumulation, no clipping", "accumulation of six, no document mask"],
 )
 def test_options_of_the_model_and_the_step(ranks, folder, zero, overrides):
-    config = small_config(folder, *overrides)
-    reference = run_plain(config)
+    config, reference = option(folder, overrides)
     assert_all_same(ranks.run(run_layout, 4, with_layout(config, 4, zero=zero, replicate=2, shard=2)), reference)
+
+
+@functools.cache
+def option(folder, overrides) -> tuple[TrainConfig, Trace]:
+    config = small_config(folder, *overrides)
+    return config, run_plain(config)
 
 
 def test_the_ranks_do_get_unequal_numbers_of_valid_tokens(folder):

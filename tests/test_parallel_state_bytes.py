@@ -1,5 +1,7 @@
 """What each ZeRO stage holds on a rank: measured after every operation of a step, against the stated formula."""
 
+import functools
+
 import pytest
 
 from parity import small_config, with_layout
@@ -11,6 +13,8 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.step import compute_gradients
 from rowwise.trainer.train import build_model, train_batches
 
+# Each operation is measured, so there are few: no documents, four layers.
+OVERRIDES = ("precision=fp32", "model.layers=4", "data.mask_documents=false")
 KINDS = ("shards", "gathered", "gradients", "optimizer")
 
 
@@ -30,14 +34,24 @@ def measure_a_step(workers, config):
     return measure(model, optimizer), states.peak, states.total, predict(parts, config.parallel.zero, len(batches))
 
 
+@pytest.fixture(scope="module")
+def measured(ranks, tmp_path_factory):
+    """(world size, micro-batches a rank, stage) -> the configuration and what each rank measured, made once."""
+    folder = tmp_path_factory.mktemp("bytes")
+
+    @functools.cache
+    def measured(world, micro_batches, zero):
+        micro_size = 24 // world // micro_batches
+        config = small_config(folder, *OVERRIDES, f"batch.micro_size={micro_size}")
+        return config, ranks.run(measure_a_step, world, with_layout(config, world, zero=zero))
+
+    return measured
+
+
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize(("world", "micro_batches"), [(2, 2), (4, 1), (4, 2)])
-def test_bytes_are_those_of_the_formula(ranks, tmp_path, zero, world, micro_batches):
-    micro_size = 24 // world // micro_batches
-    config = small_config(
-        tmp_path, "precision=fp32", "model.layers=6", "data.mask_documents=false", f"batch.micro_size={micro_size}"
-    )
-    for between, peak, total, predicted in ranks.run(measure_a_step, world, with_layout(config, world, zero=zero)):
+def test_bytes_are_those_of_the_formula(measured, zero, world, micro_batches):
+    for between, peak, total, predicted in measured(world, micro_batches, zero)[1]:
         buckets = predicted.shards if zero == 0 else 0
         assert between == StateBytes(predicted.shards, 0, buckets, predicted.optimizer, between.buffers)
         for kind in KINDS:
@@ -49,9 +63,7 @@ def test_bytes_are_those_of_the_formula(ranks, tmp_path, zero, world, micro_batc
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_ranks_that_share_sequences_share_states(ranks, tmp_path, zero):
     """2 shards x 2 ranks of a ring hold what 4 shards would."""
-    config = small_config(
-        tmp_path, "precision=fp32", "model.layers=6", "data.mask_documents=false", "batch.micro_size=12"
-    )
+    config = small_config(tmp_path, *OVERRIDES, "batch.micro_size=12")
     for between, peak, total, predicted in ranks.run(measure_a_step, 4, with_layout(config, 4, zero=zero, ring=2)):
         assert between.shards == predicted.shards and between.optimizer == predicted.optimizer
         for kind in KINDS:
@@ -60,12 +72,10 @@ def test_ranks_that_share_sequences_share_states(ranks, tmp_path, zero):
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_nothing_beyond_the_papers_count_but_a_parameter_shard_and_one_part(ranks, tmp_path, zero):
-    config = small_config(
-        tmp_path, "precision=fp32", "model.layers=6", "data.mask_documents=false", "batch.micro_size=3"
-    )
-    for rank, (_, peak, _, _) in enumerate(ranks.run(measure_a_step, 4, with_layout(config, 4, zero=zero))):
-        whole, part = _bytes_of(config)
+def test_nothing_beyond_the_papers_count_but_a_parameter_shard_and_one_part(measured, zero):
+    config, everyone = measured(4, 2, zero)
+    whole, part = _bytes_of(config)
+    for rank, (_, peak, _, _) in enumerate(everyone):
         shard, optimizer = peak.shards, peak.optimizer
         paper = {
             0: whole + whole + optimizer,

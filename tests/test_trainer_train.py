@@ -22,10 +22,16 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("train")
 
 
+def run_config(folder, name, world, *options, **degrees):
+    """The run of these tests under another name, with two micro-batches a rank."""
+    config = small_config(folder, *OVERRIDES, f"batch.micro_size={12 // world}", *options)
+    return named(with_layout(config, world, **degrees), folder, name)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(ranks, folder):
     """Twenty steps on two ranks, never stopped."""
-    config = named(with_layout(small_config(folder, *OVERRIDES), 2, zero=2), folder, "uninterrupted")
+    config = run_config(folder, "uninterrupted", 2, zero=2)
     states = ranks.run(run_train, 2, config)
     assert states[0] == states[1]
     assert states[0].step == STEPS
@@ -54,14 +60,19 @@ def test_ten_and_ten_are_twenty_bit_for_bit(ranks, folder, uninterrupted):
     ids=["4 ranks to 3", "3 to 1", "1 to 2x2", "stage 0 on 4 to stage 3 on 2"],
 )
 def test_a_run_goes_on_on_another_layout(ranks, folder, uninterrupted, before, after, request):
-    name = f"moved-{request.node.callspec.id}"
-    base = named(small_config(folder, *OVERRIDES), folder, name)
+    """Its held-out losses are the same too: one from the layout before, three from that after."""
     for (world, degrees), stop_at in ((before, 7), (after, STEPS + 1)):
-        ranks.run(run_until, world, with_layout(base, world, **degrees), stop_at)
-    ours, theirs = np.array(records(base.run_dir)), np.array(records(uninterrupted.run_dir))
+        config = run_config(folder, f"moved-{request.node.callspec.id}", world, **degrees)
+        ranks.run(run_until, world, config, stop_at)
+    ours, theirs = np.array(records(config.run_dir)), np.array(records(uninterrupted.run_dir))
     np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE)
+    evaluated = [
+        [r["eval_loss"] for r in read_metrics(Path(c.run_dir)) if "eval_loss" in r] for c in (config, uninterrupted)
+    ]
+    assert len(evaluated[0]) == STEPS // 5
+    np.testing.assert_allclose(*evaluated, rtol=TOLERANCE)
     reference = final_tensors(uninterrupted.run_dir)
-    for key, tensor in final_tensors(base.run_dir).items():
+    for key, tensor in final_tensors(config.run_dir).items():
         assert relative_error(tensor, reference[key]) <= TOLERANCE, key
 
 
@@ -81,15 +92,6 @@ def test_the_record_of_a_step_and_the_manifest(uninterrupted):
     assert set(manifest["files"]) == {p.name for p in checkpoint.iterdir()} - {"manifest.json"}
 
 
-def test_evaluation_is_the_same_on_every_layout(ranks, folder, uninterrupted):
-    config = named(with_layout(small_config(folder, *OVERRIDES), 3, zero=0), folder, "evaluated")
-    ranks.run(run_train, 3, config)
-    ours, theirs = (
-        [r["eval_loss"] for r in read_metrics(Path(c.run_dir)) if "eval_loss" in r] for c in (config, uninterrupted)
-    )
-    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE)
-
-
 def test_a_complete_run_is_left_as_it_is(ranks, folder, uninterrupted):
     before = (Path(uninterrupted.run_dir) / "metrics.jsonl").read_bytes()
     assert all(state.step == STEPS for state in ranks.run(run_train, 2, uninterrupted))
@@ -107,7 +109,8 @@ def test_fp16_skips_an_overflow_everywhere_and_counts_it(ranks, folder, zero):
     options = ("precision=fp16", "precision.initial_scale=2.68e8", "precision.growth_every=1000", "steps=14")
     counts = []
     for world in (1, 3):
-        config = named(with_layout(small_config(folder, *options), world, zero=zero), folder, f"fp16-{zero}-{world}")
+        config = small_config(folder, *options, f"batch.micro_size={12 // world}")
+        config = named(with_layout(config, world, zero=zero), folder, f"fp16-{zero}-{world}")
         states = ranks.run(run_train, world, config)
         assert all(state == states[0] for state in states)
         lines = read_metrics(Path(config.run_dir))
@@ -124,7 +127,7 @@ def test_fp16_skips_an_overflow_everywhere_and_counts_it(ranks, folder, zero):
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_other_precisions_stay_near_float64(ranks, folder, uninterrupted, precision):
     options = (f"precision={precision}", *(["precision.initial_scale=1024.0"] if precision == "fp16" else []))
-    config = named(with_layout(small_config(folder, *OVERRIDES, *options), 2, zero=3), folder, precision)
+    config = run_config(folder, precision, 2, *options, zero=3)
     ranks.run(run_train, 2, config)
     ours, theirs = (np.array([r["loss"] for r in read_metrics(Path(c.run_dir))]) for c in (config, uninterrupted))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4 if precision == "fp32" else 3e-2)
@@ -159,7 +162,7 @@ def test_fp16_gives_up_where_no_smaller_scale_can_help(ranks, folder):
 
 
 def test_compiled_blocks_give_the_same_run(ranks, folder, uninterrupted):
-    config = named(with_layout(small_config(folder, *OVERRIDES, "compile=true"), 1, zero=2), folder, "compiled")
+    config = run_config(folder, "compiled", 1, "compile=true", zero=2)
     ranks.run(run_train, 1, config)
     np.testing.assert_allclose(
         np.array(records(config.run_dir)), np.array(records(uninterrupted.run_dir)), rtol=TOLERANCE
