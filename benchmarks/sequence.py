@@ -147,7 +147,7 @@ def peers(rank: int, ranks: int, port: int, length: int, rounds: int) -> dict[st
     whole = [torch.randn(1, length, MODEL.heads, MODEL.head_size) for _ in range(3)]
     found: dict[str, Any] = {}
     for name, share, make in (
-        ("torch context_parallel", axes["ring"], torch_context_parallel),
+        ("torch context_parallel", axes["ring"], lambda parts: torch_context_parallel(whole)),
         ("yunchang, ulysses", axes["ulysses"], lambda parts: yunchang(ranks, 1, parts)),
         ("yunchang, ring", replace(axes["ring"], order="contiguous"), lambda parts: yunchang(1, ranks, parts)),
     ):
@@ -172,12 +172,14 @@ def peers(rank: int, ranks: int, port: int, length: int, rounds: int) -> dict[st
     return found
 
 
-def torch_context_parallel(parts: list[Tensor]) -> Callable[[], Tensor]:
+def torch_context_parallel(whole: list[Tensor]) -> Callable[[], Tensor]:
+    """It splits whole sequences itself, as `zigzag` does."""
+
     def forward() -> Tensor:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor.experimental import context_parallel
 
-        buffers = [t.transpose(1, 2).repeat(1, 1, RANKS, 1) for t in parts]
+        buffers = [t.transpose(1, 2).clone() for t in whole]
         with context_parallel(init_device_mesh("cpu", (RANKS,)), buffers=buffers, buffer_seq_dims=[2, 2, 2]):
             return F.scaled_dot_product_attention(*buffers, is_causal=True).transpose(1, 2)
 

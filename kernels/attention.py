@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from rowwise.kernels.attention_block import block_backward, block_forward
+from rowwise.kernels.attention_block import block_backward, block_forward, repeat_heads
 from rowwise.kernels.visible import Area, Documents, Run, visible_areas
 
 
@@ -27,6 +28,8 @@ def causal_attention(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: 
     head h looks at key head h K / H."""
     if documents is not None:
         return _packed_attention(q_BSHE, k_BSKE, v_BSKE, documents)
+    if q_BSHE.is_cuda and q_BSHE.dtype == torch.float32:  # there torch knows no groups but by whole scores
+        k_BSKE, v_BSKE = (repeat_heads(t, q_BSHE.size(2), dim=2) for t in (k_BSKE, v_BSKE))
     y_BHSE = F.scaled_dot_product_attention(
         q_BSHE.transpose(1, 2),
         k_BSKE.transpose(1, 2),
@@ -54,6 +57,7 @@ class _PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         sums = [torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v)]
@@ -65,7 +69,7 @@ def nothing_seen(q_BSHE: Tensor) -> tuple[Tensor, Tensor]:
     """What queries have before they see a key: out (B, S, H, E) of zeros, and lse (B, H, S) of minus infinity."""
     wide = torch.float64 if q_BSHE.dtype == torch.float64 else torch.float32
     B, S, H, _ = q_BSHE.shape
-    return torch.zeros_like(q_BSHE, dtype=wide), q_BSHE.new_full((B, H, S), -torch.inf, dtype=wide)
+    return q_BSHE.new_zeros(q_BSHE.shape, dtype=wide), q_BSHE.new_full((B, H, S), -torch.inf, dtype=wide)
 
 
 def see(q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor, once: bool = False) -> None:

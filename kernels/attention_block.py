@@ -3,9 +3,9 @@
 | device | dtype | operator |
 |---|---|---|
 | CPU | float64, float32, bfloat16, float16 | torch's FlashAttention for CPUs |
-| CUDA | bfloat16, float16, heads of up to 256 | FlashAttention-2 |
-| CUDA | float32 | memory-efficient attention (Rabe & Staats) |
-| any | any other | plain torch, whole scores |
+| CUDA from sm_80 on | bfloat16, float16, heads of up to 256 | FlashAttention-2 |
+| CUDA | float32, float16, and bfloat16 from sm_80 on | memory-efficient attention (Rabe & Staats) |
+| any | any other, float64 above all | plain torch, whole scores of a block |
 
 Shapes: queries (B, S, H, E), keys and values (B, T, K, E), lse (B, H, S); H is a multiple of K. `causal`: as many keys as
 queries, and the n-th query sees the first n.
@@ -30,7 +30,7 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     elif operator == "flash":
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     else:
-        k, v = (_repeated(t, q.size(1)) for t in (k, v))
+        k, v = (repeat_heads(t, q.size(1)) for t in (k, v))
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
     # Some operators pad the queries of lse.
     return out.transpose(1, 2)[..., :size], lse[..., : q.size(2)]
@@ -57,7 +57,7 @@ def block_backward(
                 d_out, q, k, v, out, lse, None, None, q.size(2), k.size(2), 0.0, causal, seed, offset, scale=scale
             )
         else:
-            k, v = (_repeated(t, q.size(1)) for t in (k, v))
+            k, v = (repeat_heads(t, q.size(1)) for t in (k, v))
             asked = [True, True, True, False]
             lse = F.pad(lse, (0, -lse.size(2) % 32), value=torch.inf)  # its kernel reads 32 queries at a time
             d_q, d_k, d_v, _ = aten._scaled_dot_product_efficient_attention_backward(
@@ -73,7 +73,7 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     scores = _scores(q, k, causal, scale)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp()
-    out = torch.einsum("bhst,bthe->bshe", weights, _repeated(v, q.size(2), dim=2).to(weights.dtype))
+    out = torch.einsum("bhst,bthe->bshe", weights, repeat_heads(v, q.size(2), dim=2).to(weights.dtype))
     return out.to(q.dtype), lse
 
 
@@ -86,7 +86,7 @@ def plain_backward(
     """
     heads, groups, wide = q.size(2), k.size(2), lse.dtype
     weights = (_scores(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
-    d_out, out, q_wide, k_wide, v_wide = (_repeated(t, heads, dim=2).to(wide) for t in (d_out, out, q, k, v))
+    d_out, out, q_wide, k_wide, v_wide = (repeat_heads(t, heads, dim=2).to(wide) for t in (d_out, out, q, k, v))
     d_v = torch.einsum("bhst,bshe->bthe", weights, d_out)
     d_weights = torch.einsum("bshe,bthe->bhst", d_out, v_wide)
     d_scores = weights * (d_weights - (d_out * out).sum(-1).transpose(1, 2).unsqueeze(-1)) * scale
@@ -98,11 +98,12 @@ def plain_backward(
 def _operator(q: Tensor) -> str:
     if q.device.type == "cpu":
         return "cpu"
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) <= 256:
+    if q.device.type != "cuda" or q.dtype == torch.float64:
+        return "plain"
+    ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if ampere and q.dtype != torch.float32 and q.size(-1) <= 256:
         return "flash"
-    if q.device.type == "cuda" and q.dtype == torch.float32:
-        return "efficient"
-    return "plain"
+    return "efficient" if ampere or q.dtype != torch.bfloat16 else "plain"
 
 
 def _heads_first(t_BSHE: Tensor, operator: str) -> Tensor:
@@ -113,14 +114,15 @@ def _heads_first(t_BSHE: Tensor, operator: str) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = torch.einsum("bshe,bthe->bhst", q.to(wide), _repeated(k, q.size(2), dim=2).to(wide)) * scale
+    scores = torch.einsum("bshe,bthe->bhst", q.to(wide), repeat_heads(k, q.size(2), dim=2).to(wide)) * scale
     if not causal:
         return scores
     later = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(later, -torch.inf)
 
 
-def _repeated(t: Tensor, heads: int, dim: int = 1) -> Tensor:
+def repeat_heads(t: Tensor, heads: int, dim: int = 1) -> Tensor:
+    """Key heads, each as often as query heads look at it."""
     return t if t.size(dim) == heads else t.repeat_interleave(heads // t.size(dim), dim)
 
 

@@ -6,6 +6,7 @@ seen in one document is a rectangle, a triangle and a rectangle, any of which ma
 
 import functools
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,15 +51,16 @@ def visible_areas(
     queries: tuple[Run, ...], keys: tuple[Run, ...], documents: Documents | None = None
 ) -> tuple[Area, ...]:
     """What `queries` see of `keys`, as areas that do not overlap. All runs have one stride."""
-    found = []
-    begins = [(None, (0,))] if documents is None else list(enumerate(documents.begins))
-    for sequence, starts in begins:
-        for document in pairwise((*starts, sys.maxsize)):
-            for q, q_offset in _placed(queries):
-                for k, k_offset in _placed(keys):
-                    for q0, q1, k0, k1, causal in _areas_in(document, q, k):
-                        found.append(Area(sequence, q_offset + q0, q_offset + q1, k_offset + k0, k_offset + k1, causal))
-    return tuple(found)
+    rows = ((0,),) if documents is None else documents.begins
+    everywhere = len(set(rows)) == 1
+    return tuple(
+        Area(None if everywhere else sequence, q_offset + q0, q_offset + q1, k_offset + k0, k_offset + k1, causal)
+        for sequence, begins in enumerate(rows[:1] if everywhere else rows)
+        for q, q_offset in _placed(queries)
+        for k, k_offset in _placed(keys)
+        for document in _between(begins, max(q.start, k.start), min(_end(q), _end(k)))
+        for q0, q1, k0, k1, causal in _areas_in(document, q, k)
+    )
 
 
 def _placed(runs: tuple[Run, ...]) -> Iterator[tuple[Run, int]]:
@@ -66,6 +68,16 @@ def _placed(runs: tuple[Run, ...]) -> Iterator[tuple[Run, int]]:
     for run in runs:
         yield run, offset
         offset += run.length
+
+
+def _end(run: Run) -> int:
+    return run.start + run.stride * run.length
+
+
+def _between(begins: tuple[int, ...], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The documents, [begin, end), that reach into [start, end)."""
+    first, last = bisect_right(begins, start) - 1, bisect_left(begins, end)
+    return pairwise((*begins[first:last], begins[last] if last < len(begins) else sys.maxsize))
 
 
 def _areas_in(document: tuple[int, int], q: Run, k: Run) -> Iterator[tuple[int, int, int, int, bool]]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
 from rowwise.kernels.visible import Documents, Run, visible_areas
@@ -36,8 +37,8 @@ def check_heads(heads: int, ulysses: int) -> None:
     """Refuses heads that the ranks of an all-to-all cannot share. Raises ValueError."""
     if heads % ulysses:
         raise ValueError(
-            f"parallel.ulysses={ulysses} with model.heads={heads}: each rank attends with as many heads; possible are "
-            f"{divisors(heads)}, and parallel.ring for more ranks"
+            f"parallel.ulysses={ulysses} with model.heads={heads}: its ranks take equal shares of the heads; possible "
+            f"are {divisors(heads)}, and parallel.ring for more ranks"
         )
 
 
@@ -64,6 +65,11 @@ def places_of(axes: SequenceAxes, length: int) -> Tensor:
     runs = runs_of(axes.order, ring.rank, ring.size, padded_length(length, axes.order, ring.size, ulysses.size))
     places = torch.cat([run.start + run.stride * torch.arange(run.length) for run in runs])
     return places.chunk(ulysses.size)[ulysses.rank]
+
+
+def places_on(mesh: Mesh, length: int) -> Tensor | None:
+    """The places of this rank, or None where it has whole sequences."""
+    return None if mesh.sequence is None else places_of(mesh.sequence, length)
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,10 @@ def to_heads(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, ulysses: Axis) -> t
     values with max(1, K / U) heads where one of K and U divides the other. One all-to-all."""
     U, K = ulysses.size, k_BSKE.size(2)
     repeats = math.lcm(K, U) // K
-    parts = [t.unflatten(2, (U, -1)) for t in (q_BSHE, _repeat(k_BSKE, repeats), _repeat(v_BSKE, repeats))]
-    sizes = [part.size(3) for part in parts]
-    came_UBSHE = all_to_all(torch.cat(parts, dim=3).movedim(2, 0), ulysses)
+    tensors = q_BSHE, _repeat(k_BSKE, repeats), _repeat(v_BSKE, repeats)
+    parts_UBSHE = [t.unflatten(2, (U, -1)).movedim(2, 0) for t in tensors]
+    sizes = [part.size(3) for part in parts_UBSHE]
+    came_UBSHE = all_to_all(torch.cat(parts_UBSHE, dim=3), ulysses)
     q, k, v = came_UBSHE.movedim(0, 1).flatten(1, 2).split(sizes, dim=2)
     return q, k, v
 
@@ -116,11 +123,12 @@ def _repeat(t_BSKE: Tensor, repeats: int) -> Tensor:
 def rotate(block: Tensor, ring: Axis) -> Iterator[tuple[int, Tensor]]:
     """The block of every rank of the ring in turn, with its rank, this rank's own first; the next one travels while the
     caller looks at one."""
-    for step in range(ring.size):
-        coming = Passing(block, ring) if step + 1 < ring.size else None
+    for step in range(ring.size - 1):
+        coming = Passing(block, ring)
         yield (ring.rank - step) % ring.size, block
-        if coming is not None:
-            block = coming.wait()
+        block = coming.wait()
+        del coming  # and with it the block before
+    yield (ring.rank + 1) % ring.size, block
 
 
 def ring_attention(
@@ -149,6 +157,7 @@ class _RingAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, block, out, lse = ctx.saved_tensors
         d_q = torch.zeros_like(q, dtype=lse.dtype)
@@ -156,8 +165,10 @@ class _RingAttention(torch.autograd.Function):
         for source, (k, v) in rotate(block, ctx.ring):
             here = torch.zeros_like(block, dtype=lse.dtype)
             see_backward(d_out, q, k, v, out, lse, ctx.areas[source], d_q, here[0], here[1])
-            # What the ranks before gave to this block's gradient has travelled one step behind it.
-            here = here if under_way is None else here.add_(under_way.wait())
+            if under_way is not None:
+                # What the ranks before gave to this block's gradient has travelled one step behind it.
+                here += under_way.wait()
+                under_way = None  # before the next makes room
             under_way = Passing(here, ctx.ring)
         assert under_way is not None
         d_k, d_v = under_way.wait()

@@ -1,6 +1,7 @@
 """Bytes of states on one rank: measured, and the formula they are held against.
 
-With AdamW in float32, P the bytes of all parameters (4 a parameter), N the shard degree (1 at stage 0), p_k the bytes of
+With AdamW in float32, P the bytes of all parameters (4 a parameter), N the ranks that split a state
+(shard x ring x ulysses; 1 at stage 0), p_k the bytes of
 part k, t_j those of tensor j and uneven rows counted exactly, a rank holds
 
 | stage | between steps | at the peak of a step, beside the optimizer state 2 P/N |

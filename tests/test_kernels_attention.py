@@ -85,7 +85,9 @@ def test_areas_are_what_is_seen_each_pair_once():
                 for sequence, q0, q1, k0, k1, causal in visible_areas(queries, keys, documents):
                     block = torch.ones(q1 - q0, k1 - k0, dtype=torch.long)
                     assert block.numel() and (not causal or block.size(0) == block.size(1))
-                    found[sequence, q0:q1, k0:k1] += block.tril() if causal else block
+                    found[slice(None) if sequence is None else sequence, q0:q1, k0:k1] += (
+                        block.tril() if causal else block
+                    )
                 assert torch.equal(found, seen.long())
                 everything = visible_areas(queries, keys)
                 assert sum(area.pairs for area in everything) == int((q.unsqueeze(1) >= k).sum())

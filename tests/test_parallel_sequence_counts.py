@@ -1,5 +1,6 @@
 """What sharing sequences costs and saves, counted on real ranks: scores computed, bytes sent, activations held."""
 
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ class Scores(TorchDispatchMode):
 class Case:
     length: int
     kv_heads: int = HEADS
+    heads: int = HEADS
     order: RING_ORDER = "zigzag"
     documents: Documents | None = None
 
@@ -67,7 +69,9 @@ def attend(workers, config, cases: list[Case]) -> list[Counts]:
 def count(axes, case: Case) -> Counts:
     axes = replace(axes, order=case.order)
     here = len(places_of(axes, case.length))
-    q, k, v = (torch.randn(2, here, heads, SIZE, requires_grad=True) for heads in (HEADS, case.kv_heads, case.kv_heads))
+    q, k, v = (
+        torch.randn(2, here, heads, SIZE, requires_grad=True) for heads in (case.heads, case.kv_heads, case.kv_heads)
+    )
     with Messages() as messages, Scores() as scores:
         SequenceAttention(axes)(q, k, v, case.documents).sum().backward()
     return Counts(scores.count, messages.calls, messages.bytes)
@@ -75,8 +79,9 @@ def count(axes, case: Case) -> Counts:
 
 def on(ranks, folder, world: int, cases: list[Case], **degrees) -> list[tuple[Counts, ...]]:
     """For each case, what each rank counted."""
-    config = with_layout(small_config(folder, f"model.heads={HEADS}", "model.head_dim=8"), world, **degrees)
-    return list(zip(*ranks.run(attend, world, config, cases), strict=True))
+    config = small_config(folder, f"model.heads={cases[0].heads}", "model.kv_heads=1", "model.head_dim=8")
+    counted = ranks.run(attend, world, with_layout(config, world, **degrees), cases)
+    return list(zip(*counted, strict=True))
 
 
 @pytest.mark.parametrize("ring", [2, 4, 8])
@@ -106,10 +111,15 @@ def test_nothing_of_another_document_is_computed(ranks, folder):
 
 def test_ulysses_sends_what_its_formula_says_and_no_more_for_longer_sequences(ranks, folder):
     sent = {}
-    for ulysses, cases in ((2, [Case(64), Case(64, kv_heads=1)]), (4, [Case(128), Case(64, kv_heads=1)])):
+    grid = {
+        2: [Case(64), Case(64, kv_heads=1)],
+        3: [Case(60, heads=6, kv_heads=2)],
+        4: [Case(128), Case(64, kv_heads=1)],
+    }
+    for ulysses, cases in grid.items():
         for case, counts in zip(cases, on(ranks, folder, ulysses, cases, ulysses=ulysses), strict=True):
-            key_heads = max(case.kv_heads, ulysses)  # one for each rank at least
-            expected = 2 * (2 * case.length // ulysses) * (2 * HEADS + 2 * key_heads) * SIZE * 4
+            key_heads = math.lcm(case.kv_heads, ulysses)  # each rank has those that its query heads look at
+            expected = 2 * (2 * case.length // ulysses) * (2 * case.heads + 2 * key_heads) * SIZE * 4
             for rank in counts:
                 assert rank.calls == Counter(alltoall_base_=4)  # there and back, and both in the backward
                 assert rank.bytes["alltoall_base_"] == expected

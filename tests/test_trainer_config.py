@@ -166,7 +166,7 @@ REFUSED = {
         r"wait for each other in a circle: .*cycle.csv, line 1 stops at 0B0, .*cycle.csv, line 2 stops at 1F1",
     ),
     "a schedule of another step": ([*TWO, "parallel.pipeline_schedule={folder}/short.csv"], r"short.csv, line 1: 0F1 is missing"),
-    "gathering below stage 3": ([*TWO, "parallel.pipeline_gather=run"], r"pipeline_gather=run with parallel.zero=1 .*below stage 3"),
+    "gathering below stage 3": ([*TWO, "parallel.pipeline_gather=run"], r"gather=run with parallel.zero=1, .*give parallel.zero=3"),
     "tracing beyond the end": ([*TWO, "parallel.pipeline_trace=201"], r"pipeline_trace=201: a step of the 200, counted from 1"),
     "memory of another": ([*TWO, "parallel.pipeline_memory=2"], r"pipeline_memory=2.0 with 1f1b: only auto looks at it"),
     "too little memory": (

@@ -18,7 +18,7 @@ from torch import Tensor
 from rowwise.parallel.channels import receive_from, send_to
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.mesh import Mesh, make_lanes
-from rowwise.parallel.sequence import attention_on, places_of
+from rowwise.parallel.sequence import attention_on, places_on
 from rowwise.trainer.data.batches import BatchConfig
 from rowwise.trainer.loss import loss_of
 from rowwise.trainer.models.decoder import Decoder, ModelConfig
@@ -72,7 +72,8 @@ def read_part_times(path: Path) -> PartTimes:
 def measure_parts(model: ModelConfig, batch: BatchConfig, dtype: torch.dtype, split: bool, mesh: Mesh) -> PartTimes:
     """Medians of a few repeats, and of those the slowest rank's. `dtype`: of computation; `split`: whether weights are
     gathered. All ranks must call it."""
-    length = batch.seq_len if mesh.sequence is None else len(places_of(mesh.sequence, batch.seq_len))
+    places = places_on(mesh, batch.seq_len)
+    length = batch.seq_len if places is None else len(places)
     tokens = torch.zeros(batch.micro_size, length, dtype=torch.int64, device=mesh.device)
     ends = [_time_stage(replace(model, layers=3), layer, tokens, dtype, mesh) for layer in range(3)]
     send = _time_message(torch.zeros(*tokens.shape, model.dim, dtype=dtype, device=mesh.device), mesh)

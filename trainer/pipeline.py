@@ -23,6 +23,7 @@ from rowwise.trainer.measure import measure_parts, read_part_times
 from rowwise.trainer.models.decoder import Decoder, ModelConfig
 from rowwise.trainer.stages import (
     PLAN_KEYS,
+    SEQUENCE_KEYS,
     Plan,
     gathering,
     measured_costs,
@@ -154,7 +155,7 @@ def make_plan(
     """The plan of the run; rank 0 makes it for all. What `auto` finds is kept in `folder` and found there again."""
     micro_batches = batch.global_size // batch.micro_size // mesh.data_degree
     made_for = {
-        "parallel": {key: getattr(config, key) for key in ("pipeline", "zero", *PLAN_KEYS)},
+        "parallel": {key: getattr(config, key) for key in ("pipeline", "zero", *SEQUENCE_KEYS, *PLAN_KEYS)},
         "model": asdict(model),
         "micro_batches": [micro_batches, batch.micro_size, batch.seq_len],
     }

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.sequence import padded_length
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.console import Console
 from rowwise.trainer.metrics import MetricsLog
@@ -75,6 +76,12 @@ def open_reporter(config: TrainConfig, mesh: Mesh, state: TrainState, remarks: l
         f"{config.run_dir}: {config.model.name}, {parameters:,} parameters, {config.precision.name}, {mesh.world_size} x "
         f"{mesh.device.type}, {cut}replicate {parallel.replicate} x shard {parallel.shard}{shared}, ZeRO {parallel.zero}"
     )
+    if mesh.sequence is not None:
+        ring, ulysses, length = parallel.ring, parallel.ulysses, config.batch.seq_len
+        if (padded := padded_length(length, mesh.sequence.order, ring, ulysses)) > length:
+            reporter.say(
+                f"sequences of {length} tokens are padded to {padded}, which {ring * ulysses} ranks share evenly"
+            )
     for remark in remarks:
         reporter.say(remark)
     if state.step >= config.steps:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.sequence import places_of
+from rowwise.parallel.sequence import places_on
 from rowwise.parallel.shard import release_gathered
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.pipeline import StagedDecoder
@@ -49,8 +49,8 @@ def next_logits(model: nn.Module, tokens: list[int], mesh: Mesh, refresh: bool) 
     window = torch.tensor([tokens])
     batch = MicroBatch(window, window, torch.arange(len(tokens)).unsqueeze(0), None)
     place: int | None = len(tokens) - 1
-    if mesh.sequence is not None:
-        places = places_of(mesh.sequence, len(tokens))
+    places = places_on(mesh, len(tokens))
+    if places is not None:
         batch, place = batch.at(places), _find(places, len(tokens) - 1)
     batch = batch.to(mesh.device)
     if isinstance(model, StagedDecoder):

@@ -26,6 +26,7 @@ PLAN_KEYS = (
     "pipeline_memory",
     "pipeline_costs",
 )
+SEQUENCE_KEYS = ("ulysses", "ring", "ring_order")
 PIPELINE_KEYS = (*PLAN_KEYS, "pipeline_trace", "post_validation")
 
 
@@ -47,11 +48,14 @@ def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int, step
         _refuse_without_pipeline(config)
         return
     balance(0, [1] * layers, 0, config.pipeline * config.virtual_stages)
-    if config.pipeline_gather is not None and (config.zero != 3 or config.state_degree == 1):
+    missing = ["parallel.zero=3"] * (config.zero != 3) + ["parallel.shard, ring or ulysses above 1"] * (
+        config.state_degree == 1
+    )
+    if config.pipeline_gather is not None and missing:
         raise ValueError(
-            f"parallel.pipeline_gather={config.pipeline_gather} with parallel.zero={config.zero} parallel.shard="
-            f"{config.shard}: below stage 3 weights are gathered once a step, and where one rank has them all not at all; "
-            "leave it null, or give parallel.zero=3 and parallel.shard above 1"
+            f"parallel.pipeline_gather={config.pipeline_gather} with parallel.zero={config.zero}, split over shard x ring x "
+            f"ulysses = {config.state_degree}: below stage 3 weights are gathered once a step, and where one rank has them "
+            f"all not at all; leave it null, or give {' and '.join(missing)}"
         )
     name = config.pipeline_schedule
     for key in ("pipeline_memory", "pipeline_costs"):

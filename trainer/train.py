@@ -18,7 +18,7 @@ from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Span
 from rowwise.parallel.precision import compute_dtype, initial_loss_scale, master_dtype, next_loss_scale, policy
 from rowwise.parallel.replicate import gradient_sum, replicate_model
-from rowwise.parallel.sequence import attention_on, places_of
+from rowwise.parallel.sequence import attention_on, places_on
 from rowwise.parallel.shard import is_split, materialize, merge_parts, shard_model
 from rowwise.trainer.checkpoint import Saver, first_sound, load, tensors_of
 from rowwise.trainer.config import TrainConfig, tree_of
@@ -216,8 +216,7 @@ def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tenso
 
 def share_of(mesh: Mesh, seq_len: int) -> Share:
     """What this rank reads of every global batch."""
-    places = None if mesh.sequence is None else places_of(mesh.sequence, seq_len)
-    return Share(mesh.data_rank, mesh.data_degree, places)
+    return Share(mesh.data_rank, mesh.data_degree, places_on(mesh, seq_len))
 
 
 def train_batches(config: TrainConfig, mesh: Mesh, data: Data, position: int):
