@@ -21,7 +21,7 @@ from parity import TOLERANCE, relative_error
 from ranks import quick_start
 from rowwise.parallel.mesh import Workers
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.manifest import complete_checkpoints
+from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.prepare import make_writable
 from rowwise.trainer.state import TrainState
@@ -50,10 +50,11 @@ def run_said(workers: Workers, config: TrainConfig) -> str:
 
 
 def run_until(workers: Workers, config: TrainConfig, stop_at: int) -> TrainState:
-    """A run whose last rank receives SIGTERM as it begins the step that is the `stop_at`-th from where it goes on."""
+    """A run whose last rank receives SIGTERM as it begins step `stop_at`, counted from where the run once began."""
     from rowwise.trainer.data.batches import Prefetch
 
-    original, calls = Prefetch.__next__, iter(range(1, stop_at + 1))
+    done = next((read_manifest(c)["step"] for c in complete_checkpoints(Path(config.run_dir) / "checkpoints")), 0)
+    original, calls = Prefetch.__next__, iter(range(done + 1, stop_at + 1))
 
     def counted(self):
         if next(calls, None) == stop_at and workers.rank == workers.world_size - 1:

@@ -44,11 +44,9 @@ def test_a_run_moves_from_four_stages_to_one_process_and_back(ranks, folder, uni
     base = named(small_config(folder, *OVERRIDES), folder, "moved")
     four = {"pipeline": 4, "pipeline_schedule": "zb_h2"}
     stops = [(4, four, 3), (1, {}, 5), (4, {**four, "pipeline_schedule": "1f1b"}, 7)]
-    reached = 0
     for world, degrees, stop_at in stops:
-        states = ranks.run(run_until, world, with_layout(base, world, **degrees), stop_at - reached)
-        reached = states[0].step
-        assert reached == stop_at
+        states = ranks.run(run_until, world, with_layout(base, world, **degrees), stop_at)
+        assert states[0].step == stop_at
     last = with_layout(base, 4, pipeline=2, pipeline_schedule="zb_v", virtual_stages=2, zero=3)
     ranks.run(run_train, 4, last)
     assert_same_run(base.run_dir, uninterrupted.run_dir)
@@ -191,8 +189,8 @@ def test_a_run_that_validates_late_is_the_same_run(ranks, folder, uninterrupted)
     """Stopped on the way, while the next step has begun."""
     config = named(small_config(folder, *OVERRIDES), folder, "late")
     layout = {"pipeline": 2, "pipeline_schedule": "zb_v", "virtual_stages": 2, "zero": 3, "post_validation": True}
-    for _ in range(2):
-        states = ranks.run(run_until, 4, with_layout(config, 4, **layout), 3)
+    for stop_at in (3, 6):
+        states = ranks.run(run_until, 4, with_layout(config, 4, **layout), stop_at)
         assert states[0].step < STEPS
     ranks.run(run_train, 4, with_layout(config, 4, **layout))
     assert_same_run(config.run_dir, uninterrupted.run_dir)
