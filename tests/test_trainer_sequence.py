@@ -50,7 +50,8 @@ def test_a_run_moves_between_degrees_and_back(ranks, folder, uninterrupted):
         (4, {"ring": 2, "ring_order": "contiguous", "pipeline": 2, "zero": 2}, 10),
     ]
     for world, degrees, stop_at in stops:
-        ranks.run(run_until, world, with_layout(base, world, **degrees), stop_at)
+        states = ranks.run(run_until, world, with_layout(base, world, **degrees), stop_at)
+        assert states[0].step == stop_at
     ranks.run(run_train, 3, with_layout(base, 3, ring=3, zero=3))
     assert_same_run(base.run_dir, uninterrupted.run_dir)
 
