@@ -22,11 +22,12 @@ def saves(job: Job, folder: Path, repeats: int = 5) -> dict[str, Any]:
     from rowwise.launch.workers import workers_from_environment
     from rowwise.optim.build import build_optimizer
     from rowwise.parallel.mesh import make_mesh
+    from rowwise.trainer.build import build_model
     from rowwise.trainer.checkpoint import Saver, tensors_of
     from rowwise.trainer.config import check, config_from_tree
     from rowwise.trainer.data.open import open_data
     from rowwise.trainer.step import compute_gradients
-    from rowwise.trainer.train import build_model, train_batches
+    from rowwise.trainer.train import train_batches
 
     config = check(config_from_tree(compose_tree([*job.overrides, f"run_dir={folder}"])), job.workers)
     mesh = make_mesh(config.parallel, workers_from_environment())

@@ -20,6 +20,7 @@ from rowwise.kernels.rows import local, row_offset
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer, named_state, set_lr
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
+from rowwise.trainer.build import build_model
 from rowwise.trainer.config import TrainConfig, check, config_from_tree
 from rowwise.trainer.data.batches import MicroBatch, micro_batches
 from rowwise.trainer.data.open import Data, open_data
@@ -27,7 +28,7 @@ from rowwise.trainer.data.order import sample_indices
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.step import compute_gradients
-from rowwise.trainer.train import build_model, train_batches
+from rowwise.trainer.train import train_batches
 from textbook import attention, textbook_step
 
 TOLERANCE = 1e-9

@@ -10,8 +10,9 @@ from parity import TOLERANCE, relative_error, run_plain, small_config, whole, wi
 from rowwise.optim.build import build_optimizer, named_state
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.state_bytes import PeakStates
+from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
-from rowwise.trainer.train import build_model, make_update, train_batches
+from rowwise.trainer.train import make_update, train_batches
 
 RULES = ("adamw", "adamw8bit", "fira", "muon")
 

@@ -11,8 +11,9 @@ from parity import small_config, with_layout
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.schedule.generate import Shape, blockwise, units
 from rowwise.parallel.schedule.simulate import Costs, gathers, peak_activations
+from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
-from rowwise.trainer.train import build_model, train_batches
+from rowwise.trainer.train import train_batches
 
 MICRO_BATCHES = 8
 

@@ -16,9 +16,9 @@ from parity import small_config, with_layout
 from rowwise.kernels.visible import Documents
 from rowwise.parallel.mesh import RING_ORDER, make_mesh
 from rowwise.parallel.sequence import SequenceAttention, padded_length, places_of, runs_of
+from rowwise.trainer.build import build_model
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import summed_loss
-from rowwise.trainer.train import build_model
 
 HEADS, SIZE = 4, 8
 ORDERS: tuple[RING_ORDER, ...] = ("contiguous", "zigzag", "striped")

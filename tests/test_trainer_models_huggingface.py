@@ -25,6 +25,7 @@ from torch import Tensor
 from parity import relative_error, small_config, with_layout
 from rowwise.kernels.rows import local, row_offset
 from rowwise.parallel.mesh import Workers, make_mesh
+from rowwise.trainer.build import build_model
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models import huggingface
 from rowwise.trainer.models.decoder import Decoder, ModelConfig
@@ -39,7 +40,6 @@ from rowwise.trainer.models.huggingface import (
     write_folder,
 )
 from rowwise.trainer.prepare import prepare
-from rowwise.trainer.train import build_model
 
 FILES = {"one file": "1GB", "several files": "12KB"}
 

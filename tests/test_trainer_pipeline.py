@@ -15,11 +15,12 @@ from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.precision import Bf16
 from rowwise.parallel.schedule.trace import read_trace
 from rowwise.parallel.shard import fsdp_params, sharded_modules
+from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.sample import generate
-from rowwise.trainer.train import build_model, eval_batches, make_update, train_batches
+from rowwise.trainer.train import eval_batches, make_update, train_batches
 from runs import assert_same_run, final_tensors, named, records, run_train, run_until
 
 STEPS = 8

@@ -12,12 +12,13 @@ from parity import plain_model, small_config, with_layout
 from rowwise.launch.compose import compose_tree
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.shard import gradients, squared_norm
+from rowwise.trainer.build import build_model
 from rowwise.trainer.config import check, config_from_tree
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.sample import generate
 from rowwise.trainer.step import accumulate
-from rowwise.trainer.train import build_model, train_batches
+from rowwise.trainer.train import train_batches
 from runs import assert_same_run, final_tensors, named, records, run_train, run_until
 
 OVERRIDES = (

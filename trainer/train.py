@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,10 +15,10 @@ from rowwise.optim.in_backward import InBackward
 from rowwise.optim.shell import Optimizer
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Span
-from rowwise.parallel.precision import compute_dtype, initial_loss_scale, master_dtype, next_loss_scale, policy
-from rowwise.parallel.replicate import gradient_sum, replicate_model
-from rowwise.parallel.sequence import attention_on, places_on
-from rowwise.parallel.shard import is_split, materialize, merge_parts, shard_model
+from rowwise.parallel.precision import initial_loss_scale, next_loss_scale
+from rowwise.parallel.replicate import gradient_sum
+from rowwise.parallel.sequence import places_on
+from rowwise.trainer.build import build_model
 from rowwise.trainer.checkpoint import Saver, first_sound, load, tensors_of
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_batches, step_batches
@@ -28,9 +27,7 @@ from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.manifest import fingerprint, set_aside
 from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.models.decoder import Decoder, flops_per_token
-from rowwise.trainer.models.huggingface import rows_from
-from rowwise.trainer.models.init import random_rows
-from rowwise.trainer.pipeline import StagedDecoder, connect_stages, keep_trace, make_plan, of_every_stage
+from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
 from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_facts
 from rowwise.trainer.sample import generate
@@ -154,38 +151,6 @@ def may_begin_next(config: TrainConfig, step: int) -> bool:
     between them, or where it is to be traced as a whole."""
     between = config.eval.due(step, config.steps) or config.checkpoint.due(step, config.steps) or step == config.steps
     return config.parallel.post_validation and not between and step + 1 != config.parallel.pipeline_trace
-
-
-def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:
-    """The decoder, or this rank's stages of it, split over the mesh and filled: each rank makes its own rows and no
-    others."""
-    axis, dtype, folder = mesh.pipeline, compute_dtype(config.precision), Path(config.run_dir) / "pipeline"
-    plan = None if axis is None else make_plan(config.parallel, config.model, config.batch, dtype, folder, mesh)
-    attend = attention_on(mesh)
-    with torch.device("meta"):
-        if axis is None or plan is None:
-            model: Decoder | StagedDecoder = Decoder(config.model, attend=attend)
-        else:
-            mine = plan.schedule.stages_of(axis.rank)
-            model = StagedDecoder({stage: Decoder(config.model, plan.layers[stage], attend) for stage in mine})
-    model.to(torch.bfloat16 if config.optim.param_dtype == "bf16" else master_dtype(config.precision))
-    stages = [model] if isinstance(model, Decoder) else list(model.decoders.values())
-    zero, mixed = config.parallel.zero, policy(config.precision)
-    split = is_split(mesh, mixed)
-    for stage in stages:
-        for block in stage.blocks.values() if config.compile else []:
-            block.compile()
-        if split:
-            shard_model(stage, merge_parts(stage.parts(), zero), mesh, zero, mixed)
-    source = config.model.init_from
-    rows = random_rows(config.model, config.seed) if source is None else rows_from(Path(source).expanduser())
-    materialize(model, mesh.device, rows)
-    for stage in stages if not split and not config.optim.in_backward else []:
-        replicate_model(stage, mesh)
-    if isinstance(model, StagedDecoder):
-        assert plan is not None
-        connect_stages(model, plan.schedule, config.parallel, dtype, mesh)
-    return model
 
 
 def require_same_data(data: Data, mesh: Mesh) -> None:
