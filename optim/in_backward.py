@@ -5,6 +5,7 @@ A global gradient norm is known only when no gradient is left to clip, and a sec
 parameters: clipping and accumulation are refused.
 """
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -15,15 +16,21 @@ from rowwise.optim.shell import Optimizer
 
 
 class InBackward:
-    """Hooks on every parameter of `optimizer`. `complete` makes a gradient that the backward has just left final: it
-    sums it over ranks where nothing else has."""
+    """Hooks on every parameter of `optimizer`, for as long as this lives. `complete` makes a gradient that the backward
+    has just left final: it sums it over ranks where nothing else has."""
 
     def __init__(self, optimizer: Optimizer, complete: Callable[[Tensor], None]):
         self._optimizer, self._complete = optimizer, complete
         self._norms: list[Tensor] = []
+        ours = weakref.ref(self)  # a parameter that held its own optimizer would keep it for ever
+
+        def take(p: Tensor) -> None:
+            if (optimizer := ours()) is not None:
+                optimizer._take(p)
+
         for group in optimizer.param_groups:
             for p in group["params"]:
-                p.register_post_accumulate_grad_hook(self._take)
+                p.register_post_accumulate_grad_hook(take)
 
     def begin(self) -> None:
         """Before the backward of a step."""

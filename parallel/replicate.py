@@ -6,6 +6,7 @@ completes them; a bucket is all-reduced as soon as it is complete, once a step. 
 and no second copy of anything; each step sends and receives 2 P (n - 1) / n over n ranks.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -29,9 +30,15 @@ class GradientBuckets:
         self._last = False
         self._launched = 0
         self._under_way: list[dist.Work] = []
-        for bucket in self._buckets:
-            for p, view in bucket.views.items():
-                p.register_post_accumulate_grad_hook(lambda p, bucket=bucket, view=view: self._take(p, bucket, view))
+        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
+        ours = weakref.ref(self)  # a parameter that held its model's buckets would keep them, and the group, for ever
+
+        def take(p: nn.Parameter) -> None:
+            if (buckets := ours()) is not None:
+                buckets._take(p)
+
+        for p in self._bucket_of:
+            p.register_post_accumulate_grad_hook(take)
 
     @property
     def flat(self) -> list[Tensor]:
@@ -66,8 +73,10 @@ class GradientBuckets:
         for bucket in self._buckets:
             bucket.missing = len(bucket.views)
 
-    def _take(self, p: Tensor, bucket: "_Bucket", view: Tensor) -> None:
+    def _take(self, p: nn.Parameter) -> None:
         assert p.grad is not None
+        bucket = self._bucket_of[p]
+        view = bucket.views[p]
         if p.grad.data_ptr() != view.data_ptr():  # the first of the step; later ones are added in place
             p.grad = view.copy_(p.grad)
         if self._last:

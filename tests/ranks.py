@@ -8,6 +8,7 @@ leave the process group behind. A rank's exception is raised here, with that ran
 end soon, since they wait for the one that failed, the pool is started anew.
 """
 
+import gc
 import importlib.util
 import inspect
 import itertools
@@ -125,6 +126,8 @@ def _work(pipe: Connection, port: int) -> None:
             answer = False, traceback.format_exc()
         if dist.is_initialized():
             dist.destroy_process_group()
+        # Models and meshes are in circles, and a group that is kept has threads that take turns for ever.
+        gc.collect()
         pipe.send_bytes(pickle.dumps(answer))
 
 
