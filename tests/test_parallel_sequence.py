@@ -44,12 +44,16 @@ def assert_law(ranks, folder: Path, world: int, cases: list[tuple], **layout) ->
         assert_all_same([traces[number] for traces in everyone], reference(folder, *case))
 
 
+# By default, stages 0 and 3 take turns: between them every number of key heads meets a length that does not divide.
+CASES = {0: [(1, 32), (4, 29), (2, 3)], 3: [(2, 32), (1, 29), (4, 32)]}
+
+
 @pytest.mark.parametrize("zero", [0, 3])
 @pytest.mark.parametrize(("ulysses", "ring", "order"), SHARES)
-def test_three_steps_equal_those_of_one_process(ranks, folder, ulysses, ring, order, zero):
-    cases = [(kv_heads, 32) for kv_heads in KV_HEADS] + [(2, length) for length in LENGTHS[1:]]
+def test_three_steps_equal_those_of_one_process(ranks, folder, ulysses, ring, order, zero, full):
+    everything = [(kv_heads, length) for kv_heads in KV_HEADS for length in LENGTHS]
     layout = {"ulysses": ulysses, "ring": ring, "ring_order": order, "zero": zero}
-    assert_law(ranks, folder, ulysses * ring, cases, **layout)
+    assert_law(ranks, folder, ulysses * ring, everything if full else CASES[zero], **layout)
 
 
 def test_every_kind_of_rank_at_once(ranks, folder):
