@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
+from rowwise.kernels.attention_block import repeat_heads
 from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.parallel.collectives import Passing, all_to_all
 from rowwise.parallel.mesh import RING_ORDER, Axis, Mesh, SequenceAxes, divisors
@@ -100,9 +101,9 @@ def attention_on(mesh: Mesh) -> Callable[[Tensor, Tensor, Tensor, Documents | No
 def to_heads(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, ulysses: Axis) -> tuple[Tensor, Tensor, Tensor]:
     """From all heads of this rank's tokens to this rank's heads of all ranks' tokens: (B, U S, H / U, E), and keys and
     values with max(1, K / U) heads where one of K and U divides the other. One all-to-all."""
-    U, K = ulysses.size, k_BSKE.size(2)
-    repeats = math.lcm(K, U) // K
-    tensors = q_BSHE, _repeat(k_BSKE, repeats), _repeat(v_BSKE, repeats)
+    U = ulysses.size
+    key_heads = math.lcm(k_BSKE.size(2), U)
+    tensors = q_BSHE, repeat_heads(k_BSKE, key_heads, dim=2), repeat_heads(v_BSKE, key_heads, dim=2)
     parts_UBSHE = [t.unflatten(2, (U, -1)).movedim(2, 0) for t in tensors]
     sizes = [part.size(3) for part in parts_UBSHE]
     came_UBSHE = all_to_all(torch.cat(parts_UBSHE, dim=3), ulysses)
@@ -114,10 +115,6 @@ def to_tokens(y_BSHE: Tensor, ulysses: Axis) -> Tensor:
     """The way back: from this rank's heads of all tokens to all heads of its own."""
     came_UBSHE = all_to_all(y_BSHE.unflatten(1, (ulysses.size, -1)).movedim(1, 0), ulysses)
     return came_UBSHE.movedim(0, 2).flatten(2, 3)
-
-
-def _repeat(t_BSKE: Tensor, repeats: int) -> Tensor:
-    return t_BSKE.repeat_interleave(repeats, dim=2) if repeats > 1 else t_BSKE
 
 
 def rotate(block: Tensor, ring: Axis) -> Iterator[tuple[int, Tensor]]:

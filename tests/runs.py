@@ -95,6 +95,17 @@ def assert_same_run(run_dir: str, other_dir: str) -> None:
         assert relative_error(tensor, theirs[key]) <= TOLERANCE, key
 
 
+def assert_resumes_to_the_last_bit(ranks, world: int, config: TrainConfig, folder: Path, stop_at: int) -> None:
+    """Law 3 on one layout."""
+    whole, stopped = named(config, folder, "whole"), named(config, folder, "stopped")
+    ranks.run(run_train, world, whole)
+    ranks.run(run_until, world, stopped, stop_at)
+    ranks.run(run_train, world, stopped)
+    assert records(whole.run_dir) == records(stopped.run_dir)
+    theirs = final_tensors(whole.run_dir)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in final_tensors(stopped.run_dir).items())
+
+
 class Job:
     """A run in processes of their own."""
 

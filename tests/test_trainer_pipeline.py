@@ -21,7 +21,7 @@ from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.sample import generate
 from rowwise.trainer.train import eval_batches, make_update, train_batches
-from runs import assert_same_run, final_tensors, named, records, run_train, run_until
+from runs import assert_resumes_to_the_last_bit, assert_same_run, named, records, run_train, run_until
 
 STEPS = 8
 MODEL = ("model.layers=4", "model.tie_embeddings=true")
@@ -56,13 +56,7 @@ def test_a_run_moves_from_four_stages_to_one_process_and_back(ranks, folder, uni
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
     layout = {"pipeline": 2, "pipeline_schedule": "zb_v", "virtual_stages": 2, "zero": 2}
     config = with_layout(small_config(folder, *OVERRIDES), 4, **layout)
-    whole, stopped = named(config, folder, "whole"), named(config, folder, "stopped")
-    ranks.run(run_train, 4, whole)
-    ranks.run(run_until, 4, stopped, 5)
-    ranks.run(run_train, 4, stopped)
-    assert records(whole.run_dir) == records(stopped.run_dir)
-    theirs = final_tensors(whole.run_dir)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in final_tensors(stopped.run_dir).items())
+    assert_resumes_to_the_last_bit(ranks, 4, config, folder, stop_at=5)
 
 
 def sample(workers, config):

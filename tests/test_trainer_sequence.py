@@ -19,7 +19,7 @@ from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.sample import generate
 from rowwise.trainer.step import accumulate
 from rowwise.trainer.train import train_batches
-from runs import assert_same_run, final_tensors, named, records, run_train, run_until
+from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
 
 OVERRIDES = (
     "model.heads=4", "model.kv_heads=2", "model.head_dim=6", "batch.seq_len=29", "batch.global_size=8", "steps=12",
@@ -59,13 +59,7 @@ def test_a_run_moves_between_degrees_and_back(ranks, folder, uninterrupted):
 
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
     config = with_layout(small_config(folder, *OVERRIDES), 4, **BOTH, zero=3)
-    whole, stopped = named(config, folder, "whole"), named(config, folder, "stopped")
-    ranks.run(run_train, 4, whole)
-    ranks.run(run_until, 4, stopped, 6)
-    ranks.run(run_train, 4, stopped)
-    assert records(whole.run_dir) == records(stopped.run_dir)
-    theirs = final_tensors(whole.run_dir)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in final_tensors(stopped.run_dir).items())
+    assert_resumes_to_the_last_bit(ranks, 4, config, folder, stop_at=6)
 
 
 def sample(workers, config):
