@@ -3,9 +3,10 @@
     python benchmarks/gpu.py                on a machine with one or more CUDA GPUs; writes results/gpu.json
 
 Checks: every Triton kernel on the device against its reference on the CPU; attention block by block, as the ranks of a
-ring would compute it; three float64 steps on the GPU against one plain CPU process. Figures: the speed of the kernels and
-of attention; tokens per second, MFU and peak memory of a real run on one GPU in bf16; all of optimizer_step.py and
-optimizer_bytes.py. A check that fails is in the file, and the exit code is 1.
+ring would compute it; sparse layers and the selection of the largest; three float64 steps on the GPU against one plain CPU
+process. Figures: the speed of the kernels, of attention and of sparse layers; tokens per second, MFU and peak memory of a
+real run on one GPU in bf16; all of optimizer_step.py and optimizer_bytes.py. A check that fails is in the file, and the
+exit code is 1.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import optimizer_bytes
 import optimizer_step
 import torch
 from gpu_attention import check_attention, time_attention
+from gpu_sparse import check_condensed, check_nm, check_select, check_semi_structured, time_sparse
 from record import write_record
 from torch import Tensor
 
@@ -226,6 +228,10 @@ CHECKS = {
     "rounding": check_rounding,
     "row_scale": check_row_scale,
     "dct": check_dct,
+    "nm": lambda: check_nm(CUDA),
+    "semi_structured": lambda: check_semi_structured(CUDA),
+    "condensed": lambda: check_condensed(CUDA),
+    "select": lambda: check_select(CUDA),
     "parity": check_parity,
 }
 
@@ -241,7 +247,7 @@ def main() -> int:
     runs = {model: train(model, steps=40) for model in ("tiny", "llama_60m", "llama_130m", "llama_350m")}
     counted = optimizer_bytes.measure_bytes(["llama_130m", "llama_1b"])
     stepped = optimizer_step.measure_steps(optimizer_step.parse([]))
-    kernels = {**time_philox(), "attention_seconds": time_attention(CUDA)}
+    kernels = {**time_philox(), "attention_seconds": time_attention(CUDA), "sparse": time_sparse(CUDA)}
     measured = {"checks": checks, "kernels": kernels, "training": runs}
     path = write_record("gpu", {**measured, "optimizer_step": stepped, "optimizer_bytes": counted})
     optimizer_step.print_tables(stepped)

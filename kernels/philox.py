@@ -54,6 +54,14 @@ def normal_reference(key: int, start: int, count: int, device: torch.device) -> 
     return stream[start - 4 * first : start - 4 * first + count]
 
 
+def random_words(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Elements [start, start + count) of the stream of uniform 32-bit words `key`: an int64 tensor (count,). Word i is
+    word i mod 4 of the counter i div 4."""
+    first, last = start // 4, -(-(start + count) // 4)
+    words = philox_words(key, torch.arange(first, last, dtype=torch.int64, device=device))
+    return torch.stack(words, dim=1).flatten()[start - 4 * first : start - 4 * first + count]
+
+
 def philox_words(key: int, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox-4x32-10 of the 64-bit counters (n,): four int64 tensors (n,) that hold unsigned 32-bit words."""
     c0, c1 = counters & _LOW, (counters >> 32) & _LOW

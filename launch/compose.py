@@ -9,7 +9,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rowwise.trainer.config import unknown_key
 
-GROUPS = ("model", "data", "optim", "schedule", "parallel", "precision", "checkpoint", "tracker", "experiment")
+GROUPS = (
+    "model",
+    "data",
+    "optim",
+    "schedule",
+    "parallel",
+    "precision",
+    "sparsity",
+    "checkpoint",
+    "tracker",
+    "experiment",
+)
 
 
 def compose_tree(overrides: list[str]) -> dict[str, Any]:

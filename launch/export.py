@@ -8,6 +8,9 @@
     dtype=fp32           fp32 (as trained, unless in fp64), bf16 (half the size) or fp16
     max_file_bytes=5e9   of a safetensors file; the export holds one of them in memory, and a shard of one tensor
     tokenizer=PATH       the tokenizer.json to put beside the weights, or none; default: the run's own
+    form=dense           of the hidden weights of a sparse run: dense, which transformers opens; condensed (of constant
+                         fan-in, sparsity=srigl) or semi_structured (2:4, sparsity=nm), which
+                         rowwise.trainer.models.forms.open_exported opens for inference
 
 Exit code 0: DIR is complete; 2: refused, and there is no DIR. It gets its name last: what a killed export leaves behind
 is DIR.incomplete, which the next one removes.
@@ -18,7 +21,9 @@ import json
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +31,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from rowwise.kernels.nm import prune_nm
+from rowwise.optim.build import kind_of
 from rowwise.trainer.config import unknown_key
 from rowwise.trainer.data.tokenizer import open_tokenizer
 from rowwise.trainer.manifest import damage, find_checkpoints, read_manifest, step_folder
 from rowwise.trainer.models.decoder import ModelConfig
-from rowwise.trainer.models.huggingface import parameter_shapes, their_config, write_folder
+from rowwise.trainer.models.forms import FORMS, SEMI_STRUCTURED_DTYPES, form_config, in_form
+from rowwise.trainer.models.huggingface import parameter_shapes, their_config, their_name, write_folder
 from rowwise.trainer.models.rope import RopeScaling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +54,7 @@ class ExportConfig:
     dtype: str = "fp32"
     max_file_bytes: str = "5e9"
     tokenizer: str | None = None
+    form: str = "dense"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,9 +90,8 @@ def parse(settings: list[str]) -> ExportConfig:
 
 def export(config: ExportConfig) -> str:
     """Writes the folder and returns what it did, in a line. Raises ValueError before anything is written, or for
-    numbers that `dtype` cannot hold."""
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype={config.dtype}: possible are {', '.join(DTYPES)}")
+    numbers that `dtype` or `form` cannot hold."""
+    _check_choices(config)
     max_file_bytes = _bytes(config.max_file_bytes)
     final = _free(Path(config.to).expanduser())
     checkpoint, manifest = choose(config)
@@ -93,17 +101,39 @@ def export(config: ExportConfig) -> str:
     dtype, shapes = DTYPES[config.dtype], parameter_shapes(model)
     scaling = model.rope_scaling
     positions = seq_len if scaling is None else max(seq_len, round(scaling.original_length * scaling.factor))
-    config_json = their_config(model, dtype, positions, end_token)
+    config_json = form_config(their_config(model, dtype, positions, end_token), config.form)
+    changed: list[str] = []
+
+    def form(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        tensors = in_form(config.form, name, tensor)
+        changed.extend([name] if their_name(name) not in tensors else [])
+        return tensors
+
     partial = _begin(final)
     try:
-        files = write_folder(partial, config_json, shapes, lambda t: read_(checkpoint, t), dtype, max_file_bytes)
+        read = reader(checkpoint, manifest["config"], shapes)
+        files = write_folder(partial, config_json, shapes, read, dtype, max_file_bytes, form)
+        if config.form != "dense" and not changed:
+            raise ValueError(f"form={config.form}: every hidden weight would be larger than dense; give form=dense")
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial, manifest["config"]["data"].get("end_of_text"))
         partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     parameters = sum(shape.numel() for shape in shapes.values())
-    return f"{checkpoint} -> {final}: {parameters:,} parameters in {config.dtype}, files: {len(files)}"
+    told = f"{checkpoint} -> {final}: {parameters:,} parameters in {config.dtype}, files: {len(files)}"
+    return f"{told}, {config.form} matrices: {len(changed)}" if changed else told
+
+
+def _check_choices(config: ExportConfig) -> None:
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype={config.dtype}: possible are {', '.join(DTYPES)}")
+    if config.form not in FORMS:
+        raise ValueError(f"form={config.form}: possible are {', '.join(FORMS)}")
+    if config.form == "semi_structured" and DTYPES[config.dtype] not in SEMI_STRUCTURED_DTYPES:
+        raise ValueError(
+            f"dtype={config.dtype}: form=semi_structured has 16-bit numbers; give dtype=bf16 or dtype=fp16"
+        )
 
 
 def choose(config: ExportConfig) -> tuple[Path, dict[str, Any]]:
@@ -194,6 +224,30 @@ def read_(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
             storage_reader=dcp.FileSystemReader(checkpoint),
             no_dist=True,
         )
+
+
+def reader(
+    checkpoint: Path, config: dict[str, Any], shapes: dict[str, torch.Size]
+) -> Callable[[dict[str, Tensor]], None]:
+    """A function that fills tensors (our parameters by name) with what the run computed with. After sparsity=nm that is
+    its matrices pruned, chosen in the run's own precision; a checkpoint has the dense ones, which learn."""
+    sparsity, precision = config.get("sparsity", {"name": "none"}), config["precision"]["name"]
+    pruned: set[str] = set()
+    if sparsity["name"] == "nm":
+        hidden = [name for name, shape in shapes.items() if kind_of(name, shape) == "hidden"]
+        pruned = {name for name in hidden if any(fnmatchcase(name, pattern) for pattern in sparsity["layers"])}
+    own = {"fp64": torch.float64, **DTYPES}[precision]
+
+    def fill_(tensors: dict[str, Tensor]) -> None:
+        if as_they_are := {name: tensor for name, tensor in tensors.items() if name not in pruned}:
+            read_(checkpoint, as_they_are)
+        for name in tensors.keys() & pruned:
+            w = torch.empty(shapes[name], dtype=torch.promote_types(own, torch.float32))
+            read_(checkpoint, {name: w})
+            kept = prune_nm(w.to(own), sparsity["n"], sparsity["m"], dim=1) != 0
+            tensors[name].copy_(w.mul_(kept))
+
+    return fill_
 
 
 def _bytes(text: str) -> int:

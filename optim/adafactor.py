@@ -10,7 +10,7 @@ Vectors keep the whole second moment. State bytes of a matrix: 4 (m / N + n).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ class Adafactor:
     name = "adafactor"
     fused = False
     rounds = False
+    weightwise: ClassVar[dict[str, int]] = {}
 
     def __init__(self, decay: float, clip_threshold: float):
         self._decay, self._clip = decay, clip_threshold

@@ -7,7 +7,7 @@ State bytes per parameter: 4 + 4 in fp32. Nothing crosses ranks.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class AdamW:
     name = "adamw"
     fused = True
     rounds = False
+    weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0, "exp_avg_sq": 0}
 
     def __init__(self, betas: list[float], eps: float):
         (self._beta1, self._beta2), self._eps = betas, eps

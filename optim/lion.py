@@ -7,7 +7,7 @@ The iterates enter and stay in the box |x| <= 1 / wd. State bytes per parameter:
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Lion:
     name = "lion"
     fused = False
     rounds = False
+    weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0}
 
     def __init__(self, betas: list[float]):
         self._beta1, self._beta2 = betas

@@ -16,7 +16,7 @@ State bytes per parameter: 4 (`momentum`, split like the parameter).
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,7 @@ class Muon:
     name = "muon"
     fused = False
     rounds = False
+    weightwise: ClassVar[dict[str, int]] = {"momentum": 0}
 
     def __init__(self, momentum: float):
         self._momentum = momentum

@@ -11,7 +11,7 @@ State bytes per parameter of a matrix with n columns: 1 + 4 ceil(n / 256) / n fo
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -46,12 +46,16 @@ def is_quantisable(shape: torch.Size) -> bool:
     return len(shape) == 2 and shape.numel() >= SMALLEST
 
 
+def zero_code(signed: bool) -> int:
+    """The code that means 0."""
+    return int((code_book(signed) == 0).nonzero())
+
+
 def new_moment(p: Tensor, columns: int, key: str, signed: bool) -> dict[str, Tensor]:
     """A moment of zeros in 8 bits, `columns` wide, with the rows of `p`: `<key>.codes` and `<key>.absmax`."""
     codes = rows_like(p, columns, torch.uint8)
-    zero = int((code_book(signed) == 0).nonzero())
     return {
-        f"{key}.codes": codes.fill_(zero),
+        f"{key}.codes": codes.fill_(zero_code(signed)),
         f"{key}.absmax": rows_like(p, blocks_per_row(columns), torch.float32),
     }
 
@@ -67,6 +71,7 @@ class AdamW8bit:
     name = "adamw8bit"
     fused = True
     rounds = True
+    weightwise: ClassVar[dict[str, int]] = {"exp_avg.codes": zero_code(True), "exp_avg_sq.codes": zero_code(False)}
 
     def __init__(self, betas: list[float], eps: float):
         (self._beta1, self._beta2), self._eps = betas, eps
@@ -86,6 +91,7 @@ class Lion8bit:
     name = "lion8bit"
     fused = True
     rounds = True
+    weightwise: ClassVar[dict[str, int]] = {"exp_avg.codes": zero_code(True)}
 
     def __init__(self, betas: list[float]):
         self._beta1, self._beta2 = betas

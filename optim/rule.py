@@ -6,7 +6,7 @@ the whole matrix, it sums over `Batch.group`, the shard axis, in one message for
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -44,11 +44,13 @@ class Batch:
 
 class Rule(Protocol):
     """One rule of change. `fused`: it needs no memory beside its operands and is given all parameters at once, the
-    others a portion at a time. `rounds`: it writes 16-bit parameters itself; else it is given float32 copies of them."""
+    others a portion at a time. `rounds`: it writes 16-bit parameters itself; else it is given float32 copies of them.
+    `weightwise`: the states that hold a number for each weight, and what zero is there."""
 
     name: str
     fused: bool
     rounds: bool
+    weightwise: ClassVar[dict[str, int]]
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter before its first step: tensors only, laid like it wherever they have its rows."""

@@ -54,6 +54,13 @@ class Optimizer(torch.optim.Optimizer):
         group, name = self._places[p]
         self._apply(group, [(name, p)])
 
+    def clear_(self, p: Tensor, rows: slice, where: Tensor) -> None:
+        """Sets the states of single weights to zero: of this rank's `rows` of `p` those at `where` (r, n). A state that
+        belongs to whole rows, such as a projected moment, has none."""
+        group, _ = self._places[p]
+        for key, zero in group["rule"].weightwise.items():
+            self._local_states[p][key][rows].masked_fill_(where, zero)
+
     @torch.no_grad()
     def remember(self) -> list[Tensor]:
         """Copies of all that a step changes on this rank: its rows of the parameters and of their states."""

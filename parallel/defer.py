@@ -4,7 +4,8 @@
 
 Inside `deferred`, every linear layer of a plain model keeps (x, dy) in its backward instead of computing dw; the rest of
 the graph, activations included, is freed as usual. W needs no weights, so under ZeRO-3 they may be gone by then. Biases,
-norms and embeddings get their gradients in I: they are cheap.
+norms and embeddings get their gradients in I: they are cheap. N:M layers (`kernels/nm.py`) multiply by a pruned w in y and
+dx, each by its own; W is the same.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from rowwise.kernels.nm import nm_input_gradient, nm_linear
+
+# Of every function of (x, weight, bias, ...) that is put off in part: dx from (dy, weight, ...).
+_INPUT_GRADIENTS: dict[Any, Callable[..., Tensor]] = {F.linear: torch.matmul, nm_linear: nm_input_gradient}
 
 
 class WeightGradients:
@@ -40,16 +46,18 @@ class deferred(TorchFunctionMode):
         self._later = later
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.linear and torch.is_grad_enabled():
-            return _linear(self._later, *args, **(kwargs or {}))
+        if function in _INPUT_GRADIENTS and torch.is_grad_enabled():
+            return _linear(self._later, function, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 
-def _linear(later: WeightGradients, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(
+    later: WeightGradients, function: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *how: Any
+) -> Tensor:
     if not (isinstance(weight, nn.Parameter) and weight.requires_grad):
-        return F.linear(input, weight, bias)
+        return function(input, weight, bias, *how)
     # Detached: autograd must not see a parameter that gets no gradient from it.
-    y = _InputGradient.apply(input, weight.detach(), partial(_keep, later, weight))
+    y = _InputGradient.apply(input, weight.detach(), partial(_keep, later, weight), function, *how)
     return y if bias is None else y + bias
 
 
@@ -59,16 +67,19 @@ def _keep(later: WeightGradients, weight: nn.Parameter, x: Tensor, dy: Tensor) -
 
 class _InputGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, keep: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, keep: Callable[[Tensor, Tensor], None], function: Any, *how: Any
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.keep = keep
-        return F.linear(x, weight)
+        ctx.keep, ctx.input_gradient, ctx.how = keep, _INPUT_GRADIENTS[function], how
+        return function(x, weight, None, *how)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         ctx.keep(x, dy)
-        return dy @ weight if ctx.needs_input_grad[0] else None, None, None
+        dx = ctx.input_gradient(dy, weight, *ctx.how) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, *(None for _ in ctx.how)
 
 
 @torch.no_grad()

@@ -2,10 +2,13 @@
 
 `run_layout` drives the product's own pieces on a mesh and records, for every step, the loss, every parameter's
 gradient and every parameter's update, gathered. `run_plain` does the same in one process with nothing of the product
-but the model, its initial numbers and the data: torch's autograd, a textbook's attention and AdamW, one batch, no shards.
+but the model, its initial numbers and the data: torch's autograd, a textbook's attention, AdamW and masks, one batch, no
+shards.
 """
 
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,10 @@ from torch.distributed.tensor import DTensor
 from rowwise.kernels.rows import local, row_offset
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer, named_state, set_lr
+from rowwise.optim.sparse.build import Sparsity
+from rowwise.optim.sparse.masks import unpack
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
-from rowwise.trainer.build import build_model
+from rowwise.trainer.build import build_masks, build_model
 from rowwise.trainer.config import TrainConfig, check, config_from_tree
 from rowwise.trainer.data.batches import MicroBatch, micro_batches
 from rowwise.trainer.data.open import Data, open_data
@@ -30,6 +35,7 @@ from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.step import compute_gradients
 from rowwise.trainer.train import train_batches
 from textbook import attention, textbook_step
+from textbook_sparse import prune_forwards, textbook_sparsity
 
 TOLERANCE = 1e-9
 VOCABULARY = 61
@@ -37,17 +43,19 @@ VOCABULARY = 61
 
 @dataclass
 class Trace:
-    """What law 2 compares: a list entry a step."""
+    """What law 2 compares: a list entry a step. `masks` and `weights`: of sparse matrices, after it."""
 
-    losses: list[float]
-    norms: list[float]
-    gradients: list[dict[str, Tensor]]
-    updates: list[dict[str, Tensor]]
-    states: list[dict[str, Tensor]]
-    valid_tokens: list[int]
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    updates: list[dict[str, Tensor]] = field(default_factory=list)
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+    valid_tokens: list[int] = field(default_factory=list)
+    masks: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
 
 
-Piece = tuple[torch.Size, int, Tensor]  # logical shape, logical row of the first, the rows that a rank holds
+Piece = tuple[torch.Size, int, np.ndarray]  # logical shape, logical row of the first, the rows that a rank holds
 
 
 def write_tokens(folder: Path, tokens: int = 6000) -> Path:
@@ -89,30 +97,41 @@ def run_layout(workers: Workers, config: TrainConfig, steps: int = 3) -> Trace:
     return run_on(make_mesh(config.parallel, workers), config, steps)
 
 
-def run_layouts(workers: Workers, configs: list[TrainConfig], steps: int = 3) -> list[Trace]:
+def run_layouts(workers: Workers, configs: list[TrainConfig], steps: int = 3, coarse: bool = False) -> list[Trace]:
     """The same for many configurations of one mesh: a mesh costs more than a few steps."""
     mesh = make_mesh(configs[0].parallel, workers)
-    return [run_on(mesh, config, steps) for config in configs]
+    return [run_on(mesh, config, steps, coarse) for config in configs]
 
 
-def run_on(mesh: Mesh, config: TrainConfig, steps: int) -> Trace:
+def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) -> Trace:
+    """`coarse`: see `coarsen_`."""
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = build_model(config, mesh)
+    if coarse:
+        coarsen_([local(p.detach()) for p in model.parameters()])
     optimizer = build_optimizer(model, config.optim, config.seed)
+    sparsity = build_masks(config, mesh, model)
     batches = train_batches(config, mesh, data, position=0)
-    trace = Trace([], [], [], [], [], [])
+    trace = Trace()
     places = config.batch.global_size * config.batch.seq_len
     pieces: dict[tuple[str, int, str], Piece] = {}
     for step in range(steps):
-        report = compute_gradients(model, next(batches), mesh, config.parallel.zero, places, config.clip_norm)
+        filter_ = None if sparsity is None else functools.partial(sparsity.filter_gradients, step + 1)
+        report = compute_gradients(
+            model, next(batches), mesh, config.parallel.zero, places, config.clip_norm, filter_=filter_
+        )
         pieces |= {("gradients", step, name): piece_of(p.grad) for name, p in model.named_parameters()}
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         set_lr(optimizer, config.optim.lr * config.schedule.factor(step, config.steps))
-        optimizer.step()
+        if sparsity is None:
+            optimizer.step()
+        else:
+            sparsity.step(optimizer, step + 1, report.finite)
         optimizer.zero_grad()
         pieces |= {("updates", step, name): piece_of(p.detach() - before[name]) for name, p in model.named_parameters()}
         for name, state in named_state(model, optimizer).items():
             pieces |= {("states", step, f"{name}.{key}"): piece_of(t) for key, t in state.items()}
+        pieces |= sparse_pieces(sparsity, dict(model.named_parameters()), step)
         trace.losses.append(report.loss)
         trace.norms.append(report.grad_norm)
         trace.valid_tokens.append(report.valid_tokens)
@@ -124,19 +143,44 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int) -> Trace:
         entries[step][name] = assemble(
             [part[kind, step, name] for part in everyone or [] if (kind, step, name) in part]
         )
+    trace.masks = [{n: unpack(mask, w[n].size(1)) for n, mask in masks.items()}
+                   for masks, w in zip(trace.masks, trace.weights, strict=True)]  # fmt: skip
     return trace
 
 
+def sparse_pieces(
+    sparsity: Sparsity | None, params: dict[str, Tensor], step: int
+) -> dict[tuple[str, int, str], "Piece"]:
+    """Packed masks, the weights under them, and dense weights behind them, which are states as others are."""
+    pieces = {}
+    for key, t in sparsity.named_state().items() if sparsity is not None else ():
+        name, _, what = key.rpartition(".")
+        if what == "mask":
+            pieces["masks", step, name] = piece_of(t)
+            pieces["weights", step, name] = piece_of(params[name].detach())
+        elif what == "dense":
+            pieces["states", step, key] = piece_of(t)
+    return pieces
+
+
+def coarsen_(tensors: Sequence[Tensor]) -> None:
+    """Every weight of a matrix becomes 1/16 or 1/8 in magnitude: many are equal, and stay so under Lion with lr 1/16."""
+    for w in tensors:
+        if w.ndim == 2:
+            w.copy_(torch.where(w.abs() > 0.2, 2, 1) * torch.where(w < 0, -1, 1) / 16)
+
+
 def piece_of(tensor: Tensor) -> "Piece":
-    """What this rank has of `tensor`."""
-    return tensor.shape, row_offset(tensor), local(tensor).detach().clone()
+    """What this rank has of `tensor`; no tensors, which take far longer to send."""
+    return tensor.shape, row_offset(tensor), local(tensor).detach().numpy().copy()
 
 
 def assemble(pieces: list["Piece"]) -> Tensor:
     """The logical tensor. Ranks that hold the same rows must hold the same numbers, to the last bit."""
     shape = pieces[0][0]
     rows: dict[int, Tensor] = {}
-    for _, offset, rows_here in pieces:
+    for _, offset, held in pieces:
+        rows_here = torch.from_numpy(held)
         if rows_here.numel():
             first = rows.setdefault(offset, rows_here)
             assert torch.equal(first, rows_here), "ranks hold different numbers for the same rows"
@@ -145,33 +189,50 @@ def assemble(pieces: list["Piece"]) -> Tensor:
     return tensor
 
 
-def run_plain(config: TrainConfig, steps: int = 3) -> Trace:
+def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trace:
     """The same in one process, written as a textbook would."""
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = plain_model(config)
-    states: dict[str, dict[str, Tensor]] = {name: {} for name, _ in model.named_parameters()}
-    trace = Trace([], [], [], [], [], [])
+    params = dict(model.named_parameters())
+    if coarse:
+        coarsen_([p.detach() for p in params.values()])
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in params}
+    prune_forwards(model, config.sparsity)
+    sparsity = textbook_sparsity(config.sparsity, params, config.seed, config.steps)
+    trace = Trace()
     for step in range(steps):
         batch = global_batch(config, data, step)
         lr = config.optim.lr * config.schedule.factor(step, config.steps)
         logits = model(batch.inputs, batch.positions, batch.documents)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="mean")
         loss.backward()
-        norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
-        for p in model.parameters():
+        sparsity.filter_gradients(step + 1)
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in params.values()))
+        for p in params.values():
             p.grad *= min(1.0, config.clip_norm / float(norm)) if config.clip_norm else 1.0
-        trace.gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(textbook_step(name, states[name], p, p.grad, step + 1, lr, config.optim, config.seed))
+        trace.gradients.append({name: p.grad.clone() for name, p in params.items()})
+        before = {name: p.detach().clone() for name, p in params.items()}
+        optimise = functools.partial(textbook_update, config, params, states, step + 1, lr)
+        sparsity.step(step + 1, optimise, states)
         model.zero_grad()
-        trace.updates.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
-        trace.states.append({f"{n}.{key}": t.clone() for n, state in states.items() for key, t in state.items()})
+        trace.updates.append({name: p.detach() - before[name] for name, p in params.items()})
+        kept = {f"{n}.{key}": t.clone() for n, state in states.items() for key, t in state.items()}
+        trace.states.append(kept | sparsity.extra_states())
+        trace.masks.append(dict(sparsity.masks))
+        trace.weights.append({name: params[name].detach().clone() for name in sparsity.masks})
         trace.losses.append(loss.item())
         trace.norms.append(float(norm))
         trace.valid_tokens.append(int((batch.labels >= 0).sum()))
     return trace
+
+
+@torch.no_grad()
+def textbook_update(
+    config: TrainConfig, params: dict[str, Tensor], states: dict[str, dict[str, Tensor]], t: int, lr: float
+) -> None:
+    """Update t of all parameters."""
+    for name, p in params.items():
+        p.copy_(textbook_step(name, states[name], p, p.grad, t, lr, config.optim, config.seed))
 
 
 def plain_model(config: TrainConfig) -> Decoder:
@@ -219,6 +280,16 @@ def assert_same(layout: Trace, reference: Trace, tolerance: float = TOLERANCE) -
                 bound = 2**-23 if theirs[name].dtype == torch.float32 else tolerance
                 assert error <= bound, f"step {step}, {kind} of {name}: relative error {error:.2e}"
             assert_same_codes(ours, theirs)
+    assert_same_masks(layout, reference)
+
+
+def assert_same_masks(layout: Trace, reference: Trace) -> None:
+    """After every step, in every place."""
+    assert len(layout.masks) == sum(1 for masks in reference.masks if masks)
+    for step, (ours, theirs) in enumerate(zip(layout.masks, reference.masks, strict=False)):
+        assert ours.keys() == theirs.keys()
+        different = {name: int((ours[name] ^ mask).sum()) for name, mask in theirs.items()}
+        assert not any(different.values()), f"step {step}: so many places of masks differ: {different}"
 
 
 def assert_same_codes(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

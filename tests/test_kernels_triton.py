@@ -44,6 +44,11 @@ SCALE = {
 COLUMNS = {"columns": "*i64", "n": "i32", "rank": "i32", "ROWS": 16, "COLUMNS": 64}
 COLUMNS |= dict.fromkeys(("first_scale", "scale"), "fp32")
 SQUARES = {"partial": "*fp32", "rows": "i32", "n": "i32", "ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "STEPS": 24}
+GROUPS = {**dict.fromkeys(("groups", "inner", "keep"), "i32"), "WIDTH": 4, "GROUPS": 256, "M": 4}
+PLACES = {**dict.fromkeys(("columns", "rows"), "*i32"), **dict.fromkeys(("live", "k", "batch"), "i32")}
+CONDENSED = {x: {**dict.fromkeys(("xt", "values", "out"), f"*{x}"), **PLACES} for x in ("fp32", "bf16")}
+ONE_VECTOR = {"ABLATED": False, "STEPS": 1, "ROWS": 4, "WIDTH": 512, "BATCH": 1}
+MANY_VECTORS = {"ABLATED": True, "STEPS": 20, "ROWS": 4, "WIDTH": 16, "BATCH": 64}
 
 # Of every argument its type, or its value if it is a constant of the program. Both processors see every kernel; the
 # variants of a kernel (dtypes, alignment) are spread over them.
@@ -68,6 +73,14 @@ KERNELS = [
     (90, "dct", "columns", {"out": "*fp32", **COLUMNS}),
     (80, "dct", "squares", {"g": "*fp32", **SQUARES}),
     (90, "dct", "squares", {"g": "*bf16", **SQUARES}),
+    (80, "condensed", "condensed_linear", CONDENSED["fp32"] | MANY_VECTORS),
+    (80, "condensed", "condensed_linear", CONDENSED["bf16"] | ONE_VECTOR),
+    (90, "condensed", "condensed_linear", CONDENSED["bf16"] | MANY_VECTORS),
+    (90, "condensed", "condensed_linear", CONDENSED["fp32"] | ONE_VECTOR),
+    (80, "nm", "nm", {"w": "*i16", "out": "*i16", **GROUPS, "LARGEST": 2**15 - 1, "MASK": False}),
+    (80, "nm", "nm", {"w": "*i64", "out": "*i64", **GROUPS, "LARGEST": 2**63 - 1, "MASK": False}),
+    (90, "nm", "nm", {"w": "*i32", "out": "*i32", **GROUPS, "M": 3, "LARGEST": 2**31 - 1, "MASK": False}),
+    (90, "nm", "nm", {"w": "*i32", "out": "*i8", **GROUPS, "LARGEST": 2**31 - 1, "MASK": True}),
 ]
 
 

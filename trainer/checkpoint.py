@@ -1,8 +1,8 @@
 """Saving and loading a run: torch distributed checkpoint, in the background, on any layout.
 
-The state is one flat tree of tensors, `model.<parameter>` and `optim.<parameter>.<state>`, each a DTensor split like
-its parameter; torch.distributed.checkpoint reads whatever rows a rank needs out of whatever files hold them. The few
-numbers of `TrainState` are in the manifest.
+The state is one flat tree of tensors, `model.<parameter>`, `optim.<parameter>.<state>` and `sparsity.<parameter>.<state>`,
+each a DTensor split like its parameter; torch.distributed.checkpoint reads whatever rows a rank needs out of whatever
+files hold them. The few numbers of `TrainState` are in the manifest.
 """
 
 import functools
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from rowwise.optim.build import named_state
+from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
 from rowwise.trainer.manifest import (
     begin,
@@ -29,11 +30,15 @@ from rowwise.trainer.manifest import (
 )
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, sparsity: Sparsity | None = None
+) -> dict[str, Tensor]:
     """Every tensor that a checkpoint holds, by its name in it."""
     tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     for name, states in named_state(model, optimizer).items():
         tensors |= {f"optim.{name}.{key}": tensor for key, tensor in states.items()}
+    if sparsity is not None:
+        tensors |= {f"sparsity.{name}": tensor for name, tensor in sparsity.named_state().items()}
     return tensors
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from rowwise.optim.build import ELEMENTWISE, OptimConfig, check_optimizer
 from rowwise.optim.schedules import ScheduleConfig, check_schedule
+from rowwise.optim.sparse.config import NM, SparsityConfig, check_sparsity
 from rowwise.parallel.mesh import ParallelConfig, resolve_degrees
 from rowwise.parallel.precision import PrecisionConfig, check_precision
 from rowwise.parallel.sequence import check_heads
@@ -46,6 +47,7 @@ class TrainConfig:
     schedule: Annotated[ScheduleConfig, _BY_NAME]
     parallel: ParallelConfig
     precision: Annotated[PrecisionConfig, _BY_NAME]
+    sparsity: Annotated[SparsityConfig, _BY_NAME]
     checkpoint: CheckpointConfig
     tracker: Annotated[TrackerConfig, _BY_NAME]
 
@@ -86,6 +88,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_optimizer(config.optim, parameter_shapes(config.model))
     check_schedule(config.schedule, config.steps)
     check_precision(config.precision)
+    check_sparsity(config.sparsity, parameter_shapes(config.model), config.steps)
     check_checkpoint(config.checkpoint)
     _check_eval(config)
     parallel = resolve_degrees(config.parallel, world_size)
@@ -97,6 +100,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     _check_post_validation(config, parallel)
     _check_param_dtype(config, parallel, micro_batches)
     _check_in_backward(config, parallel, micro_batches)
+    _check_sparsity(config, parallel)
     return replace(config, parallel=parallel)
 
 
@@ -173,6 +177,30 @@ def _check_in_backward(config: TrainConfig, parallel: ParallelConfig, micro_batc
             f"optim.in_backward with parallel.replicate={parallel.replicate} parallel.zero={parallel.zero}: gradients "
             "that FSDP2 sums over replicas stay until the backward ends; give parallel.replicate=1 and parallel.zero=1 "
             "to 3, or optim.in_backward=false"
+        )
+
+
+def _check_sparsity(config: TrainConfig, parallel: ParallelConfig) -> None:
+    name = config.sparsity.name
+    if name == "none":
+        return
+    if config.optim.in_backward:
+        raise ValueError(
+            f"optim.in_backward with sparsity={name}: masks cut every gradient before the step; give optim.in_backward=false"
+        )
+    if parallel.post_validation:
+        raise ValueError(
+            f"parallel.post_validation with sparsity={name}: a change of masks is not undone; give "
+            "parallel.post_validation=false"
+        )
+    if (
+        isinstance(config.sparsity, NM)
+        and config.sparsity.semi_structured
+        and config.precision.name not in ("bf16", "fp16")
+    ):
+        raise ValueError(
+            f"sparsity.semi_structured with precision={config.precision.name}: the hardware multiplies 16-bit numbers; give "
+            "precision=bf16 or fp16, or sparsity.semi_structured=false"
         )
 
 

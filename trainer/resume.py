@@ -4,11 +4,14 @@ before any process group exists."""
 from pathlib import Path
 from typing import Any
 
+from rowwise.optim.sparse.config import CooledBase, EvolvingBase, stop_step
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.manifest import find_checkpoints, read_manifest
 
 # What the facts were before they were kept.
-BEFORE: dict[str, Any] = {"optim.assign": []}
+BEFORE: dict[str, Any] = {"optim.assign": [], "sparsity.name": "none"}
+
+MASK_FACTS = ("name", "layers", "density", "distribution", "growth", "n", "m", "start_at")
 
 
 def model_facts(config: TrainConfig) -> dict[str, Any]:
@@ -18,9 +21,14 @@ def model_facts(config: TrainConfig) -> dict[str, Any]:
 
 
 def state_facts(config: TrainConfig) -> dict[str, Any]:
-    """What the optimizer's states are made of; a checkpoint must agree in it too."""
-    optim = tree_of(config)["optim"]
-    return {f"optim.{key}": optim[key] for key in ("name", "rank", "state_bits", "assign") if key in optim}
+    """What the optimizer's states and the masks are made of; a checkpoint must agree in it too."""
+    optim, sparsity = tree_of(config)["optim"], tree_of(config)["sparsity"]
+    facts = {f"optim.{key}": optim[key] for key in ("name", "rank", "state_bits", "assign") if key in optim}
+    facts |= {f"sparsity.{key}": sparsity[key] for key in MASK_FACTS if key in sparsity}
+    if isinstance(config.sparsity, EvolvingBase | CooledBase):
+        # A stop that moved with `steps` would change masks that were meant to stay.
+        facts["sparsity.stop_at"] = stop_step(config.sparsity, config.steps)
+    return facts
 
 
 def data_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ multiplied by M / N, together with what clipping and the loss scale ask for: exa
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,14 +49,15 @@ def compute_gradients(
     loss_scale: float = 1.0,
     stop: bool = False,
     trace: list[Span] | None = None,
+    filter_: Callable[[], None] | None = None,
 ) -> StepReport:
     """Leaves in every `p.grad` this rank's shard of the (clipped) gradient of the global mean loss.
 
-    `places` is batch.global_size x batch.seq_len. Beside what FSDP2 moves (see `parallel.shard`), one all-reduce of
-    four float64 over all ranks, whose result is the only point where the host waits for the device. `trace` takes the
-    timeline of a pipeline.
+    `places` is batch.global_size x batch.seq_len. `filter_` changes gradients before their norm is taken; `trace` takes the
+    timeline of a pipeline. Beside what FSDP2 moves (see `parallel.shard`), one all-reduce of four float64 over all ranks,
+    whose result is the only point where the host waits for the device.
     """
-    totals = local_totals(model, batches, mesh, zero, loss_scale / places, stop, trace)
+    totals = local_totals(model, batches, mesh, zero, loss_scale / places, stop, trace, filter_)
     dist.all_reduce(totals)
     report = read_totals(totals, places, loss_scale)
     if report.finite:
@@ -123,11 +125,14 @@ def local_totals(
     scale: float,
     stop: bool,
     trace: list[Span] | None,
+    filter_: Callable[[], None] | None = None,
 ) -> Tensor:
     """Forward and backward; then this rank's loss sum, valid tokens, squared norm of its gradient shards, and whether it
     is asked to stop: what summed over all ranks says all of a step."""
     totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
     totals[:2] = accumulate(model, batches, mesh.device, zero, scale, trace)
+    if filter_ is not None:
+        filter_()
     totals[2] = squared_norm(gradients(model)) / mesh.state_replicas
     totals[3] = float(stop)
     return totals

@@ -1,6 +1,7 @@
 """Where metrics go beside metrics.jsonl: nowhere, Weights & Biases, or TensorBoard. Only rank 0 has one."""
 
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -72,6 +73,12 @@ class _WandbTracker:
         self._run.finish()
 
 
+def _flat(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is kept by layer, as `key/layer`."""
+    for key, value in record.items():
+        yield from ((f"{key}/{name}", v) for name, v in value.items()) if isinstance(value, dict) else ((key, value),)
+
+
 class _TensorBoardTracker:
     def __init__(self, run_dir: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -80,7 +87,7 @@ class _TensorBoardTracker:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def log(self, record: dict[str, Any]) -> None:
-        for key, value in record.items():
+        for key, value in _flat(record):
             if key != "step" and value is not None:
                 self._writer.add_scalar(key, value, record["step"])
 

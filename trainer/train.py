@@ -1,5 +1,6 @@
 """train(config): build, resume, loop, save."""
 
+import functools
 import math
 import time
 from contextlib import ExitStack
@@ -13,12 +14,14 @@ from torch import Tensor
 from rowwise.optim.build import assignment_table, assignments, build_optimizer, set_lr, set_step
 from rowwise.optim.in_backward import InBackward
 from rowwise.optim.shell import Optimizer
+from rowwise.optim.sparse.account import weights_multiplied
+from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Span
 from rowwise.parallel.precision import initial_loss_scale, next_loss_scale
 from rowwise.parallel.replicate import gradient_sum
 from rowwise.parallel.sequence import places_on
-from rowwise.trainer.build import build_model
+from rowwise.trainer.build import build_masks, build_model
 from rowwise.trainer.checkpoint import Saver, first_sound, load, tensors_of
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_batches, step_batches
@@ -37,11 +40,12 @@ from rowwise.trainer.stop import StopSignals
 
 
 class Update(Protocol):
-    """Makes one step: from its micro-batches, the loss scale, whether this rank is to stop, where the timeline of a
+    """Makes step t (counted from 1): from its micro-batches, the loss scale, whether this rank is to stop, where the timeline of a
     pipeline goes, and the micro-batches of the next step where it may be begun."""
 
     def __call__(
         self,
+        step: int,
         batches: list[MicroBatch],
         loss_scale: float,
         stop: bool,
@@ -69,10 +73,11 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
     require_same_data(data, mesh)
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
-    tensors = tensors_of(model, optimizer)
+    sparsity = build_masks(config, mesh, model)
+    tensors = tensors_of(model, optimizer, sparsity)
     state, complaints = resume(config, mesh, data, tensors)
     set_step(optimizer, state.updates)
-    update = make_update(config, mesh, model, optimizer)
+    update = make_update(config, mesh, model, optimizer, sparsity)
 
     with ExitStack() as stack:
         reporter = stack.enter_context(open_reporter(config, mesh, state, complaints))
@@ -91,7 +96,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
 
             set_lr(optimizer, lr)
             spans: list[Span] | None = [] if state.step + 1 == config.parallel.pipeline_trace else None
-            report = update(micro_batches, scale_used, stop.requested, spans, ahead)
+            report = update(state.step + 1, micro_batches, scale_used, stop.requested, spans, ahead)
             if spans is not None:
                 keep_trace(spans, Path(config.run_dir) / "pipeline", mesh)
             if not report.finite:
@@ -103,6 +108,8 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             record = step_record(state, report, lr, config, mesh, time.perf_counter() - started, data_seconds)
             if config.precision.name == "fp16":
                 record |= {"loss_scale": scale_used, "skipped_steps": state.loss_scale.skipped}
+            if sparsity is not None:
+                record |= sparsity_record(sparsity, config, state.step)
             if config.eval.due(state.step, config.steps):
                 record["eval_loss"] = evaluate(model, eval_batches(config, mesh, data), mesh)
             reporter.step(record)
@@ -116,16 +123,23 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
     return state
 
 
-def make_update(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, optimizer: Optimizer) -> Update:
+def make_update(
+    config: TrainConfig,
+    mesh: Mesh,
+    model: Decoder | StagedDecoder,
+    optimizer: Optimizer,
+    sparsity: Sparsity | None,
+) -> Update:
     """The function that makes one step, as the configuration asks."""
     zero, places = config.parallel.zero, config.batch.global_size * config.batch.seq_len
     if config.optim.in_backward:
         in_backward = InBackward(optimizer, gradient_sum(model, mesh))
-        return lambda batches, loss_scale, stop, trace=None, ahead=None: step_in_backward(
+        return lambda step, batches, loss_scale, stop, trace=None, ahead=None: step_in_backward(
             model, batches[0], mesh, zero, in_backward, stop
         )
 
     def update(
+        step: int,
         batches: list[MicroBatch],
         loss_scale: float,
         stop: bool,
@@ -136,6 +150,10 @@ def make_update(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder,
         if config.parallel.post_validation:
             assert isinstance(model, StagedDecoder)
             report = step_at_once(model, batches, *asked, optimizer, stop, trace, ahead)
+        elif sparsity is not None:
+            filter_ = functools.partial(sparsity.filter_gradients, step)
+            report = compute_gradients(model, batches, *asked, stop, trace, filter_)
+            sparsity.step(optimizer, step, report.finite)
         else:
             report = compute_gradients(model, batches, *asked, stop, trace)
             if report.finite:
@@ -240,6 +258,24 @@ def step_record(
         "step_seconds": seconds,
         "data_seconds": data_seconds,
         "peak_memory_bytes": peak_memory_bytes(mesh.device),
+    }
+
+
+def sparsity_record(sparsity: Sparsity, config: TrainConfig, step: int) -> dict[str, Any]:
+    """What sparse training adds to a record: the density, and, where masks were counted, what they do. Floating-point
+    operations per token are those that are left where zeros cost nothing."""
+    account = sparsity.account
+    if account is None:
+        return {"density": sparsity.density}
+    forward, backward = weights_multiplied(config.sparsity, account.active, account.sizes, step, config.steps)
+    dense, weights = flops_per_token(config.model, config.batch.seq_len), sum(account.sizes)
+    flops = dense / 3 - 2 * (weights - forward), dense * 2 / 3 - 2 * (2 * weights - backward)
+    return {
+        "density": account.density,
+        "flops_per_token_forward": flops[0],
+        "flops_per_token_backward": flops[1],
+        "flops_of_dense": sum(flops) / dense,
+        **account.record(),
     }
 
 

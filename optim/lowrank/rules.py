@@ -16,6 +16,8 @@ nothing for the others. State bytes of a matrix (m, n) in fp32: 8 m r / N, and b
 nothing (apollo).
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ class LowRank:
     name: str
     fused = False
     rounds = False
+    weightwise: ClassVar[dict[str, int]] = {}
 
     def __init__(self, rank: int, refresh_every: int, scale: float, bits: int, betas: list[float], eps: float):
         self._rank, self._every, self._scale, self._bits = rank, refresh_every, scale, bits

@@ -46,6 +46,8 @@ _FIXED = {
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROWS_AT_A_TIME = 4096
+Read = Callable[[dict[str, Tensor]], None]  # fills tensors, by our names
+Form = Callable[[str, Tensor], dict[str, Tensor]]  # our name and tensor -> tensors by their names
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -163,7 +165,7 @@ def check_source(folder: Path, config: ModelConfig) -> None:
 
 def _check_tensors(folder: Path, config: ModelConfig) -> None:
     shapes = {their_name(name): shape for name, shape in parameter_shapes(config).items()}
-    files = _weight_files(folder)
+    files = weight_files(folder)
     for name in shapes:
         if name not in files:
             raise ValueError(f"it has no tensor {name}, which the model needs")
@@ -175,7 +177,7 @@ def _check_tensors(folder: Path, config: ModelConfig) -> None:
             raise ValueError(f"it has a tensor {name}, which the model does not have")
         names_of_files[path].append(name)
     for path, names in names_of_files.items():
-        with _opened(path) as file:
+        with opened(path) as file:
             for name in shapes.keys() & names:
                 _sliced(file, path, name, shapes[name])
     if config.tie_embeddings and _HEAD in files:
@@ -183,7 +185,7 @@ def _check_tensors(folder: Path, config: ModelConfig) -> None:
 
 
 def _check_tied(files: dict[str, Path], shape: torch.Size) -> None:
-    with _opened(files[_EMBED]) as embed_file, _opened(files[_HEAD]) as head_file:
+    with opened(files[_EMBED]) as embed_file, opened(files[_HEAD]) as head_file:
         embed = _sliced(embed_file, files[_EMBED], _EMBED, shape)
         head = _sliced(head_file, files[_HEAD], _HEAD, shape)
         for start in range(0, shape[0], _ROWS_AT_A_TIME):
@@ -195,32 +197,32 @@ def _check_tied(files: dict[str, Path], shape: torch.Size) -> None:
 def rows_from(folder: Path) -> Callable[[str, Tensor, int, int], None]:
     """A function that fills rows of a parameter from the folder's safetensors and reads no others; see
     `parallel.shard.materialize`. Raises ValueError for a tensor that `check_source` would have refused."""
-    files = _weight_files(folder)
-    opened = cache(_opened)
+    files = weight_files(folder)
+    open_ = cache(opened)
 
     def fill_(name: str, rows: Tensor, start: int, size: int) -> None:
         theirs = their_name(name)
         if theirs not in files:
             raise ValueError(f"{folder} has no tensor {theirs}, which the model needs")
-        source = _sliced(opened(files[theirs]), files[theirs], theirs, torch.Size((size, *rows.shape[1:])))
+        source = _sliced(open_(files[theirs]), files[theirs], theirs, torch.Size((size, *rows.shape[1:])))
         if rows.numel():
             rows.copy_(source[start : start + rows.size(0)])
 
     return fill_
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
+def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file."""
     if (folder / INDEX).is_file():
         return {name: folder / file for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
     path = folder / SINGLE
     if not path.is_file():
         raise ValueError(f"no {INDEX} and no {path.name} in it")
-    with _opened(path) as file:
+    with opened(path) as file:
         return dict.fromkeys(file.keys(), path)
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
     """A safetensors file, mapped: the header is read and checked against the length, the numbers when asked for."""
     try:
         return safe_open(path, framework="pt")
@@ -242,39 +244,43 @@ def write_folder(
     folder: Path,
     config_json: dict[str, Any],
     shapes: dict[str, torch.Size],
-    read_: Callable[[dict[str, Tensor]], None],
+    read_: Read,
     dtype: torch.dtype,
     max_file_bytes: int,
+    form: Form = lambda name, tensor: {their_name(name): tensor},
 ) -> list[Path]:
     """Writes config.json and the safetensors files, one at a time, into an existing folder. Returns the latter.
 
-    `shapes` are those of our parameters; `read_(tensors)` fills those of one file, by our names, in place. Raises
-    ValueError for numbers that `dtype` cannot hold.
+    `shapes` are those of our parameters; `read_(tensors)` fills those of one file, by our names, in place; `form` gives
+    the tensors to write for one of them. Raises ValueError for numbers that `dtype` cannot hold.
     """
     groups = list(_pack(shapes, dtype.itemsize, max_file_bytes))
     weight_map: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(groups, 1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        _write_file(folder / file, {name: shapes[name] for name in names}, read_, dtype)
-        weight_map |= {their_name(name): file for name in names}
+        written = _write_file(folder / file, {name: shapes[name] for name in names}, read_, dtype, form)
+        weight_map |= dict.fromkeys(written, file)
+        total += sum(written.values())
     if len(groups) > 1:
-        total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
     (folder / "config.json").write_text(json.dumps(config_json, indent=1))
     return [folder / file for file in dict.fromkeys(weight_map.values())]
 
 
 def _write_file(
-    path: Path, shapes: dict[str, torch.Size], read_: Callable[[dict[str, Tensor]], None], dtype: torch.dtype
-) -> None:
-    """Everything a file holds lives in this call, and nowhere after it."""
+    path: Path, shapes: dict[str, torch.Size], read_: Read, dtype: torch.dtype, form: Form
+) -> dict[str, int]:
+    """Everything a file holds lives in this call, and nowhere after it. Returns the bytes of every tensor."""
     tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     read_(tensors)
     for name, tensor in tensors.items():
         smallest, largest = torch.aminmax(tensor)  # isfinite would make copies of it
         if not (smallest.isfinite() and largest.isfinite()):
             raise ValueError(f"{name} has numbers that are infinite or undefined in {dtype}; give a wider dtype")
-    save_file({their_name(name): tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    written = {part: tensor for name in shapes for part, tensor in form(name, tensors.pop(name)).items()}
+    save_file(written, path, metadata={"format": "pt"})
+    return {name: tensor.nbytes for name, tensor in written.items()}
 
 
 def _pack(shapes: dict[str, torch.Size], itemsize: int, max_bytes: int) -> Iterator[list[str]]:

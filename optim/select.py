@@ -1,0 +1,159 @@
+"""The exact k-th largest of numbers that are spread over ranks, by radix select: nothing but counts crosses ranks.
+
+Numbers become 64-bit keys in the same order: |x| by its IEEE bits, which are ordered as the magnitudes are. From the
+most significant digit of 8 bits on, every rank counts how many of its keys have each of the 256 values; the counts are
+summed over ranks, the digit of the k-th largest is read off, and only keys that begin with the digits found so far are
+counted on. Where more keys than needed equal the k-th, those at the smallest logical positions are taken, found in the
+same way. So *which* k are chosen does not depend on how they are spread.
+
+Many problems (a layer each, say) share each message: digits x problems x 256 counts of 8 bytes, however many numbers
+there are; 4 digits for float32, 8 for float64, and as many as a position has where ties are to be broken. Beside its
+operands a rank holds the keys of one portion of rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rowwise.kernels.portions import row_portions
+
+BINS = 256
+NOTHING = (1 << 63) - 1  # above every key
+Groups = Sequence[dist.ProcessGroup]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """This rank's rows of one tensor. `keys(rows)`: int64 keys (r, columns) of some of them, negative where there is
+    no candidate. `start`: the logical position of the first entry, in the order in which ties are broken."""
+
+    rows: int
+    columns: int
+    start: int
+    keys: Callable[[slice], Tensor]
+
+    def portions(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their keys), a portion of rows at a time."""
+        for rows in row_portions(self.rows, self.columns):
+            yield rows, self.keys(rows)
+
+    def positions(self, rows: slice, device: torch.device) -> Tensor:
+        """The logical positions of some rows, laid like their keys."""
+        first, last = (self.start + row * self.columns for row in (rows.start, rows.stop))
+        return torch.arange(first, last, device=device).view(-1, self.columns)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Choose the `k` largest of all candidates, of this rank and the others. Positions are below `size`."""
+
+    k: int
+    size: int
+    candidates: list[Candidates]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the chosen end: keys above `bits` are chosen, and those equal to it at positions up to `position`, or all
+    of them."""
+
+    bits: int
+    position: int | None = None
+
+    def takes(self, candidates: Candidates, rows: slice, keys: Tensor) -> Tensor:
+        """Whether each of some rows' entries, whose keys these are, is chosen."""
+        if self.position is None:
+            return (keys >= 0) & (keys >= self.bits)
+        last = candidates.positions(rows, keys.device) <= self.position
+        return (keys >= 0) & ((keys > self.bits) | ((keys == self.bits) & last))
+
+
+def magnitude_keys(x: Tensor) -> Tensor:
+    """Keys in the order of |x|: its IEEE bits, of float32 for 16-bit numbers. NaN is above everything."""
+    if x.dtype == torch.float64:
+        return x.abs().view(torch.int64)
+    return x.float().abs().view(torch.int32).long()
+
+
+def magnitude_of(bits: int, dtype: torch.dtype) -> float:
+    """|x| of a key made from that dtype."""
+    narrow = dtype != torch.float64
+    whole = torch.tensor(bits, dtype=torch.int32 if narrow else torch.int64)
+    return whole.view(torch.float32 if narrow else torch.float64).item()
+
+
+def key_bits(dtype: torch.dtype) -> int:
+    """How many bits the keys of that dtype have."""
+    return 64 if dtype == torch.float64 else 32
+
+
+def select(problems: list[Problem], bits: int, groups: Groups, device: torch.device) -> list[Cut]:
+    """The cut of every problem. All ranks of `groups`, over which one after the other counts are summed, call it with as
+    many problems and the same `k`. `bits`: how many the keys have. Raises ValueError where fewer than k candidates exist.
+    """
+    ks = [problem.k for problem in problems]
+    found = _radix([_keys(problem) for problem in problems], ks, bits, groups, device)
+    cuts = [Cut(NOTHING if key is None else key) for key, _, _ in found]
+    torn = [i for i, (_, left, equal) in enumerate(found) if left < equal]
+    if torn:
+        # The smallest positions are the largest when they are counted from the end.
+        width = -(-max(problems[i].size for i in torn).bit_length() // 8) * 8
+        end = (1 << width) - 1
+        parts = [_tied(problems[i], cuts[i].bits, end) for i in torn]
+        places = _radix(parts, [found[i][1] for i in torn], width, groups, device)
+        for i, (place, _, _) in zip(torn, places, strict=True):
+            assert place is not None
+            cuts[i] = Cut(cuts[i].bits, end - place)
+    return cuts
+
+
+Values = Callable[[], Iterator[Tensor]]
+
+
+def _keys(problem: Problem) -> Values:
+    def values() -> Iterator[Tensor]:
+        for candidates in problem.candidates:
+            for _, keys in candidates.portions():
+                yield keys[keys >= 0]
+
+    return values
+
+
+def _tied(problem: Problem, bits: int, end: int) -> Values:
+    def values() -> Iterator[Tensor]:
+        for candidates in problem.candidates:
+            for rows, keys in candidates.portions():
+                yield end - candidates.positions(rows, keys.device)[keys == bits]
+
+    return values
+
+
+def _radix(
+    parts: list[Values], ks: list[int], bits: int, groups: Groups, device: torch.device
+) -> list[tuple[int | None, int, int]]:
+    """(the k-th largest, how many equal to it are among the k, how many are equal to it) of each; (None, 0, 0) for k = 0."""
+    if not parts:
+        return []
+    prefixes, left, equal = [0] * len(ks), list(ks), [0] * len(ks)
+    for shift in range(bits - 8, -1, -8):
+        counts = torch.zeros(len(ks), BINS, dtype=torch.int64, device=device)
+        for i, values in enumerate(parts):
+            for value in values() if ks[i] else ():
+                # The first digit has nothing before it, and 64-bit numbers cannot be shifted by 64.
+                here = value if shift + 8 >= bits else value[(value >> (shift + 8)) == prefixes[i]]
+                counts[i] += torch.bincount((here >> shift) & (BINS - 1), minlength=BINS)
+        for group in groups:
+            dist.all_reduce(counts, group=group)
+        at_least = counts.flip(1).cumsum(1).flip(1).tolist()
+        for i, total in enumerate(at_least):
+            if not ks[i]:
+                continue
+            if total[0] < left[i]:
+                raise ValueError(f"{ks[i]} are to be chosen, and there are {total[0]} candidates")
+            digit = max(d for d in range(BINS) if total[d] >= left[i])
+            above = total[digit + 1] if digit + 1 < BINS else 0
+            prefixes[i], left[i], equal[i] = prefixes[i] << 8 | digit, left[i] - above, total[digit] - above
+    return [(p, n, e) if k else (None, 0, 0) for k, p, n, e in zip(ks, prefixes, left, equal, strict=True)]

@@ -1,0 +1,82 @@
+"""What masks do: how many weights live where, how much of a mask is new, and what a token costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rowwise.optim.sparse.config import NM, PDP, ST3, RigL, SparsityConfig, SRigL, stop_step
+from rowwise.optim.sparse.layers import Layers
+from rowwise.optim.sparse.masks import portions
+
+
+@dataclass(frozen=True)
+class Account:
+    """Counts over all ranks, a number for every sparse matrix: weights that are `active`, of those how many were so in
+    the `first` mask and in the one `last` counted, and rows without any (`dead`: neurons whose output is 0). `firsts`:
+    weights of the first mask."""
+
+    names: list[str]
+    sizes: list[int]
+    active: list[int]
+    in_first: list[int]
+    in_last: list[int]
+    firsts: list[int]
+    dead: list[int]
+
+    @property
+    def density(self) -> float:
+        return sum(self.active) / sum(self.sizes)
+
+    def record(self) -> dict[str, float | int | dict[str, float]]:
+        """What metrics.jsonl keeps. `mask_overlap_first`: the share of the first mask that is active; `mask_replaced`: the
+        share of the active weights that were not when last counted."""
+        active = max(1, sum(self.active))
+        return {
+            "dead_neurons": sum(self.dead),
+            "mask_overlap_first": sum(self.in_first) / max(1, sum(self.firsts)),
+            "mask_replaced": 1 - sum(self.in_last) / active,
+            "density_by_layer": {
+                name: n / size for name, n, size in zip(self.names, self.active, self.sizes, strict=True)
+            },
+        }
+
+
+def take_account(layers: Layers) -> Account:
+    """Counts, and takes the masks of now for those last counted. One all-reduce of 5 numbers a matrix for each group of
+    `layers.model`."""
+    counts = torch.zeros(5, len(layers.names), dtype=torch.int64)
+    for layer in layers.mine:
+        first, last = layer.local_first, layer.local_last
+        for rows, mask in portions(layer.bits, layer.columns):
+            here = counts[:, layer.index]
+            here[0] += int(mask.sum())
+            here[4] += int((~mask.any(1)).sum())
+            for i, packed in ((1, layer.bits & first), (2, layer.bits & last), (3, first)):
+                here[i] += sum(int(m.sum()) for _, m in portions(packed[rows], layer.columns))
+        last.copy_(layer.bits)
+    active, in_first, in_last, firsts, dead = layers.sum(counts, layers.model).tolist()
+    return Account(layers.names, [s.numel() for s in layers.shapes], active, in_first, in_last, firsts, dead)
+
+
+def begin_account(layers: Layers) -> None:
+    """Takes the masks of now for the first ones."""
+    for layer in layers.mine:
+        layer.local_first.copy_(layer.bits)
+        layer.local_last.copy_(layer.bits)
+
+
+def weights_multiplied(
+    config: SparsityConfig, active: Sequence[int], sizes: Sequence[int], step: int, steps: int
+) -> tuple[float, float]:
+    """How many weights of the sparse matrices a token meets in (the forward, the backward), were zeros left out; the
+    backward multiplies for the input's gradient and for the weights'. RigL's dense gradients are spread over the steps
+    from one update to the next (Evci et al., appendix H)."""
+    some, everything = sum(active), sum(sizes)
+    if isinstance(config, PDP) and config.start_at <= step <= stop_step(config, steps):
+        return everything, 2 * everything  # soft masks
+    if isinstance(config, ST3 | NM):
+        return some, some + everything
+    if isinstance(config, RigL | SRigL) and config.start_at <= step < stop_step(config, steps):
+        return some, some + (some * (config.update_every - 1) + everything) / config.update_every
+    return some, 2 * some

@@ -1,0 +1,58 @@
+"""The masks of a run, by the rule that its configuration names."""
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rowwise.optim.shell import Optimizer
+from rowwise.optim.sparse.account import Account
+from rowwise.optim.sparse.config import NM, PDP, ST3, NoSparsity, SparsityConfig, sparse_layers
+from rowwise.optim.sparse.cooled import Cooled
+from rowwise.optim.sparse.grouped import Grouped
+from rowwise.optim.sparse.layers import find_layers
+from rowwise.optim.sparse.masked import Masked
+
+
+class Sparsity(Protocol):
+    """How sparse weights are kept so. `account`: of the masks after the last step, where they were counted; `density`:
+    the share of all weights of sparse matrices that they keep."""
+
+    @property
+    def account(self) -> Account | None: ...
+
+    @property
+    def density(self) -> float: ...
+
+    def named_state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold, by parameter and what it is; tensors that stay the same objects."""
+
+    def filter_gradients(self, step: int) -> None:
+        """After the last backward of step t (counted from 1) and before the norm of its gradients."""
+
+    def step(self, optimizer: Optimizer, step: int, usable: bool) -> None:
+        """The optimizer's step t, unless its gradients are not `usable`, and what follows for the masks."""
+
+
+def build_sparsity(
+    model: nn.Module,
+    config: SparsityConfig,
+    shapes: dict[str, torch.Size],
+    seed: int,
+    steps: int,
+    stages: dist.ProcessGroup | None,
+    compute_dtype: torch.dtype,
+) -> Sparsity | None:
+    """The masks of the (sharded) parameters of `model`, which is the whole or this rank's stages of a model whose
+    parameters have these `shapes`; None where nothing is sparse. Cuts the initial weights. `stages`: the ranks that hold
+    the other stages; `compute_dtype`: of forwards and backwards. All ranks call it."""
+    if isinstance(config, NoSparsity):
+        return None
+    names = sparse_layers(config, shapes)
+    layers = find_layers(model, names, [shapes[name] for name in names], stages)
+    if isinstance(config, NM):
+        return Grouped(config, layers, compute_dtype)
+    if isinstance(config, ST3 | PDP):
+        return Cooled(config, layers, steps)
+    return Masked(config, layers, seed, steps)

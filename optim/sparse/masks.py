@@ -1,0 +1,55 @@
+"""Masks of single weights, eight to a byte along the row: bit j mod 8 of byte j div 8 is column j. Rows are split as the
+weight's are; 1/8 byte a weight, in memory and in checkpoints."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rowwise.kernels.portions import row_portions
+
+
+def packed_columns(columns: int) -> int:
+    """Bytes of a row."""
+    return -(-columns // 8)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """bool (r, n) to uint8 (r, ceil(n / 8)); what is left of the last byte is zero."""
+    rows, columns = mask.shape
+    padded = torch.zeros(rows, packed_columns(columns) * 8, dtype=torch.uint8, device=mask.device)
+    padded[:, :columns] = mask
+    return (padded.view(rows, -1, 8) << _bits(mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, columns: int) -> Tensor:
+    """The way back: bool (r, n)."""
+    bits = (packed[:, :, None] >> _bits(packed.device)) & 1
+    return bits.flatten(1)[:, :columns].bool()
+
+
+def _bits(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def portions(packed: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their mask as bool), a portion of rows at a time."""
+    for rows in row_portions(packed.size(0), columns):
+        yield rows, unpack(packed[rows], columns)
+
+
+def count(packed: Tensor, columns: int) -> int:
+    """How many bits are set."""
+    return sum(int(mask.sum()) for _, mask in portions(packed, columns))
+
+
+def fill_(packed: Tensor, columns: int) -> None:
+    """Sets every bit."""
+    for rows in row_portions(packed.size(0), columns):
+        packed[rows] = pack(torch.ones(packed[rows].size(0), columns, dtype=torch.bool, device=packed.device))
+
+
+def zero_outside_(x: Tensor, packed: Tensor) -> None:
+    """x (r, n) = 0 where the mask is not set, in place; what is there counts for nothing, not even a NaN."""
+    for rows, mask in portions(packed, x.size(1)):
+        x[rows].masked_fill_(~mask, 0)

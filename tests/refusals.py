@@ -1,0 +1,306 @@
+"""What a run on 2 workers refuses before it starts: name -> (overrides, what the message must hold)."""
+
+TWO = ["parallel.pipeline=2"]
+REFUSED = {
+    "unknown key": (
+        ["optim.learning_rate=1"],
+        r"unknown key optim.learning_rate: optim has assign, betas, eps, .*name, ",
+    ),
+    "misspelt key": (["batch.micro_sise=1"], r"unknown key batch.micro_sise: .*did you mean batch.micro_size\?"),
+    "added key": (["+model.depth=3"], r"unknown key model.depth: model has .*layers"),
+    "key of another choice": (["data=text", "data.separator=0"], r"unknown key data.separator: data has .*tokenizer"),
+    "wrong type": (["batch.seq_len=long"], r"batch.seq_len='long': input should be a valid integer"),
+    "fraction for a whole number": (["steps=2.5"], r"steps=2.5: .*valid integer"),
+    "wrong type in a choice": (["schedule=wsd", "schedule.warmup_steps=a"], r"schedule.warmup_steps='a': .*integer"),
+    "unknown choice": (["optim=sgd"], r"optim/sgd.*Available options.*adamw"),
+    "unknown name": (["precision.name=fp8"], r"precision.name='fp8': possible are 'fp64', 'fp32', 'bf16', 'fp16'"),
+    "not an override": (["steps"], r"steps"),
+    "below a number": (["optim.lr.x=3"], r"unknown key optim.lr.x"),
+    "no number": (["clip_norm=nan"], r"clip_norm=nan: give a finite number"),
+    "no name": (["name=.."], r"name='..': a run name is the name of a folder"),
+    "endless loss scale": (["precision=fp16", "precision.initial_scale=1e999"], r"finite"),
+    "rope": (["model.rope_theta=0"], r"model.rope_theta and model.init_std are above 0"),
+    "no steps": (["steps=0"], r"steps=0: a run has at least 1 step"),
+    "heads": (
+        ["model.heads=3"],
+        r"model.dim=256 is not divisible by model.heads=3; give a multiple of 3, or model.head_dim",
+    ),
+    "key/value heads": (["model.kv_heads=3"], r"model.kv_heads=3; possible for kv_heads are \[1, 2, 4\]"),
+    "odd head dim": (["model.head_dim=31"], r"head dim is 31: .*must be even"),
+    "batch": (
+        ["batch.global_size=20"],
+        r"batch.global_size=20 does not divide into 2 .*batch.micro_size=8; .*\[16, 32\]",
+    ),
+    "degrees": (["parallel.shard=3"], r"replicate=1 x parallel.shard=3 = 3 workers, but the world size is 2"),
+    "replicate": (
+        ["parallel.replicate=3"],
+        r"parallel.replicate=3 does not divide the world size 2; possible are \[1, 2\]",
+    ),
+    "pipeline degree": (
+        ["parallel.pipeline=3"],
+        r"pipeline=3 x parallel.replicate=1 does not divide the world size 2; possible",
+    ),
+    "pipeline and shard": (
+        ["parallel.pipeline=2", "parallel.shard=2"],
+        r"= 4 workers, but the world size is 2; start 4 workers",
+    ),
+    "stages without layers": (
+        [*TWO, "parallel.virtual_stages=3", "parallel.pipeline_schedule=gpipe"],
+        r"6 pipeline stages .*model.layers=4: a stage has at least one layer; give at most 4 stages",
+    ),
+    "virtual stages": (
+        [*TWO, "parallel.virtual_stages=2"],
+        r"pipeline_schedule=1f1b with parallel.virtual_stages=2: possible is 1",
+    ),
+    "too few virtual stages": (
+        [*TWO, "parallel.pipeline_schedule=zb_v"],
+        r"zb_v with parallel.virtual_stages=1: possible is 2;",
+    ),
+    "micro-batches": (
+        [*TWO, "parallel.pipeline_schedule=zb_h2"],
+        r"zb_h2 on 2 ranks needs at least 3 micro-batches a step and there are 2; .*or one of gpipe, 1f1b",
+    ),
+    "one micro-batch": (
+        [*TWO, "batch.global_size=8"],
+        r"1f1b on 2 ranks needs at least 2 micro-batches a step and there are 1",
+    ),
+    "unit": (
+        [*TWO, "parallel.pipeline_schedule=blockwise", "parallel.pipeline_unit=3"],
+        r"parallel.pipeline_unit=3: a unit of blockwise has from 2 \(the ranks\) to 2",
+    ),
+    "unit of another": ([*TWO, "parallel.pipeline_unit=2"], r"pipeline_unit=2 with 1f1b: only blockwise has units"),
+    "unknown schedule": (
+        [*TWO, "parallel.pipeline_schedule=2f2b"],
+        r"pipeline_schedule=2f2b: possible are gpipe, .*auto",
+    ),
+    "missing schedule": ([*TWO, "parallel.pipeline_schedule=no.csv"], r"pipeline_schedule=no.csv: .*No such file"),
+    "a schedule with a cycle": (
+        [*TWO, "parallel.pipeline_schedule={folder}/cycle.csv"],
+        r"wait for each other in a circle: .*cycle.csv, line 1 stops at 0B0, .*cycle.csv, line 2 stops at 1F1",
+    ),
+    "a schedule of another step": (
+        [*TWO, "parallel.pipeline_schedule={folder}/short.csv"],
+        r"short.csv, line 1: 0F1 is missing",
+    ),
+    "gathering below stage 3": (
+        [*TWO, "parallel.pipeline_gather=run"],
+        r"gather=run with parallel.zero=1, .*give parallel.zero=3",
+    ),
+    "tracing beyond the end": (
+        [*TWO, "parallel.pipeline_trace=201"],
+        r"pipeline_trace=201: a step of the 200, counted from 1",
+    ),
+    "memory of another": (
+        [*TWO, "parallel.pipeline_memory=2"],
+        r"pipeline_memory=2.0 with 1f1b: only auto looks at it",
+    ),
+    "too little memory": (
+        [*TWO, "parallel.pipeline_schedule=auto", "parallel.pipeline_memory=0.1"],
+        r"pipeline_memory=0.1: 1 is what 1f1b holds, 2",
+    ),
+    "costs": (
+        [*TWO, "parallel.pipeline_schedule=auto", "parallel.pipeline_costs=/no.json"],
+        r"costs=/no.json: .*leave it null",
+    ),
+    "a schedule without a pipeline": (
+        ["parallel.pipeline_schedule=zb_h1"],
+        r"pipeline_schedule=zb_h1 with parallel.pipeline=1: there is no pipeline",
+    ),
+    "compiled halves": (
+        [*TWO, "compile=true", "parallel.pipeline_schedule=zb_h1"],
+        r"compile=true with .*zb_h1: .*or gpipe, 1f1b or interleaved",
+    ),
+    "stages in the backward": (
+        [*TWO, "optim.in_backward=true", "clip_norm=0"],
+        r"in_backward with parallel.pipeline=2",
+    ),
+    "a step that cannot be taken back": (
+        [*TWO, "parallel.post_validation=true", "optim=muon"],
+        r"post_validation with optim=muon: .*possible are adamw, adamw8bit",
+    ),
+    "heads that do not divide": (
+        ["parallel.ulysses=2", "model.heads=5", "model.kv_heads=5", "model.head_dim=4"],
+        r"parallel.ulysses=2 with model.heads=5: .*possible are \[1, 5\], and parallel.ring",
+    ),
+    "an order without a ring": (
+        ["parallel.ring_order=striped"],
+        r"ring_order=striped with parallel.ring=1: there is no ring",
+    ),
+    "unknown order": (
+        ["parallel.ring=2", "parallel.ring_order=random"],
+        r"ring_order='random': input should be 'contiguous', 'zig",
+    ),
+    "no ranks to share": (["parallel.ring=0"], r"parallel.ring=0: degrees are at least 1"),
+    "too many to share": (
+        ["parallel.ring=2", "parallel.ulysses=2"],
+        r"replicate=1 x parallel.ring=2 x parallel.ulysses=2 does not divide .* size 2",
+    ),
+    "ranks that are not there": (
+        ["parallel.ring=2", "parallel.shard=2"],
+        r"parallel.ring=2 x parallel.shard=2 = 4 workers, but the world size is 2",
+    ),
+    "backend": (["parallel.backend=accelerate"], r"parallel.backend='accelerate': input should be 'torch'"),
+    "zero": (["parallel.zero=4"], r"parallel.zero=4: possible are 0, 1, 2 and 3"),
+    "learning rate": (["optim.lr=0"], r"optim.lr=0.*above 0"),
+    "betas": (["optim.betas=[0.9]"], r"optim.betas=\[0.9\]: two numbers"),
+    "unknown rule": (["optim=shampoo"], r"optim/shampoo.*Available options.*adafactor"),
+    "rank above the narrow side": (
+        ["optim=galore", "optim.rank=129"],
+        r"optim.rank=129 is above the narrow side of blocks.0.attention.wk.weight, \(128, 256\); give at most 128, or another",
+    ),
+    "rank": (["optim=fira", "optim.rank=0"], r"optim.rank=0: it is at least 1"),
+    "growth": (["optim=fira", "optim.growth=0.5"], r"optim.growth=0.5"),
+    "state bits": (["optim=galore", "optim.state_bits=4"], r"optim.state_bits=4: input should be 8 or 32"),
+    "momentum": (["optim=muon", "optim.momentum=1"], r"optim.momentum=1"),
+    "adafactor": (["optim=adafactor", "optim.clip_threshold=0"], r"clip_threshold is above 0"),
+    "an 8-bit rule on a vector": (
+        ["optim.assign=[{match: '*norm*', rule: adamw8bit}]"],
+        r"adamw8bit is for matrices, and blocks.0.attention_norm.weight",
+    ),
+    "a pattern without a parameter": (
+        ["optim.assign=[{match: 'layers.*', rule: adamw}]"],
+        r"no parameter matches 'layers.\*'; there are blocks.\*.attention",
+    ),
+    "a pattern that an earlier one hides": (
+        ["optim.assign=[{match: '*', rule: adamw}, {match: 'embed.*', rule: lion}]"],
+        r"no parameter matches 'embed.\*' that no earlier pattern takes",
+    ),
+    "unknown key in a list": (
+        ["optim.assign=[{match: '*', rule: adamw, lr: 1e-5}]"],
+        r"unknown key optim.assign\[0\].lr: optim.assign\[0\] has match, rule",
+    ),
+    "a rule that cannot be assigned": (
+        ["optim.assign=[{match: '*', rule: sgd}]"],
+        r"optim.assign.*rule='sgd': input should be",
+    ),
+    "clipping in the backward": (
+        ["optim.in_backward=true"],
+        r"optim.in_backward with clip_norm=1.0: .*give clip_norm=0",
+    ),
+    "accumulation in the backward": (
+        ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4"],
+        r"with 2 micro-batches a step: .*give batch.micro_size=8 or batch.global_size=8",
+    ),
+    "fp16 in the backward": (
+        ["optim.in_backward=true", "clip_norm=0", "precision=fp16"],
+        r"in_backward with precision=fp16",
+    ),
+    "replicas in the backward": (
+        ["optim.in_backward=true", "clip_norm=0", "parallel.zero=0", "precision=bf16"],
+        r"in_backward with parallel.replicate=1 parallel.zero=0: .*give parallel.replicate=1 and parallel.zero=1 to 3",
+    ),
+    "split gradients in bf16": (
+        ["optim.param_dtype=bf16", "precision=bf16", "parallel.zero=2", "batch.micro_size=4"],
+        r"parallel.zero=2 and 2 micro-batches a step: .*give parallel.zero=1, or batch.micro_size=8",
+    ),
+    "8-bit moments of rank 1": (["optim=apollo_mini", "+optim.state_bits=8"], r"unknown key optim.state_bits"),
+    "bf16 parameters": (
+        ["optim.param_dtype=bf16"],
+        r"optim.param_dtype=bf16 with precision=fp32: .*give precision=bf16",
+    ),
+    "schedule too long": (["schedule=wsd", "schedule.decay_steps=500"], r"take 500 steps and the run has 200"),
+    "annealing": (["schedule=infinite", "schedule.anneal_steps=5"], r"without schedule.anneal_at"),
+    "held-out share": (["data.holdout=1"], r"data.holdout=1.*share from 0 to below 1"),
+    "nothing held out": (["data.holdout=0"], r"eval.every is on and data.holdout=0"),
+    "no files": (["data=text"], r"data.files is empty; give a path, a folder or a glob"),
+    "missing file": (["data=text", "data.files=/nowhere/*.txt"], r"/nowhere/\*.txt names no file"),
+    "missing tokenizer": (
+        ["data=text", "data.files={folder}", "data.tokenizer=/no.json"],
+        r"tokenizer=/no.json: no such file",
+    ),
+    "no tokenizer file": (
+        ["data=text", "data.files={folder}", "data.tokenizer={folder}/0.txt"],
+        r"not a tokenizer.json",
+    ),
+    "vocabulary": (
+        ["model.vocab_size=100"],
+        r"go up to 255, but model.vocab_size=100; give model.vocab_size=256 or more",
+    ),
+    "tokens beyond the vocabulary": (
+        ["data=tokens", "data.files={folder}/tokens.bin", "model.vocab_size=50", "sample.tokens=0"],
+        r"go up to 60, but model.vocab_size=50",
+    ),
+    "too little data": (
+        ["data=text", "data.files={folder}/0.txt", "batch.seq_len=9999", "data.holdout=0", "eval.every=0"],
+        r"one sample takes batch.seq_len \+ 1 = 10000",
+    ),
+    "column": (
+        ["data=hf", "data.files={folder}/rows.jsonl", "data.column=body"],
+        r"no text in column 'body'; its columns are text",
+    ),
+    "sampling tokens": (["data=tokens", "data.files={folder}/tokens.bin"], r"has no tokenizer to write with"),
+    "empty prompt": (["sample.prompt=''"], r"sample.prompt='' has no token to go on from"),
+    "resume": (["resume=/nowhere"], r"resume=/nowhere: no checkpoint there; give auto, never, or the path"),
+    "run directory": (["run_dir=/dev/null/run"], r"run_dir=/dev/null/run cannot be written .*give another run_dir"),
+    "init_from": (
+        ["model.init_from=/nowhere"],
+        r"model.init_from=/nowhere: .*No such file.*give a Hugging Face folder",
+    ),
+    "keep": (["checkpoint.keep=-1"], r"checkpoint.keep=-1"),
+    "clip": (["clip_norm=-1"], r"clip_norm=-1"),
+    "name": (["name=a/b"], r"name='a/b'"),
+    "tracker": (["tracker=wandb", "tracker.mode=on"], r"tracker.mode=.*'online' or 'offline'"),
+    # of sparsity
+    "density 0": (["sparsity=rigl", "sparsity.density=0"], r"sparsity.density=0.0: .* above 0 and at most 1"),
+    "density above 1": (["sparsity=st3", "sparsity.density=1.5"], r"sparsity.density=1.5: .* above 0 and at most 1"),
+    "density of nothing": (
+        ["sparsity=set", "sparsity.density=1e-7"],
+        r"leaves blocks.0.attention.wq.weight, \(256, 256\), no weight; give a larger density",
+    ),
+    "less than a weight a row": (
+        ["sparsity=srigl", "sparsity.density=0.003", "sparsity.distribution=uniform"],
+        r"less than one weight for each of its 256 rows; give a larger density, or leave it out of sparsity.layers",
+    ),
+    "groups that columns do not have": (
+        ["sparsity=nm", "sparsity.m=5"],
+        r"sparsity.m=5 does not divide the 256 columns of blocks.0.attention.wq.weight; give another m, or leave",
+    ),
+    "groups that rows do not have": (
+        ["sparsity=nm", "model.ffn_dim=706", "sparsity.layers=[*.w1.weight]"],
+        r"sparsity.m=4 does not divide the 706 rows of blocks.0.feed_forward.w1.weight, .*sparsity.backward=row",
+    ),
+    "n above m": (["sparsity=nm", "sparsity.n=5"], r"sparsity.n=5 sparsity.m=4: n of every m weights are kept"),
+    "stop beyond the run": (
+        ["sparsity=rigl", "sparsity.stop_at=900"],
+        r"sparsity.stop_at=900 is beyond the run of 200 steps; give at most steps=200",
+    ),
+    "start after the stop": (
+        ["sparsity=gradual", "sparsity.start_at=160"],
+        r"sparsity.start_at=160: from 0 to sparsity.stop_at, which is 150",
+    ),
+    "no updates": (["sparsity=set", "sparsity.update_every=0"], r"sparsity.update_every=0: it is at least 1"),
+    "everything replaced": (["sparsity=set", "sparsity.replace=1.0"], r"sparsity.replace=1.0: .* above 0 and below 1"),
+    "no such layer": (
+        ["sparsity=set", "sparsity.layers=[*.w4.weight]"],
+        r"sparsity.layers: no hidden matrix matches '\*.w4.weight'; there are blocks.\*.attention.wk.weight, .*w3",
+    ),
+    "a layer that stays dense": (
+        ["sparsity=set", "sparsity.layers=[blocks.*,head.weight]"],
+        r"sparsity.layers: no hidden matrix matches 'head.weight'",
+    ),
+    "no layers": (["sparsity=set", "sparsity.layers=[]"], r"sparsity.layers is empty; give patterns"),
+    "rows of equal numbers that others compete for": (
+        ["sparsity=srigl", "sparsity.redistribute=true"],
+        r"unknown key sparsity.redistribute: sparsity has ablate_below, density, .*update_every",
+    ),
+    "groups with a density": (
+        ["sparsity=nm", "sparsity.density=0.3"],
+        r"unknown key sparsity.density: sparsity has .* n, ",
+    ),
+    "masks in the backward": (
+        ["sparsity=rigl", "optim.in_backward=true", "clip_norm=0", "batch.micro_size=8"],
+        r"optim.in_backward with sparsity=rigl: .*give optim.in_backward=false",
+    ),
+    "masks taken back": (
+        ["sparsity=rigl", *TWO, "parallel.post_validation=true"],
+        r"parallel.post_validation with sparsity=rigl: .*parallel.post_validation=false",
+    ),
+    "2:4 in 32 bits": (
+        ["sparsity=nm", "sparsity.semi_structured=true"],
+        r"sparsity.semi_structured with precision=fp32: .*give precision=bf16 or fp16",
+    ),
+    "another pattern than the hardware's": (
+        ["sparsity=nm", "sparsity.m=8", "sparsity.semi_structured=true", "precision=bf16"],
+        r"sparsity.semi_structured with 2:8: hardware knows 2:4 alone",
+    ),
+}

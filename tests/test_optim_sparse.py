@@ -1,0 +1,156 @@
+"""How many weights are kept, of what and when; masks in bits; what an update sends; what is counted."""
+
+import math
+import random
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from messages import Messages
+from rowwise.launch.compose import compose_tree
+from rowwise.optim.build import build_optimizer
+from rowwise.optim.select import BINS
+from rowwise.optim.sparse.account import weights_multiplied
+from rowwise.optim.sparse.budget import budgets, cooled_density, densities, is_due, share_out, share_replaced
+from rowwise.optim.sparse.build import build_sparsity
+from rowwise.optim.sparse.masks import count, fill_, pack, packed_columns, unpack, zero_outside_
+from rowwise.trainer.config import config_from_tree
+
+SHAPES = [torch.Size(shape) for shape in [(256, 256), (128, 256), (704, 256), (256, 704), (10, 3), (1, 1)]]
+NUMBER = 8  # bytes of a count
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "er", "erk", "global"])
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 0.9, 1.0])
+def test_budgets_add_up_to_the_density_and_fit(distribution, density):
+    found = budgets(SHAPES, density, distribution)
+    assert sum(found) == round(density * sum(shape.numel() for shape in SHAPES))
+    assert all(0 <= n <= shape.numel() for n, shape in zip(found, SHAPES, strict=True))
+
+
+def test_er_gives_each_matrix_as_many_weights_per_row_and_column():
+    found = densities(SHAPES, Fraction(1, 5), "er")
+    free = [(d, shape) for d, shape in zip(found, SHAPES, strict=True) if d < 1]
+    assert len(free) == 4
+    scales = [d * shape.numel() / sum(shape) for d, shape in free]
+    assert len(set(scales)) == 1
+    full = [sum(shape) / shape.numel() * scales[0] for d, shape in zip(found, SHAPES, strict=True) if d == 1]
+    assert len(full) == 2 and all(raw >= 1 for raw in full)
+
+
+def test_sharing_out_is_exact_near_and_within_the_room():
+    draw = random.Random(5)
+    for _ in range(300):
+        room = [draw.randrange(0, 40) for _ in range(draw.randrange(1, 7))]
+        total = draw.randrange(0, sum(room) + 1)
+        weights = [draw.random() + 0.01 for _ in room]
+        wanted = [Fraction(total * w / sum(weights)) for w in weights]
+        shares = share_out(total, wanted, room)
+        assert sum(shares) == total and all(0 <= s <= r for s, r in zip(shares, room, strict=True))
+        if all(w <= r for w, r in zip(wanted, room, strict=True)):
+            assert all(abs(s - w) < 1 for s, w in zip(shares, wanted, strict=True))
+    with pytest.raises(ValueError, match="9 do not fit into 8"):
+        share_out(9, [Fraction(9)], [8])
+
+
+def test_the_share_replaced_goes_from_the_first_to_nothing():
+    assert share_replaced(0, 0.3, 100) == 0.3
+    assert share_replaced(50, 0.3, 100) == pytest.approx(0.15)
+    assert share_replaced(100, 0.3, 100) == share_replaced(120, 0.3, 100) == 0
+
+
+def test_the_density_falls_with_a_cube():
+    found = [cooled_density(t, 0.1, 10, 50) for t in range(60)]
+    assert found[:11] == [1.0] * 11 and found[50:] == [0.1] * 10
+    assert found[30] == pytest.approx(0.1 + 0.9 / 8)
+    assert all(a > b for a, b in pairwise(found[10:51]))
+
+
+def test_updates_are_due_from_the_start_on_and_at_the_stop():
+    assert [t for t in range(30) if is_due(t, 5, 3, 17)] == [3, 8, 13, 17]
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 64, 601])
+def test_masks_come_back_from_their_bits(columns):
+    torch.manual_seed(columns)
+    mask = torch.rand(5, columns) < 0.4
+    packed = pack(mask)
+    assert packed.shape == (5, packed_columns(columns)) and packed.dtype == torch.uint8
+    assert torch.equal(unpack(packed, columns), mask)
+    assert count(packed, columns) == int(mask.sum())
+    for column in range(columns):  # the layout that checkpoints hold
+        assert torch.equal(packed[:, column // 8] >> (column % 8) & 1, mask[:, column].to(torch.uint8))
+    full = torch.zeros_like(packed)
+    fill_(full, columns)
+    assert torch.equal(full, pack(torch.ones_like(mask))) and count(full, columns) == 5 * columns
+    assert unpack(packed[:0], columns).shape == (0, columns)
+
+
+def test_what_is_outside_of_a_mask_counts_for_nothing():
+    x = torch.tensor([[1.0, math.nan, 3.0], [math.inf, 5.0, -6.0]])
+    zero_outside_(x, pack(torch.tensor([[True, False, True], [False, False, True]])))
+    assert x.tolist() == [[1, 0, 3], [0, 0, -6]]
+
+
+def sent_by_update(workers, overrides, rows):
+    """(calls, bytes) of the step of a first update, over 3 matrices, without those of the optimizer."""
+    torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
+    line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
+    model, shapes = nn.Module(), {f"w{i}": torch.Size((rows, 24 + 8 * i)) for i in range(3)}
+    torch.manual_seed(1)
+    for name, shape in shapes.items():
+        model.register_parameter(name, nn.Parameter(distribute_tensor(torch.randn(shape), line, [Shard(0)])))
+    config = config_from_tree(compose_tree([*overrides, "steps=8"]))
+    optimizer = build_optimizer(model, config.optim)
+    sparsity = build_sparsity(model, config.sparsity, shapes, 0, config.steps, None, torch.float32)
+    for p in model.parameters():
+        p.grad = distribute_tensor(torch.randn(p.shape), line, [Shard(0)])
+    with Messages() as messages:
+        sparsity.filter_gradients(1)
+        sparsity.step(optimizer, 1, True)
+    assert sparsity.account is not None
+    return dict(messages.calls), messages.bytes["allreduce_"]
+
+
+# What an update of 3 matrices reduces: problems of 4 (or, at random, 5) digits; and numbers of single matrices.
+UPDATES = {
+    "set": (["sparsity=set"], 6 * 5 * BINS, 3),
+    "rigl": (["sparsity=rigl"], 6 * 4 * BINS, 3),
+    "rigl redistribute": (["sparsity=rigl", "sparsity.redistribute=true"], 4 * 4 * BINS, 6),
+    "srigl": (["sparsity=srigl"], 6 * 4 * BINS, 9),
+    "gradual": (["sparsity=gradual", "sparsity.stop_at=1"], 3 * 4 * BINS, 0),
+    "st3": (["sparsity=st3", "sparsity.stop_at=1"], 2 * 4 * BINS, 0),
+    "st3 by matrix": (["sparsity=st3", "sparsity.stop_at=1", "sparsity.distribution=er"], 6 * 4 * BINS, 0),
+    "pdp": (["sparsity=pdp", "sparsity.stop_at=1"], 2 * 4 * BINS, 0),
+    "nm": (["sparsity=nm", "sparsity.account_every=1"], 0, 0),
+}
+
+
+@pytest.mark.parametrize("method", UPDATES)
+def test_an_update_sends_counts_that_do_not_grow_with_the_model(ranks, method):
+    overrides, histograms, numbers = UPDATES[method]
+    every = [] if method in ("nm",) else ["sparsity.update_every=1"]
+    for rows in (16, 1024):
+        account = 5 * 3
+        for calls, sent in ranks.run(sent_by_update, 4, [*overrides, *every], rows):
+            assert set(calls) == {"allreduce_"}
+            assert sent == NUMBER * (histograms + numbers + account)
+
+
+def flops(overrides, step, active=20, size=100, steps=100):
+    return weights_multiplied(config_from_tree(compose_tree(overrides)).sparsity, [active], [size], step, steps)
+
+
+def test_weights_multiplied_are_those_of_each_method():
+    assert flops(["sparsity=static"], 5) == (20, 40)
+    assert flops(["sparsity=set"], 5) == (20, 40)
+    assert flops(["sparsity=rigl", "sparsity.update_every=4"], 5) == (20, 20 + (3 * 20 + 100) / 4)
+    assert flops(["sparsity=rigl"], 75) == (20, 40)  # no more updates
+    assert flops(["sparsity=st3"], 5) == (20, 120)
+    assert flops(["sparsity=nm"], 5) == (20, 120)
+    assert flops(["sparsity=pdp"], 5) == (100, 200)  # soft
+    assert flops(["sparsity=pdp"], 76) == (20, 40)

@@ -1,0 +1,387 @@
+"""Law 2 for sparse training: every method on every kind of layout equals one process that sorts whole matrices; masks are
+the same to the last place after every step, and keep exactly what they are to keep."""
+
+import functools
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from parity import Trace, assert_all_same, run_layouts, run_plain, small_config, textbook_update, with_layout
+from rowwise.kernels.blockwise import code_book
+from rowwise.kernels.rows import local
+from rowwise.optim.build import build_optimizer
+from rowwise.optim.sparse.budget import budgets as product_budgets
+from rowwise.optim.sparse.build import build_sparsity
+from rowwise.optim.sparse.masks import unpack
+from rowwise.trainer.config import TrainConfig
+from textbook_sparse import budgets, cooled, stop_of, textbook_sparsity
+
+# Heads that ulysses can share, matrices of 12, 6, 30 and 37 rows: on four ranks one has no row of wk.
+SMALL = ("model.heads=2", "model.head_dim=6", "batch.global_size=4", "batch.micro_size=1", "batch.seq_len=7", "steps=8")
+GROUPS = ("model.dim=32", "model.head_dim=8", "model.ffn_dim=36", "sparsity.decay=0.3", "sparsity.account_every=1")
+TWO = "sparsity.update_every=2"
+METHODS = {
+    "static": ("sparsity=static",),
+    "set": ("sparsity=set", TWO),
+    "set unfired": ("sparsity=set", TWO, "sparsity.growth=unfired", "sparsity.replace=0.9", "sparsity.density=0.4"),
+    "set redistribute": ("sparsity=set", TWO, "sparsity.redistribute=true", "sparsity.distribution=er"),
+    "rigl": ("sparsity=rigl", TWO),
+    "rigl one layer": ("sparsity=rigl", TWO, "sparsity.layers=[blocks.1.*]", "sparsity.density=0.35"),
+    "rigl redistribute": ("sparsity=rigl", TWO, "sparsity.redistribute=true", "sparsity.distribution=uniform"),
+    "rigl from dense": ("sparsity=rigl", TWO, "sparsity.start_at=1", "sparsity.stop_at=6"),
+    "srigl": ("sparsity=srigl", TWO, "sparsity.ablate_below=0.9", "sparsity.replace=0.6"),
+    "srigl from dense": ("sparsity=srigl", TWO, "sparsity.start_at=2", "sparsity.distribution=uniform"),
+    "gradual": ("sparsity=gradual", TWO),
+    "gradual global": ("sparsity=gradual", TWO, "sparsity.distribution=global", "sparsity.start_at=1"),
+    "st3": ("sparsity=st3",),
+    "st3 one layer": ("sparsity=st3", "sparsity.layers=[blocks.0.*]"),
+    "st3 by layer": ("sparsity=st3", TWO, "sparsity.distribution=erk", "sparsity.stop_at=5"),
+    "pdp": ("sparsity=pdp", "sparsity.stop_at=4", "sparsity.temperature=0.003"),
+    "pdp by layer": ("sparsity=pdp", TWO, "sparsity.distribution=uniform", "sparsity.stop_at=5", "sparsity.start_at=1"),
+    "nm column": ("sparsity=nm", *GROUPS),
+    "nm row": ("sparsity=nm", *GROUPS, "sparsity.backward=row", "sparsity.n=1"),
+}  # fmt: skip
+LAYOUTS = {
+    "zero 0": {"zero": 0},
+    "zero 3": {"zero": 3},
+    "hybrid": {"zero": 2, "replicate": 2, "shard": 2},
+    "pipeline": {"zero": 1, "pipeline": 2, "shard": 2, "pipeline_schedule": "zb_h1"},
+    "pipeline whole": {"zero": 0, "pipeline": 2, "shard": 2},
+    "pipeline split": {"zero": 3, "pipeline": 2, "shard": 2, "pipeline_schedule": "blockwise"},
+    "sequence": {"zero": 3, "ulysses": 2, "shard": 2},
+}
+STEPS = 6
+SOFT = ("st3", "pdp", "nm")
+# By default every method on a pipeline of shards, and on one of the other layouts.
+SHARES = ["zero 3", "hybrid", "zero 0", "sequence"]
+ALWAYS = [
+    (layout, method)
+    for layout in LAYOUTS
+    for number, method in enumerate(METHODS)
+    if layout in ("pipeline", SHARES[number % 4])
+]
+CASES = [
+    pytest.param(layout, method, marks=[] if (layout, method) in ALWAYS else pytest.mark.full)
+    for layout in LAYOUTS
+    for method in METHODS
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sparsity")
+
+
+@functools.cache
+def sparse_config(folder: Path, *overrides: str) -> TrainConfig:
+    return small_config(folder, *SMALL, *overrides)
+
+
+@functools.cache
+def reference(folder: Path, method: str) -> Trace:
+    return run_plain(sparse_config(folder, *METHODS[method]), STEPS)
+
+
+@pytest.fixture(scope="module")
+def traces(ranks, folder, full):
+    """(layout, method) -> what each rank returned; all methods of a layout share a mesh."""
+
+    @functools.cache
+    def of_layout(layout: str) -> dict[str, list[Trace]]:
+        chosen = [method for method in METHODS if full or (layout, method) in ALWAYS]
+        configs = [with_layout(sparse_config(folder, *METHODS[m]), 4, **LAYOUTS[layout]) for m in chosen]
+        everyone = ranks.run(run_layouts, 4, configs, STEPS)
+        return {method: [traces[i] for traces in everyone] for i, method in enumerate(chosen)}
+
+    return lambda layout, method: of_layout(layout)[method]
+
+
+@pytest.mark.parametrize(("layout", "method"), CASES)
+def test_six_steps_equal_those_of_one_process(traces, folder, layout, method):
+    found = traces(layout, method)
+    assert_all_same(found, reference(folder, method))
+    if not method.startswith(SOFT):
+        assert_zero_outside(found[0])
+
+
+def assert_zero_outside(trace: Trace) -> None:
+    """What a mask leaves out is exactly zero."""
+    for masks, weights in zip(trace.masks, trace.weights, strict=True):
+        assert not any(weights[name][~mask].any() for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_budget_is_kept_to_the_last_weight(traces, folder, method):
+    """Law 7: after every step all masks together have exactly round(density x size), the density being that of the last
+    update; and by matrix what the largest remainders say, unless matrices compete. srigl: rows that live are equal."""
+    config = sparse_config(folder, *METHODS[method]).sparsity
+    (trace, *_) = traces("pipeline", method)
+    for t, masks in enumerate(trace.masks, start=1):
+        if method.startswith("nm"):
+            assert all((m.view(-1, config.m).sum(1) == config.n).all() for m in masks.values())
+            continue
+        counts, shapes = [int(m.sum()) for m in masks.values()], [m.shape for m in masks.values()]
+        density = density_after(config, t)
+        expected = budgets(shapes, density, config.distribution) if density < 1 else [s.numel() for s in shapes]
+        if method.startswith("srigl") and density < 1:
+            for mask, most in zip(masks.values(), expected, strict=True):
+                (fan_in,) = set(mask.sum(1).tolist()) - {0}
+                living = int(mask.any(1).sum())
+                assert most - living < fan_in * living <= most or fan_in == mask.size(1)
+        elif "redistribute" in method or config.distribution == "global":
+            assert sum(counts) == sum(expected) == round(density * sum(s.numel() for s in shapes))
+        else:
+            assert counts == expected
+
+
+def density_after(config, t: int) -> Fraction:
+    """Of the masks after step t: 1 where nothing is pruned yet."""
+    density, start = Fraction(str(config.density)), getattr(config, "start_at", 0)
+    if config.name in ("static", "set", "rigl", "srigl"):
+        return density if t >= start else Fraction(1)
+    due = [u for u in range(start, t + 1) if (u - start) % config.update_every == 0 or u == stop_of(config, 8)]
+    return cooled(due[-1], density, start, stop_of(config, 8)) if due else Fraction(1)
+
+
+def test_what_the_cases_are_for_happens(folder):
+    """Masks move, rows are left out and come back, and matrices take weights from one another."""
+    moves = {
+        m: sum(int((a[n] ^ b[n]).sum()) for a, b in pairwise(reference(folder, m).masks) for n in a) for m in METHODS
+    }
+    assert moves.pop("static") == 0 and all(moves.values()), moves
+    left_out = [sum(int((~m.any(1)).sum()) for m in masks.values()) for masks in reference(folder, "srigl").masks]
+    assert left_out[0] == 0 < left_out[-1]
+    for method in ("set redistribute", "rigl redistribute"):
+        first, *_, last = reference(folder, method).masks
+        assert any(int(first[name].sum()) != int(last[name].sum()) for name in first)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "erk"])
+def test_budgets_are_those_of_whole_numbers(distribution):
+    """The product shares out in floating point; it comes to what fractions do."""
+    shapes = [
+        torch.Size(s) for s in ((12, 30), (6, 30), (6, 30), (30, 12), (37, 30), (30, 37), (37, 30), (64, 600), (5, 7))
+    ]
+    for thousandth in range(7, 1001):
+        density = thousandth / 1000
+        assert product_budgets(shapes, density, distribution) == budgets(shapes, Fraction(str(density)), distribution)
+
+
+# Many equal magnitudes: who is first decides, and who that is must not depend on the layout.
+
+TIED = {
+    "set": METHODS["set"],
+    "set redistribute": METHODS["set redistribute"],
+    "rigl": METHODS["rigl"],
+    "srigl": METHODS["srigl"],
+    "gradual global": METHODS["gradual global"],
+    "st3": METHODS["st3"],
+}
+LATTICE = ("optim=lion", "optim.lr=0.0625", "optim.weight_decay=0")
+
+
+@functools.cache
+def coarse_reference(folder: Path, method: str) -> Trace:
+    return run_plain(sparse_config(folder, *TIED[method], *LATTICE), 4, coarse=True)
+
+
+@pytest.mark.parametrize("layout", ["zero 3", "pipeline"])
+def test_a_model_of_few_different_weights(ranks, folder, layout):
+    configs = [
+        with_layout(sparse_config(folder, *options, *LATTICE), 4, **LAYOUTS[layout]) for options in TIED.values()
+    ]
+    everyone = ranks.run(run_layouts, 4, configs, 4, True)
+    for i, method in enumerate(TIED):
+        alone = coarse_reference(folder, method)
+        values = torch.cat([w.flatten() for w in alone.weights[-1].values()]).abs().unique()
+        assert len(values) < 20, "few weights are equal: the test would see nothing"
+        assert_all_same([traces[i] for traces in everyone], alone)
+
+
+# Fewer rows than ranks, one row, one column, a vector.
+SHAPES = [(37, 30), (3, 17), (1, 50), (50, 1), (16, 8), (40, 9), (7,)]
+
+
+class Edges(nn.Module):
+    """Weights on a lattice of 1/16; without the column where every row must keep a weight."""
+
+    def __init__(self, config):
+        super().__init__()
+        for i, shape in enumerate(s for s in SHAPES if s != (50, 1) or config.sparsity.name != "srigl"):
+            self.register_parameter(f"w{i}", nn.Parameter(few_values(shape, 0, i)))
+
+
+def few_values(shape, step: int, i: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + i)
+    return torch.randint(-2, 3, shape, generator=generator).double() / 16
+
+
+Steps = list[tuple[dict[str, Tensor], dict[str, Tensor]]]  # masks and weights after each
+
+
+def edges_on_ranks(workers, cases: list[tuple[TrainConfig, bool, tuple[int, ...]]]) -> list[Steps]:
+    """Each case (configuration, gradients of zero, steps that are passed over) of bare parameters, split by rows."""
+    dist.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
+    line = dist.init_device_mesh("cpu", (workers.world_size,))
+    return [split_edges(line, *case) for case in cases]
+
+
+def split_edges(line, config: TrainConfig, zero: bool, skipped: tuple[int, ...]) -> Steps:
+    model, steps = Edges(config), []
+    for name, p in list(model.named_parameters()):
+        setattr(model, name, nn.Parameter(distribute_tensor(p.data, line, [Shard(0)])))
+    optimizer = build_optimizer(model, config.optim)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    sparsity = build_sparsity(model, config.sparsity, shapes, 0, config.steps, None, torch.float64)
+    for t in range(1, STEPS + 1):
+        for i, p in enumerate(model.parameters()):
+            whole_gradient = torch.zeros(p.shape).double() if zero else few_values(p.shape, t, i)
+            p.grad = distribute_tensor(whole_gradient, line, [Shard(0)], src_data_rank=None)
+        sparsity.filter_gradients(t)
+        sparsity.step(optimizer, t, t not in skipped)
+        masks = {n.removesuffix(".mask"): local(m) for n, m in sparsity.named_state().items() if n.endswith(".mask")}
+        weights = {name: local(p.detach()).clone() for name, p in model.named_parameters()}
+        steps.append(({n: unpack(m, shapes[n][1]) for n, m in masks.items()}, weights))
+    return steps
+
+
+def joined(everyone: list[Steps]) -> Steps:
+    """The rows of all ranks, one after the other."""
+
+    def rows(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    return [(rows([m for m, _ in ranks]), rows([w for _, w in ranks])) for ranks in zip(*everyone, strict=True)]
+
+
+def edges_alone(config: TrainConfig, zero: bool, skipped: tuple[int, ...] = ()) -> Steps:
+    params = dict(Edges(config).named_parameters())
+    sparsity, updates, steps = textbook_sparsity(config.sparsity, params, 0, config.steps), 0, []
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in params}
+    for t in range(1, STEPS + 1):
+        for i, p in enumerate(params.values()):
+            p.grad = torch.zeros_like(p) if zero else few_values(p.shape, t, i)
+        sparsity.filter_gradients(t)
+        updates += t not in skipped
+        optimise = functools.partial(textbook_update, config, params, states, updates, config.optim.lr)
+        sparsity.step(t, optimise, states, t not in skipped)
+        steps.append((dict(sparsity.masks), {name: p.detach().clone() for name, p in params.items()}))
+    return steps
+
+
+def assert_same_steps(ours: Steps, theirs: Steps) -> None:
+    for t, ((masks, weights), (known, right)) in enumerate(zip(ours, theirs, strict=True), start=1):
+        different = {name: int((masks[name] ^ mask).sum()) for name, mask in known.items()}
+        assert not any(different.values()), f"step {t}: so many places of masks differ: {different}"
+        for name, w in right.items():
+            torch.testing.assert_close(weights[name], w, rtol=1e-9, atol=1e-12)
+
+
+BY_MASKS = [method for method in METHODS if not method.startswith("nm") and "one layer" not in method]
+
+
+# Nothing to drop or to grow, all in one step, everything out.
+ODD = {
+    "all is kept": ("sparsity=set", TWO, "sparsity.density=1"),
+    "little is left to grow": ("sparsity=rigl", TWO, "sparsity.density=0.9", "sparsity.replace=0.9"),
+    "little is left to grow anywhere": (*METHODS["set redistribute"], "sparsity.density=0.9", "sparsity.replace=0.9"),
+    "once, at the end": ("sparsity=rigl", "sparsity.start_at=4", "sparsity.stop_at=4"),
+    "once, at the end, in equal rows": ("sparsity=srigl", "sparsity.start_at=4", "sparsity.stop_at=4"),
+    "all at once": ("sparsity=gradual", "sparsity.start_at=3", "sparsity.stop_at=3", "sparsity.distribution=er"),
+    "all at once, softly": ("sparsity=st3", "sparsity.start_at=3", "sparsity.stop_at=3"),
+    "all at once, for good": (
+        "sparsity=pdp",
+        "sparsity.start_at=3",
+        "sparsity.stop_at=3",
+        "sparsity.temperature=0.003",
+    ),
+    "nothing falls": ("sparsity=pdp", "sparsity.density=1", "sparsity.stop_at=3"),
+    "every row is asked for all": (*METHODS["srigl"], "sparsity.ablate_below=1"),
+    "no row is left out": (*METHODS["srigl"], "sparsity.ablate_below=0", "sparsity.replace=0.9"),
+    "seldom": ("sparsity=st3", "sparsity.update_every=5", "sparsity.distribution=er"),
+}
+# Gradients matter to what grows by them, and a step that is passed over to all that updates.
+EDGE_CASES = (
+    [(method, "few gradients") for method in (*BY_MASKS, *ODD)]
+    + [(method, "gradients of zero") for method in BY_MASKS if "rigl" in method]
+    + [(method, "passed over") for method in BY_MASKS if method != "static"]
+)
+
+
+def edge_case(folder: Path, method: str, kind: str) -> tuple[TrainConfig, bool, tuple[int, ...]]:
+    """Passed over are updates, among them the first, which prunes a dense model, and the last, where a density arrives."""
+    config = sparse_config(folder, *(METHODS | ODD)[method], *LATTICE)
+    skipped = (getattr(config.sparsity, "start_at", 0) or 2, 6) if kind == "passed over" else ()
+    return config, kind == "gradients of zero", skipped
+
+
+@pytest.fixture(scope="module")
+def edges(ranks, folder):
+    """world -> (method, kind) -> what the ranks have together, in one call."""
+
+    @functools.cache
+    def on(world: int) -> dict[tuple[str, str], Steps]:
+        everyone = ranks.run(edges_on_ranks, world, [edge_case(folder, *case) for case in EDGE_CASES])
+        return {case: joined(parts) for case, parts in zip(EDGE_CASES, zip(*everyone, strict=True), strict=True)}
+
+    return on
+
+
+@pytest.mark.parametrize(("method", "kind"), EDGE_CASES)
+def test_equal_numbers_are_told_apart_alike(edges, folder, method, kind):
+    """Weights of a few magnitudes, gradients of a few or none, and steps that are passed over: one rank and four have the
+    masks of the reference. Gradients that are not finite move no weight, and no mask that grows by them; what looks at
+    weights alone is done."""
+    right = edges_alone(*edge_case(folder, method, kind))
+    for world in (1, 4):
+        assert_same_steps(edges(world)[method, kind], right)
+
+
+def test_a_step_that_is_passed_over(edges, folder):
+    """rigl stays as it was; a density that falls arrives."""
+    for method in ("rigl", "srigl"):
+        (first, _), (second, _), *_ = edges(4)[method, "passed over"]
+        assert all(torch.equal(second[name], mask) for name, mask in first.items())
+    masks, _ = edges(4)["gradual", "passed over"][5]
+    density = edge_case(folder, "gradual", "passed over")[0].sparsity.density
+    assert sum(int(m.sum()) for m in masks.values()) == round(density * sum(m.numel() for m in masks.values()))
+
+
+# Matrices of exactly 4,096 elements (wq) and of 600 columns (w2), which have two blocks of 8 bits a row.
+WIDE = ("model.layers=1", "model.dim=64", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=600", "batch.seq_len=7",
+        "batch.global_size=3", "batch.micro_size=1", "steps=4", "sparsity=rigl", TWO)  # fmt: skip
+RULES = {
+    "adamw8bit": (),
+    "lion8bit": (),
+    "muon": (),
+    "dct": ("optim.rank=8", "optim.refresh_every=2"),
+    "adafactor": (),
+    "lion": (),
+}
+
+
+@pytest.fixture(scope="module")
+def rule_traces(ranks, folder):
+    configs = [small_config(folder, *WIDE, f"optim={rule}", *options) for rule, options in RULES.items()]
+    everyone = ranks.run(run_layouts, 3, [with_layout(config, 3, zero=3) for config in configs], 4)
+    return {rule: (configs[i], [traces[i] for traces in everyone]) for i, rule in enumerate(RULES)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_states_of_every_rule_follow(rule_traces, rule):
+    """What a mask loses or gains has no past; in 8 bits it has the code of zero."""
+    config, found = rule_traces[rule]
+    alone = run_plain(config, 4)
+    assert_all_same(found, alone)
+    if rule.endswith("8bit"):
+        zero = int((code_book(True) == 0).nonzero())
+        for name, mask in found[0].masks[1].items():
+            changed = mask ^ found[0].masks[0][name]
+            codes = found[0].states[1].get(f"{name}.exp_avg.codes")
+            assert codes is None or (changed.any() and (codes[changed] == zero).all())

@@ -1,0 +1,83 @@
+"""Linear layers of constant fan-in for inference: see `rowwise.kernels.condensed`."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from rowwise.kernels.condensed import Condensed, condense, condensed_linear
+
+
+class CondensedLinear(nn.Module):
+    """y = W x + bias from the condensed form of W (out, in). Its parts are buffers; it does not learn."""
+
+    values: Tensor
+    columns: Tensor
+    rows: Tensor | None
+    starts: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Condensed, bias: Tensor | None = None):
+        super().__init__()
+        self.shape = weight.shape
+        self.register_buffer("values", weight.values)
+        self.register_buffer("columns", weight.columns)
+        self.register_buffer("rows", weight.rows)
+        self.register_buffer("starts", weight.starts)
+        self.register_buffer("bias", bias)
+        self._weight = weight
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "CondensedLinear":
+        """The same layer. Raises ValueError where its weight is not of constant fan-in."""
+        bias = linear.bias
+        return cls(condense(linear.weight.detach()), None if bias is None else bias.detach().clone())
+
+    @property
+    def weight(self) -> Condensed:
+        """Of the buffers as they are: `to` and `load_state_dict(assign=True)` put others in their place."""
+        kept, now = self._weight, self._buffers
+        if (
+            kept.values is not now["values"]
+            or kept.columns is not now["columns"]
+            or kept.rows is not now["rows"]
+            or kept.starts is not now["starts"]
+        ):
+            self._weight = Condensed(self.values, self.columns, self.rows, self.starts, self.shape)
+        return self._weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out). Raises ValueError where a gradient would be needed."""
+        y = condensed_linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        ablated = self.shape[0] - len(self.values)
+        return (
+            f"in_features={self.shape[1]}, out_features={self.shape[0]}, fan_in={self.values.size(1)}, "
+            f"ablated={ablated}, bias={self.bias is not None}"
+        )
+
+
+def condense_model(model: nn.Module, names: Iterable[str]) -> None:
+    """Replaces the nn.Linear modules `names` of `model`, in place, all or none.
+
+    Raises ValueError for a name that is none, and for a weight that is not of constant fan-in, by name.
+    """
+    modules, condensed = dict(model.named_modules()), {}
+    for name in names:
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            possible = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+            raise ValueError(f"{name} is not an nn.Linear of the model; possible are {', '.join(possible)}")
+        try:
+            condensed[name] = CondensedLinear.from_linear(linear)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for name, module in condensed.items():
+        replace_module(model, name, module)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` where `name` is in `model`."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
