@@ -79,7 +79,7 @@ def check_select(device: torch.device) -> dict[str, Any]:
         x = ((x * 3).round() if ties else x).to(dtype)
         masks = []
         for here in (x, x.to(device)):
-            part = Candidates(777, 1001, 0, lambda rows, here=here: magnitude_keys(here[rows]))
+            part = Candidates(here, 0, lambda rows, here=here: magnitude_keys(here[rows]))
             (cut,) = select([Problem(100_000, x.numel(), [part])], key_bits(dtype), [], here.device)
             mask = torch.cat([cut.takes(part, rows, keys) for rows, keys in part.portions()])
             masks.append(unpack(pack(mask), 1001).cpu())

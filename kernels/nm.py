@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from rowwise.kernels.dispatch import use_triton
+from rowwise.kernels.portions import device_portions
 from rowwise.kernels.semi_structured import semi_structured_linear, sparsity_problem
 
 Backward = Literal["row", "column"]
@@ -120,8 +121,9 @@ def decay_pruned_(grad: Tensor, w: Tensor, n: int, m: int, strength: float, dtyp
     `dtype` is the one in which the layer multiplies, if not w's own: rounding makes ties, so that it decides what is
     pruned. Communicates nothing.
     """
-    mask = nm_mask(w if dtype is None else w.to(dtype), n, m)
-    grad.add_(w.masked_fill(mask, 0), alpha=strength)
+    for rows in device_portions(w, w.size(1)):
+        mask = nm_mask(w[rows] if dtype is None else w[rows].to(dtype), n, m)
+        grad[rows].add_(w[rows].masked_fill(mask, 0), alpha=strength)
 
 
 def _groups(w: Tensor, m: int, dim: int) -> Tensor:

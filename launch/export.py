@@ -23,7 +23,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from rowwise.kernels.nm import prune_nm
-from rowwise.optim.build import kind_of
+from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.trainer.config import unknown_key
 from rowwise.trainer.data.tokenizer import open_tokenizer
 from rowwise.trainer.manifest import damage, find_checkpoints, read_manifest, step_folder
@@ -234,8 +233,7 @@ def reader(
     sparsity, precision = config.get("sparsity", {"name": "none"}), config["precision"]["name"]
     pruned: set[str] = set()
     if sparsity["name"] == "nm":
-        hidden = [name for name, shape in shapes.items() if kind_of(name, shape) == "hidden"]
-        pruned = {name for name in hidden if any(fnmatchcase(name, pattern) for pattern in sparsity["layers"])}
+        pruned = set(sparse_layers(NM(layers=sparsity["layers"]), shapes))
     own = {"fp64": torch.float64, **DTYPES}[precision]
 
     def fill_(tensors: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ same way. So *which* k are chosen does not depend on how they are spread.
 
 Many problems (a layer each, say) share each message: digits x problems x 256 counts of 8 bytes, however many numbers
 there are; 4 digits for float32, 8 for float64, and as many as a position has where ties are to be broken. Beside its
-operands a rank holds the keys of one portion of rows.
+operands a rank holds the keys of one portion of rows; the host waits for the device once a digit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rowwise.kernels.portions import row_portions
+from rowwise.kernels.portions import device_portions
 
 BINS = 256
 NOTHING = (1 << 63) - 1  # above every key
@@ -27,23 +27,23 @@ Groups = Sequence[dist.ProcessGroup]
 
 @dataclass(frozen=True)
 class Candidates:
-    """This rank's rows of one tensor. `keys(rows)`: int64 keys (r, columns) of some of them, negative where there is
-    no candidate. `start`: the logical position of the first entry, in the order in which ties are broken."""
+    """This rank's rows of one tensor `like` (r, n). `keys(rows)`: int64 keys of some of them, negative where there is no
+    candidate. `start`: the logical position of the first entry, in the order in which ties are broken."""
 
-    rows: int
-    columns: int
+    like: Tensor
     start: int
     keys: Callable[[slice], Tensor]
 
     def portions(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, their keys), a portion of rows at a time."""
-        for rows in row_portions(self.rows, self.columns):
+        for rows in device_portions(self.like, self.like.size(1)):
             yield rows, self.keys(rows)
 
-    def positions(self, rows: slice, device: torch.device) -> Tensor:
+    def positions(self, rows: slice) -> Tensor:
         """The logical positions of some rows, laid like their keys."""
-        first, last = (self.start + row * self.columns for row in (rows.start, rows.stop))
-        return torch.arange(first, last, device=device).view(-1, self.columns)
+        columns = self.like.size(1)
+        first, last = (self.start + row * columns for row in (rows.start, rows.stop))
+        return torch.arange(first, last, device=self.like.device).view(-1, columns)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Cut:
         """Whether each of some rows' entries, whose keys these are, is chosen."""
         if self.position is None:
             return (keys >= 0) & (keys >= self.bits)
-        last = candidates.positions(rows, keys.device) <= self.position
+        last = candidates.positions(rows) <= self.position
         return (keys >= 0) & ((keys > self.bits) | ((keys == self.bits) & last))
 
 
@@ -110,23 +110,30 @@ def select(problems: list[Problem], bits: int, groups: Groups, device: torch.dev
     return cuts
 
 
-Values = Callable[[], Iterator[Tensor]]
+def next_below(problems: list[Problem], cuts: list[Cut], groups: Groups, device: torch.device) -> list[int]:
+    """The largest key below each cut; negative where there is none. One all-reduce of a number each for each group."""
+    found = torch.full((len(problems),), -1, dtype=torch.int64, device=device)
+    for i, (problem, cut) in enumerate(zip(problems, cuts, strict=True)):
+        for part in problem.candidates:
+            for _, keys in part.portions():
+                found[i] = torch.maximum(found[i], torch.where(keys < cut.bits, keys, -1).max())
+    for group in groups if problems else ():
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return found.tolist()
+
+
+Values = Callable[[], Iterator[Tensor]]  # negative where there is none
 
 
 def _keys(problem: Problem) -> Values:
-    def values() -> Iterator[Tensor]:
-        for candidates in problem.candidates:
-            for _, keys in candidates.portions():
-                yield keys[keys >= 0]
-
-    return values
+    return lambda: (keys for part in problem.candidates for _, keys in part.portions())
 
 
 def _tied(problem: Problem, bits: int, end: int) -> Values:
     def values() -> Iterator[Tensor]:
-        for candidates in problem.candidates:
-            for rows, keys in candidates.portions():
-                yield end - candidates.positions(rows, keys.device)[keys == bits]
+        for part in problem.candidates:
+            for rows, keys in part.portions():
+                yield torch.where(keys == bits, end - part.positions(rows), -1)
 
     return values
 
@@ -139,12 +146,14 @@ def _radix(
         return []
     prefixes, left, equal = [0] * len(ks), list(ks), [0] * len(ks)
     for shift in range(bits - 8, -1, -8):
-        counts = torch.zeros(len(ks), BINS, dtype=torch.int64, device=device)
+        counts = torch.zeros(len(ks), BINS + 1, dtype=torch.int64, device=device)  # the last: of no interest
         for i, values in enumerate(parts):
             for value in values() if ks[i] else ():
                 # The first digit has nothing before it, and 64-bit numbers cannot be shifted by 64.
-                here = value if shift + 8 >= bits else value[(value >> (shift + 8)) == prefixes[i]]
-                counts[i] += torch.bincount((here >> shift) & (BINS - 1), minlength=BINS)
+                here = value >= 0 if shift + 8 >= bits else (value >> (shift + 8)) == prefixes[i]
+                digits = torch.where(here, (value >> shift) & (BINS - 1), BINS).view(-1)
+                counts[i].scatter_add_(0, digits, torch.ones_like(digits[:1]).expand_as(digits))
+        counts = counts[:, :BINS].contiguous()
         for group in groups:
             dist.all_reduce(counts, group=group)
         at_least = counts.flip(1).cumsum(1).flip(1).tolist()

@@ -268,6 +268,15 @@ REFUSED = {
         ["sparsity=gradual", "sparsity.start_at=160"],
         r"sparsity.start_at=160: from 0 to sparsity.stop_at, which is 150",
     ),
+    "a stop before the first step": (["sparsity=pdp", "sparsity.stop_at=0"], r"sparsity.stop_at=0: .* at least 1"),
+    "masks that would never change": (
+        ["sparsity=rigl", "steps=100"],
+        r"sparsity.update_every=100: no mask would ever change between start_at=0 and stop_at=75; give at most 74, .*static",
+    ),
+    "2:4 without the hardware": (
+        ["sparsity=nm", "sparsity.semi_structured=true", "precision=bf16"],
+        r"sparsity.semi_structured: .*; give sparsity.semi_structured=false",
+    ),
     "no updates": (["sparsity=set", "sparsity.update_every=0"], r"sparsity.update_every=0: it is at least 1"),
     "everything replaced": (["sparsity=set", "sparsity.replace=1.0"], r"sparsity.replace=1.0: .* above 0 and below 1"),
     "no such layer": (

@@ -82,6 +82,8 @@ def test_every_config_file_is_composed_and_run(ranks, tmp_path, text, file):
     overrides = [f"{group}={choice}", *SMALL, *SHORT, f"run_dir={tmp_path}/run"]
     if "rank" in yaml.safe_load((CONF / f"{file}.yaml").read_text()):
         overrides.append("optim.rank=4")
+    if file in ("sparsity/set", "sparsity/rigl", "sparsity/srigl"):
+        overrides += ["sparsity.update_every=1", "sparsity.stop_at=2"]
     if group == "data":
         overrides += data_overrides(choice, text)
     if file == "tracker/wandb":

@@ -138,17 +138,18 @@ def test_a_checkpoint_with_other_masks_is_refused(ranks, folder):
     config = named(with_layout(config_of("rigl", folder), 1), folder, "refused")
     ranks.run(run_until, 1, config, 2)
     cases = {
-        ("sparsity=set",): r"holds other optimizer states: sparsity.name=rigl there and set here",
-        ("sparsity.density=0.3",): r"sparsity.density=0.2 there and 0.3 here",
-        ("sparsity.distribution=uniform",): r"sparsity.distribution=erk there and uniform here",
-        ("sparsity.stop_at=12",): r"sparsity.stop_at=9 there and 12 here",
-        ("steps=40",): r"sparsity.stop_at=9 there and 30 here",
+        ("sparsity=set", "sparsity.update_every=2"): r"sparsity.name=rigl there and set here",
+        (
+            *METHODS["rigl"],
+            "sparsity.density=0.3",
+        ): r"holds other optimizer states: sparsity.density=0.2 there and 0.3 here",
+        (*METHODS["rigl"], "sparsity.distribution=uniform"): r"sparsity.distribution=erk there and uniform here",
+        (*METHODS["rigl"], "sparsity.stop_at=12"): r"sparsity.stop_at=9 there and 12 here",
+        (*METHODS["rigl"], "steps=40"): r"sparsity.stop_at=9 there and 30 here; give the same",
     }
     for overrides, message in cases.items():
-        other = named(config_of("rigl", folder, *overrides), folder, "refused") if overrides[0] != "sparsity=set" else (
-            named(small_config(folder, *SHAPE, *overrides), folder, "refused"))  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            prepare(other, 1)
+            prepare(named(small_config(folder, *SHAPE, *overrides), folder, "refused"), 1)
     dense = named(small_config(folder, *SHAPE), folder, "refused")
     with pytest.raises(ValueError, match=r"sparsity.name=rigl there and none here"):
         prepare(dense, 1)

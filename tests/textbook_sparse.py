@@ -323,13 +323,22 @@ class Behind(Dense):
             return w
         if self.config.name == "pdp":
             return self.soft_mask(name) * w
-        return self.masks[name] * w.sign() * torch.clamp(w.abs() - self.edges[name][1], min=0)
+        soft = self.masks[name] * w.sign() * torch.clamp(w.abs() - self.edges[name][1], min=0)
+        return torch.stack([row * self.scale(*pair) for row, *pair in zip(soft, w, self.masks[name], strict=True)])
+
+    def scale(self, w: Tensor, mask: Tensor) -> float:
+        """What one row of st3 grows by."""
+        if not self.config.rescale:
+            return 1.0
+        share = (float(w[mask].abs().sum()) / len(w) + 1e-6) / (float(w.abs().sum()) / len(w) + 1e-6)
+        return 1.01 / (share + 0.01)
 
 
 def edges_of(sizes: Tensor, k: int) -> tuple[float, float] | None:
-    """The k-th and the (k + 1)-th largest; None where there is no such."""
+    """The k-th largest and the largest that is smaller, or 0; None where all are kept."""
     ordered = sizes.sort(descending=True).values.tolist()
-    return (ordered[k - 1], ordered[k]) if k < len(ordered) else None
+    last = ordered[k - 1]
+    return (last, max((size for size in ordered if size < last), default=0.0)) if k < len(ordered) else None
 
 
 class Grouped(Dense):

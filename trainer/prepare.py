@@ -5,9 +5,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rowwise.parallel.mesh import pick_device
 from rowwise.trainer.config import TrainConfig, check
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.models.huggingface import check_source
+from rowwise.trainer.pruned import check_semi_structured
 from rowwise.trainer.resume import find_resume
 
 
@@ -15,6 +17,7 @@ def prepare(config: TrainConfig, world_size: int) -> TrainConfig:
     """Checks the configuration against the world, the data, the files it names and the checkpoints; returns it with
     degrees filled in. Raises ValueError."""
     config = check(config, world_size)
+    check_semi_structured(config, pick_device(0))
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     if config.eval.every and not data.holdout.samples:
         raise ValueError(

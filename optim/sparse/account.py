@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from rowwise.optim.sparse.config import NM, PDP, ST3, RigL, SparsityConfig, SRigL, stop_step
 from rowwise.optim.sparse.layers import Layers
-from rowwise.optim.sparse.masks import portions
+from rowwise.optim.sparse.masks import count
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,12 @@ class Account:
     def record(self) -> dict[str, float | int | dict[str, float]]:
         """What metrics.jsonl keeps. `mask_overlap_first`: the share of the first mask that is active; `mask_replaced`: the
         share of the active weights that were not when last counted."""
-        active = max(1, sum(self.active))
+        active, overlap = max(1, sum(self.active)), sum(self.in_first) / max(1, sum(self.firsts))
+        # The first mask of a model that begins dense is that of its first pruning.
+        begun = {} if sum(self.firsts) == sum(self.sizes) else {"mask_overlap_first": overlap}
         return {
+            **begun,
             "dead_neurons": sum(self.dead),
-            "mask_overlap_first": sum(self.in_first) / max(1, sum(self.firsts)),
             "mask_replaced": 1 - sum(self.in_last) / active,
             "density_by_layer": {
                 name: n / size for name, n, size in zip(self.names, self.active, self.sizes, strict=True)
@@ -45,17 +45,14 @@ class Account:
 def take_account(layers: Layers) -> Account:
     """Counts, and takes the masks of now for those last counted. One all-reduce of 5 numbers a matrix for each group of
     `layers.model`."""
-    counts = torch.zeros(5, len(layers.names), dtype=torch.int64)
+    counts = layers.zeros(5)
     for layer in layers.mine:
-        first, last = layer.local_first, layer.local_last
-        for rows, mask in portions(layer.bits, layer.columns):
-            here = counts[:, layer.index]
-            here[0] += int(mask.sum())
-            here[4] += int((~mask.any(1)).sum())
-            for i, packed in ((1, layer.bits & first), (2, layer.bits & last), (3, first)):
-                here[i] += sum(int(m.sum()) for _, m in portions(packed[rows], layer.columns))
+        first, last, here = layer.local_first, layer.local_last, counts[layer.index]
+        for i, packed in enumerate((layer.bits, layer.bits & first, layer.bits & last, first)):
+            here[i] = count(packed, layer.columns)
+        here[4] = (layer.bits == 0).all(1).sum()
         last.copy_(layer.bits)
-    active, in_first, in_last, firsts, dead = layers.sum(counts, layers.model).tolist()
+    active, in_first, in_last, firsts, dead = map(list, zip(*layers.sum(counts, layers.model), strict=True))
     return Account(layers.names, [s.numel() for s in layers.shapes], active, in_first, in_last, firsts, dead)
 
 

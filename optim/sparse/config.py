@@ -42,8 +42,8 @@ class Static(BudgetBase):
 @dataclass(frozen=True, kw_only=True)
 class EvolvingBase(BudgetBase):
     """Masks change every `update_every` steps from `start_at` to `stop_at` (null: 0.75 of the steps). Before `start_at`
-    the model is dense; 0: it starts from a random mask. `replace`: the share of a mask that the first update replaces;
-    later ones replace less, along a cosine."""
+    the model is dense; 0: it starts from a random mask. `replace`: the share of a mask that an update at step 0 would
+    replace; later ones replace less, along a cosine to `stop_at`."""
 
     update_every: int = 100
     start_at: int = 0
@@ -95,9 +95,11 @@ class Gradual(CooledBase):
 
 @dataclass(frozen=True, kw_only=True)
 class ST3(CooledBase):
-    """`account_every`: steps between counts of what the mask does; it changes at every update."""
+    """`rescale`: rows grow by what their masks leave out. `account_every`: steps between counts of what the mask does; it
+    changes at every update."""
 
     name: Literal["st3"] = "st3"
+    rescale: bool = True
     account_every: int = 100
 
 
@@ -189,10 +191,18 @@ def _check_times(config: EvolvingBase | CooledBase, steps: int) -> None:
     stop = stop_step(config, steps)
     if config.update_every < 1:
         raise ValueError(f"sparsity.update_every={config.update_every}: it is at least 1")
+    if stop < 1:
+        raise ValueError(f"sparsity.stop_at={stop}: the step of the last change, at least 1")
     if stop > steps:
         raise ValueError(f"sparsity.stop_at={stop} is beyond the run of {steps} steps; give at most steps={steps}")
     if not 0 <= config.start_at <= stop:
         raise ValueError(f"sparsity.start_at={config.start_at}: from 0 to sparsity.stop_at, which is {stop}")
+    # start_at = stop_at asks for a pruning and nothing after it.
+    if isinstance(config, EvolvingBase) and config.start_at + config.update_every >= stop > config.start_at:
+        raise ValueError(
+            f"sparsity.update_every={config.update_every}: no mask would ever change between start_at={config.start_at} and "
+            f"stop_at={stop}; give at most {stop - config.start_at - 1}, a later stop_at, or sparsity=static"
+        )
 
 
 def _check_groups(config: NM, matrices: dict[str, torch.Size]) -> None:

@@ -1,13 +1,14 @@
 """Dense weights behind the ones that compute: `st3` and `pdp`.
 
-    st3    w' = mask sign(w) max(|w| - l, 0)      dL/dw = dL/dw'                (Vanderschueren & De Vleeschouwer, *Are
+    st3    w' = c mask sign(w) max(|w| - l, 0)      dL/dw = dL/dw'              (Vanderschueren & De Vleeschouwer, *Are
            Straight-Through Gradients and Soft-Thresholding All You Need for Sparse Training?*)
+           c = 1.01 / (r + 0.01) for each row, r the share of its |w| that the mask has; 1 with `rescale=false`
     pdp    w' = z w,  z = 1 / (1 + exp((t^2 - w^2) / tau))                      (Cho et al., *PDP: Parameter-free
            dL/dw = dL/dw' (z + 2 w^2 z (1 - z) / tau)                            Differentiable Pruning*)
 
-with k weights to be kept (the density is cooled, see `optim.sparse.budget`): l the (k+1)-th largest |w|, and t halfway
-between it and the k-th. Both are functions of single weights but for these two numbers, which are found exactly over all
-ranks. `p` holds w', so that every forward, evaluation and export computes with it; the dense w is one more state, split
+with k weights to be kept (the density is cooled, see `optim.sparse.budget`): l the largest |w| below the k-th largest, and
+t halfway between the two. Both rules look at single rows but for these two numbers, which are found exactly over all ranks.
+`p` holds w', so that every forward, evaluation and export computes with it; the dense w is one more state, split
 like it (bytes: those of the parameters), which takes its place while the optimizer steps.
 
 pdp's masks are soft until `stop_at`; from there on they are 0 and 1 and stay. st3's mask follows the weights to the end.
@@ -19,23 +20,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rowwise.kernels.portions import row_portions
+from rowwise.kernels.portions import device_portions
 from rowwise.kernels.rows import local
-from rowwise.optim.select import Problem, key_bits, magnitude_of, select
+from rowwise.optim.select import Problem, key_bits, magnitude_of, next_below, select
 from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse.account import Account, begin_account, take_account
 from rowwise.optim.sparse.budget import budgets, cooled_density
 from rowwise.optim.sparse.config import PDP, ST3, stop_step
 from rowwise.optim.sparse.evolve import magnitudes
 from rowwise.optim.sparse.layers import Layer, Layers, candidates
-from rowwise.optim.sparse.masks import portions, zero_outside_
+from rowwise.optim.sparse.masks import portions, unpack, zero_outside_
 
+STEADY, TINY = 0.01, 1e-6  # as the authors' code has them
 EVERYTHING = -1.0  # the threshold while every weight is kept
 
 
-def soft_threshold(w: Tensor, threshold: float) -> Tensor:
-    """sign(w) max(|w| - l, 0)."""
-    return w.sign() * (w.abs() - threshold).clamp_min(0)
+def soft_threshold(w: Tensor, threshold: float, mask: Tensor, rescale: bool) -> Tensor:
+    """c mask sign(w) max(|w| - l, 0) of whole rows; c = 1 without `rescale`. At least in float32."""
+    wide = w if w.dtype == torch.float64 else w.float()
+    soft = (wide.sign() * (wide.abs() - threshold).clamp_min(0)).masked_fill(~mask, 0)
+    if not rescale:
+        return soft
+    kept, whole = ((wide.abs() * part).mean(1, keepdim=True) + TINY for part in (mask, 1))
+    return soft * ((1 + STEADY) / (kept / whole + STEADY))
 
 
 def soft_mask(w: Tensor, threshold: float, temperature: float) -> Tensor:
@@ -86,7 +93,7 @@ class Cooled:
                 zero_outside_(gradient, layer.bits)
             elif threshold != EVERYTHING:
                 w = local(self._dense[layer.name])
-                for rows in row_portions(*w.shape):
+                for rows in device_portions(w, layer.columns):
                     gradient[rows] *= soft_mask_slope(w[rows], threshold, self.config.temperature)
 
     @torch.no_grad()
@@ -152,13 +159,16 @@ class Cooled:
     def _compute(self, layer: Layer) -> None:
         """w' of w."""
         dense, threshold = local(self._dense[layer.name]), self._thresholds[layer.name].item()
-        if threshold == EVERYTHING:
-            layer.weight.copy_(dense)
-        elif isinstance(self.config, ST3):
-            layer.weight.copy_(soft_threshold(dense, threshold))
-            zero_outside_(layer.weight, layer.bits)
-        else:
-            layer.weight.copy_(dense * soft_mask(dense, threshold, self.config.temperature))
+        for rows in device_portions(dense, layer.columns):
+            w = dense[rows]
+            if threshold != EVERYTHING:
+                w = self._sparse(w, threshold, unpack(layer.bits[rows], layer.columns))
+            layer.weight[rows] = w.to(dense.dtype)
+
+    def _sparse(self, w: Tensor, threshold: float, mask: Tensor) -> Tensor:
+        if isinstance(self.config, ST3):
+            return soft_threshold(w, threshold, mask, self.config.rescale)
+        return w * soft_mask(w, threshold, self.config.temperature)
 
     def _harden(self, optimizer: Optimizer) -> None:
         for layer in self.layers.mine:
@@ -171,8 +181,8 @@ class Cooled:
 def cut_by_size(
     layers: Layers, weights: Sequence[Tensor], counts: Sequence[int], together: bool
 ) -> list[tuple[Tensor, float, float]]:
-    """Of every matrix of this rank: the mask of the k largest |w|, the k-th largest, and the largest of what is dropped
-    (EVERYTHING for both where nothing is). All matrices `together` keep as many as all counts."""
+    """Of every matrix of this rank: the mask of the k largest |w|, the k-th largest, and the largest below it (0 where
+    there is none; EVERYTHING for both where all are kept). All matrices `together` keep as many as all counts."""
     parts = [candidates(layer, magnitudes(w)) for layer, w in zip(layers.mine, weights, strict=True)]
     if together:
         pools, ks, sizes, groups = [parts], [sum(counts)], [layers.size], layers.model
@@ -180,14 +190,13 @@ def cut_by_size(
         pools, groups = [[part] for part in parts], layers.rows
         ks = [counts[layer.index] for layer in layers.mine]
         sizes = [layers.shapes[layer.index].numel() for layer in layers.mine]
-    last = [Problem(k, layers.size, pool) for k, pool in zip(ks, pools, strict=True)]
-    following = [Problem(min(k + 1, n), layers.size, pool) for k, n, pool in zip(ks, sizes, pools, strict=True)]
-    cuts = select([*last, *following], key_bits(layers.dtype), groups, layers.device)
+    problems = [Problem(k, layers.size, pool) for k, pool in zip(ks, pools, strict=True)]
+    cuts = select(problems, key_bits(layers.dtype), groups, layers.device)
+    below = next_below(problems, cuts, groups, layers.device)
     results = []
     for i, part in enumerate(parts):
         pool = 0 if together else i
-        cut, after = cuts[pool], cuts[len(pools) + pool]
-        kept, dropped = (magnitude_of(c.bits, layers.dtype) for c in (cut, after))
+        kept, dropped = (magnitude_of(max(0, bits), layers.dtype) for bits in (cuts[pool].bits, below[pool]))
         whole = ks[pool] == sizes[pool]
-        results.append((layers.taken(part, cut), *((EVERYTHING, EVERYTHING) if whole else (kept, dropped))))
+        results.append((layers.taken(part, cuts[pool]), *((EVERYTHING, EVERYTHING) if whole else (kept, dropped))))
     return results

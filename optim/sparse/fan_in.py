@@ -8,8 +8,9 @@ Of a matrix with A active weights in rows of fan-in k, an update that replaces K
     4. gives every living row k' weights: of those that stayed the largest |w|, then inactive ones by |g|, then what was
        dropped, again by |w|.
 
-The number of non-zeros is exactly k' x living rows, which is below the budget by less than the living rows. A row is
-whole on one rank, so beside the selection of step 1 only the numbers of living rows cross ranks: one for each matrix.
+The number of non-zeros is exactly k' x living rows: below the budget by less than the living rows, or by more where they
+are so few that all their columns are not enough. A row is whole on one rank, so beside the selection of step 1 only the
+numbers of living rows cross ranks: one for each matrix.
 """
 
 from collections.abc import Mapping, Sequence
@@ -102,10 +103,10 @@ def _row_counts(packed: Tensor, columns: int) -> Tensor:
 
 def _count_rows(layers: Layers, rows: Sequence[Tensor]) -> list[int]:
     """How many of every matrix's rows, over all ranks."""
-    counts = torch.zeros(len(layers.names), dtype=torch.int64)
+    counts = layers.zeros()
     for layer, flags in zip(layers.mine, rows, strict=True):
         counts[layer.index] = flags.sum()
-    return layers.sum(counts, layers.rows).tolist()
+    return layers.sum(counts, layers.rows)
 
 
 def _joined(layer: Layer, masks: list[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.nm import decay_pruned_, nm_mask
-from rowwise.kernels.portions import row_portions
+from rowwise.kernels.portions import device_portions
 from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse.account import Account, begin_account, take_account
 from rowwise.optim.sparse.config import NM
@@ -64,6 +64,6 @@ class Grouped:
     @torch.no_grad()
     def _find_masks(self) -> None:
         for layer in self.layers.mine:
-            for rows in row_portions(*layer.weight.shape):
+            for rows in device_portions(layer.weight, layer.columns):
                 weight = layer.weight[rows].to(self.compute_dtype)
                 layer.bits[rows] = pack(nm_mask(weight, self.config.n, self.config.m))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,7 +97,7 @@ class Layers:
     def taken(self, part: Candidates, cut: Cut) -> Tensor:
         """The packed mask of what a cut takes."""
         masks = [pack(cut.takes(part, rows, keys)) for rows, keys in part.portions()]
-        none = torch.zeros(0, packed_columns(part.columns), dtype=torch.uint8, device=self.device)
+        none = torch.zeros(0, packed_columns(part.like.size(1)), dtype=torch.uint8, device=self.device)
         return torch.cat(masks) if masks else none
 
     def set_masks(self, masks: Sequence[Tensor]) -> None:
@@ -117,17 +118,20 @@ class Layers:
     def counts(self, masks: Sequence[Tensor], groups: Groups) -> list[int]:
         """How many weights each mask of `mine` has, over all ranks of `groups`; a number for every matrix of the model, 0
         for those that are not there. One all-reduce of as many numbers for each group."""
-        counts = torch.zeros(len(self.names), dtype=torch.int64)
+        counts = self.zeros()
         for layer, mask in zip(self.mine, masks, strict=True):
             counts[layer.index] = count(mask, layer.columns)
-        return self.sum(counts, groups).tolist()
+        return self.sum(counts, groups)
 
-    def sum(self, numbers: Tensor, groups: Groups) -> Tensor:
-        """The sum over all ranks of `groups`, on the host."""
-        numbers = numbers.to(self.device)
+    def zeros(self, *shape: int) -> Tensor:
+        """Whole numbers, a row for every matrix of the model."""
+        return torch.zeros(len(self.names), *shape, dtype=torch.int64, device=self.device)
+
+    def sum(self, numbers: Tensor, groups: Groups) -> list[Any]:
+        """The sum over all ranks of `groups`."""
         for group in groups:
             dist.all_reduce(numbers, group=group)
-        return numbers.cpu()
+        return numbers.tolist()
 
 
 Keys = Callable[[slice], Tensor]
@@ -135,7 +139,7 @@ Keys = Callable[[slice], Tensor]
 
 def candidates(layer: Layer, keys: Keys) -> Candidates:
     """The weights of a layer, with ties in their logical order."""
-    return Candidates(layer.weight.size(0), layer.columns, layer.origin + layer.before, keys)
+    return Candidates(layer.weight, layer.origin + layer.before, keys)
 
 
 def find_layers(

@@ -83,10 +83,19 @@ class Masked:
         # What looks at weights alone happens also where the step is passed over: a density that falls must arrive.
         if self._due(step) and (usable or not self._grows_by_gradient(step)):
             self._change(self._masks_after(step, dense), optimizer)
-            if isinstance(self.config, Gradual) and step == stop_step(self.config, self.steps):
+            if step == self._first_mask_at():
                 begin_account(self.layers)
             self.account = take_account(self.layers)
+        elif isinstance(self.config, Static) and step == 1:
+            self.account = take_account(self.layers)
+        if self.account is not None:
             self._density = self.account.density
+
+    def _first_mask_at(self) -> int:
+        """The step that gives a model that begins dense its first mask of the final density."""
+        if isinstance(self.config, Gradual):
+            return stop_step(self.config, self.steps)
+        return self.config.start_at if isinstance(self.config, EvolvingBase) else 0
 
     def _grows_by_gradient(self, step: int) -> bool:
         """Not where a dense model is pruned for the first time."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rowwise.kernels.portions import row_portions
+from rowwise.kernels.portions import device_portions
 
 
 def packed_columns(columns: int) -> int:
@@ -34,19 +34,21 @@ def _bits(device: torch.device) -> Tensor:
 
 def portions(packed: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their mask as bool), a portion of rows at a time."""
-    for rows in row_portions(packed.size(0), columns):
+    for rows in device_portions(packed, columns):
         yield rows, unpack(packed[rows], columns)
 
 
-def count(packed: Tensor, columns: int) -> int:
-    """How many bits are set."""
-    return sum(int(mask.sum()) for _, mask in portions(packed, columns))
+def count(packed: Tensor, columns: int) -> Tensor:
+    """How many bits are set, a number on the device."""
+    total = torch.zeros((), dtype=torch.int64, device=packed.device)
+    for _, mask in portions(packed, columns):
+        total += mask.sum()
+    return total
 
 
 def fill_(packed: Tensor, columns: int) -> None:
     """Sets every bit."""
-    for rows in row_portions(packed.size(0), columns):
-        packed[rows] = pack(torch.ones(packed[rows].size(0), columns, dtype=torch.bool, device=packed.device))
+    packed.copy_(pack(torch.ones(1, columns, dtype=torch.bool, device=packed.device)).expand_as(packed))
 
 
 def zero_outside_(x: Tensor, packed: Tensor) -> None:

@@ -44,7 +44,9 @@ def in_form(form: str, name: str, w: Tensor) -> dict[str, Tensor]:
     nonzeros = int(w.count_nonzero())
     if form == "semi_structured":
         return dense if nonzeros > w.numel() / 2 else {stem + part: t for part, t in _semi_structured(name, w).items()}
-    if nonzeros * (w.itemsize + 4) > w.nbytes:
+    counts = w.count_nonzero(dim=1)
+    padded = int((counts > 0).sum() * counts.max()) if w.numel() else 0
+    if padded * (w.itemsize + 4) > w.nbytes:
         return dense
     try:
         c = condense(w)

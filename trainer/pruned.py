@@ -1,0 +1,71 @@
+"""The layers of a run that prune their weights n:m as they compute, and which of them multiply in the hardware's form."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rowwise.kernels.semi_structured import measure_semi_structured, semi_structured_problem
+from rowwise.optim.sparse.config import NM, sparse_layers
+from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.precision import compute_dtype
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.models.decoder import Decoder, parameter_shapes
+from rowwise.trainer.models.nm import use_nm
+
+GAINS_FILE = "semi_structured.json"
+log = logging.getLogger(__name__)
+
+
+def prune_groups(stages: list[Decoder], config: TrainConfig, mesh: Mesh) -> None:
+    """Makes the layers that N:M sparsity names prune their weights as they compute."""
+    choice, shapes = config.sparsity, parameter_shapes(config.model)
+    if not isinstance(choice, NM):
+        return
+    names = sparse_layers(choice, shapes)
+    fast = faster_shapes(config, mesh) if choice.semi_structured else set()
+    for semi_structured in (False, True):
+        some = {name for name in names if (shapes[name] in fast) == semi_structured}
+        for stage in stages:
+            use_nm(stage, some, choice.n, choice.m, choice.backward, semi_structured)
+
+
+def check_semi_structured(config: TrainConfig, device: torch.device) -> None:
+    """Refuses the hardware's 2:4 form where this device has none of it for a shape. Raises ValueError."""
+    choice = config.sparsity
+    if isinstance(choice, NM) and choice.semi_structured:
+        for shape in shapes_of(config):
+            if problem := semi_structured_problem(device, compute_dtype(config.precision), choice.n, choice.m, shape):
+                raise ValueError(f"sparsity.semi_structured: {problem}; give sparsity.semi_structured=false")
+
+
+def shapes_of(config: TrainConfig) -> list[torch.Size]:
+    """Of the sparse matrices, each once."""
+    shapes = parameter_shapes(config.model)
+    return sorted({shapes[name] for name in sparse_layers(config.sparsity, shapes)})
+
+
+def faster_shapes(config: TrainConfig, mesh: Mesh) -> set[torch.Size]:
+    """Those whose products rank 0 measures to be faster in the hardware's form than dense; the same on all ranks. What is
+    measured once stays in the run directory, so that a resumed run computes as it did."""
+    found: list[set[torch.Size]] = [set()]
+    if mesh.rank == 0:
+        path = Path(config.run_dir) / GAINS_FILE
+        if not path.exists():
+            path.write_text(json.dumps(measured_gains(config, mesh)))
+        gains = [(torch.Size(shape), gain) for shape, gain in json.loads(path.read_text())]
+        for shape, gain in gains:
+            log.warning("2:4 form of %s: %.2f times faster, %s", tuple(shape), gain, "used" if gain > 1 else "not used")
+        found = [{shape for shape, gain in gains if gain > 1}]
+    dist.broadcast_object_list(found, src=0, group=mesh.save_group)
+    return found[0]
+
+
+def measured_gains(config: TrainConfig, mesh: Mesh) -> list[tuple[torch.Size, float]]:
+    """(shape, how many times faster) for the tokens of this run's micro-batch."""
+    assert isinstance(config.sparsity, NM)
+    dtype, tokens = compute_dtype(config.precision), config.batch.micro_size * config.batch.seq_len // mesh.sharers
+    measure = (tokens, dtype, mesh.device, config.sparsity.backward)
+    return [(shape, measure_semi_structured(shape, *measure)) for shape in shapes_of(config)]
