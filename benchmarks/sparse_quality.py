@@ -1,8 +1,9 @@
-"""Validation loss of every sparse method at densities 0.5, 0.2 and 0.1: after the same tokens, and after the same
+r"""Validation loss of every sparse method at densities 0.5, 0.2 and 0.1: after the same tokens, and after the same
 floating-point operations.
 
     python benchmarks/sparse_quality.py                          on 2 cores about an hour; interrupt it and go on later
-    python benchmarks/sparse_quality.py --methods static rigl --densities 0.1 --equal tokens
+    python benchmarks/sparse_quality.py --methods none static set rigl srigl --densities 0.1 --equal tokens --steps 5000 \
+        --name sparse_quality_long
 
 Every run is the product's own: `trainer.prepare`, then `trainer.train`, on the `stdlib` corpus, byte by byte, with the
 settings of conf/sparsity but for the density and the time between updates (a share of the run). `none` is dense. N:M has
@@ -143,7 +144,7 @@ def print_table(found: dict[str, dict[str, dict[str, Any]]]) -> None:
                       f"| {row['tokens'] / 1e6:.2f} |")  # fmt: skip
 
 
-def draw(found: dict[str, dict[str, dict[str, Any]]]) -> Path | None:
+def draw(found: dict[str, dict[str, dict[str, Any]]], name: str) -> Path | None:
     """A panel for each kind of equality: the loss over the density, a line a method. None without matplotlib."""
     try:
         import matplotlib
@@ -171,7 +172,7 @@ def draw(found: dict[str, dict[str, dict[str, Any]]]) -> Path | None:
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("validation loss, nats per byte (mean and spread of seeds)")
     panels[0][-1].legend(frameon=False, fontsize=8)
-    path = RESULTS / "sparse_quality.png"
+    path = RESULTS / f"{name}.png"
     figure.savefig(path, dpi=150)
     return path
 
@@ -183,10 +184,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
     parser.add_argument("--equal", nargs="+", default=EQUAL, choices=EQUAL)
-    parser.add_argument("--steps", type=int, default=1500, help="of the dense run")
+    parser.add_argument("--steps", type=int, default=1000, help="of the dense run")
     parser.add_argument("--updates", type=int, default=10, help="times masks could change in a run")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1))
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--name", default="sparse_quality", help="of the results file")
     parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
     return parser.parse_args()
 
@@ -201,8 +203,8 @@ def main() -> None:
     found = summarise(kept, options)
     print_table(found)
     setting = {key: getattr(options, key) for key in ("steps", "updates", "seeds", "settings")} | {"overrides": ALWAYS}
-    path = write_record("sparse_quality", {"setting": setting, "equal": found})
-    print(f"\nwritten: {path}, {draw(found) or 'no picture, matplotlib is not installed'}")
+    path = write_record(options.name, {"setting": setting, "equal": found})
+    print(f"\nwritten: {path}, {draw(found, options.name) or 'no picture, matplotlib is not installed'}")
 
 
 if __name__ == "__main__":
