@@ -126,9 +126,21 @@ def _work(pipe: Connection, port: int) -> None:
             answer = False, traceback.format_exc()
         if dist.is_initialized():
             dist.destroy_process_group()
-        # Models and meshes are in circles, and a group that is kept has threads that take turns for ever.
-        gc.collect()
+        _forget_groups()
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def _forget_groups() -> None:
+    """A group that is kept has threads that take turns for ever: DTensor's caches hold the meshes that operators first met,
+    and models and meshes are in circles."""
+    from torch.distributed.tensor import _collective_utils, _redistribute
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
+    gc.collect()
 
 
 def _load(file: str, name: str) -> Callable[..., Any]:

@@ -30,13 +30,13 @@ def run(workers, config, steps=3, watch=False):
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
-    update = make_update(config, mesh, model, optimizer)
+    update = make_update(config, mesh, model, optimizer, None)
     batches = train_batches(config, mesh, data, position=0)
     losses, norms, parameters = [], [], []
     states = PeakStates(model, optimizer)
     with states if watch else nullcontext():
-        for _ in range(steps):
-            report = update(next(batches), 1.0, False)
+        for step in range(steps):
+            report = update(step + 1, next(batches), 1.0, False)
             losses.append(report.loss)
             norms.append(report.grad_norm)
             parameters.append({name: whole(p) for name, p in model.named_parameters()})

@@ -120,14 +120,14 @@ def five_updates(workers, config):
     mesh = make_mesh(config.parallel, workers)
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
-    update = make_update(config, mesh, model, optimizer)
+    update = make_update(config, mesh, model, optimizer, None)
     stream = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
     batches = [next(stream) for _ in range(5)]
     scales = [1.0, 2.0**60, 1.0, 1.0, 2.0**60] if config.precision.name == "fp16" else [1.0] * 5
     reports = []
     for step in range(5):
         ahead = batches[step + 1] if config.parallel.post_validation and step in (0, 1, 3) else None
-        reports.append(update(batches[step], scales[step], False, None, ahead))
+        reports.append(update(step + 1, batches[step], scales[step], False, None, ahead))
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     for name, state in named_state(model, optimizer).items():
         tensors |= {f"{name}.{key}": t for key, t in state.items()}
