@@ -296,6 +296,10 @@ REFUSED = {
         ["sparsity=nm", "sparsity.density=0.3"],
         r"unknown key sparsity.density: sparsity has .* n, ",
     ),
+    "a random mask over what was learned": (
+        ["sparsity=rigl", "model.init_from=somewhere"],
+        r"sparsity=rigl with model.init_from=somewhere: a random mask .*give sparsity.start_at=1 or later",
+    ),
     "masks in the backward": (
         ["sparsity=rigl", "optim.in_backward=true", "clip_norm=0", "batch.micro_size=8"],
         r"optim.in_backward with sparsity=rigl: .*give optim.in_backward=false",

@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from rowwise.optim.build import ELEMENTWISE, OptimConfig, check_optimizer
 from rowwise.optim.schedules import ScheduleConfig, check_schedule
-from rowwise.optim.sparse.config import NM, SparsityConfig, check_sparsity
+from rowwise.optim.sparse.config import NM, SparsityConfig, check_sparsity, starts_at_random
 from rowwise.parallel.mesh import ParallelConfig, resolve_degrees
 from rowwise.parallel.precision import PrecisionConfig, check_precision
 from rowwise.parallel.sequence import check_heads
@@ -192,6 +192,11 @@ def _check_sparsity(config: TrainConfig, parallel: ParallelConfig) -> None:
         raise ValueError(
             f"parallel.post_validation with sparsity={name}: a change of masks is not undone; give "
             "parallel.post_validation=false"
+        )
+    if config.model.init_from is not None and starts_at_random(config.sparsity):
+        raise ValueError(
+            f"sparsity={name} with model.init_from={config.model.init_from}: a random mask would throw away most of what it "
+            "learned; give sparsity.start_at=1 or later, which keeps the largest weights, or gradual, st3, pdp or nm"
         )
     if (
         isinstance(config.sparsity, NM)

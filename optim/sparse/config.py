@@ -139,6 +139,11 @@ def sparse_layers(config: SparsityConfig, shapes: dict[str, torch.Size]) -> list
     return [name for name in hidden if any(fnmatchcase(name, pattern) for pattern in config.layers)]
 
 
+def starts_at_random(config: SparsityConfig) -> bool:
+    """Whether the first mask is drawn before anything is learned."""
+    return isinstance(config, Static) or (isinstance(config, EvolvingBase) and config.start_at == 0)
+
+
 def stop_step(config: EvolvingBase | CooledBase, steps: int) -> int:
     """The step of the last change."""
     return max(1, round(0.75 * steps)) if config.stop_at is None else config.stop_at

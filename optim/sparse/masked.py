@@ -17,7 +17,7 @@ from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse import evolve
 from rowwise.optim.sparse.account import Account, begin_account, take_account
 from rowwise.optim.sparse.budget import budgets, cooled_density, is_due, share_replaced
-from rowwise.optim.sparse.config import SET, EvolvingBase, Gradual, RigL, SRigL, Static, stop_step
+from rowwise.optim.sparse.config import SET, EvolvingBase, Gradual, RigL, SRigL, Static, starts_at_random, stop_step
 from rowwise.optim.sparse.fan_in import evolve_fan_in, largest_fan_in, random_fan_in
 from rowwise.optim.sparse.layers import Layer, Layers
 from rowwise.optim.sparse.masks import portions, zero_outside_
@@ -37,11 +37,10 @@ class Masked:
 
     def __post_init__(self) -> None:
         self._budgets = budgets(self.layers.shapes, self.config.density, self.config.distribution)
-        self._fired = (
-            self.layers.extra_masks() if isinstance(self.config, SET) and self.config.growth == "unfired" else {}
-        )
-        if isinstance(self.config, Gradual) or (isinstance(self.config, EvolvingBase) and self.config.start_at > 0):
-            return  # dense, until then
+        unfired = isinstance(self.config, SET) and self.config.growth == "unfired"
+        self._fired = self.layers.extra_masks() if unfired else {}
+        if not starts_at_random(self.config):
+            return  # dense, until the first update
         fan_in = isinstance(self.config, SRigL)
         masks = (random_fan_in if fan_in else evolve.random_masks)(self.layers, self._budgets, self.seed)
         self.layers.set_masks(masks)
@@ -134,9 +133,11 @@ class Masked:
         if isinstance(self.config, RigL):
             return lambda layer: evolve.inactive_gradients(layer, dense[layer.name]), key_bits(self.layers.dtype)
         fired = {name: local(mask) for name, mask in self._fired.items()}
-        return lambda layer: evolve.inactive_at_random(
-            layer, self.seed, step, fired.get(layer.name)
-        ), evolve.RANDOM_BITS
+
+        def at_random(layer: Layer) -> evolve.Keys:
+            return evolve.inactive_at_random(layer, self.seed, step, fired.get(layer.name))
+
+        return at_random, evolve.RANDOM_BITS
 
     def _change(self, masks: list[Tensor], optimizer: Optimizer) -> None:
         """New masks; what was dropped is zero, and so are the optimizer's states of whatever changed."""
