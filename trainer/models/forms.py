@@ -44,14 +44,14 @@ def in_form(form: str, name: str, w: Tensor) -> dict[str, Tensor]:
     nonzeros = int(w.count_nonzero())
     if form == "semi_structured":
         return dense if nonzeros > w.numel() / 2 else {stem + part: t for part, t in _semi_structured(name, w).items()}
-    counts = w.count_nonzero(dim=1)
-    padded = int((counts > 0).sum() * counts.max()) if w.numel() else 0
-    if padded * (w.itemsize + 4) > w.nbytes:
+    if nonzeros * (w.itemsize + 4) > w.nbytes:
         return dense
     try:
         c = condense(w)
     except ValueError as error:
         raise ValueError(f"{name} cannot be condensed: {error}") from None
+    if c.values.nbytes + c.columns.nbytes > w.nbytes:  # rows of fewer weights are padded
+        return dense
     parts = {"values": c.values, "columns": c.columns, "rows": c.rows}
     return {stem + part: t for part, t in parts.items() if t is not None}
 
