@@ -18,13 +18,11 @@ them; what is there with the same digest is not run again. The picture needs mat
 import argparse
 import math
 import statistics
-import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from optimizer_bytes import RULES
-from optimizer_runs import Kept, ask, digest_of, servers
+from quality_runs import Kept, digest_of, make_runs
 from record import RESULTS, write_record
 
 from rowwise.launch.compose import compose_tree
@@ -98,20 +96,10 @@ def needed(rule: str, kept: Kept, options: argparse.Namespace) -> list[Run]:
     return [(rule, best, seed) for seed in SEEDS if loss_of((rule, best, seed), kept, options) is None]
 
 
-def run_all(kept: Kept, options: argparse.Namespace) -> None:
-    """Makes runs until none is needed, `--processes` at a time."""
-    with ThreadPoolExecutor(options.processes) as threads, servers(options.processes, options.gpu) as idle:
-        while runs := [run for rule in options.rules for run in needed(rule, kept, options)]:
-            asked = {threads.submit(ask, overrides_of(run, options), idle): run for run in runs}
-            try:
-                for number, future in enumerate(as_completed(asked), 1):
-                    kept.add(overrides_of(asked[future], options), future.result())
-                    rule, rate, seed = asked[future]
-                    print(f"{number}/{len(runs)}  {rule}  lr {rate:.3g}  seed {seed}  "
-                          f"{loss_of(asked[future], kept, options):.4f}", file=sys.stderr, flush=True)  # fmt: skip
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+def all_needed(kept: Kept, options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    """The runs of all rules that can be made now."""
+    runs = [run for rule in options.rules for run in needed(rule, kept, options)]
+    return {f"{rule}  lr {lr:.6g}  seed {seed}": overrides_of((rule, lr, seed), options) for rule, lr, seed in runs}
 
 
 def summarise(kept: Kept, options: argparse.Namespace) -> dict[str, Any]:
@@ -199,10 +187,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     kept = Kept(RESULTS / "optimizer_quality.jsonl")
-    try:
-        run_all(kept, options)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the runs that are finished")
+    make_runs(lambda: all_needed(kept, options), kept, options.processes, options.gpu)
     found = summarise(kept, options)
     print_table(found)
     setting = {

@@ -19,12 +19,10 @@ what is there with the same digest is not run again. The picture needs matplotli
 import argparse
 import itertools
 import statistics
-import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from optimizer_runs import Kept, ask, servers
+from quality_runs import Kept, make_runs
 from record import RESULTS, write_record
 
 from rowwise.launch.compose import compose_tree
@@ -89,19 +87,10 @@ def needed(options: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def run_all(kept: Kept, options: argparse.Namespace) -> None:
-    """Makes what is not there yet, `--processes` at a time."""
-    missing = [run for run in needed(options) if kept.get(overrides_of(run, options)) is None]
-    with ThreadPoolExecutor(options.processes) as threads, servers(options.processes, gpu=False) as idle:
-        asked = {threads.submit(ask, overrides_of(run, options), idle): run for run in missing}
-        try:
-            for number, future in enumerate(as_completed(asked), 1):
-                run, answer = asked[future], future.result()
-                kept.add(overrides_of(run, options), answer)
-                print(f"{number}/{len(missing)}  {run}  {answer['eval_loss']}", file=sys.stderr, flush=True)
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+def missing(kept: Kept, options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    """What is not there yet."""
+    runs = {str(run): overrides_of(run, options) for run in needed(options)}
+    return {name: overrides for name, overrides in runs.items() if kept.get(overrides) is None}
 
 
 def summarise(kept: Kept, options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
@@ -196,10 +185,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     kept = Kept(RESULTS / "sparse_quality.jsonl")
-    try:
-        run_all(kept, options)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the runs that are finished")
+    make_runs(lambda: missing(kept, options), kept, options.processes)
     found = summarise(kept, options)
     print_table(found)
     setting = {key: getattr(options, key) for key in ("steps", "updates", "seeds", "settings")} | {"overrides": ALWAYS}

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from rowwise.kernels.dispatch import use_triton
-from rowwise.kernels.portions import device_portions
+from rowwise.kernels.portions import device_portions, row_portions
 from rowwise.kernels.semi_structured import semi_structured_linear, sparsity_problem
 
 Backward = Literal["row", "column"]
@@ -133,9 +133,7 @@ def _groups(w: Tensor, m: int, dim: int) -> Tensor:
 
 
 def _portions(groups: Tensor) -> Iterator[slice]:
-    count, size = groups.size(0), max(1, groups.size(1) * groups.size(2))
-    step = max(1, ELEMENTS * torch.get_num_threads() // size)
-    return (slice(first, min(first + step, count)) for first in range(0, count, step))
+    return row_portions(groups.size(0), groups.size(1) * groups.size(2), ELEMENTS * torch.get_num_threads())
 
 
 def _kept(groups: Tensor, n: int) -> Tensor:

@@ -30,17 +30,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from rowwise.kernels.nm import prune_nm
+from rowwise.kernels.nm import nm_mask
 from rowwise.optim.sparse.config import NM, sparse_layers
+from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.config import unknown_key
 from rowwise.trainer.data.tokenizer import open_tokenizer
 from rowwise.trainer.manifest import damage, find_checkpoints, read_manifest, step_folder
-from rowwise.trainer.models.decoder import ModelConfig
+from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
 from rowwise.trainer.models.forms import FORMS, SEMI_STRUCTURED_DTYPES, form_config, in_form
-from rowwise.trainer.models.huggingface import parameter_shapes, their_config, their_name, write_folder
+from rowwise.trainer.models.huggingface import their_config, their_name, write_folder
 from rowwise.trainer.models.rope import RopeScaling
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+POSSIBLE_DTYPES = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def export(config: ExportConfig) -> str:
 
 
 def _check_choices(config: ExportConfig) -> None:
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype={config.dtype}: possible are {', '.join(DTYPES)}")
+    if config.dtype not in POSSIBLE_DTYPES:
+        raise ValueError(f"dtype={config.dtype}: possible are {', '.join(POSSIBLE_DTYPES)}")
     if config.form not in FORMS:
         raise ValueError(f"form={config.form}: possible are {', '.join(FORMS)}")
     if config.form == "semi_structured" and DTYPES[config.dtype] not in SEMI_STRUCTURED_DTYPES:
@@ -230,11 +231,10 @@ def reader(
 ) -> Callable[[dict[str, Tensor]], None]:
     """A function that fills tensors (our parameters by name) with what the run computed with. After sparsity=nm that is
     its matrices pruned, chosen in the run's own precision; a checkpoint has the dense ones, which learn."""
-    sparsity, precision = config.get("sparsity", {"name": "none"}), config["precision"]["name"]
+    sparsity, own = config.get("sparsity", {"name": "none"}), DTYPES[config["precision"]["name"]]
     pruned: set[str] = set()
     if sparsity["name"] == "nm":
         pruned = set(sparse_layers(NM(layers=sparsity["layers"]), shapes))
-    own = {"fp64": torch.float64, **DTYPES}[precision]
 
     def fill_(tensors: dict[str, Tensor]) -> None:
         if as_they_are := {name: tensor for name, tensor in tensors.items() if name not in pruned}:
@@ -242,8 +242,8 @@ def reader(
         for name in tensors.keys() & pruned:
             w = torch.empty(shapes[name], dtype=torch.promote_types(own, torch.float32))
             read_(checkpoint, {name: w})
-            kept = prune_nm(w.to(own), sparsity["n"], sparsity["m"], dim=1) != 0
-            tensors[name].copy_(w.mul_(kept))
+            kept = nm_mask(w.to(own), sparsity["n"], sparsity["m"])
+            tensors[name].copy_(w.masked_fill_(~kept, 0))
 
     return fill_
 

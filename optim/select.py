@@ -23,16 +23,17 @@ from rowwise.kernels.portions import device_portions
 BINS = 256
 NOTHING = (1 << 63) - 1  # above every key
 Groups = Sequence[dist.ProcessGroup]
+Keys = Callable[[slice], Tensor]  # int64, of some rows; negative where there is no candidate
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """This rank's rows of one tensor `like` (r, n). `keys(rows)`: int64 keys of some of them, negative where there is no
-    candidate. `start`: the logical position of the first entry, in the order in which ties are broken."""
+    """This rank's rows of one tensor `like` (r, n), and their keys. `start`: the logical position of the first entry, in the
+    order in which ties are broken."""
 
     like: Tensor
     start: int
-    keys: Callable[[slice], Tensor]
+    keys: Keys
 
     def portions(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, their keys), a portion of rows at a time."""

@@ -22,8 +22,8 @@ from rowwise.launch.export import main
 from rowwise.parallel.mesh import Workers
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.config import Text
-from rowwise.trainer.models.decoder import Decoder, ModelConfig
-from rowwise.trainer.models.huggingface import INDEX, check_source, parameter_shapes, rows_from
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
+from rowwise.trainer.models.huggingface import INDEX, check_source, rows_from
 from rowwise.trainer.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the tests' own reading

@@ -20,9 +20,9 @@ from rowwise.optim.build import kind_of
 from rowwise.trainer.config import tree_of
 from rowwise.trainer.manifest import begin, commit, file_facts
 from rowwise.trainer.models.condensed import CondensedLinear
-from rowwise.trainer.models.decoder import Decoder, ModelConfig
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
 from rowwise.trainer.models.forms import open_exported, semi_structured_weight
-from rowwise.trainer.models.huggingface import INDEX, check_source, parameter_shapes, their_name
+from rowwise.trainer.models.huggingface import INDEX, check_source, their_name
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled",

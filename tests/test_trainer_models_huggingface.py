@@ -28,12 +28,11 @@ from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.build import build_model
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models import huggingface
-from rowwise.trainer.models.decoder import Decoder, ModelConfig
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
 from rowwise.trainer.models.huggingface import (
     INDEX,
     SINGLE,
     check_source,
-    parameter_shapes,
     rows_from,
     their_config,
     their_name,

@@ -31,7 +31,7 @@ def run_config(folder, name, world, *options, **degrees):
 @pytest.fixture(scope="module")
 def uninterrupted(ranks, folder):
     """Twenty steps on two ranks, never stopped."""
-    config = run_config(folder, "uninterrupted", 2, zero=2)
+    config = run_config(folder, "uninterrupted", 2, "checkpoint.every=8", zero=2)
     states = ranks.run(run_train, 2, config)
     assert states[0] == states[1]
     assert states[0].step == STEPS
@@ -82,6 +82,8 @@ def test_the_record_of_a_step_and_the_manifest(uninterrupted):
     keys = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "step_seconds", "data_seconds"}
     assert keys | {"peak_memory_bytes"} <= lines[0].keys()
     assert [record["step"] for record in lines if "eval_loss" in record] == [5, 10, 15, 20]
+    assert [record["step"] for record in lines if record.get("eval_seconds", 0) > 0] == [5, 10, 15, 20]
+    assert [record["step"] for record in lines if record.get("save_seconds", 0) > 0] == [9, 17]  # after the saves
     assert lines[-1]["loss"] < lines[0]["loss"]
     checkpoint = Path(uninterrupted.run_dir) / "checkpoints" / f"step-{STEPS:08d}"
     manifest = json.loads((checkpoint / "manifest.json").read_text())

@@ -4,7 +4,7 @@ before any process group exists."""
 from pathlib import Path
 from typing import Any
 
-from rowwise.optim.sparse.config import CooledBase, EvolvingBase, stop_step
+from rowwise.optim.sparse.config import TimedBase, stop_step
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.manifest import find_checkpoints, read_manifest
 
@@ -25,7 +25,7 @@ def state_facts(config: TrainConfig) -> dict[str, Any]:
     optim, sparsity = tree_of(config)["optim"], tree_of(config)["sparsity"]
     facts = {f"optim.{key}": optim[key] for key in ("name", "rank", "state_bits", "assign") if key in optim}
     facts |= {f"sparsity.{key}": sparsity[key] for key in MASK_FACTS if key in sparsity}
-    if isinstance(config.sparsity, EvolvingBase | CooledBase):
+    if isinstance(config.sparsity, TimedBase):
         # A stop that moved with `steps` would change masks that were meant to stay.
         facts["sparsity.stop_at"] = stop_step(config.sparsity, config.steps)
     return facts

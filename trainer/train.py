@@ -1,7 +1,6 @@
 """train(config): build, resume, loop, save."""
 
 import functools
-import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -14,7 +13,6 @@ from torch import Tensor
 from rowwise.optim.build import assignment_table, assignments, build_optimizer, set_lr, set_step
 from rowwise.optim.in_backward import InBackward
 from rowwise.optim.shell import Optimizer
-from rowwise.optim.sparse.account import weights_multiplied
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Span
@@ -28,9 +26,9 @@ from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_ba
 from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.manifest import fingerprint, set_aside
-from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes
-from rowwise.trainer.models.decoder import Decoder, flops_per_token
+from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
+from rowwise.trainer.record import sparsity_record, step_record
 from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_facts
 from rowwise.trainer.sample import generate
@@ -87,6 +85,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
         batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
         stop = stack.enter_context(StopSignals())
         stopping, ahead = False, None
+        saved: dict[str, float] = {}
         while state.step < config.steps and not stopping:
             started = time.perf_counter()
             micro_batches = next(batches) if ahead is None else ahead
@@ -105,19 +104,18 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             advance(state, report, config)
             stopping = report.stop
 
-            record = step_record(state, report, lr, config, mesh, time.perf_counter() - started, data_seconds)
-            if config.precision.name == "fp16":
-                record |= {"loss_scale": scale_used, "skipped_steps": state.loss_scale.skipped}
-            if sparsity is not None:
-                record |= sparsity_record(sparsity, config, state.step)
-            if config.eval.due(state.step, config.steps):
-                record["eval_loss"] = evaluate(model, eval_batches(config, mesh, data), mesh)
-            reporter.step(record)
+            seconds = time.perf_counter() - started
+            record = step_record(state, report, lr, scale_used, config, mesh, seconds, data_seconds)
+            record |= sparsity_record(sparsity, config, state.step)
+            record |= eval_record(config, mesh, model, data, state.step)
+            reporter.step(record | saved)
 
+            saved, started = {}, time.perf_counter()
             saver.poll()
             if stopping or config.checkpoint.due(state.step, config.steps):
                 reporter.sync()
                 saver.save(state.step, tensors, manifest_of(config, mesh, data, state))
+                saved = {"save_seconds": time.perf_counter() - started}
         saver.wait()
         reporter.say(last_words(config, mesh, model, data, state, stopping))
     return state
@@ -150,13 +148,12 @@ def make_update(
         if config.parallel.post_validation:
             assert isinstance(model, StagedDecoder)
             report = step_at_once(model, batches, *asked, optimizer, stop, trace, ahead)
-        elif sparsity is not None:
-            filter_ = functools.partial(sparsity.filter_gradients, step)
-            report = compute_gradients(model, batches, *asked, stop, trace, filter_)
-            sparsity.step(optimizer, step, report.finite)
         else:
-            report = compute_gradients(model, batches, *asked, stop, trace)
-            if report.finite:
+            filter_ = None if sparsity is None else functools.partial(sparsity.filter_gradients, step)
+            report = compute_gradients(model, batches, *asked, stop, trace, filter_)
+            if sparsity is not None:
+                sparsity.step(optimizer, step, report.finite)
+            elif report.finite:
                 optimizer.step()
         optimizer.zero_grad()
         return report
@@ -214,6 +211,17 @@ def eval_batches(config: TrainConfig, mesh: Mesh, data: Data):
     return holdout_batches(data.holdout, config.batch, config.eval.batches, share)
 
 
+def eval_record(
+    config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data, step: int
+) -> dict[str, float]:
+    """What a step that evaluates adds to its record: the held-out loss, and the seconds that it took."""
+    if not config.eval.due(step, config.steps):
+        return {}
+    started = time.perf_counter()
+    loss = evaluate(model, eval_batches(config, mesh, data), mesh)
+    return {"eval_loss": loss, "eval_seconds": time.perf_counter() - started}
+
+
 def require_usable(report: StepReport, config: TrainConfig, state: TrainState) -> None:
     """Of a step whose gradient is no number: fp16 passes it over, as long as a smaller loss scale may help; anything
     else stops the run, before it is spoilt where that is possible. Raises FloatingPointError."""
@@ -233,50 +241,6 @@ def advance(state: TrainState, report: StepReport, config: TrainConfig) -> None:
     state.tokens += config.batch.global_size * config.batch.seq_len
     state.updates += report.finite
     state.loss_scale = next_loss_scale(state.loss_scale, config.precision, overflow=not report.finite)
-
-
-def step_record(
-    state: TrainState,
-    report: StepReport,
-    lr: float,
-    config: TrainConfig,
-    mesh: Mesh,
-    seconds: float,
-    data_seconds: float,
-) -> dict[str, Any]:
-    """The line of metrics.jsonl. `tokens_per_second` is per worker; what is not a number is null."""
-    tokens_per_second = config.batch.global_size * config.batch.seq_len / seconds / mesh.world_size
-    flops_per_second = tokens_per_second * flops_per_token(config.model, config.batch.seq_len)
-    return {
-        "step": state.step,
-        "loss": report.loss if math.isfinite(report.loss) else None,
-        "grad_norm": report.grad_norm if report.finite else None,
-        "lr": lr,
-        "tokens": state.tokens,
-        "tokens_per_second": tokens_per_second,
-        "mfu": model_flops_utilization(flops_per_second, mesh.device),
-        "step_seconds": seconds,
-        "data_seconds": data_seconds,
-        "peak_memory_bytes": peak_memory_bytes(mesh.device),
-    }
-
-
-def sparsity_record(sparsity: Sparsity, config: TrainConfig, step: int) -> dict[str, Any]:
-    """What sparse training adds to a record: the density, and, where masks were counted, what they do. Floating-point
-    operations per token are those that are left where zeros cost nothing."""
-    account = sparsity.account
-    if account is None:
-        return {"density": sparsity.density}
-    forward, backward = weights_multiplied(config.sparsity, account.active, account.sizes, step, config.steps)
-    dense, weights = flops_per_token(config.model, config.batch.seq_len), sum(account.sizes)
-    flops = dense / 3 - 2 * (weights - forward), dense * 2 / 3 - 2 * (2 * weights - backward)
-    return {
-        "density": account.density,
-        "flops_per_token_forward": flops[0],
-        "flops_per_token_backward": flops[1],
-        "flops_of_dense": sum(flops) / dense,
-        **account.record(),
-    }
 
 
 def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState) -> dict[str, Any]:

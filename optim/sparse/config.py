@@ -25,6 +25,15 @@ class SparseBase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimedBase(SparseBase):
+    """Masks change every `update_every` steps from `start_at` to `stop_at` (null: 0.75 of the steps)."""
+
+    update_every: int = 100
+    start_at: int = 0
+    stop_at: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class BudgetBase(SparseBase):
     """`density`: the share of all their weights that is kept; `distribution`: how it is spread over matrices."""
 
@@ -40,14 +49,10 @@ class Static(BudgetBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvolvingBase(BudgetBase):
-    """Masks change every `update_every` steps from `start_at` to `stop_at` (null: 0.75 of the steps). Before `start_at`
-    the model is dense; 0: it starts from a random mask. `replace`: the share of a mask that an update at step 0 would
-    replace; later ones replace less, along a cosine to `stop_at`."""
+class EvolvingBase(BudgetBase, TimedBase):
+    """Before `start_at` the model is dense; 0: it starts from a random mask. `replace`: the share of a mask that an update
+    at step 0 would replace; later ones replace less, along a cosine to `stop_at`."""
 
-    update_every: int = 100
-    start_at: int = 0
-    stop_at: int | None = None
     replace: float = 0.3
 
 
@@ -75,15 +80,13 @@ class SRigL(EvolvingBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CooledBase(SparseBase):
-    """Dense until `start_at`; then the density falls with a cube to `density` at `stop_at` (null: 0.75 of the steps).
-    `distribution`: `global` lets all matrices compete."""
+class CooledBase(TimedBase):
+    """Dense until `start_at`; then the density falls with a cube to `density` at `stop_at`. `distribution`: `global` lets
+    all matrices compete."""
 
     density: float = 0.2
     distribution: Literal["global", "uniform", "er", "erk"] = "global"
     update_every: int = 1
-    start_at: int = 0
-    stop_at: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +147,7 @@ def starts_at_random(config: SparsityConfig) -> bool:
     return isinstance(config, Static) or (isinstance(config, EvolvingBase) and config.start_at == 0)
 
 
-def stop_step(config: EvolvingBase | CooledBase, steps: int) -> int:
+def stop_step(config: TimedBase, steps: int) -> int:
     """The step of the last change."""
     return max(1, round(0.75 * steps)) if config.stop_at is None else config.stop_at
 
@@ -166,7 +169,7 @@ def check_sparsity(config: SparsityConfig, shapes: dict[str, torch.Size], steps:
         _check_groups(config, matrices)
     else:
         _check_budget(config, matrices)
-    if isinstance(config, EvolvingBase | CooledBase):
+    if isinstance(config, TimedBase):
         _check_times(config, steps)
     if isinstance(config, EvolvingBase) and not 0 < config.replace < 1:
         raise ValueError(f"sparsity.replace={config.replace}: a share of the mask, above 0 and below 1")
@@ -192,7 +195,7 @@ def _check_budget(config: Budgeted, matrices: dict[str, torch.Size]) -> None:
             )
 
 
-def _check_times(config: EvolvingBase | CooledBase, steps: int) -> None:
+def _check_times(config: TimedBase, steps: int) -> None:
     stop = stop_step(config, steps)
     if config.update_every < 1:
         raise ValueError(f"sparsity.update_every={config.update_every}: it is at least 1")

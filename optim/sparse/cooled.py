@@ -101,7 +101,8 @@ class Cooled:
         """The optimizer's step t on the dense weights, unless its gradients are not `usable`; then the thresholds of the
         density that step t has, and w' anew."""
         self.account, stop = None, stop_step(self.config, self.steps)
-        self.density = sum(self._counts(step)) / self.layers.size
+        counts = self._counts(step)
+        self.density = sum(counts) / self.layers.size
         if self._is_hard(step):
             if usable:
                 optimizer.step()
@@ -116,7 +117,7 @@ class Cooled:
             for layer in self.layers.mine:
                 local(self._dense[layer.name]).copy_(layer.weight)
         if step == self._last_cut(step):
-            self._cut(step)
+            self._cut(counts)
         for layer in self.layers.mine:
             self._compute(layer)
         if self._is_hard(step + 1):
@@ -147,10 +148,10 @@ class Cooled:
         density = cooled_density(cut, config.density, config.start_at, stop_step(config, self.steps))
         return budgets(shapes, density, config.distribution)
 
-    def _cut(self, step: int) -> None:
+    def _cut(self, counts: Sequence[int]) -> None:
         weights = [local(self._dense[layer.name]) for layer in self.layers.mine]
         together = self.config.distribution == "global"
-        cuts = cut_by_size(self.layers, weights, self._counts(step), together)
+        cuts = cut_by_size(self.layers, weights, counts, together)
         for layer, (mask, kept, dropped) in zip(self.layers.mine, cuts, strict=True):
             layer.bits.copy_(mask)
             threshold = dropped if isinstance(self.config, ST3) else (kept + dropped) / 2

@@ -18,9 +18,9 @@ from fractions import Fraction
 from torch import Tensor
 
 from rowwise.kernels.philox import random_words, stream_key
-from rowwise.optim.select import key_bits, magnitude_keys
+from rowwise.optim.select import Keys, key_bits, magnitude_keys
 from rowwise.optim.sparse.budget import share_out
-from rowwise.optim.sparse.layers import Keys, Layer, Layers
+from rowwise.optim.sparse.layers import Layer, Layers
 from rowwise.optim.sparse.masks import unpack
 
 RANDOM_BITS = 40  # 32 of the word, and above them whether the weight was never active

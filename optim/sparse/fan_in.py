@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rowwise.optim.select import key_bits, magnitude_keys
+from rowwise.optim.select import Keys, key_bits, magnitude_keys
 from rowwise.optim.sparse.evolve import at_random, inactive_gradients, kept_and_grown, magnitudes
-from rowwise.optim.sparse.layers import Keys, Layer, Layers, candidates
-from rowwise.optim.sparse.masks import pack, packed_columns, portions, unpack
+from rowwise.optim.sparse.layers import Layer, Layers, candidates
+from rowwise.optim.sparse.masks import join, pack, portions, unpack
 
 
 def fan_in_of(budget: int, rows: int, columns: int) -> int:
@@ -47,7 +47,7 @@ def _whole(layers: Layers, layer: Layer, budgets: Sequence[int]) -> int:
 def _rows_of(layer: Layer, keys: Keys, fan_in: int) -> Tensor:
     masks = [pack(first_of(chosen.sort(dim=1, descending=True, stable=True).indices, fan_in))
              for _, chosen in candidates(layer, keys).portions()]  # fmt: skip
-    return _joined(layer, masks)
+    return join(masks, layer.columns, layer.bits.device)
 
 
 def evolve_fan_in(
@@ -81,7 +81,7 @@ def _filled(layer: Layer, keep: Tensor, gradient: Tensor, alive: Tensor, fan_in:
         rank = torch.where(stays, 2, torch.where(active, 0, 1))
         mask = first_of(by_rank(rank, strength), fan_in)
         masks.append(pack(mask & alive[rows, None]))
-    return _joined(layer, masks)
+    return join(masks, layer.columns, layer.bits.device)
 
 
 def by_rank(rank: Tensor, strength: Tensor) -> Tensor:
@@ -107,7 +107,3 @@ def _count_rows(layers: Layers, rows: Sequence[Tensor]) -> list[int]:
     for layer, flags in zip(layers.mine, rows, strict=True):
         counts[layer.index] = flags.sum()
     return layers.sum(counts, layers.rows)
-
-
-def _joined(layer: Layer, masks: list[Tensor]) -> Tensor:
-    return torch.cat(masks) if masks else layer.bits.new_zeros(0, packed_columns(layer.columns))

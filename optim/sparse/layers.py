@@ -1,8 +1,7 @@
 """The sparse matrices of a model, as one rank has them, and the choice of the largest among their weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 
 from rowwise.kernels.rows import local, row_offset
 from rowwise.optim.rule import rows_like, shard_group
-from rowwise.optim.select import Candidates, Cut, Groups, Problem, select
-from rowwise.optim.sparse.masks import count, fill_, pack, packed_columns
+from rowwise.optim.select import Candidates, Cut, Groups, Keys, Problem, select
+from rowwise.optim.sparse.masks import count, fill_, join, pack, packed_columns
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Layer:
     first: Tensor
     last: Tensor
 
-    @cached_property
+    @property
     def columns(self) -> int:
         return self.p.size(1)
 
@@ -80,7 +79,7 @@ class Layers:
         """The weights of all sparse matrices."""
         return sum(shape.numel() for shape in self.shapes)
 
-    def choose(self, keys: "Sequence[Keys]", ks: Sequence[int], bits: int) -> list[Tensor]:
+    def choose(self, keys: Sequence[Keys], ks: Sequence[int], bits: int) -> list[Tensor]:
         """The mask of the k largest keys of every matrix, each on its own. `keys` and `ks` go round `mine`, more than once
         where several choices share their messages. Communicates over `rows`: see `optim.select`."""
         parts = [candidates(self.mine[i % len(self.mine)], key) for i, key in enumerate(keys)]
@@ -88,7 +87,7 @@ class Layers:
         cuts = select(problems, bits, self.rows, self.device)
         return [self.taken(part, cut) for part, cut in zip(parts, cuts, strict=True)]
 
-    def choose_together(self, keys: "Sequence[Keys]", k: int, bits: int) -> list[Tensor]:
+    def choose_together(self, keys: Sequence[Keys], k: int, bits: int) -> list[Tensor]:
         """The masks of the k largest keys of all matrices together. Communicates over `model`."""
         parts = [candidates(layer, key) for layer, key in zip(self.mine, keys, strict=True)]
         cut = select([Problem(k, self.size, parts)], bits, self.model, self.device)[0]
@@ -97,13 +96,7 @@ class Layers:
     def taken(self, part: Candidates, cut: Cut) -> Tensor:
         """The packed mask of what a cut takes."""
         masks = [pack(cut.takes(part, rows, keys)) for rows, keys in part.portions()]
-        none = torch.zeros(0, packed_columns(part.like.size(1)), dtype=torch.uint8, device=self.device)
-        return torch.cat(masks) if masks else none
-
-    def set_masks(self, masks: Sequence[Tensor]) -> None:
-        """Puts these in the place of what the masks were."""
-        for layer, mask in zip(self.mine, masks, strict=True):
-            layer.bits.copy_(mask)
+        return join(masks, part.like.size(1), self.device)
 
     def named_masks(self) -> dict[str, Tensor]:
         """What a checkpoint holds of them."""
@@ -111,9 +104,7 @@ class Layers:
 
     def extra_masks(self) -> dict[str, Tensor]:
         """One more mask for every matrix of this rank, empty, by name."""
-        return {
-            layer.name: rows_like(layer.p, packed_columns(layer.columns), torch.uint8).zero_() for layer in self.mine
-        }
+        return {layer.name: rows_like(layer.p, packed_columns(layer.columns), torch.uint8) for layer in self.mine}
 
     def counts(self, masks: Sequence[Tensor], groups: Groups) -> list[int]:
         """How many weights each mask of `mine` has, over all ranks of `groups`; a number for every matrix of the model, 0
@@ -132,9 +123,6 @@ class Layers:
         for group in groups:
             dist.all_reduce(numbers, group=group)
         return numbers.tolist()
-
-
-Keys = Callable[[slice], Tensor]
 
 
 def candidates(layer: Layer, keys: Keys) -> Candidates:

@@ -5,14 +5,13 @@ weights are cut again after the optimizer's step, for rules whose update of a we
 is kept beside only where a rule grows by it and only in the step after which it does: one copy of this rank's rows.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rowwise.kernels.rows import local
-from rowwise.optim.select import key_bits
+from rowwise.optim.select import Keys, key_bits
 from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse import evolve
 from rowwise.optim.sparse.account import Account, begin_account, take_account
@@ -43,12 +42,12 @@ class Masked:
             return  # dense, until the first update
         fan_in = isinstance(self.config, SRigL)
         masks = (random_fan_in if fan_in else evolve.random_masks)(self.layers, self._budgets, self.seed)
-        self.layers.set_masks(masks)
-        begin_account(self.layers)
-        for layer in self.layers.mine:
-            zero_outside_(layer.weight, layer.bits)
+        for layer, mask in zip(self.layers.mine, masks, strict=True):
+            layer.bits.copy_(mask)
+            zero_outside_(layer.weight, mask)
             if self._fired:
-                local(self._fired[layer.name]).copy_(layer.bits)
+                local(self._fired[layer.name]).copy_(mask)
+        begin_account(self.layers)
 
     def named_state(self) -> dict[str, Tensor]:
         return self.layers.named_masks() | {f"{name}.fired": mask for name, mask in self._fired.items()}
@@ -128,13 +127,13 @@ class Masked:
         rule = evolve.redistribute if config.redistribute else evolve.drop_and_grow
         return rule(layers, share, *self._growth(step, dense))
 
-    def _growth(self, step: int, dense: dict[str, Tensor]) -> tuple[Callable[[Layer], evolve.Keys], int]:
+    def _growth(self, step: int, dense: dict[str, Tensor]) -> tuple[evolve.Growth, int]:
         """Keys of what may grow, and how many bits they have."""
         if isinstance(self.config, RigL):
             return lambda layer: evolve.inactive_gradients(layer, dense[layer.name]), key_bits(self.layers.dtype)
         fired = {name: local(mask) for name, mask in self._fired.items()}
 
-        def at_random(layer: Layer) -> evolve.Keys:
+        def at_random(layer: Layer) -> Keys:
             return evolve.inactive_at_random(layer, self.seed, step, fired.get(layer.name))
 
         return at_random, evolve.RANDOM_BITS

@@ -38,6 +38,11 @@ def portions(packed: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
         yield rows, unpack(packed[rows], columns)
 
 
+def join(masks: list[Tensor], columns: int, device: torch.device) -> Tensor:
+    """The packed masks of successive rows in one; there may be none, where a rank has no rows."""
+    return torch.cat(masks) if masks else torch.zeros(0, packed_columns(columns), dtype=torch.uint8, device=device)
+
+
 def count(packed: Tensor, columns: int) -> Tensor:
     """How many bits are set, a number on the device."""
     total = torch.zeros((), dtype=torch.int64, device=packed.device)

@@ -74,10 +74,4 @@ def condense_model(model: nn.Module, names: Iterable[str]) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     for name, module in condensed.items():
-        replace_module(model, name, module)
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where `name` is in `model`."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+        model.set_submodule(name, module)

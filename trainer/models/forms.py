@@ -22,7 +22,7 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 from rowwise.kernels.condensed import condense, condensed
 from rowwise.optim.build import kind_of
-from rowwise.trainer.models.condensed import CondensedLinear, replace_module
+from rowwise.trainer.models.condensed import CondensedLinear
 from rowwise.trainer.models.decoder import Decoder, ModelConfig
 from rowwise.trainer.models.huggingface import opened, our_keys, their_name, weight_files
 
@@ -149,7 +149,7 @@ def _set(model: Decoder, name: str, shape: torch.Size, parts: dict[str, Tensor])
             linear = condensed(parts["values"], parts["columns"], parts.get("rows"), shape)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        replace_module(model, name, CondensedLinear(linear))
+        model.set_submodule(name, CondensedLinear(linear))
         return
     else:
         found = ", ".join(f"{part} {tuple(t.shape)}" for part, t in parts.items())

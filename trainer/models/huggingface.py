@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rowwise.trainer.models.decoder import Decoder, ModelConfig
+from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
 from rowwise.trainer.models.rope import RopeScaling
 
 _LAYER_NAMES = {
@@ -57,12 +57,6 @@ def their_name(name: str) -> str:
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", stem):
         return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"
     return f"{_OUTER_NAMES[stem]}.weight"
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """The logical shape of each of our parameters, without building the model."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in Decoder(config).named_parameters()}
 
 
 def their_config(config: ModelConfig, dtype: torch.dtype, max_positions: int, end_token: int | None) -> dict[str, Any]:

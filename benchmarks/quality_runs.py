@@ -1,4 +1,5 @@
-"""Runs of `optimizer_quality.py`: processes that each make one after the other, and a file of those that are finished."""
+"""Runs of `optimizer_quality.py` and `sparse_quality.py`: processes that each make one after the other, and a file of those
+that are finished."""
 
 import contextlib
 import functools
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,12 @@ from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.prepare import prepare
 from rowwise.trainer.train import train
 
+Overrides = tuple[str, ...]
 ROOMS = ("conf", "kernels", "optim", "parallel", "trainer")
 
 
 @functools.cache
-def digest_of(overrides: tuple[str, ...]) -> str:
+def digest_of(overrides: Overrides) -> str:
     """Of every setting of a run and of the code that makes it. Raises ValueError for what cannot run."""
     tree = compose_tree(list(overrides))
     check(config_from_tree(tree), 1)
@@ -79,10 +82,10 @@ class Kept:
         lines = path.read_text().splitlines() if path.exists() else []
         self._found = {found["digest"]: found for found in map(_parsed, lines) if found}
 
-    def get(self, overrides: tuple[str, ...]) -> dict[str, Any] | None:
+    def get(self, overrides: Overrides) -> dict[str, Any] | None:
         return self._found.get(digest_of(overrides))
 
-    def add(self, overrides: tuple[str, ...], answer: dict[str, Any]) -> None:
+    def add(self, overrides: Overrides, answer: dict[str, Any]) -> None:
         found = {"digest": digest_of(overrides), "overrides": overrides, **answer}
         self._found[found["digest"]] = found
         self._path.parent.mkdir(exist_ok=True)
@@ -96,6 +99,29 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
+
+
+def make_runs(needed: Callable[[], dict[str, Overrides]], kept: Kept, processes: int, gpu: bool = False) -> None:
+    """Makes the runs that are `needed`, so many `processes` at a time, until none is: each by what it is called, and what is
+    needed may depend on what is kept. Ends the program where it is interrupted."""
+    try:
+        with ThreadPoolExecutor(processes) as threads, servers(processes, gpu) as idle:
+            while runs := needed():
+                try:
+                    _keep_all(runs, threads, idle, kept)
+                except BaseException:
+                    threads.shutdown(wait=False, cancel_futures=True)
+                    raise
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the runs that are finished")
+
+
+def _keep_all(runs: dict[str, Overrides], threads: ThreadPoolExecutor, idle: queue.Queue, kept: Kept) -> None:
+    asked = {threads.submit(ask, overrides, idle): name for name, overrides in runs.items()}
+    for number, future in enumerate(as_completed(asked), 1):
+        name, answer = asked[future], future.result()
+        kept.add(runs[name], answer)
+        print(f"{number}/{len(runs)}  {name}  {answer['eval_loss']}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -118,7 +144,7 @@ def servers(count: int, gpu: bool) -> Iterator[queue.Queue]:
             process.wait()
 
 
-def ask(overrides: tuple[str, ...], idle: queue.Queue) -> dict[str, Any]:
+def ask(overrides: Overrides, idle: queue.Queue) -> dict[str, Any]:
     process = idle.get()
     process.stdin.write(json.dumps(overrides) + "\n")
     process.stdin.flush()

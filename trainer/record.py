@@ -1,0 +1,69 @@
+"""The line of metrics.jsonl that a step leaves.
+
+Where a run's time goes: `step_seconds` is the step, with its `data_seconds` of waiting for data. Beside it, `eval_seconds`
+is there in steps that evaluate, and `save_seconds` in the step after one that saves: the seconds that the save after the
+step before took from the loop (a checkpoint counts on the record of its step, which is on disk before the save begins).
+Where they are absent they are zero. The last save of a run is in no record.
+"""
+
+import math
+from typing import Any
+
+from rowwise.optim.sparse.account import weights_multiplied
+from rowwise.optim.sparse.build import Sparsity
+from rowwise.parallel.mesh import Mesh
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes
+from rowwise.trainer.models.decoder import flops_per_token
+from rowwise.trainer.state import TrainState
+from rowwise.trainer.step import StepReport
+
+
+def step_record(
+    state: TrainState,
+    report: StepReport,
+    lr: float,
+    loss_scale: float,
+    config: TrainConfig,
+    mesh: Mesh,
+    seconds: float,
+    data_seconds: float,
+) -> dict[str, Any]:
+    """What every step has. `tokens_per_second` is per worker; what is not a number is null; `loss_scale` is kept in fp16."""
+    tokens_per_second = config.batch.global_size * config.batch.seq_len / seconds / mesh.world_size
+    flops_per_second = tokens_per_second * flops_per_token(config.model, config.batch.seq_len)
+    record = {
+        "step": state.step,
+        "loss": report.loss if math.isfinite(report.loss) else None,
+        "grad_norm": report.grad_norm if report.finite else None,
+        "lr": lr,
+        "tokens": state.tokens,
+        "tokens_per_second": tokens_per_second,
+        "mfu": model_flops_utilization(flops_per_second, mesh.device),
+        "step_seconds": seconds,
+        "data_seconds": data_seconds,
+        "peak_memory_bytes": peak_memory_bytes(mesh.device),
+    }
+    if config.precision.name == "fp16":
+        record |= {"loss_scale": loss_scale, "skipped_steps": state.loss_scale.skipped}
+    return record
+
+
+def sparsity_record(sparsity: Sparsity | None, config: TrainConfig, step: int) -> dict[str, Any]:
+    """What sparse training adds: the density, and, where masks were counted, what they do. Floating-point operations per
+    token are those that are left where zeros cost nothing."""
+    if sparsity is None:
+        return {}
+    account = sparsity.account
+    if account is None:
+        return {"density": sparsity.density}
+    forward, backward = weights_multiplied(config.sparsity, account.active, account.sizes, step, config.steps)
+    dense, weights = flops_per_token(config.model, config.batch.seq_len), sum(account.sizes)
+    flops = dense / 3 - 2 * (weights - forward), dense * 2 / 3 - 2 * (2 * weights - backward)
+    return {
+        "density": account.density,
+        "flops_per_token_forward": flops[0],
+        "flops_per_token_backward": flops[1],
+        "flops_of_dense": sum(flops) / dense,
+        **account.record(),
+    }
