@@ -1,4 +1,4 @@
-# make train | make test | make lint: each sets up all that it needs, then does it.
+# make train | make test | make test-slurm | make lint: each sets up all that it needs, then does it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= $(shell $(BIN)/python -c "import torch; print(1 if torch.cuda.device_count() == 1 else 2)" 2>/dev/null || echo 2)
 ARGS ?=
 
-.PHONY: train test lint setup clean
+.PHONY: train test test-slurm lint setup clean
 
 setup: $(READY)
 
@@ -20,8 +20,18 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(WORKERS) -m rowwise.launch.train $(ARGS)
 
+# Debian's packages that tests start for real: reports are looked at in a browser.
+INSTALL := apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
+
 test: $(READY)
+	@command -v chromium > /dev/null || { $(INSTALL) chromium; }
 	$(BIN)/python -m pytest $(ARGS)
+
+# A Slurm of its own and hosts with a network between them, on this machine; as root only.
+test-slurm: $(READY)
+	@[ "$$(id -u)" = 0 ] || { echo "make test-slurm needs root: it starts Slurm's daemons and makes network namespaces" >&2; exit 1; }
+	@command -v slurmctld > /dev/null && command -v ip > /dev/null || { $(INSTALL) slurm-wlm munge iproute2; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster/*.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

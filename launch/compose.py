@@ -1,26 +1,22 @@
 """Hydra groups and command-line overrides -> a plain tree, with errors of one line."""
 
-from typing import Any
+import json
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
 
 from rowwise.trainer.config import unknown_key
 
+Part = TypeVar("Part")
+
 GROUPS = (
-    "model",
-    "data",
-    "optim",
-    "schedule",
-    "parallel",
-    "precision",
-    "sparsity",
-    "checkpoint",
-    "tracker",
-    "experiment",
-)
+    "model", "data", "optim", "schedule", "parallel", "precision", "sparsity", "checkpoint", "tracker", "experiment",
+)  # fmt: skip
 
 
 def compose_tree(overrides: list[str]) -> dict[str, Any]:
@@ -34,6 +30,32 @@ def compose_tree(overrides: list[str]) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
+def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Part, DictConfig]:
+    """What stands below `name` in conf/NAME.yaml with these overrides, as the dataclass `kind`, strictly; and Hydra's own
+    settings there. Raises ValueError."""
+    for override in overrides:
+        key, names = override.partition("=")[0].lstrip("+~"), [field.name for field in fields(kind)]  # type: ignore[arg-type]
+        if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in names:
+            raise ValueError(unknown_key(key, names))
+    with initialize_config_module("rowwise.conf", version_base="1.3", job_name=name):
+        try:
+            composed = compose(name, overrides=overrides, return_hydra_config=True)
+            tree = OmegaConf.to_container(composed[name], resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(one_line(error)) from None
+    try:
+        # As JSON, because strict validation of Python objects would ask for instances instead of trees.
+        return TypeAdapter(kind).validate_json(json.dumps(tree), strict=True), composed.hydra
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join([name, *map(str, first["loc"])])
+        raise ValueError(f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
 def _explain(error: BaseException, overrides: list[str]) -> str:
     """One line out of Hydra's many. Unknown keys get the message that unknown keys get everywhere."""
     cause: BaseException | None = error
@@ -41,7 +63,7 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
         if (key := getattr(cause, "full_key", None)) and "not in struct" in str(cause):
             return unknown_key(key, _siblings(key, overrides))
         cause = cause.__cause__
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return one_line(error)
 
 
 def _siblings(key: str, overrides: list[str]) -> list[str]:

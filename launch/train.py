@@ -11,17 +11,30 @@ import argparse
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.workers import announce, hear, keep_freed_memory, workers_from_environment
+from rowwise.launch.outcome import clear_outcome
+from rowwise.launch.workers import (
+    announce,
+    follow,
+    hear,
+    is_one_of_many_machines,
+    job_id,
+    keep_freed_memory,
+    restarted,
+    workers_from_environment,
+)
 from rowwise.parallel.mesh import Workers, pick_device
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.prepare import lock_run, prepare
 from rowwise.trainer.train import train
+
+LEAVING_SECONDS = 60  # that a worker is given to save and leave
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.cfg:
         return print_configuration(options.overrides)
     keep_freed_memory()
+    if job_id() is not None:
+        # Where torchrun is killed on one of many machines, the others restart without it: nobody waits for this one.
+        follow(os.getppid(), patience_seconds=0 if is_one_of_many_machines() else LEAVING_SECONDS)
     workers = workers_from_environment()
     if workers.rank != 0:
         tree = hear(workers)
@@ -45,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         config = resolve(options.overrides, workers)
-        lock = lock_run(Path(config.run_dir))
+        lock = lock_run(Path(config.run_dir), job_id(), config.parallel.timeout_seconds + LEAVING_SECONDS)
+        clear_outcome(Path(config.run_dir))
     except (ValueError, OSError) as refusal:
         announce(workers, None)
         print(f"refused: {refusal}", file=sys.stderr, flush=True)
@@ -61,7 +78,15 @@ def main(arguments: list[str] | None = None) -> int:
 def resolve(overrides: list[str], workers: Workers) -> TrainConfig:
     """On rank 0: overrides to a checked configuration. Raises ValueError."""
     pick_device(workers.local_world_size - 1)
-    return prepare(config_from_tree(compose_tree(overrides)), workers.world_size)
+    config = config_from_tree(compose_tree(overrides))
+    if config.nproc not in (None, workers.local_world_size):
+        raise ValueError(
+            f"nproc={config.nproc}, but {workers.local_world_size} workers were started on this machine; leave nproc out, or "
+            "let `rowwise train` start them"
+        )
+    if config.resume == "never" and restarted():
+        config = replace(config, resume="auto")  # what this job itself has saved
+    return prepare(config, workers.world_size)
 
 
 def print_configuration(overrides: list[str]) -> int:

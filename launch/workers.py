@@ -8,14 +8,22 @@ import datetime
 import json
 import os
 import platform
+import signal
+import threading
+import time
+import uuid
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import rendezvous
 
 from rowwise.parallel.mesh import Workers
 
-_KEY = "rowwise/config"
+_KEY = "config"
+_WATCH_SECONDS = 1.0
+_MEET_SECONDS = 0.02
+_MEETING = datetime.timedelta(minutes=5)  # from the first worker's start to the last one's
 _PATIENCE = datetime.timedelta(hours=4)  # rank 0 may have a corpus to tokenize first
 
 
@@ -23,10 +31,64 @@ def workers_from_environment() -> Workers:
     """This worker under torchrun; without torchrun, the only one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
         return Workers()
-    store, rank, world_size = next(rendezvous("env://", timeout=_PATIENCE))
+    store, rank, world_size = next(rendezvous("env://", timeout=_MEETING))
+    store = _meet(store, rank, world_size)
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Workers(rank, world_size, local_rank, local_world_size, store)
+
+
+def _meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of `store` for those alone who meet here. torchrun keeps one store over all restarts, and what is in it from
+    before (a configuration, addresses of processes that are gone) must not be taken for now. Nothing that torchrun tells
+    its workers is the same on every machine and new after every restart, so rank 0 draws a name for this start. Each of
+    the others asks for it under a name of its own; rank 0 answers until all have said that they have it, because the name
+    it finds may be that of a worker that is gone."""
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        start, missing = mine, list(range(1, world_size))
+        while missing:
+            for other in missing:
+                store.set(f"rowwise/start/{store.get(f'rowwise/name/{other}').decode()}", start)
+            time.sleep(_MEET_SECONDS)
+            missing = [other for other in missing if not store.check([f"rowwise/{start}/{other}"])]
+    else:
+        store.set(f"rowwise/name/{rank}", mine)
+        start = store.get(f"rowwise/start/{mine}").decode()
+        store.set(f"rowwise/{start}/{rank}", "here")
+    store.set_timeout(_PATIENCE)
+    return dist.PrefixStore(f"rowwise/{start}", store)
+
+
+def restarted() -> bool:
+    """Whether this job's workers have been started before: by torchrun, or by Slurm, which queued the job again."""
+    return any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
+
+
+def job_id() -> str | None:
+    """What torchrun calls the job, on every machine and after every restart; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def follow(parent: int, patience_seconds: float | None = None) -> None:
+    """Asks this process to stop, as SIGTERM does, once `parent` is no longer its parent: torchrun was killed, and would
+    leave workers behind that go on for ever. After `patience_seconds` the process ends whatever it waits for."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        if patience_seconds != 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if patience_seconds is not None:
+            time.sleep(patience_seconds)
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def is_one_of_many_machines() -> bool:
+    """Whether torchrun has workers of this run on other machines."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
 
 
 def announce(workers: Workers, tree: dict[str, Any] | None) -> None:

@@ -33,7 +33,10 @@ class ParallelConfig:
     messages; null: `run` for blockwise). For `auto`, `pipeline_memory` is how many times the activations of 1f1b a rank
     may hold, and `pipeline_costs` a JSON file of measured times (null: they are measured). `pipeline_trace`: the step
     whose timeline is kept (0: none). `post_validation`: ranks step without waiting for the global norm, and undo it where
-    that was wrong."""
+    that was wrong.
+
+    `timeout_seconds`: a rank whose message waits longer for another gives up, which ends the job or, under torchrun with
+    restarts, begins it again from its newest checkpoint. It bounds how long a machine that was cut off is waited for."""
 
     replicate: int = 1
     shard: int = -1
@@ -50,6 +53,7 @@ class ParallelConfig:
     ulysses: int = 1
     ring: int = 1
     ring_order: RING_ORDER | None = None
+    timeout_seconds: int = 1800
     backend: Literal["torch"] = "torch"
 
     @property
@@ -78,11 +82,12 @@ class Workers:
 @dataclass(frozen=True)
 class Axis:
     """The ranks along one axis of the mesh that differ from this rank in nothing else (`ranks[i]`: the global rank of the
-    i-th), this rank's place among them, and the group of all of them."""
+    i-th), this rank's place among them, the group of all of them, and how long it waits."""
 
     ranks: tuple[int, ...]
     rank: int
     group: dist.ProcessGroup
+    timeout: datetime.timedelta
 
     @property
     def size(self) -> int:
@@ -195,7 +200,7 @@ def pick_device(local_rank: int) -> torch.device:
 
 def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
     """Makes the process groups (NCCL on GPUs, gloo on the CPU) and names the axes. `config` must be resolved."""
-    device = pick_device(workers.local_rank)
+    device, timeout = pick_device(workers.local_rank), datetime.timedelta(seconds=config.timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -203,36 +208,46 @@ def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
         store=workers.store if workers.store is not None else dist.HashStore(),
         rank=workers.rank,
         world_size=workers.world_size,
-        # A peer that dies ends the job through torchrun; this bound is for one that hangs.
-        timeout=datetime.timedelta(minutes=30),
+        timeout=timeout,
     )
     # At stage 0 nothing is split: every rank of all these axes is a replica.
     split = config.state_degree if config.zero > 0 else 1
     shape = (config.pipeline, config.replicate * config.state_degree // split, split)
     axes = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "replicate", "shard"))
+    sequence = _sequence_axes(config, device, workers.world_size, timeout)
+    _bound_waits(timeout)
     return Mesh(
         rank=workers.rank,
         world_size=workers.world_size,
         device=device,
         states=axes["replicate", "shard"],
-        pipeline=_axis(axes, "pipeline") if config.pipeline > 1 else None,
-        sequence=_sequence_axes(config, device, workers.world_size),
+        pipeline=_axis(axes, "pipeline", timeout) if config.pipeline > 1 else None,
+        sequence=sequence,
+        # A slow disk is not a rank that is gone: the half hour that torch gives.
         save_group=dist.new_group(backend="gloo"),
     )
 
 
-def _sequence_axes(config: ParallelConfig, device: torch.device, world_size: int) -> SequenceAxes | None:
+def _bound_waits(timeout: datetime.timedelta) -> None:
+    """Groups that a device mesh makes have torch's own bounds, whatever the first group's are."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _sequence_axes(
+    config: ParallelConfig, device: torch.device, world_size: int, timeout: datetime.timedelta
+) -> SequenceAxes | None:
     sharers = config.ring * config.ulysses
     if sharers == 1:
         return None
     names = ("others", "ring", "ulysses")
     axes = init_device_mesh(device.type, (world_size // sharers, config.ring, config.ulysses), mesh_dim_names=names)
-    return SequenceAxes(_axis(axes, "ring"), _axis(axes, "ulysses"), config.ring_order or "zigzag")
+    return SequenceAxes(_axis(axes, "ring", timeout), _axis(axes, "ulysses", timeout), config.ring_order or "zigzag")
 
 
-def _axis(axes: DeviceMesh, name: str) -> Axis:
+def _axis(axes: DeviceMesh, name: str, timeout: datetime.timedelta) -> Axis:
     group = axes.get_group(name)
-    return Axis(tuple(dist.get_process_group_ranks(group)), axes.get_local_rank(name), group)
+    return Axis(tuple(dist.get_process_group_ranks(group)), axes.get_local_rank(name), group, timeout)
 
 
 Pair = tuple[int, int]  # places on the pipeline axis: who sends, who receives
@@ -259,5 +274,7 @@ def make_lanes(axis: Axis, pairs: set[Pair], device: torch.device) -> dict[Pair,
     if device.type != "cuda":
         return {pair: Lane(axis.group, number) for pair, number in numbers.items()}
     count = max(numbers.values(), default=-1) + 1
-    groups = [dist.new_group(list(axis.ranks), use_local_synchronization=True) for _ in range(count)]
+    groups = [
+        dist.new_group(list(axis.ranks), timeout=axis.timeout, use_local_synchronization=True) for _ in range(count)
+    ]
     return {pair: Lane(groups[number], 0) for pair, number in numbers.items()}

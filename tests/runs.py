@@ -141,7 +141,7 @@ class Job:
         if self.alive():
             for process in self.processes:
                 if process.pid is not None and process.is_alive():
-                    os.kill(process.pid, signal.SIGUSR1)
+                    os.kill(process.pid, signal.SIGQUIT)
             time.sleep(2)
             self.end()
             raise TimeoutError(f"ranks still alive after {timeout_seconds} s:\n{self.log.read_text()[-6000:]}")
@@ -156,7 +156,7 @@ class Job:
 
 def _rank(rank: int, world_size: int, port: int, config: TrainConfig, log: Path) -> None:
     sys.stdout = sys.stderr = log.open("a", buffering=1)
-    faulthandler.register(signal.SIGUSR1, sys.stderr)  # see `Job.wait`
+    faulthandler.register(signal.SIGQUIT, sys.stderr)  # see `Job.wait`
     torch.set_num_threads(1)
     try:
         run_train(Workers(rank, world_size, rank, world_size, dist.TCPStore("localhost", port)), config)

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,14 @@ def test_hydra_and_the_environment_stay_in_launch(path):
     assert not {name.split(".")[0] for name in imports_of(path)} & {"hydra"}
     if path.name != "dispatch.py":  # ROWWISE_KERNELS is for debugging kernels, not an argument of a run
         assert "environ" not in path.read_text()
+
+
+def test_every_folder_of_the_rooms_is_installed():
+    """An editable install finds a folder that pyproject.toml forgets; any other install would lack it."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in FILES} | {Path("conf")}
+    assert setuptools["package-dir"] == {f"rowwise.{'.'.join(f.parts)}": f.as_posix() for f in folders}
+    assert sorted(setuptools["packages"]) == sorted(setuptools["package-dir"])
 
 
 def in_a_process(program: str) -> str:

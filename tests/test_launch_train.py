@@ -1,80 +1,13 @@
 """The command itself, under a real torchrun: refusals, errors, signals, a killed worker."""
 
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-import psutil
-
-from parity import small_config, with_layout
-from rowwise.launch.compose import compose_tree
-from rowwise.trainer.config import config_from_tree, tree_of
+from commands import await_steps, command, overrides_of, run, run_in_pool, start, workers_of
 from rowwise.trainer.metrics import read_metrics
-from runs import SAME_EVERYWHERE, records, run_said
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def overrides_of(folder: Path, *more: str) -> list[str]:
-    """The small configuration of the parity harness as command-line overrides."""
-    tree = tree_of(small_config(folder))
-    model = [
-        f"model.{key}={tree['model'][key]}" for key in ("layers", "dim", "heads", "kv_heads", "ffn_dim", "vocab_size")
-    ]
-    data = ["data=tokens", f"data.files={tree['data']['files'][0]}", "data.separator=0", "data.mask_documents=true"]
-    rest = [
-        "batch.global_size=8",
-        "batch.micro_size=2",
-        "batch.seq_len=13",
-        "eval.every=0",
-        "sample.tokens=0",
-        "log_every=1",
-    ]
-    return [f"run_dir={folder}/run", *model, *data, *rest, *more]
-
-
-def command(workers: int, *program: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers), *program]
-
-
-def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
-    log = (folder / "log").open("ab")
-    environment = {**os.environ, **ENVIRONMENT}
-    return subprocess.Popen(arguments, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def run(folder: Path, arguments: list[str]) -> tuple[int, str]:
-    done = subprocess.run(
-        arguments,
-        cwd=folder,
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-def run_in_pool(ranks, overrides: list[str]) -> str:
-    """The same run, where it does not matter what starts it; what rank 0 said."""
-    return ranks.run(run_said, 2, with_layout(config_from_tree(compose_tree(overrides)), 2))[0]
-
-
-def workers_of(job: subprocess.Popen) -> list[psutil.Process]:
-    return [w for w in psutil.Process(job.pid).children() if "rowwise.launch.train" in " ".join(w.cmdline())]
-
-
-def await_steps(folder: Path, steps: int, job: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 90
-    while len(read_metrics(folder / "run")) < steps:
-        assert job.poll() is None, (folder / "log").read_text()[-3000:]
-        assert time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
-        time.sleep(0.01)
+from runs import SAME_EVERYWHERE, records
 
 
 def test_a_refusal_is_one_line_from_rank_zero_alone(tmp_path):

@@ -37,6 +37,7 @@ def run(workers, config, steps=3, watch=False):
     with states if watch else nullcontext():
         for step in range(steps):
             report = update(step + 1, next(batches), 1.0, False)
+            optimizer.zero_grad()
             losses.append(report.loss)
             norms.append(report.grad_norm)
             parameters.append({name: whole(p) for name, p in model.named_parameters()})

@@ -13,7 +13,8 @@ from rowwise.trainer.config import check, config_from_tree
 from rowwise.trainer.console import Console
 from rowwise.trainer.manifest import CheckpointConfig, begin, commit, complete_checkpoints, file_facts, prune, set_aside
 from rowwise.trainer.metrics import MetricsLog, model_flops_utilization, read_metrics
-from runs import run_said, run_train, run_until
+from rowwise.trainer.models.decoder import parameter_count
+from runs import named, run_said, run_train, run_until
 
 RECORD = {"step": 1, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 1234.0, "step_seconds": 0.5}
 
@@ -137,3 +138,24 @@ def test_when_saves_are_due():
 
 def test_no_peak_no_mfu():
     assert model_flops_utilization(1e12, torch.device("cpu")) is None
+
+
+def test_what_every_rank_holds_is_kept(ranks, tmp_path):
+    """memory.json, against the sizes: AdamW in float32 at ZeRO 1, 3 and on a pipeline; masks as bits."""
+    for name, options, degrees in (
+        ("one", (), {"zero": 1}),
+        ("three", (), {"zero": 3}),
+        ("pipeline", (), {"pipeline": 2, "zero": 1}),
+        ("sparse", ("sparsity=static", "sparsity.density=0.5"), {"zero": 1}),
+    ):
+        config = named(small_config(tmp_path, "precision=fp32", "steps=1", *options), tmp_path, name)
+        ranks.run(run_train, 2, with_layout(config, 2, **degrees))
+        document = json.loads((tmp_path / name / "memory.json").read_text())
+        held, total = document["ranks"], 4 * parameter_count(config.model)[0]
+        assert document["device"] == "cpu"
+        assert len(held) == 2
+        assert sum(rank["optimizer"] for rank in held) == 2 * total
+        assert sum(rank["parameters"] for rank in held) == total  # what was gathered is let go by then
+        assert total <= sum(rank["gradients"] for rank in held) <= 2 * total
+        assert all(rank["peak"] > 50_000_000 for rank in held)
+        assert all((rank["masks"] > 0) == (name == "sparse") for rank in held)

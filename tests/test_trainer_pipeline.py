@@ -128,6 +128,7 @@ def five_updates(workers, config):
     for step in range(5):
         ahead = batches[step + 1] if config.parallel.post_validation and step in (0, 1, 3) else None
         reports.append(update(step + 1, batches[step], scales[step], False, None, ahead))
+        optimizer.zero_grad()
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     for name, state in named_state(model, optimizer).items():
         tensors |= {f"{name}.{key}": t for key, t in state.items()}

@@ -32,6 +32,7 @@ class TrainConfig:
 
     name: str
     run_dir: str
+    nproc: int | None
     seed: int
     steps: int
     clip_norm: float
@@ -80,6 +81,10 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
         raise ValueError(f"steps={config.steps}: a run has at least 1 step")
     if config.clip_norm < 0:
         raise ValueError(f"clip_norm={config.clip_norm}: the largest gradient norm, or 0 for off")
+    if config.nproc is not None and config.nproc < 1:
+        raise ValueError(f"nproc={config.nproc}: a machine has at least 1 worker; null is one a GPU, or one")
+    if config.parallel.timeout_seconds < 1:
+        raise ValueError(f"parallel.timeout_seconds={config.parallel.timeout_seconds}: give at least 1")
     if config.log_every < 1:
         raise ValueError(f"log_every={config.log_every}: it is at least 1")
     if config.name in ("", ".", "..") or "/" in config.name:

@@ -1,5 +1,6 @@
 """Everything that can refuse a run, on rank 0, before any process group exists; and the run directory."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -50,12 +51,16 @@ def make_writable(run_dir: Path) -> None:
         raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror}); give another run_dir") from None
 
 
-def lock_run(run_dir: Path) -> FileLock:
+def lock_run(run_dir: Path, job: str | None = None, patience_seconds: float = 0) -> FileLock:
     """Holds the run directory for this run, until released or the process ends. Raises ValueError where another run
-    holds it."""
-    lock = FileLock(run_dir / ".lock")
+    holds it. Where it is a run of the same job, one that was cut off and not yet given up, it is waited for."""
+    lock, holder, ours = FileLock(run_dir / ".lock"), run_dir / ".job", "" if job is None else job
+    theirs = ""
+    with contextlib.suppress(OSError):
+        theirs = holder.read_text()
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=patience_seconds if ours and ours == theirs else 0)
+        holder.write_text(ours)
     except Timeout:
         raise ValueError(f"run_dir={run_dir} is in use by another run; wait for it, or give another name") from None
     return lock

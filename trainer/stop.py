@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step, save, and leave."""
+"""Signals: finish the step, save, and leave."""
 
 import signal
 import time
@@ -9,10 +9,11 @@ PATIENCE_SECONDS = 2.0
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT sets `requested`. More of SIGTERM change nothing: a cluster's signal
-    often comes twice, from the scheduler and through torchrun. A later SIGINT (Ctrl-C again) interrupts at once."""
+    """While entered, the first of `SIGNALS` sets `requested`. SIGUSR1 and SIGUSR2 are what schedulers send some time
+    before a limit. More of them change nothing: a cluster's signal often comes twice, from the scheduler and through
+    torchrun. A later SIGINT (Ctrl-C again) interrupts at once."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.requested = False

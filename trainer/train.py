@@ -26,6 +26,7 @@ from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_ba
 from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.manifest import fingerprint, set_aside
+from rowwise.trainer.memory import keep_memory
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
 from rowwise.trainer.record import sparsity_record, step_record
@@ -84,7 +85,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
         stack.callback(saver.close)
         batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
         stop = stack.enter_context(StopSignals())
-        stopping, ahead = False, None
+        stopping, measured, ahead = False, False, None
         saved: dict[str, float] = {}
         while state.step < config.steps and not stopping:
             started = time.perf_counter()
@@ -96,6 +97,10 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             set_lr(optimizer, lr)
             spans: list[Span] | None = [] if state.step + 1 == config.parallel.pipeline_trace else None
             report = update(state.step + 1, micro_batches, scale_used, stop.requested, spans, ahead)
+            if not measured:
+                keep_memory(Path(config.run_dir), mesh, model, optimizer, tensors)
+                measured = True
+            optimizer.zero_grad()
             if spans is not None:
                 keep_trace(spans, Path(config.run_dir) / "pipeline", mesh)
             if not report.finite:
@@ -128,7 +133,7 @@ def make_update(
     optimizer: Optimizer,
     sparsity: Sparsity | None,
 ) -> Update:
-    """The function that makes one step, as the configuration asks."""
+    """The function that makes one step, as the configuration asks. The gradients it used stay until they are let go."""
     zero, places = config.parallel.zero, config.batch.global_size * config.batch.seq_len
     if config.optim.in_backward:
         in_backward = InBackward(optimizer, gradient_sum(model, mesh))
@@ -155,7 +160,6 @@ def make_update(
                 sparsity.step(optimizer, step, report.finite)
             elif report.finite:
                 optimizer.step()
-        optimizer.zero_grad()
         return report
 
     return update

@@ -1,0 +1,244 @@
+"""The elastic agent of one machine: starts the workers of a run, watches them, and says how it ended.
+
+What torchrun does, with three differences: SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask the workers to save and leave, and then
+they are waited for as long as that takes; how the run ended is said in a word, and written to outcome.json in its folder;
+and in a step of Slurm with one task a machine the agents find each other.
+"""
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import uuid
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from rowwise.launch.meeting import Meeting, address_towards, give_up_after
+from rowwise.launch.outcome import OUTCOME, Outcome, State, read_outcome, write_outcome
+from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.stop import StopSignals
+
+POLL_SECONDS = 0.2
+LAST_SECONDS = 2.0  # that the host of the meeting stays after its own workers
+LEAVING_SECONDS = 60  # that workers are given when another has failed
+PATIENCE_SECONDS = 30.0  # for agents elsewhere, once the workers of this machine have left because they were asked to
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run on this machine: its overrides, its folder, its last step, its workers. `name`: jobs of the same wait until
+    the other has left the folder; `log_dir`: what each worker says goes to files there, and not to this one's
+    streams; `timeout_seconds`: how long other machines are waited for."""
+
+    overrides: tuple[str, ...]
+    run_dir: Path
+    steps: int
+    nproc: int
+    meeting: Meeting | None = None
+    name: str | None = None
+    timeout_seconds: float = 1800
+    max_restarts: int = 0
+    log_dir: Path | None = None
+
+
+def default_nproc() -> int:
+    """Workers of this machine where nproc is null: one a GPU, or one."""
+    return torch.cuda.device_count() or 1
+
+
+def require_ranks(nproc: int) -> None:
+    """Raises ValueError where this machine has fewer GPUs, or, without GPUs, fewer cores than `nproc`."""
+    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    if nproc > (gpus or cores):
+        there = f"{gpus} GPUs" if gpus else f"no GPU and {cores} cores"
+        raise ValueError(
+            f"nproc={nproc}: this machine has {there}; give nproc={gpus or cores} at most, or more machines"
+        )
+
+
+def run_workers(job: Job, relay: bool = False) -> Outcome:
+    """Starts the workers, restarts them where `job` allows it, and returns once they have ended. Writes outcome.json.
+
+    Call it in the main thread: signals come there. (torch's agent runs in another, where it does not handle them.)
+    `relay`: a signal that stopped them is raised once more for the handler of before.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if job.nproc > 1 else str(len(os.sched_getaffinity(0))))
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
+    began, ended = time.time(), queue.SimpleQueue[BaseException | None]()
+    with Forwarding() as forwarding:
+        threading.Thread(target=_agent, args=(job, ended), daemon=True).start()
+        while ended.empty() and not forwarding.abandoned:
+            time.sleep(POLL_SECONDS)
+            forwarding.pass_on()
+            if job.meeting is not None:
+                give_up_after(job.timeout_seconds)
+    error = None if ended.empty() else ended.get()
+    outcome = _outcome(job, error, forwarding.requested is not None)
+    # A run that is refused because another holds the folder says nothing there.
+    if job.run_dir.is_dir() and not _held(job.run_dir) and not _better_said(job.run_dir, outcome, began):
+        write_outcome(job.run_dir, outcome)
+    if relay and forwarding.requested is not None:
+        signal.raise_signal(forwarding.requested)
+    return outcome
+
+
+def _agent(job: Job, ended: "queue.SimpleQueue[BaseException | None]") -> None:
+    try:
+        # torch's own store would be gone as soon as this agent leaves, to the loud dismay of those that come last.
+        store = None
+        if job.meeting is not None and job.meeting.host:
+            store = dist.TCPStore(*job.meeting.address, is_master=True, wait_for_workers=False)
+        elastic_launch(_launch_config(job), sys.executable)("-m", "rowwise.launch.train", *job.overrides)
+        if store is not None:
+            time.sleep(LAST_SECONDS)
+        ended.put(None)
+    except BaseException as error:
+        ended.put(error)
+
+
+def _launch_config(job: Job) -> LaunchConfig:
+    if job.log_dir is not None:
+        job.log_dir.mkdir(parents=True, exist_ok=True)
+    folder, redirects = (str(job.log_dir), Std.ALL) if job.log_dir else (None, Std.NONE)
+    options: dict[str, Any] = {"logs_specs": DefaultLogsSpecs(log_dir=folder, redirects=redirects)}
+    if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)):  # not in torch 2.11
+        options["shutdown_timeout"] = LEAVING_SECONDS
+    if job.meeting is not None:
+        # With one store over all restarts, torch takes the address of the first round's for that of a later one.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        # Whoever reads less long than the workers wait gives up while they still may go on.
+        patience = max(60, round(job.timeout_seconds))
+        options["rdzv_configs"] = {"is_host": False, "last_call_timeout": 10, "read_timeout": patience}
+        options["local_addr"] = address_towards(*job.meeting.address)
+    meeting = job.meeting or Meeting("localhost:0", job.name or uuid.uuid4().hex, 1, 1, host=True)
+    return LaunchConfig(
+        min_nodes=meeting.least,
+        max_nodes=meeting.most,
+        nproc_per_node=job.nproc,
+        run_id=meeting.job,
+        rdzv_backend="c10d",
+        rdzv_endpoint=meeting.endpoint,
+        max_restarts=job.max_restarts,
+        **options,
+    )
+
+
+class Forwarding:
+    """While entered, the signals that ask a run to stop are passed on to the workers, those that start later included.
+
+    `abandoned`: the workers have left, and agents elsewhere keep this one waiting.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self.abandoned = False
+        self._before: dict[int, Any] = {}
+        self._told: set[int] = set()
+        self._alone_since: float | None = None
+
+    def __enter__(self) -> "Forwarding":
+        for number in StopSignals.SIGNALS:
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested == signal.SIGINT:
+            self._told.clear()  # Ctrl-C again: see trainer.stop
+        self.requested = number
+
+    def pass_on(self) -> None:
+        """To be called again and again."""
+        if self.requested is None:
+            return
+        workers = [child for child in psutil.Process().children() if _is_worker(child)]
+        for worker in workers:
+            if worker.pid not in self._told:
+                worker.send_signal(signal.SIGINT if self.requested == signal.SIGINT else signal.SIGTERM)
+                self._told.add(worker.pid)
+        self._alone_since = None if workers else self._alone_since or time.monotonic()
+        self.abandoned = self._alone_since is not None and time.monotonic() - self._alone_since > PATIENCE_SECONDS
+
+
+def _held(run_dir: Path) -> bool:
+    """Whether a run is under way there."""
+    if not run_dir.is_dir():
+        return False
+    try:
+        with FileLock(run_dir / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and "rowwise.launch.train" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def _outcome(job: Job, error: BaseException | None, asked_to_stop: bool) -> Outcome:
+    records = read_metrics(job.run_dir)
+    step = records[-1]["step"] if records else 0
+    if error is None and step >= job.steps:
+        return Outcome("complete", None, step)
+    if error is None:
+        return Outcome("stopped", "asked to stop", step)
+    if isinstance(error, ChildFailedError):
+        # One that was asked before it could hear has died of it, and others for want of it.
+        deaf = any(-failure.exitcode in StopSignals.SIGNALS for failure in error.failures.values())
+        if asked_to_stop and deaf:
+            return Outcome("stopped", "asked to stop", step)
+        told = [Outcome(*_why(failure, job.log_dir), step) for failure in error.failures.values()]
+        # Where one worker fails, the others fail for want of it.
+        return max(told, key=lambda outcome: outcome.has_cause)
+    return Outcome("failed", f"{type(error).__name__}: {error}", step)
+
+
+def _why(failure: ProcessFailure, log_dir: Path | None) -> tuple[State, str]:
+    """The state and the reason of a worker's end, from its exit code and what torch's `record` kept of its exception."""
+    message = failure.message
+    text = str(message.get("message", message) if isinstance(message, dict) else message)
+    if failure.exitcode == 2:
+        return "refused", _refusal(log_dir)
+    if failure.exitcode == -signal.SIGKILL:
+        return "failed", "killed (SIGKILL), as the kernel does to a process when memory runs out"
+    if any(word in text for word in ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")):
+        return "failed", f"out of memory: {text}"
+    if "FloatingPointError" in text:
+        return "failed", f"not a number: {text.removeprefix('FloatingPointError: ')}"
+    return "failed", text
+
+
+def _refusal(log_dir: Path | None) -> str:
+    """What rank 0 said last, from its log where it has one."""
+    logs = [] if log_dir is None else sorted(log_dir.glob("*/attempt_*/*/stderr.log"), key=lambda p: p.stat().st_mtime)
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+    said = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
+    return said[-1] if said else "it says why above"
+
+
+def _better_said(run_dir: Path, outcome: Outcome, began: float) -> bool:
+    """Whether the agent of another machine has written the cause of what is only a consequence here."""
+    path = run_dir / OUTCOME
+    if outcome.state not in ("failed", "stopped") or not path.exists() or path.stat().st_mtime < began:
+        return False
+    told = read_outcome(run_dir)
+    return told is not None and told.has_cause

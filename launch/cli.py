@@ -1,0 +1,51 @@
+"""The command `rowwise`: everything that is started from here, by name."""
+
+import importlib
+import os
+import sys
+
+COMMANDS = {
+    "train": ("rowwise.launch.start", "start the workers of a run: torchrun for you"),
+    "sweep": ("rowwise.launch.sweep.__main__", "many runs with varied settings, or a search"),
+    "report": ("rowwise.launch.report", "one page about one or several runs"),
+    "export": ("rowwise.launch.export", "a run's model as Hugging Face safetensors"),
+    "schedule": ("rowwise.launch.schedule", "a pipeline schedule's table and picture"),
+    "slurm": ("rowwise.launch.slurm", "a batch script for a run or a sweep"),
+}
+EXAMPLES = """\
+  rowwise train nproc=8 model=llama_1b optim=adamw8bit parallel.zero=3 steps=1000
+  rowwise sweep nproc=2 optim=adamw,adamw8bit optim.lr=1e-3,3e-3
+  rowwise sweep sweep.search=tpe sweep.parallel=4 nproc=2 'optim.lr=tag(log,interval(1e-4,1e-2))'
+  rowwise slurm train nproc=8 slurm.nodes=4 slurm.time=24:00:00 model=llama3_8b submit=true
+  rowwise report run=runs/NAME
+  rowwise export run=runs/NAME to=DIR
+  rowwise schedule zb_v ranks=4 micro_batches=12 to=zb_v.png
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Hands over to the command's own `main`, and returns its exit code: 0, 1 where it failed, 2 where it was refused."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help"):
+        print(described())
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"refused: {words[0]} is no command: possible are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[words[0]][0])
+    try:
+        return module.main(words[1:])
+    except BrokenPipeError:  # `rowwise ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def described() -> str:
+    lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: rowwise COMMAND ...", "", *lines, "", "examples:", EXAMPLES, "`rowwise COMMAND --help` says more."]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""outcome.json: how the run in a folder ended. Written by what started its workers, taken away by the next run there."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+OUTCOME = "outcome.json"
+State = Literal["complete", "stopped", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, and where it stood. `reason` begins with "out of memory" or "not a number" where that is why."""
+
+    state: State
+    reason: str | None = None
+    step: int = 0
+
+    @property
+    def has_cause(self) -> bool:
+        """Whether the reason is one of the run itself, and not that some other worker is gone."""
+        return (self.reason or "").startswith(("out of memory", "not a number"))
+
+
+def write_outcome(run_dir: Path, outcome: Outcome) -> None:
+    """Whole or not at all."""
+    partial = run_dir / f".{OUTCOME}-{os.getpid()}"
+    partial.write_text(json.dumps(asdict(outcome)) + "\n")
+    partial.replace(run_dir / OUTCOME)
+
+
+def read_outcome(run_dir: Path) -> Outcome | None:
+    """None while the run has not ended."""
+    path = run_dir / OUTCOME
+    return Outcome(**json.loads(path.read_text())) if path.exists() else None
+
+
+def clear_outcome(run_dir: Path) -> None:
+    """A run begins there."""
+    (run_dir / OUTCOME).unlink(missing_ok=True)

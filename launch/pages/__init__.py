@@ -1,0 +1,1 @@
+"""The sections of the page that `rowwise.launch.report` writes of runs; `page` has them in order."""

@@ -1,0 +1,26 @@
+"""What the runs learn: losses, learning rate, gradient norm, and the loss scale of fp16."""
+
+import math
+from collections.abc import Sequence
+
+from rowwise.launch.pages.draw import curves
+from rowwise.launch.pages.markup import grid, paragraph, whole
+from rowwise.launch.pages.records import Run
+
+FIELDS = frozenset({"loss", "eval_loss", "lr", "grad_norm", "loss_scale", "skipped_steps"})
+
+
+def show(runs: Sequence[Run]) -> list[str]:
+    figures = [
+        curves(runs, "loss", "Training loss", "nats per token", smoothed=True),
+        curves(runs, "eval_loss", "Held-out loss", "nats per token"),
+        curves(runs, "lr", "Learning rate", "by the schedule", decades=math.inf),
+        curves(runs, "grad_norm", "Gradient norm", "before clipping", smoothed=True),
+        curves(runs, "loss_scale", "Loss scale of fp16", "factor", form=whole, decades=8),
+        curves(runs, "skipped_steps", "Steps passed over", "so far", form=whole),
+    ]
+    mute = [run for run in runs if run.curve("loss") is None]
+    return [
+        *(paragraph(f"{run.label}: no step has a loss yet; all {len(run.steps):,} overflowed.") for run in mute),
+        *grid(figures),
+    ]

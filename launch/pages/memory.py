@@ -1,0 +1,84 @@
+"""What the runs hold: the peak over steps, and by category on every rank where memory.json says so."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rowwise.launch.pages.draw import COLORS, GREY, curves, dress, line_of, picture, shares
+from rowwise.launch.pages.markup import figure, grid, size, table
+from rowwise.launch.pages.records import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FIELDS = frozenset({"peak_memory_bytes"})
+CATEGORIES = {"parameters": COLORS[0], "gradients": COLORS[5], "optimizer": COLORS[2], "masks": COLORS[3]}
+REST = "other, up to the peak"
+MEBI, GIBI = 2**20, 2**30
+
+
+def show(runs: Sequence[Run]) -> list[str]:
+    measured = [(run, document) for run in runs if (document := run.document("memory.json")) is not None]
+    peaks = [curve.known.values.max() for run in runs if (curve := run.curve("peak_memory_bytes")) is not None]
+    unit, word = _unit(max(peaks, default=0))
+    over_steps = curves(runs, "peak_memory_bytes", "Peak memory", f"{word} of rank 0 since the start", size, scale=unit)
+    return [
+        *grid([over_steps, *(by_rank(run, document, runs) for run, document in measured)]),
+        *(numbers(run, document) for run, document in measured),
+    ]
+
+
+def bars(document: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """(name, bytes by category) of what was predicted, where it was, and of each rank. Raises ValueError."""
+    ranks, predicted = document.get("ranks"), document.get("predicted")
+    if not isinstance(ranks, list) or not all(isinstance(rank, dict) for rank in ranks) or not ranks:
+        raise ValueError('memory.json has no list "ranks" of the bytes of each')
+    found = [(f"rank {i}", rank) for i, rank in enumerate(ranks)]
+    return [("predicted", predicted), *found] if isinstance(predicted, dict) else found
+
+
+def parts(held: dict[str, float], device: Any) -> dict[str, float]:
+    """Bytes by category, and what the peak has beside them: activations and buffers. On a CPU the peak is the whole
+    process's, of which they are too little to be seen beside it."""
+    known = {name: float(held.get(name) or 0) for name in CATEGORIES}
+    rest = 0.0 if device == "cpu" else max(0.0, (held.get("peak") or 0) - sum(known.values()))
+    return {**known, REST: rest}
+
+
+def by_rank(run: Run, document: dict[str, Any], runs: Sequence[Run]) -> str:
+    """A bar a rank, and what was predicted first."""
+    columns = [(name, parts(held, document.get("device"))) for name, held in bars(document)]
+    colors = {**CATEGORIES, REST: GREY}
+    largest = max((held for name, held in columns if name != "predicted"), key=lambda held: sum(held.values()))
+    unit, word = _unit(sum(largest.values()))
+
+    def paint(axes: "Axes") -> None:
+        bottom = np.zeros(len(columns))
+        for name, fill in colors.items():
+            heights = np.array([held[name] for _, held in columns]) / unit
+            axes.bar(range(len(columns)), heights, bottom=bottom, color=fill, width=0.8, linewidth=0)
+            bottom += heights
+        dress(axes, word, x="")
+        axes.set_ylim(0, 1.06 * bottom.max() or 1)
+        axes.set_xlim(-0.6, max(len(columns), 4) - 0.4)  # few bars are no walls
+        every = -(-len(columns) // 5)
+        axes.set_xticks(range(0, len(columns), every), [name for name, _ in columns][::every])
+        axes.grid(axis="x", visible=False)
+
+    legend = shares([(name, fill, size(largest[name])) for name, fill in colors.items() if largest[name]])
+    spoken = ", ".join(f"{name} {size(held)}" for name, held in largest.items() if held)
+    label = f"Memory of each rank of {run.label} by category; the largest: {spoken}"
+    return figure("Memory by category", line_of(run, runs, f"largest rank: {legend}"), picture(label, paint))
+
+
+def numbers(run: Run, document: dict[str, Any]) -> str:
+    head = ["rank", *CATEGORIES, "peak"]
+    rows = [[name, *("-" if held.get(key) is None else size(held[key]) for key in head[1:])]
+            for name, held in bars(document)]  # fmt: skip
+    note = ", where the peak is the whole process's" if document.get("device") == "cpu" else ""
+    return table(f"Memory of {run.label} on {document.get('device', 'its device')}{note}", head, rows)
+
+
+def _unit(largest: float) -> tuple[int, str]:
+    return (GIBI, "GiB") if largest >= GIBI else (MEBI, "MiB")

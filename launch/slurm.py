@@ -1,0 +1,262 @@
+"""A batch script for Slurm: the run saves before its time is up, and goes on in the next job.
+
+    rowwise slurm train model=llama_1b slurm.nodes=2 slurm.gpus_per_node=8 slurm.time=1-00:00:00
+    rowwise slurm sweep sweep.search=tpe nproc=1 'optim.lr=interval(1e-4,1e-2)' slurm.workers=4 to=sweep.sh
+
+Arguments are those of the run or the sweep, and slurm.KEY=VALUE (conf/slurm.yaml says which). What the run would refuse
+is refused here. The script is printed, to be read and changed; or
+
+    to=FILE                                it is written there
+    submit=true                            it is handed to sbatch, and the job's id printed
+
+Exit code 0: all is printed, written or submitted; 2: refused.
+"""
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+from rowwise.launch.compose import compose_part, compose_tree
+from rowwise.launch.sweep.config import SweepConfig, check_sweep
+from rowwise.launch.sweep.space import overrides_of, parse_space
+from rowwise.trainer.config import TrainConfig, check, config_from_tree
+
+PROGRAMS = {"train": "rowwise.launch.start", "sweep": "rowwise.launch.sweep"}
+# A partition may be called 7; and slurm.mem=4000 is no mistake.
+Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """What the cluster is asked for. None: nothing, the cluster decides."""
+
+    name: Text | None
+    nodes: int
+    gpus_per_node: int | None
+    cpus_per_task: int | None
+    mem: Text | None
+    time: Text | None
+    partition: Text | None
+    account: Text | None
+    qos: Text | None
+    constraint: Text | None
+    signal_seconds: int
+    requeue: bool
+    workers: int
+    extra: list[str]
+    setup: list[str]
+    python: str | None
+    log: str | None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints, writes or submits the script. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="rowwise slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("program", choices=list(PROGRAMS))
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_args(arguments)
+    try:
+        print(hand_out(options.program, options.words))
+    except (ValueError, OSError) as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def hand_out(program: str, words: list[str]) -> str:
+    """Does with the script what `words` ask; returns what there is to print. Raises ValueError."""
+    own = [word for word in words if word.startswith(("to=", "submit="))]
+    ours = [word for word in words if word.lstrip("+~").startswith("slurm.")]
+    ways = dict(word.split("=", 1) for word in own)
+    if len(ways) < len(own) or "" in ways.values() or ways.get("submit") not in ("true", "false", None):
+        raise ValueError(f"{' '.join(own)}: give to=FILE and submit=true, each once")
+    overrides = [word for word in words if word not in own + ours]
+    config, command = resolve(program, overrides, compose_slurm(ours))
+    text = script(config, command)
+    if "to" in ways:
+        Path(ways["to"]).expanduser().write_text(text)
+    if ways.get("submit") == "true":
+        return submit(text)
+    return f"written; submit it with: sbatch {shlex.quote(ways['to'])}" if "to" in ways else text.rstrip("\n")
+
+
+def compose_slurm(overrides: list[str]) -> SlurmConfig:
+    """conf/slurm.yaml with these overrides, checked. Raises ValueError."""
+    config, _ = compose_part("slurm", SlurmConfig, overrides)
+    check_slurm(config)
+    return config
+
+
+def check_slurm(config: SlurmConfig) -> None:
+    """Raises ValueError for what sbatch would refuse, misread, or take and never save in time."""
+    for key in ("nodes", "gpus_per_node", "cpus_per_task", "workers"):
+        if (count := getattr(config, key)) is not None and count < 1:
+            raise ValueError(f"slurm.{key}={count}: it is at least 1" + ("" if key == "nodes" else ", or leave it out"))
+    if not 1 <= config.signal_seconds <= 65535:
+        raise ValueError(f"slurm.signal_seconds={config.signal_seconds}: Slurm takes 1 to 65535")
+    if config.mem is not None and not re.fullmatch(r"\d+[KMGT]?", config.mem):
+        raise ValueError(f"slurm.mem={config.mem}: give a whole number with K, M, G or T, such as 64G")
+    if config.time is not None and limit_seconds(config.time) <= config.signal_seconds:
+        raise ValueError(
+            f"slurm.time={config.time} is not above slurm.signal_seconds={config.signal_seconds}: the run would be told to "
+            "leave as soon as it has begun; give more time, or fewer seconds"
+        )
+    for option in config.extra:
+        if not option.startswith("-"):
+            raise ValueError(f"slurm.extra: {option!r} is no option of sbatch; give one such as --exclusive")
+    for field in fields(SlurmConfig):
+        value = getattr(config, field.name)
+        if any("\n" in text for text in (value if isinstance(value, list) else [str(value)])):
+            raise ValueError(f"slurm.{field.name} holds a line break; each of its entries is one line")
+
+
+def limit_seconds(time: str) -> int:
+    """Of a time limit. Raises ValueError."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)", time)
+    if match is None:
+        raise ValueError(f"slurm.time={time}: give D-HH:MM:SS or HH:MM:SS, such as 1-12:00:00")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def resolve(program: str, overrides: list[str], config: SlurmConfig) -> tuple[SlurmConfig, list[str]]:
+    """The configuration with the names it leaves to the run, and the command of one node. Raises ValueError for what
+    the run, or a trial of the sweep, would refuse on its nodes, as far as that can be known here."""
+    if program == "train" and config.workers > 1:
+        raise ValueError(f"slurm.workers={config.workers}: jobs join a sweep, not a run; give slurm.nodes")
+    sweep, trials = trials_of(overrides, config) if program == "sweep" else (None, [overrides])
+    at_once = sweep.parallel if sweep else 1
+    runs = [config_from_tree(compose_tree(words)) for words in trials]
+    if config.gpus_per_node is not None and all(run.nproc is None for run in runs):
+        runs = [replace(run, nproc=max(1, config.gpus_per_node // at_once)) for run in runs]
+        overrides = [*overrides, f"nproc={runs[0].nproc}"]
+    for run in runs:
+        check(run, config.nodes * workers_of_node(run, config, at_once))
+    name = config.name or (sweep.name if sweep else runs[0].name)
+    log = config.log or f"{name.replace('/', '-')}-{'%A_%a' if config.workers > 1 else '%j'}.log"
+    return replace(config, name=name, log=log), [config.python or sys.executable, "-m", PROGRAMS[program], *overrides]
+
+
+def trials_of(overrides: list[str], config: SlurmConfig) -> tuple[SweepConfig, list[list[str]]]:
+    """The sweep, and overrides of trials that between them try every value. Raises ValueError."""
+    own = [word for word in overrides if word.lstrip("+~").startswith(("sweep.", "hydra.", "hydra/"))]
+    sweep, _ = compose_part("sweep", SweepConfig, own)
+    check_sweep(sweep, own)
+    if config.nodes > 1:
+        raise ValueError(
+            f"slurm.nodes={config.nodes}: a trial has one node; give slurm.workers={config.nodes}, jobs that join a search"
+        )
+    if config.workers > 1 and sweep.search == "none":
+        raise ValueError(
+            f"slurm.workers={config.workers}: jobs join a search; give sweep.search=grid for every combination, or random, "
+            "tpe or gp"
+        )
+    space = parse_space([word for word in overrides if word not in own])
+    return sweep, [overrides_of(space.fixed, settings) for settings in space.samples()]
+
+
+def workers_of_node(run: TrainConfig, config: SlurmConfig, at_once: int) -> int:
+    """Raises ValueError where the nodes' GPUs, of which this machine knows nothing, would decide, or are too few."""
+    if run.nproc is None:
+        raise ValueError(
+            "nproc is not given, and the nodes are not looked at here; give nproc, the workers of a node, or "
+            "slurm.gpus_per_node"
+        )
+    if config.gpus_per_node is not None and run.nproc * at_once > config.gpus_per_node:
+        times = f" and sweep.parallel={at_once}" if at_once > 1 else ""
+        raise ValueError(
+            f"nproc={run.nproc}{times} with slurm.gpus_per_node={config.gpus_per_node}: each worker has a GPU of its own; "
+            "give fewer workers, or more GPUs"
+        )
+    return run.nproc
+
+
+def script(config: SlurmConfig, command: list[str]) -> str:
+    """The batch script that runs `command` once on every node."""
+    srun = "srun --ntasks-per-node=1 --kill-on-bad-exit=1"
+    if config.cpus_per_task is not None:
+        srun += f" --cpus-per-task={config.cpus_per_task}"  # which srun no longer takes from sbatch
+    program, options = shlex.join(command[:3]), command[3:]
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in sbatch_options(config)),
+        "\nset -e",
+        *config.setup,
+        "\n# One task a node: it starts the workers of its node and watches them.",
+        " \\\n    ".join([srun, program, *map(shlex.quote, options)]) + " &",
+        "srun=$!",
+        _WAITING.format(seconds=config.signal_seconds),
+    ]
+    # The id of an array's last job is also that of the whole array.
+    job = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if config.workers > 1 else "$SLURM_JOB_ID"
+    if config.requeue:
+        lines.append(_REQUEUE.format(job=job))
+    return "\n".join([*lines, "exit $code", ""])
+
+
+def sbatch_options(config: SlurmConfig) -> list[str]:
+    """The lines after #SBATCH."""
+    given = {
+        "job-name": config.name,
+        "nodes": config.nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": config.gpus_per_node,
+        "cpus-per-task": config.cpus_per_task,
+        "mem": config.mem,
+        "time": config.time,
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        "array": f"1-{config.workers}" if config.workers > 1 else None,
+        "output": config.log,
+        "open-mode": "append",  # a job that begins again keeps what it said
+        "signal": f"B:USR1@{config.signal_seconds}",
+    }
+    options = [f"--{key}={shlex.quote(str(value))}" for key, value in given.items() if value is not None]
+    return [*options, "--requeue" if config.requeue else "--no-requeue", *config.extra]
+
+
+_WAITING = """
+# {seconds} seconds before the time limit, Slurm sends USR1 to this script alone. srun passes it on to every node,
+# and the run finishes its step, saves and leaves.
+asked=
+trap 'asked=yes; kill -USR1 $srun || true' USR1
+while kill -0 $srun 2>/dev/null; do wait $srun || true; done  # a signal ends `wait`, not srun
+code=0
+wait $srun || code=$?
+"""
+
+_REQUEUE = """\
+# Into the queue again, to go on from there: where the time was up, or the nodes are wanted for a more urgent job (then
+# Slurm asks srun itself, and takes a job that leaves in time for a complete one). A run that failed stays failed;
+# 138 and 143 are of one that was asked before it could hear.
+job={job}
+if [[ $asked ]] || scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; then
+    case $code in 0 | 138 | 143) scontrol requeue "$job" ;; esac
+fi
+"""
+
+
+def submit(text: str) -> str:
+    """Hands the script to sbatch; the job's id. Raises ValueError with what sbatch says."""
+    try:
+        done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ValueError("sbatch is not on this machine; submit from one of the cluster's, or give to=FILE") from None
+    if done.returncode != 0:
+        raise ValueError(" ".join(done.stderr.split()))
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

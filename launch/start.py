@@ -1,0 +1,102 @@
+"""torchrun for you: starts the workers of a run on this machine, and watches them.
+
+    rowwise train nproc=8 model=llama_1b parallel.zero=3 steps=1000
+    rowwise train --max-restarts 3 nproc=8 ...             begins again from the newest checkpoint when a worker dies
+    rowwise train --nodes 2 --rendezvous host1:29400 nproc=8 ...            the same command on each of two machines
+    rowwise train --nodes 1:4 --rendezvous host1:29400 --job big ...        goes on with fewer when machines are lost
+    srun --ntasks-per-node=1 rowwise train nproc=8 ...     in a job of Slurm the machines find each other
+
+Arguments are those of rowwise.launch.train. SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 end the run after its step, saved.
+Exit code 0: the run is complete, or was asked to stop and saved; 2: it was refused before it began; 1: it failed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rowwise.launch.agent import Job, default_nproc, require_ranks, run_workers
+from rowwise.launch.compose import compose_tree
+from rowwise.launch.meeting import Meeting, is_here, slurm_meeting
+from rowwise.launch.train import print_configuration
+from rowwise.launch.workers import follow
+from rowwise.trainer.config import check, config_from_tree
+
+EXIT = {"complete": 0, "stopped": 0, "refused": 2, "failed": 1}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Starts, watches, and returns the exit code."""
+    options = parse(arguments)
+    if options.cfg:
+        return print_configuration(options.overrides)
+    if options.parent:
+        follow(options.parent)
+    try:
+        job = job_of(options)
+    except ValueError as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        return 2
+    outcome = run_workers(job)
+    if outcome.state in ("refused", "failed"):
+        print(f"{outcome.state} at step {outcome.step}: {outcome.reason}", file=sys.stderr)
+    return EXIT[outcome.state]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="rowwise train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cfg", action="store_true", help="print the composed configuration and leave")
+    parser.add_argument("--nodes", default="", metavar="N | MIN:MAX", help="machines of the run (default: 1)")
+    parser.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="where they meet: one of them")
+    parser.add_argument("--job", help="the name under which they meet (default: rowwise)")
+    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="of all workers, when one dies")
+    parser.add_argument("--log-dir", type=Path, help="writes what each worker says there, not here")
+    parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)  # a sweep, whose end is ours
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    return parser.parse_args(arguments)
+
+
+def job_of(options: argparse.Namespace) -> Job:
+    """The job that the command line asks for, checked as far as this machine can. Raises ValueError."""
+    config = config_from_tree(compose_tree(options.overrides))
+    nproc = config.nproc or default_nproc()
+    require_ranks(nproc)
+    if options.max_restarts < 0:
+        raise ValueError(f"--max-restarts {options.max_restarts}: give 0 or more")
+    meeting = meeting_of(options)
+    least, most = (meeting.least, meeting.most) if meeting else (1, 1)
+    for nodes in {least, most}:
+        check(config, nodes * nproc)
+    return Job(
+        tuple(options.overrides),
+        Path(config.run_dir),
+        config.steps,
+        nproc,
+        meeting,
+        options.job,
+        config.parallel.timeout_seconds,
+        options.max_restarts,
+        options.log_dir,
+    )
+
+
+def meeting_of(options: argparse.Namespace) -> Meeting | None:
+    """Where this machine meets others: as the command line or Slurm says. Raises ValueError."""
+    if not options.nodes and not options.rendezvous:
+        return slurm_meeting()
+    least, _, most = (options.nodes or "1").partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+        raise ValueError(f"--nodes {options.nodes}: give a number of machines, or MIN:MAX")
+    host, _, port = options.rendezvous.rpartition(":")
+    if (int(most or least) > 1 or options.rendezvous) and not (host and port.isdecimal()):
+        given = f"--rendezvous {options.rendezvous}: " if options.rendezvous else f"--nodes {options.nodes}: "
+        raise ValueError(f"{given}several machines meet at one of them; give --rendezvous HOST:PORT, the same on each")
+    if not options.rendezvous:
+        return None
+    here = is_here(host, int(port))
+    return Meeting(options.rendezvous, options.job or "rowwise", int(least), int(most or least), here)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

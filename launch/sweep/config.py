@@ -1,0 +1,126 @@
+"""What a sweep is: its keys, what is refused before its first trial, and the plan kept in its folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import DictConfig
+
+from rowwise.launch.agent import default_nproc, require_ranks
+from rowwise.launch.compose import compose_tree
+from rowwise.launch.sweep.space import Space, overrides_of
+from rowwise.trainer.config import TrainConfig, check, config_from_tree
+
+OF_A_SEARCH = {"trials", "parallel", "seed", "pruner", "factor", "storage"}
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The sweep itself; conf/sweep.yaml says what each key is."""
+
+    name: str
+    folder: str
+    search: Literal["none", "grid", "random", "tpe", "gp"]
+    trials: int
+    parallel: int
+    seed: int
+    goal: Literal["eval_loss", "loss"]
+    pruner: Literal["none", "halving"]
+    factor: int
+    storage: str | None
+    max_restarts: int
+
+
+def check_sweep(config: SweepConfig, own: list[str]) -> None:
+    """Raises ValueError."""
+    if config.name in ("", ".", "..") or "/" in config.name:
+        raise ValueError(f"sweep.name={config.name!r}: it is the name of a folder, and holds no '/'")
+    for key, least in (("trials", 1), ("parallel", 1), ("factor", 2), ("max_restarts", 0)):
+        if getattr(config, key) < least:
+            raise ValueError(f"sweep.{key}={getattr(config, key)}: give at least {least}")
+    given = {word.partition("=")[0].removeprefix("sweep.") for word in own}
+    if config.search == "none" and (idle := sorted(given & OF_A_SEARCH)):
+        raise ValueError(
+            f"sweep.{idle[0]} is of a search; give sweep.search=grid for every combination, or random, tpe or gp"
+        )
+    if config.search == "grid" and given & {"trials", "seed"}:
+        raise ValueError("sweep.search=grid makes every combination once; leave sweep.trials and sweep.seed out")
+    if config.search != "none" and any(key.startswith("hydra") for key in given):
+        raise ValueError(
+            "a search starts its trials itself; leave hydra's settings out, or let several machines join it"
+        )
+
+
+def check_trials(config: SweepConfig, launcher: DictConfig, space: Space) -> None:
+    """Refuses before the first trial what every trial, or one of the values, would be refused for. Raises ValueError."""
+    if not space.varied:
+        raise ValueError("nothing is varied; give a key several values, such as optim.lr=1e-3,3e-3")
+    here = str(launcher._target_).endswith("BasicLauncher")
+    nodes, tasks, gpus = launcher.get("nodes", 1), launcher.get("tasks_per_node", 1), launcher.get("gpus_per_node")
+    if tasks != 1:
+        raise ValueError(
+            f"hydra.launcher.tasks_per_node={tasks}: a trial is one task a machine, and nproc= its workers"
+        )
+    every = space.samples() if config.search not in ("none", "grid") else space.grid()
+    for settings in every:
+        words = overrides_of(space.fixed, settings)
+        try:
+            run = config_from_tree(compose_tree(words))
+            if run.nproc is None and not here:
+                raise ValueError(
+                    f"this machine does not know the GPUs of others; give nproc={gpus or '8, for example'}"
+                )
+            nproc = run.nproc or default_nproc()
+            if here:
+                require_ranks(nproc)
+                if config.search != "none":
+                    require_slots(config.parallel, nproc)
+            check(run, nodes * nproc)
+            check_goal(config, run)
+        except ValueError as refusal:
+            said = " ".join(f"{key}={value}" for key, value in settings.items())
+            raise ValueError(f"the trial {said}: {refusal}") from None
+
+
+def require_slots(parallel: int, nproc: int) -> None:
+    """Raises ValueError where trials at a time would share GPUs."""
+    gpus = torch.cuda.device_count()
+    if gpus and parallel * nproc > gpus:
+        raise ValueError(
+            f"sweep.parallel={parallel} with nproc={nproc} takes {parallel * nproc} GPUs, and there are {gpus}; give "
+            f"sweep.parallel={gpus // nproc} at most"
+        )
+
+
+def check_goal(config: SweepConfig, run: TrainConfig) -> None:
+    """Raises ValueError."""
+    if config.goal == "eval_loss" and not run.eval.every:
+        raise ValueError(
+            "sweep.goal=eval_loss with eval.every=0: nothing is evaluated; give eval.every, or sweep.goal=loss"
+        )
+
+
+def first_rung(config: SweepConfig, space: Space) -> int:
+    """The step at which halving first ends trials: of the first evaluation, or, by the loss of steps, so early that
+    three more rungs follow."""
+    run = config_from_tree(compose_tree(overrides_of(space.fixed, next(space.samples()))))
+    return run.eval.every if config.goal == "eval_loss" else max(1, run.steps // config.factor**3)
+
+
+def largest_nproc(space: Space) -> int:
+    """Workers of the trial that has most."""
+    every = (config_from_tree(compose_tree(overrides_of(space.fixed, settings))) for settings in space.samples())
+    return max(run.nproc or default_nproc() for run in every)
+
+
+def keep_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Writes what the sweep is to sweep.json. Raises ValueError where another stands there: its trials would be mixed up."""
+    path = folder / "sweep.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before != plan:
+            changed = ", ".join(key for key in plan if before.get(key) != plan[key])
+            raise ValueError(f"{folder} holds another sweep ({changed} differ); give the same, or another sweep.name")
+    path.write_text(json.dumps(plan, indent=1) + "\n")

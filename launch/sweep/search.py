@@ -1,0 +1,289 @@
+"""A search by Optuna: asks what to try, starts each trial's workers, feeds its evaluations to the pruner, and records its end.
+
+Several machines that share the storage and the folder may search together. What was killed goes on: a trial that nobody
+watches any more is taken up again, in its folder, by the next that looks for work. What a sampler draws for a trial depends on
+the seed, the trial's number and the trials before it, so that a search with `parallel=1` is the same whether killed or not.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import optuna
+import optuna.storages.journal
+from filelock import FileLock, Timeout
+from optuna.trial import TrialState
+
+from rowwise.launch.compose import compose_tree
+from rowwise.launch.outcome import Outcome, clear_outcome, read_outcome
+from rowwise.launch.sweep.config import SweepConfig, first_rung, keep_plan, largest_nproc
+from rowwise.launch.sweep.space import Choice, Interval, Space, overrides_of
+from rowwise.launch.sweep.trials import Trial, curve, trial_words
+from rowwise.trainer.config import config_from_tree
+
+POLL_SECONDS = 0.5
+ALIVE_SECONDS = 20.0  # between signs of life in the storage
+DEAD_SECONDS = 120.0  # without one, on another machine
+
+
+@dataclass
+class Running:
+    """A trial under way here. `lock` says so to this machine's other processes."""
+
+    trial: optuna.Trial
+    folder: Path
+    slot: int
+    process: subprocess.Popen
+    lock: FileLock
+    alive_at: float = 0.0
+    told: set[int] = field(default_factory=set)
+
+
+def search(config: SweepConfig, space: Space) -> list[Trial]:
+    """Searches until `config.trials` have ended, or until asked to stop. Returns all trials there are."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return Search(config, space).run()
+
+
+class Search:
+    def __init__(self, config: SweepConfig, space: Space):
+        self.config, self.space, self.nproc = config, space, largest_nproc(space)
+        self.folder = Path(config.folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            keep_plan(self.folder, _plan(config, space))
+            self.study = open_study(config, self.folder, first_rung(config, space))
+            self.limit = self._enqueue_grid() if config.search == "grid" else config.trials
+        self.running: list[Running] = []
+        self.asked_to_stop = False
+
+    def _enqueue_grid(self) -> int:
+        grid = list(self.space.grid())
+        for settings in grid[len(self.study.get_trials(deepcopy=False)) :]:
+            self.study.enqueue_trial(settings)
+        return len(grid)
+
+    def run(self) -> list[Trial]:
+        before = {
+            number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        }
+        try:
+            while self._work():
+                time.sleep(POLL_SECONDS)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return [self._of(trial) for trial in self.study.get_trials(deepcopy=False) if trial.number < self.limit]
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_stop = True
+        for running in self.running:
+            running.process.terminate()
+
+    def _work(self) -> bool:
+        """Looks after what runs, and starts what is free to start. False: there is no more to do here."""
+        for running in list(self.running):
+            self._watch(running)
+        while not self.asked_to_stop and len(self.running) < self.config.parallel:
+            trial = self._take_up() or self._ask()
+            if trial is None:
+                break
+            self._start(*trial)
+        return bool(self.running)
+
+    def _take_up(self) -> tuple[optuna.Trial, FileLock] | None:
+        """A trial that was begun, and that nobody looks after any more."""
+        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            watched = frozen.number in {running.trial.number for running in self.running}
+            if watched or frozen.number >= self.limit or not _abandoned(frozen):
+                continue
+            lock = self._lock(frozen.number)
+            if lock is not None:
+                return optuna.Trial(self.study, frozen._trial_id), lock
+        return None
+
+    def _ask(self) -> tuple[optuna.Trial, FileLock] | None:
+        with FileLock(self.folder / ".lock"):
+            begun = self.study.get_trials(deepcopy=False)
+            if sum(trial.state != TrialState.WAITING for trial in begun) >= self.limit:
+                return None
+            trial = self.study.ask()
+        lock = self._lock(trial.number)
+        if trial.number >= self.limit or lock is None:  # machines without a common folder asked at once
+            self.study.tell(trial, state=TrialState.FAIL)
+            return None
+        return trial, lock
+
+    def _lock(self, number: int) -> FileLock | None:
+        path = self.folder / f"trial-{number}"
+        path.mkdir(exist_ok=True)
+        lock = FileLock(path / ".watched")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        return lock
+
+    def _start(self, trial: optuna.Trial, lock: FileLock) -> None:
+        folder = self.folder / f"trial-{trial.number}"
+        trial.set_user_attr("machine", socket.gethostname())
+        trial.set_user_attr("alive", time.time())
+        self.study.sampler = make_sampler(self.config, trial.number)
+        settings = {key: suggest(trial, key, values) for key, values in self.space.varied.items()}
+        if trial.user_attrs.get("pruned"):
+            self.study.tell(trial, state=TrialState.PRUNED)
+            lock.release()
+            return
+        slot = min(set(range(self.config.parallel)) - {running.slot for running in self.running})
+        process = start_trial(self.config, self.space, settings, trial.number, folder, slot_environment(self, slot))
+        told = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        self.running.append(Running(trial, folder, slot, process, lock, time.monotonic(), told))
+
+    def _watch(self, running: Running) -> None:
+        trial, ended = running.trial, running.process.poll() is not None
+        if time.monotonic() - running.alive_at > ALIVE_SECONDS:
+            running.alive_at = time.monotonic()
+            trial.set_user_attr("alive", time.time())
+        self._report(running)
+        if not ended:
+            return
+        self.running.remove(running)
+        outcome = outcome_of(running)
+        if trial.user_attrs.get("pruned"):
+            self.study.tell(trial, state=TrialState.PRUNED)
+        elif outcome.state == "complete":
+            self.study.tell(trial, curve(self._of_running(running), self.config.goal)[-1][1])
+        elif outcome.state != "stopped":
+            trial.set_user_attr("state", outcome.state)
+            trial.set_user_attr("reason", outcome.reason)
+            self.study.tell(trial, state=TrialState.FAIL)
+        # One that was stopped stays as it is: it is taken up again.
+        running.lock.release()
+
+    def _report(self, running: Running) -> None:
+        """Feeds the pruner what was measured since; ends the trial where it says so."""
+        trial = running.trial
+        for step, value in curve(self._of_running(running), self.config.goal):
+            if step in running.told or trial.user_attrs.get("pruned"):
+                continue
+            running.told.add(step)
+            trial.report(value, step)
+            if trial.should_prune():
+                trial.set_user_attr("pruned", True)
+                running.process.terminate()
+
+    def _of_running(self, running: Running) -> Trial:
+        return Trial(running.trial.number, {}, running.folder)
+
+    def _of(self, frozen: optuna.trial.FrozenTrial) -> Trial:
+        told = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
+        state = told.get(frozen.state, frozen.user_attrs.get("state"))
+        settings = {key: str(frozen.params.get(key, "")) for key in self.space.varied}
+        folder = self.folder / f"trial-{frozen.number}"
+        return Trial(frozen.number, settings, folder, state, frozen.user_attrs.get("reason"))
+
+
+def _plan(config: SweepConfig, space: Space) -> dict[str, Any]:
+    """What a search that goes on must agree in. More trials are no other search."""
+    varied = {key: repr(values) for key, values in space.varied.items()}
+    kept = {key: getattr(config, key) for key in ("search", "seed", "goal", "pruner", "factor")}
+    return {"fixed": list(space.fixed), "varied": varied, **kept}
+
+
+def open_study(config: SweepConfig, folder: Path, first_rung: int) -> optuna.Study:
+    """The study of that name in the storage. Raises ValueError where the storage cannot be opened."""
+    try:
+        storage = (
+            optuna.storages.RDBStorage(config.storage)
+            if config.storage
+            else optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "journal.log")))
+        )
+        pruner = (
+            optuna.pruners.SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=config.factor)
+            if config.pruner == "halving"
+            else optuna.pruners.NopPruner()
+        )
+        return optuna.create_study(
+            storage=storage, study_name=config.name, sampler=make_sampler(config, 0), pruner=pruner, load_if_exists=True
+        )
+    except Exception as error:  # of the many that databases have
+        raise ValueError(f"sweep.storage={config.storage}: {str(error).splitlines()[0]}") from None
+
+
+def make_sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
+    """Made anew for every trial: a sampler's own random state is lost when it is killed."""
+    seed = config.seed * 1_000_003 + number
+    if config.search == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=config.parallel > 1)
+    if config.search == "gp":
+        return optuna.samplers.GPSampler(seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def suggest(trial: optuna.Trial, key: str, values: Choice | Interval) -> str:
+    """The value that the trial has, or is given, as it stands on a command line."""
+    if isinstance(values, Choice):
+        return str(trial.suggest_categorical(key, list(values.values)))
+    if values.whole:
+        return str(trial.suggest_int(key, int(values.low), int(values.high), log=values.log))
+    return repr(trial.suggest_float(key, values.low, values.high, log=values.log))
+
+
+def _abandoned(frozen: optuna.trial.FrozenTrial) -> bool:
+    """On this machine its lock decides; on another, signs of life."""
+    if frozen.user_attrs.get("machine", socket.gethostname()) == socket.gethostname():
+        return True
+    return time.time() - frozen.user_attrs.get("alive", 0.0) > DEAD_SECONDS
+
+
+def slot_environment(search: Search, slot: int) -> dict[str, str]:
+    """GPUs of its own for each trial that runs at the same time; on the CPU a share of the cores."""
+    import torch
+
+    environment = dict(os.environ)
+    if gpus := torch.cuda.device_count():
+        named = environment.get("CUDA_VISIBLE_DEVICES", "")
+        names = named.split(",") if named else [str(i) for i in range(gpus)]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * search.nproc : (slot + 1) * search.nproc])
+    share = len(os.sched_getaffinity(0)) // (search.config.parallel * search.nproc)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    return environment
+
+
+def start_trial(
+    config: SweepConfig,
+    space: Space,
+    settings: dict[str, str],
+    number: int,
+    folder: Path,
+    environment: dict[str, str],
+) -> subprocess.Popen:
+    """The agent of a trial, which ends when this process does."""
+    clear_outcome(folder)
+    words = overrides_of(space.fixed, settings)
+    words = trial_words(words, config_from_tree(compose_tree(words)).tracker, config.name, number, folder)
+    ours = [f"--parent={os.getpid()}", f"--job={config.name}-{number}", f"--max-restarts={config.max_restarts}"]
+    ours.append(f"--log-dir={folder / 'logs'}")
+    with (folder / "agent.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "rowwise.launch.start", *ours, *words],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def outcome_of(running: Running) -> Outcome:
+    """What the agent wrote, or, where it could not, how it ended."""
+    if (outcome := read_outcome(running.folder)) is not None:
+        return outcome
+    lines = (running.folder / "agent.log").read_text(errors="replace").splitlines()
+    if running.process.returncode == 2:
+        refusals = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
+        return Outcome("refused", refusals[-1] if refusals else "see agent.log")
+    return Outcome("failed", f"its agent ended with {running.process.returncode}; see agent.log")

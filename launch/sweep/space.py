@@ -1,0 +1,112 @@
+"""What a sweep varies: overrides with several values, and the trials that they make.
+
+optim=adamw,adamw8bit          each of these (also choice(adamw, adamw8bit))
+model.layers=range(2,9,2)      each of 2, 4, 6, 8
+optim.lr=interval(1e-4,1e-2)                a number between (a search only)
+optim.lr=tag(log,interval(1e-4,1e-2))       the same, evenly over its logarithm
+model.layers=interval(2,8)                  a whole number between, both ends included
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+
+from rowwise.launch.compose import one_line
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of these, each as it stands on a command line."""
+
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number from `low` to `high`, both included; whole where both are."""
+
+    low: float
+    high: float
+    log: bool
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+@dataclass(frozen=True)
+class Space:
+    """`fixed` overrides are every trial's; of `varied` a trial has one value a key."""
+
+    fixed: tuple[str, ...]
+    varied: dict[str, Choice | Interval]
+
+    def grid(self) -> Iterator[dict[str, str]]:
+        """Every combination, the last key varying fastest. Raises ValueError where there are endlessly many."""
+        for key, values in self.varied.items():
+            if isinstance(values, Interval):
+                raise ValueError(
+                    f"{key}=interval({values.low},{values.high}) has no list of values; give some, or a search: "
+                    "sweep.search=tpe"
+                )
+        lists = [values.values for values in self.varied.values() if isinstance(values, Choice)]
+        for combination in itertools.product(*lists):
+            yield dict(zip(self.varied, combination, strict=True))
+
+    def samples(self) -> Iterator[dict[str, str]]:
+        """Few trials that try every value of every choice, and the ends of every interval."""
+        ends = {
+            key: values.values if isinstance(values, Choice) else (str(values.low), str(values.high))
+            for key, values in self.varied.items()
+        }
+        first = {key: values[0] for key, values in ends.items()}
+        yield first
+        for key, values in ends.items():
+            for value in values[1:]:
+                yield first | {key: value}
+
+
+def overrides_of(fixed: Sequence[str], settings: dict[str, str]) -> list[str]:
+    """The command line of a trial."""
+    return [*fixed, *(f"{key}={value}" for key, value in settings.items())]
+
+
+def parse_space(arguments: Sequence[str]) -> Space:
+    """Raises ValueError."""
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(arguments))
+    except HydraException as error:
+        raise ValueError(one_line(error)) from None
+    fixed: dict[str, str] = {}
+    varied: dict[str, Choice | Interval] = {}
+    for override in overrides:
+        assert override.input_line is not None
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            varied[key] = _values_of(override)
+            fixed.pop(key, None)
+        else:
+            fixed[key] = override.input_line
+            varied.pop(key, None)
+    return Space(tuple(fixed.values()), varied)
+
+
+def _values_of(override: Override) -> Choice | Interval:
+    key, line = override.get_key_element(), override.input_line
+    if override.is_discrete_sweep():
+        values = tuple(override.sweep_string_iterator())
+        if len(set(values)) < len(values):
+            raise ValueError(f"{line}: a value stands there twice; give each once")
+        return Choice(values)
+    interval = override.value()
+    if not isinstance(interval, IntervalSweep):
+        raise ValueError(f"{line}: give {key}=A,B, range(...) or interval(...)")
+    assert interval.start is not None and interval.end is not None
+    log = "log" in interval.tags
+    if not interval.start < interval.end or (log and interval.start <= 0):
+        raise ValueError(f"{line}: an interval goes upwards{', and with tag log from above 0' if log else ''}")
+    return Interval(interval.start, interval.end, log)

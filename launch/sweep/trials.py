@@ -1,0 +1,108 @@
+"""The trials of a sweep as they stand on disk: their table and their picture."""
+
+import csv
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rowwise.launch.outcome import read_outcome
+from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.tracker import TrackerConfig, Wandb
+
+PICTURE_SIZE = (11.0, 4.2)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial: its number, what sets it apart, its folder, and how it ended where the folder does not tell."""
+
+    number: int
+    settings: dict[str, str]
+    folder: Path
+    state: str | None = None
+    reason: str | None = None
+
+    @property
+    def said(self) -> str:
+        """Its settings in a line."""
+        return " ".join(f"{key}={value}" for key, value in self.settings.items())
+
+
+def trial_words(own: Sequence[str], tracker: TrackerConfig, sweep: str, number: int, folder: Path) -> list[str]:
+    """The command line of a trial: in its own folder, and in one group with the others where Weights & Biases is told."""
+    words = [*own, f"name={sweep}-{number}", f"run_dir={folder}"]
+    return [*words, f"tracker.group={sweep}"] if isinstance(tracker, Wandb) and tracker.group is None else words
+
+
+def row_of(trial: Trial) -> dict[str, Any]:
+    """A line of the table. What was not measured is None."""
+    records, outcome = read_metrics(trial.folder), read_outcome(trial.folder)
+    last = records[-1] if records else {}
+    evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
+    speeds = [record["tokens_per_second"] for record in records]
+    return {
+        "trial": trial.number,
+        "state": trial.state or (outcome.state if outcome else "running" if records else "not begun"),
+        **trial.settings,
+        "step": last.get("step"),
+        "tokens": last.get("tokens"),
+        "loss": last.get("loss"),
+        "eval_loss": evaluations[-1] if evaluations else None,
+        "best_eval_loss": min(evaluations, default=None),
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "seconds": sum(r["step_seconds"] + r.get("eval_seconds", 0) + r.get("save_seconds", 0) for r in records),
+        "reason": trial.reason or (outcome.reason if outcome and trial.state is None else None),
+        "folder": str(trial.folder),
+    }
+
+
+def write_table(trials: Sequence[Trial], folder: Path) -> Path:
+    """sweep.csv: a line a trial, whole or not at all."""
+    rows = [row_of(trial) for trial in trials]
+    path, partial = folder / "sweep.csv", folder / "sweep.csv.incomplete"
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+    return path
+
+
+def draw(trials: Sequence[Trial], folder: Path, goal: str) -> Path:
+    """sweep.png: `goal` over steps for every trial, and where each ended, the best first."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    ended = [(trial, points) for trial in trials if (points := curve(trial, goal))]
+    ended.sort(key=lambda pair: pair[1][-1][1])
+    figure, (curves, bars) = plt.subplots(1, 2, figsize=PICTURE_SIZE, layout="constrained")
+    colours = [plt.get_cmap("viridis")(i / max(1, len(ended) - 1)) for i in range(len(ended))]
+    for (trial, points), colour in zip(ended, colours, strict=True):
+        marker = "." if len(points) < 30 else None
+        curves.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=1.2, label=str(trial.number))
+    best = ended[:20]
+    bars.barh(range(len(best)), [points[-1][1] for _, points in best], color=colours[: len(best)])
+    bars.set_yticks(range(len(best)), [f"{trial.number}: {_short(trial.said)}" for trial, _ in best], fontsize=7)
+    bars.invert_yaxis()
+    if best:
+        bars.set_xlim(best[0][1][-1][1] * 0.98, best[-1][1][-1][1] * 1.01)
+    curves.set_xlabel("step")
+    curves.set_ylabel(goal)
+    bars.set_xlabel(f"{goal} at the end" + (" (the best 20)" if len(ended) > len(best) else ""))
+    path = folder / "sweep.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def curve(trial: Trial, goal: str) -> list[tuple[int, float]]:
+    """Steps and the values of `goal` there."""
+    return [(r["step"], r[goal]) for r in read_metrics(trial.folder) if r.get(goal) is not None]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 44 else f"{text[:41]}..."

@@ -1,0 +1,262 @@
+"""A run on two hosts of which one is cut off, loses a worker, or loses its torchrun; under torchrun itself.
+
+    make test-slurm                         (root, and `ip` with network namespaces)
+
+What bounds the time that a host which was cut off costs (measured, and asserted below):
+
+    the others go on      max(parallel.timeout_seconds, keep_alive_interval x keep_alive_max_attempt) + last_call_timeout
+                          + the start of the workers
+    the host itself ends  max(parallel.timeout_seconds, read_timeout, how long its kernel repeats what nobody answers)
+
+The last is net.ipv4.tcp_retries2: 15 minutes by default, and torch's store sets no bound of its own. Its workers are gone
+after the first; only torchrun waits so long.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from commands import overrides_of
+from hosts import Host, Network
+from parity import TOLERANCE
+from rowwise.launch.outcome import Outcome, read_outcome
+from rowwise.trainer.metrics import read_metrics
+from runs import SAME_EVERYWHERE, records
+
+STEPS = 60
+TIMEOUT, LAST_CALL, READ = 8, 2, 8
+KEEP_ALIVE_INTERVAL, KEEP_ALIVE_ATTEMPTS = 2, 3
+KEEP_ALIVE = KEEP_ALIVE_INTERVAL * KEEP_ALIVE_ATTEMPTS
+# The first after 0.2 s, then each after twice as long. The kernel gives up at the last of them or at the next.
+TCP_RETRIES, TCP_SECONDS = 4, 0.2 * (2**6 - 1)
+POLL = 3  # the rendezvous is looked at once a second, by each of three steps: leaving it, joining it, closing it
+ALONE = max(TIMEOUT, READ, TCP_SECONDS) + POLL  # that a host has which has lost the rendezvous
+FOLLOW = 2  # that workers have whose torchrun was killed
+CUT_AT = 15
+OWN_LAST_CALL, OWN_KEEP_ALIVE = 10, 15  # of launch.agent, and torch's own
+
+
+class Trial:
+    """One run on two hosts, started by torchrun on each."""
+
+    def __init__(self, hosts: list[Host], folder: Path, keeper: int = 0, nodes: str = "1:2", restarts: int = 3):
+        self.hosts, self.folder, self.keeper = hosts, folder, hosts[keeper]
+        self.nodes, self.restarts = nodes, restarts
+        self.start()
+
+    def start(self) -> None:
+        began, before = time.monotonic(), len(read_metrics(self.folder / "run"))
+        self.agents = [host.start(self.command(host), self.folder) for host in self.hosts]
+        self.until(lambda: len(read_metrics(self.folder / "run")) != before, 90, "no step was made")
+        self.start_seconds = time.monotonic() - began  # of the agents and of the workers
+
+    def command(self, host: Host) -> list[str]:
+        rendezvous = (
+            f"is_host={int(host is self.keeper)},last_call_timeout={LAST_CALL},read_timeout={READ},join_timeout=60,"
+            f"keep_alive_interval={KEEP_ALIVE_INTERVAL},keep_alive_max_attempt={KEEP_ALIVE_ATTEMPTS}"
+        )
+        torchrun = [
+            "--nnodes", self.nodes, "--nproc-per-node", "1", "--max-restarts", str(self.restarts), "--rdzv-id", "trial",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.keeper.address}:29400", "--rdzv-conf", rendezvous,
+            "--local-addr", host.address, "-m", "rowwise.launch.train",
+        ]  # fmt: skip
+        return [sys.executable, "-m", "torch.distributed.run", *torchrun, *overrides(self.folder)]
+
+    def steps(self) -> int:
+        return len(read_metrics(self.folder / "run"))
+
+    def until(self, done: Callable[[], bool], seconds: float, complaint: str) -> float:
+        """Waits, at most `seconds`; returns how long that took."""
+        began = time.monotonic()
+        while not done():
+            assert time.monotonic() - began < seconds, f"{complaint} in {seconds:.1f} s\n{self.said()[-6000:]}"
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def until_step(self, step: int, seconds: float = 60) -> float:
+        return self.until(lambda: self.steps() >= step, seconds, f"step {step} was not reached")
+
+    def until_goes_on(self, since: float, bound: float) -> float:
+        """Waits for the next step, at most `bound` from `since`; returns how long that took from there."""
+        self.until_step(self.steps() + 1, since + bound - time.monotonic())
+        return time.monotonic() - since
+
+    def cut(self, host: Host) -> float:
+        """Cuts `host` off in the middle of training; returns when."""
+        self.until_step(CUT_AT)
+        host.cut()
+        return time.monotonic()
+
+    def until_gone(self, host: Host, seconds: float) -> float:
+        return self.until(lambda: not host.processes(), seconds, f"{host.address} was not left")
+
+    def code(self, host: Host) -> int | None:
+        return self.agents[self.hosts.index(host)].wait(1)
+
+    def said(self) -> str:
+        return "\n".join(f"--- {host.address}\n{host.log(self.folder).read_text()}" for host in self.hosts)
+
+
+class OwnTrial(Trial):
+    """The same started by `rowwise train`, which sets the waits itself and leaves the kernel's as they are."""
+
+    def command(self, host: Host) -> list[str]:
+        meeting = ["--nodes", self.nodes, "--rendezvous", f"{self.keeper.address}:29400", "--job", "trial"]
+        restarts = ["--max-restarts", str(self.restarts)]
+        return [sys.executable, "-m", "rowwise.launch.start", *meeting, *restarts, "nproc=1", *overrides(self.folder)]
+
+
+def overrides(folder: Path) -> list[str]:
+    return overrides_of(
+        folder, f"steps={STEPS}", "precision=fp64", "batch.global_size=24", "checkpoint.every=10",
+        f"parallel.timeout_seconds={TIMEOUT}", "parallel.zero=2",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    with Network() as hosts:
+        for host in hosts:
+            host.run("sysctl", "-qw", f"net.ipv4.tcp_retries2={TCP_RETRIES}")
+        yield hosts
+        assert not [process for host in hosts for process in host.processes()], "something was left running"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> list[tuple]:
+    """The records of the same run in one process, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    with Network() as (host, _):
+        assert host.start([sys.executable, "-m", "rowwise.launch.train", *overrides(folder)], folder).wait(120) == 0
+    return records(folder / "run")
+
+
+def assert_same(folder: Path, whole: list[tuple]) -> None:
+    """No step is missing and none comes twice; the numbers are those of the whole run."""
+    ours = records(folder / "run")
+    assert [record[0] for record in ours] == list(range(1, STEPS + 1))
+    assert len(ours[0]) == len(SAME_EVERYWHERE)
+    np.testing.assert_allclose(np.array(ours), np.array(whole), rtol=TOLERANCE)
+
+
+def report(**seconds: float) -> None:
+    print({name: round(value, 1) for name, value in seconds.items()}, file=sys.__stderr__)
+
+
+def assert_ends(trial: Trial, kept: list[Host], whole: list[tuple]) -> None:
+    for host in kept:
+        trial.until_gone(host, 60)
+        assert trial.code(host) == 0, trial.said()[-6000:]
+    assert_same(trial.folder, whole)
+
+
+def test_a_host_is_cut_off_and_the_other_goes_on(hosts, tmp_path, uninterrupted):
+    trial, (kept, lost) = Trial(hosts, tmp_path), hosts
+    cut = trial.cut(lost)
+    trial.until(lambda: not lost.workers(), TIMEOUT + POLL, "the workers of the lost host did not leave")
+    workers_left = time.monotonic() - cut
+    trial.until_gone(lost, cut + ALONE - time.monotonic())
+    agent_left = time.monotonic() - cut
+    went_on = trial.until_goes_on(cut, bound := max(TIMEOUT, KEEP_ALIVE) + LAST_CALL + POLL + trial.start_seconds)
+    assert trial.code(lost) == 1
+    assert_ends(trial, [kept], uninterrupted)
+    report(bound=bound, start=trial.start_seconds, workers_left=workers_left, went_on=went_on, agent_left=agent_left)
+
+
+def test_a_host_is_cut_off_from_our_own_launcher(tmp_path, uninterrupted):
+    """With the kernel's own patience of a quarter of an hour: the agent bounds it."""
+    with Network() as (kept, lost):
+        trial = OwnTrial([kept, lost], tmp_path)
+        cut = trial.cut(lost)
+        trial.until_gone(lost, ALONE + OWN_LAST_CALL)
+        left = time.monotonic() - cut
+        bound = max(TIMEOUT, OWN_KEEP_ALIVE) + OWN_LAST_CALL + POLL + trial.start_seconds
+        went_on = trial.until_goes_on(cut, bound)
+        assert trial.code(lost) == 1
+        assert_ends(trial, [kept], uninterrupted)
+        assert read_outcome(tmp_path / "run") == Outcome("complete", None, STEPS)
+    report(bound=bound, start=trial.start_seconds, agent_left=left, went_on=went_on)
+
+
+def test_rank_0_was_on_the_lost_host_and_is_not_yet_gone(hosts, tmp_path, uninterrupted):
+    """Hosts are ranked by address. The new rank 0 waits until the old one, here frozen, has let go of the run."""
+    trial, (lost, kept) = Trial(hosts, tmp_path, keeper=1), hosts
+    cut, before = trial.cut(lost), {worker.pid for worker in kept.workers()}
+    (old,) = lost.workers()
+    old.suspend()
+    trial.until(lambda: any(worker.pid not in before for worker in kept.workers()), 60, "no worker was started")
+    (new,), reached = kept.workers(), trial.steps()
+    time.sleep(trial.start_seconds / 2)  # it is past its start
+    assert trial.steps() == reached and [worker.pid for worker in kept.workers()] == [new.pid], trial.said()[-6000:]
+    old.resume()
+    thawed = time.monotonic()
+    trial.until(lambda: not lost.workers(), POLL, "the old rank 0 did not leave")
+    went_on = trial.until_goes_on(thawed, POLL + trial.start_seconds)
+    trial.until_gone(lost, max(cut + ALONE, thawed + POLL) - time.monotonic())
+    assert_ends(trial, [kept], uninterrupted)
+    report(start=trial.start_seconds, went_on_after_thaw=went_on)
+
+
+def test_the_host_of_the_rendezvous_is_lost(hosts, tmp_path, uninterrupted):
+    """Nobody can meet any more: the other host ends. The same command goes on."""
+    trial, (lost, kept) = Trial(hosts, tmp_path), hosts
+    cut = trial.cut(lost)
+    lost.kill()
+    trial.until_gone(kept, ALONE)
+    ended = time.monotonic() - cut
+    assert trial.code(kept) == 1
+    lost.mend()
+    trial.start()
+    assert trial.said().count("resumed from") == 1
+    assert_ends(trial, hosts, uninterrupted)
+    report(bound=ALONE, ended=ended)
+
+
+def test_a_fixed_job_outlasts_a_short_cut_and_ends_on_both_hosts_after_a_long_one(hosts, tmp_path, uninterrupted):
+    """TCP repeats itself after twice the time, so the link must be back within half of what the workers wait."""
+    trial = Trial(hosts, tmp_path, nodes="2", restarts=0)
+    cut, workers = trial.cut(hosts[1]), [host.workers() for host in hosts]
+    time.sleep(TIMEOUT * 0.3)
+    hosts[1].mend()
+    went_on = trial.until_goes_on(cut, TIMEOUT)
+    assert [host.workers() for host in hosts] == workers
+    cut = trial.cut(hosts[1])
+    trial.until_gone(hosts[0], TIMEOUT + POLL)
+    left = time.monotonic() - cut
+    trial.until_gone(hosts[1], cut + ALONE - time.monotonic())
+    assert [trial.code(host) for host in hosts] == [1, 1]
+    done = records(tmp_path / "run")
+    assert CUT_AT < len(done) < STEPS
+    np.testing.assert_allclose(np.array(done), np.array(uninterrupted[: len(done)]), rtol=TOLERANCE)
+    report(went_on=went_on, keeper_left=left, other_left=time.monotonic() - cut, bound=ALONE)
+
+
+def test_a_worker_is_lost_and_then_a_torchrun(hosts, tmp_path, uninterrupted):
+    """After the first all begin again, at once; after the second the other host goes on alone."""
+    trial, (kept, lost) = Trial(hosts, tmp_path), hosts
+    trial.until_step(CUT_AT)
+    kept.workers()[0].kill()
+    after_worker = trial.until_goes_on(time.monotonic(), POLL + trial.start_seconds)
+    assert lost.workers()
+    trial.agents[1].kill()
+    killed = time.monotonic()
+    left = trial.until_gone(lost, FOLLOW)
+    went_on = trial.until_goes_on(killed, bound := KEEP_ALIVE + LAST_CALL + POLL + trial.start_seconds)
+    assert_ends(trial, [kept], uninterrupted)
+    assert trial.said().count("resumed from") == 2
+    report(start=trial.start_seconds, after_worker=after_worker, left=left, went_on=went_on, bound=bound)
+
+
+def test_torchrun_is_killed_while_its_worker_waits(hosts, tmp_path):
+    """The worker leaves also in the middle of a collective, and with no store left."""
+    trial = Trial(hosts, tmp_path)
+    cut = trial.cut(hosts[1])
+    time.sleep(1)
+    trial.agents[0].kill()
+    left = trial.until_gone(hosts[0], FOLLOW)
+    trial.until_gone(hosts[1], cut + ALONE - time.monotonic())
+    report(left=left, other_left=time.monotonic() - cut)

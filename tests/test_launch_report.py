@@ -1,0 +1,456 @@
+"""`python -m rowwise.launch.report`: what a page shows of real runs and of odd ones, and how a browser lays it out."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity import small_config, with_layout
+from rowwise.launch.pages.page import SECTIONS
+from rowwise.launch.pages.records import POINTS, Curve, leaves, read_fields, smooth, stretches, thin
+from rowwise.launch.report import main
+from rowwise.trainer.metrics import read_metrics
+from runs import named, run_train
+
+EVERY_PAGE = ["Summary", "Learning", "Speed", "Memory", "Configuration"]
+VOID = {"meta", "br", "line", "path", "use", "rect"}
+
+
+class Page(HTMLParser):
+    """A page, taken apart; raises AssertionError where its tags do not close each other."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.source, self.open, self.texts = source, [], []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self.headings: dict[str, list[str]] = {}
+        self.cells: list[list[str]] = []
+        self.feed(source)
+        assert not self.open, f"{self.open} are not closed"
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes.append((tag, dict(attributes)))
+        if tag in ("tr", "dt"):
+            self.cells.append([])
+        if tag in ("td", "th", "dt", "dd"):
+            self.cells[-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.attributes.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another"
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.texts.append(data)
+        for kind in ("h1", "h2", "h3", "strong"):
+            if kind in self.open:
+                self.headings.setdefault(kind, []).append(data)
+        if {"td", "th", "dt", "dd"} & set(self.open):
+            self.cells[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def row(self, name: str) -> list[str]:
+        """The cells behind the first one of that name."""
+        return next(row[row.index(name) + 1 :] for row in self.cells if name in row)
+
+    def labels(self) -> list[str]:
+        return [str(attributes.get("aria-label")) for tag, attributes in self.attributes if tag == "svg"]
+
+
+def write_page(*words: str, to: Path) -> Page:
+    assert main([*words, f"to={to}"]) == 0
+    return checked(to)
+
+
+def checked(path: Path) -> Page:
+    """The page in `path`, which is well formed, reaches for nothing, and whose pictures have their ids for themselves."""
+    source = path.read_text()
+    page = Page(source)
+    assert not re.search(r"https?:|<script|<link|@import|\bsrc=", re.sub(r' xmlns(:\w+)?="[^"]*"', "", source))
+    ids = [attributes["id"] for _, attributes in page.attributes if "id" in attributes]
+    assert len(ids) == len(set(ids)) > 10
+    used = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"|aria-labelledby="([^"]+)"', source)
+    assert {name for names in used for name in names if name} <= set(ids)
+    for picture in re.findall(r"<svg .*?</svg>", source, re.DOTALL):
+        own = set(re.findall(r' id="([^"]+)"', picture))
+        assert {a or b for a, b in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', picture)} <= own
+        assert "aria-hidden" in picture or ('role="img"' in picture and "aria-label=" in picture)
+    return page
+
+
+def write_run(folder: Path, records: list[dict], config: str = "name: made\nsteps: 100\n") -> Path:
+    """A run as files."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def record(step: int, **more) -> dict:
+    return {"step": step, "loss": 5 - step / 100, "grad_norm": 1.0, "lr": 0.01, "tokens": 10 * step,
+            "tokens_per_second": 100.0, "mfu": None, "step_seconds": 2.0, "data_seconds": 0.5,
+            "peak_memory_bytes": 3 * 2**20, **more}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(ranks, tmp_path_factory):
+    """Three runs that were trained: `dense` and evaluated, `sparse`, and a traced pipeline on two ranks, `piped`."""
+    folder = tmp_path_factory.mktemp("reported-runs")
+    eval_ = ("steps=6", "eval.every=2", "eval.batches=2")
+    base = small_config(folder, *eval_)
+    ranks.run(run_train, 1, with_layout(named(base, folder, "dense"), 1))
+    sparse = small_config(folder, *eval_, "sparsity=rigl", "sparsity.update_every=2", "sparsity.density=0.3")
+    ranks.run(run_train, 1, with_layout(named(sparse, folder, "sparse"), 1))
+    piped = with_layout(named(base, folder, "piped"), 2, pipeline=2, pipeline_schedule="zb_h1", pipeline_trace=3)
+    ranks.run(run_train, 2, piped)
+    return folder
+
+
+def test_a_dense_run(folder):
+    assert main([f"run={folder}/dense"]) == 0
+    page, records = checked(folder / "dense" / "report.html"), read_metrics(folder / "dense")
+    assert page.headings["h1"] == ["dense"]
+    assert page.headings["h2"] == EVERY_PAGE
+    assert page.row("step") == ["6 of 6"] and page.row("state") == ["complete"]
+    assert page.row("loss") == [f"{records[-1]['loss']:.4f}"]
+    assert page.row("held-out loss") == [f"{records[-1]['eval_loss']:.4f}"]
+    assert page.row("tokens") == [f"{records[-1]['tokens'] / 1000:g}k"]
+    assert page.row("layout") == ["1 worker, ZeRO 1"]
+    for title in ("Training loss", "Held-out loss", "Learning rate", "Gradient norm", "Throughput", "Peak memory"):
+        assert title in page.headings["strong"]
+    for absent in ("Model FLOPs utilization", "Loss scale of fp16", "Memory by category"):
+        assert absent not in page.headings["strong"]
+    assert "batch:\n  global_size: 24" in page.source
+
+
+def test_a_sparse_run(folder, tmp_path):
+    page = write_page(f"run={folder}/sparse", to=tmp_path / "page.html")
+    last = [r for r in read_metrics(folder / "sparse") if "density_by_layer" in r][-1]
+    assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Sparsity", "Configuration"]
+    assert page.row("sparsity") == ["rigl, density 0.3"]
+    by_layer, step = last["density_by_layer"], last["step"]
+    low, high = (choose(by_layer, key=by_layer.__getitem__) for choose in (min, max))
+    assert (
+        f"at step {step}: from {100 * by_layer[low]:.3g} % ({low}) to {100 * by_layer[high]:.3g} % ({high})"
+        in page.text
+    )
+    assert f"{100 * last['flops_of_dense']:.3g} % at step {step}" in page.text
+    for title in (
+        "Density",
+        "Dead neurons",
+        "Overlap with the first mask",
+        "Mask replaced",
+        "Operations against dense",
+    ):
+        assert title in page.headings["strong"]
+
+
+def test_a_traced_pipeline(folder, tmp_path):
+    page = write_page(f"run={folder}/piped", to=tmp_path / "page.html")
+    assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Pipeline timeline", "Configuration"]
+    assert page.row("layout") == ["2 workers, pipeline 2 (zb_h1), ZeRO 1"]
+    assert "piped, step 3" in page.headings["strong"]
+    assert all(name in page.texts for name in ("predicted", "measured", "time (seconds)"))
+    assert "measured: 2 ranks, 2 stages, 12 micro-batches" in page.text
+    shutil.copytree(folder / "piped", tmp_path / "piped")
+    (tmp_path / "piped/pipeline/trace.json").write_text("{")
+    page = write_page(f"run={tmp_path}/piped", to=tmp_path / "page.html")
+    assert "This section cannot be shown: " in page.text and "is no timeline" in page.text
+    assert "Configuration" in page.headings["h2"]
+
+
+def test_runs_side_by_side(folder, tmp_path):
+    runs = [f"{folder}/{name}" for name in ("dense", "sparse", "piped")]
+    page = write_page(*(f"run={run}" for run in runs), to=tmp_path / "page.html")
+    assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Pipeline timeline", "Sparsity", "Configuration"]
+    head = page.row("state")
+    assert {"sparsity.name", "sparsity.density", "parallel.pipeline"} <= set(head)
+    assert not {"name", "run_dir", "seed", "optim.lr"} & set(head)
+    table = {run: dict(zip(head, page.row(run)[1:], strict=True)) for run in ("dense", "sparse", "piped")}
+    assert [row["parallel.pipeline"] for row in table.values()] == ["1", "1", "2"]
+    assert [row["sparsity.density"] for row in table.values()] == ["-", "0.3", "-"]
+    loss = next(label for label in page.labels() if label.startswith("Training loss"))
+    assert [name in loss for name in table] == [True] * 3
+    assert page.source.count("<details>") == 3
+    same = write_page(f"run={','.join(runs)}", to=tmp_path / "same.html")
+    assert same.source == page.source, "a page depends on nothing but its runs"
+    globbed = write_page(f"run={folder}/*", to=tmp_path / "all.html")  # a corpus lies there too
+    assert globbed.headings["h1"] == ["dense, piped, sparse"]
+
+
+def test_where_the_time_goes(tmp_path):
+    """The whole of a step is step_seconds, evaluation and save; older runs have no evaluation and save."""
+    records = [record(1), record(2), record(3, eval_seconds=3.0), record(4, eval_seconds=0.5, save_seconds=0.5)]
+    run = write_run(tmp_path / "run", records)
+    page = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert page.row("time in steps") == ["12 s"]
+    row = next(cells for cells in page.cells if cells[0] == "run" and len(cells) == 7)
+    found = dict(zip(row[1:], page.cells[page.cells.index(row) + 1][1:], strict=True))
+    assert found == {
+        "all steps": "12 s", "a step": "3 s", "compute and communication": "1.5 s, 50 %", "data": "0.5 s, 16.7 %",
+        "evaluation": "0.875 s, 29.2 %", "save": "0.125 s, 4.17 %",
+    }  # fmt: skip
+
+
+MEMORY = {
+    "device": "cuda",
+    "ranks": [
+        {"parameters": 2**30, "gradients": 2**29, "optimizer": 2**31, "masks": 2**20, "peak": 2**32},
+        {"parameters": 2**30, "gradients": 2**29, "optimizer": 2**31, "masks": 0, "peak": 2**32 + 2**30},
+    ],
+    "predicted": {"parameters": 2**30, "gradients": 2**30, "optimizer": 2**31},
+}
+
+
+def test_memory_by_category(tmp_path):
+    run = write_run(tmp_path / "run", [record(1)])
+    (run / "memory.json").write_text(json.dumps(MEMORY))
+    page = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert page.row("predicted") == ["1.00 GiB", "1.00 GiB", "2.00 GiB", "-", "-"]
+    assert page.row("rank 0") == ["1.00 GiB", "512.00 MiB", "2.00 GiB", "1.00 MiB", "4.00 GiB"]
+    assert "other, up to the peak 1.50 GiB" in page.text, "of the largest rank"
+    (run / "memory.json").write_text(json.dumps({**MEMORY, "device": "cpu", "predicted": None}))
+    page = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert "up to the peak" not in page.text and "predicted" not in page.text
+    for broken in ("{", "[]", '{"ranks": []}', '{"ranks": 3}'):
+        (run / "memory.json").write_text(broken)
+        page = write_page(f"run={run}", to=tmp_path / "page.html")
+        assert "This section cannot be shown: " in page.text and page.headings["h2"] == EVERY_PAGE
+
+
+def test_nothing_recorded_is_invisible(tmp_path):
+    def more(step):
+        return {"router_z": 2.0**-step, "load": {"block 1": 0.25, "block 2": 0.75}, "word": "text", "gone": None,
+                "counts": [[step, 2], [3, 40]], "many": list(range(20))}  # fmt: skip
+
+    run = write_run(tmp_path / "run", [record(step, **more(step)) for step in range(1, 13)])
+    page = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Other measurements", "Configuration"]
+    assert {"router_z", "load", "counts", "many"} <= set(page.headings["strong"])
+    assert not {"word", "gone", "mfu"} & set(page.headings["strong"])
+    for told in (
+        "0.0002441 at step 12",
+        "block 2 0.75",
+        "0.0 12",
+        "1.1 40",
+        "20 entries at step 12: mean 9.5, from 0 to 19",
+    ):
+        assert told in page.text
+    claimed = [name for section in SECTIONS for name in section.fields]
+    assert len(claimed) == len(set(claimed)), "each field has one place"
+
+
+def test_what_the_launcher_says_of_the_end(tmp_path):
+    run = write_run(tmp_path / "run", [record(step) for step in range(1, 9)])
+    for outcome, told in (
+        (None, "under way, or cut off"),
+        ({"state": "stopped", "reason": "SIGTERM", "step": 8}, "stopped at step 8: SIGTERM"),
+        ({"state": "failed", "reason": None, "step": 5}, "failed at step 5; the records reach step 8"),
+        ({"state": "complete", "reason": None, "step": 8}, "complete"),
+    ):
+        if outcome:
+            (run / "outcome.json").write_text(json.dumps(outcome))
+        assert write_page(f"run={run}", to=tmp_path / "page.html").row("state") == [told]
+
+
+@pytest.mark.parametrize("n", [1, 2, 150])
+def test_a_run_without_a_single_loss(n, tmp_path):
+    nulls = {"loss": None, "grad_norm": None, "loss_scale": 2.0, "skipped_steps": 1}
+    run = write_run(tmp_path / "run", [record(step, **nulls) for step in range(1, n + 1)])
+    page = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert f"no step has a loss yet; all {n} overflowed" in page.text
+    assert {"Loss scale of fp16", "Steps passed over"} <= set(page.headings["strong"])
+    assert "Training loss" not in page.headings["strong"] and page.row("loss") == ["-"]
+
+
+def test_a_run_under_way_and_without_configuration(tmp_path):
+    run = write_run(tmp_path / "run", [record(1)], config="")
+    (run / "config.yaml").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": 4.')
+    page = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert page.row("step") == ["1 of ?"] and "Configuration" not in page.headings["h2"]
+
+
+def test_what_comes_from_a_run_is_text(tmp_path):
+    evil = "<script>alert('$x_$')</script>&\""
+    run = write_run(
+        tmp_path / "a <b> $c$ & d", [record(1, **{evil: {evil: 1.0}, "<i>": 2.0})], f"name: {json.dumps(evil)}\n"
+    )
+    other = write_run(tmp_path / "other", [record(1)], "name: x\n")
+    (run / "outcome.json").write_text(json.dumps({"state": evil, "reason": evil, "step": 1}))
+    for words in ([f"run={run}"], [f"run={run}", f"run={other}"]):
+        page = write_page(*words, to=tmp_path / "page.html")
+        assert evil in page.headings["strong"] and "<i>" in page.headings["strong"]
+        assert "a <b> $c$ & d" in page.headings["h1"][0]
+
+
+def test_thinning_keeps_extremes_and_gaps():
+    rng = np.random.default_rng(0)
+    for length in (1, POINTS, POINTS + 1, 54_321):
+        values = rng.standard_normal(length)
+        low, high = rng.integers(length, size=2)
+        values[low], values[high] = -100, 100
+        curve = Curve(np.arange(length), values)
+        thinned = thin(curve)
+        assert len(thinned.steps) <= POINTS and (np.diff(thinned.steps) > 0).all()
+        assert thinned.values.min() == values.min() and thinned.values.max() == values.max()
+        assert (values[thinned.steps] == thinned.values).all()
+    values[20_000:30_000] = np.nan
+    thinned = thin(Curve(np.arange(length), values))
+    inside = (thinned.steps > 20_200) & (thinned.steps < 29_800)
+    assert np.isnan(thinned.values[inside]).all() and inside.any() and np.isfinite(thinned.values[~inside]).sum() > 700
+
+
+def test_smoothing_is_a_mean_around_each_record():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(500)
+    values[[7, 8, 300]] = np.nan
+    smoothed = smooth(Curve(np.arange(500), values)).values
+    for i in range(500):
+        window = values[max(0, i - 5) : i + 6]
+        np.testing.assert_allclose(smoothed[i], np.nan if np.isnan(values[i]) else np.nanmean(window), atol=1e-12)
+
+
+def test_stretches_hold_every_step_once():
+    steps = np.arange(5, 328)
+    edges, (means,) = stretches(steps, [steps.astype(float)], most=80)
+    assert edges[0] == 4.5 and edges[-1] == 327.5 and len(edges) == 81
+    np.testing.assert_allclose(means, (edges[:-1] + edges[1:]) / 2)
+
+
+def test_numbers_in_tables_have_a_path():
+    assert dict(leaves({"a": [1, 2.5], "b": {"c": True, "d": "word", "e": None}})) == {"a.0": 1, "a.1": 2.5, "b.c": 1}
+
+
+def test_a_long_run_makes_a_small_page(tmp_path):
+    run = write_run(tmp_path / "run", [record(s, by={"a": s, "b": 1}) for s in range(1, 20_001)])
+    _, tables = read_fields(run / "metrics.jsonl")
+    kept = [step for step, _ in tables["by"].kept]
+    assert POINTS / 2 <= len(kept) <= POINTS and len(set(np.diff(kept))) == 1 and kept[-1] > 19_900
+    page = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert len(page.source) < 400_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "run= is missing; give run=runs/NAME"),
+        (["run="], "run=: give run=VALUE"),
+        (["runs=good"], "unknown key runs: .*; did you mean run?"),
+        (["run=good", "to=a.html", "to=b.html"], "to=b.html: give to=VALUE, once"),
+        (["run=good", "run=good"], "good is given twice; give each run once"),
+        (["run=good", "run=other/../good"], "good is given twice"),
+        (["run=good,g*"], "good is given twice"),
+        (["run=nowhere"], "run=nowhere: there is no run; give a folder that"),
+        (["run=none*"], r"run=none\*: no run with records matches"),
+        (["run=fresh"], "run=fresh: the run has no records yet; wait for its first step"),
+        (["run=cut"], "run=cut: the run has no records yet"),
+        (["run=broken"], "broken/metrics.jsonl, line 2: no record of a step after step 1; remove the line"),
+        (["run=twice"], "twice/metrics.jsonl, line 2: no record of a step after step 1"),
+        (["run=unset"], "unset/config.yaml is no configuration"),
+        (["run=good", "to=missing/page.html"], "to=missing/page.html: the folder missing does not exist; make it"),
+        (["run=good", "to=page.pdf"], "to=page.pdf: the page is a file; give a name that ends in .html"),
+    ],
+)
+def test_refusals_are_one_line_and_nothing_is_written(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "good": ["{}"],
+        "broken": ["{}", "nonsense"],
+        "twice": ["{}", "{}"],
+        "unset": ["{}"],
+        "cut": [],
+        "other": [],
+    }
+    for name, lines in files.items():
+        run = write_run(tmp_path / name, [], "a: [" if name == "unset" else "steps: 3\n")
+        text = "".join(json.dumps(record(1)) + "\n" if line == "{}" else line + "\n" for line in lines)
+        (run / "metrics.jsonl").write_text(text or '{"step": 1, "lo')
+    (tmp_path / "fresh").mkdir()
+    (tmp_path / "fresh" / "config.yaml").write_text("steps: 3\n")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and re.fullmatch(rf"refused: .*{message}.*\n", captured.err), captured.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_refusal_does_not_wait_for_matplotlib():
+    program = "import rowwise.launch.report, sys; print('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "False"
+
+
+WIDTHS = (380, 1280)
+# Each page stands in a frame of the width of a screen, which a window cannot be made as narrow as.
+MEASURE = """
+<body><script>
+onload = () => {
+  document.body.innerText = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, root = page.documentElement;
+    const box = piece => piece.getBoundingClientRect();
+    const figures = [...page.querySelectorAll(".grid figure")];
+    const text = [...page.querySelectorAll(".grid svg text")];
+    const outside = text.filter(t => { const a = box(t), b = box(t.closest("svg"));
+      return a.left < b.left - 2 || a.right > b.right + 2 || a.top < b.top - 2 || a.bottom > b.bottom + 2; });
+    const wide = [...page.querySelectorAll("body *")].filter(e => box(e).right > root.clientWidth && !e.closest(".scroll"));
+    return {frame: root.clientWidth, wide: wide.map(e => e.outerHTML.slice(0, 200)), scroll: root.scrollWidth,
+      columns: new Set(figures.map(f => Math.round(box(f).left))).size,
+      widths: figures.map(f => box(f).width),
+      letters: Math.min(...text.map(t => box(t).height)), texts: text.length, outside: outside.map(t => t.textContent)};
+  }));
+}
+</script>FRAMES</body>
+"""
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--dump-dom",
+]  # fmt: skip
+
+
+def lay_out(pages: list[str], folder: Path) -> list[dict]:
+    """How chromium lays out each page at each of WIDTHS."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert browser, "there is no chromium to lay pages out: run `make test-browser`, which installs it"
+    frames = "".join(f'<iframe width={w} height=900 style="border: 0" srcdoc="{html.escape(page)}"></iframe>'
+                     for page in pages for w in WIDTHS)  # fmt: skip
+    (folder / "frames.html").write_text(MEASURE.replace("FRAMES", frames))
+    command = [browser, *FLAGS, f"--user-data-dir={folder}/profile", f"file://{folder}/frames.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r"<body>(.*)</body>", done.stdout, re.DOTALL)
+    assert found, f"{command[0]} made no page: {done.stderr[-2000:]}"
+    return json.loads(html.unescape(found[1]))
+
+
+def test_a_browser_lays_it_out(folder, tmp_path):
+    """On a phone of 380 pixels one column and no scrolling sideways; on a large screen several columns; every letter can be
+    read, and none leaves its picture."""
+    long = write_run(tmp_path / ("long-name-" * 12), [record(s, loss=math.exp(-s)) for s in range(1, 40)], "name: x\n")
+    (long / "memory.json").write_text(json.dumps({**MEMORY, "ranks": MEMORY["ranks"] * 32}))
+    choices = [["dense"], ["sparse"], ["piped"], ["dense", "sparse", "piped"]]
+    words = [[f"run={folder}/{name}" for name in names] for names in choices] + [[f"run={long}"]]
+    pages = [write_page(*some, to=tmp_path / "page.html").source for some in words]
+    assert not any("cannot be shown" in page for page in pages)
+    for i, found in enumerate(lay_out(pages, tmp_path)):
+        width = WIDTHS[i % 2]
+        assert found["frame"] == width or found["frame"] >= width - 20, "a scroll bar takes the rest"
+        assert found["scroll"] <= found["frame"] <= width, f"{words[i // 2]} at {width}: {found['wide']}"
+        assert (found["columns"] == 1) if width == 380 else (found["columns"] >= 2)
+        assert min(found["widths"]) > 300
+        assert found["texts"] > 40 and found["letters"] >= 9 and not found["outside"]

@@ -1,0 +1,163 @@
+"""`rowwise train` starts and watches workers: restarts, signals, how a run ended, and what is refused."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from commands import await_steps, overrides_of, run, run_in_pool, start, workers_of
+from rowwise.launch import agent, cli
+from rowwise.launch import meeting as meetings
+from rowwise.launch import start as launcher
+from rowwise.launch.agent import Job
+from rowwise.launch.meeting import Meeting, is_here, slurm_meeting
+from rowwise.launch.outcome import Outcome, read_outcome, write_outcome
+from rowwise.trainer.metrics import read_metrics
+from runs import records
+
+TRAIN = [sys.executable, "-m", "rowwise.launch.start"]
+
+
+def test_a_worker_that_dies_is_started_again_and_nothing_is_lost(ranks, tmp_path):
+    overrides = overrides_of(tmp_path, "steps=1000000", "schedule=constant", "checkpoint.every=4", "nproc=2")
+    job = start(tmp_path, [*TRAIN, "--max-restarts", "1", *overrides])
+    await_steps(tmp_path, 9, job)
+    workers_of(job)[-1].kill()
+    reached = len(read_metrics(tmp_path / "run"))
+    await_steps(tmp_path, reached + 3, job)
+    assert "resumed from" in (tmp_path / "log").read_text()
+    job.send_signal(signal.SIGUSR1)  # as Slurm does some time before a limit
+    assert job.wait(60) == 0, (tmp_path / "log").read_text()[-3000:]
+    stopped_at = len(read_metrics(tmp_path / "run"))
+    assert read_outcome(tmp_path / "run") == Outcome("stopped", "asked to stop", stopped_at)
+    overrides[-1], steps = "nproc=null", f"steps={stopped_at + 2}"
+    run_in_pool(ranks, [*overrides, steps])
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(1, stopped_at + 3))
+    run_in_pool(ranks, [*overrides, steps, f"run_dir={tmp_path}/whole"])
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_how_it_ended_is_written_and_a_run_under_way_is_left_alone(tmp_path):
+    overrides = overrides_of(tmp_path, "steps=2", "nproc=1")
+    assert run(tmp_path, [*TRAIN, "--log-dir", str(tmp_path / "logs"), *overrides])[0] == 0
+    assert read_outcome(tmp_path / "run") == Outcome("complete", None, 2)
+    assert list((tmp_path / "logs").glob("*/attempt_0/0/stderr.log"))
+    lock = FileLock(tmp_path / "run/.lock")
+    with lock:  # another run is in the same folder
+        code, said = run(tmp_path, [*TRAIN, *overrides, "steps=3"])
+    assert code == 2
+    assert "is in use by another run" in said
+    assert read_outcome(tmp_path / "run") == Outcome("complete", None, 2)
+    overrides = [*overrides, "data.files=/nowhere.bin", f"run_dir={tmp_path}/other"]
+    (tmp_path / "other").mkdir()
+    code, said = run(tmp_path, [*TRAIN, "--log-dir", str(tmp_path / "logs"), *overrides])
+    refused = read_outcome(tmp_path / "other")
+    assert code == 2
+    assert refused is not None and refused.state == "refused"
+    assert refused.reason in said and "/nowhere.bin" in refused.reason
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+REFUSED = {
+    "more ranks than there are": (["nproc=4096"], "nproc=4096: this machine has"),
+    "no rank": (["nproc=0"], "nproc=0"),
+    "a layout for more": (["nproc=1", "parallel.shard=2"], "start 2 workers"),
+    "a layout for another number of machines": (
+        ["--nodes", "1:2", "--rendezvous", "localhost:1", "nproc=1", "parallel.shard=2"], "start 2 workers"
+    ),
+    "machines that do not meet": (["--nodes", "2", "nproc=1"], "give --rendezvous HOST:PORT"),
+    "no such number of machines": (["--nodes", "2:1", "--rendezvous", "localhost:1", "nproc=1"], "give a number of machines"),
+    "a meeting without a port": (["--nodes", "2", "--rendezvous", "a", "nproc=1"], "give --rendezvous HOST:PORT"),
+    "a meeting nowhere": (["--nodes", "2", "--rendezvous", "no.such.host:1", "nproc=1"], "cannot be reached from here"),
+    "fewer restarts than none": (["--max-restarts", "-1", "nproc=1"], "give 0 or more"),
+    "an unknown key": (["optim.lrr=3"], "did you mean optim.lr?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_a_worker_is_started(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "run_workers", None)
+    words, said = REFUSED[case]
+    assert launcher.main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("refused: ")
+    assert said in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_workers_that_are_fewer_than_nproc_are_refused(tmp_path):
+    """torchrun was told otherwise."""
+    code, said = run(tmp_path, [sys.executable, "-m", "rowwise.launch.train", *overrides_of(tmp_path, "nproc=2")])
+    assert code == 2
+    assert "nproc=2, but 1 workers were started on this machine" in said
+
+
+def test_where_the_machines_of_a_slurm_step_meet(monkeypatch):
+    monkeypatch.setattr(meetings, "slurm_hosts", lambda nodes: {"gpu[3-4]": ["gpu3", "gpu4"]}[nodes])
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu[3-4]",
+            "SLURM_JOB_ID": "41234", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1"}  # fmt: skip
+    assert slurm_meeting(step) == Meeting("gpu3:21234", "slurm-41234-0", 2, 2, host=False)
+    meeting = slurm_meeting(step | {"SLURM_NODEID": "0"})
+    assert meeting is not None and meeting.host
+    assert slurm_meeting({}) is None
+    assert slurm_meeting(step | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}) is None
+    with pytest.raises(ValueError, match="give Slurm --ntasks-per-node=1"):
+        slurm_meeting(step | {"SLURM_STEP_NUM_TASKS": "16"})
+
+
+def test_which_machine_hosts_the_meeting():
+    assert is_here("localhost", 1)
+    assert is_here("127.0.0.2", 1)
+    assert not is_here("192.0.2.1", 1)  # of a network for examples
+    with pytest.raises(ValueError, match="cannot be reached from here"):
+        is_here("no.such.host", 1)
+
+
+def test_the_cause_that_another_machine_wrote_stays(tmp_path):
+    """A worker there ran out of memory; here they failed for want of it."""
+    began = time.time() - 1
+    write_outcome(tmp_path, Outcome("failed", "out of memory: 120 TB", 3))
+    assert agent._better_said(tmp_path, Outcome("failed", "Connection closed by peer", 3), began)
+    assert not agent._better_said(tmp_path, Outcome("complete", None, 9), began)
+    assert not agent._better_said(tmp_path, Outcome("failed", "Connection closed by peer", 3), time.time() + 9)
+
+
+def test_a_job_that_is_asked_to_stop_before_its_machines_have_met_leaves(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "PATIENCE_SECONDS", 1.0)
+    job = Job((), tmp_path, 5, 1, Meeting(f"localhost:{free_port()}", "alone", 2, 2, host=True))
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert agent.run_workers(job) == Outcome("stopped", "asked to stop", 0)
+
+
+def test_the_command_says_what_there_is(capsys):
+    assert cli.main([]) == 0
+    said = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"rowwise {name} " in said, "an example for each"
+        with pytest.raises(SystemExit) as leaving:
+            cli.main([name, "--help"])
+        assert leaving.value.code == 0
+        assert name in capsys.readouterr().out
+    assert cli.main(["trian"]) == 2
+    assert "possible are train, sweep" in capsys.readouterr().err
+
+
+def test_an_outcome_survives_the_disk(tmp_path: Path):
+    assert read_outcome(tmp_path) is None
+    write_outcome(tmp_path, Outcome("failed", "why", 7))
+    assert json.loads((tmp_path / "outcome.json").read_text()) == {"state": "failed", "reason": "why", "step": 7}
+    assert read_outcome(tmp_path) == Outcome("failed", "why", 7)

@@ -1,0 +1,238 @@
+"""Sweeps: the grid under a real torchrun agent, searches that are killed and go on, and what is refused before a trial."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from commands import overrides_of, run, run_in_pool
+from ranks import quick_start
+from rowwise.launch.sweep import search
+from rowwise.launch.sweep.__main__ import main, resolve
+from rowwise.launch.sweep.space import Choice, Interval, parse_space
+from rowwise.launch.sweep.trials import trial_words
+from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.tracker import NoTracker, Wandb
+from runs import records
+
+
+def trial_overrides(folder: Path, *more: str) -> list[str]:
+    return [word for word in overrides_of(folder, *more) if not word.startswith("run_dir=")]
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_grid_of_four_on_two_ranks_each(ranks, tmp_path):
+    """Four runs in four folders, the one of each equal to the same run alone; the table says what they measured."""
+    words = trial_overrides(tmp_path, "steps=4", "eval.every=2", "nproc=2", "data.holdout=0.1")
+    code, said = run(
+        tmp_path,
+        [sys.executable, "-m", "rowwise.launch.sweep", "-m", "optim=adamw,lion", "optim.lr=1e-3,3e-3", *words],
+        timeout=240,
+    )
+    assert code == 0, said
+    folder, rows = tmp_path / "sweeps/default", rows_of(tmp_path / "sweeps/default")
+    assert [(row["optim"], row["optim.lr"]) for row in rows] == [
+        ("adamw", "0.001"), ("adamw", "0.003"), ("lion", "0.001"), ("lion", "0.003")
+    ]  # fmt: skip
+    for number, row in enumerate(rows):
+        trial = folder / f"trial-{number}"
+        measured = read_metrics(trial)
+        assert (row["trial"], row["state"], row["folder"]) == (str(number), "complete", str(trial))
+        assert float(row["eval_loss"]) == measured[-1]["eval_loss"]
+        assert float(row["loss"]) == measured[-1]["loss"]
+        assert int(row["step"]) == len(measured) == 4
+        run_in_pool(ranks, [*overrides_of(tmp_path), *words, f"optim={row['optim']}", f"optim.lr={row['optim.lr']}",
+                            f"run_dir={tmp_path}/alone-{number}", "nproc=null"])  # fmt: skip
+        assert records(trial) == records(tmp_path / f"alone-{number}")
+    assert (folder / "sweep.png").stat().st_size > 10_000
+    assert len({row["eval_loss"] for row in rows}) == 4
+
+
+def test_trials_that_fail_are_recorded_and_stop_nothing(tmp_path):
+    """One complete, one that runs out of memory (120 TB), one whose loss is no number."""
+    words = trial_overrides(tmp_path, "steps=3", "eval.every=3", "nproc=1", "data.holdout=0.1")
+    sweep = ["sweep.search=grid", "sweep.parallel=2", "optim.lr=1e-3,1e30", "model.ffn_dim=37,1000000000000"]
+    code, said = run(
+        tmp_path, [sys.executable, "-m", "rowwise.launch.sweep", *sweep, *words[:4], *words[5:]], timeout=240
+    )
+    assert code == 0, said
+    rows = rows_of(tmp_path / "sweeps/default")
+    assert [row["state"] for row in rows] == ["complete", "failed", "failed", "failed"]
+    assert [row["reason"][:13] for row in rows] == ["", "out of memory", "not a number:", "out of memory"]
+    assert "can't allocate memory" in rows[1]["reason"]
+    assert rows[2]["step"] == "1" or rows[2]["step"] == "2"
+    assert len({row["folder"] for row in rows}) == 4
+
+
+REFUSED = {
+    "an unknown key": (["optim.lrr=1,2"], "unknown key optim.lrr"),
+    "a value that one trial refuses": (["batch.micro_size=2,3"], "the trial batch.micro_size=3: "),
+    "a choice that is none": (["optim=adamw,adamww"], "adamww"),
+    "a layout for which there are too few": (["parallel.shard=1,2", "nproc=1"], "the trial parallel.shard=2: "),
+    "more ranks than there are": (["seed=1,2", "nproc=4096"], "nproc=4096: this machine has"),
+    "nothing is varied": (["seed=1"], "nothing is varied"),
+    "an interval without a search": (["optim.lr=interval(1e-4,1e-2)"], "give some, or a search"),
+    "a grid with an interval": (["optim.lr=interval(1e-4,1e-2)", "sweep.search=grid"], "give some, or a search"),
+    "an interval that goes down": (["optim.lr=interval(1e-2,1e-4)", "sweep.search=tpe"], "an interval goes upwards"),
+    "a logarithm of nothing": (["optim.lr=tag(log,interval(0,1))", "sweep.search=tpe"], "from above 0"),
+    "a value twice": (["seed=1,1"], "a value stands there twice"),
+    "a folder of one's own": (["seed=1,2", "run_dir=here"], "a sweep gives every trial its own"),
+    "another sweeper": (["seed=1,2", "hydra/sweeper=basic"], "this sweep has its own"),
+    "an unknown key of the sweep": (["seed=1,2", "sweep.trails=3"], "did you mean sweep.trials?"),
+    "a wrong type": (["seed=1,2", "sweep.search=tpe", "sweep.trials=many"], "sweep.trials='many'"),
+    "a key of a search without one": (["seed=1,2", "sweep.parallel=2"], "sweep.parallel is of a search"),
+    "as many trials as a grid has not": (["seed=1,2", "sweep.search=grid", "sweep.trials=3"], "leave sweep.trials"),
+    "no trial at a time": (["seed=1,2", "sweep.search=tpe", "sweep.parallel=0"], "sweep.parallel=0: give at least 1"),
+    "a launcher that a search does not use": (["seed=1,2", "sweep.search=tpe", "hydra/launcher=slurm"], "leave hydra's"),
+    "machines whose GPUs are not known": (["seed=1,2", "hydra/launcher=slurm"], "give nproc="),
+    "many tasks a machine": (
+        ["seed=1,2", "nproc=8", "hydra/launcher=slurm", "hydra.launcher.tasks_per_node=8"], "a trial is one task a machine"
+    ),
+    "a goal that is not measured": (["seed=1,2", "eval.every=0"], "nothing is evaluated"),
+    "a storage that cannot be opened": (
+        ["seed=1,2", "sweep.search=tpe", "sweep.storage=nowhere://x"], "sweep.storage=nowhere://x: "
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_the_first_trial(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words, said = REFUSED[case]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("refused: ")
+    assert said in told
+    assert not list(tmp_path.glob("sweeps/*/trial-*"))
+
+
+def test_another_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "sweeps/default"
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text(json.dumps({"fixed": [], "trials": [{"seed": "7"}]}))
+    monkeypatch.chdir(tmp_path)
+    for words in (["seed=1,2"], ["seed=1,2", "sweep.search=grid"]):
+        assert main(words) == 2
+        assert "holds another sweep" in capsys.readouterr().err
+
+
+def test_what_is_varied():
+    space = parse_space(["optim=a,b", "steps=5", "model.layers=range(2,7,2)", "optim.lr=tag(log,interval(1e-4,1e-2))"])
+    assert space.fixed == ("steps=5",)
+    assert space.varied == {
+        "optim": Choice(("a", "b")), "model.layers": Choice(("2", "4", "6")), "optim.lr": Interval(1e-4, 1e-2, True)
+    }  # fmt: skip
+    assert not Interval(1e-4, 1e-2, True).whole
+    assert parse_space(["model.layers=interval(2,8)"]).varied["model.layers"] == Interval(2, 8, False)
+    assert [tuple(sample.values()) for sample in space.samples()] == [
+        ("a", "2", "0.0001"), ("b", "2", "0.0001"), ("a", "4", "0.0001"), ("a", "6", "0.0001"), ("a", "2", "0.01")
+    ]  # fmt: skip
+    assert list(parse_space(["a=1,2", "b=x,y"]).grid()) == [
+        {"a": "1", "b": "x"}, {"a": "1", "b": "y"}, {"a": "2", "b": "x"}, {"a": "2", "b": "y"}
+    ]  # fmt: skip
+
+
+def test_weights_and_biases_groups_the_trials_of_a_sweep():
+    words = ["seed=1", "name=lrs-3", "run_dir=x"]
+    assert trial_words(["seed=1"], Wandb(), "lrs", 3, Path("x")) == [*words, "tracker.group=lrs"]
+    assert trial_words(["seed=1"], Wandb(group="mine"), "lrs", 3, Path("x")) == words
+    assert trial_words(["seed=1"], NoTracker(), "lrs", 3, Path("x")) == words
+
+
+AGENT = """
+import json, os, signal, sys, time
+folder, value, parent = sys.argv[1], float(sys.argv[2]), os.getppid()
+path, stopped = folder + "/metrics.jsonl", []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+done = len(open(path).readlines()) if os.path.exists(path) else 0
+while done < 9 and not stopped and os.getppid() == parent:
+    done += 1
+    loss = (value - 3) ** 2 + 1 / done
+    record = {"step": done, "loss": loss, "eval_loss": loss, "tokens_per_second": 1, "step_seconds": 1}
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\\n")
+    time.sleep(0.01)
+ended = {"state": "complete" if done == 9 else "stopped", "reason": None, "step": done}
+open(folder + "/outcome.json", "w").write(json.dumps(ended))
+"""
+
+
+def search_with_small_agents(folder: Path, parallel: int) -> None:
+    """A search whose trials are programs of a few milliseconds."""
+    os.chdir(folder)
+
+    def start_trial(config, space, settings, number, trial, environment):
+        search.clear_outcome(trial)
+        (trial / "agent.log").touch()
+        return subprocess.Popen([sys.executable, "-S", "-c", AGENT, str(trial), settings["clip_norm"]])
+
+    search.start_trial, search.POLL_SECONDS = start_trial, 0.01
+    config, space = resolve([
+        "sweep.search=tpe", "sweep.trials=20", f"sweep.parallel={parallel}", "clip_norm=interval(0.0,6.0)",
+        "optim.lr=1e-3,1e-2", "eval.every=1", "steps=9", "nproc=1",
+    ])  # fmt: skip
+    search.search(config, space)
+
+
+def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "sweeps/default/journal.log"))
+    return optuna.load_study(study_name="default", storage=optuna.storages.JournalStorage(backend)).get_trials()
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_a_search_that_is_killed_goes_on(tmp_path, parallel):
+    """SIGKILL at random instants. With one trial at a time the trials are those of a search never killed, to the digit."""
+    random_instants, killed = random.Random(7), 0
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        while True:
+            process = quick_start().Process(target=search_with_small_agents, args=(tmp_path / name, parallel))
+            process.start()
+            process.join(None if name == "whole" or killed >= 8 else random_instants.uniform(0.5, 2.5))
+            if process.exitcode is not None:
+                assert process.exitcode == 0
+                break
+            process.kill()
+            process.join()
+            killed += 1
+            time.sleep(random_instants.uniform(0, 0.05))
+    assert killed >= 2
+    whole, goes_on = trials_of(tmp_path / "whole"), trials_of(tmp_path / "killed")
+    for trials in (whole, goes_on):
+        assert len(trials) == 20
+        assert {trial.state for trial in trials} == {optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED}
+    if parallel == 1:
+        assert [(t.params, t.state, t.value) for t in whole] == [(t.params, t.state, t.value) for t in goes_on]
+    for folder in (tmp_path / "killed/sweeps/default").glob("trial-*"):
+        steps = [record["step"] for record in read_metrics(folder)]
+        assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_search_that_is_asked_to_stop_leaves_its_trials_to_the_next(tmp_path):
+    process = quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2))
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("sweeps/default/trial-*/metrics.jsonl"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 0
+    assert 3 <= len(trials_of(tmp_path)) < 20
+    process = quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2))
+    process.start()
+    process.join()
+    assert all(trial.state.is_finished() for trial in trials_of(tmp_path))
+    assert len(trials_of(tmp_path)) == 20
