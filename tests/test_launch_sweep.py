@@ -15,6 +15,7 @@ import pytest
 
 from commands import overrides_of, run, run_in_pool
 from ranks import quick_start
+from rowwise.launch.outcome import clear_outcome
 from rowwise.launch.sweep import search
 from rowwise.launch.sweep.__main__ import main, resolve
 from rowwise.launch.sweep.space import Choice, Interval, parse_space
@@ -174,7 +175,7 @@ def search_with_small_agents(folder: Path, parallel: int) -> None:
     os.chdir(folder)
 
     def start_trial(config, space, settings, number, trial, environment):
-        search.clear_outcome(trial)
+        clear_outcome(trial)
         (trial / "agent.log").touch()
         return subprocess.Popen([sys.executable, "-S", "-c", AGENT, str(trial), settings["clip_norm"]])
 
@@ -236,3 +237,18 @@ def test_a_search_that_is_asked_to_stop_leaves_its_trials_to_the_next(tmp_path):
     process.join()
     assert all(trial.state.is_finished() for trial in trials_of(tmp_path))
     assert len(trials_of(tmp_path)) == 20
+
+
+def test_two_that_search_in_one_folder_share_the_trials(tmp_path):
+    both = [quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    trials = trials_of(tmp_path)
+    assert len(trials) == 20
+    assert {trial.state for trial in trials} == {optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED}
+    for trial in trials:
+        steps = [record["step"] for record in read_metrics(tmp_path / f"sweeps/default/trial-{trial.number}")]
+        assert steps == list(range(1, len(steps) + 1))

@@ -12,7 +12,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.trainer.config import check, config_from_tree
 from rowwise.trainer.console import Console
 from rowwise.trainer.manifest import CheckpointConfig, begin, commit, complete_checkpoints, file_facts, prune, set_aside
-from rowwise.trainer.metrics import MetricsLog, model_flops_utilization, read_metrics
+from rowwise.trainer.metrics import MetricsLog, MetricsTail, model_flops_utilization, read_metrics
 from rowwise.trainer.models.decoder import parameter_count
 from runs import named, run_said, run_train, run_until
 
@@ -32,6 +32,24 @@ def test_opening_the_log_drops_what_a_checkpoint_does_not_cover(tmp_path):
     log.sync()
     log.close()
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps({"step": s}) + "\n" for s in range(1, 7))
+
+
+def test_a_log_under_way_is_read_bit_by_bit(tmp_path):
+    tail = MetricsTail(tmp_path)
+    assert tail.read() == []
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2):
+        log.append({"step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step"')  # in the middle of a record
+    assert [r["step"] for r in tail.read()] == [1, 2]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(": 3}\n")
+    assert [r["step"] for r in tail.read()] == [3]
+    assert tail.read() == []
+    log.close()
+    MetricsLog(tmp_path, 1).append({"step": 2})  # resumed: written anew
+    assert [r["step"] for r in tail.read()] == [1, 2]
 
 
 def test_the_console_writes_plain_lines_where_there_is_no_terminal(capsys):

@@ -63,6 +63,26 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _complete_lines(Path(run_dir) / "metrics.jsonl")]
 
 
+class MetricsTail:
+    """Reads the metrics.jsonl of a run under way bit by bit. A run that is resumed writes its file anew, and what was read
+    may come again."""
+
+    def __init__(self, run_dir: Path):
+        self._path, self._file, self._read = run_dir / "metrics.jsonl", 0, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The records since the last call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            if (number := os.fstat(file.fileno()).st_ino) != self._file:
+                self._file, self._read = number, 0
+            file.seek(self._read)
+            lines = file.read().split(b"\n")[:-1]
+        self._read += sum(len(line) + 1 for line in lines)
+        return [json.loads(line) for line in lines]
+
+
 def model_flops_utilization(flops_per_second: float, device: torch.device) -> float | None:
     """The share of the device's 16-bit peak; None where the peak is not known (a CPU, say)."""
     if device.type != "cuda":

@@ -5,13 +5,9 @@ watches any more is taken up again, in its folder, by the next that looks for wo
 the seed, the trial's number and the trials before it, so that a search with `parallel=1` is the same whether killed or not.
 """
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,29 +17,17 @@ import optuna.storages.journal
 from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
-from rowwise.launch.compose import compose_tree
-from rowwise.launch.outcome import Outcome, clear_outcome, read_outcome
 from rowwise.launch.sweep.config import SweepConfig, first_rung, keep_plan, largest_nproc
-from rowwise.launch.sweep.space import Choice, Interval, Space, overrides_of
-from rowwise.launch.sweep.trials import Trial, curve, trial_words
-from rowwise.trainer.config import config_from_tree
+from rowwise.launch.sweep.running import Running, outcome_of, slot_environment, start_trial
+from rowwise.launch.sweep.space import Choice, Interval, Space
+from rowwise.launch.sweep.trials import Trial, curve
+from rowwise.trainer.metrics import MetricsTail
+from rowwise.trainer.stop import StopSignals
 
 POLL_SECONDS = 0.5
 ALIVE_SECONDS = 20.0  # between signs of life in the storage
 DEAD_SECONDS = 120.0  # without one, on another machine
-
-
-@dataclass
-class Running:
-    """A trial under way here. `lock` says so to this machine's other processes."""
-
-    trial: optuna.Trial
-    folder: Path
-    slot: int
-    process: subprocess.Popen
-    lock: FileLock
-    alive_at: float = 0.0
-    told: set[int] = field(default_factory=set)
+UNNAMED_SECONDS = 5.0  # between the beginning of a trial and the name of its machine
 
 
 def search(config: SweepConfig, space: Space) -> list[Trial]:
@@ -71,9 +55,7 @@ class Search:
         return len(grid)
 
     def run(self) -> list[Trial]:
-        before = {
-            number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        }
+        before = {number: signal.signal(number, self._stop) for number in StopSignals.SIGNALS}
         try:
             while self._work():
                 time.sleep(POLL_SECONDS)
@@ -92,11 +74,20 @@ class Search:
         for running in list(self.running):
             self._watch(running)
         while not self.asked_to_stop and len(self.running) < self.config.parallel:
-            trial = self._take_up() or self._ask()
+            with FileLock(self.folder / ".lock"):  # nobody takes a trial up between its beginning and its lock
+                trial = self._take_up() or self._ask()
             if trial is None:
                 break
             self._start(*trial)
-        return bool(self.running)
+        return bool(self.running) or (not self.asked_to_stop and self._someone_is_silent())
+
+    def _someone_is_silent(self) -> bool:
+        """Whether a trial elsewhere may have lost its machine, which is not sure yet."""
+        begun = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return any(
+            trial.number < self.limit and ("machine" not in trial.user_attrs or silence(trial) > 2 * ALIVE_SECONDS)
+            for trial in begun
+        )
 
     def _take_up(self) -> tuple[optuna.Trial, FileLock] | None:
         """A trial that was begun, and that nobody looks after any more."""
@@ -110,11 +101,10 @@ class Search:
         return None
 
     def _ask(self) -> tuple[optuna.Trial, FileLock] | None:
-        with FileLock(self.folder / ".lock"):
-            begun = self.study.get_trials(deepcopy=False)
-            if sum(trial.state != TrialState.WAITING for trial in begun) >= self.limit:
-                return None
-            trial = self.study.ask()
+        begun = self.study.get_trials(deepcopy=False)
+        if sum(trial.state != TrialState.WAITING for trial in begun) >= self.limit:
+            return None
+        trial = self.study.ask()
         lock = self._lock(trial.number)
         if trial.number >= self.limit or lock is None:  # machines without a common folder asked at once
             self.study.tell(trial, state=TrialState.FAIL)
@@ -142,9 +132,10 @@ class Search:
             lock.release()
             return
         slot = min(set(range(self.config.parallel)) - {running.slot for running in self.running})
-        process = start_trial(self.config, self.space, settings, trial.number, folder, slot_environment(self, slot))
+        environment = slot_environment(slot, self.config.parallel, self.nproc)
+        process = start_trial(self.config, self.space, settings, trial.number, folder, environment)
         told = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-        self.running.append(Running(trial, folder, slot, process, lock, time.monotonic(), told))
+        self.running.append(Running(trial, folder, slot, process, lock, MetricsTail(folder), time.monotonic(), told))
 
     def _watch(self, running: Running) -> None:
         trial, ended = running.trial, running.process.poll() is not None
@@ -158,11 +149,11 @@ class Search:
         outcome = outcome_of(running)
         if trial.user_attrs.get("pruned"):
             self.study.tell(trial, state=TrialState.PRUNED)
-        elif outcome.state == "complete":
-            self.study.tell(trial, curve(self._of_running(running), self.config.goal)[-1][1])
+        elif outcome.state == "complete" and (measured := curve(running.folder, self.config.goal)):
+            self.study.tell(trial, measured[-1][1])
         elif outcome.state != "stopped":
-            trial.set_user_attr("state", outcome.state)
-            trial.set_user_attr("reason", outcome.reason)
+            trial.set_user_attr("state", "failed" if outcome.state == "complete" else outcome.state)
+            trial.set_user_attr("reason", outcome.reason or f"it has no {self.config.goal}")
             self.study.tell(trial, state=TrialState.FAIL)
         # One that was stopped stays as it is: it is taken up again.
         running.lock.release()
@@ -170,17 +161,15 @@ class Search:
     def _report(self, running: Running) -> None:
         """Feeds the pruner what was measured since; ends the trial where it says so."""
         trial = running.trial
-        for step, value in curve(self._of_running(running), self.config.goal):
-            if step in running.told or trial.user_attrs.get("pruned"):
+        for record in running.tail.read():
+            step, value = record["step"], record.get(self.config.goal)
+            if value is None or step in running.told or trial.user_attrs.get("pruned"):
                 continue
             running.told.add(step)
             trial.report(value, step)
             if trial.should_prune():
                 trial.set_user_attr("pruned", True)
                 running.process.terminate()
-
-    def _of_running(self, running: Running) -> Trial:
-        return Trial(running.trial.number, {}, running.folder)
 
     def _of(self, frozen: optuna.trial.FrozenTrial) -> Trial:
         told = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
@@ -238,52 +227,13 @@ def suggest(trial: optuna.Trial, key: str, values: Choice | Interval) -> str:
 
 def _abandoned(frozen: optuna.trial.FrozenTrial) -> bool:
     """On this machine its lock decides; on another, signs of life."""
-    if frozen.user_attrs.get("machine", socket.gethostname()) == socket.gethostname():
+    machine = frozen.user_attrs.get("machine")
+    if machine == socket.gethostname():
         return True
-    return time.time() - frozen.user_attrs.get("alive", 0.0) > DEAD_SECONDS
+    return silence(frozen) > (DEAD_SECONDS if machine else UNNAMED_SECONDS)
 
 
-def slot_environment(search: Search, slot: int) -> dict[str, str]:
-    """GPUs of its own for each trial that runs at the same time; on the CPU a share of the cores."""
-    import torch
-
-    environment = dict(os.environ)
-    if gpus := torch.cuda.device_count():
-        named = environment.get("CUDA_VISIBLE_DEVICES", "")
-        names = named.split(",") if named else [str(i) for i in range(gpus)]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * search.nproc : (slot + 1) * search.nproc])
-    share = len(os.sched_getaffinity(0)) // (search.config.parallel * search.nproc)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-    return environment
-
-
-def start_trial(
-    config: SweepConfig,
-    space: Space,
-    settings: dict[str, str],
-    number: int,
-    folder: Path,
-    environment: dict[str, str],
-) -> subprocess.Popen:
-    """The agent of a trial, which ends when this process does."""
-    clear_outcome(folder)
-    words = overrides_of(space.fixed, settings)
-    words = trial_words(words, config_from_tree(compose_tree(words)).tracker, config.name, number, folder)
-    ours = [f"--parent={os.getpid()}", f"--job={config.name}-{number}", f"--max-restarts={config.max_restarts}"]
-    ours.append(f"--log-dir={folder / 'logs'}")
-    with (folder / "agent.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "rowwise.launch.start", *ours, *words],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
-        )  # fmt: skip
-
-
-def outcome_of(running: Running) -> Outcome:
-    """What the agent wrote, or, where it could not, how it ended."""
-    if (outcome := read_outcome(running.folder)) is not None:
-        return outcome
-    lines = (running.folder / "agent.log").read_text(errors="replace").splitlines()
-    if running.process.returncode == 2:
-        refusals = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
-        return Outcome("refused", refusals[-1] if refusals else "see agent.log")
-    return Outcome("failed", f"its agent ended with {running.process.returncode}; see agent.log")
+def silence(frozen: optuna.trial.FrozenTrial) -> float:
+    """Seconds since the last sign of life."""
+    begun = frozen.datetime_start.timestamp() if frozen.datetime_start else 0.0
+    return time.time() - frozen.user_attrs.get("alive", begun)

@@ -77,7 +77,7 @@ def draw(trials: Sequence[Trial], folder: Path, goal: str) -> Path:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    ended = [(trial, points) for trial in trials if (points := curve(trial, goal))]
+    ended = [(trial, points) for trial in trials if (points := curve(trial.folder, goal))]
     ended.sort(key=lambda pair: pair[1][-1][1])
     figure, (curves, bars) = plt.subplots(1, 2, figsize=PICTURE_SIZE, layout="constrained")
     colours = [plt.get_cmap("viridis")(i / max(1, len(ended) - 1)) for i in range(len(ended))]
@@ -99,9 +99,9 @@ def draw(trials: Sequence[Trial], folder: Path, goal: str) -> Path:
     return path
 
 
-def curve(trial: Trial, goal: str) -> list[tuple[int, float]]:
+def curve(folder: Path, goal: str) -> list[tuple[int, float]]:
     """Steps and the values of `goal` there."""
-    return [(r["step"], r[goal]) for r in read_metrics(trial.folder) if r.get(goal) is not None]
+    return [(record["step"], record[goal]) for record in read_metrics(folder) if record.get(goal) is not None]
 
 
 def _short(text: str) -> str:
