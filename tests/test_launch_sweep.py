@@ -1,5 +1,6 @@
 """Sweeps: the grid under a real torchrun agent, searches that are killed and go on, and what is refused before a trial."""
 
+import contextlib
 import csv
 import json
 import os
@@ -127,6 +128,17 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch, caps
     for words in (["seed=1,2"], ["seed=1,2", "sweep.search=grid"]):
         assert main(words) == 2
         assert "holds another sweep" in capsys.readouterr().err
+
+
+def test_a_name_that_another_search_has_in_the_storage_is_refused(tmp_path, monkeypatch, capsys):
+    """Here from another folder; the same may be on another layout."""
+    words = ["sweep.search=random", f"sweep.storage=sqlite:///{tmp_path}/all.db", "seed=1,2", "sweep.trials=2"]
+    for folder, more, refused in (("a", [], False), ("b", ["steps=7"], True), ("a", ["nproc=1"], False)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        config, space = resolve([*words, *more])
+        with pytest.raises(ValueError, match="another search called default") if refused else contextlib.nullcontext():
+            search.Search(config, space)
 
 
 def test_what_is_varied():

@@ -26,7 +26,7 @@ def multirun(config: SweepConfig, space: Space, words: list[str]) -> list[Trial]
     except Timeout:
         raise ValueError(f"{folder} is in use by another sweep; wait for it, or give another sweep.name") from None
     with lock:
-        keep_plan(folder, {"fixed": list(space.fixed), "trials": grid})
+        keep_plan(folder, {"fixed": space.lasting, "trials": grid})
         launch_multirun(words)
         return [Trial(number, settings, folder / f"trial-{number}") for number, settings in enumerate(grid)]
 

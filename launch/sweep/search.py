@@ -42,8 +42,12 @@ class Search:
         self.folder = Path(config.folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):
-            keep_plan(self.folder, _plan(config, space))
+            plan = _plan(config, space)
+            keep_plan(self.folder, plan)
             self.study = open_study(config, self.folder, first_rung(config, space))
+            if self.study.user_attrs.get("plan", plan) != plan:
+                raise ValueError(f"{config.storage} holds another search called {config.name}; give another sweep.name")
+            self.study.set_user_attr("plan", plan)
             self.limit = self._enqueue_grid() if config.search == "grid" else config.trials
         self.running: list[Running] = []
         self.asked_to_stop = False
@@ -183,7 +187,7 @@ def _plan(config: SweepConfig, space: Space) -> dict[str, Any]:
     """What a search that goes on must agree in. More trials are no other search."""
     varied = {key: repr(values) for key, values in space.varied.items()}
     kept = {key: getattr(config, key) for key in ("search", "seed", "goal", "pruner", "factor")}
-    return {"fixed": list(space.fixed), "varied": varied, **kept}
+    return {"fixed": space.lasting, "varied": varied, **kept}
 
 
 def open_study(config: SweepConfig, folder: Path, first_rung: int) -> optuna.Study:

@@ -17,6 +17,8 @@ from hydra.errors import HydraException
 
 from rowwise.launch.compose import one_line
 
+MAY_CHANGE = ("nproc=", "parallel.", "parallel=", "checkpoint.", "tracker", "log_every=", "compile=")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -44,6 +46,11 @@ class Space:
 
     fixed: tuple[str, ...]
     varied: dict[str, Choice | Interval]
+
+    @property
+    def lasting(self) -> list[str]:
+        """The fixed overrides that a sweep which goes on must agree in. A trial is the same on every layout."""
+        return [word for word in self.fixed if not word.lstrip("+~").startswith(MAY_CHANGE)]
 
     def grid(self) -> Iterator[dict[str, str]]:
         """Every combination, the last key varying fastest. Raises ValueError where there are endlessly many."""
