@@ -29,7 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from rowwise.launch.meeting import Meeting, address_towards, give_up_after
 from rowwise.launch.outcome import OUTCOME, Outcome, State, read_outcome, write_outcome
 from rowwise.trainer.metrics import read_metrics
-from rowwise.trainer.stop import StopSignals
+from rowwise.trainer.stop import SIGNALS, hearing
 
 POLL_SECONDS = 0.2
 LAST_SECONDS = 2.0  # that the host of the meeting stays after its own workers
@@ -78,7 +78,8 @@ def run_workers(job: Job, relay: bool = False) -> Outcome:
     os.environ.setdefault("OMP_NUM_THREADS", "1" if job.nproc > 1 else str(len(os.sched_getaffinity(0))))
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
     began, ended = time.time(), queue.SimpleQueue[BaseException | None]()
-    with Forwarding() as forwarding:
+    forwarding = Forwarding()
+    with hearing(forwarding.receive):
         threading.Thread(target=_agent, args=(job, ended), daemon=True).start()
         while ended.empty() and not forwarding.abandoned:
             time.sleep(POLL_SECONDS)
@@ -137,7 +138,7 @@ def _launch_config(job: Job) -> LaunchConfig:
 
 
 class Forwarding:
-    """While entered, the signals that ask a run to stop are passed on to the workers, those that start later included.
+    """Passes the signals that ask a run to stop on to its workers, those that start later included.
 
     `abandoned`: the workers have left, and agents elsewhere keep this one waiting.
     """
@@ -145,20 +146,10 @@ class Forwarding:
     def __init__(self) -> None:
         self.requested: int | None = None
         self.abandoned = False
-        self._before: dict[int, Any] = {}
         self._told: set[int] = set()
         self._alone_since: float | None = None
 
-    def __enter__(self) -> "Forwarding":
-        for number in StopSignals.SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested == signal.SIGINT:
             self._told.clear()  # Ctrl-C again: see trainer.stop
         self.requested = number
@@ -203,7 +194,7 @@ def _outcome(job: Job, error: BaseException | None, asked_to_stop: bool) -> Outc
         return Outcome("stopped", "asked to stop", step)
     if isinstance(error, ChildFailedError):
         # One that was asked before it could hear has died of it, and others for want of it.
-        deaf = any(-failure.exitcode in StopSignals.SIGNALS for failure in error.failures.values())
+        deaf = any(-failure.exitcode in SIGNALS for failure in error.failures.values())
         if asked_to_stop and deaf:
             return Outcome("stopped", "asked to stop", step)
         told = [Outcome(*_why(failure, job.log_dir), step) for failure in error.failures.values()]

@@ -35,7 +35,7 @@ from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_f
 from rowwise.trainer.sample import generate
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients, step_at_once, step_in_backward
-from rowwise.trainer.stop import StopSignals
+from rowwise.trainer.stop import StopRequest, hearing
 
 
 class Update(Protocol):
@@ -84,8 +84,8 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
         stack.callback(saver.close)
         batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
-        stop = stack.enter_context(StopSignals())
-        stopping, measured, ahead = False, False, None
+        stop, stopping, measured, ahead = StopRequest(), False, False, None
+        stack.enter_context(hearing(stop.receive))
         saved: dict[str, float] = {}
         while state.step < config.steps and not stopping:
             started = time.perf_counter()

@@ -5,7 +5,6 @@ watches any more is taken up again, in its folder, by the next that looks for wo
 the seed, the trial's number and the trials before it, so that a search with `parallel=1` is the same whether killed or not.
 """
 
-import signal
 import socket
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from rowwise.launch.sweep.running import Running, outcome_of, slot_environment, 
 from rowwise.launch.sweep.space import Choice, Interval, Space
 from rowwise.launch.sweep.trials import Trial, curve
 from rowwise.trainer.metrics import MetricsTail
-from rowwise.trainer.stop import StopSignals
+from rowwise.trainer.stop import hearing
 
 POLL_SECONDS = 0.5
 ALIVE_SECONDS = 20.0  # between signs of life in the storage
@@ -59,13 +58,9 @@ class Search:
         return len(grid)
 
     def run(self) -> list[Trial]:
-        before = {number: signal.signal(number, self._stop) for number in StopSignals.SIGNALS}
-        try:
+        with hearing(self._stop):
             while self._work():
                 time.sleep(POLL_SECONDS)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
         return [self._of(trial) for trial in self.study.get_trials(deepcopy=False) if trial.number < self.limit]
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
