@@ -5,6 +5,7 @@ they are waited for as long as that takes; how the run ended is said in a word, 
 and in a step of Slurm with one task a machine the agents find each other.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
@@ -21,14 +23,15 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rowwise.launch.meeting import Meeting, address_towards, give_up_after
-from rowwise.launch.outcome import OUTCOME, Outcome, State, read_outcome, write_outcome
+from rowwise.launch.outcome import OUTCOME, Outcome, State, last_refusal, read_outcome, write_outcome
+from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.prepare import is_held
 from rowwise.trainer.stop import SIGNALS, hearing
 
 POLL_SECONDS = 0.2
@@ -75,11 +78,10 @@ def run_workers(job: Job, relay: bool = False) -> Outcome:
     Call it in the main thread: signals come there. (torch's agent runs in another, where it does not handle them.)
     `relay`: a signal that stopped them is raised once more for the handler of before.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1" if job.nproc > 1 else str(len(os.sched_getaffinity(0))))
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
     began, ended = time.time(), queue.SimpleQueue[BaseException | None]()
     forwarding = Forwarding()
-    with hearing(forwarding.receive):
+    with hearing(forwarding.receive), _threads(job.nproc):
         threading.Thread(target=_agent, args=(job, ended), daemon=True).start()
         while ended.empty() and not forwarding.abandoned:
             time.sleep(POLL_SECONDS)
@@ -88,12 +90,24 @@ def run_workers(job: Job, relay: bool = False) -> Outcome:
                 give_up_after(job.timeout_seconds)
     error = None if ended.empty() else ended.get()
     outcome = _outcome(job, error, forwarding.requested is not None)
-    # A run that is refused because another holds the folder says nothing there.
-    if job.run_dir.is_dir() and not _held(job.run_dir) and not _better_said(job.run_dir, outcome, began):
+    if job.run_dir.is_dir() and not is_held(job.run_dir) and not _better_said(job.run_dir, outcome, began):
         write_outcome(job.run_dir, outcome)
     if relay and forwarding.requested is not None:
         signal.raise_signal(forwarding.requested)
     return outcome
+
+
+@contextlib.contextmanager
+def _threads(nproc: int) -> Iterator[None]:
+    """Workers inherit the environment: on a CPU they share its cores, unless it says otherwise."""
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = "1" if nproc > 1 else str(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
 
 
 def _agent(job: Job, ended: "queue.SimpleQueue[BaseException | None]") -> None:
@@ -147,11 +161,13 @@ class Forwarding:
         self.requested: int | None = None
         self.abandoned = False
         self._told: set[int] = set()
+        self._twice = False
         self._alone_since: float | None = None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested == signal.SIGINT:
             self._told.clear()  # Ctrl-C again: see trainer.stop
+            self._twice = True
         self.requested = number
 
     def pass_on(self) -> None:
@@ -161,21 +177,10 @@ class Forwarding:
         workers = [child for child in psutil.Process().children() if _is_worker(child)]
         for worker in workers:
             if worker.pid not in self._told:
-                worker.send_signal(signal.SIGINT if self.requested == signal.SIGINT else signal.SIGTERM)
+                worker.send_signal(signal.SIGINT if self._twice else signal.SIGTERM)
                 self._told.add(worker.pid)
         self._alone_since = None if workers else self._alone_since or time.monotonic()
         self.abandoned = self._alone_since is not None and time.monotonic() - self._alone_since > PATIENCE_SECONDS
-
-
-def _held(run_dir: Path) -> bool:
-    """Whether a run is under way there."""
-    if not run_dir.is_dir():
-        return False
-    try:
-        with FileLock(run_dir / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -188,16 +193,16 @@ def _is_worker(process: psutil.Process) -> bool:
 def _outcome(job: Job, error: BaseException | None, asked_to_stop: bool) -> Outcome:
     records = read_metrics(job.run_dir)
     step = records[-1]["step"] if records else 0
-    if error is None and step >= job.steps:
-        return Outcome("complete", None, step)
-    if error is None:
+    # One that is asked before it hears, or when it no longer does, dies of it, and others for want of it.
+    failures = list(error.failures.values()) if isinstance(error, ChildFailedError) else []
+    deaf = any(failure.exitcode == 130 or -failure.exitcode in SIGNALS for failure in failures)
+    if error is None or (asked_to_stop and deaf):
+        saved = complete_checkpoints(job.run_dir / "checkpoints")
+        if saved and read_manifest(saved[0])["step"] >= job.steps:
+            return Outcome("complete", None, step)
         return Outcome("stopped", "asked to stop", step)
-    if isinstance(error, ChildFailedError):
-        # One that was asked before it could hear has died of it, and others for want of it.
-        deaf = any(-failure.exitcode in SIGNALS for failure in error.failures.values())
-        if asked_to_stop and deaf:
-            return Outcome("stopped", "asked to stop", step)
-        told = [Outcome(*_why(failure, job.log_dir), step) for failure in error.failures.values()]
+    if failures:
+        told = [Outcome(*_why(failure, job.log_dir), step) for failure in failures]
         # Where one worker fails, the others fail for want of it.
         return max(told, key=lambda outcome: outcome.has_cause)
     return Outcome("failed", f"{type(error).__name__}: {error}", step)
@@ -208,7 +213,8 @@ def _why(failure: ProcessFailure, log_dir: Path | None) -> tuple[State, str]:
     message = failure.message
     text = str(message.get("message", message) if isinstance(message, dict) else message)
     if failure.exitcode == 2:
-        return "refused", _refusal(log_dir)
+        logs = [] if log_dir is None else log_dir.glob("*/attempt_*/*/stderr.log")
+        return "refused", last_refusal(sorted(logs, key=lambda log: log.stat().st_mtime))
     if failure.exitcode == -signal.SIGKILL:
         return "failed", "killed (SIGKILL), as the kernel does to a process when memory runs out"
     if any(word in text for word in ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")):
@@ -218,17 +224,12 @@ def _why(failure: ProcessFailure, log_dir: Path | None) -> tuple[State, str]:
     return "failed", text
 
 
-def _refusal(log_dir: Path | None) -> str:
-    """What rank 0 said last, from its log where it has one."""
-    logs = [] if log_dir is None else sorted(log_dir.glob("*/attempt_*/*/stderr.log"), key=lambda p: p.stat().st_mtime)
-    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
-    said = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
-    return said[-1] if said else "it says why above"
-
-
 def _better_said(run_dir: Path, outcome: Outcome, began: float) -> bool:
-    """Whether the agent of another machine has written the cause of what is only a consequence here."""
+    """Whether the agent of another machine has written the cause of what is only a consequence here, or a run that was
+    refused finds how the one before it ended."""
     path = run_dir / OUTCOME
+    if outcome.state == "refused":
+        return path.exists()
     if outcome.state not in ("failed", "stopped") or not path.exists() or path.stat().st_mtime < began:
         return False
     told = read_outcome(run_dir)

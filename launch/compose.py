@@ -1,6 +1,7 @@
 """Hydra groups and command-line overrides -> a plain tree, with errors of one line."""
 
 import json
+import re
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -50,6 +51,12 @@ def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Par
         first = error.errors(include_url=False)[0]
         where = ".".join([name, *map(str, first["loc"])])
         raise ValueError(f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def quoted(value: str) -> str:
+    """As the value of an override that means these characters and nothing else."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
+    return "'" + escaped.replace("${", "\\${") + "'"
 
 
 def one_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,13 @@ def read_outcome(run_dir: Path) -> Outcome | None:
     """None while the run has not ended."""
     path = run_dir / OUTCOME
     return Outcome(**json.loads(path.read_text())) if path.exists() else None
+
+
+def last_refusal(logs: Iterable[Path]) -> str:
+    """The reason that stands last in these logs."""
+    lines = [line for log in logs if log.is_file() for line in log.read_text(errors="replace").splitlines()]
+    said = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
+    return said[-1] if said else "what it printed says why"
 
 
 def clear_outcome(run_dir: Path) -> None:

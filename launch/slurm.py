@@ -24,8 +24,9 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 from rowwise.launch.compose import compose_part, compose_tree
-from rowwise.launch.sweep.config import SweepConfig, check_sweep
-from rowwise.launch.sweep.space import overrides_of, parse_space
+from rowwise.launch.sweep.config import SweepConfig
+from rowwise.launch.sweep.config import resolve as resolve_sweep
+from rowwise.launch.sweep.space import overrides_of
 from rowwise.trainer.config import TrainConfig, check, config_from_tree
 
 PROGRAMS = {"train": "rowwise.launch.start", "sweep": "rowwise.launch.sweep"}
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("program", choices=list(PROGRAMS))
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         print(hand_out(options.program, options.words))
     except (ValueError, OSError) as refusal:
@@ -133,24 +134,29 @@ def resolve(program: str, overrides: list[str], config: SlurmConfig) -> tuple[Sl
     the run, or a trial of the sweep, would refuse on its nodes, as far as that can be known here."""
     if program == "train" and config.workers > 1:
         raise ValueError(f"slurm.workers={config.workers}: jobs join a sweep, not a run; give slurm.nodes")
-    sweep, trials = trials_of(overrides, config) if program == "sweep" else (None, [overrides])
-    at_once = sweep.parallel if sweep else 1
-    runs = [config_from_tree(compose_tree(words)) for words in trials]
-    if config.gpus_per_node is not None and all(run.nproc is None for run in runs):
-        runs = [replace(run, nproc=max(1, config.gpus_per_node // at_once)) for run in runs]
-        overrides = [*overrides, f"nproc={runs[0].nproc}"]
-    for run in runs:
+    at_once = trials_at_once(overrides, config) if program == "sweep" else 1
+    varies_nproc = any(word.lstrip("+~").startswith("nproc=") for word in overrides)
+    if config.gpus_per_node is not None and not varies_nproc:
+        overrides = [*overrides, f"nproc={max(1, config.gpus_per_node // at_once)}"]
+    if program == "sweep":
+        sweep, space = resolve_sweep(overrides, here=False)
+        name, trials = sweep.name, [overrides_of(space.fixed, settings) for settings in space.samples()]
+    else:
+        name, trials = config_from_tree(compose_tree(overrides)).name, [overrides]
+    for run in (config_from_tree(compose_tree(words)) for words in trials):
         check(run, config.nodes * workers_of_node(run, config, at_once))
-    name = config.name or (sweep.name if sweep else runs[0].name)
+    name = config.name or name
     log = config.log or f"{name.replace('/', '-')}-{'%A_%a' if config.workers > 1 else '%j'}.log"
     return replace(config, name=name, log=log), [config.python or sys.executable, "-m", PROGRAMS[program], *overrides]
 
 
-def trials_of(overrides: list[str], config: SlurmConfig) -> tuple[SweepConfig, list[list[str]]]:
-    """The sweep, and overrides of trials that between them try every value. Raises ValueError."""
-    own = [word for word in overrides if word.lstrip("+~").startswith(("sweep.", "hydra.", "hydra/"))]
-    sweep, _ = compose_part("sweep", SweepConfig, own)
-    check_sweep(sweep, own)
+def trials_at_once(overrides: list[str], config: SlurmConfig) -> int:
+    """On a node. Raises ValueError for a sweep that these jobs cannot make."""
+    keys = {word: word.partition("=")[0].lstrip("+~") for word in overrides}
+    for word, key in keys.items():
+        if key.startswith("hydra"):
+            raise ValueError(f"{word}: these jobs make the trials themselves; leave Hydra's launcher out")
+    sweep, _ = compose_part("sweep", SweepConfig, [word for word, key in keys.items() if key.startswith("sweep.")])
     if config.nodes > 1:
         raise ValueError(
             f"slurm.nodes={config.nodes}: a trial has one node; give slurm.workers={config.nodes}, jobs that join a search"
@@ -160,8 +166,7 @@ def trials_of(overrides: list[str], config: SlurmConfig) -> tuple[SweepConfig, l
             f"slurm.workers={config.workers}: jobs join a search; give sweep.search=grid for every combination, or random, "
             "tpe or gp"
         )
-    space = parse_space([word for word in overrides if word not in own])
-    return sweep, [overrides_of(space.fixed, settings) for settings in space.samples()]
+    return sweep.parallel
 
 
 def workers_of_node(run: TrainConfig, config: SlurmConfig, at_once: int) -> int:

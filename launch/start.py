@@ -37,8 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
     outcome = run_workers(job)
-    if outcome.state in ("refused", "failed"):
-        print(f"{outcome.state} at step {outcome.step}: {outcome.reason}", file=sys.stderr)
+    if outcome.state == "refused":
+        print(f"refused: {outcome.reason}", file=sys.stderr)
+    elif outcome.state == "failed":
+        print(f"failed at step {outcome.step}: {outcome.reason}", file=sys.stderr)
     return EXIT[outcome.state]
 
 
@@ -54,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--log-dir", type=Path, help="writes what each worker says there, not here")
     parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)  # a sweep, whose end is ours
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def job_of(options: argparse.Namespace) -> Job:

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and leave")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.cfg:
         return print_configuration(options.overrides)
     keep_freed_memory()
@@ -108,11 +108,11 @@ def run() -> None:
     """The process: ends with the exit code of `main`, at once where it failed."""
     try:
         code = _worker()
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
         sys.stderr.flush()
         # Not sys.exit: threads and destructors of a broken process group can wait for peers that wait for us.
-        os._exit(1)
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     sys.exit(code)
 
 

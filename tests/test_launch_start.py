@@ -55,7 +55,10 @@ def test_how_it_ended_is_written_and_a_run_under_way_is_left_alone(tmp_path):
     assert code == 2
     assert "is in use by another run" in said
     assert read_outcome(tmp_path / "run") == Outcome("complete", None, 2)
-    overrides = [*overrides, "data.files=/nowhere.bin", f"run_dir={tmp_path}/other"]
+    overrides = [*overrides, "data.files=/nowhere.bin"]
+    assert run(tmp_path, [*TRAIN, *overrides])[0] == 2
+    assert read_outcome(tmp_path / "run") == Outcome("complete", None, 2)  # of the run that is there
+    overrides = [*overrides, f"run_dir={tmp_path}/other"]
     (tmp_path / "other").mkdir()
     code, said = run(tmp_path, [*TRAIN, "--log-dir", str(tmp_path / "logs"), *overrides])
     refused = read_outcome(tmp_path / "other")
@@ -116,6 +119,28 @@ def test_where_the_machines_of_a_slurm_step_meet(monkeypatch):
     assert slurm_meeting(step | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}) is None
     with pytest.raises(ValueError, match="give Slurm --ntasks-per-node=1"):
         slurm_meeting(step | {"SLURM_STEP_NUM_TASKS": "16"})
+
+
+def test_options_and_overrides_mix():
+    options = launcher.parse(["nproc=1", "--max-restarts", "1", "steps=3", "--nodes=1"])
+    assert (options.overrides, options.max_restarts) == (["nproc=1", "steps=3"], 1)
+
+
+def test_a_trial_in_a_step_of_many_machines_has_one(monkeypatch):
+    for key in ("NODES", "TASKS"):
+        monkeypatch.setenv(f"SLURM_STEP_NUM_{key}", "2")
+    assert launcher.meeting_of(launcher.parse(["--nodes=1"])) is None
+
+
+def test_threads_are_shared_out_and_forgotten(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for nproc, threads in ((2, "1"), (1, str(len(os.sched_getaffinity(0))))):
+        with agent._threads(nproc):
+            assert os.environ["OMP_NUM_THREADS"] == threads
+        assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    with agent._threads(2):
+        assert os.environ["OMP_NUM_THREADS"] == "5"
 
 
 def test_which_machine_hosts_the_meeting():

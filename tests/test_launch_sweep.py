@@ -13,12 +13,15 @@ from pathlib import Path
 
 import optuna
 import pytest
+from filelock import FileLock
 
 from commands import overrides_of, run, run_in_pool
 from ranks import quick_start
 from rowwise.launch.outcome import clear_outcome
 from rowwise.launch.sweep import search
-from rowwise.launch.sweep.__main__ import main, resolve
+from rowwise.launch.sweep.__main__ import main
+from rowwise.launch.sweep.config import resolve
+from rowwise.launch.sweep.running import Running, outcome_of
 from rowwise.launch.sweep.space import Choice, Interval, parse_space
 from rowwise.launch.sweep.trials import trial_words
 from rowwise.trainer.metrics import read_metrics
@@ -65,12 +68,14 @@ def test_a_grid_of_four_on_two_ranks_each(ranks, tmp_path):
 def test_trials_that_fail_are_recorded_and_stop_nothing(tmp_path):
     """One complete, one that runs out of memory (120 TB), one whose loss is no number."""
     words = trial_overrides(tmp_path, "steps=3", "eval.every=3", "nproc=1", "data.holdout=0.1")
+    folder = tmp_path / "it's ${x}, [a]=b"  # every character that means something in an override
+    folder.mkdir()
     sweep = ["sweep.search=grid", "sweep.parallel=2", "optim.lr=1e-3,1e30", "model.ffn_dim=37,1000000000000"]
     code, said = run(
-        tmp_path, [sys.executable, "-m", "rowwise.launch.sweep", *sweep, *words[:4], *words[5:]], timeout=240
+        folder, [sys.executable, "-m", "rowwise.launch.sweep", *sweep, *words[:4], *words[5:]], timeout=240
     )
     assert code == 0, said
-    rows = rows_of(tmp_path / "sweeps/default")
+    rows = rows_of(folder / "sweeps/default")
     assert [row["state"] for row in rows] == ["complete", "failed", "failed", "failed"]
     assert [row["reason"][:13] for row in rows] == ["", "out of memory", "not a number:", "out of memory"]
     assert "can't allocate memory" in rows[1]["reason"]
@@ -91,7 +96,7 @@ REFUSED = {
     "a logarithm of nothing": (["optim.lr=tag(log,interval(0,1))", "sweep.search=tpe"], "from above 0"),
     "a value twice": (["seed=1,1"], "a value stands there twice"),
     "a folder of one's own": (["seed=1,2", "run_dir=here"], "a sweep gives every trial its own"),
-    "another sweeper": (["seed=1,2", "hydra/sweeper=basic"], "this sweep has its own"),
+    "another sweeper": (["seed=1,2", "hydra/sweeper=basic"], "a sweep sets this itself"),
     "an unknown key of the sweep": (["seed=1,2", "sweep.trails=3"], "did you mean sweep.trials?"),
     "a wrong type": (["seed=1,2", "sweep.search=tpe", "sweep.trials=many"], "sweep.trials='many'"),
     "a key of a search without one": (["seed=1,2", "sweep.parallel=2"], "sweep.parallel is of a search"),
@@ -102,6 +107,9 @@ REFUSED = {
     "many tasks a machine": (
         ["seed=1,2", "nproc=8", "hydra/launcher=slurm", "hydra.launcher.tasks_per_node=8"], "a trial is one task a machine"
     ),
+    "data that is not there": (["seed=1,2", "data=tokens", "data.files=nope.bin"], "nope.bin"),
+    "a folder of Hydra's": (["seed=1,2", "hydra.job.chdir=true"], "a sweep sets this itself"),
+    "a checkpoint that is not there": (["seed=1,2", "resume=nowhere"], "resume=nowhere"),
     "a goal that is not measured": (["seed=1,2", "eval.every=0"], "nothing is evaluated"),
     "a storage that cannot be opened": (
         ["seed=1,2", "sweep.search=tpe", "sweep.storage=nowhere://x"], "sweep.storage=nowhere://x: "
@@ -158,8 +166,8 @@ def test_what_is_varied():
 
 
 def test_weights_and_biases_groups_the_trials_of_a_sweep():
-    words = ["seed=1", "name=lrs-3", "run_dir=x"]
-    assert trial_words(["seed=1"], Wandb(), "lrs", 3, Path("x")) == [*words, "tracker.group=lrs"]
+    words = ["seed=1", "name='lrs-3'", "run_dir='x'"]
+    assert trial_words(["seed=1"], Wandb(), "lrs", 3, Path("x")) == [*words, "tracker.group='lrs'"]
     assert trial_words(["seed=1"], Wandb(group="mine"), "lrs", 3, Path("x")) == words
     assert trial_words(["seed=1"], NoTracker(), "lrs", 3, Path("x")) == words
 
@@ -189,7 +197,7 @@ def search_with_small_agents(folder: Path, parallel: int) -> None:
     def start_trial(config, space, settings, number, trial, environment):
         clear_outcome(trial)
         (trial / "agent.log").touch()
-        return subprocess.Popen([sys.executable, "-S", "-c", AGENT, str(trial), settings["clip_norm"]])
+        return subprocess.Popen([sys.executable, "-S", "-c", AGENT, str(trial), settings["clip_norm"]]), 9
 
     search.start_trial, search.POLL_SECONDS = start_trial, 0.01
     config, space = resolve([
@@ -264,3 +272,42 @@ def test_two_that_search_in_one_folder_share_the_trials(tmp_path):
     for trial in trials:
         steps = [record["step"] for record in read_metrics(tmp_path / f"sweeps/default/trial-{trial.number}")]
         assert steps == list(range(1, len(steps) + 1))
+
+
+def test_an_agent_that_is_asked_before_it_hears_has_not_failed(tmp_path):
+    for code, state in ((-signal.SIGTERM, "stopped"), (-signal.SIGKILL, "failed"), (2, "refused")):
+        (tmp_path / "agent.log").write_text("refused: there is no data\n")
+        process = subprocess.Popen([sys.executable, "-S", "-c", f"import os; {leaving(code)}"])
+        process.wait()
+        running = Running(None, tmp_path, 0, process, 9, None, None, 0.0, set())
+        assert running.has_ended()
+        assert outcome_of(running).state == state
+    assert outcome_of(running).reason == "there is no data"
+    process = subprocess.Popen([sys.executable, "-S", "-c", leaving(-signal.SIGKILL)])
+    process.wait()
+    with FileLock(tmp_path / ".lock"):  # its workers are still there
+        assert not Running(None, tmp_path, 0, process, 9, None, None, 0.0, set()).has_ended()
+
+
+def leaving(code: int) -> str:
+    return f"import os; os.kill(os.getpid(), {-code})" if code < 0 else f"import sys; sys.exit({code})"
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_halving_keeps_the_best_third_at_every_rung(every):
+    """Trials one after the other, against the definition; values that stay in order."""
+    study, kept = optuna.create_study(pruner=search.Halving(every, 3)), {1: [], 3: [], 9: []}
+    for value in random.Random(5).sample(range(100), 40):
+        trial = study.ask()
+        for count in range(1, 11):
+            trial.report(value - count / 100, count * every)
+            expected = False
+            if count in kept:
+                kept[count].append(value)
+                expected = value > sorted(kept[count])[max(1, len(kept[count]) // 3) - 1]
+            assert trial.should_prune() == expected
+            if expected:
+                break
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED if expected else optuna.trial.TrialState.COMPLETE,
+                   values=None if expected else [value])  # fmt: skip
+    assert 3 <= len(kept[9]) < len(kept[3]) < len(kept[1]) == 40

@@ -15,6 +15,13 @@ from rowwise.trainer.resume import find_resume
 
 
 def prepare(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Examines the run and makes its folder. Raises ValueError."""
+    config = examine(config, world_size)
+    make_writable(Path(config.run_dir))
+    return config
+
+
+def examine(config: TrainConfig, world_size: int) -> TrainConfig:
     """Checks the configuration against the world, the data, the files it names and the checkpoints; returns it with
     degrees filled in. Raises ValueError."""
     config = check(config, world_size)
@@ -36,7 +43,6 @@ def prepare(config: TrainConfig, world_size: int) -> TrainConfig:
     if config.model.init_from is not None:
         check_source(Path(config.model.init_from).expanduser(), config.model)
     find_resume(config, data.train.fingerprint)
-    make_writable(Path(config.run_dir))
     return config
 
 
@@ -64,3 +70,12 @@ def lock_run(run_dir: Path, job: str | None = None, patience_seconds: float = 0)
     except Timeout:
         raise ValueError(f"run_dir={run_dir} is in use by another run; wait for it, or give another name") from None
     return lock
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a run is under way there."""
+    try:
+        with FileLock(run_dir / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True

@@ -16,13 +16,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from rowwise.launch.compose import compose_part
-from rowwise.launch.sweep.config import SweepConfig, check_sweep, check_trials
+from rowwise.launch.sweep.config import SweepConfig, resolve
 from rowwise.launch.sweep.multirun import multirun
-from rowwise.launch.sweep.space import Space, parse_space
 from rowwise.launch.sweep.trials import Trial, draw, row_of, write_table
-
-OWN = ("run_dir", "name")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         "-m", "--multirun", action="store_true", help="as Hydra's other commands have it; it is always on"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUES")
-    words = parser.parse_args(arguments).overrides
+    words = parser.parse_intermixed_args(arguments).overrides
     try:
         config, space = resolve(words)
         if config.search != "none":
@@ -50,25 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def resolve(words: list[str]) -> tuple[SweepConfig, Space]:
-    """The sweep, and what is varied: all checked. Raises ValueError."""
-    keys = {word: word.partition("=")[0].lstrip("+~") for word in words}
-    own = [word for word, key in keys.items() if key.startswith(("sweep.", "hydra.", "hydra/"))]
-    for word, key in keys.items():
-        if key in OWN:
-            raise ValueError(f"{word}: a sweep gives every trial its own; give sweep.name, or sweep.folder")
-        if key in ("hydra/sweeper", "hydra.sweep.dir", "hydra.sweep.subdir"):
-            raise ValueError(f"{word}: this sweep has its own; give sweep.search, sweep.name or sweep.folder")
-    config, settings = compose_part("sweep", SweepConfig, own)
-    check_sweep(config, own)
-    space = parse_space([word for word in words if word not in own])
-    check_trials(config, settings.launcher, space)
-    return config, space
-
-
 def tell(trials: list[Trial], config: SweepConfig) -> None:
     """Writes the table and the picture, and says how it went."""
     folder = Path(config.folder).absolute()
+    if not trials:
+        print("asked to stop before the first trial; the same command begins")
+        return
     path, picture = write_table(trials, folder), draw(trials, folder, config.goal)
     rows = [row_of(trial) for trial in trials]
     for row, trial in zip(rows, trials, strict=True):

@@ -1,7 +1,7 @@
 """What a sweep is: its keys, what is refused before its first trial, and the plan kept in its folder."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,10 +9,13 @@ import torch
 from omegaconf import DictConfig
 
 from rowwise.launch.agent import default_nproc, require_ranks
-from rowwise.launch.compose import compose_tree
-from rowwise.launch.sweep.space import Space, overrides_of
+from rowwise.launch.compose import compose_part, compose_tree
+from rowwise.launch.sweep.space import Space, overrides_of, parse_space
 from rowwise.trainer.config import TrainConfig, check, config_from_tree
+from rowwise.trainer.prepare import examine
 
+OWN = ("run_dir", "name")
+HYDRAS = ("hydra/launcher", "hydra.launcher", "hydra.verbose", "hydra/hydra_logging", "hydra/job_logging")
 OF_A_SEARCH = {"trials", "parallel", "seed", "pruner", "factor", "storage"}
 
 
@@ -31,6 +34,22 @@ class SweepConfig:
     factor: int
     storage: str | None
     max_restarts: int
+
+
+def resolve(words: list[str], here: bool = True) -> tuple[SweepConfig, Space]:
+    """The sweep, and what is varied: all checked, also against this machine where trials run `here`. Raises ValueError."""
+    keys = {word: word.partition("=")[0].lstrip("+~") for word in words}
+    own = [word for word, key in keys.items() if key.startswith(("sweep.", "hydra.", "hydra/"))]
+    for word, key in keys.items():
+        if key in OWN:
+            raise ValueError(f"{word}: a sweep gives every trial its own; give sweep.name, or sweep.folder")
+        if word in own and not key.startswith(("sweep.", *HYDRAS)):
+            raise ValueError(f"{word}: a sweep sets this itself; of Hydra's own, {', '.join(HYDRAS)} are possible")
+    config, settings = compose_part("sweep", SweepConfig, own)
+    check_sweep(config, own)
+    space = parse_space([word for word in words if word not in own])
+    check_trials(config, settings.launcher, space, here)
+    return config, space
 
 
 def check_sweep(config: SweepConfig, own: list[str]) -> None:
@@ -53,35 +72,47 @@ def check_sweep(config: SweepConfig, own: list[str]) -> None:
         )
 
 
-def check_trials(config: SweepConfig, launcher: DictConfig, space: Space) -> None:
+def check_trials(config: SweepConfig, launcher: DictConfig, space: Space, here: bool) -> None:
     """Refuses before the first trial what every trial, or one of the values, would be refused for. Raises ValueError."""
     if not space.varied:
         raise ValueError("nothing is varied; give a key several values, such as optim.lr=1e-3,3e-3")
-    here = str(launcher._target_).endswith("BasicLauncher")
-    nodes, tasks, gpus = launcher.get("nodes", 1), launcher.get("tasks_per_node", 1), launcher.get("gpus_per_node")
+    here = here and is_basic(launcher)
+    nodes, tasks = launcher.get("nodes", 1), launcher.get("tasks_per_node", 1)
     if tasks != 1:
         raise ValueError(
             f"hydra.launcher.tasks_per_node={tasks}: a trial is one task a machine, and nproc= its workers"
         )
-    every = space.samples() if config.search not in ("none", "grid") else space.grid()
-    for settings in every:
-        words = overrides_of(space.fixed, settings)
+    samples = list(space.samples())
+    for settings in samples if config.search not in ("none", "grid") else [*samples, *space.grid()]:
         try:
-            run = config_from_tree(compose_tree(words))
-            if run.nproc is None and not here:
-                raise ValueError(
-                    f"this machine does not know the GPUs of others; give nproc={gpus or '8, for example'}"
-                )
-            nproc = run.nproc or default_nproc()
-            if here:
-                require_ranks(nproc)
-                if config.search != "none":
-                    require_slots(config.parallel, nproc)
-            check(run, nodes * nproc)
+            run = config_from_tree(compose_tree(overrides_of(space.fixed, settings)))
             check_goal(config, run)
+            if not here:
+                check(run, nodes * nproc_elsewhere(run, launcher))
+                continue
+            nproc = run.nproc or default_nproc()
+            require_ranks(nproc)
+            if config.search != "none":
+                require_slots(config.parallel, nproc)
+            check(run, nproc)
+            if settings in samples:  # which opens the data
+                examine(replace(run, run_dir=str(Path(config.folder) / "trial")), nproc)
         except ValueError as refusal:
             said = " ".join(f"{key}={value}" for key, value in settings.items())
             raise ValueError(f"the trial {said}: {refusal}") from None
+
+
+def is_basic(launcher: DictConfig) -> bool:
+    """Whether it makes one trial after the other in this process."""
+    return str(launcher._target_).endswith("BasicLauncher")
+
+
+def nproc_elsewhere(run: TrainConfig, launcher: DictConfig) -> int:
+    """Raises ValueError where the GPUs of other machines would decide."""
+    if run.nproc is None:
+        known = launcher.get("gpus_per_node") or "8, for example"
+        raise ValueError(f"this machine does not know the GPUs of others; give nproc={known}")
+    return run.nproc
 
 
 def require_slots(parallel: int, nproc: int) -> None:

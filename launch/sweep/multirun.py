@@ -1,7 +1,9 @@
 """Every combination of a sweep, by Hydra's multirun and any of its launchers; a task is the agent of a trial's workers."""
 
+import contextlib
 import sys
 from pathlib import Path
+from types import FrameType
 
 import hydra
 from filelock import FileLock, Timeout
@@ -10,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from rowwise.launch.agent import Job, default_nproc, require_ranks, run_workers
 from rowwise.launch.meeting import slurm_meeting
-from rowwise.launch.sweep.config import SweepConfig, keep_plan
+from rowwise.launch.sweep.config import SweepConfig, is_basic, keep_plan
 from rowwise.launch.sweep.space import Space
 from rowwise.launch.sweep.trials import Trial, trial_words
 from rowwise.trainer.config import config_from_tree
+from rowwise.trainer.stop import hearing
 
 
 def multirun(config: SweepConfig, space: Space, words: list[str]) -> list[Trial]:
@@ -25,10 +28,16 @@ def multirun(config: SweepConfig, space: Space, words: list[str]) -> list[Trial]
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{folder} is in use by another sweep; wait for it, or give another sweep.name") from None
-    with lock:
+    with lock, hearing(_leave), contextlib.suppress(KeyboardInterrupt):
         keep_plan(folder, {"fixed": space.lasting, "trials": grid})
         launch_multirun(words)
+    with lock:
         return [Trial(number, settings, folder / f"trial-{number}") for number, settings in enumerate(grid)]
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Between trials; during one its agent hears."""
+    raise KeyboardInterrupt
 
 
 def launch_multirun(words: list[str]) -> None:
@@ -52,9 +61,11 @@ def run_trial(config: DictConfig) -> str:
     nproc = run.nproc or default_nproc()
     require_ranks(nproc)
     name = f"{sweep.name}-{settings.job.num}"
-    patience = run.parallel.timeout_seconds
-    job = Job(
-        tuple(words), folder, run.steps, nproc, slurm_meeting(), name, patience, sweep.max_restarts, folder / "logs"
-    )
-    # A signal that stops the trial then does to this process what it would have done: submitit queues it again.
-    return run_workers(job, relay=True).state
+    basic, patience = is_basic(settings.launcher), run.parallel.timeout_seconds
+    meeting = None if basic else slurm_meeting()  # a step in which the whole sweep stands is none of the trial's
+    job = Job(tuple(words), folder, run.steps, nproc, meeting, name, patience, sweep.max_restarts, folder / "logs")
+    # A signal that stopped the trial then does to this process what it would have done: submitit queues it again.
+    outcome = run_workers(job, relay=not basic)
+    if basic and outcome.state == "stopped":
+        raise KeyboardInterrupt  # the other trials too
+    return outcome.state

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
@@ -11,26 +11,41 @@ import torch
 from filelock import FileLock
 
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.outcome import Outcome, clear_outcome, read_outcome
+from rowwise.launch.outcome import Outcome, clear_outcome, last_refusal, read_outcome
 from rowwise.launch.sweep.config import SweepConfig
 from rowwise.launch.sweep.space import Space, overrides_of
 from rowwise.launch.sweep.trials import trial_words
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.metrics import MetricsTail
+from rowwise.trainer.prepare import is_held
+from rowwise.trainer.stop import SIGNALS
 
 
 @dataclass
 class Running:
-    """`lock` tells this machine's other processes that the trial is watched; `told`: the steps the pruner knows."""
+    """`lock` tells this machine's other processes that the trial is watched; `told`: the steps the pruner knows; `asked`:
+    whether the agent was asked to stop."""
 
     trial: optuna.Trial
     folder: Path
     slot: int
     process: subprocess.Popen
+    steps: int
     lock: FileLock
     tail: MetricsTail
     alive_at: float
-    told: set[int] = field(default_factory=set)
+    told: set[int]
+    asked: bool = False
+
+    def ask_to_stop(self) -> None:
+        if not self.asked:
+            self.process.terminate()
+        self.asked = True
+
+    def has_ended(self) -> bool:
+        """Its workers too: where the agent was killed, they save before they leave."""
+        code = self.process.poll()
+        return code is not None and not (code < 0 and is_held(self.folder))
 
 
 def slot_environment(slot: int, parallel: int, nproc: int) -> dict[str, str]:
@@ -52,26 +67,30 @@ def start_trial(
     number: int,
     folder: Path,
     environment: dict[str, str],
-) -> subprocess.Popen:
-    """The agent of a trial, which ends when this process does."""
+) -> tuple[subprocess.Popen, int]:
+    """The agent of a trial, which ends when this process does; and the trial's last step."""
     clear_outcome(folder)
     words = overrides_of(space.fixed, settings)
-    words = trial_words(words, config_from_tree(compose_tree(words)).tracker, config.name, number, folder)
-    ours = [f"--parent={os.getpid()}", f"--job={config.name}-{number}", f"--max-restarts={config.max_restarts}"]
-    ours.append(f"--log-dir={folder / 'logs'}")
+    run = config_from_tree(compose_tree(words))
+    words = trial_words(words, run.tracker, config.name, number, folder)
+    # A step of Slurm on several machines is the search's: each trial has one.
+    ours = ["--nodes=1", f"--job={config.name}-{number}", f"--max-restarts={config.max_restarts}"]
+    ours += [f"--log-dir={folder / 'logs'}", f"--parent={os.getpid()}"]
     with (folder / "agent.log").open("ab") as log:
-        return subprocess.Popen(
+        agent = subprocess.Popen(
             [sys.executable, "-m", "rowwise.launch.start", *ours, *words],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
+    return agent, run.steps
 
 
 def outcome_of(running: Running) -> Outcome:
     """What the agent wrote, or, where it could not, how it ended."""
     if (outcome := read_outcome(running.folder)) is not None:
         return outcome
-    lines = (running.folder / "agent.log").read_text(errors="replace").splitlines()
-    if running.process.returncode == 2:
-        refusals = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
-        return Outcome("refused", refusals[-1] if refusals else "see agent.log")
-    return Outcome("failed", f"its agent ended with {running.process.returncode}; see agent.log")
+    code = running.process.returncode
+    if code == 2:
+        return Outcome("refused", last_refusal([running.folder / "agent.log"]))
+    if -code in SIGNALS:  # before it heard
+        return Outcome("stopped", "asked to stop")
+    return Outcome("failed", f"its agent ended with {code}; see agent.log")

@@ -47,15 +47,10 @@ class Search:
             if self.study.user_attrs.get("plan", plan) != plan:
                 raise ValueError(f"{config.storage} holds another search called {config.name}; give another sweep.name")
             self.study.set_user_attr("plan", plan)
-            self.limit = self._enqueue_grid() if config.search == "grid" else config.trials
+        self.grid = list(space.grid()) if config.search == "grid" else []
+        self.limit = len(self.grid) or config.trials
         self.running: list[Running] = []
         self.asked_to_stop = False
-
-    def _enqueue_grid(self) -> int:
-        grid = list(self.space.grid())
-        for settings in grid[len(self.study.get_trials(deepcopy=False)) :]:
-            self.study.enqueue_trial(settings)
-        return len(grid)
 
     def run(self) -> list[Trial]:
         with hearing(self._stop):
@@ -65,12 +60,12 @@ class Search:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_stop = True
-        for running in self.running:
-            running.process.terminate()
 
     def _work(self) -> bool:
         """Looks after what runs, and starts what is free to start. False: there is no more to do here."""
         for running in list(self.running):
+            if self.asked_to_stop:
+                running.ask_to_stop()
             self._watch(running)
         while not self.asked_to_stop and len(self.running) < self.config.parallel:
             with FileLock(self.folder / ".lock"):  # nobody takes a trial up between its beginning and its lock
@@ -101,7 +96,7 @@ class Search:
 
     def _ask(self) -> tuple[optuna.Trial, FileLock] | None:
         begun = self.study.get_trials(deepcopy=False)
-        if sum(trial.state != TrialState.WAITING for trial in begun) >= self.limit:
+        if len(begun) >= self.limit:
             return None
         trial = self.study.ask()
         lock = self._lock(trial.number)
@@ -124,7 +119,7 @@ class Search:
         folder = self.folder / f"trial-{trial.number}"
         trial.set_user_attr("machine", socket.gethostname())
         trial.set_user_attr("alive", time.time())
-        self.study.sampler = make_sampler(self.config, trial.number)
+        self.study.sampler = make_sampler(self.config, trial.number, self.grid)
         settings = {key: suggest(trial, key, values) for key, values in self.space.varied.items()}
         if trial.user_attrs.get("pruned"):
             self.study.tell(trial, state=TrialState.PRUNED)
@@ -132,12 +127,15 @@ class Search:
             return
         slot = min(set(range(self.config.parallel)) - {running.slot for running in self.running})
         environment = slot_environment(slot, self.config.parallel, self.nproc)
-        process = start_trial(self.config, self.space, settings, trial.number, folder, environment)
+        process, steps = start_trial(self.config, self.space, settings, trial.number, folder, environment)
         told = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-        self.running.append(Running(trial, folder, slot, process, lock, MetricsTail(folder), time.monotonic(), told))
+        tail, now = MetricsTail(folder), time.monotonic()
+        self.running.append(Running(trial, folder, slot, process, steps, lock, tail, now, told))
+        if told:  # the last decision may have been cut off
+            self._decide(self.running[-1], max(told))
 
     def _watch(self, running: Running) -> None:
-        trial, ended = running.trial, running.process.poll() is not None
+        trial, ended = running.trial, running.has_ended()
         if time.monotonic() - running.alive_at > ALIVE_SECONDS:
             running.alive_at = time.monotonic()
             trial.set_user_attr("alive", time.time())
@@ -166,9 +164,13 @@ class Search:
                 continue
             running.told.add(step)
             trial.report(value, step)
-            if trial.should_prune():
-                trial.set_user_attr("pruned", True)
-                running.process.terminate()
+            self._decide(running, step)
+
+    def _decide(self, running: Running, step: int) -> None:
+        """Whether the trial goes on past `step`, its last."""
+        if step < running.steps and running.trial.should_prune():
+            running.trial.set_user_attr("pruned", True)
+            running.ask_to_stop()
 
     def _of(self, frozen: optuna.trial.FrozenTrial) -> Trial:
         told = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
@@ -176,6 +178,34 @@ class Search:
         settings = {key: str(frozen.params.get(key, "")) for key in self.space.varied}
         folder = self.folder / f"trial-{frozen.number}"
         return Trial(frozen.number, settings, folder, state, frozen.user_attrs.get("reason"))
+
+
+class Halving(optuna.pruners.BasePruner):
+    """Asynchronous successive halving (Li et al., 2020, arXiv:1810.05934): at the rungs `first`, `first` x `factor`, ... a trial
+    goes on if it is among the best 1 in `factor` of those that have come so far, or the best.
+
+    Optuna's own keeps what a rung has seen in attributes of the trials, where a kill between two of its writes changes later
+    decisions. This one knows only what was reported.
+    """
+
+    def __init__(self, first: int, factor: int):
+        self._first, self._factor = first, factor
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        values, rung = trial.intermediate_values, self._first
+        while values and rung <= (step := max(values)):
+            if _reached(values, rung) == step:
+                every = [t.intermediate_values for t in study.get_trials(deepcopy=False)]
+                there = sorted(other[at] for other in every if (at := _reached(other, rung)) is not None)
+                if values[step] > there[max(1, len(there) // self._factor) - 1]:
+                    return True
+            rung *= self._factor
+        return False
+
+
+def _reached(values: dict[int, float], rung: int) -> int | None:
+    """The first step there or beyond."""
+    return min((step for step in values if step >= rung), default=None)
 
 
 def _plan(config: SweepConfig, space: Space) -> dict[str, Any]:
@@ -187,26 +217,28 @@ def _plan(config: SweepConfig, space: Space) -> dict[str, Any]:
 
 def open_study(config: SweepConfig, folder: Path, first_rung: int) -> optuna.Study:
     """The study of that name in the storage. Raises ValueError where the storage cannot be opened."""
-    try:
-        storage = (
-            optuna.storages.RDBStorage(config.storage)
-            if config.storage
-            else optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "journal.log")))
-        )
-        pruner = (
-            optuna.pruners.SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=config.factor)
-            if config.pruner == "halving"
-            else optuna.pruners.NopPruner()
-        )
-        return optuna.create_study(
-            storage=storage, study_name=config.name, sampler=make_sampler(config, 0), pruner=pruner, load_if_exists=True
-        )
-    except Exception as error:  # of the many that databases have
-        raise ValueError(f"sweep.storage={config.storage}: {str(error).splitlines()[0]}") from None
+    pruner = Halving(first_rung, config.factor) if config.pruner == "halving" else optuna.pruners.NopPruner()
+    for attempt in range(3):
+        try:
+            return optuna.create_study(
+                storage=open_storage(config, folder), study_name=config.name, pruner=pruner, load_if_exists=True
+            )
+        except Exception as error:  # of the many that databases have
+            said = str(error).splitlines()[0]
+            time.sleep(attempt)  # another process may be making the same tables
+    raise ValueError(f"sweep.storage={config.storage}: {said}")
 
 
-def make_sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
+def open_storage(config: SweepConfig, folder: Path) -> optuna.storages.BaseStorage:
+    if config.storage:
+        return optuna.storages.RDBStorage(config.storage)
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "journal.log")))
+
+
+def make_sampler(config: SweepConfig, number: int, grid: list[dict[str, str]]) -> optuna.samplers.BaseSampler:
     """Made anew for every trial: a sampler's own random state is lost when it is killed."""
+    if grid:
+        return optuna.samplers.PartialFixedSampler(grid[number], optuna.samplers.RandomSampler())
     seed = config.seed * 1_000_003 + number
     if config.search == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=config.parallel > 1)

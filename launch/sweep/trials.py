@@ -1,12 +1,14 @@
 """The trials of a sweep as they stand on disk: their table and their picture."""
 
 import csv
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rowwise.launch.compose import quoted
 from rowwise.launch.outcome import read_outcome
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.tracker import TrackerConfig, Wandb
@@ -32,8 +34,8 @@ class Trial:
 
 def trial_words(own: Sequence[str], tracker: TrackerConfig, sweep: str, number: int, folder: Path) -> list[str]:
     """The command line of a trial: in its own folder, and in one group with the others where Weights & Biases is told."""
-    words = [*own, f"name={sweep}-{number}", f"run_dir={folder}"]
-    return [*words, f"tracker.group={sweep}"] if isinstance(tracker, Wandb) and tracker.group is None else words
+    words = [*own, f"name={quoted(f'{sweep}-{number}')}", f"run_dir={quoted(str(folder))}"]
+    return [*words, f"tracker.group={quoted(sweep)}"] if isinstance(tracker, Wandb) and tracker.group is None else words
 
 
 def row_of(trial: Trial) -> dict[str, Any]:
@@ -61,9 +63,9 @@ def row_of(trial: Trial) -> dict[str, Any]:
 def write_table(trials: Sequence[Trial], folder: Path) -> Path:
     """sweep.csv: a line a trial, whole or not at all."""
     rows = [row_of(trial) for trial in trials]
-    path, partial = folder / "sweep.csv", folder / "sweep.csv.incomplete"
+    path, partial = folder / "sweep.csv", folder / f".sweep.csv-{os.getpid()}"
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["trial"])
         writer.writeheader()
         writer.writerows(rows)
     partial.replace(path)

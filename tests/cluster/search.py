@@ -1,5 +1,6 @@
 """A search of twenty real trials, killed and continued: `make test-slurm`. Pytest finds this file only where it is named."""
 
+import csv
 import random
 import subprocess
 import sys
@@ -60,3 +61,21 @@ def test_a_search_that_is_killed_ends_like_one_never_killed(tmp_path):
         p for p in psutil.process_iter() if str(tmp_path) in " ".join(p.cmdline()) and p.pid != psutil.Process().pid
     ]
     assert not ours, "a trial was left running"
+
+
+def test_a_grid_that_is_asked_to_stop_tells_what_there_is_and_goes_on(tmp_path):
+    words = [word for word in overrides_of(tmp_path, "steps=300", "nproc=1") if not word.startswith("run_dir=")]
+    command = [sys.executable, "-m", "rowwise.launch.sweep", "optim.lr=1e-3,3e-3", "sweep.goal=loss", *words]
+    folder = tmp_path / "sweeps/default"
+    for asked, states in ((True, ["stopped", "not begun"]), (False, ["complete", "complete"])):
+        sweep, deadline = start(tmp_path, command), time.monotonic() + 90
+        while asked and len(read_metrics(folder / "trial-0")) < 10:
+            assert sweep.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.02)
+        if asked:
+            sweep.terminate()
+        assert sweep.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
+        with (folder / "sweep.csv").open() as file:
+            assert [row["state"] for row in csv.DictReader(file)] == states
+    for trial in (folder / "trial-0", folder / "trial-1"):
+        assert [record["step"] for record in read_metrics(trial)] == list(range(1, 301))
