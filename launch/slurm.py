@@ -1,6 +1,6 @@
 """A batch script for Slurm: the run saves before its time is up, and goes on in the next job.
 
-    rowwise slurm train model=llama_1b slurm.nodes=2 slurm.gpus_per_node=8 slurm.time=1-00:00:00
+    rowwise slurm train model=llama_1b batch.global_size=128 slurm.nodes=2 slurm.gpus_per_node=8 slurm.time=1-00:00:00
     rowwise slurm sweep sweep.search=tpe nproc=1 'optim.lr=interval(1e-4,1e-2)' slurm.workers=4 to=sweep.sh
 
 Arguments are those of the run or the sweep, and slurm.KEY=VALUE (conf/slurm.yaml says which). What the run would refuse

@@ -1,6 +1,6 @@
 """torchrun for you: starts the workers of a run on this machine, and watches them.
 
-    rowwise train nproc=8 model=llama_1b parallel.zero=3 steps=1000
+    rowwise train nproc=8 model=llama_1b batch.global_size=128 parallel.zero=3 steps=1000
     rowwise train --max-restarts 3 nproc=8 ...             begins again from the newest checkpoint when a worker dies
     rowwise train --nodes 2 --rendezvous host1:29400 nproc=8 ...            the same command on each of two machines
     rowwise train --nodes 1:4 --rendezvous host1:29400 --job big ...        goes on with fewer when machines are lost

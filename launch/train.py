@@ -1,6 +1,6 @@
 """One worker of a run.
 
-    torchrun --nproc-per-node 8 -m rowwise.launch.train model=llama_1b parallel.zero=3 steps=1000
+    torchrun --nproc-per-node 8 -m rowwise.launch.train model=llama_1b batch.global_size=128 parallel.zero=3
     python -m rowwise.launch.train                        a run of one process
 
 Arguments are Hydra overrides (`key=value`, `group=choice`, `experiment=name`); --cfg prints the configuration and leaves.

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -190,9 +191,11 @@ open(folder + "/outcome.json", "w").write(json.dumps(ended))
 """
 
 
-def search_with_small_agents(folder: Path, parallel: int) -> None:
-    """A search whose trials are programs of a few milliseconds."""
+def search_with_small_agents(folder: Path, parallel: int, machine: str = "here") -> None:
+    """A search whose trials are programs of a few milliseconds, on a machine of that name, where a life is short."""
     os.chdir(folder)
+    socket.gethostname = lambda: machine
+    search.ALIVE_SECONDS, search.DEAD_SECONDS = 0.5, 3.0
 
     def start_trial(config, space, settings, number, trial, environment):
         clear_outcome(trial)
@@ -241,17 +244,19 @@ def test_a_search_that_is_killed_goes_on(tmp_path, parallel):
         assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_search_that_is_asked_to_stop_leaves_its_trials_to_the_next(tmp_path):
-    process = quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_search_goes_on_on_another_machine(tmp_path, number):
+    """Where it was asked to stop at once; where its machine is gone once it has been silent for some time."""
+    process = quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2, "there"))
     process.start()
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("sweeps/default/trial-*/metrics.jsonl"))) < 3:
+    while len(list(tmp_path.glob("sweeps/default/trial-*/metrics.jsonl"))) < 19:
         assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.002)
+    os.kill(process.pid, number)
     process.join()
-    assert process.exitcode == 0
-    assert 3 <= len(trials_of(tmp_path)) < 20
+    assert process.exitcode == (0 if number == signal.SIGTERM else -number)
+    assert 18 <= len(trials_of(tmp_path)) <= 20
     process = quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2))
     process.start()
     process.join()

@@ -1,9 +1,9 @@
 """Trials of a run with varied settings, each the work of its own workers in its own folder.
 
-    rowwise sweep nproc=2 optim=adamw,adamw8bit optim.lr=1e-3,3e-3                  every combination, one after the other
-    rowwise sweep sweep.search=grid sweep.parallel=4 nproc=2 optim.lr=1e-3,3e-3     four at a time, the hopeless ended early
-    rowwise sweep sweep.search=tpe sweep.trials=50 'optim.lr=tag(log,interval(1e-4,1e-2))'          a search by Optuna
-    rowwise sweep hydra/launcher=slurm hydra.launcher.gpus_per_node=8 nproc=8 optim.lr=1e-3,3e-3    a job of Slurm a trial
+    rowwise sweep nproc=2 optim=adamw,adamw8bit optim.lr=1e-3,3e-3                 every combination, one after the other
+    rowwise sweep sweep.search=grid sweep.parallel=4 nproc=2 optim.lr=1e-3,3e-3    four at a time, the hopeless ended early
+    rowwise sweep sweep.search=tpe sweep.trials=50 'optim.lr=tag(log,interval(1e-4,1e-2))'         a search by Optuna
+    rowwise sweep hydra/launcher=slurm nproc=8 batch.global_size=64 optim.lr=1e-3,3e-3             a job of Slurm a trial
 
 Several values are A,B or range(...); a search also takes interval(LOW,HIGH) and tag(log,interval(LOW,HIGH)). Everything else
 is an argument of rowwise.launch.train, and conf/sweep.yaml has the keys of the sweep itself. Without a search it is Hydra's

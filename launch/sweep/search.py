@@ -50,7 +50,7 @@ class Search:
         self.grid = list(space.grid()) if config.search == "grid" else []
         self.limit = len(self.grid) or config.trials
         self.running: list[Running] = []
-        self.asked_to_stop = False
+        self.asked_to_stop, self.busy_at = False, time.monotonic()
 
     def run(self) -> list[Trial]:
         with hearing(self._stop):
@@ -73,15 +73,15 @@ class Search:
             if trial is None:
                 break
             self._start(*trial)
-        return bool(self.running) or (not self.asked_to_stop and self._someone_is_silent())
+        if self.running:
+            self.busy_at = time.monotonic()
+        return bool(self.running) or (not self.asked_to_stop and self._may_be_needed())
 
-    def _someone_is_silent(self) -> bool:
-        """Whether a trial elsewhere may have lost its machine, which is not sure yet."""
+    def _may_be_needed(self) -> bool:
+        """Whether a trial elsewhere may have lost its machine: for sure only after some silence."""
         begun = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return any(
-            trial.number < self.limit and ("machine" not in trial.user_attrs or silence(trial) > 2 * ALIVE_SECONDS)
-            for trial in begun
-        )
+        silent = [silence(trial) > 2 * ALIVE_SECONDS for trial in begun if trial.number < self.limit]
+        return any(silent) or (bool(silent) and time.monotonic() - self.busy_at < 3 * ALIVE_SECONDS)
 
     def _take_up(self) -> tuple[optuna.Trial, FileLock] | None:
         """A trial that was begun, and that nobody looks after any more."""
@@ -152,7 +152,8 @@ class Search:
             trial.set_user_attr("state", "failed" if outcome.state == "complete" else outcome.state)
             trial.set_user_attr("reason", outcome.reason or f"it has no {self.config.goal}")
             self.study.tell(trial, state=TrialState.FAIL)
-        # One that was stopped stays as it is: it is taken up again.
+        else:  # it stays as it is, and may be taken up at once
+            trial.set_user_attr("alive", 0.0)
         running.lock.release()
 
     def _report(self, running: Running) -> None:
@@ -232,7 +233,10 @@ def open_study(config: SweepConfig, folder: Path, first_rung: int) -> optuna.Stu
 def open_storage(config: SweepConfig, folder: Path) -> optuna.storages.BaseStorage:
     if config.storage:
         return optuna.storages.RDBStorage(config.storage)
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "journal.log")))
+    path = str(folder / "journal.log")
+    # One that was killed while it wrote leaves its lock; a write takes milliseconds.
+    lock = optuna.storages.journal.JournalFileSymlinkLock(path, grace_period=10)
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path, lock))
 
 
 def make_sampler(config: SweepConfig, number: int, grid: list[dict[str, str]]) -> optuna.samplers.BaseSampler:

@@ -1,0 +1,70 @@
+"""What the README and the commands' own help tell people to type is what would run."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rowwise.launch.cli import COMMANDS, EXAMPLES
+from rowwise.launch.compose import compose_tree
+from rowwise.launch.slurm import compose_slurm
+from rowwise.launch.slurm import resolve as resolve_script
+from rowwise.launch.start import parse
+from rowwise.launch.sweep.config import resolve as resolve_sweep
+from rowwise.trainer.config import check, config_from_tree
+
+TEXTS = {
+    "README.md": (Path(__file__).parents[1] / "README.md").read_text(),
+    "rowwise --help": EXAMPLES,
+    **{
+        f"rowwise {name} --help": importlib.import_module(module).__doc__ or ""
+        for name, (module, _) in COMMANDS.items()
+    },
+}
+
+
+def commands_of(text: str) -> list[str]:
+    """Its command lines, without what is said of them two spaces further on."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    lines = re.findall(
+        r"^ *(?:srun [^\n]*?)?((?:rowwise|torchrun|python -m rowwise\.launch\.train) [^\n]*)$", joined, re.M
+    )
+    return [re.split(r" {2,}", line)[0] for line in lines]
+
+
+CASES = [
+    (where, line)
+    for where, text in TEXTS.items()
+    for line in commands_of(text)
+    if "..." not in line and "KEY" not in line
+]
+
+
+@pytest.mark.parametrize(("where", "line"), CASES, ids=[f"{where}: {line}" for where, line in CASES])
+def test_an_example_is_not_refused(where, line):
+    program, *words = shlex.split(line)
+    if program == "rowwise":
+        command, *words = words
+        if command == "sweep":
+            here = [] if any(word.startswith("nproc=") for word in words) else ["nproc=1"]
+            resolve_sweep([*words, *here], here=False)
+        elif command == "slurm":
+            ours = [word for word in words if word.startswith("slurm.")]
+            rest = [word for word in words[1:] if word not in ours and not word.startswith(("to=", "submit="))]
+            resolve_script(words[0], rest, compose_slurm(ours))
+        elif command == "train":
+            options = parse(words)
+            config = config_from_tree(compose_tree(options.overrides))
+            for nodes in (options.nodes or "1").split(":"):
+                check(config, int(nodes) * (config.nproc or 1))
+        return
+    workers = int(words[words.index("--nproc-per-node") + 1]) if "--nproc-per-node" in words else 1
+    check(config_from_tree(compose_tree([word for word in words if "=" in word and not word.startswith("-")])), workers)
+
+
+def test_there_are_examples():
+    assert len(CASES) >= 25
+    assert {where for where, _ in CASES} >= {"README.md", "rowwise --help"}
+    assert {f"rowwise {name} --help" for name in ("train", "sweep", "slurm")} <= {where for where, _ in CASES}
