@@ -110,6 +110,7 @@ REFUSED = {
     ),
     "data that is not there": (["seed=1,2", "data=tokens", "data.files=nope.bin"], "nope.bin"),
     "a folder of Hydra's": (["seed=1,2", "hydra.job.chdir=true"], "a sweep sets this itself"),
+    "trials that may not go on": (["seed=1,2", "resume=never"], "a sweep goes on with trials that were cut off"),
     "a checkpoint that is not there": (["seed=1,2", "resume=nowhere"], "resume=nowhere"),
     "a goal that is not measured": (["seed=1,2", "eval.every=0"], "nothing is evaluated"),
     "a storage that cannot be opened": (

@@ -43,6 +43,8 @@ def resolve(words: list[str], here: bool = True) -> tuple[SweepConfig, Space]:
     for word, key in keys.items():
         if key in OWN:
             raise ValueError(f"{word}: a sweep gives every trial its own; give sweep.name, or sweep.folder")
+        if word == "resume=never":
+            raise ValueError("resume=never: a sweep goes on with trials that were cut off; leave it out")
         if word in own and not key.startswith(("sweep.", *HYDRAS)):
             raise ValueError(f"{word}: a sweep sets this itself; of Hydra's own, {', '.join(HYDRAS)} are possible")
     config, settings = compose_part("sweep", SweepConfig, own)
