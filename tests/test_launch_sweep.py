@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
 
 import optuna
@@ -216,23 +217,35 @@ def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name="default", storage=optuna.storages.JournalStorage(backend)).get_trials()
 
 
+def await_another_trial(folder: Path, search: Process) -> None:
+    """Or the end of the search."""
+
+    def begun() -> int:
+        return len(list(folder.glob("sweeps/default/trial-*")))
+
+    before = begun()
+    while begun() == before and search.is_alive():
+        time.sleep(0.002)
+
+
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_a_search_that_is_killed_goes_on(tmp_path, parallel):
     """SIGKILL at random instants. With one trial at a time the trials are those of a search never killed, to the digit."""
     random_instants, killed = random.Random(7), 0
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-        while True:
+        exit_code = None
+        while exit_code is None:
             process = quick_start().Process(target=search_with_small_agents, args=(tmp_path / name, parallel))
             process.start()
-            process.join(None if name == "whole" or killed >= 8 else random_instants.uniform(0.5, 2.5))
-            if process.exitcode is not None:
-                assert process.exitcode == 0
-                break
-            process.kill()
+            if name == "killed" and killed < 8:
+                await_another_trial(tmp_path / name, process)
+                process.join(random_instants.uniform(0, 0.3))
+                process.kill()
+                killed += 1
             process.join()
-            killed += 1
-            time.sleep(random_instants.uniform(0, 0.05))
+            exit_code = None if process.exitcode == -signal.SIGKILL else process.exitcode
+        assert exit_code == 0
     assert killed >= 2
     whole, goes_on = trials_of(tmp_path / "whole"), trials_of(tmp_path / "killed")
     for trials in (whole, goes_on):
