@@ -35,7 +35,7 @@ def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Par
     """What stands below `name` in conf/NAME.yaml with these overrides, as the dataclass `kind`, strictly; and Hydra's own
     settings there. Raises ValueError."""
     for override in overrides:
-        key, names = override.partition("=")[0].lstrip("+~"), [field.name for field in fields(kind)]  # type: ignore[arg-type]
+        key, names = key_of(override), [field.name for field in fields(kind)]  # type: ignore[arg-type]
         if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in names:
             raise ValueError(unknown_key(key, names))
     with initialize_config_module("rowwise.conf", version_base="1.3", job_name=name):
@@ -51,6 +51,10 @@ def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Par
         first = error.errors(include_url=False)[0]
         where = ".".join([name, *map(str, first["loc"])])
         raise ValueError(f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
 def quoted(value: str) -> str:

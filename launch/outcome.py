@@ -1,11 +1,12 @@
 """outcome.json: how the run in a folder ended. Written by what started its workers, taken away by the next run there."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from rowwise.trainer.files import write_whole
 
 OUTCOME = "outcome.json"
 State = Literal["complete", "stopped", "refused", "failed"]
@@ -26,10 +27,7 @@ class Outcome:
 
 
 def write_outcome(run_dir: Path, outcome: Outcome) -> None:
-    """Whole or not at all."""
-    partial = run_dir / f".{OUTCOME}-{os.getpid()}"
-    partial.write_text(json.dumps(asdict(outcome)) + "\n")
-    partial.replace(run_dir / OUTCOME)
+    write_whole(run_dir / OUTCOME, json.dumps(asdict(outcome)) + "\n")
 
 
 def read_outcome(run_dir: Path) -> Outcome | None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from rowwise.launch.pages.page import page
 from rowwise.launch.pages.records import Run, read_run
 from rowwise.trainer.config import unknown_key
+from rowwise.trainer.files import write_whole
 
 KEYS = ["run", "to"]
 
@@ -95,9 +96,7 @@ def report(settings: Settings) -> str:
     if not to.parent.is_dir():
         raise ValueError(f"to={to}: the folder {to.parent} does not exist; make it, or give another")
     content = page(runs)
-    partial = to.with_name(to.name + ".incomplete")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(to)
+    write_whole(to, content)
     told = ", ".join(f"{run.label} at step {run.last_step}" for run in runs)
     return f"{to}: {told}; {len(content.encode()) / 1e3:,.0f} kB"
 

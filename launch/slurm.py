@@ -23,7 +23,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from rowwise.launch.compose import compose_part, compose_tree
+from rowwise.launch.compose import compose_part, compose_tree, key_of
 from rowwise.launch.sweep.config import SweepConfig
 from rowwise.launch.sweep.config import resolve as resolve_sweep
 from rowwise.launch.sweep.space import overrides_of
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 def hand_out(program: str, words: list[str]) -> str:
     """Does with the script what `words` ask; returns what there is to print. Raises ValueError."""
     own = [word for word in words if word.startswith(("to=", "submit="))]
-    ours = [word for word in words if word.lstrip("+~").startswith("slurm.")]
+    ours = [word for word in words if key_of(word).startswith("slurm.")]
     ways = dict(word.split("=", 1) for word in own)
     if len(ways) < len(own) or "" in ways.values() or ways.get("submit") not in ("true", "false", None):
         raise ValueError(f"{' '.join(own)}: give to=FILE and submit=true, each once")
@@ -135,7 +135,7 @@ def resolve(program: str, overrides: list[str], config: SlurmConfig) -> tuple[Sl
     if program == "train" and config.workers > 1:
         raise ValueError(f"slurm.workers={config.workers}: jobs join a sweep, not a run; give slurm.nodes")
     at_once = trials_at_once(overrides, config) if program == "sweep" else 1
-    varies_nproc = any(word.lstrip("+~").startswith("nproc=") for word in overrides)
+    varies_nproc = any(key_of(word) == "nproc" for word in overrides)
     if config.gpus_per_node is not None and not varies_nproc:
         overrides = [*overrides, f"nproc={max(1, config.gpus_per_node // at_once)}"]
     if program == "sweep":
@@ -152,7 +152,7 @@ def resolve(program: str, overrides: list[str], config: SlurmConfig) -> tuple[Sl
 
 def trials_at_once(overrides: list[str], config: SlurmConfig) -> int:
     """On a node. Raises ValueError for a sweep that these jobs cannot make."""
-    keys = {word: word.partition("=")[0].lstrip("+~") for word in overrides}
+    keys = {word: key_of(word) for word in overrides}
     for word, key in keys.items():
         if key.startswith("hydra"):
             raise ValueError(f"{word}: these jobs make the trials themselves; leave Hydra's launcher out")

@@ -87,8 +87,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
         raise ValueError(f"parallel.timeout_seconds={config.parallel.timeout_seconds}: give at least 1")
     if config.log_every < 1:
         raise ValueError(f"log_every={config.log_every}: it is at least 1")
-    if config.name in ("", ".", "..") or "/" in config.name:
-        raise ValueError(f"name={config.name!r}: a run name is the name of a folder, and holds no '/'")
+    check_folder_name("name", config.name)
     check_model(config.model)
     check_optimizer(config.optim, parameter_shapes(config.model))
     check_schedule(config.schedule, config.steps)
@@ -107,6 +106,12 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     _check_in_backward(config, parallel, micro_batches)
     _check_sparsity(config, parallel)
     return replace(config, parallel=parallel)
+
+
+def check_folder_name(key: str, name: str) -> None:
+    """Raises ValueError where a run or a sweep cannot be called so."""
+    if name in ("", ".", "..") or "/" in name:
+        raise ValueError(f"{key}={name!r}: a run name is the name of a folder, and holds no '/'")
 
 
 def _refuse_non_numbers(tree: dict[str, Any], path: str) -> None:

@@ -26,7 +26,7 @@ class Console:
             self.say(
                 f"step {record['step']}/{self._steps}  loss {_number(record['loss'], '.4f')}  "
                 f"grad norm {_number(record['grad_norm'], '.3f')}  "
-                f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s per worker  {_clock(left)} left"
+                f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s per worker  {clock(left)} left"
             )
         if "eval_loss" in record:
             self.say(f"step {record['step']}/{self._steps}  held-out loss {record['eval_loss']:.4f} nats per token")
@@ -48,7 +48,8 @@ def _number(value: float | None, form: str) -> str:
     return "overflow" if value is None else format(value, form)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Such as 3:07 or 1:02:07."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -84,7 +84,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
         stack.callback(saver.close)
         batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
-        stop, stopping, measured, ahead = StopRequest(), False, False, None
+        stop, stopping, first, ahead = StopRequest(), False, state.step, None
         stack.enter_context(hearing(stop.receive))
         saved: dict[str, float] = {}
         while state.step < config.steps and not stopping:
@@ -97,9 +97,8 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             set_lr(optimizer, lr)
             spans: list[Span] | None = [] if state.step + 1 == config.parallel.pipeline_trace else None
             report = update(state.step + 1, micro_batches, scale_used, stop.requested, spans, ahead)
-            if not measured:
+            if state.step == first:
                 keep_memory(Path(config.run_dir), mesh, model, optimizer, tensors)
-                measured = True
             optimizer.zero_grad()
             if spans is not None:
                 keep_trace(spans, Path(config.run_dir) / "pipeline", mesh)

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from rowwise.trainer.console import clock
+
 
 class Marked(str):
     """HTML already."""
@@ -80,10 +82,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def clock(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Such as 3:07, 1:02:07 or, where it is short, 7.1 s."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{seconds:.3g} s" if seconds < 60 else clock(round(seconds))

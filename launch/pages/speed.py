@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rowwise.launch.pages.draw import COLORS, curves, dress, line_of, median_of, name_of, picture, shares
-from rowwise.launch.pages.markup import clock, figure, grid, percent, table
+from rowwise.launch.pages.markup import duration, figure, grid, percent, table
 from rowwise.launch.pages.records import Run, stretches
 
 if TYPE_CHECKING:
@@ -70,4 +70,8 @@ def step_time(run: Run, runs: Sequence[Run]) -> str:
 def _row(run: Run) -> list[str]:
     parts, steps = [part.sum() for part in seconds(run).values()], len(run.steps)
     whole = sum(parts)
-    return [clock(whole), clock(whole / steps), *(f"{clock(part / steps)}, {percent(part / whole)}" for part in parts)]
+    return [
+        duration(whole),
+        duration(whole / steps),
+        *(f"{duration(part / steps)}, {percent(part / whole)}" for part in parts),
+    ]

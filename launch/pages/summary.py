@@ -5,7 +5,7 @@ from typing import Any
 
 from rowwise.launch.export import model_of
 from rowwise.launch.pages.draw import name_of
-from rowwise.launch.pages.markup import Marked, clock, facts, short, table, text
+from rowwise.launch.pages.markup import Marked, duration, facts, short, table, text
 from rowwise.launch.pages.records import Run
 from rowwise.trainer.models.decoder import parameter_count
 
@@ -51,7 +51,7 @@ def standing(run: Run) -> list[tuple[str, str]]:
         ("loss", _last(run, "loss")),
         ("held-out loss", _last(run, "eval_loss")),
         ("tokens", _last(run, "tokens", "")),
-        ("time in steps", clock(run.seconds)),
+        ("time in steps", duration(run.seconds)),
     ]
 
 

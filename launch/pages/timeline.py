@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rowwise.launch.pages.draw import STYLE, inline, shares
-from rowwise.launch.pages.markup import clock, figure, paragraph, percent, scroll, text
+from rowwise.launch.pages.markup import duration, figure, paragraph, percent, scroll, text
 from rowwise.launch.pages.records import Run
 
 FIELDS: frozenset[str] = frozenset()
@@ -28,7 +28,7 @@ def of_run(run: Run) -> list[str]:
         drawn = Path(folder) / "timeline.svg"
         numbers = show_schedule(f"run={run.folder}", f"to={drawn}")
         svg = drawn.read_text()
-    found = f"measured: {clock(measured.makespan)}, bubble {percent(measured.bubble)}"
+    found = f"measured: {duration(measured.makespan)}, bubble {percent(measured.bubble)}"
     kinds = {action.kind for actions in measured.schedule.ranks for action in actions}
     legend = shares([(WORDS[kind], fill, "") for kind, fill in COLORS.items() if kind in kinds])
     step = run.setting("parallel.pipeline_trace")

@@ -52,12 +52,13 @@ def tell(trials: list[Trial], config: SweepConfig) -> None:
     if not trials:
         print("asked to stop before the first trial; the same command begins")
         return
-    path, picture = write_table(trials, folder), draw(trials, folder, config.goal)
     rows = [row_of(trial) for trial in trials]
+    write_table(rows, folder / "sweep.csv")
+    picture = draw(trials, folder, config.goal)
     for row, trial in zip(rows, trials, strict=True):
         value = "" if row[config.goal] is None else f"{config.goal} {row[config.goal]:.4f}"
         print(f"trial-{row['trial']}  {row['state']:<10} {value:<18} {trial.said}  {row['reason'] or ''}".rstrip())
-    print(f"written: {path}, {picture}")
+    print(f"written: {folder / 'sweep.csv'}, {picture}")
 
 
 if __name__ == "__main__":

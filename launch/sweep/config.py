@@ -9,9 +9,10 @@ import torch
 from omegaconf import DictConfig
 
 from rowwise.launch.agent import default_nproc, require_ranks
-from rowwise.launch.compose import compose_part, compose_tree
+from rowwise.launch.compose import compose_part, compose_tree, key_of
 from rowwise.launch.sweep.space import Space, overrides_of, parse_space
-from rowwise.trainer.config import TrainConfig, check, config_from_tree
+from rowwise.trainer.config import TrainConfig, check, check_folder_name, config_from_tree
+from rowwise.trainer.files import write_whole
 from rowwise.trainer.prepare import examine
 
 OWN = ("run_dir", "name")
@@ -38,7 +39,7 @@ class SweepConfig:
 
 def resolve(words: list[str], here: bool = True) -> tuple[SweepConfig, Space]:
     """The sweep, and what is varied: all checked, also against this machine where trials run `here`. Raises ValueError."""
-    keys = {word: word.partition("=")[0].lstrip("+~") for word in words}
+    keys = {word: key_of(word) for word in words}
     own = [word for word, key in keys.items() if key.startswith(("sweep.", "hydra.", "hydra/"))]
     for word, key in keys.items():
         if key in OWN:
@@ -56,8 +57,7 @@ def resolve(words: list[str], here: bool = True) -> tuple[SweepConfig, Space]:
 
 def check_sweep(config: SweepConfig, own: list[str]) -> None:
     """Raises ValueError."""
-    if config.name in ("", ".", "..") or "/" in config.name:
-        raise ValueError(f"sweep.name={config.name!r}: it is the name of a folder, and holds no '/'")
+    check_folder_name("sweep.name", config.name)
     for key, least in (("trials", 1), ("parallel", 1), ("factor", 2), ("max_restarts", 0)):
         if getattr(config, key) < least:
             raise ValueError(f"sweep.{key}={getattr(config, key)}: give at least {least}")
@@ -85,7 +85,7 @@ def check_trials(config: SweepConfig, launcher: DictConfig, space: Space, here: 
             f"hydra.launcher.tasks_per_node={tasks}: a trial is one task a machine, and nproc= its workers"
         )
     samples = list(space.samples())
-    for settings in samples if config.search not in ("none", "grid") else [*samples, *space.grid()]:
+    for settings in space.grid() if config.search in ("none", "grid") else samples:
         try:
             run = config_from_tree(compose_tree(overrides_of(space.fixed, settings)))
             check_goal(config, run)
@@ -96,9 +96,10 @@ def check_trials(config: SweepConfig, launcher: DictConfig, space: Space, here: 
             require_ranks(nproc)
             if config.search != "none":
                 require_slots(config.parallel, nproc)
-            check(run, nproc)
-            if settings in samples:  # which opens the data
+            if settings in samples:  # few, since this opens the data
                 examine(replace(run, run_dir=str(Path(config.folder) / "trial")), nproc)
+            else:
+                check(run, nproc)
         except ValueError as refusal:
             said = " ".join(f"{key}={value}" for key, value in settings.items())
             raise ValueError(f"the trial {said}: {refusal}") from None
@@ -156,4 +157,5 @@ def keep_plan(folder: Path, plan: dict[str, Any]) -> None:
         if before != plan:
             changed = ", ".join(key for key in plan if before.get(key) != plan[key])
             raise ValueError(f"{folder} holds another sweep ({changed} differ); give the same, or another sweep.name")
-    path.write_text(json.dumps(plan, indent=1) + "\n")
+    else:
+        write_whole(path, json.dumps(plan, indent=1) + "\n")

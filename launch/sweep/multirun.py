@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rowwise.launch.agent import Job, default_nproc, require_ranks, run_workers
+from rowwise.launch.compose import key_of
 from rowwise.launch.meeting import slurm_meeting
 from rowwise.launch.sweep.config import SweepConfig, is_basic, keep_plan
 from rowwise.launch.sweep.space import Space
@@ -23,16 +24,13 @@ def multirun(config: SweepConfig, space: Space, words: list[str]) -> list[Trial]
     """Every combination, by Hydra's launcher. Raises ValueError where the folder is of another sweep, or in use."""
     folder, grid = Path(config.folder).absolute(), list(space.grid())
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with FileLock(folder / ".lock", timeout=0), hearing(_leave), contextlib.suppress(KeyboardInterrupt):
+            keep_plan(folder, {"fixed": space.lasting, "trials": grid})
+            launch_multirun(words)
     except Timeout:
         raise ValueError(f"{folder} is in use by another sweep; wait for it, or give another sweep.name") from None
-    with lock, hearing(_leave), contextlib.suppress(KeyboardInterrupt):
-        keep_plan(folder, {"fixed": space.lasting, "trials": grid})
-        launch_multirun(words)
-    with lock:
-        return [Trial(number, settings, folder / f"trial-{number}") for number, settings in enumerate(grid)]
+    return [Trial(number, settings, folder / f"trial-{number}") for number, settings in enumerate(grid)]
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -53,7 +51,7 @@ def run_trial(config: DictConfig) -> str:
     """Runs the trial to its end, and returns its state. A failure is recorded, and is no error of the sweep's."""
     settings, sweep = HydraConfig.get(), config.sweep
     folder = Path(settings.runtime.output_dir)
-    own = [word for word in settings.overrides.task if not word.lstrip("+~").startswith("sweep.")]
+    own = [word for word in settings.overrides.task if not key_of(word).startswith("sweep.")]
     tree = OmegaConf.to_container(config, resolve=True)
     assert isinstance(tree, dict)
     run = config_from_tree({str(key): value for key, value in tree.items() if key != "sweep"})

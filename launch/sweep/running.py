@@ -24,7 +24,7 @@ from rowwise.trainer.stop import SIGNALS
 @dataclass
 class Running:
     """`lock` tells this machine's other processes that the trial is watched; `told`: the steps the pruner knows; `asked`:
-    whether the agent was asked to stop."""
+    whether the agent was asked to stop; `pruned`: what the storage has of it too, which is slow to ask."""
 
     trial: optuna.Trial
     folder: Path
@@ -36,6 +36,7 @@ class Running:
     alive_at: float
     told: set[int]
     asked: bool = False
+    pruned: bool = False
 
     def ask_to_stop(self) -> None:
         if not self.asked:

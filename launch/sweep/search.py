@@ -144,7 +144,7 @@ class Search:
             return
         self.running.remove(running)
         outcome = outcome_of(running)
-        if trial.user_attrs.get("pruned"):
+        if running.pruned:
             self.study.tell(trial, state=TrialState.PRUNED)
         elif outcome.state == "complete" and (measured := curve(running.folder, self.config.goal)):
             self.study.tell(trial, measured[-1][1])
@@ -161,7 +161,7 @@ class Search:
         trial = running.trial
         for record in running.tail.read():
             step, value = record["step"], record.get(self.config.goal)
-            if value is None or step in running.told or trial.user_attrs.get("pruned"):
+            if value is None or step in running.told or running.pruned:
                 continue
             running.told.add(step)
             trial.report(value, step)
@@ -170,6 +170,7 @@ class Search:
     def _decide(self, running: Running, step: int) -> None:
         """Whether the trial goes on past `step`, its last."""
         if step < running.steps and running.trial.should_prune():
+            running.pruned = True
             running.trial.set_user_attr("pruned", True)
             running.ask_to_stop()
 

@@ -1,7 +1,7 @@
 """The trials of a sweep as they stand on disk: their table and their picture."""
 
 import csv
-import os
+import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any
 
 from rowwise.launch.compose import quoted
 from rowwise.launch.outcome import read_outcome
+from rowwise.trainer.files import write_whole
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.tracker import TrackerConfig, Wandb
 
@@ -60,16 +61,13 @@ def row_of(trial: Trial) -> dict[str, Any]:
     }
 
 
-def write_table(trials: Sequence[Trial], folder: Path) -> Path:
-    """sweep.csv: a line a trial, whole or not at all."""
-    rows = [row_of(trial) for trial in trials]
-    path, partial = folder / "sweep.csv", folder / f".sweep.csv-{os.getpid()}"
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["trial"])
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
-    return path
+def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A line a trial."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def draw(trials: Sequence[Trial], folder: Path, goal: str) -> Path:
@@ -83,9 +81,9 @@ def draw(trials: Sequence[Trial], folder: Path, goal: str) -> Path:
     ended.sort(key=lambda pair: pair[1][-1][1])
     figure, (curves, bars) = plt.subplots(1, 2, figsize=PICTURE_SIZE, layout="constrained")
     colours = [plt.get_cmap("viridis")(i / max(1, len(ended) - 1)) for i in range(len(ended))]
-    for (trial, points), colour in zip(ended, colours, strict=True):
+    for (_, points), colour in zip(ended, colours, strict=True):
         marker = "." if len(points) < 30 else None
-        curves.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=1.2, label=str(trial.number))
+        curves.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=1.2)
     best = ended[:20]
     bars.barh(range(len(best)), [points[-1][1] for _, points in best], color=colours[: len(best)])
     bars.set_yticks(range(len(best)), [f"{trial.number}: {_short(trial.said)}" for trial, _ in best], fontsize=7)
