@@ -25,6 +25,7 @@ from torch import Tensor
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import AdamBase
 from rowwise.optim.rule import Batch, all_reduce_, apply_, pick
+from rowwise.optim.transpose import from_tall, to_tall
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -82,44 +83,11 @@ class Muon:
 
 def orthogonalise(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
     """0.2 sqrt(max(m, n)) X_5 of every logical matrix, given and returned as local rows; `group` is the shard axis."""
-    turned = [shape[0] < shape[1] for shape in shapes]  # held as columns, transposed, for the while
-    tall = [rows_to_columns(x, shape, group) if t else x for x, shape, t in zip(xs, shapes, turned, strict=True)]
+    tall = to_tall(xs, shapes, group)
     grams = [x.T @ x for x in tall]
     all_reduce_(grams, group)
-    results = []
-    for x, gram, shape, t in zip(tall, grams, shapes, turned, strict=True):
-        y = x @ newton_schulz_polynomial(gram) * (0.2 * math.sqrt(max(shape)))
-        results.append(columns_to_rows(y, shape, group) if t else y)
-    return results
-
-
-def rows_to_columns(x: Tensor, shape: torch.Size, group: dist.ProcessGroup | None) -> Tensor:
-    """(m_p, n) -> (n_p, m): this rank's columns of the logical (m, n) matrix, transposed. One all-to-all."""
-    if group is None:
-        return x.T
-    rows, columns = splits(shape[0], group.size()), splits(shape[1], group.size())
-    sent = torch.cat([part.flatten() for part in x.split(columns, dim=1)])
-    mine = columns[group.rank()]
-    received = x.new_empty(shape[0] * mine)
-    held = rows[group.rank()]
-    dist.all_to_all_single(received, sent, [r * mine for r in rows], [held * c for c in columns], group=group)
-    return received.view(shape[0], mine).T
-
-
-def columns_to_rows(y: Tensor, shape: torch.Size, group: dist.ProcessGroup | None) -> Tensor:
-    """The way back: (n_p, m) -> (m_p, n)."""
-    if group is None:
-        return y.T
-    rows, columns = splits(shape[0], group.size()), splits(shape[1], group.size())
-    mine, held = columns[group.rank()], rows[group.rank()]
-    sent = y.T.contiguous().view(-1)
-    received = y.new_empty(held * shape[1])
-    dist.all_to_all_single(received, sent, [held * c for c in columns], [r * mine for r in rows], group=group)
-    parts = received.split([held * c for c in columns])
-    return torch.cat([part.view(held, c) for part, c in zip(parts, columns, strict=True)], dim=1)
-
-
-def splits(size: int, degree: int) -> list[int]:
-    """How many of `size` rows each of `degree` ranks has (the first ones ceil(size / degree), as torch.chunk)."""
-    chunk = -(-size // degree)
-    return [max(0, min(chunk, size - rank * chunk)) for rank in range(degree)]
+    results = [
+        x @ newton_schulz_polynomial(gram) * (0.2 * math.sqrt(max(shape)))
+        for x, gram, shape in zip(tall, grams, shapes, strict=True)
+    ]
+    return from_tall(results, shapes, group)

@@ -1,0 +1,63 @@
+"""The transposes of matrices that are split by rows, split by rows themselves: rules that want the columns of a wide matrix
+together get them by one all-to-all, and no rank ever holds the whole.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def to_tall(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """The wide matrices among `xs` transposed (see `transpose`), the others as they are: all have `tall_shape`."""
+    return _turn(xs, shapes, [is_wide(shape) for shape in shapes], group)
+
+
+def from_tall(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """The way back from `to_tall`; `shapes` are those that the matrices have lying."""
+    return _turn(xs, [tall_shape(shape) for shape in shapes], [is_wide(shape) for shape in shapes], group)
+
+
+def is_wide(shape: torch.Size) -> bool:
+    """Whether a matrix has more columns than rows."""
+    return shape[0] < shape[1]
+
+
+def tall_shape(shape: torch.Size) -> torch.Size:
+    """Of a matrix or of its transpose, whichever is not wide."""
+    return torch.Size(sorted(shape, reverse=True))
+
+
+def _turn(
+    xs: list[Tensor], shapes: list[torch.Size], which: list[bool], group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    places = [i for i, turns in enumerate(which) if turns]
+    turned = transpose([xs[i] for i in places], [shapes[i] for i in places], group)
+    found = dict(enumerate(xs)) | dict(zip(places, turned, strict=True))
+    return list(found.values())
+
+
+def transpose(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """(m_p, n) -> (n_p, m): this rank's rows of every logical (m, n) matrix become its rows of the transposed one.
+
+    One all-to-all over `group`, the shard axis, for all of them: m n / N numbers a rank each way. What comes back is
+    contiguous, and none where `xs` is empty; `transpose(_, [(n, m), ...], group)` is the way back.
+    """
+    if group is None or not xs:
+        return [x.T.contiguous() for x in xs]
+    degree, mine = range(group.size()), group.rank()
+    rows, columns = ([splits(shape[dim], len(degree)) for shape in shapes] for dim in (0, 1))
+    sent = [x.split(c, dim=1) for x, c in zip(xs, columns, strict=True)]
+    received = [[r[rank] * c[mine] for r, c in zip(rows, columns, strict=True)] for rank in degree]
+    flat = torch.cat([parts[rank].flatten() for rank in degree for parts in sent])
+    into = flat.new_empty(sum(map(sum, received)))
+    counts = [sum(parts[rank].numel() for parts in sent) for rank in degree]
+    dist.all_to_all_single(into, flat, [sum(sizes) for sizes in received], counts, group=group)
+    pieces = iter(into.split([size for sizes in received for size in sizes]))
+    turned = [[next(pieces).view(r[rank], c[mine]).T for r, c in zip(rows, columns, strict=True)] for rank in degree]
+    return [torch.cat(parts, dim=1) for parts in zip(*turned, strict=True)]
+
+
+def splits(size: int, degree: int) -> list[int]:
+    """How many of `size` rows each of `degree` ranks has (the first ones ceil(size / degree), as torch.chunk)."""
+    chunk = -(-size // degree)
+    return [max(0, min(chunk, size - rank * chunk)) for rank in range(degree)]
