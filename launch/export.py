@@ -7,7 +7,8 @@
     checkpoint=STEP      the checkpoint, by step or path; default: the newest whose checksums are right
     dtype=fp32           fp32 (as trained, unless in fp64), bf16 (half the size) or fp16
     max_file_bytes=5e9   of a safetensors file; the export holds one of them in memory, and a shard of one tensor
-    tokenizer=PATH       the tokenizer.json to put beside the weights, or none; default: the run's own
+    tokenizer=PATH       the tokenizer.json to put beside the weights, bytes (a token is a byte), or none; default: the run's
+                         own, and none where it read tokens
     form=dense           of the hidden weights of a sparse run: dense, which transformers opens; condensed (of constant
                          fan-in, sparsity=srigl) or semi_structured (2:4, sparsity=nm), which
                          rowwise.trainer.models.forms.open_exported opens for inference
@@ -34,7 +35,7 @@ from rowwise.kernels.nm import nm_mask
 from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.config import unknown_key
-from rowwise.trainer.data.tokenizer import open_tokenizer
+from rowwise.trainer.data.tokenizer import byte_tokenizer_json, open_tokenizer
 from rowwise.trainer.manifest import damage, find_checkpoints, read_manifest, step_folder
 from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
 from rowwise.trainer.models.forms import FORMS, SEMI_STRUCTURED_DTYPES, form_config, in_form
@@ -116,7 +117,7 @@ def export(config: ExportConfig) -> str:
         if config.form != "dense" and not changed:
             raise ValueError(f"form={config.form}: every hidden weight would be larger than dense; give form=dense")
         if tokenizer is not None:
-            copy_tokenizer(tokenizer, partial, manifest["config"]["data"].get("end_of_text"))
+            write_tokenizer(tokenizer, partial, manifest["config"]["data"].get("end_of_text"))
         partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -184,30 +185,35 @@ def model_of(manifest: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"the run is of another release of Rowwise ({error}); export it with that one") from None
 
 
-def tokenizer_of(data: dict[str, Any], choice: str | None, vocab_size: int) -> tuple[Path | None, int | None]:
-    """The tokenizer.json to copy, and the token that ends a document; None where there is none. Raises ValueError."""
-    of_run, separator = data.get("tokenizer", "bytes"), data.get("separator")
-    if choice == "none" or (choice is None and of_run == "bytes"):
+def tokenizer_of(data: dict[str, Any], choice: str | None, vocab_size: int) -> tuple[bytes | None, int | None]:
+    """The tokenizer.json to put beside the weights, and the token that ends a document; None where there is none. Raises
+    ValueError."""
+    # What read tokens alone has no tokenizer, whatever made them.
+    given, separator = (
+        choice or data.get("tokenizer", "none" if data["name"] == "tokens" else "bytes"),
+        data.get("separator"),
+    )
+    if given == "none":
         return None, separator
-    path = Path(choice or of_run).expanduser()
-    if not path.is_file():
+    end_of_text, path = data.get("end_of_text") if given != "bytes" else None, Path(given).expanduser()
+    if given != "bytes" and not path.is_file():
         origin = "tokenizer" if choice else "the run's data.tokenizer"
         raise ValueError(f"{origin}={path}: no such file; give tokenizer=PATH of the tokenizer.json, or tokenizer=none")
-    end_of_text = data.get("end_of_text")
-    tokenizer = open_tokenizer(str(path), end_of_text)
+    tokenizer = open_tokenizer(given, end_of_text)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"{path} has tokens up to {tokenizer.vocab_size - 1}, and the model's vocab_size is {vocab_size}: it is "
+            f"{given} has tokens up to {tokenizer.vocab_size - 1}, and the model's vocab_size is {vocab_size}: it is "
             "not the tokenizer of this run; give tokenizer=PATH of that, or tokenizer=none"
         )
+    content = byte_tokenizer_json().encode() if given == "bytes" else path.read_bytes()
     # What an empty document becomes ends in its end.
-    return path, separator if end_of_text is None else int(tokenizer.encode([b""])[0][-1])
+    return content, separator if end_of_text is None else int(tokenizer.encode([b""])[0][-1])
 
 
-def copy_tokenizer(path: Path, folder: Path, end_of_text: str | None) -> None:
+def write_tokenizer(content: bytes, folder: Path, end_of_text: str | None) -> None:
     """tokenizer.json, and the word to transformers to take it as it is: it would rebuild a Llama's from the vocabulary
     with rules of its own."""
-    shutil.copyfile(path, folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_bytes(content)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if end_of_text is not None:
         settings["eos_token"] = end_of_text

@@ -8,6 +8,7 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from rowwise.launch.export import main
 from rowwise.parallel.mesh import Workers
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.config import Text
+from rowwise.trainer.data.tokenizer import ByteTokenizer
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
 from rowwise.trainer.models.huggingface import INDEX, check_source, rows_from
 from rowwise.trainer.train import train
@@ -288,6 +290,57 @@ def test_the_tokenizer_goes_with_the_model(text_run, tmp_path):
     for text in (TEXT, "  1234 rows,\n\tand é — 行<|end|>x"):
         assert theirs(text)["input_ids"] == ours.encode(text).ids
         assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text.replace("<|end|>", "")
+
+
+@pytest.fixture(scope="module")
+def byte_run(ranks, tmp_path_factory) -> TrainConfig:
+    """A run over the bytes of text, with a few tokens that no byte has."""
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / "text.txt").write_text(TEXT)
+    config = small_config(folder, "model.vocab_size=259", "precision=fp32", "steps=1", "batch.global_size=4")
+    config = with_layout(replace(config, data=Text(files=[str(folder)], holdout=0.0)), 2)
+    Path(config.run_dir).mkdir()
+    ranks.run(run_training, 2, config)
+    return config
+
+
+def test_the_tokenizer_of_bytes_goes_with_the_model(byte_run, tmp_path):
+    """In transformers: every byte is its own token, and what is no UTF-8 is written as it is here."""
+    from transformers import AutoTokenizer
+
+    assert main([f"run={byte_run.run_dir}", f"to={tmp_path / 'to'}"]) == 0
+    ours, theirs = ByteTokenizer(), AutoTokenizer.from_pretrained(tmp_path / "to")
+    random = Random(5)
+    texts = [TEXT, "", " ", "\0\r\n\t  two  spaces ", "é — 行 \U0001f600\u00ad\ufeff", "".join(map(chr, range(0x2800)))]
+    texts += ["".join(chr(random.randrange(0xD800)) for _ in range(200)) for _ in range(20)]
+    for text in texts:
+        assert theirs(text)["input_ids"] == list(text.encode()) == ours.encode_prompt(text)
+        assert theirs.decode(list(text.encode())) == text
+    for _ in range(50):
+        tokens = list(random.randbytes(120))
+        assert theirs.decode(tokens) == ours.decode(tokens)
+    assert theirs.decode([*b"past", 256, 258]) == ours.decode([*b"past", 256, 258]) == "past"
+    assert all(theirs.decode([b]) == ours.decode([b]) for b in range(256))
+
+
+def test_bytes_are_chosen_or_left_out(run_of, byte_run, tmp_path, capsys):
+    for settings, there in {(): True, ("tokenizer=bytes",): True, ("tokenizer=none",): False}.items():
+        to = tmp_path / f"to{len(list(tmp_path.iterdir()))}"
+        assert main([f"run={byte_run.run_dir}", f"to={to}", *settings]) == 0
+        assert (to / "tokenizer.json").exists() == (to / "tokenizer_config.json").exists() == there
+    assert main([f"run={run_of('llama').run_dir}", f"to={tmp_path / 'to'}", "tokenizer=bytes"]) == 2
+    assert "bytes has tokens up to 255, and the model's vocab_size is 61" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o027, 0o640)])
+def test_files_are_as_the_umask_says(byte_run, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        assert main([f"run={byte_run.run_dir}", f"to={tmp_path / 'to'}", "max_file_bytes=12000"]) == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "to").iterdir()}
+    assert len(modes) > 5 and set(modes.values()) == {mode}, modes
 
 
 def test_a_tokenizer_that_moved_must_be_named_or_left_out(text_run, tmp_path, capsys):

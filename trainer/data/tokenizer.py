@@ -37,6 +37,22 @@ class ByteTokenizer:
         return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
 
 
+def byte_tokenizer_json() -> str:
+    """Writes `ByteTokenizer` as a tokenizer.json: byte b is token b, nothing is merged, nothing is added. Where tokens
+    are no UTF-8, both decode to U+FFFD."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    # A tokenizer.json spells every byte as a printable character: the printable ones of Latin-1 as themselves, the
+    # others, in their order, as what follows U+00FF.
+    spelt = {b: chr(b) for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
+    spelt |= {b: chr(0x100 + place) for place, b in enumerate(b for b in range(256) if b not in spelt)}
+    library = Library(models.BPE(vocab={spelt[b]: b for b in range(256)}, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    return library.to_str(pretty=True)
+
+
 class FileTokenizer:
     """A tokenizer.json. Documents get no special tokens but `end_of_text`, where it is given, at their
     end."""

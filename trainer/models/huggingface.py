@@ -6,6 +6,7 @@ loading reads just the rows of a shard, exporting holds one output file at a tim
 
 import json
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -249,6 +250,7 @@ def write_folder(
     the tensors to write for one of them. Raises ValueError for numbers that `dtype` cannot hold.
     """
     groups = list(_pack(shapes, dtype.itemsize, max_file_bytes))
+    (folder / "config.json").write_text(json.dumps(config_json, indent=1))
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(groups, 1):
@@ -258,8 +260,11 @@ def write_folder(
         total += sum(written.values())
     if len(groups) > 1:
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
-    (folder / "config.json").write_text(json.dumps(config_json, indent=1))
-    return [folder / file for file in dict.fromkeys(weight_map.values())]
+    files = [folder / file for file in dict.fromkeys(weight_map.values())]
+    for path in files:
+        # safetensors makes files that their owner alone may read; a file of ours is as the umask and the folder say.
+        path.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
+    return files
 
 
 def _write_file(
