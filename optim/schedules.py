@@ -1,13 +1,17 @@
 """Learning-rate schedules: pure functions of the step that return a factor of `optim.lr`.
 
-Steps count from 0: step t uses factor(t). Every schedule warms up linearly over `warmup_steps`, so that step
-`warmup_steps` is the first at full rate; step 0 has the factor 1 / (warmup_steps + 1), never 0.
-The fields of each choice are a dataclass of their own, so that a field of another schedule is an error.
+Steps count from 0: step t of a run of T steps uses factor(t, T). A schedule warms up linearly over w steps, so that step w is
+the first at full rate and step 0 has 1 / (w + 1), never 0; its decays reach their floor at T, the step after the last, as
+torch's and transformers' do, so that no step is lost to a rate of 0. How long a phase is can be said as a share of the
+run (`warmup=0.02`) or in steps (`warmup_steps=500`), one of the two; in steps it stays where it is when the run is made
+longer. The fields of each choice are a dataclass of its own, so that a field of another schedule is an error.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+WARMUP = 0.02  # of the run, where neither a share nor a number of steps is given
 
 
 def warmup(step: int, warmup_steps: int) -> float:
@@ -17,56 +21,97 @@ def warmup(step: int, warmup_steps: int) -> float:
 
 def cosine(progress: float, floor: float) -> float:
     """Half a cosine from 1 to `floor` while progress goes from 0 to 1 (Loshchilov & Hutter, SGDR)."""
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * _within(progress)))
 
 
 def linear(progress: float, floor: float) -> float:
     """A straight line from 1 to `floor` while progress goes from 0 to 1."""
-    return 1 - (1 - floor) * min(1.0, max(0.0, progress))
+    return 1 - (1 - floor) * _within(progress)
 
 
-def inverse_sqrt_decay(progress: float, floor: float) -> float:
+def sqrt(progress: float, floor: float) -> float:
     """1 - sqrt(progress), the cool-down of Haegele et al. (*Scaling Laws Beyond Fixed Training Durations*), to `floor`."""
-    return floor + (1 - floor) * (1 - math.sqrt(min(1.0, max(0.0, progress))))
+    return floor + (1 - floor) * (1 - math.sqrt(_within(progress)))
 
 
-DECAYS = {"linear": linear, "cosine": cosine, "sqrt": inverse_sqrt_decay}
-DecayName = Literal["linear", "cosine", "sqrt"]
+def inverse_sqrt(progress: float, floor: float) -> float:
+    """h(progress) / h(1) of the way from 1 to `floor`, h(x) = 1 / sqrt(1 + 10 x) - 1: the other cool-down of Ibrahim et al."""
+    return 1 - (1 - floor) * (1 / math.sqrt(1 + 10 * _within(progress)) - 1) / (1 / math.sqrt(11) - 1)
 
 
-@dataclass(frozen=True)
-class Constant:
+def exponential(progress: float, floor: float) -> float:
+    """floor^progress: equal factors in equal times, the annealing of Ibrahim et al. `floor` is above 0."""
+    return floor ** _within(progress)
+
+
+DECAYS = {
+    "linear": linear,
+    "cosine": cosine,
+    "sqrt": sqrt,
+    "inverse_sqrt": inverse_sqrt,
+    "exponential": exponential,
+}
+DecayName = Literal["linear", "cosine", "sqrt", "inverse_sqrt", "exponential"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmedUp:
+    """`warmup`: the share of the run that warms up; or `warmup_steps`, a number of steps. Neither: 0.02 of the run."""
+
+    warmup: float | None = None
+    warmup_steps: int | None = None
+
+    def warmup_length(self, steps: int) -> int:
+        return length(self.warmup, self.warmup_steps, WARMUP, steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(WarmedUp):
     """Full rate after the warm-up."""
 
     name: Literal["constant"] = "constant"
-    warmup_steps: int = 0
 
     def factor(self, step: int, steps: int) -> float:
-        return warmup(step, self.warmup_steps)
+        return warmup(step, self.warmup_length(steps))
 
 
-@dataclass(frozen=True)
-class Cosine:
-    """Warm up, then half a cosine to `floor` at the last step."""
+@dataclass(frozen=True, kw_only=True)
+class Cosine(WarmedUp):
+    """Warm up, then half a cosine to `floor`.
+
+    `rewarm_at`: the run was one of that many steps; from there a second one climbs from where the first ended, and decays
+    over what is left: continual pre-training on new data (Gupta et al., *How to (re)warm your model?*).
+    """
 
     name: Literal["cosine"] = "cosine"
-    warmup_steps: int = 0
     floor: float = 0.1
+    rewarm_at: int | None = None
 
     def factor(self, step: int, steps: int) -> float:
-        return warmup(step, self.warmup_steps) * cosine(_progress(step, self.warmup_steps, steps), self.floor)
+        if self.rewarm_at is None:
+            return self._once(step, steps)
+        if step < self.rewarm_at:
+            return self._once(step, self.rewarm_at)
+        since, left, before = step - self.rewarm_at, steps - self.rewarm_at, self._once(self.rewarm_at, self.rewarm_at)
+        if since < self.warmup_length(left):
+            return climb(before, since, self.warmup_length(left))
+        return self._once(since, left)
+
+    def _once(self, step: int, steps: int) -> float:
+        start = self.warmup_length(steps)
+        return warmup(step, start) * cosine((step - start) / max(1, steps - start), self.floor)
 
 
-@dataclass(frozen=True)
-class Linear:
-    """Warm up, then a straight line to `floor` at the last step."""
+@dataclass(frozen=True, kw_only=True)
+class Linear(WarmedUp):
+    """Warm up, then a straight line to `floor`."""
 
     name: Literal["linear"] = "linear"
-    warmup_steps: int = 0
     floor: float = 0.0
 
     def factor(self, step: int, steps: int) -> float:
-        return warmup(step, self.warmup_steps) * linear(_progress(step, self.warmup_steps, steps), self.floor)
+        start = self.warmup_length(steps)
+        return warmup(step, start) * linear((step - start) / max(1, steps - start), self.floor)
 
 
 @dataclass(frozen=True)
@@ -86,103 +131,173 @@ class OneCycle:
         return cosine((step - top) / max(1.0, steps - 1 - top), 1 / (self.start_div * self.end_div))
 
 
-@dataclass(frozen=True)
-class Wsd:
-    """Warm-up, stable, decay (Hu et al., *MiniCPM*): full rate until the last `decay_steps`, which fall to `floor`."""
+@dataclass(frozen=True, kw_only=True)
+class Wsd(WarmedUp):
+    """Warm-up, stable, decay (Hu et al., *MiniCPM*): full rate until the last `decay_share` of the run or `decay_steps`
+    (neither: 0.2 of it, as Haegele et al.), which fall to `floor`."""
 
     name: Literal["wsd"] = "wsd"
-    warmup_steps: int = 0
-    decay_steps: int = 0
+    decay_share: float | None = None
+    decay_steps: int | None = None
     decay: DecayName = "sqrt"
     floor: float = 0.0
 
+    def decay_length(self, steps: int) -> int:
+        return length(self.decay_share, self.decay_steps, 0.2, steps)
+
     def factor(self, step: int, steps: int) -> float:
-        full = warmup(step, self.warmup_steps)
-        if self.decay_steps == 0:
+        full, last = warmup(step, self.warmup_length(steps)), self.decay_length(steps)
+        if last == 0:
             return full
-        return full * DECAYS[self.decay]((step - (steps - 1 - self.decay_steps)) / self.decay_steps, self.floor)
+        return full * DECAYS[self.decay]((step - (steps - last)) / last, self.floor)
 
 
-@dataclass(frozen=True)
-class Infinite:
+@dataclass(frozen=True, kw_only=True)
+class Infinite(WarmedUp):
     """The infinite schedule (Ibrahim et al., *Simple and Scalable Strategies to Continually Pre-train*; Singh et al.,
-    *Beyond Cosine Decay*): warm up, cool over `cooldown_steps` to the constant `constant`, hold for ever, and, once
-    `anneal_at` is given, anneal over `anneal_steps` to `floor`.
+    *Beyond Cosine Decay*): warm up, cool over `cooldown_share` of the run or `cooldown_steps` (neither: 0.2 of it) to the
+    constant `constant`, hold for ever, and, once `anneal_at` is given, anneal over `anneal_steps` (null: what is left) to
+    `floor`. Both are shares of `optim.lr`.
 
     A checkpoint of the constant part can be annealed (resume it with `anneal_at`) and trained on as well.
-    `rewarm_at` starts the whole schedule again at that step, for continual pre-training on new data (Gupta et al.,
-    *How to (re)warm your model?*): the factor climbs from where it stood.
+    `rewarm_at` starts the whole schedule again at that step: the factor climbs from where it stood.
     """
 
     name: Literal["infinite"] = "infinite"
-    warmup_steps: int = 0
-    cooldown_steps: int = 0
+    cooldown_share: float | None = None
+    cooldown_steps: int | None = None
     cooldown: DecayName = "cosine"
     constant: float = 0.5
     anneal_at: int | None = None
-    anneal_steps: int = 0
-    floor: float = 0.0
+    anneal_steps: int | None = None
+    anneal: DecayName = "exponential"
+    floor: float = 0.1
     rewarm_at: int | None = None
 
+    def cooldown_length(self, steps: int) -> int:
+        return length(self.cooldown_share, self.cooldown_steps, 0.2, steps)
+
+    def anneal_length(self, steps: int) -> int:
+        assert self.anneal_at is not None
+        return steps - self.anneal_at if self.anneal_steps is None else self.anneal_steps
+
     def factor(self, step: int, steps: int) -> float:
-        held = self._rewarmed(step)
         if self.anneal_at is None or step < self.anneal_at:
-            return held
-        progress = (step - self.anneal_at + 1) / max(1, self.anneal_steps)
-        return held * linear(progress, self.floor)
+            return self._rewarmed(step, steps)
+        held = self._rewarmed(self.anneal_at, steps)
+        progress = (step - self.anneal_at) / max(1, self.anneal_length(steps))
+        return held * DECAYS[self.anneal](
+            progress, min(1.0, self.floor / held)
+        )  # held is above the floor but in a warm-up
 
-    def _rewarmed(self, step: int) -> float:
-        if self.rewarm_at is None or step < self.rewarm_at:
-            return self._held(step)
-        since, before = step - self.rewarm_at, self._held(self.rewarm_at)
-        if since < self.warmup_steps:
-            return before + (1 - before) * warmup(since, self.warmup_steps)
-        return self._held(since)
+    def _rewarmed(self, step: int, steps: int) -> float:
+        if self.rewarm_at is None:
+            return self._held(step, steps)
+        if step < self.rewarm_at:
+            return self._held(step, self.rewarm_at)
+        since, left, before = step - self.rewarm_at, steps - self.rewarm_at, self._held(self.rewarm_at, self.rewarm_at)
+        if since < self.warmup_length(left):
+            return climb(before, since, self.warmup_length(left))
+        return self._held(since, left)
 
-    def _held(self, step: int) -> float:
-        cooled = (
-            (step - self.warmup_steps) / self.cooldown_steps
-            if self.cooldown_steps
-            else float(step >= self.warmup_steps)
-        )
-        return warmup(step, self.warmup_steps) * DECAYS[self.cooldown](cooled, self.constant)
+    def _held(self, step: int, steps: int) -> float:
+        start, over = self.warmup_length(steps), self.cooldown_length(steps)
+        cooled = (step - start) / over if over else float(step >= start)
+        return warmup(step, start) * DECAYS[self.cooldown](cooled, self.constant)
 
 
 ScheduleConfig = Constant | Cosine | Linear | OneCycle | Wsd | Infinite
+# A length of a phase: the key of its share of the run, and that of its steps.
+PHASES = {"warmup": "warmup_steps", "decay_share": "decay_steps", "cooldown_share": "cooldown_steps"}
+
+
+def length(share: float | None, number: int | None, default: float, steps: int) -> int:
+    """The steps of a phase that is given as a `number` of steps, as a `share` of `steps`, or not at all."""
+    return number if number is not None else round((default if share is None else share) * steps)
+
+
+def climb(before: float, step: int, warmup_steps: int) -> float:
+    """A second warm-up: linear from `before` to 1."""
+    return before + (1 - before) * warmup(step, warmup_steps)
 
 
 def check_schedule(config: ScheduleConfig, steps: int) -> None:
     """Refuses what a schedule of `steps` steps cannot mean. Raises ValueError."""
     for key, value in vars(config).items():
-        if key.endswith("_steps") and value < 0:
+        if key.endswith("_steps") and value is not None and value < 0:
             raise ValueError(f"schedule.{key}={value}: a number of steps is at least 0")
+        if key in PHASES and value is not None and not 0 <= value <= 1:
+            raise ValueError(
+                f"schedule.{key}={value}: a share of the run, from 0 to 1; for steps give schedule.{PHASES[key]}"
+            )
         if key in ("floor", "constant") and not 0 <= value <= 1:
             raise ValueError(f"schedule.{key}={value}: it is a share of optim.lr, from 0 to 1")
-    phases = getattr(config, "warmup_steps", 0) + getattr(config, "decay_steps", 0)
-    if phases > steps:
-        raise ValueError(
-            f"schedule={config.name}: warm-up and decay take {phases} steps and the run has {steps}; "
-            "shorten schedule.warmup_steps or schedule.decay_steps, or raise steps"
-        )
-    if isinstance(config, OneCycle) and (not 0 < config.rise < 1 or config.start_div < 1 or config.end_div < 1):
-        raise ValueError("schedule=one_cycle: rise lies between 0 and 1, and start_div and end_div are at least 1")
+        if key in ("rewarm_at", "anneal_at") and value is not None and not 0 < value < steps:
+            raise ValueError(
+                f"schedule.{key}={value}: a step after the first, and before the end of the run, steps={steps}"
+            )
+    for share, number in PHASES.items():
+        given = getattr(config, share, None), getattr(config, number, None)
+        if None not in given:
+            raise ValueError(
+                f"schedule.{share}={given[0]} schedule.{number}={given[1]}: a share of the run or a number of steps; give one "
+                "of the two"
+            )
+    if isinstance(config, OneCycle):
+        _check_one_cycle(config)
+    else:
+        _check_phases(config, steps)
+    if isinstance(config, Wsd):
+        _check_shape("decay", config.decay, "floor", config.floor)
     if isinstance(config, Infinite):
         _check_infinite(config)
 
 
-def _check_infinite(config: Infinite) -> None:
-    if config.anneal_at is None and config.anneal_steps:
+def _check_one_cycle(config: OneCycle) -> None:
+    if not 0 < config.rise < 1 or config.start_div < 1 or config.end_div < 1:
+        raise ValueError("schedule=one_cycle: rise lies between 0 and 1, and start_div and end_div are at least 1")
+
+
+def _check_phases(config: WarmedUp, steps: int) -> None:
+    run = steps - (getattr(config, "rewarm_at", None) or 0)
+    phases = config.warmup_length(run) + (config.decay_length(run) if isinstance(config, Wsd) else 0)
+    if phases > run:
         raise ValueError(
-            "schedule.anneal_steps is given without schedule.anneal_at, the step at which annealing starts"
+            f"schedule={config.name}: warm-up and decay take {phases} steps and the run has {run}"
+            f"{'' if run == steps else ' after schedule.rewarm_at'}; "
+            "shorten schedule.warmup_steps or schedule.decay_steps, or raise steps"
         )
-    if config.anneal_at is not None and config.anneal_steps < 1:
-        raise ValueError("schedule.anneal_at is given: schedule.anneal_steps must be at least 1")
-    if config.rewarm_at is not None and config.anneal_at is not None and config.anneal_at < config.rewarm_at:
+
+
+def _check_shape(key: str, shape: DecayName, end_key: str, end: float) -> None:
+    if shape == "exponential" and end == 0:
+        raise ValueError(
+            f"schedule.{key}=exponential never reaches schedule.{end_key}=0; give one above 0, or {key}=linear"
+        )
+
+
+def _check_infinite(config: Infinite) -> None:
+    _check_shape("cooldown", config.cooldown, "constant", config.constant)
+    if config.anneal_at is None:
+        if config.anneal_steps is not None:
+            raise ValueError(
+                "schedule.anneal_steps is given without schedule.anneal_at, the step at which annealing starts"
+            )
+        return
+    _check_shape("anneal", config.anneal, "floor", config.floor)
+    if config.anneal_steps == 0:
+        raise ValueError("schedule.anneal_steps=0: annealing takes at least 1 step; null is what is left of the run")
+    if config.floor > config.constant:
+        raise ValueError(
+            f"schedule.floor={config.floor} is above schedule.constant={config.constant}, from which annealing goes down; "
+            "both are shares of optim.lr"
+        )
+    if config.rewarm_at is not None and config.anneal_at < config.rewarm_at:
         raise ValueError(
             f"schedule.anneal_at={config.anneal_at} comes before schedule.rewarm_at={config.rewarm_at}: "
             "re-warming after annealing is a new run; resume its checkpoint under another name"
         )
 
 
-def _progress(step: int, warmup_steps: int, steps: int) -> float:
-    return (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+def _within(progress: float) -> float:
+    return min(1.0, max(0.0, progress))

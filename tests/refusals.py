@@ -198,7 +198,11 @@ REFUSED = {
         ["optim.param_dtype=bf16"],
         r"optim.param_dtype=bf16 with precision=fp32: .*give precision=bf16",
     ),
-    "schedule too long": (["schedule=wsd", "schedule.decay_steps=500"], r"take 500 steps and the run has 200"),
+    "schedule too long": (["schedule=wsd", "schedule.decay_steps=500"], r"take 504 steps and the run has 200"),
+    "two lengths of one phase": (
+        ["schedule=cosine", "schedule.warmup=0.1", "schedule.warmup_steps=5"],
+        r"schedule.warmup=0.1 schedule.warmup_steps=5: a share of the run or a number of steps; give one of the two",
+    ),
     "annealing": (["schedule=infinite", "schedule.anneal_steps=5"], r"without schedule.anneal_at"),
     "held-out share": (["data.holdout=1"], r"data.holdout=1.*share from 0 to below 1"),
     "nothing held out": (["data.holdout=0"], r"eval.every is on and data.holdout=0"),

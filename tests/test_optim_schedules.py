@@ -1,12 +1,66 @@
 """Learning-rate schedules as pure functions: their shape at the points that define them."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
 
+from rowwise.launch.compose import compose_tree
 from rowwise.optim.schedules import Constant, Cosine, Infinite, Linear, OneCycle, Wsd, check_schedule
+from rowwise.trainer.config import config_from_tree
 
 STEPS = 1000
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_documented_factors_are_those_of_the_presets():
+    """docs/schedules.md: a row for every file of conf/schedule, and others with options."""
+    rows = re.findall(r"^\| `(schedule=[^`]*)` \|(.*)\|$", (ROOT / "docs/schedules.md").read_text(), re.MULTILINE)
+    for overrides, cells in rows:
+        schedule = config_from_tree(compose_tree([*overrides.split(), f"steps={STEPS}"])).schedule
+        check_schedule(schedule, STEPS)
+        factors = [schedule.factor(min(step, STEPS - 1), STEPS) for step in (0, 250, 500, 750, 1000)]
+        assert [cell.strip() for cell in cells.split("|")] == [f"{factor:.3g}" for factor in factors], overrides
+    presets = {f"schedule={path.stem}" for path in (ROOT / "conf/schedule").glob("*.yaml")}
+    assert presets <= {overrides for overrides, _ in rows}
+
+
+def test_no_preset_is_a_constant_or_loses_a_step():
+    for path in (ROOT / "conf/schedule").glob("*.yaml"):
+        schedule = config_from_tree(compose_tree([f"schedule={path.stem}"])).schedule
+        factors = [schedule.factor(step, 200) for step in range(200)]
+        assert len(set(factors)) > 1 and min(factors) > 0 and max(factors) == pytest.approx(1, abs=1e-3), path
+
+
+def theirs(make, *arguments, **options):
+    """The factors of one of transformers' schedules."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    return make(optimizer, *arguments, **options).lr_lambdas[0]
+
+
+def test_decays_are_those_of_transformers():
+    warm, rest = 100, range(100, STEPS)
+    pairs = [
+        (Cosine(warmup_steps=warm, floor=0.0), theirs(get_cosine_schedule_with_warmup, warm, STEPS)),
+        (Linear(warmup_steps=warm), theirs(get_linear_schedule_with_warmup, warm, STEPS)),
+    ]
+    for ours, name in (("linear", "linear"), ("cosine", "cosine"), ("sqrt", "1-sqrt")):
+        options = {"num_decay_steps": 200, "num_stable_steps": 700, "decay_type": name, "min_lr_ratio": 0.1}
+        pairs.append((Wsd(warmup_steps=warm, decay=ours, floor=0.1), theirs(get_wsd_schedule, warm, **options)))
+    for schedule, factor in pairs:
+        assert [schedule.factor(t, STEPS) for t in rest] == pytest.approx([factor(t) for t in rest]), schedule
+
+
+def test_a_phase_is_a_share_of_the_run_or_a_number_of_steps():
+    for kind in (Constant, Cosine, Linear, Wsd, Infinite):
+        for given in ({"warmup": 0.05}, {"warmup_steps": 50}):
+            assert kind(**given).factor(49, STEPS) < 1 == kind(**given).factor(50, STEPS)
+        assert kind(warmup_steps=0).factor(0, STEPS) == 1, "as the runs of a first release, which said so"
+    assert Wsd(decay_share=0.3).factor(700, STEPS) == 1 > Wsd(decay_share=0.3).factor(701, STEPS)
+    assert Infinite(cooldown_share=0.4).factor(419, STEPS) > 0.5 == Infinite(cooldown_share=0.4).factor(420, STEPS)
 
 
 def test_warm_up_reaches_full_rate_and_never_starts_at_zero():
@@ -18,15 +72,9 @@ def test_warm_up_reaches_full_rate_and_never_starts_at_zero():
 
 def test_cosine_and_linear_end_at_their_floor():
     cosine, linear = Cosine(warmup_steps=100, floor=0.1), Linear(warmup_steps=100, floor=0.2)
-    middle = 100 + 899 / 2
-    assert cosine.factor(999, STEPS) == pytest.approx(0.1)
-    assert linear.factor(999, STEPS) == pytest.approx(0.2)
-    assert (cosine.factor(math.floor(middle), STEPS) + cosine.factor(math.ceil(middle), STEPS)) / 2 == pytest.approx(
-        0.55
-    )
-    assert (linear.factor(math.floor(middle), STEPS) + linear.factor(math.ceil(middle), STEPS)) / 2 == pytest.approx(
-        0.6
-    )
+    assert (cosine.factor(550, STEPS), cosine.factor(1000, STEPS)) == pytest.approx((0.55, 0.1))
+    assert (linear.factor(550, STEPS), linear.factor(1000, STEPS)) == pytest.approx((0.6, 0.2))
+    assert linear.factor(999, STEPS) == pytest.approx(0.2 + 0.8 / 900)
 
 
 def test_one_cycle_climbs_once_and_falls_once():
@@ -44,8 +92,8 @@ def test_one_cycle_climbs_once_and_falls_once():
 def test_wsd_is_flat_until_its_decay(decay, halfway):
     schedule = Wsd(warmup_steps=50, decay_steps=200, decay=decay)
     assert {schedule.factor(t, STEPS) for t in range(50, 800)} == {1.0}
-    assert schedule.factor(899, STEPS) == pytest.approx(halfway)
-    assert schedule.factor(999, STEPS) == pytest.approx(0.0)
+    assert schedule.factor(900, STEPS) == pytest.approx(halfway)
+    assert schedule.factor(999, STEPS) > 0 == schedule.factor(1000, STEPS)
 
 
 def test_infinite_holds_for_ever_and_anneals_from_where_it_stands():
@@ -53,10 +101,16 @@ def test_infinite_holds_for_ever_and_anneals_from_where_it_stands():
     assert held.factor(10, STEPS) == pytest.approx(1.0)
     assert held.factor(60, STEPS) == pytest.approx(0.7)
     assert {held.factor(t, STEPS) for t in (110, 500, 10**9)} == {0.4}
-    annealed = Infinite(warmup_steps=10, cooldown_steps=100, constant=0.4, anneal_at=500, anneal_steps=100, floor=0.0)
-    assert all(annealed.factor(t, STEPS) == held.factor(t, STEPS) for t in range(500))
-    assert annealed.factor(549, STEPS) == pytest.approx(0.2)
-    assert annealed.factor(599, STEPS) == pytest.approx(0.0)
+    line = Infinite(
+        warmup_steps=10, cooldown_steps=100, constant=0.4, anneal_at=500, anneal_steps=100, anneal="linear", floor=0.2
+    )
+    assert all(line.factor(t, STEPS) == held.factor(t, STEPS) for t in range(501))
+    assert line.factor(550, STEPS) == pytest.approx(0.3)
+    assert line.factor(600, STEPS) == pytest.approx(0.2), "the floor is a share of optim.lr, not of what was held"
+    # Ibrahim et al., appendix: eta_const (eta_min / eta_const)^((t - t_ann) / T_ann), here over what is left of the run.
+    annealed = Infinite(constant=0.4, anneal_at=500, floor=0.1)
+    assert annealed.factor(750, STEPS) == pytest.approx(0.4 * (0.1 / 0.4) ** 0.5)
+    assert annealed.factor(1000, STEPS) == pytest.approx(0.1)
 
 
 def test_rewarming_climbs_from_where_it_stood_and_cools_again():
@@ -67,6 +121,14 @@ def test_rewarming_climbs_from_where_it_stood_and_cools_again():
     assert climb[0] == pytest.approx(0.4 + 0.6 / 11)
     assert climb[-1] == pytest.approx(1.0)
     assert schedule.factor(410, STEPS) == pytest.approx(0.4)
+
+
+def test_a_cosine_warms_again_from_its_end_and_decays_over_what_is_left():
+    schedule, first = Cosine(warmup_steps=20, rewarm_at=400), Cosine(warmup_steps=20)
+    assert [schedule.factor(t, STEPS) for t in range(400)] == [first.factor(t, 400) for t in range(400)]
+    climb = [schedule.factor(t, STEPS) for t in range(400, 421)]
+    assert climb[0] == pytest.approx(0.1 + 0.9 / 21) and climb[-1] == 1 and climb == sorted(climb)
+    assert [schedule.factor(400 + t, STEPS) for t in range(20, 600)] == [first.factor(t, 600) for t in range(20, 600)]
 
 
 def test_a_schedule_does_not_depend_on_the_length_where_it_promises_not_to():
@@ -81,7 +143,24 @@ def test_a_schedule_does_not_depend_on_the_length_where_it_promises_not_to():
         (Cosine(warmup_steps=-1), "warmup_steps=-1"),
         (Cosine(floor=1.5), "floor=1.5"),
         (OneCycle(rise=1.0), "rise lies between 0 and 1"),
-        (Infinite(anneal_at=5), "anneal_steps must be at least 1"),
+        (Infinite(anneal_at=5, anneal_steps=0), "anneal_steps=0: annealing takes at least 1 step"),
+        (Infinite(anneal_steps=5), "anneal_steps is given without schedule.anneal_at"),
+        (Infinite(anneal_at=1000), "anneal_at=1000: a step after the first, and before the end of the run, steps=1000"),
+        (Infinite(anneal_at=5, floor=0.0), "anneal=exponential never reaches schedule.floor=0; .*or anneal=linear"),
+        (Infinite(anneal_at=5, floor=0.7), "floor=0.7 is above schedule.constant=0.5"),
+        (Wsd(decay="exponential"), "decay=exponential never reaches schedule.floor=0"),
+        (
+            Wsd(warmup=0.1, warmup_steps=5),
+            "warmup=0.1 schedule.warmup_steps=5: a share .* or a number .*one of the two",
+        ),
+        (Wsd(decay_share=0.1, decay_steps=5), "decay_share=0.1 schedule.decay_steps=5: .*one of the two"),
+        (
+            Infinite(cooldown_share=0.1, cooldown_steps=5),
+            "cooldown_share=0.1 schedule.cooldown_steps=5: .*one of the two",
+        ),
+        (Linear(warmup=5.0), "warmup=5.0: a share of the run, from 0 to 1; for steps give schedule.warmup_steps"),
+        (Wsd(warmup=0.3, decay_share=0.8), "take 1100 steps and the run has 1000"),
+        (Cosine(rewarm_at=950, warmup_steps=100), "take 100 steps and the run has 50 after schedule.rewarm_at"),
         (Infinite(anneal_at=5, anneal_steps=5, rewarm_at=9), "comes before schedule.rewarm_at"),
     ],
 )
