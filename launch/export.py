@@ -116,8 +116,8 @@ def export(config: ExportConfig) -> str:
         files = write_folder(partial, config_json, shapes, read, dtype, max_file_bytes, form)
         if config.form != "dense" and not changed:
             raise ValueError(f"form={config.form}: every hidden weight would be larger than dense; give form=dense")
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, partial, manifest["config"]["data"].get("end_of_text"))
+        for name, content in tokenizer.items():
+            (partial / name).write_bytes(content)
         partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -185,16 +185,14 @@ def model_of(manifest: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"the run is of another release of Rowwise ({error}); export it with that one") from None
 
 
-def tokenizer_of(data: dict[str, Any], choice: str | None, vocab_size: int) -> tuple[bytes | None, int | None]:
-    """The tokenizer.json to put beside the weights, and the token that ends a document; None where there is none. Raises
-    ValueError."""
+def tokenizer_of(data: dict[str, Any], choice: str | None, vocab_size: int) -> tuple[dict[str, bytes], int | None]:
+    """The tokenizer's files to put beside the weights, by name, and the token that ends a document; none and None where
+    there is none. Raises ValueError."""
     # What read tokens alone has no tokenizer, whatever made them.
-    given, separator = (
-        choice or data.get("tokenizer", "none" if data["name"] == "tokens" else "bytes"),
-        data.get("separator"),
-    )
+    of_run, separator = data.get("tokenizer", "none" if data["name"] == "tokens" else "bytes"), data.get("separator")
+    given = choice or of_run
     if given == "none":
-        return None, separator
+        return {}, separator
     end_of_text, path = data.get("end_of_text") if given != "bytes" else None, Path(given).expanduser()
     if given != "bytes" and not path.is_file():
         origin = "tokenizer" if choice else "the run's data.tokenizer"
@@ -205,19 +203,13 @@ def tokenizer_of(data: dict[str, Any], choice: str | None, vocab_size: int) -> t
             f"{given} has tokens up to {tokenizer.vocab_size - 1}, and the model's vocab_size is {vocab_size}: it is "
             "not the tokenizer of this run; give tokenizer=PATH of that, or tokenizer=none"
         )
-    content = byte_tokenizer_json().encode() if given == "bytes" else path.read_bytes()
-    # What an empty document becomes ends in its end.
-    return content, separator if end_of_text is None else int(tokenizer.encode([b""])[0][-1])
-
-
-def write_tokenizer(content: bytes, folder: Path, end_of_text: str | None) -> None:
-    """tokenizer.json, and the word to transformers to take it as it is: it would rebuild a Llama's from the vocabulary
-    with rules of its own."""
-    (folder / "tokenizer.json").write_bytes(content)
+    # The word to transformers to take it as it is: it would rebuild a Llama's from the vocabulary with rules of its own.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    content = byte_tokenizer_json().encode() if given == "bytes" else path.read_bytes()
     if end_of_text is not None:
         settings["eos_token"] = end_of_text
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+        separator = int(tokenizer.encode([b""])[0][-1])  # what an empty document becomes ends in its end
+    return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}, separator
 
 
 def read_(checkpoint: Path, tensors: dict[str, Tensor]) -> None:

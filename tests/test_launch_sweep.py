@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from rowwise.launch.sweep.__main__ import main
 from rowwise.launch.sweep.config import resolve
 from rowwise.launch.sweep.running import Running, outcome_of
 from rowwise.launch.sweep.space import Choice, Interval, parse_space
-from rowwise.launch.sweep.trials import trial_words
-from rowwise.trainer.metrics import read_metrics
+from rowwise.launch.sweep.trials import Trial, curve, draw, row_of, trial_words
+from rowwise.trainer.metrics import MetricsTail, read_metrics
 from rowwise.trainer.tracker import NoTracker, Wandb
 from runs import records
 
@@ -330,3 +331,33 @@ def test_halving_keeps_the_best_third_at_every_rung(every):
         study.tell(trial, state=optuna.trial.TrialState.PRUNED if expected else optuna.trial.TrialState.COMPLETE,
                    values=None if expected else [value])  # fmt: skip
     assert 3 <= len(kept[9]) < len(kept[3]) < len(kept[1]) == 40
+
+
+def test_a_search_never_prefers_a_trial_for_a_step_without_a_loss(tmp_path):
+    """A step without valid tokens has null: it is reported to no pruner, is no trial's value, and is best of nothing."""
+    losses = {0: [3.0, None, 2.5, None], 1: [3.0, 2.0, None, 2.0], 2: [None, None, None, None]}
+    for number, values in losses.items():
+        (tmp_path / f"trial-{number}").mkdir()
+        common = {"tokens": 1, "tokens_per_second": 1.0, "step_seconds": 1.0}
+        lines = [{"step": s, "loss": v, "eval_loss": v, **common} for s, v in enumerate(values, 1)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"trial-{number}/metrics.jsonl").write_text(text)
+    trials = [Trial(number, {"seed": str(number)}, tmp_path / f"trial-{number}") for number in losses]
+    for goal in ("loss", "eval_loss"):
+        curves = [curve(trial.folder, goal) for trial in trials]
+        assert curves == [[(1, 3.0), (3, 2.5)], [(1, 3.0), (2, 2.0), (4, 2.0)], []]
+    rows = [row_of(trial) for trial in trials]
+    assert [(row["eval_loss"], row["best_eval_loss"]) for row in rows] == [(2.5, 2.5), (2.0, 2.0), (None, None)]
+    assert draw(trials, tmp_path, "loss").exists()
+
+    study = optuna.create_study(pruner=search.Halving(1, 3))
+    watched = types.SimpleNamespace(config=types.SimpleNamespace(goal="loss"), _decide=lambda running, step: None)
+    for trial in trials:
+        asked = study.ask()
+        tail = MetricsTail(trial.folder)
+        running = Running(asked, trial.folder, 0, None, 4, None, tail, 0.0, set())
+        search.Search._report(watched, running)
+        assert study.trials[-1].intermediate_values == dict(curve(trial.folder, "loss"))
+        study.tell(asked, **({"values": measured[-1][1]} if (measured := curve(trial.folder, "loss")) else
+                             {"state": optuna.trial.TrialState.FAIL}))  # fmt: skip
+    assert study.best_trial.number == 1

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,6 +79,58 @@ def test_the_console_shows_a_bar_on_a_terminal(monkeypatch):
     assert "4/10" in shown
     assert "loss overflow" in shown
     assert "a word" in shown
+
+
+def test_the_console_tells_an_overflow_from_a_step_without_valid_tokens(capsys):
+    console = Console(0, 3, log_every=1)
+    console.step({**RECORD, "loss": None, "grad_norm": None})
+    console.step({**RECORD, "step": 2, "loss": None, "grad_norm": 0.0, "eval_loss": None})
+    console.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert "loss overflow  grad norm overflow" in lines[0]
+    assert "loss none (no valid token)  grad norm 0.000" in lines[1]
+    assert lines[2] == "step 2/3  held-out loss none (no valid token)"
+
+
+SILENT = ["steps=2", "data.holdout=0.2", "eval.every=2", "tracker=tensorboard"]
+
+
+@pytest.mark.parametrize(
+    ("world", "options", "degrees"),
+    [
+        (1, (), {}),
+        (2, (), {"zero": 3}),
+        (2, ("batch.micro_size=12", "optim.in_backward=true", "clip_norm=0"), {}),
+        (2, (), {"pipeline": 2}),
+        (2, ("parallel.post_validation=true",), {"pipeline": 2}),
+    ],
+    ids=["one", "zero 3", "in backward", "pipeline", "post-validation"],
+)
+def test_a_step_without_valid_tokens_has_no_loss(ranks, tmp_path, world, options, degrees):
+    """Documents of one token each, in the data and in what is held out of it: null, and not a perfect 0."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    np.zeros(3000, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    config = with_layout(small_config(tmp_path, *SILENT, *options), world, **degrees)
+    said = ranks.run(run_said, world, config)[0]
+    assert [(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / "run")] == [(None, 0.0)] * 2
+    assert read_metrics(tmp_path / "run")[-1]["eval_loss"] is None
+    assert "loss none (no valid token)  grad norm 0.000" in said and "held-out loss none (no valid token)" in said
+    tags = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload().Tags()["scalars"]
+    assert "grad_norm" in tags and not {"loss", "eval_loss"} & set(tags)
+
+
+def test_a_step_without_valid_tokens_among_others(ranks, tmp_path):
+    """The steps around it have the losses of their tokens alone, and its gradient is zero."""
+    stream = np.random.default_rng(0).integers(1, 61, 3000)
+    stream[: 13 * 115] = 0
+    stream.astype(np.uint16).tofile(tmp_path / "tokens.bin")
+    options = ["steps=9", "batch.global_size=1", "batch.micro_size=1", "data.holdout=0", "clip_norm=0"]
+    ranks.run(run_train, 1, with_layout(small_config(tmp_path, *options), 1))
+    losses = [(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / "run")]
+    silent = [norm for loss, norm in losses if loss is None]
+    assert 0 < len(silent) < 9 and set(silent) == {0.0}
+    assert all(2 < loss < 7 and norm > 0 for loss, norm in losses if loss is not None)
 
 
 def test_tensorboard_goes_on_where_the_run_does(ranks, tmp_path):

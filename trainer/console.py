@@ -17,19 +17,20 @@ class Console:
         """One record: the bar moves on, or every `log_every` steps a line."""
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"loss {_number(record['loss'], '.4f')}, {record['tokens_per_second']:,.0f} tokens/s per worker",
+                f"loss {_loss(record)}, {record['tokens_per_second']:,.0f} tokens/s per worker",
                 refresh=False,
             )
             self._bar.update()
         elif record["step"] % self._log_every == 0 or record["step"] in (1, self._steps):
             left = (self._steps - record["step"]) * record["step_seconds"]
             self.say(
-                f"step {record['step']}/{self._steps}  loss {_number(record['loss'], '.4f')}  "
-                f"grad norm {_number(record['grad_norm'], '.3f')}  "
+                f"step {record['step']}/{self._steps}  loss {_loss(record)}  "
+                f"grad norm {_number(record['grad_norm'], '{:.3f}', 'overflow')}  "
                 f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s per worker  {clock(left)} left"
             )
         if "eval_loss" in record:
-            self.say(f"step {record['step']}/{self._steps}  held-out loss {record['eval_loss']:.4f} nats per token")
+            told = _number(record["eval_loss"], "{:.4f} nats per token", "none (no valid token)")
+            self.say(f"step {record['step']}/{self._steps}  held-out loss {told}")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
@@ -43,9 +44,13 @@ class Console:
             self._bar.close()
 
 
-def _number(value: float | None, form: str) -> str:
-    """A step that overflowed has none."""
-    return "overflow" if value is None else format(value, form)
+def _loss(record: dict[str, Any]) -> str:
+    """A step that overflowed has none; nor has one without a valid token, whose gradient is zero."""
+    return _number(record["loss"], "{:.4f}", "overflow" if record["grad_norm"] is None else "none (no valid token)")
+
+
+def _number(value: float | None, form: str, absent: str) -> str:
+    return absent if value is None else form.format(value)
 
 
 def clock(seconds: float) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import release_gathered
 from rowwise.trainer.data.batches import MicroBatch
-from rowwise.trainer.loss import summed_loss
+from rowwise.trainer.loss import mean_loss, summed_loss
 from rowwise.trainer.pipeline import StagedDecoder
 
 
@@ -28,7 +28,8 @@ class EvalConfig:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[MicroBatch], mesh: Mesh) -> float:
-    """Nats per token. One all-reduce of two numbers over all ranks. Every rank must pass as many micro-batches."""
+    """Nats per token; NaN where none is valid. One all-reduce of two numbers over all ranks. Every rank must pass as many
+    micro-batches."""
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     if isinstance(model, StagedDecoder):
         totals += model.losses(list(batches), mesh.device)
@@ -38,4 +39,4 @@ def evaluate(model: nn.Module, batches: Iterable[MicroBatch], mesh: Mesh) -> flo
         release_gathered(model)
     dist.all_reduce(totals)
     loss, tokens = totals.tolist()
-    return loss / max(1.0, tokens)
+    return mean_loss(loss, tokens)

@@ -1,5 +1,7 @@
 """The training loss: the cross entropy summed over valid tokens, and how many those are."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,3 +23,8 @@ def loss_of(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
     wide = logits_BSV if logits_BSV.dtype == torch.float64 else logits_BSV.float()
     loss = F.cross_entropy(wide.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORE, reduction="sum")
     return loss, (labels_BS != IGNORE).sum()
+
+
+def mean_loss(loss_sum: float, tokens: float) -> float:
+    """Divides a summed loss by the valid tokens it is of; NaN of none."""
+    return loss_sum / tokens if tokens else math.nan

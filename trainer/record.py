@@ -34,8 +34,8 @@ def step_record(
     flops_per_second = tokens_per_second * flops_per_token(config.model, config.batch.seq_len)
     record = {
         "step": state.step,
-        "loss": report.loss if math.isfinite(report.loss) else None,
-        "grad_norm": report.grad_norm if report.finite else None,
+        "loss": number_or_none(report.loss),
+        "grad_norm": number_or_none(report.grad_norm),
         "lr": lr,
         "tokens": state.tokens,
         "tokens_per_second": tokens_per_second,
@@ -47,6 +47,11 @@ def step_record(
     if config.precision.name == "fp16":
         record |= {"loss_scale": loss_scale, "skipped_steps": state.loss_scale.skipped}
     return record
+
+
+def number_or_none(value: float) -> float | None:
+    """What JSON can hold: a step that overflowed, or had no valid token, has no loss."""
+    return value if math.isfinite(value) else None
 
 
 def sparsity_record(sparsity: Sparsity | None, config: TrainConfig, step: int) -> dict[str, Any]:

@@ -20,14 +20,14 @@ from rowwise.parallel.pipeline import Span
 from rowwise.parallel.shard import begin_micro_batch, clip_factor, finish_backward, gradients, squared_norm
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
-from rowwise.trainer.loss import summed_loss
+from rowwise.trainer.loss import mean_loss, summed_loss
 from rowwise.trainer.pipeline import StagedDecoder
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Of one step, over all ranks. `grad_norm` is before clipping; where it is not finite, there is no usable gradient.
-    `stop`: some rank was asked to stop."""
+    """Of one step, over all ranks. `loss` is NaN where no token is valid: there is no mean. `grad_norm` is before clipping;
+    where it is not finite, there is no usable gradient. `stop`: some rank was asked to stop."""
 
     loss: float
     grad_norm: float
@@ -143,7 +143,7 @@ def read_totals(totals: Tensor, places: int, loss_scale: float) -> StepReport:
     loss_sum, tokens, norm_squared, stops = totals.tolist()
     finite = math.isfinite(norm_squared)
     norm = math.sqrt(norm_squared) * mean_factor(int(tokens), places, loss_scale) if finite else math.inf
-    return StepReport(loss_sum / max(1.0, tokens), norm, int(tokens), stops > 0)
+    return StepReport(mean_loss(loss_sum, tokens), norm, int(tokens), stops > 0)
 
 
 def mean_factor(tokens: int, places: int, loss_scale: float) -> float:
@@ -177,7 +177,7 @@ def step_in_backward(
     loss_sum, norm_squared, stops = totals.tolist()
     count = int(tokens)
     norm_of_all = math.sqrt(norm_squared) if math.isfinite(norm_squared) else math.inf
-    return StepReport(loss_sum / max(1, count), norm_of_all, count, stops > 0)
+    return StepReport(mean_loss(loss_sum, count), norm_of_all, count, stops > 0)
 
 
 def accumulate(

@@ -29,7 +29,7 @@ from rowwise.trainer.manifest import fingerprint, set_aside
 from rowwise.trainer.memory import keep_memory
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
-from rowwise.trainer.record import sparsity_record, step_record
+from rowwise.trainer.record import number_or_none, sparsity_record, step_record
 from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_facts
 from rowwise.trainer.sample import generate
@@ -216,13 +216,13 @@ def eval_batches(config: TrainConfig, mesh: Mesh, data: Data):
 
 def eval_record(
     config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data, step: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """What a step that evaluates adds to its record: the held-out loss, and the seconds that it took."""
     if not config.eval.due(step, config.steps):
         return {}
     started = time.perf_counter()
     loss = evaluate(model, eval_batches(config, mesh, data), mesh)
-    return {"eval_loss": loss, "eval_seconds": time.perf_counter() - started}
+    return {"eval_loss": number_or_none(loss), "eval_seconds": time.perf_counter() - started}
 
 
 def require_usable(report: StepReport, config: TrainConfig, state: TrainState) -> None:

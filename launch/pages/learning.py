@@ -21,6 +21,11 @@ def show(runs: Sequence[Run]) -> list[str]:
     ]
     mute = [run for run in runs if run.curve("loss") is None]
     return [
-        *(paragraph(f"{run.label}: no step has a loss yet; all {len(run.steps):,} overflowed.") for run in mute),
+        *(paragraph(f"{run.label}: no step has a loss yet; all {len(run.steps):,} {_why(run)}.") for run in mute),
         *grid(figures),
     ]
+
+
+def _why(run: Run) -> str:
+    """Of steps without a loss: one that overflowed has no gradient either."""
+    return "overflowed" if run.curve("grad_norm") is None else "overflowed or had no valid token"

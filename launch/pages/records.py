@@ -24,7 +24,7 @@ WHOLE_STEP = ("step_seconds", "eval_seconds", "save_seconds")  # the first ends 
 
 @dataclass(frozen=True)
 class Curve:
-    """A number over steps; NaN where it was null: an overflow has no loss."""
+    """A number over steps; NaN where it was null: an overflow has no loss, nor has a step without valid tokens."""
 
     steps: np.ndarray
     values: np.ndarray

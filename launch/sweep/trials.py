@@ -43,7 +43,7 @@ def row_of(trial: Trial) -> dict[str, Any]:
     """A line of the table. What was not measured is None."""
     records, outcome = read_metrics(trial.folder), read_outcome(trial.folder)
     last = records[-1] if records else {}
-    evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
+    evaluations = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     speeds = [record["tokens_per_second"] for record in records]
     return {
         "trial": trial.number,
