@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 import yaml
 
 from parity import small_config, write_tokens
@@ -23,10 +25,11 @@ from rowwise.trainer.config import TrainConfig, check, config_from_tree, tree_of
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.manifest import CheckpointConfig, fingerprint
 from rowwise.trainer.metrics import read_metrics
-from rowwise.trainer.models.decoder import ModelConfig
+from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
+from rowwise.trainer.models.huggingface import their_config, write_folder
 from rowwise.trainer.prepare import lock_run, prepare
 from rowwise.trainer.tracker import TrackerConfig
-from runs import run_train
+from runs import run_said, run_train
 
 CHOICES = {  # group -> choice -> its dataclass
     group: {choice.name: choice for choice in get_args(union)}
@@ -164,6 +167,70 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(ranks, tmp_path)
     again = replace(onwards, steps=6)
     assert ranks.run(run_train, 1, prepare(again, 1))[0].step == 6
     assert [record["step"] for record in read_metrics(tmp_path / "next")] == [3, 4, 5, 6]
+
+
+def test_a_path_to_resume_from_is_never_passed_over_in_silence(ranks, tmp_path):
+    """Where the run folder has a checkpoint of its own that did not begin there: refused, whatever the path names. The
+    same command again goes on with its own, and says so, also where what it began from is gone."""
+
+    def run_of(name: str, *overrides: str) -> TrainConfig:
+        return small_config(tmp_path, "steps=1", f"run_dir={tmp_path}/{name}", *overrides)
+
+    for name, overrides in {"base": [], "own": [], "other": ["model.layers=1"]}.items():
+        ranks.run(run_train, 1, check(run_of(name, *overrides), 1))
+    (checkpoint,) = (tmp_path / "base/checkpoints").glob("step-*")
+    for path in (tmp_path / "base", checkpoint, tmp_path / "other"):
+        with pytest.raises(ValueError) as refusal:
+            prepare(run_of("own", "steps=2", f"resume={path}"), 1)
+        assert str(refusal.value) == (
+            f"resume={path}, but run_dir={tmp_path}/own already holds a run that did not begin there, with its own "
+            f"step-00000001; give resume=auto to go on with that, or another name to begin from resume={path}"
+        )
+    own = f"resume={tmp_path}/own/checkpoints/step-00000001"
+    for path in (f"resume={tmp_path}/own", own, "resume=auto"):
+        assert prepare(run_of("own", "steps=2", path), 1).steps == 2
+
+    branch = run_of("branch", "steps=2", f"resume={tmp_path}/base")
+    assert f"resumed from {checkpoint}\n" in ranks.run(run_said, 1, prepare(branch, 1))[0]
+    again = replace(branch, steps=3, resume=f"{tmp_path}/branch/../base")
+    said = ranks.run(run_said, 1, prepare(again, 1))[0]
+    ours = tmp_path / "branch/checkpoints/step-00000002"
+    assert f"resumed from {ours}; the run began from resume={again.resume}, and goes on with its own\n" in said
+    shutil.rmtree(tmp_path / "base")
+    assert prepare(replace(branch, steps=4), 1).steps == 4
+    with pytest.raises(ValueError, match=r"resume=.*other, but run_dir=.*branch already holds a run"):
+        prepare(replace(branch, resume=f"{tmp_path}/other"), 1)
+
+
+def test_weights_to_begin_from_are_never_passed_over_in_silence(ranks, tmp_path):
+    """A run that goes on from a checkpoint begins from no folder: refused where the checkpoint's own run did not."""
+    config = check(small_config(tmp_path, "steps=1"), 1)
+    ranks.run(run_train, 1, config)
+    _write_source(tmp_path / "source", config.model)
+    began = replace(config, model=replace(config.model, init_from=str(tmp_path / "source")))
+    for resume, name in (("auto", "run"), (f"{tmp_path}/run", "next")):
+        with pytest.raises(
+            ValueError, match=r"model.init_from=.*source, but the run goes on .* began from random numb"
+        ):
+            prepare(replace(began, steps=2, resume=resume, run_dir=f"{tmp_path}/{name}"), 1)
+    first = prepare(replace(began, run_dir=f"{tmp_path}/first"), 1)
+    ranks.run(run_train, 1, first)
+    prepare(replace(first, steps=2), 1)
+    prepare(replace(first, steps=2, resume=first.run_dir, run_dir=f"{tmp_path}/second"), 1)
+    prepare(replace(first, steps=2, model=config.model), 1)
+    _write_source(tmp_path / "another", config.model)
+    with pytest.raises(
+        ValueError, match=r"model.init_from=.*another, .* began from .*source; leave model.init_from out"
+    ):
+        prepare(replace(first, model=replace(config.model, init_from=str(tmp_path / "another"))), 1)
+
+
+def _write_source(folder: Path, model: ModelConfig) -> None:
+    """A Hugging Face folder of zeros."""
+    folder.mkdir()
+    read_ = lambda tensors: [tensor.fill_(0.1) for tensor in tensors.values()]  # noqa: E731
+    values = their_config(model, torch.float32, 128, None)
+    write_folder(folder, values, parameter_shapes(model), read_, torch.float32, 10**9)
 
 
 def test_a_checkpoint_of_the_first_version_goes_on(ranks, tmp_path):

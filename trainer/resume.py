@@ -44,31 +44,21 @@ def data_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
 def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
     """The checkpoints to try, the newest first; empty: start from nothing.
 
-    Raises ValueError where `resume` names none, where a checkpoint is of another model, and where `resume=auto` would
-    go on in a run whose data or seed has changed. (A path may: that is how a run goes on with other data.)
+    Raises ValueError where `resume` names none, where the run folder has checkpoints that `resume` would pass over, where a
+    checkpoint is of another model, and where `resume=auto` would go on in a run whose data or seed has changed. (A path
+    may: that is how a run goes on with other data.)
     """
-    run_dir = Path(config.run_dir)
+    own = find_checkpoints(Path(config.run_dir))
+    if config.resume == "never" and own:
+        raise ValueError(
+            f"resume=never, but run_dir={config.run_dir} already holds a run, which would be lost; "
+            "give resume=auto to go on with it, or another name"
+        )
     if config.resume == "never":
-        if find_checkpoints(run_dir):
-            raise ValueError(
-                f"resume=never, but run_dir={config.run_dir} already holds a run, which would be lost; "
-                "give resume=auto to go on with it, or another name"
-            )
         return []
-    own = find_checkpoints(run_dir)
-    given = [] if config.resume == "auto" else find_checkpoints(Path(config.resume).expanduser())
-    if config.resume != "auto" and not given:
-        raise ValueError(
-            f"resume={config.resume}: no checkpoint there; give auto, never, or the path of a run or of a checkpoint "
-            "(runs/NAME/checkpoints/step-00000100)"
-        )
-    if own and given and given[0].resolve() in [checkpoint.resolve() for checkpoint in own[1:]]:
-        raise ValueError(
-            f"resume={config.resume}: this run has a later checkpoint, {own[0].name}, which would be lost; "
-            "give another name to branch off, or move the later ones away"
-        )
     # A run that has begun goes on with its own, also when its command, started again, names where it began.
-    found, auto = (own, True) if own or not given else (given, False)
+    auto = config.resume == "auto" or _began_from(own, config.resume)
+    found = own if auto else _given(config, own)
     for checkpoint in found:
         try:
             manifest = read_manifest(checkpoint)
@@ -78,6 +68,7 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
         _refuse_difference(checkpoint, manifest["model"], model_facts(config), "is of another model", advice)
         states = {**manifest["model"], **manifest.get("states", {})}
         _refuse_difference(checkpoint, states, state_facts(config), "holds other optimizer states", advice)
+        _refuse_second_source(checkpoint, manifest, config)
         if auto:
             advice = f"to go on with it on purpose, give another name and resume={checkpoint}"
             kept = {"optim.param_dtype": manifest["config"]["optim"].get("param_dtype")}
@@ -87,6 +78,59 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
                 checkpoint, manifest["data"], data_facts(config, data_fingerprint), "read other data", advice
             )
     return found
+
+
+def told_of(checkpoint: Path, config: TrainConfig) -> str:
+    """What is said of a run that goes on from `checkpoint`: also that it is not the one that `resume` names."""
+    again = config.resume != "auto" and checkpoint in find_checkpoints(Path(config.run_dir))
+    began = f"; the run began from resume={config.resume}, and goes on with its own" if again else ""
+    return f"resumed from {checkpoint}{began}"
+
+
+def _given(config: TrainConfig, own: list[Path]) -> list[Path]:
+    """The checkpoints that `resume` names by a path. Raises ValueError where there are none, or `own` would be passed
+    over for them."""
+    given = find_checkpoints(Path(config.resume).expanduser())
+    if not given:
+        raise ValueError(
+            f"resume={config.resume}: no checkpoint there; give auto, never, or the path of a run or of a checkpoint "
+            "(runs/NAME/checkpoints/step-00000100)"
+        )
+    if not own or given[0].resolve() == own[0].resolve():
+        return given
+    if given[0].resolve() in [checkpoint.resolve() for checkpoint in own]:
+        raise ValueError(
+            f"resume={config.resume}: this run has a later checkpoint, {own[0].name}, which would be lost; "
+            "give another name to branch off, or move the later ones away"
+        )
+    raise ValueError(
+        f"resume={config.resume}, but run_dir={config.run_dir} already holds a run that did not begin there, with its own "
+        f"{own[0].name}; give resume=auto to go on with that, or another name to begin from resume={config.resume}"
+    )
+
+
+def _began_from(own: list[Path], path: str) -> bool:
+    """Whether the newest of a run's own checkpoints was saved by a command with `resume=path`."""
+    for checkpoint in own:
+        try:
+            return _same_path(read_manifest(checkpoint)["config"]["resume"], path)
+        except ValueError:
+            continue
+    return False
+
+
+def _refuse_second_source(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> None:
+    """Refuses `model.init_from` of a run that goes on from weights that did not begin there: it would be ignored."""
+    there, here = manifest["config"]["model"].get("init_from"), config.model.init_from
+    if here is not None and (there is None or not _same_path(there, here)):
+        raise ValueError(
+            f"model.init_from={here}, but the run goes on from checkpoint {checkpoint}, whose weights began from "
+            f"{there or 'random numbers'}; leave model.init_from out, or give another name to begin from it"
+        )
+
+
+def _same_path(one: str, other: str) -> bool:
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _refuse_difference(checkpoint: Path, there: dict, here: dict, what: str, advice: str) -> None:

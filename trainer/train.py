@@ -31,7 +31,7 @@ from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
 from rowwise.trainer.record import number_or_none, sparsity_record, step_record
 from rowwise.trainer.report import open_reporter
-from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_facts
+from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_facts, told_of
 from rowwise.trainer.sample import generate
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients, step_at_once, step_in_backward
@@ -194,7 +194,7 @@ def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tenso
     state = TrainState.from_tree(manifest["state"])
     if manifest["precision"] != config.precision.name:
         state.loss_scale = initial_loss_scale(config.precision)
-    return state, [f"{complaint}; passed over" for complaint in complaints] + [f"resumed from {checkpoint}"]
+    return state, [f"{complaint}; passed over" for complaint in complaints] + [told_of(checkpoint, config)]
 
 
 def share_of(mesh: Mesh, seq_len: int) -> Share:
