@@ -21,7 +21,6 @@ from rowwise.kernels.philox import random_words, stream_key
 
 Tensors = dict[str, Tensor]
 States = dict[str, Tensors]
-KEEP, GROW, DROPPED = 0, 1, 2
 
 
 def sparse_matrices(config: Any, params: Tensors) -> Tensors:
@@ -222,7 +221,7 @@ class Masked(Dense):
         after = {}
         for name, mask in self.masks.items():
             active = int(mask.sum())
-            k = min(round(share * active), mask.numel() - active)
+            k = min(int(share * active), mask.numel() - active)
             kept = largest(self.params[name].detach().abs(), active - k, mask)
             after[name] = kept | largest(self.growth(name, t), k, ~mask)
         return after
@@ -232,27 +231,32 @@ class Masked(Dense):
         active = {name: int(mask.sum()) for name, mask in self.masks.items()}
         free = {name: mask.numel() - active[name] for name, mask in self.masks.items()}
         total = sum(active.values())
-        k = min(round(share * total), sum(free.values()))
+        k = min(int(share * total), sum(free.values()))
         kept = largest_of_all(magnitudes(self.params), total - k, self.masks)
         wanted = [Fraction(k * int(mask.sum()), total - k) for mask in kept.values()]
         grown = dict(zip(kept, shared_out(k, wanted, list(free.values())), strict=True))
         return {name: kept[name] | largest(self.growth(name, t), grown[name], ~self.masks[name]) for name in kept}
 
     def equal_rows(self, name: str, share: float) -> Tensor:
-        """SRigL, row by row."""
+        """SRigL as its authors' class does it: rows are judged by the fan-in before any ablation, and so many live that
+        their columns could hold more than the budget."""
         w, g, mask = self.params[name].detach().abs(), self.gradients[name].abs(), self.masks[name]
-        active, lived, columns = int(mask.sum()), mask.any(1), mask.size(1)
-        k = min(round(share * active), mask.numel() - active)
-        kept, grown = largest(w, active - k, mask), largest(g, k, ~mask)
-        fan_in = active // int(lived.sum())  # of every row that lives
-        alive = (kept | grown).sum(1) >= self.config.ablate_below * fan_in
-        alive = alive if alive.any() else lived
-        new_fan_in = min(columns, self.budgets[name] // int(alive.sum()))
+        (rows, columns), budget, active = mask.shape, self.budgets[name], int(mask.sum())
+        k = int(share * active)
+        salient = (largest(w, active - k, mask) | largest(g, k)).sum(1)
+        gamma = self.config.ablate_below
+        bound = max(1, int(gamma * (budget // rows))) if gamma else 0
+        bound = min(bound, int(salient.sort(descending=True).values[min(budget // columns, rows - 1)]))
+        alive = salient >= bound
+        kept = largest(w, min(active - k, int(mask[alive].sum())), mask & alive[:, None])
+        fan_in = min(columns, budget // int(alive.sum()))
         after = torch.zeros_like(mask)
         for i in alive.nonzero().flatten().tolist():
-            kind = [KEEP if kept[i, j] else DROPPED if mask[i, j] else GROW for j in range(columns)]
-            size = [float(g[i, j] if kind[j] == GROW else w[i, j]) for j in range(columns)]
-            after[i, sorted(range(columns), key=lambda j: (kind[j], -size[j], j))[:new_fan_in]] = True
+            first = [j for j in range(columns) if kept[i, j]]
+            first.sort(key=lambda j: (-float(w[i, j]), j))
+            then = [j for j in range(columns) if not kept[i, j]]
+            then.sort(key=lambda j: (-float(g[i, j]), j))
+            after[i, (first + then)[:fan_in]] = True
         return after
 
 

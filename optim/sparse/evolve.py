@@ -88,32 +88,26 @@ Growth = Callable[[Layer], Keys]
 
 
 def drop_and_grow(layers: Layers, share: float, growth: Growth, bits: int) -> list[Tensor]:
-    """Replaces round(share x active) weights of every matrix, at most as many as are inactive. `growth`: keys of the
-    inactive weights, of so many `bits`."""
-    kept, grown = kept_and_grown(layers, share, growth, bits)
-    return [keep | new for keep, new in zip(kept, grown, strict=True)]
-
-
-def kept_and_grown(layers: Layers, share: float, growth: Growth, bits: int) -> tuple[list[Tensor], list[Tensor]]:
-    """What stays and what comes, of every matrix; both found in the same messages."""
+    """Replaces floor(share x active) weights of every matrix, at most as many as are inactive. `growth`: keys of the
+    inactive weights, of so many `bits`. What stays and what comes are found in the same messages."""
     active = layers.counts([layer.bits for layer in layers.mine], layers.rows)
     kept, grown = [], []
     for layer in layers.mine:
         free = layers.shapes[layer.index].numel() - active[layer.index]
-        replaced = min(round(share * active[layer.index]), free)
+        replaced = min(int(share * active[layer.index]), free)
         kept.append(active[layer.index] - replaced)
         grown.append(replaced)
     keys = [active_magnitudes(layer) for layer in layers.mine] + [growth(layer) for layer in layers.mine]
     masks = layers.choose(keys, kept + grown, max(bits, key_bits(layers.dtype)))
-    return masks[: len(layers.mine)], masks[len(layers.mine) :]
+    return [keep | new for keep, new in zip(masks, masks[len(layers.mine) :], strict=False)]
 
 
 def redistribute(layers: Layers, share: float, growth: Growth, bits: int) -> list[Tensor]:
-    """Drops the round(share x active) smallest of all matrices together; each grows in proportion to what it has left, as
+    """Drops the floor(share x active) smallest of all matrices together; each grows in proportion to what it has left, as
     far as it has room."""
     active = layers.counts([layer.bits for layer in layers.mine], layers.model)
     total, sizes = sum(active), [shape.numel() for shape in layers.shapes]
-    replaced = min(round(share * total), sum(sizes) - total)
+    replaced = min(int(share * total), sum(sizes) - total)
     kept = layers.choose_together([active_magnitudes(layer) for layer in layers.mine], total - replaced,
                                   key_bits(layers.dtype))  # fmt: skip
     left = layers.counts(kept, layers.model)
