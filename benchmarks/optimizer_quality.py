@@ -26,6 +26,7 @@ from quality_runs import Kept, digest_of, make_runs
 from record import RESULTS, write_record
 
 from rowwise.launch.compose import compose_tree
+from rowwise.trainer.config import config_from_tree
 
 WITH_RANK = ("galore", "dct", "fira", "apollo")
 WITH_REFRESH = (*WITH_RANK, "apollo_mini")
@@ -61,8 +62,8 @@ def overrides_of(run: Run, options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def preset(rule: str) -> float:
-    """The learning rate in conf/optim."""
-    return compose_tree([f"optim={rule}"])["optim"]["lr"]
+    """The learning rate of the preset, for a model as small as these."""
+    return config_from_tree(compose_tree([f"optim={rule}"])).optim.lr
 
 
 def loss_of(run: Run, kept: Kept, options: argparse.Namespace) -> float | None:

@@ -21,7 +21,8 @@ from rowwise.optim.rule import Batch, pick, row_slices
 @dataclass(frozen=True, kw_only=True)
 class LionConfig(OptimBase):
     name: Literal["lion"] = "lion"
-    lr: float = 3e-4
+    lr: float = 1e-3
+    weight_decay: float = 0.3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
 
     def check(self) -> None:

@@ -142,6 +142,10 @@ REFUSED = {
     "backend": (["parallel.backend=accelerate"], r"parallel.backend='accelerate': input should be 'torch'"),
     "zero": (["parallel.zero=4"], r"parallel.zero=4: possible are 0, 1, 2 and 3"),
     "learning rate": (["optim.lr=0"], r"optim.lr=0.*above 0"),
+    "a rate by size that a rule does not have": (
+        ["optim=galore", "optim.lr=null"],
+        r"optim.lr=null with optim=galore: its rate does not follow from the model's size; give a number",
+    ),
     "betas": (["optim.betas=[0.9]"], r"optim.betas=\[0.9\]: two numbers"),
     "unknown rule": (["optim=shampoo"], r"optim/shampoo.*Available options.*adafactor"),
     "rank above the narrow side": (
@@ -232,7 +236,10 @@ REFUSED = {
         ["data=hf", "data.files={folder}/rows.jsonl", "data.column=body"],
         r"no text in column 'body'; its columns are text",
     ),
-    "sampling tokens": (["data=tokens", "data.files={folder}/tokens.bin"], r"has no tokenizer to write with"),
+    "sampling tokens": (
+        ["data=tokens", "data.files={folder}/tokens.bin", "sample.tokens=5"],
+        r"has no tokenizer to write with; give sample.tokens=0",
+    ),
     "empty prompt": (["sample.prompt=''"], r"sample.prompt='' has no token to go on from"),
     "resume": (["resume=/nowhere"], r"resume=/nowhere: no checkpoint there; give auto, never, or the path"),
     "run directory": (["run_dir=/dev/null/run"], r"run_dir=/dev/null/run cannot be written .*give another run_dir"),

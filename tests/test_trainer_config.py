@@ -76,7 +76,7 @@ def text(tmp_path_factory):
 def data_overrides(choice: str, folder: Path) -> list[str]:
     files = {"text": folder, "hf": folder, "tokens": folder / "tokens.bin"}
     found = [f"data.files={files[choice]}", "data.holdout=0.3"] if choice in files else []
-    return [f"data={choice}", *found, *(["sample.tokens=0"] if choice == "tokens" else [])]
+    return [f"data={choice}", *found, *(["sample.tokens=null"] if choice == "tokens" else [])]
 
 
 @pytest.mark.parametrize("file", FILES)

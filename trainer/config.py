@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rowwise.optim.build import ELEMENTWISE, OptimConfig, check_optimizer
+from rowwise.optim.rates import SHARES, rate_of_size
 from rowwise.optim.schedules import ScheduleConfig, check_schedule
 from rowwise.optim.sparse.config import NM, SparsityConfig, check_sparsity, starts_at_random
 from rowwise.parallel.mesh import ParallelConfig, resolve_degrees
@@ -18,7 +19,7 @@ from rowwise.trainer.data.batches import BatchConfig, check_batch
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.evaluate import EvalConfig
 from rowwise.trainer.manifest import CheckpointConfig, check_checkpoint
-from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_shapes
+from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_count, parameter_shapes
 from rowwise.trainer.sample import SampleConfig
 from rowwise.trainer.stages import check_pipeline, splits_backward
 from rowwise.trainer.tracker import TrackerConfig
@@ -57,15 +58,28 @@ _ADAPTER = TypeAdapter(TrainConfig)
 
 
 def config_from_tree(tree: dict[str, Any]) -> TrainConfig:
-    """The typed configuration of a composed tree, strictly: raises ValueError for an unknown key, a missing one or a
-    wrong type, and names it."""
+    """The typed configuration of a composed tree, strictly, with the learning rate that the model's size asks for where
+    `optim.lr` is null. Raises ValueError for an unknown key, a missing one or a wrong type, and names it."""
+    by_size = isinstance(tree.get("optim"), dict) and tree["optim"].get("lr", 0) is None
+    if by_size:
+        tree = {**tree, "optim": {**tree["optim"], "lr": 1.0}}
     try:
         # As JSON, because strict validation of Python objects would ask for instances instead of trees.
         config = _ADAPTER.validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         raise ValueError(_explain(error, tree)) from None
     _refuse_unknown(tree, asdict(config), "")
-    return config
+    return _with_rate_of_size(config) if by_size else config
+
+
+def _with_rate_of_size(config: TrainConfig) -> TrainConfig:
+    if config.optim.name not in SHARES:
+        raise ValueError(
+            f"optim.lr=null with optim={config.optim.name}: its rate does not follow from the model's size; give a number"
+        )
+    check_model(config.model)
+    parameters, _ = parameter_count(config.model)
+    return replace(config, optim=replace(config.optim, lr=rate_of_size(config.optim.name, parameters)))
 
 
 def tree_of(config: TrainConfig) -> dict[str, Any]:
@@ -229,7 +243,7 @@ def _check_eval(config: TrainConfig) -> None:
         raise ValueError(
             "eval.every is on and data.holdout=0 holds nothing out; give data.holdout a share, or eval.every=0"
         )
-    if config.sample.tokens < 0 or config.sample.temperature < 0:
+    if (config.sample.tokens or 0) < 0 or config.sample.temperature < 0:
         raise ValueError("sample.tokens and sample.temperature are at least 0")
 
 

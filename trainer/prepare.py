@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,6 +13,7 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.models.huggingface import check_source
 from rowwise.trainer.pruned import check_semi_structured
 from rowwise.trainer.resume import find_resume
+from rowwise.trainer.sample import SAMPLED
 
 
 def prepare(config: TrainConfig, world_size: int) -> TrainConfig:
@@ -23,7 +25,7 @@ def prepare(config: TrainConfig, world_size: int) -> TrainConfig:
 
 def examine(config: TrainConfig, world_size: int) -> TrainConfig:
     """Checks the configuration against the world, the data, the files it names and the checkpoints; returns it with
-    degrees filled in. Raises ValueError."""
+    degrees and defaults filled in. Raises ValueError."""
     config = check(config, world_size)
     check_semi_structured(config, pick_device(0))
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
@@ -32,6 +34,8 @@ def examine(config: TrainConfig, world_size: int) -> TrainConfig:
             f"eval.every is on and data.holdout={config.data.holdout} holds out less than one sample; "
             "raise data.holdout, or give eval.every=0"
         )
+    if config.sample.tokens is None:
+        config = replace(config, sample=replace(config.sample, tokens=0 if data.tokenizer is None else SAMPLED))
     if config.sample.tokens and data.tokenizer is None:
         raise ValueError(
             f"sample.tokens is on and data={config.data.name} has no tokenizer to write with; give sample.tokens=0"

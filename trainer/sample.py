@@ -12,12 +12,15 @@ from rowwise.parallel.shard import release_gathered
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.pipeline import StagedDecoder
 
+SAMPLED = 160  # tokens, where nothing is said
+
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """`tokens`: how many to write at the end of a run (0 = off), after `prompt`."""
+    """`tokens`: how many to write at the end of a run (0 = off; null: 160 where the data has a tokenizer), after
+    `prompt`."""
 
-    tokens: int = 0
+    tokens: int | None = None
     prompt: str = "\n"
     temperature: float = 0.7
 

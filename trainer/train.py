@@ -19,6 +19,7 @@ from rowwise.parallel.pipeline import Span
 from rowwise.parallel.precision import initial_loss_scale, next_loss_scale
 from rowwise.parallel.replicate import gradient_sum
 from rowwise.parallel.sequence import places_on
+from rowwise.trainer.advice import warnings
 from rowwise.trainer.build import build_masks, build_model
 from rowwise.trainer.checkpoint import Saver, first_sound, load, tensors_of
 from rowwise.trainer.config import TrainConfig, tree_of
@@ -74,12 +75,14 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
     optimizer = build_optimizer(model, config.optim, config.seed)
     sparsity = build_masks(config, mesh, model)
     tensors = tensors_of(model, optimizer, sparsity)
-    state, complaints = resume(config, mesh, data, tensors)
+    state, remarks = resume(config, mesh, data, tensors)
     set_step(optimizer, state.updates)
     update = make_update(config, mesh, model, optimizer, sparsity)
 
     with ExitStack() as stack:
-        reporter = stack.enter_context(open_reporter(config, mesh, state, complaints))
+        reporter = stack.enter_context(
+            open_reporter(config, mesh, state, warnings(config, data, mesh.device) + remarks)
+        )
         reporter.say(assignment_table(of_every_stage(assignments(model, optimizer), mesh)))
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
         stack.callback(saver.close)

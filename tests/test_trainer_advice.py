@@ -1,0 +1,128 @@
+"""What is said before the first step: rates that follow from the size, vocabularies that no data fills, odd dimensions."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from parity import small_config, with_layout
+from rowwise.launch.compose import compose_tree
+from rowwise.optim.rates import rate_of_size
+from rowwise.trainer.advice import matrix_sizes, warnings
+from rowwise.trainer.config import config_from_tree, tree_of
+from rowwise.trainer.data.open import open_data
+from rowwise.trainer.prepare import examine
+from runs import run_said
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def config(*overrides):
+    return config_from_tree(compose_tree(list(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("model", "rate"),
+    [
+        ("tiny", 3e-3),
+        ("llama_60m", 1.5e-3),
+        ("llama_130m", 1.2e-3),
+        ("llama_350m", 8.4e-4),
+        ("llama_1b", 5.4e-4),
+        ("llama3_8b", 3e-4),  # of Llama 3: 3e-4 at 8 billion
+        ("llama3_70b", 1.5e-4),  # and 1.5e-4 at 70
+    ],
+)
+def test_the_rate_follows_from_the_size(model, rate):
+    assert config(f"model={model}").optim.lr == rate
+    assert config(f"model={model}", "optim=lion8bit").optim.lr == pytest.approx(rate / 3, rel=0.04)
+
+
+def test_the_rate_of_the_largest_published_model():
+    assert rate_of_size("adamw", 405_000_000_000) == pytest.approx(8e-5, rel=0.02)  # Llama 3: 8e-5
+
+
+def test_the_number_is_kept_with_the_run():
+    assert config("model=llama3_8b", "optim.lr=1e-3").optim.lr == 1e-3
+    kept = tree_of(config("model=llama3_8b"))
+    assert kept["optim"]["lr"] == 3e-4
+    assert config_from_tree(kept).optim.lr == 3e-4
+
+
+def test_decay_of_lion_is_that_of_adamw_in_product():
+    """Chen et al.: 3 to 10 times the decay with 3 to 10 times less rate."""
+    for rule in ("lion", "lion8bit"):
+        lion, adamw = config(f"optim={rule}").optim, config().optim
+        assert lion.lr * lion.weight_decay == pytest.approx(adamw.lr * adamw.weight_decay)
+        assert 3 <= round(lion.weight_decay / adamw.weight_decay, 6) <= 10
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("model/*.yaml")), ids=lambda path: path.stem)
+def test_presets_have_dimensions_that_tensor_cores_take(path):
+    of_a_first_release = {
+        "llama_60m",
+        "llama_350m",
+        "llama_1b",
+    }  # 60m: 1376, 350m: 2736, 1b: 5464, all near their papers'
+    for key, size in matrix_sizes(config(f"model={path.stem}").model).items():
+        assert size % (8 if path.stem in of_a_first_release else 64) == 0, f"{key}={size}"
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)
+def test_experiments_have_dimensions_that_tensor_cores_take(path):
+    sizes = matrix_sizes(config(f"experiment={path.stem}").model)
+    assert all(size % 8 == 0 for size in sizes.values()), sizes
+
+
+def said(run, device=CPU):
+    return warnings(run, open_data(run.data, run.batch.seq_len, run.model.vocab_size), device)
+
+
+def test_a_rate_far_off_is_said_and_one_near_is_not():
+    run = config("model=llama3_8b", "model.vocab_size=256")
+    assert said(run) == []
+    for factor in (0.21, 4.9):
+        assert said(replace(run, optim=replace(run.optim, lr=run.optim.lr * factor))) == []
+    (high,) = said(replace(run, optim=replace(run.optim, lr=3e-3)))
+    assert "optim.lr=0.003 is 9.68 times what 6,981,685,248 parameters ask for with optim=adamw, 0.00031;" in high
+    (low,) = said(replace(run, optim=replace(run.optim, lr=1e-5)))
+    assert "optim.lr=1e-05 is 1/31 of what" in low
+    assert said(config("optim=galore", "optim.lr=1.0")) == [], "low-rank rules have rates of their own"
+
+
+def test_a_vocabulary_that_no_data_fills_is_said():
+    (line,) = said(config("model=llama3_8b"))
+    assert line.startswith("warning: model.vocab_size=128256 and data=stdlib has 256 tokens")
+    assert line.endswith("or model.vocab_size=256")
+    assert said(config("model.vocab_size=512")) == []
+
+
+def test_dimensions_that_tensor_cores_do_not_take_are_said_on_a_gpu():
+    run = config("model.ffn_dim=5461", "model.vocab_size=300")
+    assert said(run, CPU) == []
+    lines = said(run, GPU)
+    assert [line.split(" is ")[0] for line in lines] == ["warning: model.ffn_dim=5461", "warning: model.vocab_size=300"]
+    assert lines[0].endswith("give model.ffn_dim=5464")
+
+
+def test_sampling_is_on_where_there_is_a_tokenizer(tmp_path):
+    text = ["data=stdlib", "model.vocab_size=256"]
+    for overrides, tokens in (
+        (["sample.tokens=null"], 0),
+        (["sample.tokens=null", *text], 160),
+        (["sample.tokens=7", *text], 7),
+    ):
+        run = (
+            config(*overrides, f"run_dir={tmp_path}/text")
+            if text[0] in overrides
+            else small_config(tmp_path, *overrides)
+        )
+        assert examine(run, 1).sample.tokens == tokens
+
+
+def test_a_run_says_it_once(ranks, tmp_path):
+    first, second = ranks.run(run_said, 2, with_layout(small_config(tmp_path, "optim.lr=0.1", "steps=1"), 2))
+    assert first.count("warning: optim.lr=0.1 is 33.3 times what") == 1
+    assert not second

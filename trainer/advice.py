@@ -1,0 +1,58 @@
+"""What a run may do but its user may not mean: a line each, said before the first step."""
+
+import torch
+
+from rowwise.optim.rates import SHARES, rate_of_size
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.data.open import Data
+from rowwise.trainer.models.decoder import ModelConfig, parameter_count
+
+FAR = 5.0  # times the rate that the size asks for
+SPARE = 4  # times the tokens of the data
+
+
+def warnings(config: TrainConfig, data: Data, device: torch.device) -> list[str]:
+    """The lines that fit this run."""
+    found = [*_rate(config), *_vocabulary(config, data), *(_dimensions(config.model) if device.type == "cuda" else [])]
+    return [f"warning: {line}" for line in found]
+
+
+def _rate(config: TrainConfig) -> list[str]:
+    """What was learned already may be changed with a small rate."""
+    rule, given = config.optim.name, config.optim.lr
+    if rule not in SHARES or config.model.init_from is not None:
+        return []
+    parameters, _ = parameter_count(config.model)
+    asked = rate_of_size(rule, parameters)
+    if asked / FAR <= given <= asked * FAR:
+        return []
+    ratio = f"{given / asked:.3g} times" if given > asked else f"1/{asked / given:.3g} of"
+    return [
+        f"optim.lr={given:g} is {ratio} what {parameters:,} parameters ask for with optim={rule}, {asked:g}; optim.lr=null "
+        "takes that"
+    ]
+
+
+def _vocabulary(config: TrainConfig, data: Data) -> list[str]:
+    size, used = config.model.vocab_size, data.vocab_size
+    if not used or size < SPARE * used:
+        return []
+    return [
+        f"model.vocab_size={size} and data={config.data.name} has {used} tokens: the others are never seen, and their rows "
+        f"cost memory and time; give data of the model's tokenizer, or model.vocab_size={used}"
+    ]
+
+
+def _dimensions(model: ModelConfig) -> list[str]:
+    return [
+        f"{key}={size} is not divisible by 8: rows that do not begin at 16 bytes keep products off the tensor cores; give "
+        f"{key}={-(-size // 8) * 8}"
+        for key, size in matrix_sizes(model).items()
+        if size % 8
+    ]
+
+
+def matrix_sizes(model: ModelConfig) -> dict[str, int]:
+    """The sizes of the model's matrices, by key."""
+    sizes = {"dim": model.dim, "head_dim": model.head_size, "ffn_dim": model.ffn_dim, "vocab_size": model.vocab_size}
+    return {f"model.{key}": size for key, size in sizes.items()}
