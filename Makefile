@@ -1,4 +1,4 @@
-# make train | make test | make test-slurm | make lint: each sets up all that it needs, then does it.
+# make train | make test | make test-slow | make test-slurm | make lint: each sets up all that it needs, then does it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= $(shell $(BIN)/python -c "import torch; print(1 if torch.cuda.device_count() == 1 else 2)" 2>/dev/null || echo 2)
 ARGS ?=
 
-.PHONY: train test test-slurm lint setup clean
+.PHONY: train test test-slow test-slurm lint setup clean
 
 setup: $(READY)
 
@@ -26,6 +26,10 @@ INSTALL := apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install 
 test: $(READY)
 	@command -v chromium > /dev/null || { $(INSTALL) chromium; }
 	$(BIN)/python -m pytest $(ARGS)
+
+# Every preset trains the tiny model: twenty minutes on one core.
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow $(ARGS)
 
 # A Slurm of its own and hosts with a network between them, on this machine; as root only.
 test-slurm: $(READY)

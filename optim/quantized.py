@@ -33,7 +33,8 @@ class AdamW8bitConfig(AdamBase):
 @dataclass(frozen=True, kw_only=True)
 class Lion8bitConfig(OptimBase):
     name: Literal["lion8bit"] = "lion8bit"
-    lr: float = 3e-4
+    lr: float = 1e-3
+    weight_decay: float = 0.3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
 
     def check(self) -> None:

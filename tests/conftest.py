@@ -17,16 +17,19 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full", action="store_true", help="whole products of cases, where a share of them stands for all"
     )
+    parser.addoption("--slow", action="store_true", help="cases that train for minutes: `make test-slow`")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: a case for which another stands, unless --full")
+    config.addinivalue_line("markers", "slow: a case that trains for minutes, unless --slow")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--full"):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    hidden = {mark for mark in ("full", "slow") if not config.getoption(f"--{mark}")}
+    left = [item for item in items if any(mark.name in hidden for mark in item.iter_markers())]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")

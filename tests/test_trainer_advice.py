@@ -1,5 +1,6 @@
 """What is said before the first step: rates that follow from the size, vocabularies that no data fills, odd dimensions."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rowwise.trainer.advice import matrix_sizes, warnings
 from rowwise.trainer.config import config_from_tree, tree_of
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.prepare import examine
+from rowwise.trainer.resume import changes
 from runs import run_said
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -126,3 +128,58 @@ def test_a_run_says_it_once(ranks, tmp_path):
     first, second = ranks.run(run_said, 2, with_layout(small_config(tmp_path, "optim.lr=0.1", "steps=1"), 2))
     assert first.count("warning: optim.lr=0.1 is 33.3 times what") == 1
     assert not second
+
+
+def changed(before, now, step):
+    return changes({"config": json.loads(json.dumps(tree_of(before))), "step": step}, now)
+
+
+def test_what_a_resume_changes_is_told_with_both_rates(tmp_path):
+    """Steps 4 to 8 under a cosine that had ended: the rate climbs again."""
+    base = ("schedule=cosine", "schedule.warmup_steps=0", "schedule.floor=0.1", "optim.lr=1e-2")
+    short, long = small_config(tmp_path, *base, "steps=4"), small_config(tmp_path, *base, "steps=8")
+    told = changed(short, long, 4)
+    assert told == [
+        "changed since: steps 4 -> 8",
+        "the learning rate goes from 0.00232 at step 4 to 0.0055 at step 5",
+    ]
+    assert changed(short, short, 2) == []
+    assert changed(short, replace(short, name="other", run_dir="/there", resume="runs/x", nproc=3), 2) == []
+    assert changed(long, short, 4) == ["changed since: steps 8 -> 4"], "no step is left"
+
+
+def test_every_key_that_a_resume_changes_is_told(tmp_path):
+    before = small_config(tmp_path, "steps=8")
+    now = small_config(
+        tmp_path,
+        "steps=8",
+        "optim.lr=0.03",
+        "optim.betas=[0.8,0.9]",
+        "schedule=wsd",
+        "clip_norm=2",
+        "batch.micro_size=4",
+    )
+    told, rates = changed(before, now, 4)
+    for words in (
+        "clip_norm 0.5 -> 2.0", "batch.micro_size 2 -> 4", "optim.lr 0.01 -> 0.03", "optim.betas [0.9, 0.95] -> [0.8, 0.9]",
+        "schedule.name constant -> wsd", "schedule.decay None -> sqrt",
+    ):  # fmt: skip
+        assert words in told
+    assert rates == "the learning rate goes from 0.01 at step 4 to 0.03 at step 5"
+
+
+def test_a_run_of_the_first_release_is_understood(tmp_path):
+    """Its schedules knew `warmup_steps` alone, and annealing took a number."""
+    now = small_config(tmp_path, "steps=100", "schedule=cosine", "schedule.warmup_steps=4")
+    old = tree_of(now)
+    old["schedule"] = {"name": "cosine", "warmup_steps": 4, "floor": 0.1}
+    assert changes({"config": old, "step": 10}, now) == []
+    old["schedule"] = {"name": "triangle"}
+    assert "goes from an unknown one at step 10" in changes({"config": old, "step": 10}, now)[1]
+
+
+def test_a_resumed_run_says_what_changed_before_its_first_step(ranks, tmp_path):
+    base = ("schedule=cosine", "checkpoint.every=2")
+    ranks.run(run_said, 1, with_layout(small_config(tmp_path, *base, "steps=2"), 1))
+    (said,) = ranks.run(run_said, 1, with_layout(small_config(tmp_path, *base, "steps=4", "log_every=1"), 1))
+    assert said.index("changed since: steps 2 -> 4, log_every 1000 -> 1") < said.index("step 3/4")

@@ -55,6 +55,7 @@ class TrainConfig:
 
 
 _ADAPTER = TypeAdapter(TrainConfig)
+_SCHEDULES: TypeAdapter[ScheduleConfig] = TypeAdapter(Annotated[ScheduleConfig, _BY_NAME])
 
 
 def config_from_tree(tree: dict[str, Any]) -> TrainConfig:
@@ -85,6 +86,19 @@ def _with_rate_of_size(config: TrainConfig) -> TrainConfig:
 def tree_of(config: TrainConfig) -> dict[str, Any]:
     """The plain tree of a configuration: what `config_from_tree` reads back."""
     return asdict(config)
+
+
+def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Key -> value, such as `optim.lr`, of a plain tree."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
+
+
+def schedule_of(tree: dict[str, Any]) -> ScheduleConfig:
+    """The schedule of a plain tree, of this release or an earlier one. Raises ValueError."""
+    return _SCHEDULES.validate_python(tree)
 
 
 def check(config: TrainConfig, world_size: int) -> TrainConfig:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from rowwise.optim.sparse.config import TimedBase, stop_step
-from rowwise.trainer.config import TrainConfig, tree_of
+from rowwise.trainer.config import TrainConfig, flat, schedule_of, tree_of
 from rowwise.trainer.manifest import find_checkpoints, read_manifest
 
 # What the facts were before they were kept.
 BEFORE: dict[str, Any] = {"optim.assign": [], "sparsity.name": "none"}
+
+WHERE = ("name", "run_dir", "resume", "nproc")  # how a run is found and started, not what it does
 
 MASK_FACTS = ("name", "layers", "density", "distribution", "growth", "n", "m", "start_at")
 
@@ -85,6 +87,35 @@ def told_of(checkpoint: Path, config: TrainConfig) -> str:
     again = config.resume != "auto" and checkpoint in find_checkpoints(Path(config.run_dir))
     began = f"; the run began from resume={config.resume}, and goes on with its own" if again else ""
     return f"resumed from {checkpoint}{began}"
+
+
+def changes(manifest: dict[str, Any], config: TrainConfig) -> list[str]:
+    """What a run that goes on from the checkpoint of `manifest` does otherwise from here on: every key that differs, and the
+    learning rate of the step before and of the step after."""
+    before, now = flat(manifest["config"]), flat(tree_of(config))
+    keys = [key for key in before | now if key not in WHERE and before.get(key) != now.get(key)]
+    if not keys:
+        return []
+    told = ", ".join(f"{key} {_short(before.get(key))} -> {_short(now.get(key))}" for key in keys)
+    step = manifest["step"]
+    lines = [f"changed since: {told}"]
+    if step < config.steps:
+        was, becomes = (
+            _rate_then(manifest["config"], step - 1),
+            config.optim.lr * config.schedule.factor(step, config.steps),
+        )
+        old = "an unknown one" if was is None else f"{was:.3g}"
+        lines.append(f"the learning rate goes from {old} at step {step} to {becomes:.3g} at step {step + 1}")
+    return lines
+
+
+def _rate_then(tree: dict[str, Any], step: int) -> float | None:
+    """The learning rate of a step under an earlier configuration; None where this release cannot read it."""
+    try:
+        schedule = schedule_of(tree["schedule"])
+        return tree["optim"]["lr"] * schedule.factor(step, tree["steps"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _given(config: TrainConfig, own: list[Path]) -> list[Path]:

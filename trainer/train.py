@@ -32,7 +32,7 @@ from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
 from rowwise.trainer.record import number_or_none, sparsity_record, step_record
 from rowwise.trainer.report import open_reporter
-from rowwise.trainer.resume import data_facts, find_resume, model_facts, state_facts, told_of
+from rowwise.trainer.resume import changes, data_facts, find_resume, model_facts, state_facts, told_of
 from rowwise.trainer.sample import generate
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients, step_at_once, step_in_backward
@@ -184,8 +184,8 @@ def require_same_data(data: Data, mesh: Mesh) -> None:
 
 
 def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor]) -> tuple[TrainState, list[str]]:
-    """Loads the newest sound checkpoint that `config.resume` allows into `tensors`. Returns the state, and what was
-    passed over as damaged."""
+    """Loads the newest sound checkpoint that `config.resume` allows into `tensors`. Returns the state, and what
+    is to be said: what was passed over as damaged, where it goes on, and what changes."""
     found = [find_resume(config, data.train.fingerprint) if mesh.rank == 0 else []]
     dist.broadcast_object_list(found, src=0, group=mesh.save_group)
     if not found[0]:
@@ -197,7 +197,8 @@ def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tenso
     state = TrainState.from_tree(manifest["state"])
     if manifest["precision"] != config.precision.name:
         state.loss_scale = initial_loss_scale(config.precision)
-    return state, [f"{complaint}; passed over" for complaint in complaints] + [told_of(checkpoint, config)]
+    passed_over = [f"{complaint}; passed over" for complaint in complaints]
+    return state, [*passed_over, told_of(checkpoint, config), *changes(manifest, config)]
 
 
 def share_of(mesh: Mesh, seq_len: int) -> Share:

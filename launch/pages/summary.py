@@ -1,12 +1,12 @@
 """What the runs are, and where they stand."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rowwise.launch.export import model_of
 from rowwise.launch.pages.draw import name_of
 from rowwise.launch.pages.markup import Marked, duration, facts, short, table, text
 from rowwise.launch.pages.records import Run
+from rowwise.trainer.config import flat
 from rowwise.trainer.models.decoder import parameter_count
 
 FIELDS = frozenset({"step", "tokens"})
@@ -84,17 +84,9 @@ def layout(run: Run) -> str:
 
 def differences(runs: Sequence[Run]) -> list[str]:
     """The settings that are not the same in all runs."""
-    flat = [dict(_flatten(run.config)) for run in runs]
-    keys = dict.fromkeys(key for tree in flat for key in tree)
-    return [key for key in keys if key not in OWN and any(tree.get(key) != flat[0].get(key) for tree in flat)]
-
-
-def _flatten(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    return [
-        pair
-        for key, value in tree.items()
-        for pair in (_flatten(value, f"{path}{key}.") if isinstance(value, dict) else [(f"{path}{key}", value)])
-    ]
+    settings = [flat(run.config) for run in runs]
+    keys = dict.fromkeys(key for tree in settings for key in tree)
+    return [key for key in keys if key not in OWN and any(tree.get(key) != settings[0].get(key) for tree in settings)]
 
 
 def _setting(run: Run, path: str) -> str:
