@@ -76,7 +76,7 @@ def test_document_masks_restart_positions_and_silence_the_first_token_of_a_docum
 
 
 def test_the_share_held_out_of_a_stream_is_its_end(stream):
-    train, holdout = split_stream(stream, 0.3, 5)
+    train, holdout = split_stream(stream, 2, 5)
     assert train.windows(5) + holdout.windows(5) == stream.windows(5)
     assert holdout.windows(5) == 2
     assert train.tokens[-1] == holdout.tokens[0] == 25

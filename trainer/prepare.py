@@ -31,8 +31,9 @@ def examine(config: TrainConfig, world_size: int) -> TrainConfig:
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     if config.eval.every and not data.holdout.samples:
         raise ValueError(
-            f"eval.every is on and data.holdout={config.data.holdout} holds out less than one sample; "
-            "raise data.holdout, or give eval.every=0"
+            f"eval.every is on and data.holdout={config.data.holdout} holds out less than one sample of {data.tokens:,} tokens, "
+            f"which batch.seq_len={config.batch.seq_len} makes {data.train.samples:,} samples of; raise data.holdout, give a "
+            "smaller batch.seq_len, or eval.every=0"
         )
     if config.sample.tokens is None:
         config = replace(config, sample=replace(config.sample, tokens=0 if data.tokenizer is None else SAMPLED))

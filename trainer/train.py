@@ -24,7 +24,7 @@ from rowwise.trainer.build import build_masks, build_model
 from rowwise.trainer.checkpoint import Saver, first_sound, load, tensors_of
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_batches, step_batches
-from rowwise.trainer.data.open import Data, open_data
+from rowwise.trainer.data.open import Data, open_data, told_of_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.manifest import fingerprint, set_aside
 from rowwise.trainer.memory import keep_memory
@@ -80,9 +80,9 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
     update = make_update(config, mesh, model, optimizer, sparsity)
 
     with ExitStack() as stack:
-        reporter = stack.enter_context(
-            open_reporter(config, mesh, state, warnings(config, data, mesh.device) + remarks)
-        )
+        told = told_of_data(config.data, data, config.steps * config.batch.global_size)
+        told += warnings(config, data, mesh.device) + remarks
+        reporter = stack.enter_context(open_reporter(config, mesh, state, told))
         reporter.say(assignment_table(of_every_stage(assignments(model, optimizer), mesh)))
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
         stack.callback(saver.close)

@@ -32,12 +32,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Files of tokens, mapped, never copied: raw files of `dtype`, or folders that Rowwise wrote. `separator`: the
-    token that ends a document in a raw file."""
+    """Files of tokens, mapped, never copied: raw files of `dtype` (null: what an index of Megatron beside them says, else
+    uint16), files that say it themselves (.npy, llm.c's .bin), or folders that Rowwise wrote. `separator`: the token that
+    ends a document in a file."""
 
     name: Literal["tokens"] = "tokens"
     files: str | list[str] = field(default_factory=list)
-    dtype: TokenDtype = "uint16"
+    dtype: TokenDtype | None = None
     separator: int | None = None
     mask_documents: bool = False
     holdout: float = 0.005

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+META = "meta.json"  # of a folder that is a corpus
+
 
 @dataclass(frozen=True)
 class TokenStream:
@@ -83,34 +85,32 @@ def cut(stream: TokenStream, start: int, seq_len: int, mask_documents: bool) -> 
 
 def open_store(folder: Path, split: str) -> TokenStream:
     """The stream `split` (train or holdout) of a corpus folder."""
-    meta = json.loads((folder / "meta.json").read_text())
-    tokens = _map(folder / f"{split}.bin", meta["dtype"])
-    return TokenStream(tokens, np.load(folder / f"{split}.documents.npy"))
+    meta = json.loads((folder / META).read_text())
+    return TokenStream(map_tokens(folder / f"{split}.bin", meta["dtype"]), np.load(folder / f"{split}.documents.npy"))
 
 
-def open_raw(path: Path, dtype: str, separator: int | None) -> TokenStream:
-    """A bare file of tokens. A document ends with the token `separator`, where one is given."""
-    tokens = _map(path, dtype)
+def with_documents(tokens: np.ndarray, separator: int | None) -> TokenStream:
+    """The stream of bare tokens. A document ends with the token `separator`, where one is given."""
     if separator is None:
         return TokenStream(tokens, np.zeros(1, dtype=np.int64))
-    window = 1 << 24  # a comparison of the whole file would take a byte a token
-    last = len(tokens) - 1  # the file's own end begins no document
+    window = 1 << 24  # a comparison of all at once would take a byte a token
+    last = len(tokens) - 1  # the stream's own end begins no document
     starts = range(0, last, window)
     found = [s + np.flatnonzero(tokens[s : min(s + window, last)] == separator) for s in starts]
     ends = np.concatenate([np.empty(0, dtype=np.int64), *found])
     return TokenStream(tokens, np.concatenate(([0], ends + 1)))
 
 
-def split_stream(stream: TokenStream, holdout: float, seq_len: int) -> tuple[TokenStream, TokenStream]:
-    """(train, held-out): the last share `holdout` of the windows, at least one, is held out."""
-    windows = stream.windows(seq_len)
-    held = min(windows, max(1, round(windows * holdout))) if holdout > 0 else 0
-    cut_at = (windows - held) * seq_len
+def split_stream(stream: TokenStream, held: int, seq_len: int) -> tuple[TokenStream, TokenStream]:
+    """(train, held-out): the last `held` windows are held out."""
+    cut_at = (stream.windows(seq_len) - held) * seq_len
     train = TokenStream(stream.tokens[: cut_at + 1], stream.documents[stream.documents <= cut_at])
     starts = stream.documents[stream.documents > cut_at] - cut_at
     return train, TokenStream(stream.tokens[cut_at:], np.concatenate(([0], starts)))
 
 
-def _map(path: Path, dtype: str) -> np.ndarray:
-    # numpy cannot map an empty file.
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+def map_tokens(path: Path, dtype: str, offset: int = 0) -> np.ndarray:
+    """Maps the tokens behind `offset` bytes of a file; they are read when they are asked for."""
+    # numpy cannot map nothing.
+    here = path.stat().st_size > offset
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset) if here else np.empty(0, dtype=dtype)

@@ -1,32 +1,39 @@
 """`data=...` -> the two corpora, training and held-out."""
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rowwise.trainer.data.config import DataConfig, Stdlib, Tokens
-from rowwise.trainer.data.corpus import Corpus, TokenStream, open_raw, open_store, split_stream
-from rowwise.trainer.data.documents import find_files
+from rowwise.trainer.data.config import DataConfig, Hf, Stdlib, Text, Tokens
+from rowwise.trainer.data.corpus import META, Corpus, open_store
+from rowwise.trainer.data.documents import Found, endings_of, list_files
 from rowwise.trainer.data.store import cached_store
 from rowwise.trainer.data.tokenizer import Tokenizer, open_tokenizer
+from rowwise.trainer.data.tokens import file_fingerprint, open_tokens, split_streams, token_files, token_range
 
 
 @dataclass(frozen=True)
 class Data:
     """What a run reads. `vocab_size`: the smallest that a model of it may have (0: not known). `tokenizer`: None
-    where only tokens are known."""
+    where only tokens are known. `found`: the files it comes from. `tokens`: in all; `short`: of files of tokens, those
+    that hold no whole sample."""
 
     train: Corpus
     holdout: Corpus
     vocab_size: int
     tokenizer: Tokenizer | None
+    found: Found
+    tokens: int
+    short: int = 0
 
 
 def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
     """Opens, and where it must builds, the corpora. The same on every rank; whoever comes first builds.
 
-    Raises ValueError for data that is missing, empty, shorter than one sample, or has tokens beyond `vocab_size`.
+    Raises ValueError for data that is missing, empty, of another kind than `config` reads, shorter than one sample, or has
+    tokens beyond `vocab_size`.
     """
     if not 0 <= config.holdout < 1:
         raise ValueError(f"data.holdout={config.holdout}: a share from 0 to below 1")
@@ -37,90 +44,94 @@ def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
             f"give model.vocab_size={data.vocab_size} or more, or another data.tokenizer"
         )
     if not data.train.samples:
-        raise ValueError(
-            f"data={config.name} has {data.train.tokens} tokens to train on, and one sample takes batch.seq_len + 1 = "
-            f"{seq_len + 1}; give more data or a smaller batch.seq_len"
-        )
+        raise ValueError(_no_samples(config, data, seq_len))
     return data
 
 
-def _open_text(config, seq_len: int) -> Data:
+def told_of_data(config: DataConfig, data: Data, samples: int) -> list[str]:
+    """What is said at the start of a run that reads `samples` in all: the corpus, the run's epochs, what was passed over."""
+    seq_len, files = data.train.seq_len, len(data.found.files)
+    size = f", {_bytes(data.found.bytes)}" if data.found.bytes else ""
+    told = [
+        f"data={config.name}: {files:,} file{'s' * (files > 1)}{size}, {data.tokens:,} tokens: {data.train.samples:,} samples of "
+        f"{seq_len} to train on, {data.holdout.samples:,} held out; the run reads {samples:,}, "
+        f"{samples / data.train.samples:.3g} epochs"
+    ]
+    if count := data.found.passed_over.total():
+        kinds = ", ".join(f"{number:,} {ending}" for ending, number in data.found.passed_over.most_common(5))
+        told.append(
+            f"{count:,} file{'s' * (count > 1)} passed over ({kinds}{', ...' * (len(data.found.passed_over) > 5)}): out of a "
+            f"folder data={config.name} takes {', '.join(endings_of(config))}"
+        )
+    if data.short:
+        told.append(
+            f"{data.short:,} of {files:,} files hold less than batch.seq_len + 1 = {seq_len + 1} tokens: no sample"
+        )
+    return told
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
+
+
+def _no_samples(config: DataConfig, data: Data, seq_len: int) -> str:
+    """Why there is nothing to train on."""
+    needed = f"one sample takes batch.seq_len + 1 = {seq_len + 1}"
+    if data.holdout.samples or (isinstance(config, Text | Hf | Stdlib) and data.tokens > seq_len):
+        return (
+            f"data={config.name} has {data.tokens:,} tokens, and data.holdout={config.holdout} leaves {data.train.tokens:,} of "
+            f"them to train on, where {needed}; give data.holdout=0 (with eval.every=0), more data or a smaller batch.seq_len"
+        )
+    each = f" in {data.short} files, none of which has a whole sample" if data.short > 1 else ""
+    return (
+        f"data={config.name} has {data.tokens:,} tokens{each}, and {needed}; give more data or a smaller batch.seq_len"
+    )
+
+
+def _open_text(config: Stdlib | Text | Hf, seq_len: int) -> Data:
     tokenizer = (
         open_tokenizer("bytes") if isinstance(config, Stdlib) else open_tokenizer(config.tokenizer, config.end_of_text)
     )
-    folder = cached_store(config, tokenizer)
-    fingerprint = json.loads((folder / "meta.json").read_text())["fingerprint"]
+    found = list_files(config)
+    folder = cached_store(config, found.files, tokenizer)
+    fingerprint = _meta(folder)["fingerprint"]
     train, holdout = (
         Corpus((open_store(folder, split),), seq_len, config.mask_documents, fingerprint)
         for split in ("train", "holdout")
     )
-    return Data(train, holdout, tokenizer.vocab_size, tokenizer)
+    return Data(train, holdout, tokenizer.vocab_size, tokenizer, found, train.tokens + holdout.tokens)
 
 
 def _open_tokens(config: Tokens, seq_len: int) -> Data:
-    trains, holdouts, vocab_size = [], [], 0
-    digest = hashlib.sha256(f"{config.dtype}/{config.separator}/{config.holdout}".encode())
-    for path in _token_files(config):
-        if path.is_dir():
-            meta = json.loads((path / "meta.json").read_text())
-            train, holdout = open_store(path, "train"), open_store(path, "holdout")
-            vocab_size = max(vocab_size, meta["vocab_size"])
-            digest.update(meta["fingerprint"].encode())
-        else:
-            stream = _open_raw_checked(path, config)
-            least, most = _token_range(stream)
-            if least < 0:
-                raise ValueError(f"{path} holds the token {least}: tokens are at least 0; set data.dtype")
-            vocab_size = max(vocab_size, most + 1)
-            digest.update(_fingerprint(path).encode())
-            train, holdout = split_stream(stream, config.holdout, seq_len)
-        trains.append(train)
-        holdouts.append(holdout)
-    fingerprint = digest.hexdigest()
-    return Data(
-        Corpus(tuple(trains), seq_len, config.mask_documents, fingerprint),
-        Corpus(tuple(holdouts), seq_len, config.mask_documents, fingerprint),
-        vocab_size,
-        None,
+    found, vocab_size = token_files(config), 0
+    folders = [path for path in found.files if path.is_dir()]
+    files = [path for path in found.files if not path.is_dir()]
+    digest = hashlib.sha256(f"{config.dtype or 'uint16'}/{config.separator}/{config.holdout}".encode())
+    for folder in folders:
+        vocab_size = max(vocab_size, _meta(folder)["vocab_size"])
+        digest.update(_meta(folder)["fingerprint"].encode())
+    streams = [open_tokens(path, config) for path in files]
+    for path, stream in zip(files, streams, strict=True):
+        least, most = token_range(stream.tokens)
+        if least < 0:
+            raise ValueError(f"{path} holds the token {least}: tokens are at least 0; set data.dtype")
+        vocab_size = max(vocab_size, most + 1)
+        digest.update(file_fingerprint(path).encode())
+    if len(files) > 1:
+        digest.update(b"held out of all files together")
+    pairs = [(open_store(folder, "train"), open_store(folder, "holdout")) for folder in folders]
+    total = sum(len(stream.tokens) for stream in (*itertools.chain(*pairs), *streams))
+    pairs += zip(*split_streams(streams, config.holdout, seq_len), strict=True)
+    train, holdout = (
+        Corpus(split, seq_len, config.mask_documents, digest.hexdigest()) for split in zip(*pairs, strict=True)
     )
+    short = sum(stream.windows(seq_len) == 0 for stream in streams)
+    return Data(train, holdout, vocab_size, None, found, total, short)
 
 
-def _token_files(config: Tokens) -> list[Path]:
-    files = [config.files] if isinstance(config.files, str) else config.files
-    folders = [Path(f).expanduser() for f in files]
-    if folders and all((folder / "meta.json").is_file() for folder in folders):
-        return folders
-    return find_files(config.files, (".bin",))
-
-
-def _open_raw_checked(path: Path, config: Tokens) -> TokenStream:
-    size, width = path.stat().st_size, {"uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}[config.dtype]
-    if size == 0 or size % width:
-        raise ValueError(
-            f"{path} has {size} bytes, which is no number of {config.dtype} tokens above 0; set data.dtype"
-        )
-    if config.mask_documents and config.separator is None:
-        raise ValueError(
-            "data.mask_documents=true needs data.separator, the token that ends a document in a raw token file"
-        )
-    return open_raw(path, config.dtype, config.separator)
-
-
-def _token_range(stream: TokenStream, window: int = 1 << 24) -> tuple[int, int]:
-    """The smallest and the largest token: of the whole file up to 64 windows, else of 64 windows spread over it, so that a file of
-    terabytes opens at once."""
-    n = len(stream.tokens)
-    starts = range(0, n, window) if n <= 64 * window else range(0, n - window, (n - window) // 63)
-    windows = [stream.tokens[s : s + window] for s in starts]
-    return min(int(w.min()) for w in windows), max(int(w.max()) for w in windows)
-
-
-def _fingerprint(path: Path, window: int = 1 << 20) -> str:
-    """SHA-256 of the size and of 64 windows spread over the file (of all of a small one)."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for start in range(0, size, max(window, size // 64)):
-            file.seek(start)
-            digest.update(file.read(window))
-    return digest.hexdigest()
+def _meta(folder: Path) -> dict:
+    return json.loads((folder / META).read_text())

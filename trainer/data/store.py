@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +17,21 @@ from filelock import FileLock
 from platformdirs import user_cache_dir
 
 from rowwise.trainer.data.config import Hf, Stdlib, Text
-from rowwise.trainer.data.documents import list_files, read_documents
+from rowwise.trainer.data.corpus import META
+from rowwise.trainer.data.documents import check_files, read_documents
 from rowwise.trainer.data.tokenizer import Tokenizer
 
 _BATCH = 256  # documents tokenized at a time
-_FORMAT = 2
+_FORMAT = 3
 _LONG = 256 << 10  # bytes
 
 
-def cached_store(config: Stdlib | Text | Hf, tokenizer: Tokenizer) -> Path:
-    """The corpus folder of a source: built now, or found in the cache. Raises ValueError for missing or empty data."""
-    files = list_files(config)
+def cached_store(config: Stdlib | Text | Hf, files: Sequence[Path], tokenizer: Tokenizer) -> Path:
+    """The corpus folder of a source's files: built now, or found in the cache. Raises ValueError for empty data, and for
+    files of another kind than the source reads."""
     root = Path(config.cache_dir or user_cache_dir("rowwise")).expanduser()
     folder = root / _cache_key(config, files, tokenizer)
-    if not (folder / "meta.json").exists():
+    if not (folder / META).exists():
         try:
             root.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{folder}.lock")
@@ -40,14 +41,14 @@ def cached_store(config: Stdlib | Text | Hf, tokenizer: Tokenizer) -> Path:
                 f"data.cache_dir={root}: cannot be written ({error.strerror}); give another folder"
             ) from None
         try:
-            if not (folder / "meta.json").exists():
+            if not (folder / META).exists():
                 _build(folder, config, files, tokenizer)
         finally:
             lock.release()
     return folder
 
 
-def _cache_key(config: Stdlib | Text | Hf, files: list[Path], tokenizer: Tokenizer) -> str:
+def _cache_key(config: Stdlib | Text | Hf, files: Sequence[Path], tokenizer: Tokenizer) -> str:
     """Changes when a file is added, removed, resized or touched, or when it would be read in another way."""
     digest = hashlib.sha256(
         f"{_FORMAT} {config.holdout} {getattr(config, 'column', '')} {tokenizer.fingerprint}".encode()
@@ -58,7 +59,8 @@ def _cache_key(config: Stdlib | Text | Hf, files: list[Path], tokenizer: Tokeniz
     return f"{config.name}-{digest.hexdigest()[:24]}"
 
 
-def _build(folder: Path, config: Stdlib | Text | Hf, files: list[Path], tokenizer: Tokenizer) -> None:
+def _build(folder: Path, config: Stdlib | Text | Hf, files: Sequence[Path], tokenizer: Tokenizer) -> None:
+    check_files(files, config)
     partial = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -106,7 +108,7 @@ def write_store(folder: Path, documents: Iterator[bytes], tokenizer: Tokenizer, 
         np.save(folder / f"{split}.documents.npy", np.asarray(offsets or [0], dtype=np.int64))
     fingerprint = hashlib.sha256("".join(c.hexdigest() for c in content.values()).encode()).hexdigest()
     meta = {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "fingerprint": fingerprint, "tokens": lengths}
-    with (folder / "meta.json").open("w") as meta_file:
+    with (folder / META).open("w") as meta_file:
         json.dump(meta, meta_file, indent=1)
         meta_file.flush()
         os.fsync(meta_file.fileno())
