@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 train: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(WORKERS) -m rowwise.launch.train $(ARGS)
+	@$(BIN)/rowwise train nproc=$(WORKERS) $(ARGS)
 
 # Debian's packages that tests start for real: reports are looked at in a browser.
 INSTALL := apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends

@@ -28,11 +28,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rowwise.launch.meeting import Meeting, address_towards, give_up_after
-from rowwise.launch.outcome import OUTCOME, Outcome, State, last_refusal, read_outcome, write_outcome
+from rowwise.launch.outcome import OUTCOME, Failed, Outcome, Refused, State, read_outcome, write_outcome
+from rowwise.trainer.files import DiskFull
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.prepare import is_held
-from rowwise.trainer.stop import SIGNALS, hearing
+from rowwise.trainer.stop import ASKED, INTERRUPTED, SIGNALS, hearing
 
 POLL_SECONDS = 0.2
 LAST_SECONDS = 2.0  # that the host of the meeting stays after its own workers
@@ -63,13 +64,18 @@ def default_nproc() -> int:
 
 
 def require_ranks(nproc: int) -> None:
-    """Raises ValueError where this machine has fewer GPUs, or, without GPUs, fewer cores than `nproc`."""
-    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
-    if nproc > (gpus or cores):
-        there = f"{gpus} GPUs" if gpus else f"no GPU and {cores} cores"
-        raise ValueError(
-            f"nproc={nproc}: this machine has {there}; give nproc={gpus or cores} at most, or more machines"
-        )
+    """Raises ValueError where this machine has GPUs, and fewer than `nproc`: NCCL gives each worker one of its own."""
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < nproc:
+        raise ValueError(f"nproc={nproc}: this machine has {gpus} GPUs; give nproc={gpus} at most, or more machines")
+
+
+def crowding(nproc: int) -> str | None:
+    """What is to be known of more workers than this machine has cores, which share them. With GPUs they need none."""
+    cores = len(os.sched_getaffinity(0))
+    if torch.cuda.device_count() or nproc <= cores:
+        return None
+    return f"nproc={nproc} on {cores} cores: workers take turns, so that a step takes longer; nothing else changes"
 
 
 def run_workers(job: Job, relay: bool = False) -> Outcome:
@@ -78,7 +84,10 @@ def run_workers(job: Job, relay: bool = False) -> Outcome:
     Call it in the main thread: signals come there. (torch's agent runs in another, where it does not handle them.)
     `relay`: a signal that stopped them is raised once more for the handler of before.
     """
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
+    # How it ended is said here, in a word.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    if (warning := crowding(job.nproc)) is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     began, ended = time.time(), queue.SimpleQueue[BaseException | None]()
     forwarding = Forwarding()
     with hearing(forwarding.receive), _threads(job.nproc):
@@ -91,7 +100,11 @@ def run_workers(job: Job, relay: bool = False) -> Outcome:
     error = None if ended.empty() else ended.get()
     outcome = _outcome(job, error, forwarding.requested is not None)
     if job.run_dir.is_dir() and not is_held(job.run_dir) and not _better_said(job.run_dir, outcome, began):
-        write_outcome(job.run_dir, outcome)
+        try:
+            write_outcome(job.run_dir, outcome)
+        except DiskFull as full:
+            if not outcome.has_cause:  # which is told, and most likely is this one
+                print(f"warning: {full}", file=sys.stderr, flush=True)
     if relay and forwarding.requested is not None:
         signal.raise_signal(forwarding.requested)
     return outcome
@@ -116,7 +129,7 @@ def _agent(job: Job, ended: "queue.SimpleQueue[BaseException | None]") -> None:
         store = None
         if job.meeting is not None and job.meeting.host:
             store = dist.TCPStore(*job.meeting.address, is_master=True, wait_for_workers=False)
-        elastic_launch(_launch_config(job), sys.executable)("-m", "rowwise.launch.train", *job.overrides)
+        elastic_launch(_launch_config(job), sys.executable)("-m", "rowwise.launch.train", "--agent", *job.overrides)
         if store is not None:
             time.sleep(LAST_SECONDS)
         ended.put(None)
@@ -168,6 +181,8 @@ class Forwarding:
         if number == signal.SIGINT and self.requested == signal.SIGINT:
             self._told.clear()  # Ctrl-C again: see trainer.stop
             self._twice = True
+        elif self.requested is None:
+            print(ASKED, file=sys.stderr, flush=True)
         self.requested = number
 
     def pass_on(self) -> None:
@@ -195,26 +210,26 @@ def _outcome(job: Job, error: BaseException | None, asked_to_stop: bool) -> Outc
     step = records[-1]["step"] if records else 0
     # One that is asked before it hears, or when it no longer does, dies of it, and others for want of it.
     failures = list(error.failures.values()) if isinstance(error, ChildFailedError) else []
-    deaf = any(failure.exitcode == 130 or -failure.exitcode in SIGNALS for failure in failures)
+    deaf = any(failure.exitcode == INTERRUPTED or -failure.exitcode in SIGNALS for failure in failures)
     if error is None or (asked_to_stop and deaf):
         saved = complete_checkpoints(job.run_dir / "checkpoints")
         if saved and read_manifest(saved[0])["step"] >= job.steps:
             return Outcome("complete", None, step)
         return Outcome("stopped", "asked to stop", step)
     if failures:
-        told = [Outcome(*_why(failure, job.log_dir), step) for failure in failures]
+        told = [Outcome(*_why(failure), step) for failure in failures]
         # Where one worker fails, the others fail for want of it.
         return max(told, key=lambda outcome: outcome.has_cause)
     return Outcome("failed", f"{type(error).__name__}: {error}", step)
 
 
-def _why(failure: ProcessFailure, log_dir: Path | None) -> tuple[State, str]:
+def _why(failure: ProcessFailure) -> tuple[State, str]:
     """The state and the reason of a worker's end, from its exit code and what torch's `record` kept of its exception."""
     message = failure.message
     text = str(message.get("message", message) if isinstance(message, dict) else message)
-    if failure.exitcode == 2:
-        logs = [] if log_dir is None else log_dir.glob("*/attempt_*/*/stderr.log")
-        return "refused", last_refusal(sorted(logs, key=lambda log: log.stat().st_mtime))
+    for end in (Refused, Failed):
+        if text.startswith(f"{end.__name__}: "):
+            return end.state, text.removeprefix(f"{end.__name__}: ")
     if failure.exitcode == -signal.SIGKILL:
         return "failed", "killed (SIGKILL), as the kernel does to a process when memory runs out"
     if any(word in text for word in ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")):

@@ -4,6 +4,9 @@ import importlib
 import os
 import sys
 
+from rowwise.trainer.files import DiskFull, want_of_room
+from rowwise.trainer.stop import INTERRUPTED
+
 COMMANDS = {
     "train": ("rowwise.launch.start", "start the workers of a run: torchrun for you"),
     "sweep": ("rowwise.launch.sweep.__main__", "many runs with varied settings, or a search"),
@@ -32,11 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"refused: {words[0]} is no command: possible are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[words[0]][0])
     try:
-        return module.main(words[1:])
+        return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # `rowwise ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if (cause := want_of_room(error)) is None:
+            raise
+        print(f"failed: {cause if isinstance(cause, DiskFull) else f'disk full: {cause}'}", file=sys.stderr)
         return 1
 
 

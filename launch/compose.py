@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from rowwise.trainer.config import unknown_key
+from rowwise.trainer.keys import unknown_key
 
 Part = TypeVar("Part")
 

@@ -34,8 +34,8 @@ from torch import Tensor
 from rowwise.kernels.nm import nm_mask
 from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.parallel.precision import DTYPES
-from rowwise.trainer.config import unknown_key
 from rowwise.trainer.data.tokenizer import byte_tokenizer_json, open_tokenizer
+from rowwise.trainer.keys import unknown_key
 from rowwise.trainer.manifest import damage, find_checkpoints, read_manifest, step_folder
 from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
 from rowwise.trainer.models.forms import FORMS, SEMI_STRUCTURED_DTYPES, form_config, in_form

@@ -1,7 +1,6 @@
 """outcome.json: how the run in a folder ended. Written by what started its workers, taken away by the next run there."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,12 +8,29 @@ from typing import Literal
 from rowwise.trainer.files import write_whole
 
 OUTCOME = "outcome.json"
+_ROOM, _ROOM_BYTES = ".outcome.room", 4096
 State = Literal["complete", "stopped", "refused", "failed"]
+
+
+class Ended(Exception):
+    """The end of a run that one line tells, instead of a traceback: its state, the exit code, and the line."""
+
+    state: State
+    code: int
+
+
+class Refused(Ended):
+    state, code = "refused", 2
+
+
+class Failed(Ended):
+    state, code = "failed", 1
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, and where it stood. `reason` begins with "out of memory" or "not a number" where that is why."""
+    """How a run ended, and where it stood. `reason` begins with "out of memory", "not a number" or "disk full"
+    where that is why."""
 
     state: State
     reason: str | None = None
@@ -23,10 +39,12 @@ class Outcome:
     @property
     def has_cause(self) -> bool:
         """Whether the reason is one of the run itself, and not that some other worker is gone."""
-        return (self.reason or "").startswith(("out of memory", "not a number"))
+        return (self.reason or "").startswith(("out of memory", "not a number", "disk full"))
 
 
 def write_outcome(run_dir: Path, outcome: Outcome) -> None:
+    """Raises DiskFull where not even the room that was kept for it is left."""
+    give_room(run_dir)
     write_whole(run_dir / OUTCOME, json.dumps(asdict(outcome)) + "\n")
 
 
@@ -36,9 +54,9 @@ def read_outcome(run_dir: Path) -> Outcome | None:
     return Outcome(**json.loads(path.read_text())) if path.exists() else None
 
 
-def last_refusal(logs: Iterable[Path]) -> str:
-    """The reason that stands last in these logs."""
-    lines = [line for log in logs if log.is_file() for line in log.read_text(errors="replace").splitlines()]
+def last_refusal(log: Path) -> str:
+    """The reason that stands last in what an agent said."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     said = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
     return said[-1] if said else "what it printed says why"
 
@@ -46,3 +64,13 @@ def last_refusal(logs: Iterable[Path]) -> str:
 def clear_outcome(run_dir: Path) -> None:
     """A run begins there."""
     (run_dir / OUTCOME).unlink(missing_ok=True)
+
+
+def keep_room(run_dir: Path) -> None:
+    """Takes the room that an outcome will need, should the disk be full by then. Raises DiskFull."""
+    write_whole(run_dir / _ROOM, " " * _ROOM_BYTES)
+
+
+def give_room(run_dir: Path) -> None:
+    """Gives it back."""
+    (run_dir / _ROOM).unlink(missing_ok=True)

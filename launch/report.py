@@ -21,8 +21,8 @@ from pathlib import Path
 
 from rowwise.launch.pages.page import page
 from rowwise.launch.pages.records import Run, read_run
-from rowwise.trainer.config import unknown_key
 from rowwise.trainer.files import write_whole
+from rowwise.trainer.keys import unknown_key
 
 KEYS = ["run", "to"]
 

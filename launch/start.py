@@ -14,12 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rowwise.launch.agent import Job, default_nproc, require_ranks, run_workers
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.meeting import Meeting, is_here, slurm_meeting
 from rowwise.launch.train import print_configuration
-from rowwise.launch.workers import follow
-from rowwise.trainer.config import check, config_from_tree
 
 EXIT = {"complete": 0, "stopped": 0, "refused": 2, "failed": 1}
 
@@ -29,14 +25,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.cfg:
         return print_configuration(options.overrides)
-    if options.parent:
-        follow(options.parent)
     try:
-        job = job_of(options)
+        tree = compose_tree(options.overrides)
+        # torch, which takes seconds: neither help nor a mistyped key waits for it.
+        from rowwise.launch import agent, job, workers
+
+        if options.parent:
+            workers.follow(options.parent)
+        asked = job.job_of(options, tree)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
-    outcome = run_workers(job)
+    outcome = agent.run_workers(asked)
     if outcome.state == "refused":
         print(f"refused: {outcome.reason}", file=sys.stderr)
     elif outcome.state == "failed":
@@ -57,47 +57,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)  # a sweep, whose end is ours
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     return parser.parse_intermixed_args(arguments)
-
-
-def job_of(options: argparse.Namespace) -> Job:
-    """The job that the command line asks for, checked as far as this machine can. Raises ValueError."""
-    config = config_from_tree(compose_tree(options.overrides))
-    nproc = config.nproc or default_nproc()
-    require_ranks(nproc)
-    if options.max_restarts < 0:
-        raise ValueError(f"--max-restarts {options.max_restarts}: give 0 or more")
-    meeting = meeting_of(options)
-    least, most = (meeting.least, meeting.most) if meeting else (1, 1)
-    for nodes in {least, most}:
-        check(config, nodes * nproc)
-    return Job(
-        tuple(options.overrides),
-        Path(config.run_dir),
-        config.steps,
-        nproc,
-        meeting,
-        options.job,
-        config.parallel.timeout_seconds,
-        options.max_restarts,
-        options.log_dir,
-    )
-
-
-def meeting_of(options: argparse.Namespace) -> Meeting | None:
-    """Where this machine meets others: as the command line or Slurm says. Raises ValueError."""
-    if not options.nodes and not options.rendezvous:
-        return slurm_meeting()
-    least, _, most = (options.nodes or "1").partition(":")
-    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
-        raise ValueError(f"--nodes {options.nodes}: give a number of machines, or MIN:MAX")
-    host, _, port = options.rendezvous.rpartition(":")
-    if (int(most or least) > 1 or options.rendezvous) and not (host and port.isdecimal()):
-        given = f"--rendezvous {options.rendezvous}: " if options.rendezvous else f"--nodes {options.nodes}: "
-        raise ValueError(f"{given}several machines meet at one of them; give --rendezvous HOST:PORT, the same on each")
-    if not options.rendezvous:
-        return None
-    here = is_here(host, int(port))
-    return Meeting(options.rendezvous, options.job or "rowwise", int(least), int(most or least), here)
 
 
 if __name__ == "__main__":

@@ -11,30 +11,13 @@ import argparse
 import os
 import sys
 import traceback
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 
 from omegaconf import OmegaConf
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.outcome import clear_outcome
-from rowwise.launch.workers import (
-    announce,
-    follow,
-    hear,
-    is_one_of_many_machines,
-    job_id,
-    keep_freed_memory,
-    restarted,
-    workers_from_environment,
-)
-from rowwise.parallel.mesh import Workers, pick_device
-from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
-from rowwise.trainer.prepare import lock_run, prepare
-from rowwise.trainer.train import train
-
-LEAVING_SECONDS = 60  # that a worker is given to save and leave
+from rowwise.launch.outcome import Ended
+from rowwise.trainer.stop import INTERRUPTED, answering, end_now
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,55 +26,28 @@ def main(arguments: list[str] | None = None) -> int:
         prog="rowwise.launch.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and leave")
+    parser.add_argument("--agent", action="store_true", help=argparse.SUPPRESS)  # which says how the run ended
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args(arguments)
     if options.cfg:
         return print_configuration(options.overrides)
-    keep_freed_memory()
-    if job_id() is not None:
-        # Where torchrun is killed on one of many machines, the others restart without it: nobody waits for this one.
-        follow(os.getppid(), patience_seconds=0 if is_one_of_many_machines() else LEAVING_SECONDS)
-    workers = workers_from_environment()
-    if workers.rank != 0:
-        tree = hear(workers)
-        if tree is None:
-            return 2
-        config = config_from_tree(tree)
-        train(config, workers)
-        return 0
+    from rowwise.launch.worker import work  # torch, which takes seconds, and help needs none
+
     try:
-        config = resolve(options.overrides, workers)
-        lock = lock_run(Path(config.run_dir), job_id(), config.parallel.timeout_seconds + LEAVING_SECONDS)
-        clear_outcome(Path(config.run_dir))
-    except (ValueError, OSError) as refusal:
-        announce(workers, None)
-        print(f"refused: {refusal}", file=sys.stderr, flush=True)
-        return 2
-    try:
-        announce(workers, tree_of(config))
-        train(config, workers)
-    finally:
-        lock.release()
+        work(options.overrides)
+    except Ended as end:
+        if _speaks() and not options.agent:
+            print(f"{end.state}: {end}", file=sys.stderr, flush=True)
+        return end.code
     return 0
-
-
-def resolve(overrides: list[str], workers: Workers) -> TrainConfig:
-    """On rank 0: overrides to a checked configuration. Raises ValueError."""
-    pick_device(workers.local_world_size - 1)
-    config = config_from_tree(compose_tree(overrides))
-    if config.nproc not in (None, workers.local_world_size):
-        raise ValueError(
-            f"nproc={config.nproc}, but {workers.local_world_size} workers were started on this machine; leave nproc out, or "
-            "let `rowwise train` start them"
-        )
-    if config.resume == "never" and restarted():
-        config = replace(config, resume="auto")  # what this job itself has saved
-    return prepare(config, workers.world_size)
 
 
 def print_configuration(overrides: list[str]) -> int:
     try:
-        config = config_from_tree(compose_tree(overrides))
+        tree = compose_tree(overrides)
+        from rowwise.trainer.config import config_from_tree, tree_of  # torch, which no mistyped key waits for
+
+        config = config_from_tree(tree)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
@@ -99,21 +55,33 @@ def print_configuration(overrides: list[str]) -> int:
     return 0
 
 
-@record
-def _worker() -> int:
-    return main()
+def _speaks() -> bool:
+    """Whether this worker says how the run ended: one on each of torchrun's machines, or any that was started by itself."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0"
+
+
+def _interrupted(number: int, left: Callable[[float], bool]) -> None:
+    """Ctrl-C before training, or after it."""
+    if os.environ.get("RANK", "0") == "0":
+        print("interrupted: no step is under way", file=sys.stderr, flush=True)
+    end_now(left)
 
 
 def run() -> None:
     """The process: ends with the exit code of `main`, at once where it failed."""
     try:
-        code = _worker()
-    except (Exception, KeyboardInterrupt) as error:
+        with answering(_interrupted):
+            code = main()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception:
         traceback.print_exc()
+        code = 1
+    if code:
+        sys.stdout.flush()
         sys.stderr.flush()
         # Not sys.exit: threads and destructors of a broken process group can wait for peers that wait for us.
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
-    sys.exit(code)
+        os._exit(code)
 
 
 if __name__ == "__main__":

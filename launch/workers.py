@@ -3,6 +3,7 @@
 They meet in torchrun's store, before any process group exists.
 """
 
+import contextlib
 import ctypes
 import datetime
 import json
@@ -18,12 +19,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import rendezvous
 
+from rowwise.launch.outcome import Ended, Failed, Refused
 from rowwise.parallel.mesh import Workers
 
 _KEY = "config"
+_END = "end"
 _WATCH_SECONDS = 1.0
 _MEET_SECONDS = 0.02
 _MEETING = datetime.timedelta(minutes=5)  # from the first worker's start to the last one's
+_LISTENING = datetime.timedelta(seconds=10)
 _PATIENCE = datetime.timedelta(hours=4)  # rank 0 may have a corpus to tokenize first
 
 
@@ -91,16 +95,47 @@ def is_one_of_many_machines() -> bool:
     return int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
 
 
-def announce(workers: Workers, tree: dict[str, Any] | None) -> None:
-    """Rank 0 tells the others the resolved configuration, or None: there will be no run."""
+def announce(workers: Workers, tree: dict[str, Any]) -> None:
+    """Rank 0 tells the others the resolved configuration."""
     if workers.store is not None:
-        workers.store.set(_KEY, json.dumps(tree))
+        workers.store.set(_KEY, json.dumps({"config": tree}))
 
 
-def hear(workers: Workers) -> dict[str, Any] | None:
-    """What rank 0 announced."""
+def announce_end(workers: Workers, end: Ended) -> None:
+    """Rank 0 tells the others why there will be no run, and stays until they know: the store may end with this process."""
+    if workers.store is None:
+        return
+    workers.store.set(_KEY, json.dumps({end.state: str(end)}))
+    with contextlib.suppress(RuntimeError):  # one that is gone does not hear
+        workers.store.wait([_heard(rank) for rank in range(1, workers.world_size)], _LISTENING)
+
+
+def hear(workers: Workers) -> dict[str, Any]:
+    """What rank 0 announced. Raises Refused or Failed."""
     assert workers.store is not None
-    return json.loads(workers.store.get(_KEY))
+    told = json.loads(workers.store.get(_KEY))
+    workers.store.set(_heard(workers.rank), "")
+    for end in (Refused, Failed):
+        if end.state in told:
+            raise end(told[end.state])
+    return told["config"]
+
+
+def _heard(rank: int) -> str:
+    return f"heard/{rank}"
+
+
+def share_end(workers: Workers, reason: str | None) -> str | None:
+    """Why the run ended, for a worker that failed: what some worker has already given as the reason, or `reason`, which is
+    then given to the others. They fail for want of this one, and know no better."""
+    if workers.store is None:
+        return reason
+    try:
+        if reason is None:
+            return workers.store.get(_END).decode() if workers.store.check([_END]) else None
+        return workers.store.compare_set(_END, "", reason).decode()
+    except RuntimeError:  # the store ended with rank 0
+        return reason
 
 
 def keep_freed_memory() -> None:

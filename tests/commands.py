@@ -1,6 +1,7 @@
 """The product's commands as processes: command lines of the small configuration, jobs started, watched and waited for."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -65,6 +66,12 @@ def run_in_pool(ranks, overrides: list[str]) -> str:
 
 def workers_of(job: subprocess.Popen) -> list[psutil.Process]:
     return [w for w in psutil.Process(job.pid).children() if "rowwise.launch.train" in " ".join(w.cmdline())]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def await_steps(folder: Path, steps: int, job: subprocess.Popen) -> None:

@@ -106,6 +106,13 @@ def assert_resumes_to_the_last_bit(ranks, world: int, config: TrainConfig, folde
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in final_tensors(stopped.run_dir).items())
 
 
+def stores(world_size: int) -> list[Workers]:
+    """Workers that share a store, each by a connection of its own, as processes do."""
+    host = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    others = [dist.TCPStore("localhost", host.port) for _ in range(1, world_size)]
+    return [Workers(r, world_size, r, world_size, store) for r, store in enumerate([host, *others])]
+
+
 class Job:
     """A run in processes of their own."""
 

@@ -64,7 +64,7 @@ def in_a_process(program: str) -> str:
 
 def test_a_workers_import_is_light():
     """And no room is importable under its bare name, which would hide packages of that name."""
-    modules = set(in_a_process("import rowwise.launch.train, sys; print(*sys.modules)").split())
+    modules = set(in_a_process("import rowwise.launch.worker, sys; print(*sys.modules)").split())
     assert not modules & {
         "deepspeed",
         "transformers",
@@ -76,6 +76,25 @@ def test_a_workers_import_is_light():
         "scipy",
     }
     assert not modules & {*BELOW, "conf"}
+
+
+HELP_AND_A_MISTYPED_KEY = """
+import sys
+from rowwise.launch import cli, train
+for words in (["--help"], ["trian"], ["train", "--help"], ["train", "optim.lrr=3"], ["train", "--cfg", "optim.lrr=3"]):
+    try:
+        cli.main(words)
+    except SystemExit:
+        pass
+try:
+    train.main(["--help"])
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+
+
+def test_help_and_a_mistyped_key_wait_for_no_torch():
+    assert in_a_process(HELP_AND_A_MISTYPED_KEY).endswith("\nFalse\n")
 
 
 def test_schedules_need_no_torch():

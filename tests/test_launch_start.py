@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from commands import await_steps, overrides_of, run, run_in_pool, start, workers_of
+from commands import await_steps, free_port, overrides_of, run, run_in_pool, start, workers_of
 from rowwise.launch import agent, cli
+from rowwise.launch import job as jobs
 from rowwise.launch import meeting as meetings
 from rowwise.launch import start as launcher
 from rowwise.launch.agent import Job
@@ -56,7 +57,11 @@ def test_how_it_ended_is_written_and_a_run_under_way_is_left_alone(tmp_path):
     assert "is in use by another run" in said
     assert read_outcome(tmp_path / "run") == Outcome("complete", None, 2)
     overrides = [*overrides, "data.files=/nowhere.bin"]
-    assert run(tmp_path, [*TRAIN, *overrides])[0] == 2
+    code, said = run(tmp_path, [*TRAIN, *overrides])
+    assert code == 2
+    assert re.fullmatch(r"refused: data.files: /nowhere.bin names no file .*\n", said), (
+        "one line, though a worker found it"
+    )
     assert read_outcome(tmp_path / "run") == Outcome("complete", None, 2)  # of the run that is there
     overrides = [*overrides, f"run_dir={tmp_path}/other"]
     (tmp_path / "other").mkdir()
@@ -67,14 +72,7 @@ def test_how_it_ended_is_written_and_a_run_under_way_is_left_alone(tmp_path):
     assert refused.reason in said and "/nowhere.bin" in refused.reason
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 REFUSED = {
-    "more ranks than there are": (["nproc=4096"], "nproc=4096: this machine has"),
     "no rank": (["nproc=0"], "nproc=0"),
     "a layout for more": (["nproc=1", "parallel.shard=2"], "start 2 workers"),
     "a layout for another number of machines": (
@@ -92,13 +90,44 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_a_worker_is_started(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launcher, "run_workers", None)
+    monkeypatch.setattr(agent, "run_workers", None)
     words, said = REFUSED[case]
     assert launcher.main(words) == 2
     told = capsys.readouterr().err
     assert told.startswith("refused: ")
     assert said in told
+    assert told.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+CROWDED = {
+    "the example of a long context": (["nproc=4", "experiment=long_context"], 2),
+    "one more than cores": (["nproc=3", "batch.global_size=24"], 2),
+    "two workers of one core": (["nproc=2"], 1),
+    "very many": (["nproc=64", "batch.global_size=512"], 63),
+}
+
+
+@pytest.mark.parametrize("case", CROWDED)
+def test_more_workers_than_cores_are_a_warning(case, monkeypatch, capsys):
+    words, cores = CROWDED[case]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(agent, "_agent", lambda job, ended: ended.put(None))
+    assert launcher.main(words) == 0
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {words[0]} on {cores} cores: ")
+    assert told.count("\n") == 1
+    assert agent.crowding(cores) is None
+
+
+def test_more_workers_than_gpus_are_refused(monkeypatch, capsys):
+    """NCCL gives each a GPU of its own; cores do not matter."""
+    monkeypatch.setattr(agent.torch.cuda, "device_count", lambda: 2)
+    assert launcher.main(["nproc=3", "batch.global_size=24"]) == 2
+    assert capsys.readouterr().err == (
+        "refused: nproc=3: this machine has 2 GPUs; give nproc=2 at most, or more machines\n"
+    )
+    assert agent.crowding(len(os.sched_getaffinity(0)) + 1) is None
 
 
 def test_workers_that_are_fewer_than_nproc_are_refused(tmp_path):
@@ -129,7 +158,7 @@ def test_options_and_overrides_mix():
 def test_a_trial_in_a_step_of_many_machines_has_one(monkeypatch):
     for key in ("NODES", "TASKS"):
         monkeypatch.setenv(f"SLURM_STEP_NUM_{key}", "2")
-    assert launcher.meeting_of(launcher.parse(["--nodes=1"])) is None
+    assert jobs.meeting_of(launcher.parse(["--nodes=1"])) is None
 
 
 def test_threads_are_shared_out_and_forgotten(monkeypatch):

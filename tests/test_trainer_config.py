@@ -15,6 +15,7 @@ import yaml
 from parity import small_config, write_tokens
 from refusals import REFUSED
 from rowwise.launch import train as launch
+from rowwise.launch import worker
 from rowwise.launch.compose import GROUPS, compose_tree
 from rowwise.optim.build import OptimConfig
 from rowwise.optim.schedules import ScheduleConfig
@@ -132,14 +133,14 @@ def test_refusals(text, tmp_path, what, capsys, monkeypatch):
     overrides, message = REFUSED[what]
     overrides = [override.replace("{folder}", str(text)) for override in overrides]
     told: list = []  # what the other worker hears through the store
-    monkeypatch.setattr(launch, "workers_from_environment", lambda: launch.Workers(rank=0, world_size=2))
-    monkeypatch.setattr(launch, "announce", lambda workers, tree: told.append(tree))
+    monkeypatch.setattr(worker, "workers_from_environment", lambda: worker.Workers(rank=0, world_size=2))
+    monkeypatch.setattr(worker, "announce_end", lambda workers, end: told.append(str(end)))
     assert launch.main(overrides) == 2
     said = capsys.readouterr().err.strip()
     assert re.search(message, said), said
     assert said.startswith("refused: ")
     assert "\n" not in said
-    assert told == [None]
+    assert told == [said.removeprefix("refused: ")]
     assert not list(tmp_path.iterdir())
 
 

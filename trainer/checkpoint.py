@@ -14,11 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.storage import WriteResult
 
 from rowwise.optim.build import named_state
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
+from rowwise.trainer.files import writing
 from rowwise.trainer.manifest import (
     begin,
     commit,
@@ -90,20 +94,34 @@ class Saver:
         if self._mesh.rank == 0:
             begin(self._checkpoints, step)
         dist.barrier(group=group)
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), process_group=group)
+        with writing(folder):
+            dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group)
         mine = [path for path in folder.iterdir() if self._is_mine(path)]
         facts = {path.name: file_facts(path) for path in mine}
         everyone: list[dict[str, Any]] = [{} for _ in range(self._mesh.world_size)]
         dist.all_gather_object(everyone, facts, group=group)
         if self._mesh.rank == 0:
             files = {name: value for part in everyone for name, value in sorted(part.items())}
-            commit(folder, {**manifest, "files": files})
+            with writing(folder):
+                commit(folder, {**manifest, "files": files})
             prune(self._checkpoints, self._keep)
 
     def _is_mine(self, path: Path) -> bool:
         if path.suffix == ".distcp":
             return path.name.startswith(f"__{self._mesh.rank}_")
         return self._mesh.rank == 0
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Says that the disk is full as long as that is known: what the ranks are then sent is the last error alone."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        with writing(Path(self.path)):
+            return super().write_data(plan, planner)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        with writing(Path(self.path)):
+            super().finish(metadata, results)
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:

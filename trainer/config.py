@@ -1,6 +1,5 @@
 """TrainConfig, composed from the dataclasses of the rooms, and `check`: every rule that crosses rooms, in one place."""
 
-import difflib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from rowwise.parallel.sequence import check_heads
 from rowwise.trainer.data.batches import BatchConfig, check_batch
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.evaluate import EvalConfig
+from rowwise.trainer.keys import unknown_key
 from rowwise.trainer.manifest import CheckpointConfig, check_checkpoint
 from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_count, parameter_shapes
 from rowwise.trainer.sample import SampleConfig
@@ -259,15 +259,6 @@ def _check_eval(config: TrainConfig) -> None:
         )
     if (config.sample.tokens or 0) < 0 or config.sample.temperature < 0:
         raise ValueError("sample.tokens and sample.temperature are at least 0")
-
-
-def unknown_key(path: str, possible: list[str]) -> str:
-    """The message for a key that does not exist: what is possible, and the nearest."""
-    parent, _, key = path.rpartition(".")
-    near = difflib.get_close_matches(key, possible, n=1)
-    where = f"{parent}" if parent else "the configuration"
-    hint = f"; did you mean {parent + '.' if parent else ''}{near[0]}?" if near else ""
-    return f"unknown key {path}: {where} has {', '.join(sorted(possible))}{hint}"
 
 
 def _refuse_unknown(tree: dict[str, Any], known: dict[str, Any], path: str) -> None:

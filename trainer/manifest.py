@@ -6,6 +6,7 @@ runs/NAME/checkpoints/step-00000100/               a checkpoint; it exists once 
 runs/NAME/checkpoints/step-00000200.incomplete/    a save under way, or one that was interrupted
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,6 +56,16 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
 
 
+def newest_sound(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that has a sound manifest and every file, in its size; checksums are left to who resumes."""
+    for checkpoint in complete_checkpoints(checkpoints):
+        with contextlib.suppress(ValueError, OSError):
+            files = read_manifest(checkpoint)["files"].items()
+            if all((checkpoint / name).stat().st_size == facts["bytes"] for name, facts in files):
+                return checkpoint
+    return None
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises ValueError where it cannot be read."""
     try:
@@ -69,11 +80,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 def begin(checkpoints: Path, step: int) -> Path:
     """An empty folder to save `step` into. What interrupted saves left behind is removed."""
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for stale in checkpoints.glob(f"*{_INCOMPLETE}"):
-        shutil.rmtree(stale)
+    clear_interrupted(checkpoints)
     folder = incomplete_folder(checkpoints, step)
     folder.mkdir()
     return folder
+
+
+def clear_interrupted(checkpoints: Path) -> None:
+    """Removes what interrupted saves left behind."""
+    for stale in checkpoints.glob(f"*{_INCOMPLETE}"):
+        shutil.rmtree(stale)
 
 
 def incomplete_folder(checkpoints: Path, step: int) -> Path:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from rowwise.trainer.files import write_whole, writing
+
 # Dense 16-bit peak FLOP/s by device name, from the vendors' data sheets; no entry, no mfu.
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -29,18 +31,20 @@ class MetricsLog:
     def __init__(self, run_dir: Path, step: int):
         self._path = run_dir / "metrics.jsonl"
         kept = [line for line in _complete_lines(self._path) if json.loads(line)["step"] <= step]
-        partial = self._path.with_suffix(".jsonl.incomplete")
-        with partial.open("w") as file:
-            file.write("".join(f"{line}\n" for line in kept))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
-        self._file = self._path.open("a")
+        write_whole(self._path, "".join(f"{line}\n" for line in kept))
+        self._file = self._path.open("ab", buffering=0)
+        self.sync()
 
     def append(self, record: dict[str, Any]) -> None:
-        """Writes one record so that it survives the death of this process."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Writes one record so that it survives the death of this process: the whole line, or none of it. Raises DiskFull."""
+        line, before = (json.dumps(record) + "\n").encode(), os.fstat(self._file.fileno()).st_size
+        try:
+            with writing(self._path):
+                while line:
+                    line = line[self._file.write(line) :]
+        except BaseException:
+            self._file.truncate(before)
+            raise
 
     def sync(self) -> None:
         """Makes what was appended survive the death of this machine: before a checkpoint counts on it."""

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from rowwise.parallel.mesh import pick_device
 from rowwise.trainer.config import TrainConfig, check
 from rowwise.trainer.data.open import open_data
+from rowwise.trainer.files import writing
 from rowwise.trainer.models.huggingface import check_source
 from rowwise.trainer.pruned import check_semi_structured
 from rowwise.trainer.resume import find_resume
@@ -54,10 +55,11 @@ def examine(config: TrainConfig, world_size: int) -> TrainConfig:
 def make_writable(run_dir: Path) -> None:
     """Makes the run directory. Raises ValueError where it cannot be made or written."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            probe = run_dir / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
     except OSError as error:
         raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror}); give another run_dir") from None
 

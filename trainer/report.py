@@ -9,6 +9,7 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import padded_length
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.console import Console
+from rowwise.trainer.files import write_whole
 from rowwise.trainer.metrics import MetricsLog
 from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.state import TrainState
@@ -39,7 +40,7 @@ class RankZeroReporter(Reporter):
     def __init__(self, config: TrainConfig, state: TrainState):
         run_dir = Path(config.run_dir)
         tree = tree_of(config)
-        OmegaConf.save(OmegaConf.create(tree), run_dir / "config.yaml")
+        write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)))
         self._metrics = MetricsLog(run_dir, state.step)
         self._tracker = open_tracker(config.tracker, run_dir, config.name, tree, state.step)
         self._console = Console(state.step, config.steps, config.log_every)

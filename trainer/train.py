@@ -36,7 +36,7 @@ from rowwise.trainer.resume import changes, data_facts, find_resume, model_facts
 from rowwise.trainer.sample import generate
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients, step_at_once, step_in_backward
-from rowwise.trainer.stop import StopRequest, hearing
+from rowwise.trainer.stop import StopRequest
 
 
 class Update(Protocol):
@@ -87,8 +87,8 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
         stack.callback(saver.close)
         batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
-        stop, stopping, first, ahead = StopRequest(), False, state.step, None
-        stack.enter_context(hearing(stop.receive))
+        stop, stopping, first, ahead = StopRequest(reporter.say), False, state.step, None
+        stack.enter_context(stop.heard())
         saved: dict[str, float] = {}
         while state.step < config.steps and not stopping:
             started = time.perf_counter()

@@ -91,7 +91,7 @@ def outcome_of(running: Running) -> Outcome:
         return outcome
     code = running.process.returncode
     if code == 2:
-        return Outcome("refused", last_refusal([running.folder / "agent.log"]))
+        return Outcome("refused", last_refusal(running.folder / "agent.log"))
     if -code in SIGNALS:  # before it heard
         return Outcome("stopped", "asked to stop")
     return Outcome("failed", f"its agent ended with {code}; see agent.log")

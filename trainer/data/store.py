@@ -20,6 +20,7 @@ from rowwise.trainer.data.config import Hf, Stdlib, Text
 from rowwise.trainer.data.corpus import META
 from rowwise.trainer.data.documents import check_files, read_documents
 from rowwise.trainer.data.tokenizer import Tokenizer
+from rowwise.trainer.files import writing
 
 _BATCH = 256  # documents tokenized at a time
 _FORMAT = 3
@@ -65,9 +66,13 @@ def _build(folder: Path, config: Stdlib | Text | Hf, files: Sequence[Path], toke
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_store(
-            partial, itertools.chain.from_iterable(read_documents(f, config) for f in files), tokenizer, config.holdout
-        )
+        with writing(folder):
+            write_store(
+                partial,
+                itertools.chain.from_iterable(read_documents(f, config) for f in files),
+                tokenizer,
+                config.holdout,
+            )
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,118 @@
+"""What a worker does: rank 0 composes and checks the run, tells the others, and all train."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from rowwise.launch.compose import compose_tree
+from rowwise.launch.outcome import Ended, Failed, Refused, clear_outcome, give_room, keep_room
+from rowwise.launch.workers import (
+    announce,
+    announce_end,
+    follow,
+    hear,
+    is_one_of_many_machines,
+    job_id,
+    keep_freed_memory,
+    restarted,
+    share_end,
+    workers_from_environment,
+)
+from rowwise.parallel.mesh import Workers, pick_device
+from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
+from rowwise.trainer.files import DiskFull, want_of_room, writing
+from rowwise.trainer.manifest import clear_interrupted, newest_sound
+from rowwise.trainer.prepare import lock_run, prepare
+from rowwise.trainer.train import train
+
+LEAVING_SECONDS = 60  # that a worker is given to save and leave
+
+
+@record
+def work(overrides: list[str]) -> None:
+    """Finds the other workers, and runs with them. Raises Refused or Failed, on every worker, where one line tells why."""
+    keep_freed_memory()
+    if job_id() is not None:
+        # Where torchrun is killed on one of many machines, the others restart without it: nobody waits for this one.
+        follow(os.getppid(), patience_seconds=0 if is_one_of_many_machines() else LEAVING_SECONDS)
+    run(overrides, workers_from_environment())
+
+
+def run(overrides: list[str], workers: Workers) -> None:
+    """Trains as one of `workers`. Raises Refused before anything is made, and Failed where the disk is full."""
+    if workers.rank == 0:
+        with begun(overrides, workers) as config:
+            announce(workers, tree_of(config))
+            with told_of_full_disks(Path(config.run_dir), workers):
+                train(config, workers)
+    else:
+        config = config_from_tree(hear(workers))
+        with told_of_full_disks(Path(config.run_dir), workers):
+            train(config, workers)
+
+
+@contextlib.contextmanager
+def begun(overrides: list[str], workers: Workers) -> Iterator[TrainConfig]:
+    """On rank 0: the checked configuration, while its folder is held for it. Raises Refused or Failed, which the others
+    are told."""
+    run_dir = None
+    try:
+        config = resolve(overrides, workers)
+        run_dir = Path(config.run_dir)
+        with writing(run_dir):
+            lock = lock_run(run_dir, job_id(), config.parallel.timeout_seconds + LEAVING_SECONDS)
+            clear_outcome(run_dir)
+            keep_room(run_dir)
+    except (ValueError, OSError, DiskFull) as error:
+        full = want_of_room(error)
+        end: Ended = Refused(str(error)) if full is None else Failed(_told(full, run_dir))
+        announce_end(workers, end)
+        raise end from None
+    try:
+        yield config
+    finally:
+        lock.release()
+        give_room(run_dir)
+
+
+@contextlib.contextmanager
+def told_of_full_disks(run_dir: Path, workers: Workers) -> Iterator[None]:
+    """Raises Failed where the disk is full, here or where another worker found it so, and leaves no half of a checkpoint."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        full = want_of_room(error)
+        reason = share_end(workers, None if full is None else _told(full, run_dir))
+        if reason is None:
+            raise
+        if workers.rank == 0:
+            with contextlib.suppress(OSError):  # which others may be writing for a moment yet
+                clear_interrupted(run_dir / "checkpoints")
+        raise Failed(reason) from None
+
+
+def _told(full: BaseException, run_dir: Path | None) -> str:
+    said = str(full) if isinstance(full, DiskFull) else f"disk full: {full}"
+    saved = newest_sound(run_dir / "checkpoints") if run_dir is not None else None
+    if saved is None:
+        return f"{said}; no checkpoint was saved yet: with room there, the same command begins anew"
+    return f"{said}; the newest sound checkpoint is {saved}: with room there, the same command goes on from it"
+
+
+def resolve(overrides: list[str], workers: Workers) -> TrainConfig:
+    """On rank 0: overrides to a checked configuration. Raises ValueError."""
+    pick_device(workers.local_world_size - 1)
+    config = config_from_tree(compose_tree(overrides))
+    if config.nproc not in (None, workers.local_world_size):
+        raise ValueError(
+            f"nproc={config.nproc}, but {workers.local_world_size} workers were started on this machine; leave nproc out, or "
+            "let `rowwise train` start them"
+        )
+    if config.resume == "never" and restarted():
+        config = replace(config, resume="auto")  # what this job itself has saved
+    return prepare(config, workers.world_size)
