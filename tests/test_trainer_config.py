@@ -140,7 +140,7 @@ def test_refusals(text, tmp_path, what, capsys, monkeypatch):
     assert re.search(message, said), said
     assert said.startswith("refused: ")
     assert "\n" not in said
-    assert told == [said.removeprefix("refused: ")]
+    assert [reason.strip() for reason in told] == [said.removeprefix("refused: ")]
     assert not list(tmp_path.iterdir())
 
 
