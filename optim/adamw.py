@@ -31,7 +31,7 @@ class AdamW:
     weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0, "exp_avg_sq": 0}
 
     def __init__(self, betas: list[float], eps: float):
-        (self._beta1, self._beta2), self._eps = betas, eps
+        (self.beta1, self._beta2), self._eps = betas, eps
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         zeros = torch.zeros_like(p, dtype=state_dtype(p))
@@ -39,7 +39,7 @@ class AdamW:
 
     def step_(self, batch: Batch) -> None:
         first, second = pick(batch, "exp_avg"), pick(batch, "exp_avg_sq")
-        rates = (batch.step, batch.lr, self._beta1, self._beta2, self._eps, batch.weight_decay)
+        rates = (batch.step, batch.lr, self.beta1, self._beta2, self._eps, batch.weight_decay)
         adamw_(batch.params, batch.grads, first, second, *rates)
 
 

@@ -22,6 +22,7 @@ from rowwise.optim.lowrank.rules import DCT, Apollo, ApolloMini, Fira, GaLore
 from rowwise.optim.muon import Muon, MuonConfig
 from rowwise.optim.quantized import AdamW8bit, AdamW8bitConfig, Lion8bit, Lion8bitConfig, is_quantisable
 from rowwise.optim.rule import Rule
+from rowwise.optim.schedules import OneCycle, ScheduleConfig
 from rowwise.optim.shell import Optimizer
 
 OptimConfig = (
@@ -30,6 +31,7 @@ OptimConfig = (
 )  # fmt: skip
 
 LOW_RANK = {"galore": GaLore, "dct": DCT, "fira": Fira, "apollo": Apollo, "apollo_mini": ApolloMini}
+CYCLED = ("adamw", "adamw8bit", "lion", "lion8bit", *LOW_RANK)  # all that they consist of has a beta1
 ELEMENTWISE = ("adamw", "adamw8bit", "lion", "lion8bit")  # and so are all that they fall back on
 MATRICES_ONLY = {"adamw8bit", "lion8bit"}  # of what optim.assign can name
 # What `own` means: rule -> kind -> rule; a kind that is not named has the rule itself.
@@ -171,10 +173,18 @@ def _short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.float64: "fp64", torch.uint8: "uint8", torch.int32: "int32"}[dtype]
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group."""
+def follow_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, schedule: ScheduleConfig, step: int, steps: int
+) -> float:
+    """Sets what `schedule` says of `step`, counted from 0: the learning rate of every group, which is returned, and under a
+    momentum cycle the beta1 of every rule."""
+    lr = config.lr * schedule.factor(step, steps)
+    beta1 = schedule.beta1(step, steps) if isinstance(schedule, OneCycle) else None
     for group in optimizer.param_groups:
         group["lr"] = lr
+        if beta1 is not None:
+            group["rule"].beta1 = beta1
+    return lr
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

@@ -39,13 +39,13 @@ class Lion:
     weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0}
 
     def __init__(self, betas: list[float]):
-        self._beta1, self._beta2 = betas
+        self.beta1, self._beta2 = betas
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return {"exp_avg": torch.zeros_like(p, dtype=state_dtype(p))}
 
     def step_(self, batch: Batch) -> None:
-        rates = batch.lr, self._beta1, self._beta2, batch.weight_decay
+        rates = batch.lr, self.beta1, self._beta2, batch.weight_decay
         for x, g, m in zip(batch.params, batch.grads, pick(batch, "exp_avg"), strict=True):
             for rows in row_slices(x):
                 lion_([x[rows]], [g[rows]], [m[rows]], *rates)

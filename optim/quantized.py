@@ -75,13 +75,13 @@ class AdamW8bit:
     weightwise: ClassVar[dict[str, int]] = {"exp_avg.codes": zero_code(True), "exp_avg_sq.codes": zero_code(False)}
 
     def __init__(self, betas: list[float], eps: float):
-        (self._beta1, self._beta2), self._eps = betas, eps
+        (self.beta1, self._beta2), self._eps = betas, eps
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return new_moment(p, p.size(1), "exp_avg", True) | new_moment(p, p.size(1), "exp_avg_sq", False)
 
     def step_(self, batch: Batch) -> None:
-        rates = (batch.step, batch.lr, self._beta1, self._beta2, self._eps, batch.weight_decay)
+        rates = (batch.step, batch.lr, self.beta1, self._beta2, self._eps, batch.weight_decay)
         first, second = moments(batch, "exp_avg"), moments(batch, "exp_avg_sq")
         adamw8bit_(batch.params, batch.grads, first, second, *rates, rounding_of(batch))
 
@@ -95,13 +95,13 @@ class Lion8bit:
     weightwise: ClassVar[dict[str, int]] = {"exp_avg.codes": zero_code(True)}
 
     def __init__(self, betas: list[float]):
-        self._beta1, self._beta2 = betas
+        self.beta1, self._beta2 = betas
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return new_moment(p, p.size(1), "exp_avg", True)
 
     def step_(self, batch: Batch) -> None:
-        rates = (batch.lr, self._beta1, self._beta2, batch.weight_decay)
+        rates = (batch.lr, self.beta1, self._beta2, batch.weight_decay)
         lion8bit_(batch.params, batch.grads, moments(batch, "exp_avg"), *rates, rounding_of(batch))
 
 

@@ -114,21 +114,38 @@ class Linear(WarmedUp):
         return warmup(step, start) * linear((step - start) / max(1, steps - start), self.floor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OneCycle:
     """One-cycle (Smith & Topin, *Super-Convergence*): cosine from 1/start_div up to 1 over the first `rise` of the
-    steps, then cosine down to 1 / (start_div * end_div)."""
+    steps, then cosine down to 1 / (start_div * end_div).
+
+    `momentum`: [high, low], the cycle against it: beta1 falls from high to low while the rate climbs, and climbs back, along
+    the same cosines (Smith, *A Disciplined Approach*, of SGD's momentum; torch's OneCycleLR, of Adam's beta1).
+    """
 
     name: Literal["one_cycle"] = "one_cycle"
     rise: float = 0.3
     start_div: float = 25.0
     end_div: float = 1e4
+    momentum: list[float] | None = None
 
     def factor(self, step: int, steps: int) -> float:
+        rising, progress = self._phase(step, steps)
+        if rising:
+            return cosine(1 - progress, 1 / self.start_div)
+        return cosine(progress, 1 / (self.start_div * self.end_div))
+
+    def beta1(self, step: int, steps: int) -> float | None:
+        """How much of the first moment a step keeps; None: what the optimizer has."""
+        if self.momentum is None:
+            return None
+        (high, low), (rising, progress) = self.momentum, self._phase(step, steps)
+        return high + (low - high) * cosine(1 - progress if rising else progress, 0.0)
+
+    def _phase(self, step: int, steps: int) -> tuple[bool, float]:
+        """Whether the rate climbs, and how much of the climb or of the descent is behind."""
         top = self.rise * (steps - 1)
-        if step < top:
-            return cosine(1 - step / top, 1 / self.start_div)
-        return cosine((step - top) / max(1.0, steps - 1 - top), 1 / (self.start_div * self.end_div))
+        return (True, step / top) if step < top else (False, (step - top) / max(1.0, steps - 1 - top))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +273,13 @@ def check_schedule(config: ScheduleConfig, steps: int) -> None:
 def _check_one_cycle(config: OneCycle) -> None:
     if not 0 < config.rise < 1 or config.start_div < 1 or config.end_div < 1:
         raise ValueError("schedule=one_cycle: rise lies between 0 and 1, and start_div and end_div are at least 1")
+    if config.momentum is not None and not (
+        len(config.momentum) == 2 and 1 > config.momentum[0] >= config.momentum[1] >= 0
+    ):
+        raise ValueError(
+            f"schedule.momentum={config.momentum}: two numbers from 0 to below 1, the high one first, such as [0.95, 0.85]; or "
+            "null"
+        )
 
 
 def _check_phases(config: WarmedUp, steps: int) -> None:

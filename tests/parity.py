@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from rowwise.kernels.rows import local, row_offset
 from rowwise.launch.compose import compose_tree
-from rowwise.optim.build import build_optimizer, named_state, set_lr
+from rowwise.optim.build import build_optimizer, follow_schedule, named_state
+from rowwise.optim.schedules import OneCycle
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.optim.sparse.masks import unpack
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
@@ -87,6 +88,14 @@ def small_config(folder: Path, *overrides: str) -> TrainConfig:
     return config_from_tree(compose_tree(base + list(overrides)))
 
 
+def with_beta1(config: TrainConfig, step: int) -> TrainConfig:
+    """`config` with the first of `optim.betas` that a momentum cycle has at this step."""
+    beta1 = config.schedule.beta1(step, config.steps) if isinstance(config.schedule, OneCycle) else None
+    return (
+        config if beta1 is None else replace(config, optim=replace(config.optim, betas=[beta1, config.optim.betas[1]]))
+    )
+
+
 def with_layout(config: TrainConfig, world_size: int, **degrees: int) -> TrainConfig:
     """`config` on a layout, checked."""
     return check(replace(config, parallel=replace(config.parallel, **degrees)), world_size)
@@ -122,7 +131,7 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
         )
         pieces |= {("gradients", step, name): piece_of(p.grad) for name, p in model.named_parameters()}
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        set_lr(optimizer, config.optim.lr * config.schedule.factor(step, config.steps))
+        follow_schedule(optimizer, config.optim, config.schedule, step, config.steps)
         if sparsity is None:
             optimizer.step()
         else:
@@ -212,7 +221,7 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
             p.grad *= min(1.0, config.clip_norm / float(norm)) if config.clip_norm else 1.0
         trace.gradients.append({name: p.grad.clone() for name, p in params.items()})
         before = {name: p.detach().clone() for name, p in params.items()}
-        optimise = functools.partial(textbook_update, config, params, states, step + 1, lr)
+        optimise = functools.partial(textbook_update, with_beta1(config, step), params, states, step + 1, lr)
         sparsity.step(step + 1, optimise, states)
         model.zero_grad()
         trace.updates.append({name: p.detach() - before[name] for name, p in params.items()})

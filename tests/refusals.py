@@ -207,6 +207,14 @@ REFUSED = {
         ["schedule=cosine", "schedule.warmup=0.1", "schedule.warmup_steps=5"],
         r"schedule.warmup=0.1 schedule.warmup_steps=5: a share of the run or a number of steps; give one of the two",
     ),
+    "a cycle of a momentum that is not there": (
+        ["optim=muon", "schedule.momentum=[0.95,0.85]"],
+        r"schedule.momentum=\[0.95, 0.85\] with optim=muon: .*possible are adamw, .*or schedule.momentum=null",
+    ),
+    "a cycle of one number": (
+        ["schedule.momentum=[0.95]"],
+        r"schedule.momentum=\[0.95\]: two numbers .*the high one first",
+    ),
     "annealing": (["schedule=infinite", "schedule.anneal_steps=5"], r"without schedule.anneal_at"),
     "held-out share": (["data.holdout=1"], r"data.holdout=1.*share from 0 to below 1"),
     "nothing held out": (["data.holdout=0"], r"eval.every is on and data.holdout=0"),

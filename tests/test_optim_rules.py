@@ -99,6 +99,18 @@ def test_hybrid_sharding(ranks, folder, plain, rule):
     assert_all_same(ranks.run(run_layout, 4, config), plain(rule))
 
 
+@pytest.mark.parametrize("rule", ["adamw", "galore"])
+def test_a_momentum_cycle_is_the_same_on_every_layout(ranks, folder, rule):
+    flat = (
+        "schedule=one_cycle",
+        "schedule.start_div=1",
+        "schedule.end_div=1",
+    )  # small rates have few digits of an update
+    config = rule_config(folder, rule, *flat, "schedule.momentum=[0.95,0.5]")
+    ranks_of_it = with_layout(replace(config, batch=replace(config.batch, micro_size=8)), 3, zero=3)
+    assert_all_same(ranks.run(run_layout, 3, ranks_of_it), run_plain(config))
+
+
 # Just below and at 4,096 elements, columns around a block, fewer rows than ranks, one column, one row.
 EDGES = [(63, 65), (64, 64), (2, 2100), (3, 1365), (16, 257), (40, 255), (9, 600), (5000, 1), (1, 5000), (70, 3), (7,)]
 

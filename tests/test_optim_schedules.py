@@ -9,6 +9,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
 
 from rowwise.launch.compose import compose_tree
+from rowwise.optim.build import build_optimizer, follow_schedule
 from rowwise.optim.schedules import Constant, Cosine, Infinite, Linear, OneCycle, Wsd, check_schedule
 from rowwise.trainer.config import config_from_tree
 
@@ -86,6 +87,55 @@ def test_one_cycle_climbs_once_and_falls_once():
     assert top in (299, 300)
     assert factors[: top + 1] == sorted(factors[: top + 1])
     assert factors[top:] == sorted(factors[top:], reverse=True)
+
+
+def test_one_cycle_and_its_momentum_are_those_of_torch():
+    """torch ends the climb at pct_start T - 1; with the pct_start that ends it where ours does, they are the same."""
+    ours, p = OneCycle(momentum=[0.95, 0.85]), torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([p], lr=1.0, betas=(0.9, 0.99))
+    share = (ours.rise * (STEPS - 1) + 1) / STEPS
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=STEPS, pct_start=share)
+    for step in range(STEPS):
+        (group,) = optimizer.param_groups
+        assert ours.factor(step, STEPS) == pytest.approx(group["lr"], abs=1e-9)
+        assert ours.beta1(step, STEPS) == pytest.approx(group["betas"][0], abs=1e-9)
+        if step < STEPS - 1:
+            optimizer.step()
+            theirs.step()
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lion"])
+def test_a_momentum_cycle_steps_as_with_these_betas(rule):
+    """Each step is one of an optimizer whose beta1 is the cycle's number; for adamw torch's own."""
+    config = config_from_tree(
+        compose_tree([f"optim={rule}", "optim.lr=0.01", "schedule.momentum=[0.95,0.5]", "steps=8"])
+    )
+    torch.manual_seed(0)
+    ours = torch.nn.Linear(8, 8, bias=False).double()
+    twin = torch.nn.Linear(8, 8, bias=False).double()
+    twin.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(ours, config.optim)
+    reference = torch.optim.AdamW(twin.parameters(), betas=(0.9, 0.95), weight_decay=config.optim.weight_decay)
+    state = torch.zeros(8, 8, dtype=torch.float64)
+    seen = set()
+    for step in range(8):
+        g = torch.randn(8, 8, dtype=torch.float64)
+        lr = follow_schedule(optimizer, config.optim, config.schedule, step, 8)
+        beta1 = config.schedule.beta1(step, 8)
+        seen.add(round(beta1, 3))
+        ours.weight.grad = g.clone()
+        optimizer.step()
+        if rule == "adamw":
+            reference.param_groups[0].update(lr=lr, betas=(beta1, 0.95))
+            twin.weight.grad = g.clone()
+            reference.step()
+        else:
+            with torch.no_grad():
+                direction = torch.sign(beta1 * state + (1 - beta1) * g)
+                twin.weight.sub_(lr * (direction + config.optim.weight_decay * twin.weight))
+                state = 0.99 * state + 0.01 * g
+        torch.testing.assert_close(ours.weight, twin.weight, rtol=1e-12, atol=1e-14)
+    assert len(seen) > 4
 
 
 @pytest.mark.parametrize(("decay", "halfway"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))])

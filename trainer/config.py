@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from rowwise.optim.build import ELEMENTWISE, OptimConfig, check_optimizer
+from rowwise.optim.build import CYCLED, ELEMENTWISE, OptimConfig, check_optimizer
 from rowwise.optim.rates import SHARES, rate_of_size
-from rowwise.optim.schedules import ScheduleConfig, check_schedule
+from rowwise.optim.schedules import OneCycle, ScheduleConfig, check_schedule
 from rowwise.optim.sparse.config import NM, SparsityConfig, check_sparsity, starts_at_random
 from rowwise.parallel.mesh import ParallelConfig, resolve_degrees
 from rowwise.parallel.precision import PrecisionConfig, check_precision
@@ -119,6 +119,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_model(config.model)
     check_optimizer(config.optim, parameter_shapes(config.model))
     check_schedule(config.schedule, config.steps)
+    _check_momentum(config)
     check_precision(config.precision)
     check_sparsity(config.sparsity, parameter_shapes(config.model), config.steps)
     check_checkpoint(config.checkpoint)
@@ -244,6 +245,15 @@ def _check_sparsity(config: TrainConfig, parallel: ParallelConfig) -> None:
         raise ValueError(
             f"sparsity.semi_structured with precision={config.precision.name}: the hardware multiplies 16-bit numbers; give "
             "precision=bf16 or fp16, or sparsity.semi_structured=false"
+        )
+
+
+def _check_momentum(config: TrainConfig) -> None:
+    cycle = config.schedule.momentum if isinstance(config.schedule, OneCycle) else None
+    if cycle is not None and config.optim.name not in CYCLED:
+        raise ValueError(
+            f"schedule.momentum={cycle} with optim={config.optim.name}: its matrices have no beta1 to cycle; possible are "
+            f"{', '.join(CYCLED)}, or schedule.momentum=null"
         )
 
 

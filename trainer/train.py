@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from rowwise.optim.build import assignment_table, assignments, build_optimizer, set_lr, set_step
+from rowwise.optim.build import assignment_table, assignments, build_optimizer, follow_schedule, set_step
 from rowwise.optim.in_backward import InBackward
 from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse.build import Sparsity
@@ -95,9 +95,9 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             micro_batches = next(batches) if ahead is None else ahead
             ahead = next(batches) if may_begin_next(config, state.step + 1) else None
             data_seconds = time.perf_counter() - started
-            lr, scale_used = config.optim.lr * config.schedule.factor(state.step, config.steps), state.loss_scale.scale
+            lr = follow_schedule(optimizer, config.optim, config.schedule, state.step, config.steps)
+            scale_used = state.loss_scale.scale
 
-            set_lr(optimizer, lr)
             spans: list[Span] | None = [] if state.step + 1 == config.parallel.pipeline_trace else None
             report = update(state.step + 1, micro_batches, scale_used, stop.requested, spans, ahead)
             if state.step == first:

@@ -40,7 +40,7 @@ class LowRank:
 
     def __init__(self, rank: int, refresh_every: int, scale: float, bits: int, betas: list[float], eps: float):
         self._rank, self._every, self._scale, self._bits = rank, refresh_every, scale, bits
-        (self._beta1, self._beta2), self._eps = betas, eps
+        (self.beta1, self._beta2), self._eps = betas, eps
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return new_moments(p, self._rank, self._bits)
@@ -49,7 +49,7 @@ class LowRank:
         return (batch.step - 1) % self._every == 0
 
     def _directions(self, batch: Batch, rs: list[Tensor]) -> list[Tensor]:
-        return adam_directions(rs, batch.states, batch.step, self._beta1, self._beta2, self._eps)
+        return adam_directions(rs, batch.states, batch.step, self.beta1, self._beta2, self._eps)
 
 
 class GaLore(LowRank):
