@@ -1,13 +1,18 @@
-"""What every test shares: the pool of ranks, and a world that is left as it was found."""
+"""What every test shares: the pool of ranks, a world that is left as it was found, and no GPU unless --nccl."""
 
 import os
+import sys
 import threading
+
+# Before torch looks, and for every process that a test starts: a test means the same on any machine.
+if "--nccl" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from ranks import RankPool
+from ranks import RankPools
 
 # One thread in this process as in every rank: on busy cores torch's own threads wait for one another.
 torch.set_num_threads(1)
@@ -18,9 +23,14 @@ def pytest_addoption(parser):
         "--full", action="store_true", help="whole products of cases, where a share of them stands for all"
     )
     parser.addoption("--slow", action="store_true", help="cases that train for minutes: `make test-slow`")
+    parser.addoption(
+        "--nccl", action="store_true", help="leaves GPUs visible; worlds for which there are enough of them run on NCCL"
+    )
 
 
 def pytest_configure(config):
+    if config.getoption("--nccl") and "--nccl" not in sys.argv:
+        raise pytest.UsageError("--nccl was read too late to leave GPUs visible; give it on the command line")
     config.addinivalue_line("markers", "full: a case for which another stands, unless --full")
     config.addinivalue_line("markers", "slow: a case that trains for minutes, unless --slow")
 
@@ -38,10 +48,10 @@ def full(request):
 
 
 @pytest.fixture(scope="session")
-def ranks():
-    pool = RankPool()
-    yield pool
-    pool.close()
+def ranks(request):
+    pools = RankPools(torch.cuda.device_count() if request.config.getoption("--nccl") else 0)
+    yield pools
+    pools.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""A pool of gloo workers kept for the whole test run, so that a distributed test costs milliseconds, not process starts.
+"""A pool of workers kept for the whole test run, so that a distributed test costs milliseconds, not process starts.
 
     def check(workers, x): ...                  # in a test module; runs on every rank
     results = ranks.run(check, 4, x)            # a list, one result a rank
@@ -6,6 +6,8 @@
 The function gets a `Workers` whose store is its own; it makes its mesh with `make_mesh` (or calls `train`) and may
 leave the process group behind. A rank's exception is raised here, with that rank's traceback; where the others do not
 end soon, since they wait for the one that failed, the pool is started anew.
+
+Ranks see no GPU and use gloo. Where pytest is given --nccl, those of a world for which there are enough GPUs have one each.
 """
 
 import gc
@@ -13,6 +15,7 @@ import importlib.util
 import inspect
 import itertools
 import multiprocessing
+import os
 import pickle
 import sys
 import traceback
@@ -31,8 +34,26 @@ class RankFailure(AssertionError):
     """A rank raised; the message is its traceback."""
 
 
+class RankPools:
+    """Runs each world on ranks that see GPUs, where there are enough of the `gpus` of this machine, or else on ranks that see
+    none."""
+
+    def __init__(self, gpus: int = 0) -> None:
+        self._gpus, self._seeing, self._blind = gpus, RankPool(sees_gpus=True), RankPool()
+
+    def run(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+        """Runs `function(workers, *arguments)` on `world_size` ranks and returns what each gave back."""
+        pool = self._seeing if world_size <= self._gpus else self._blind
+        return pool.run(function, world_size, *arguments)
+
+    def close(self) -> None:
+        self._seeing.close()
+        self._blind.close()
+
+
 class RankPool:
-    def __init__(self) -> None:
+    def __init__(self, sees_gpus: bool = False) -> None:
+        self._sees_gpus = sees_gpus
         self._calls = itertools.count()
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -88,7 +109,7 @@ class RankPool:
         context = quick_start()
         for _ in range(len(self._processes), world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, self._store.port), daemon=True)
+            process = context.Process(target=_work, args=(theirs, self._store.port, self._sees_gpus), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -105,8 +126,10 @@ def quick_start() -> Any:
     return context
 
 
-def _work(pipe: Connection, port: int) -> None:
+def _work(pipe: Connection, port: int, sees_gpus: bool) -> None:
     """The life of a worker: orders in, results out."""
+    if not sees_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
     import torch.distributed as dist
 

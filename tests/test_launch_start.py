@@ -27,7 +27,9 @@ TRAIN = [sys.executable, "-m", "rowwise.launch.start"]
 
 
 def test_a_worker_that_dies_is_started_again_and_nothing_is_lost(ranks, tmp_path):
-    overrides = overrides_of(tmp_path, "steps=1000000", "schedule=constant", "checkpoint.every=4", "nproc=2")
+    overrides = overrides_of(
+        tmp_path, "steps=1000000", "schedule=constant", "schedule.warmup_steps=0", "checkpoint.every=4", "nproc=2"
+    )
     job = start(tmp_path, [*TRAIN, "--max-restarts", "1", *overrides])
     await_steps(tmp_path, 9, job)
     workers_of(job)[-1].kill()

@@ -44,7 +44,9 @@ def test_an_error_on_one_rank_ends_the_job_with_its_traceback(tmp_path):
 
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(ranks, tmp_path):
     """With SIGTERM; started again, with SIGINT; and to its end."""
-    overrides = overrides_of(tmp_path, "steps=1000000", "schedule=constant", "checkpoint.every=0")
+    overrides = overrides_of(
+        tmp_path, "steps=1000000", "schedule=constant", "schedule.warmup_steps=0", "checkpoint.every=0"
+    )
     stopped_at = 0
     for number in (signal.SIGTERM, signal.SIGINT):
         (tmp_path / "log").write_bytes(b"")
@@ -62,7 +64,9 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(ranks, tmp_path):
 
 
 def test_a_worker_killed_under_torchrun(ranks, tmp_path):
-    overrides = overrides_of(tmp_path, "steps=1000000", "schedule=constant", "checkpoint.every=5")
+    overrides = overrides_of(
+        tmp_path, "steps=1000000", "schedule=constant", "schedule.warmup_steps=0", "checkpoint.every=5"
+    )
     job = start(tmp_path, command(2, "-m", "rowwise.launch.train", *overrides))
     await_steps(tmp_path, 12, job)
     workers_of(job)[-1].kill()
