@@ -66,6 +66,7 @@ class Adafactor:
     name = "adafactor"
     fused = False
     rounds = False
+    shared = False
     weightwise: ClassVar[dict[str, int]] = {}
 
     def __init__(self, decay: float, clip_threshold: float):

@@ -28,6 +28,7 @@ class AdamW:
     name = "adamw"
     fused = True
     rounds = False
+    shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0, "exp_avg_sq": 0}
 
     def __init__(self, betas: list[float], eps: float):

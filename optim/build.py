@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rowwise.optim.adafactor import Adafactor, AdafactorConfig
 from rowwise.optim.adamw import AdamW, AdamWConfig
 from rowwise.optim.lion import Lion, LionConfig
+from rowwise.optim.lion_kappa import LionKappa
 from rowwise.optim.lowrank.config import (
     ApolloConfig,
     ApolloMiniConfig,
@@ -33,6 +34,7 @@ OptimConfig = (
 LOW_RANK = {"galore": GaLore, "dct": DCT, "fira": Fira, "apollo": Apollo, "apollo_mini": ApolloMini}
 CYCLED = ("adamw", "adamw8bit", "lion", "lion8bit", *LOW_RANK)  # all that they consist of has a beta1
 ELEMENTWISE = ("adamw", "adamw8bit", "lion", "lion8bit")  # and so are all that they fall back on
+LION_KAPPA = "lion_kappa"  # of hidden matrices, where optim.kappa is not l1
 MATRICES_ONLY = {"adamw8bit", "lion8bit"}  # of what optim.assign can name
 # What `own` means: rule -> kind -> rule; a kind that is not named has the rule itself.
 HIDDEN_ONLY = {"embedding": "adamw", "head": "adamw", "vector": "adamw"}
@@ -57,7 +59,10 @@ def assigned(name: str, config: OptimConfig) -> str:
 def rule_name(name: str, shape: torch.Size, config: OptimConfig) -> str:
     """The rule of a parameter: the first pattern of `optim.assign` that matches, else the rule's own table. An 8-bit
     rule keeps a matrix that is too small for 8 bits in 32."""
-    own = FALLBACKS.get(config.name, {}).get(kind_of(name, shape), config.name)
+    kind = kind_of(name, shape)
+    own = FALLBACKS.get(config.name, {}).get(kind, config.name)
+    if isinstance(config, LionConfig) and config.kappa != "l1" and kind == "hidden":
+        own = LION_KAPPA
     chosen = assigned(name, config)
     # What a pattern asks for by name goes past the table: 8 bits for an embedding, say.
     found = own if chosen == "own" else chosen
@@ -76,6 +81,7 @@ def new_rule(name: str, config: Any) -> Rule:
         "adamw": lambda: AdamW(**adam),
         "adamw8bit": lambda: AdamW8bit(**adam),
         "lion": lambda: Lion(betas),
+        LION_KAPPA: lambda: LionKappa(config.kappa, betas, config.delta or 1.0),
         "lion8bit": lambda: Lion8bit(betas),
         "adafactor": lambda: Adafactor(config.decay, config.clip_threshold),
         "muon": lambda: Muon(config.momentum),
@@ -95,6 +101,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Opt
         groups[key]["params"].append(p)
         groups[key]["names"].append(name)
     return Optimizer(list(groups.values()), config.lr, seed)
+
+
+def is_elementwise(config: OptimConfig) -> bool:
+    """Whether every parameter changes by its own numbers alone, so that one rank can take a step back."""
+    kappa = config.kappa if isinstance(config, LionConfig) else "l1"
+    return config.name in ELEMENTWISE and kappa in ("l1", "rows", "huber")
 
 
 def check_optimizer(config: OptimConfig, shapes: dict[str, torch.Size]) -> None:

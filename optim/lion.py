@@ -15,19 +15,32 @@ from torch import Tensor
 from rowwise.kernels.lion import lion_
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase, check_betas
+from rowwise.optim.lion_kappa import Kappa
 from rowwise.optim.rule import Batch, pick, row_slices
 
 
 @dataclass(frozen=True, kw_only=True)
 class LionConfig(OptimBase):
+    """`kappa`: the norm whose gradient hidden matrices follow (`optim.lion_kappa`), l1 for Lion itself; `delta`: of huber,
+    the size from which on a number counts only by its sign."""
+
     name: Literal["lion"] = "lion"
     lr: float = 1e-3
     weight_decay: float = 0.3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    kappa: Kappa = "l1"
+    delta: float | None = None
 
     def check(self) -> None:
         super().check()
         check_betas(self.betas)
+        if (self.delta is not None) != (self.kappa == "huber"):
+            raise ValueError(
+                f"optim.delta={self.delta} with optim.kappa={self.kappa}: it belongs to huber, which needs it (1e-3, say); "
+                "leave it null with any other"
+            )
+        if self.delta is not None and self.delta <= 0:
+            raise ValueError(f"optim.delta={self.delta}: it is above 0")
 
 
 class Lion:
@@ -36,6 +49,7 @@ class Lion:
     name = "lion"
     fused = False
     rounds = False
+    shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0}
 
     def __init__(self, betas: list[float]):

@@ -72,6 +72,7 @@ class AdamW8bit:
     name = "adamw8bit"
     fused = True
     rounds = True
+    shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg.codes": zero_code(True), "exp_avg_sq.codes": zero_code(False)}
 
     def __init__(self, betas: list[float], eps: float):
@@ -92,6 +93,7 @@ class Lion8bit:
     name = "lion8bit"
     fused = True
     rounds = True
+    shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg.codes": zero_code(True)}
 
     def __init__(self, betas: list[float]):

@@ -45,11 +45,13 @@ class Batch:
 class Rule(Protocol):
     """One rule of change. `fused`: it needs no memory beside its operands and is given all parameters at once, the
     others a portion at a time. `rounds`: it writes 16-bit parameters itself; else it is given float32 copies of them.
-    `weightwise`: the states that hold a number for each weight, and what zero is there."""
+    `shared`: ranks share its matrices out, so a portion has at least one for each. `weightwise`: the states that hold a
+    number for each weight, and what zero is there."""
 
     name: str
     fused: bool
     rounds: bool
+    shared: bool
     weightwise: ClassVar[dict[str, int]]
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:

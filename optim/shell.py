@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowwise.kernels.products import float32_products
 from rowwise.kernels.rounding import round_bf16_
 from rowwise.kernels.rows import local, row_offset
 from rowwise.optim.rule import Batch, Rule, shard_group
@@ -94,14 +95,16 @@ class Optimizer(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             seed=self._seed,
         )
-        group["rule"].step_(batch)
+        with float32_products("highest"):  # whatever the model multiplies in
+            group["rule"].step_(batch)
         if narrow:
             for p, wide, (key, start) in zip(params, batch.params, batch.rounding(), strict=True):
                 round_bf16_(wide, p, key, start)
 
 
 def _portions(live: list[tuple[str, Tensor]], rule: Rule) -> Iterable[list[tuple[str, Tensor]]]:
-    """PORTION_BYTES at a time, or a larger parameter alone; all at once where that takes no memory.
+    """PORTION_BYTES at a time, or a larger parameter alone (a `shared` rule: at least as many as ranks hold their rows); all
+    at once where that takes no memory.
 
     Cut by logical sizes, so that all ranks cut alike: rules exchange messages.
     """
@@ -109,10 +112,12 @@ def _portions(live: list[tuple[str, Tensor]], rule: Rule) -> Iterable[list[tuple
         return []
     if rule.fused and (rule.rounds or live[0][1].dtype != torch.bfloat16):
         return [live]
+    group = shard_group(live[0][1]) if rule.shared else None
+    least = group.size() if group else 1
     portions: list[list[tuple[str, Tensor]]] = [[]]
     held = 0
     for name, p in live:
-        if held and held + 4 * p.numel() > PORTION_BYTES:
+        if len(portions[-1]) >= least and held + 4 * p.numel() > PORTION_BYTES:
             portions, held = [*portions, []], 0
         portions[-1].append((name, p))
         held += 4 * p.numel()

@@ -3,7 +3,7 @@
 | name | parameters and states | computes in | gradients reduced in | loss scale |
 |---|---|---|---|---|
 | fp64 | fp64 | fp64 | fp64 | - |
-| fp32 | fp32 | fp32 | fp32 | - |
+| fp32 | fp32 | fp32, products on a GPU in TF32 | fp32 | - |
 | bf16 | fp32 (parameters bf16 with `optim.param_dtype=bf16`) | bf16 | fp32 (or bf16) | - |
 | fp16 | fp32 | fp16 | fp32 | dynamic |
 """
@@ -25,7 +25,11 @@ class Fp64:
 
 @dataclass(frozen=True)
 class Fp32:
+    """`tf32`: a GPU multiplies by its tensor cores, which round the operands to 11 bits; false: in full, several times
+    slower."""
+
     name: Literal["fp32"] = "fp32"
+    tf32: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,11 @@ def policy(config: PrecisionConfig) -> MixedPrecisionPolicy:
 def compute_dtype(config: PrecisionConfig) -> torch.dtype:
     """The dtype in which layers compute, and activations cross stages."""
     return policy(config).param_dtype or master_dtype(config)
+
+
+def product_precision(config: PrecisionConfig, device: torch.device) -> Literal["highest", "high"]:
+    """How a model's float32 products are computed on `device`: see `kernels.products.float32_products`."""
+    return "high" if isinstance(config, Fp32) and config.tf32 and device.type == "cuda" else "highest"
 
 
 @dataclass(frozen=True)

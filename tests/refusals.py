@@ -118,6 +118,20 @@ REFUSED = {
         [*TWO, "parallel.post_validation=true", "optim=muon"],
         r"post_validation with optim=muon: .*possible are adamw, adamw8bit",
     ),
+    "a norm that cannot be taken back": (
+        [*TWO, "parallel.post_validation=true", "optim=lion", "optim.kappa=l2"],
+        r"post_validation with optim=lion optim.kappa=l2: .*lion with optim.kappa=l1, rows or huber",
+    ),
+    "huber without its size": (
+        ["optim=lion", "optim.kappa=huber"],
+        r"optim.delta=None with optim.kappa=huber: it belongs to huber, which needs it",
+    ),
+    "a size without huber": (
+        ["optim=lion", "optim.delta=0.1"],
+        r"optim.delta=0.1 with optim.kappa=l1: .*leave it null",
+    ),
+    "a size below zero": (["optim=lion", "optim.kappa=huber", "optim.delta=-1"], r"optim.delta=-1.0: it is above 0"),
+    "an unknown norm": (["optim=lion", "optim.kappa=l3"], r"optim.kappa='l3': input should be 'l1', 'l2', 'rows'"),
     "heads that do not divide": (
         ["parallel.ulysses=2", "model.heads=5", "model.kv_heads=5", "model.head_dim=4"],
         r"parallel.ulysses=2 with model.heads=5: .*possible are \[1, 5\], and parallel.ring",

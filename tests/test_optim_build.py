@@ -1,5 +1,7 @@
 """Which rule every parameter follows, what its state weighs, and what the rules promise beside their formulas."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -92,22 +94,59 @@ def test_state_holds_nothing_but_tensors_and_loads_with_weights_only(tmp_path):
         assert all(torch.equal(again[n][key], t) for n, state in states.items() for key, t in state.items())
 
 
-@pytest.mark.parametrize("start", [40.0, -40.0, 1.9])
-def test_lion_goes_into_its_box_and_stays(start):
-    """The distance to |x| <= 1 / weight_decay shrinks by 1 - lr weight_decay a step, whatever the gradients; inside it
-    stays zero."""
-    rate, decay = 0.05, 0.5
-    model = nn.Linear(64, 64, bias=False)
-    nn.init.constant_(model.weight, start)
-    optimizer = build_optimizer(model, optim("optim=lion", f"optim.lr={rate}", f"optim.weight_decay={decay}"))
+# kappa -> the dual norm, and how far the ball goes at weight decay 1
+BALLS = {
+    "l1": (lambda x: x.abs().max(), 1.0),
+    "l2": (lambda x: x.norm(), math.sqrt(64 * 32)),
+    "rows": (lambda x: x.norm(dim=1).max(), math.sqrt(32)),
+    "huber": (lambda x: x.abs().max(), 1.0),
+    "nuclear": (lambda x: torch.linalg.matrix_norm(x, 2), 1.21 * math.sqrt(64)),
+}
+
+
+@pytest.mark.parametrize("kappa", BALLS)
+@pytest.mark.parametrize("start", [20.0, 0.95])
+def test_lion_goes_into_the_ball_of_its_norm_and_stays(kappa, start):
+    """How far x is outside of its ball shrinks by 1 - lr weight_decay a step, whatever the gradients; inside it stays zero.
+    `start`: in radii."""
+    rate, decay, norm = 0.05, 0.5, BALLS[kappa][0]
+    radius = BALLS[kappa][1] / decay
+    delta = ["optim.delta=0.01"] if kappa == "huber" else []
+    model = nn.Linear(32, 64, bias=False)
+    nn.init.ones_(model.weight)
+    model.weight.data *= start * radius / norm(model.weight.data)
+    choice = [f"optim.kappa={kappa}", *delta, f"optim.lr={rate}", f"optim.weight_decay={decay}"]
+    optimizer = build_optimizer(model, optim("optim=lion", *choice))
     torch.manual_seed(0)
-    outside = max(0.0, abs(start) - 1 / decay)
+    outside = max(0.0, float(norm(model.weight.detach())) - radius)
     for step in range(300):
-        model.weight.grad = torch.randn(64, 64) if step % 50 < 10 else torch.full((64, 64), -1.0)
+        model.weight.grad = torch.randn(64, 32) if step % 50 < 10 else torch.full((64, 32), -1.0)
         optimizer.step()
         outside *= 1 - rate * decay
-        assert float(model.weight.detach().abs().max()) <= 1 / decay + outside + 1e-4
-    assert float(model.weight.detach().abs().max()) > 1.8, "the wall is reached, so the test sees it"
+        assert float(norm(model.weight.detach())) <= (radius + outside) * (1 + 1e-5)
+    assert float(norm(model.weight.detach())) > 0.5 * radius, "the wall is near, so the test sees it"
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_muon_with_decay_is_lion_with_the_nuclear_norm(shape):
+    """Chen et al., *Muon Optimizes Under Spectral Norm Constraints*: the same steps, by betas (b^2, b)."""
+
+    def after(*choice):
+        model = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64)
+        nn.init.ones_(model.weight)
+        optimizer = build_optimizer(model, optim(*choice))
+        for step in range(4):
+            torch.manual_seed(step)
+            model.weight.grad = torch.randn(shape, dtype=torch.float64)
+            optimizer.step()
+        return model.weight.detach()
+
+    b = 0.9
+    ours = after(
+        "optim=lion", "optim.kappa=nuclear", f"optim.betas=[{b**2},{b}]", "optim.lr=0.004", "optim.weight_decay=5"
+    )
+    theirs = after("optim=muon", f"optim.momentum={b}", "optim.lr=0.02", "optim.weight_decay=1")
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_the_subspace_is_that_of_the_singular_vectors():

@@ -20,6 +20,9 @@ BYTES = 4
 REDUCED = {
     "adamw": (0, 0),
     "lion": (0, 0),
+    "lion l2": (len(SHAPES), len(SHAPES)),
+    "lion rows": (0, 0),
+    "lion nuclear": (sum(min(shape) ** 2 for shape in SHAPES), sum(min(shape) ** 2 for shape in SHAPES)),
     "adamw8bit": (0, 0),
     "lion8bit": (0, 0),
     "apollo": (0, 0),
@@ -42,7 +45,9 @@ def count(workers, rule):
         model.register_parameter(f"w{i}", nn.Parameter(distribute_tensor(torch.randn(shape), line, [Shard(0)])))
     low = ["optim.refresh_every=2"] if rule in ("galore", "fira", "dct", "apollo", "apollo_mini") else []
     rank = [f"optim.rank={RANK}"] if low and rule != "apollo_mini" else []
-    optimizer = build_optimizer(model, config_from_tree(compose_tree([f"optim={rule}", *low, *rank])).optim)
+    name, *kappa = rule.split()
+    kappas = [f"optim.kappa={which}" for which in kappa]
+    optimizer = build_optimizer(model, config_from_tree(compose_tree([f"optim={name}", *kappas, *low, *rank])).optim)
     counted = []
     for step in range(3):
         for i, p in enumerate(model.parameters()):
@@ -50,10 +55,11 @@ def count(workers, rule):
             p.grad = distribute_tensor(torch.randn(SHAPES[i]), line, [Shard(0)])
         with Messages() as messages:
             optimizer.step()
-        assert set(messages.calls) <= {"allreduce_", "alltoall_base_"}, messages.calls
-        counted.append(
-            (messages.bytes["allreduce_"] // BYTES, messages.bytes["alltoall_base_"], messages.calls["allreduce_"])
-        )
+        assert set(messages.calls) <= {"allreduce_", "alltoall_base_", "reduce_", "broadcast_"}, messages.calls
+        assert messages.bytes["reduce_"] == messages.bytes["broadcast_"], "what one rank makes of sums goes back to all"
+        summed = messages.bytes["allreduce_"] + messages.bytes["reduce_"]
+        calls = messages.calls["allreduce_"] + messages.calls["reduce_"]
+        counted.append((summed // BYTES, messages.bytes["alltoall_base_"], calls))
     return counted
 
 

@@ -33,6 +33,10 @@ LOW = ("optim.rank=8", "optim.refresh_every=2")
 RULES = {
     "adamw": (),
     "lion": (),
+    "lion l2": ("optim.kappa=l2",),
+    "lion rows": ("optim.kappa=rows",),
+    "lion huber": ("optim.kappa=huber", "optim.delta=0.01"),
+    "lion nuclear": ("optim.kappa=nuclear",),
     "adafactor": (),
     "muon": (),
     "adamw8bit": (),
@@ -50,7 +54,8 @@ RULES = {
 
 
 # Every rule, and 8-bit moments once: the four keep them alike.
-MOVED = [rule for rule in RULES if not rule.endswith("8-bit")] + ["dct 8-bit"]
+KAPPAS = [rule for rule in RULES if rule.startswith("lion ")]  # what Lion and muon do, apart from a sum for l2
+MOVED = [rule for rule in RULES if not rule.endswith("8-bit") and rule not in KAPPAS] + ["dct 8-bit"]
 # Of these, Lion sees no more of a layout than AdamW does.
 HYBRID = [
     rule if rule in MOVED and not rule.startswith("lion") else pytest.param(rule, marks=pytest.mark.full)
@@ -83,7 +88,10 @@ def rule_config(folder, rule, *overrides):
 
 # Rows are split alike at stages 1 to 3, and tests/test_parallel_shard.py has how gradients get there: 1 and 2 for some.
 STAGES = [
-    (rule, zero) for rule in RULES for zero in (0, 1, 2, 3) if zero in (0, 3) or rule in ("adamw8bit", "dct", "muon")
+    (rule, zero)
+    for rule in RULES
+    for zero in (0, 1, 2, 3)
+    if zero == 3 or (zero == 0 and rule not in KAPPAS) or rule in ("adamw8bit", "dct", "muon")
 ]
 
 

@@ -91,15 +91,31 @@ def adafactor(state: dict[str, Tensor], g: Tensor, t: int, c: Any) -> Tensor:
 
 def muon(state: dict[str, Tensor], g: Tensor, t: int, c: Any) -> Tensor:
     state["momentum"] = c.momentum * state.get("momentum", torch.zeros_like(g)) + g
-    x = g + c.momentum * state["momentum"]
+    return 0.2 * math.sqrt(max(g.shape)) * newton_schulz(g + c.momentum * state["momentum"])
+
+
+def newton_schulz(x: Tensor) -> Tensor:
     x = x / x.norm()
     turned = x.size(0) > x.size(1)
     x = x.T if turned else x
     for _ in range(5):
         s = x @ x.T
         x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
-    x = x.T if turned else x
-    return 0.2 * math.sqrt(max(x.shape)) * x
+    return x.T if turned else x
+
+
+def lion_kappa(state: dict[str, Tensor], g: Tensor, t: int, c: Any) -> Tensor:
+    """Lion with the gradient of a norm in the place of the sign; each as large as signs are, by its root mean square."""
+    b1, b2 = c.betas
+    m = state.get("exp_avg", torch.zeros_like(g))
+    x = b1 * m + (1 - b1) * g
+    state["exp_avg"] = b2 * m + (1 - b2) * g
+    if c.kappa == "huber":
+        return torch.where(x.abs() > c.delta, x.sign(), x / c.delta)
+    if c.kappa == "nuclear":
+        return newton_schulz(x) * math.sqrt(max(x.shape))
+    u = x / (x.norm() if c.kappa == "l2" else x.norm(dim=1, keepdim=True))
+    return u / (u**2).mean().sqrt()
 
 
 def gauss(seed: int, stream: str, rows: int, columns: int) -> Tensor:
@@ -181,7 +197,7 @@ def apollo(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed:
 
 
 LOW_RANK = {"galore": galore, "dct": dct, "fira": fira, "apollo": apollo, "apollo_mini": apollo}
-PLAIN = {"adamw": adam, "lion": lion, "adafactor": adafactor, "muon": muon}
+PLAIN = {"adamw": adam, "lion": lion, "adafactor": adafactor, "muon": muon, "lion_kappa": lion_kappa}
 
 
 def rule_of(name: str, shape: Any, config: Any) -> str:
@@ -194,6 +210,8 @@ def rule_of(name: str, shape: Any, config: Any) -> str:
         return "lion8bit" if eight and not name.startswith("embed") else "lion"
     if config.name in LOW_RANK or config.name == "muon":
         return "adamw" if special else config.name
+    if config.name == "lion" and config.kappa != "l1" and not special:
+        return "lion_kappa"
     return config.name
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from rowwise.optim.build import CYCLED, ELEMENTWISE, OptimConfig, check_optimizer
+from rowwise.optim.build import CYCLED, ELEMENTWISE, OptimConfig, check_optimizer, is_elementwise
+from rowwise.optim.lion import LionConfig
 from rowwise.optim.rates import SHARES, rate_of_size
 from rowwise.optim.schedules import OneCycle, ScheduleConfig, check_schedule
 from rowwise.optim.sparse.config import NM, SparsityConfig, check_sparsity, starts_at_random
@@ -177,10 +178,12 @@ def _check_compile(config: TrainConfig, parallel: ParallelConfig, micro_batches:
 
 
 def _check_post_validation(config: TrainConfig, parallel: ParallelConfig) -> None:
-    if parallel.post_validation and config.optim.name not in ELEMENTWISE:
+    if parallel.post_validation and not is_elementwise(config.optim):
+        kappa = f" optim.kappa={config.optim.kappa}" if isinstance(config.optim, LionConfig) else ""
         raise ValueError(
-            f"parallel.post_validation with optim={config.optim.name}: its step exchanges messages or draws on a basis that "
-            f"one rank cannot take back alone; possible are {', '.join(ELEMENTWISE)}, or parallel.post_validation=false"
+            f"parallel.post_validation with optim={config.optim.name}{kappa}: its step exchanges messages or draws on a basis "
+            f"that one rank cannot take back alone; possible are {', '.join(ELEMENTWISE)} (lion with optim.kappa=l1, rows or "
+            "huber), or parallel.post_validation=false"
         )
 
 

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from rowwise.kernels.products import float32_products
 from rowwise.optim.build import assignment_table, assignments, build_optimizer, follow_schedule, set_step
 from rowwise.optim.in_backward import InBackward
 from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Span
-from rowwise.parallel.precision import initial_loss_scale, next_loss_scale
+from rowwise.parallel.precision import initial_loss_scale, next_loss_scale, product_precision
 from rowwise.parallel.replicate import gradient_sum
 from rowwise.parallel.sequence import places_on
 from rowwise.trainer.advice import warnings
@@ -80,6 +81,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
     update = make_update(config, mesh, model, optimizer, sparsity)
 
     with ExitStack() as stack:
+        stack.enter_context(float32_products(product_precision(config.precision, mesh.device)))
         told = told_of_data(config.data, data, config.steps * config.batch.global_size)
         told += warnings(config, data, mesh.device) + remarks
         reporter = stack.enter_context(open_reporter(config, mesh, state, told))

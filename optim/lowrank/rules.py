@@ -36,6 +36,7 @@ class LowRank:
     name: str
     fused = False
     rounds = False
+    shared = False
     weightwise: ClassVar[dict[str, int]] = {}
 
     def __init__(self, rank: int, refresh_every: int, scale: float, bits: int, betas: list[float], eps: float):
