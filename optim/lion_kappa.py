@@ -66,13 +66,13 @@ class LionKappa:
     def __init__(self, kappa: Kappa, betas: list[float], delta: float):
         self.name, self.shared = f"lion_{kappa}", kappa == "nuclear"
         self._kappa, self._delta = kappa, delta
-        self._beta1, self._beta2 = betas
+        self.beta1, self._beta2 = betas
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return {"exp_avg": torch.zeros_like(p, dtype=state_dtype(p))}
 
     def step_(self, batch: Batch) -> None:
         momenta = pick(batch, "exp_avg")
-        mixed = torch._foreach_lerp(momenta, batch.grads, 1 - self._beta1)
+        mixed = torch._foreach_lerp(momenta, batch.grads, 1 - self.beta1)
         torch._foreach_lerp_(momenta, batch.grads, 1 - self._beta2)
         apply_(batch, gradients_of_kappa(self._kappa, list(mixed), batch.shapes, self._delta, batch.group))
