@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_module
@@ -24,11 +25,34 @@ def compose_tree(overrides: list[str]) -> dict[str, Any]:
     """The composed, resolved configuration. Raises ValueError with what was given, what is possible, what to change."""
     with initialize_config_module("rowwise.conf", version_base="1.3", job_name="train"):
         try:
-            tree = OmegaConf.to_container(compose("train", overrides=overrides), resolve=True, throw_on_missing=True)
+            config = compose("train", overrides=overrides)
+            _take_shape_(config, overrides)
+            tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(_explain(error, overrides)) from None
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
+
+
+def _take_shape_(config: DictConfig, overrides: list[str]) -> None:
+    """Where `model.init_from` names a folder, the folder says the model's shape, and its name is the model's: what stands
+    in conf/ as a default gives way, and what was given (`model=`, `model.*`, an experiment's) must agree. Raises
+    ValueError."""
+    source = OmegaConf.select(config, "model.init_from")
+    if not isinstance(source, str):
+        return
+    from rowwise.trainer.models.huggingface import read_shape, refuse_other_shape  # torch, which no other run waits for
+
+    folder, words = Path(source).expanduser(), {key_of(override) for override in overrides}
+    theirs, default = read_shape(folder), compose("train").model
+    ours: Any = OmegaConf.to_container(config.model)
+    given = [key for key in theirs if {"model", f"model.{key}"} & words or ours[key] != default[key]]
+    if ours["head_dim"] == theirs["dim"] // theirs["heads"]:
+        theirs["head_dim"] = theirs["head_dim"] or ours["head_dim"]  # it may be said
+    refuse_other_shape(folder, {key: (theirs[key], ours[key]) for key in given})
+    config.model.update(theirs)
+    if ours["name"] == default.name and not {"model", "model.name"} & words:
+        config.model.name = folder.resolve().name
 
 
 def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Part, DictConfig]:

@@ -269,6 +269,18 @@ REFUSED = {
         ["model.init_from=/nowhere"],
         r"model.init_from=/nowhere: .*No such file.*give a Hugging Face folder",
     ),
+    "a shape that the folder contradicts": (
+        ["model.init_from={folder}/source", "model.layers=3"],
+        r"model.init_from=.*source: it is another model, model.layers=4 there and 3 here; .*leave out model= and the model.\*",
+    ),
+    "a preset that the folder contradicts": (
+        ["model.init_from={folder}/source", "model=llama_60m"],
+        r"model.init_from=.*source: it is another model, model.layers=4 there and 8 here, model.dim=256 there and 512 here",
+    ),
+    "a folder without weights": (
+        ["model.init_from={folder}/source"],
+        r"source: no .*index.json and no model.safetensors",
+    ),
     "keep": (["checkpoint.keep=-1"], r"checkpoint.keep=-1"),
     "clip": (["clip_norm=-1"], r"clip_norm=-1"),
     "name": (["name=a/b"], r"name='a/b'"),
@@ -330,8 +342,8 @@ REFUSED = {
         r"unknown key sparsity.density: sparsity has .* n, ",
     ),
     "a random mask over what was learned": (
-        ["sparsity=rigl", "model.init_from=somewhere"],
-        r"sparsity=rigl with model.init_from=somewhere: a random mask .*give sparsity.start_at=1 or later",
+        ["sparsity=rigl", "model.init_from={folder}/source"],
+        r"sparsity=rigl with model.init_from=.*source: a random mask .*give sparsity.start_at=1 or later",
     ),
     "masks in the backward": (
         ["sparsity=rigl", "optim.in_backward=true", "clip_norm=0", "batch.micro_size=8"],

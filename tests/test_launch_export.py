@@ -19,13 +19,15 @@ from torch import Tensor
 
 from parity import relative_error, small_config, with_layout
 from rowwise.launch import export as module
+from rowwise.launch.compose import compose_tree
 from rowwise.launch.export import main
 from rowwise.parallel.mesh import Workers
-from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.config import Text
 from rowwise.trainer.data.tokenizer import ByteTokenizer
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
 from rowwise.trainer.models.huggingface import INDEX, check_source, rows_from
+from rowwise.trainer.prepare import examine
 from rowwise.trainer.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the tests' own reading
@@ -105,6 +107,22 @@ def test_an_exported_run_has_its_logits_in_transformers(run_of, tmp_path, capsys
     for name, p in ours.named_parameters():
         fill_(name, back := torch.empty_like(p), 0, p.size(0))
         assert torch.equal(back, p), f"{name} is not bit-equal after the round trip"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_begins_from_an_export_with_no_word_of_its_shape(run_of, tmp_path, model):
+    config, to = run_of(model), tmp_path / "to"
+    assert main([f"run={config.run_dir}", f"to={to}"]) == 0
+    words = [
+        f"model.init_from={to}",
+        "data=tokens",
+        f"data.files={config.data.files[0]}",
+        "sample.tokens=0",
+        "eval.every=0",
+    ]
+    begun = examine(config_from_tree(compose_tree([*words, f"run_dir={tmp_path}/run"])), 1)
+    assert begun.name == "to"
+    assert replace(begun.model, name="", init_from=None) == replace(config.model, name="", init_std=0.02)
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

@@ -69,6 +69,8 @@ def text(tmp_path_factory):
     rows = "".join(f'{{"text": "row {n} {"and so on " * 20}"}}\n' for n in range(40))
     (folder / "rows.jsonl").write_text(rows)
     write_tokens(folder)
+    (folder / "source").mkdir()
+    (folder / "source/config.json").write_text(json.dumps(their_config(ModelConfig(), torch.float32, 128, None)))
     (folder / "cycle.csv").write_text("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n")
     (folder / "short.csv").write_text("0F0,0B0\n1F0,1B0\n")
     return folder

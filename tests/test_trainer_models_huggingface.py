@@ -24,9 +24,10 @@ from torch import Tensor
 
 from parity import relative_error, small_config, with_layout
 from rowwise.kernels.rows import local, row_offset
+from rowwise.launch.compose import compose_tree
 from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.build import build_model
-from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.models import huggingface
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
 from rowwise.trainer.models.huggingface import (
@@ -319,6 +320,58 @@ def test_a_folder_that_does_not_fit_is_refused(sources, tmp_path, damage):
     with pytest.raises(ValueError, match=named) as refusal:
         check_source(tmp_path, CASES["llama"])
     assert str(refusal.value).startswith(f"model.init_from={tmp_path}: ") and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_folder_says_the_shape(sources, tmp_path, case):
+    """Of every kind of model that is read, with no model.* key but init_from; and what is written here says it too."""
+    source, _ = sources(case)
+    write(tmp_path, random_model(CASES[case]))
+    for folder in (source, tmp_path):
+        config = config_from_tree(compose_tree([f"model.init_from={folder}", "model.init_std=0.3"]))
+        assert config.name == config.model.name == folder.name and config.run_dir == f"runs/{folder.name}"
+        assert config.model.init_std == 0.3
+        ours = replace(CASES[case], name=folder.name, init_from=str(folder), init_std=0.3)
+        assert replace(config.model, head_dim=config.model.head_size) == replace(ours, head_dim=ours.head_size)
+        check_source(folder, config.model)
+
+
+def test_what_is_given_must_agree_with_the_folder(tmp_path):
+    """As a key, as a preset, by an experiment's means: the same is taken, another refused; defaults give way."""
+    config = replace(ModelConfig(), layers=2, heads=8, kv_heads=4, vocab_size=300, norm_eps=1e-6)
+    write(tmp_path, Decoder(config))
+    source = f"model.init_from={tmp_path}"
+    agreed = [["model.layers=2"], ["model.head_dim=32"], ["model.head_dim=null"], ["model.rope_scaling=null"], ["name=a"],
+              ["model.norm_eps=0.000001", "model.rope_theta=10000"], ["model.name=mine"]]  # fmt: skip
+    for given in agreed:
+        model = config_from_tree(compose_tree([source, *given])).model
+        assert replace(model, name="tiny", init_from=None, head_dim=None) == config, given
+    assert config_from_tree(compose_tree([source, "model.name=mine"])).run_dir == "runs/mine"
+    assert config_from_tree(compose_tree([source, "name=a"])).model.name == tmp_path.name
+    contradicted = {
+        "model.layers=4": "model.layers=2 there and 4 here",  # also where it is the default's
+        "model.head_dim=16": "model.head_dim=None there and 16 here",
+        "model.qk_norm=true": "model.qk_norm=False there and True here",
+        "model.rope_scaling={factor:4.0,low_freq_factor:1.0,high_freq_factor:4.0,original_length:32}": "there and {'factor'",
+        "model=tiny": "model.layers=2 there and 4 here, model.heads=8 there and 4 here",
+    }
+    for given, message in contradicted.items():
+        with pytest.raises(ValueError) as refusal:
+            compose_tree([source, given])
+        assert message in str(refusal.value) and str(refusal.value).startswith(f"{source}: it is another model, ")
+    write_preset = replace(config, layers=4, heads=4, kv_heads=2, vocab_size=256, norm_eps=1e-5)
+    write(tmp_path, Decoder(write_preset))
+    assert config_from_tree(compose_tree([source, "model=tiny"])).name == "tiny"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "3", '{"model_type": "llama"}', "{", '{"model_type": "llama", "num_attention_heads": 0}']
+)
+def test_a_config_that_says_no_shape_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"model.init_from={tmp_path}: ") as refusal:
+        compose_tree([f"model.init_from={tmp_path}"])
+    assert "\n" not in str(refusal.value)
 
 
 def test_damage_in_one_of_several_files_is_refused(sources, tmp_path):

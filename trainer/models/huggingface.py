@@ -4,11 +4,13 @@ The two forms differ in names only (the rotary halves stand in the same order), 
 loading reads just the rows of a shard, exporting holds one output file at a time.
 """
 
+import contextlib
 import json
 import re
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -134,27 +136,53 @@ def _our_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     return RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], length)
 
 
+def read_shape(folder: Path) -> dict[str, Any]:
+    """The model.* keys that the config.json of a folder describes, as plain values; `head_dim` only where it is not dim /
+    heads. Raises ValueError."""
+    with _refusing(folder):
+        keys = our_keys(json.loads((folder / "config.json").read_text()))
+        implied = keys["head_dim"] == keys["dim"] // keys["heads"]
+        scaling = keys["rope_scaling"]
+        plain = {"head_dim": None if implied else keys["head_dim"], "rope_scaling": scaling and asdict(scaling)}
+        return keys | plain
+
+
 def check_source(folder: Path, config: ModelConfig) -> None:
     """Refuses a folder that does not hold the model that `config` describes, each tensor in its shape.
 
     Reads config.json and the headers of the safetensors files; of the numbers, only those of a head that ought to be
     the embedding. Raises ValueError.
     """
-    try:
+    with _refusing(folder):
         theirs = our_keys(json.loads((folder / "config.json").read_text()))
         ours = {key: getattr(config, key) for key in theirs} | {"head_dim": config.head_size}
-        different = [
-            f"model.{key}={theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]
-        ]
-        if different:
-            raise ValueError(f"it is another model, {', '.join(different)}")
+        _refuse_other({key: (theirs[key], ours[key]) for key in ours})
         _check_tensors(folder, config)
+
+
+def refuse_other_shape(folder: Path, pairs: dict[str, tuple[Any, Any]]) -> None:
+    """Raises ValueError where a model.* key is not the same in the folder and in what was given: pairs of both."""
+    with _refusing(folder):
+        _refuse_other(pairs)
+
+
+def _refuse_other(pairs: dict[str, tuple[Any, Any]]) -> None:
+    different = [f"model.{key}={there} there and {here} here" for key, (there, here) in pairs.items() if there != here]
+    if different:
+        raise ValueError(f"it is another model, {', '.join(different)}")
+
+
+@contextlib.contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """What is wrong with a folder to start from, as one ValueError."""
+    try:
+        yield
     except KeyError as error:
         raise ValueError(f"model.init_from={folder}: its JSON has no key {error}; complete the folder") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(
             f"model.init_from={folder}: {error}; give a Hugging Face folder (config.json and safetensors) of this "
-            "model, or the model.* keys that fit the folder"
+            "model, or leave out model= and the model.* keys that the folder says itself"
         ) from None
 
 
