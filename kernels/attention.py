@@ -6,8 +6,9 @@
 
     lse = log(e^lse1 + e^lse2),    out = e^(lse1 - lse) out1 + e^(lse2 - lse) out2.
 
-Each area that queries see (`kernels.visible`) is one call of the device's fastest operator that gives lse
-(`kernels.attention_block`); no mask is ever made, and what is not seen is not computed.
+What queries see (`kernels.visible`) is looked at by the device's fastest operator that gives lse, area by area
+(`kernels.attention_block`) or, where that operator takes several, in one call (`kernels.attention_packed`); no mask is ever
+made, and what is not seen is not computed.
 
 Shapes: B sequences, S queries, T keys, H heads, K key/value heads, E head dim. Sums are kept in float32, or float64.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rowwise.kernels.attention_block import block_backward, block_forward, repeat_heads
+from rowwise.kernels.attention_packed import packed_backward, packed_forward, packings, packs, taken
 from rowwise.kernels.visible import Area, Documents, Run, visible_areas
 
 
@@ -76,6 +78,9 @@ def see(q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, l
     """Adds to (`out`, `lse`), in place, what queries (B, S, H, E) see in keys and values (B, T, K, E). `once`: no query is
     in two of the areas and none has seen a key before, so that there is nothing to merge."""
     scale = q.size(-1) ** -0.5
+    if packs(q, areas):
+        _see_packed(q, k, v, areas, out, lse, scale)
+        return
     for area in areas:
         rows, seen = _slices(area)
         part, part_lse = block_forward(q[rows], k[seen], v[seen], area.causal, scale)
@@ -101,12 +106,57 @@ def see_backward(
     """Adds to `d_q`, `d_k`, `d_v`, in place, what these areas give of the gradient. `out` and `lse` are those of all keys
     that the queries see, anywhere: with them, the gradient is a sum over blocks."""
     scale = q.size(-1) ** -0.5
+    if packs(q, areas):
+        _see_packed_backward(d_out, q, k, v, out, lse, areas, (d_q, d_k, d_v), scale)
+        return
     for area in areas:
         rows, seen = _slices(area)
         lse_here = lse[rows[0], :, rows[1]].contiguous()  # FlashAttention reads it as if it were
         gradients = block_backward(d_out[rows], q[rows], k[seen], v[seen], out[rows], lse_here, area.causal, scale)
         for total, gradient in zip((d_q[rows], d_k[seen], d_v[seen]), gradients, strict=True):
             total += gradient
+
+
+def _see_packed(
+    q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor, scale: float
+) -> None:
+    for packing in packings(areas, *q.shape[:2], k.size(1), q.device):
+        rows = [taken(q, packing.queries), *(taken(t, packing.keys) for t in (k, v))]
+        part, part_lse = packed_forward(*rows, packing, scale)
+        # As one sequence, so that both are (1, N, H, E) and (1, H, N).
+        out_here, lse_here = taken(out, packing.queries)[None], taken(lse.transpose(1, 2), packing.queries).T[None]
+        _merge_(out_here, lse_here, part[None], part_lse[None])
+        _put_(out, packing.queries, out_here[0])
+        _put_(lse.transpose(1, 2), packing.queries, lse_here[0].T)
+
+
+def _see_packed_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    areas: tuple[Area, ...],
+    sums: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+) -> None:
+    for packing in packings(areas, *q.shape[:2], k.size(1), q.device):
+        d_out_here, q_here, out_here = (taken(t, packing.queries) for t in (d_out, q, out))
+        k_here, v_here = (taken(t, packing.keys) for t in (k, v))
+        lse_here = taken(lse.transpose(1, 2), packing.queries).T
+        gradients = packed_backward(d_out_here, q_here, k_here, v_here, out_here, lse_here, packing, scale)
+        for total, gradient, index in zip(sums, gradients, (packing.queries, packing.keys, packing.keys), strict=True):
+            if index is None:
+                total += gradient.view(total.shape)
+            else:  # a key may be in several areas
+                total.view(-1, *total.shape[2:]).index_add_(0, index, gradient.to(total.dtype))
+
+
+def _put_(t: Tensor, index: Tensor | None, rows: Tensor) -> None:
+    """Sets the rows of (B, S, ...) at `index`, None for all."""
+    whole = rows if index is None else t.flatten(0, 1).index_copy(0, index, rows)
+    t.copy_(whole.view(t.shape))
 
 
 def _slices(area: Area) -> tuple[tuple[slice, slice], tuple[slice, slice]]:

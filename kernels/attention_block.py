@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """out in the dtype of `q`, and lse in float32, or float64 for float64."""
-    operator = _operator(q)
+    operator = operator_of(q)
     if operator == "plain":
         return plain_forward(q, k, v, causal, scale)
     size = q.size(-1)
@@ -40,7 +40,7 @@ def block_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v. `out` and `lse` may be over more keys than this block's."""
-    operator = _operator(q)
+    operator = operator_of(q)
     if operator == "plain":
         return plain_backward(d_out, q, k, v, out, lse, causal, scale)
     size, groups = q.size(-1), k.size(2)
@@ -95,7 +95,8 @@ def plain_backward(
     return d_q.to(q.dtype), _summed(d_k, groups, dim=2).to(q.dtype), _summed(d_v, groups, dim=2).to(q.dtype)
 
 
-def _operator(q: Tensor) -> str:
+def operator_of(q: Tensor) -> str:
+    """Which operator takes queries like `q`, by the table above: cpu, flash, efficient or plain."""
     if q.device.type == "cpu":
         return "cpu"
     if q.device.type != "cuda" or q.dtype == torch.float64:

@@ -1,14 +1,17 @@
 """Attention by blocks: each device operator against plain torch, areas against a mask made token by token."""
 
 import random
+from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rowwise.kernels.attention import causal_attention
+from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
 from rowwise.kernels.attention_block import block_backward, block_forward, plain_backward, plain_forward
 from rowwise.kernels.visible import Documents, Run, visible_areas
+from rowwise.parallel.sequence import runs_of
 from textbook import attention
 
 SHAPES = [(1, 1, 1, 1, 1, 2), (2, 7, 9, 6, 2, 10), (1, 33, 65, 4, 4, 64), (3, 130, 31, 3, 1, 14)]
@@ -108,3 +111,67 @@ def test_packed_documents_are_attended_each_alone(kv_heads):
             results.append((out, *torch.autograd.grad(out, leaves, d_out)))
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", ["whole", "contiguous", "zigzag", "striped"])
+def test_areas_looked_at_together_are_what_they_are_one_by_one(monkeypatch, order):
+    """On the CPU the call for many areas is made of calls for each; how rows come to it and go back is a GPU's."""
+    chance = random.Random(order)
+    torch.manual_seed(3)
+    for length in (8, 24, 96):
+        documents = some_documents(chance, 3, length)
+        held = [(Run(0, 1, length),)] if order == "whole" else [runs_of(order, rank, 4, length) for rank in range(4)]
+        for queries in held:
+            q, d_out = (torch.randn(3, length // len(held), 4, 6, dtype=torch.float64) for _ in range(2))
+            found = []
+            for together in (False, True):
+                monkeypatch.setattr("rowwise.kernels.attention.packs", lambda q, areas, together=together: together)
+                found.append(seen_of(queries, held, documents, q, d_out))
+            for ours, theirs in zip(*found, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def seen_of(queries, held, documents, q, d_out):
+    """out, lse and the gradients of these queries over all the keys."""
+    out, lse = nothing_seen(q)
+    blocks = []
+    for i, keys in enumerate(held):
+        torch.manual_seed(i)
+        k, v = (torch.randn(3, q.size(1), 2, 6, dtype=torch.float64) for _ in range(2))
+        blocks.append((k, v, visible_areas(queries, keys, documents)))
+        see(q, k, v, blocks[-1][2], out, lse)
+    d_q, found = torch.zeros_like(q), [out, lse]
+    for k, v, areas in blocks:
+        d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
+        see_backward(d_out, q, k, v, out, lse, areas, d_q, d_k, d_v)
+        found += [d_k, d_v]
+    return [*found, d_q]
+
+
+def test_a_gpu_makes_one_call_for_all_documents(monkeypatch):
+    """On the meta device, where FlashAttention has shapes and no numbers: as many operators for 4 documents as for 40."""
+    monkeypatch.setattr("rowwise.kernels.attention_packed.operator_of", lambda q: "flash")
+    counted = []
+    for documents in (4, 40):
+        begins = (0, *sorted(random.Random(1).sample(range(1, 100), documents - 1)))
+        q, k, v = (torch.zeros(2, 100, heads, 12, device="meta", dtype=torch.bfloat16) for heads in (4, 2, 2))
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        packed = Documents((begins, begins[: documents // 2]))
+        with Operators() as operators:
+            out = causal_attention(*leaves, packed)
+            torch.autograd.grad(out, leaves, torch.empty_like(out))
+        counted.append(operators.calls)
+    assert counted[0] == counted[1]
+    assert counted[0]["aten._flash_attention_forward"] == counted[0]["aten._flash_attention_backward"] == 1
+
+
+class Operators(TorchDispatchMode):
+    """While entered, counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function.overloadpacket)] += 1
+        return function(*args, **(kwargs or {}))
