@@ -71,7 +71,7 @@ def _linear(x: Tensor, pruned: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.size(-1)).contiguous()
     sparse_t = to_sparse_semi_structured(pruned.contiguous()).t()
     y = rows @ sparse_t if bias is None else torch.addmm(bias, rows, sparse_t)
-    return y.reshape(*x.shape[:-1], pruned.size(0))
+    return y.reshape(*x.shape[:-1], pruned.size(0)).contiguous()  # cuSPARSELt may give the transpose of a transpose
 
 
 @_linear.register_fake

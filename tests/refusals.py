@@ -154,6 +154,7 @@ REFUSED = {
         r"parallel.ring=2 x parallel.shard=2 = 4 workers, but the world size is 2",
     ),
     "backend": (["parallel.backend=accelerate"], r"parallel.backend='accelerate': input should be 'torch'"),
+    "a peak of nothing": (["peak_flops=0"], r"peak_flops=0.0: FLOP/s of one device"),
     "zero": (["parallel.zero=4"], r"parallel.zero=4: possible are 0, 1, 2 and 3"),
     "learning rate": (["optim.lr=0"], r"optim.lr=0.*above 0"),
     "a rate by size that a rule does not have": (

@@ -311,3 +311,28 @@ def test_what_torch_is_asked_for_exists():
     assert callable(torch.backends.cusparselt.is_available)
     meta = torch.empty(2, 3, 64, dtype=torch.bfloat16, device="meta")
     assert semi_structured_linear(meta, meta.new_empty(32, 64)).shape == (2, 3, 32)
+
+
+class Compressed:
+    """A matrix that is multiplied as cuSPARSELt does it: the product comes as the transpose of one that is laid row by row."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+    def t(self):
+        return Compressed(self.matrix.t())
+
+    def __rmatmul__(self, rows):
+        return (self.matrix.t() @ rows.t()).t()
+
+
+def test_a_semi_structured_product_is_laid_out_as_the_compiler_was_told(monkeypatch):
+    """torch.compile takes the strides from the operator's fake form."""
+    monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", Compressed)
+    monkeypatch.setattr(semi_structured, "semi_structured_problem", lambda *_: None)
+    x, pruned = torch.randn(2, 3, 8), torch.randn(5, 8)
+    y = semi_structured_linear(x, pruned)
+    torch.testing.assert_close(y, x @ pruned.t())
+    with torch.device("meta"):
+        told = semi_structured_linear(torch.empty(2, 3, 8), torch.empty(5, 8))
+    assert y.stride() == told.stride()

@@ -13,7 +13,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.trainer.config import check, config_from_tree
 from rowwise.trainer.console import Console
 from rowwise.trainer.manifest import CheckpointConfig, begin, commit, complete_checkpoints, file_facts, prune, set_aside
-from rowwise.trainer.metrics import MetricsLog, MetricsTail, model_flops_utilization, read_metrics
+from rowwise.trainer.metrics import MetricsLog, MetricsTail, model_flops_utilization, peak_flops, read_metrics
 from rowwise.trainer.models.decoder import parameter_count
 from runs import named, run_said, run_train, run_until
 
@@ -205,6 +205,20 @@ def test_when_saves_are_due():
     every, never = CheckpointConfig(every=4), CheckpointConfig(every=0)
     assert [step for step in range(1, 11) if every.due(step, 10)] == [4, 8, 10]
     assert [step for step in range(1, 11) if never.due(step, 10)] == [10]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H800", 989e12), ("NVIDIA GH200 480GB", 989e12),
+     ("NVIDIA B200", 2250e12), ("NVIDIA GB200", 2500e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12),
+     ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA T4", None)],
+)  # fmt: skip
+def test_the_peak_of_a_device_is_known_by_its_name(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_a_peak_that_is_given_counts_on_any_device():
+    assert model_flops_utilization(1e12, torch.device("cpu"), 4e12) == 0.25
 
 
 def test_no_peak_no_mfu():

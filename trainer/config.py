@@ -41,6 +41,7 @@ class TrainConfig:
     resume: str
     compile: bool
     log_every: int
+    peak_flops: float | None
     batch: BatchConfig
     eval: EvalConfig
     sample: SampleConfig
@@ -116,6 +117,8 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
         raise ValueError(f"parallel.timeout_seconds={config.parallel.timeout_seconds}: give at least 1")
     if config.log_every < 1:
         raise ValueError(f"log_every={config.log_every}: it is at least 1")
+    if config.peak_flops is not None and config.peak_flops <= 0:
+        raise ValueError(f"peak_flops={config.peak_flops}: FLOP/s of one device, 989e12 say; null: by its name")
     check_folder_name("name", config.name)
     check_model(config.model)
     check_optimizer(config.optim, parameter_shapes(config.model))

@@ -39,7 +39,7 @@ def step_record(
         "lr": lr,
         "tokens": state.tokens,
         "tokens_per_second": tokens_per_second,
-        "mfu": model_flops_utilization(flops_per_second, mesh.device),
+        "mfu": model_flops_utilization(flops_per_second, mesh.device, config.peak_flops),
         "step_seconds": seconds,
         "data_seconds": data_seconds,
         "peak_memory_bytes": peak_memory_bytes(mesh.device),
