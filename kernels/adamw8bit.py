@@ -1,13 +1,13 @@
 """AdamW with both moments in 8 bits: 2.03 bytes of state per parameter instead of 8.
 
 Dettmers et al., *8-bit Optimizers via Block-wise Quantization*, on the rule of Loshchilov & Hutter, *Decoupled Weight
-Decay Regularization*. Per element, with the moments dequantised before and quantised again after (`blockwise`):
+Decay Regularization*. Per element, with the moments dequantised before and quantised again after (`moment_pair`):
 
     m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2
     x = x - lr wd x - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 x moves by the fresh m and v, before they are rounded to codes. The first moment has the signed code book, the second
-the unsigned one. The Triton form reads and writes every operand once.
+the unsigned one, and their rounding never makes a later step larger. The Triton form reads and writes every operand once.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rowwise.kernels.adamw import adamw_
 from rowwise.kernels.dispatch import use_triton
-from rowwise.kernels.moments import Moment, Rounding, check_step, step_reference_
+from rowwise.kernels.moment_pair import Moment
+from rowwise.kernels.moments import PAIR, Rounding, check_step, step_reference_
 
 
 def adamw8bit_(
@@ -67,4 +68,4 @@ def adamw8bit_reference_(
     def rule(x, g, exp_avg, exp_avg_sq):
         adamw_(x, g, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay)
 
-    step_reference_(params, grads, (exp_avgs, exp_avg_sqs), (True, False), rounding, rule)
+    step_reference_(params, grads, (exp_avgs, exp_avg_sqs), PAIR, rounding, rule)

@@ -8,8 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rowwise.kernels.blockwise import BLOCK, blocks_per_row, code_book, code_table
-from rowwise.kernels.blockwise_triton import BLOCKS, block_places, decode, encode, programs
-from rowwise.kernels.moments import Moment, Rounding
+from rowwise.kernels.blockwise_triton import BLOCKS, block_places, programs
+from rowwise.kernels.moment_pair import Moment
+from rowwise.kernels.moment_pair_triton import decode_pair, encode_pair
+from rowwise.kernels.moments import Rounding
 from rowwise.kernels.philox_triton import signed_64
 from rowwise.kernels.rounding_triton import WORDS, store_number
 
@@ -43,15 +45,18 @@ def adamw8bit_kernel(
 ):
     block, first, place, exists, inside = block_places(rows, columns, per_row, BLOCKS, WIDTH)
     g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-    m = decode(avg_codes, avg_absmax, avg_book, block, place, exists, inside)
-    v = decode(sq_codes, sq_absmax, sq_book, block, place, exists, inside)
+    m, v = decode_pair(
+        avg_codes, avg_absmax, sq_codes, sq_absmax, avg_book, sq_book, block, place, exists, inside
+    )  # fmt: skip
     m += beta1_rest * (g - m)
     v = beta2 * v + beta2_rest * g * g
     x = tl.load(param + place, mask=inside, other=0.0).to(tl.float32)
     x = keep * x - rate * tl.div_rn(m, tl.sqrt_rn(v) + eps)
     store_number(param, place, x, inside, key, start + first, WIDTH, ALIGNED)
-    encode(m, avg_codes, avg_absmax, avg_table, block, place, exists, inside)
-    encode(v, sq_codes, sq_absmax, sq_table, block, place, exists, inside)
+    encode_pair(
+        m, v, avg_codes, avg_absmax, sq_codes, sq_absmax, avg_book, avg_table, sq_book, sq_table,
+        block, place, exists, inside
+    )  # fmt: skip
 
 
 def adamw8bit_triton_(

@@ -177,7 +177,7 @@ def dequantise_reference_(codes: Tensor, absmax: Tensor, signed: bool, out: Tens
 
 def encode_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
     """Quantises one portion of rows, float32 or float64; x is used up."""
-    for block, top in _blocks(x, absmax):
+    for block, top in blocks(x, absmax):
         top.copy_((block.abs() if signed else block).amax(-1, keepdim=True))
         block.div_(top.clamp_min(_SMALLEST))
     _nearest_(x, codes, signed)
@@ -199,7 +199,7 @@ def _nearest_(z: Tensor, codes: Tensor, signed: bool) -> None:
 def decode(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype) -> Tensor:
     """The numbers of one portion of rows, in float32 or float64."""
     x = lookup(code_book(signed, codes.device, dtype), codes.long())
-    for block, top in _blocks(x, absmax):
+    for block, top in blocks(x, absmax):
         block.mul_(top)
     return x
 
@@ -209,7 +209,7 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
     return torch.gather(table.expand(index.size(0), -1), 1, index)
 
 
-def _blocks(x: Tensor, absmax: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def blocks(x: Tensor, absmax: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Views of the blocks of x (m, n) beside their absmax: (m, k, 256) and (m, k, 1), and the short last ones."""
     (m, n), full = x.shape, x.size(1) // BLOCK
     if full:

@@ -35,17 +35,33 @@ def decode(codes, absmax, book, block, place, exists, inside):
 
 
 @triton.jit
+def largest(x, inside):
+    """The largest |x| of each block, (BLOCKS, 1): as whole numbers floats are in the order of |x|, with NaN above all."""
+    bits = tl.where(inside, x, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, axis=1).to(tl.float32, bitcast=True)[:, None]
+
+
+@triton.jit
+def nearest(x, top, table):
+    """The codes (BLOCKS, WIDTH) int32 of x / top."""
+    divisor = tl.where(top == 0, 1.0, top)
+    key = tl.div_rn(x, tl.broadcast_to(divisor, x.shape)).to(tl.int32, bitcast=True)
+    key = key ^ (key >> 31)
+    return (tl.load(table + (key >> 16)) + key) >> 16
+
+
+@triton.jit
+def store_codes(code, top, codes, absmax, block, place, exists, inside):
+    """Stores codes (BLOCKS, WIDTH) and the maxima (BLOCKS, 1) they are relative to."""
+    tl.store(codes + place, code.to(tl.uint8), mask=inside)
+    tl.store(absmax + block[:, None], top, mask=exists[:, None])
+
+
+@triton.jit
 def encode(x, codes, absmax, table, block, place, exists, inside):
     """Quantises x (BLOCKS, WIDTH) float32 and stores codes and absmax."""
-    bits = tl.where(inside, x, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    top_bits = tl.max(bits, axis=1)  # as whole numbers they are in the order of |x|, with NaN above all
-    top = top_bits.to(tl.float32, bitcast=True)
-    divisor = tl.where(top_bits == 0, 1.0, top)
-    key = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape)).to(tl.int32, bitcast=True)
-    key = key ^ (key >> 31)
-    code = (tl.load(table + (key >> 16)) + key) >> 16
-    tl.store(codes + place, code.to(tl.uint8), mask=inside)
-    tl.store(absmax + block, top, mask=exists)
+    top = largest(x, inside)
+    store_codes(nearest(x, top, table), top, codes, absmax, block, place, exists, inside)
 
 
 @triton.jit

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rowwise.kernels.dispatch import use_triton
 from rowwise.kernels.lion import lion_
-from rowwise.kernels.moments import Moment, Rounding, check_step, step_reference_
+from rowwise.kernels.moment_pair import Moment
+from rowwise.kernels.moments import ONE, Rounding, check_step, step_reference_
 
 
 def lion8bit_(
@@ -58,4 +59,4 @@ def lion8bit_reference_(
     def rule(x, g, exp_avg):
         lion_(x, g, exp_avg, lr, beta1, beta2, weight_decay)
 
-    step_reference_(params, grads, (exp_avgs,), (True,), rounding, rule)
+    step_reference_(params, grads, (exp_avgs,), ONE, rounding, rule)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rowwise.kernels.blockwise import BLOCK, blocks_per_row, code_book, code_table
 from rowwise.kernels.blockwise_triton import BLOCKS, block_places, decode, encode, programs
-from rowwise.kernels.moments import Moment, Rounding
+from rowwise.kernels.moment_pair import Moment
+from rowwise.kernels.moments import Rounding
 from rowwise.kernels.philox_triton import signed_64
 from rowwise.kernels.rounding_triton import WORDS, store_number
 

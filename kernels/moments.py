@@ -6,17 +6,41 @@ float32 and rounded stochastically; float64 parameters (for proofs) are computed
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rowwise.kernels.blockwise import BLOCK, blocks_per_row, decode, encode_
+from rowwise.kernels.moment_pair import Moment, decode_pair, encode_pair_
 from rowwise.kernels.portions import shared_portions
 from rowwise.kernels.rounding import round_reference_
 
-Moment = tuple[Tensor, Tensor]  # codes (m, n) uint8 and absmax (m, ceil(n / 256)) float32
 Rounding = Sequence[tuple[int, int]] | None  # of each bfloat16 parameter: key, logical index of its first element
 Rule = Callable[..., None]  # rule(params, grads, moments, ...): lists of (rows, n) of one dtype, changed in place
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How the moments of a rule are read from their codes, and rounded into them: a portion of rows of all of them at
+    once. `encode_` uses the numbers up."""
+
+    decode: Callable[[Sequence[Moment], torch.dtype], Sequence[Tensor]]
+    encode_: Callable[[Sequence[Tensor], Sequence[Moment]], None]
+
+
+def _decode_one(states: Sequence[Moment], dtype: torch.dtype) -> list[Tensor]:
+    (state,) = states
+    return [decode(*state, True, dtype)]
+
+
+def _encode_one_(numbers: Sequence[Tensor], states: Sequence[Moment]) -> None:
+    (x,), (state,) = numbers, states
+    encode_(x, *state, True)
+
+
+ONE = Codec(_decode_one, _encode_one_)  # a signed moment
+PAIR = Codec(decode_pair, encode_pair_)  # a signed one and its second moment
 
 
 def check_step(
@@ -39,26 +63,25 @@ def step_reference_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     moments: Sequence[Sequence[Moment]],
-    signed: Sequence[bool],
+    codec: Codec,
     rounding: Rounding,
     rule: Rule,
 ) -> None:
-    """One step of `rule` on lists of local tensors (m_i, n_i), in place. moments[j][i] is moment j of parameter i.
-
-    signed[j] tells which code book moment j has.
-    """
+    """One step of `rule` on lists of local tensors (m_i, n_i), in place. moments[j][i] is moment j of parameter i."""
     moments = [[_folded(*state) for state in moment] for moment in moments]
     params, grads = [_fold(p) for p in params], [_fold(g) for g in grads]
     for portion in shared_portions(params):
         rows = [params[i][part] for i, part in portion]
         dtype = torch.promote_types(rows[0].dtype, torch.float32)
         x, g = [p.to(dtype) for p in rows], [grads[i][part].to(dtype) for i, part in portion]
-        states = [[(moment[i][0][part], moment[i][1][part]) for i, part in portion] for moment in moments]
-        numbers = [_decode(state, kind, dtype) for state, kind in zip(states, signed, strict=True)]
+        parts = [[(moment[i][0][part], moment[i][1][part]) for i, part in portion] for moment in moments]
+        states = [_joined(part) for part in parts]
+        numbers = codec.decode(states, dtype)
         heights = [p.size(0) for p in rows]
         rule(x, g, *(number.split(heights) for number in numbers))
-        for number, state, kind in zip(numbers, states, signed, strict=True):
-            _encode_(number, state, kind)
+        codec.encode_(numbers, states)
+        for part, state in zip(parts, states, strict=True):
+            _part_(state, part)
         if rounding:
             for (i, part), new, out in zip(portion, x, rows, strict=True):
                 key, start = rounding[i]
@@ -74,22 +97,18 @@ def _folded(codes: Tensor, absmax: Tensor) -> Moment:
     return _fold(codes), absmax.view(-1, 1) if codes.size(1) % BLOCK == 0 else absmax
 
 
-def _decode(parts: Sequence[Moment], signed: bool, dtype: torch.dtype) -> Tensor:
-    """The numbers of several parts of one width, one below the other."""
+def _joined(parts: Sequence[Moment]) -> Moment:
+    """The codes of several parts of one width, one below the other; of one part, that part itself."""
     if len(parts) == 1:
-        return decode(*parts[0], signed, dtype)
+        return parts[0]
     codes, absmax = zip(*parts, strict=True)
-    return decode(torch.cat(codes), torch.cat(absmax), signed, dtype)
+    return torch.cat(codes), torch.cat(absmax)
 
 
-def _encode_(x: Tensor, parts: Sequence[Moment], signed: bool) -> None:
-    """Quantises x into the parts; x is used up."""
+def _part_(joined: Moment, parts: Sequence[Moment]) -> None:
+    """Puts codes that `_joined` gave back into the parts."""
     if len(parts) == 1:
-        encode_(x, *parts[0], signed)
         return
-    codes, absmax = zip(*parts, strict=True)
-    all_codes, all_absmax = torch.cat(codes), torch.cat(absmax)
-    encode_(x, all_codes, all_absmax, signed)
-    heights = [part.size(0) for part in codes]
-    torch._foreach_copy_(codes, all_codes.split(heights))
-    torch._foreach_copy_(absmax, all_absmax.split(heights))
+    heights = [codes.size(0) for codes, _ in parts]
+    for whole, some in zip(joined, zip(*parts, strict=True), strict=True):
+        torch._foreach_copy_(list(some), list(whole.split(heights)))

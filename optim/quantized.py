@@ -1,10 +1,10 @@
 """AdamW and Lion with 8-bit states (Dettmers et al., *8-bit Optimizers via Block-wise Quantization*), row by row.
 
 Moments are 8-bit codes with one float32 absolute maximum per block; a step reads them, updates in float32 (float64 in
-float64) and writes them back (`kernels.blockwise`, `kernels.adamw8bit`). The paper cuts blocks from the flattened local
-tensor, so its states depend on the layout. Here blocks of 256 run along the last dim and never cross a row, and who gets
-8 bits is decided on the logical shape: matrices of at least 4,096 elements. Vectors, smaller matrices and (the paper's
-stable embedding) embeddings keep float32.
+float64) and writes them back (`kernels.blockwise`, `kernels.moment_pair`, `kernels.adamw8bit`). The paper cuts blocks
+from the flattened local tensor, so its states depend on the layout. Here blocks of 256 run along the last dim and never
+cross a row, and who gets 8 bits is decided on the logical shape: matrices of at least 4,096 elements. Vectors, smaller
+matrices and (the paper's stable embedding) embeddings keep float32.
 
 State bytes per parameter of a matrix with n columns: 1 + 4 ceil(n / 256) / n for each moment, that is 2.03 for AdamW and
 1.02 for Lion. Nothing crosses ranks.

@@ -1,4 +1,4 @@
-"""Law 1 for machines that are not here: every Triton kernel is compiled for sm_80 and sm_90.
+"""Law 1 for machines that are not here: every Triton kernel is compiled for sm_80, sm_90 and sm_100.
 
 And `interpreted`, with which the tests of each kernel run it on the CPU.
 """
@@ -21,6 +21,11 @@ ADAMW = {
     **dict.fromkeys(("avg_absmax", "sq_absmax", "avg_book", "sq_book"), "*fp32"),
     **dict.fromkeys(("avg_table", "sq_table"), "*i32"),
     **dict.fromkeys(("key", "start"), "i64"),
+    **BLOCKS,
+}
+PAIR = {
+    **{name: ADAMW[name] for name in ADAMW if name.startswith(("avg_", "sq_"))},
+    **dict.fromkeys(("m", "v"), "*fp32"),
     **BLOCKS,
 }
 LION = {
@@ -50,15 +55,17 @@ CONDENSED = {x: {**dict.fromkeys(("xt", "values", "out"), f"*{x}"), **PLACES} fo
 ONE_VECTOR = {"ABLATED": False, "STEPS": 1, "ROWS": 4, "WIDTH": 512, "BATCH": 1}
 MANY_VECTORS = {"ABLATED": True, "STEPS": 20, "ROWS": 4, "WIDTH": 16, "BATCH": 64}
 
-# Of every argument its type, or its value if it is a constant of the program. Both processors see every kernel; the
-# variants of a kernel (dtypes, alignment) are spread over them.
-KERNELS = [
+# Of every argument its type, or its value if it is a constant of the program. Every processor sees every kernel; the
+# variants of a kernel (dtypes, alignment) are spread over the first two.
+VARIANTS = [
     (80, "philox", "normal", {"out": "*fp32", "key": "i64", "start": "i64", "count": "i64", "COUNTERS": 256}),
     (90, "philox", "normal", {"out": "*fp32", "key": "i64", "start": "i64", "count": "i64", "COUNTERS": 256}),
     (80, "blockwise", "quantise", {"x": "*fp32", **QUANTISE}),
     (90, "blockwise", "quantise", {"x": "*bf16", **QUANTISE}),
     (80, "blockwise", "dequantise", {"out": "*bf16", **DEQUANTISE}),
     (90, "blockwise", "dequantise", {"out": "*fp32", **DEQUANTISE}),
+    (80, "moment_pair", "quantise_pair", PAIR),
+    (90, "moment_pair", "quantise_pair", {**PAIR, "m": "*bf16"}),
     (80, "rounding", "round", {**ROUND, "ALIGNED": True}),
     (90, "rounding", "round", {**ROUND, "ALIGNED": False}),
     (80, "adamw8bit", "adamw8bit", {"param": "*bf16", "grad": "*bf16", **ADAMW, "ALIGNED": False}),
@@ -83,6 +90,10 @@ KERNELS = [
     (90, "nm", "nm", {"w": "*i32", "out": "*i8", **GROUPS, "LARGEST": 2**31 - 1, "MASK": True}),
 ]
 
+KERNELS = [*VARIANTS, *{case[1:3]: (100, *case[1:]) for case in VARIANTS}.values()]
+# Triton makes another program of arguments that are divisible by 16: addresses, as torch's always are, and sizes.
+DIVISIBLE = {80: "", 90: "*i", 100: "*"}
+
 
 @pytest.mark.parametrize(("capability", "file", "name", "types"), KERNELS)
 def test_every_kernel_compiles_for_gpus_that_are_not_here(capability, file, name, types, tmp_path, monkeypatch):
@@ -91,7 +102,10 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(capability, file, name
     kernel = getattr(importlib.import_module(f"rowwise.kernels.{file}_triton"), f"{name}_kernel")
     constants = {name: value for name, value in types.items() if not isinstance(value, str)}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    divisible = [i for i, kind in enumerate(signature.values()) if kind[0] in DIVISIBLE[capability]]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    assert bool(divisible) == (capability > 80)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert len(compiled.asm["cubin"]) > 0
     assert f"sm_{capability}" in compiled.asm["ptx"]
@@ -101,8 +115,8 @@ def test_every_kernel_is_in_the_list():
     found = set()
     for path in (Path(__file__).parents[1] / "kernels").glob("*_triton.py"):
         module = importlib.import_module(f"rowwise.kernels.{path.stem}")
-        names = [name for name in vars(module) if name.endswith("_kernel")]
-        found |= {(capability, path.stem, name) for name in names for capability in (80, 90)}
+        names = [name for name, kernel in vars(module).items() if name.endswith("_kernel") and callable(kernel)]
+        found |= {(capability, path.stem, name) for name in names for capability in DIVISIBLE}
     assert found == {(capability, f"{file}_triton", f"{name}_kernel") for capability, file, name, _ in KERNELS}
 
 

@@ -45,6 +45,37 @@ def dequantise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     return code_book(signed).double()[codes.long()] * spread
 
 
+def quantise_pair(m: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Both of Adam's moments, rounded so that no block's largest |m| / sqrt(v) rises."""
+    ratio = torch.where(v > 0, m.abs() / v.sqrt(), 0.0)
+    most = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in ratio.split(256, dim=1)], 1)
+    codes, top = quantise(v, False)
+    short = dequantise(codes, top, False) * (1 + 1 / 64) < v
+    codes = torch.where(short & ((codes == 0) | (ratio > 0.75 * most)), codes + 1, codes)
+    second = codes, top
+    limit = most * (1 + 2**-16) * dequantise(*second, False).sqrt()
+    codes, top = quantise(torch.where(m.abs() > limit, m.sign() * limit, m), True)
+    outside = dequantise(codes, top, True).abs() > limit
+    inwards = torch.where(codes > 127, codes - 1, codes + (codes < 127))
+    return [(torch.where(outside, inwards, codes), top), second]
+
+
+def load_pair(state: dict[str, Tensor], shape: Any, eight: bool) -> tuple[Tensor, Tensor]:
+    """m and v; m is 0 where v is."""
+    if not state or not (eight or "exp_avg" in state):
+        return torch.zeros(shape).double(), torch.zeros(shape).double()
+    m, v = load(state, "exp_avg", True, shape, eight), load(state, "exp_avg_sq", False, shape, eight)
+    return torch.where(v == 0, 0.0, m) if eight else m, v
+
+
+def store_pair(state: dict[str, Tensor], m: Tensor, v: Tensor, eight: bool) -> None:
+    if not eight:
+        state["exp_avg"], state["exp_avg_sq"] = m, v
+        return
+    for key, pair in zip(("exp_avg", "exp_avg_sq"), quantise_pair(m, v), strict=True):
+        state[f"{key}.codes"], state[f"{key}.absmax"] = pair
+
+
 def load(state: dict[str, Tensor], key: str, signed: bool, shape: Any, eight: bool) -> Tensor:
     if eight:
         return (
@@ -62,10 +93,9 @@ def store(state: dict[str, Tensor], key: str, signed: bool, value: Tensor, eight
 
 def adam(state: dict[str, Tensor], g: Tensor, t: int, c: Any, eight: bool = False) -> Tensor:
     b1, b2 = c.betas
-    m = b1 * load(state, "exp_avg", True, g.shape, eight) + (1 - b1) * g
-    v = b2 * load(state, "exp_avg_sq", False, g.shape, eight) + (1 - b2) * g**2
-    store(state, "exp_avg", True, m, eight)
-    store(state, "exp_avg_sq", False, v, eight)
+    m, v = load_pair(state, g.shape, eight)
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    store_pair(state, m, v, eight)
     return (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + c.eps)
 
 
@@ -172,13 +202,13 @@ def dct(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: in
         chosen = sorted((g @ d).norm(dim=0).topk(c.rank).indices.tolist())
         if "columns" in state:
             before = state["columns"].tolist()
-            for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-                old = load(moments, key, signed, None, eight)
-                new = torch.zeros_like(old)
-                for place, column in enumerate(chosen):
-                    if column in before:
-                        new[:, place] = old[:, before.index(column)]
-                store(moments, key, signed, new, eight)
+            old = load_pair(moments, None, eight)
+            new = [torch.zeros_like(number) for number in old]
+            for place, column in enumerate(chosen):
+                if column in before:
+                    for one, other in zip(new, old, strict=True):
+                        one[:, place] = other[:, before.index(column)]
+            store_pair(moments, *new, eight)
         state["columns"] = torch.tensor(chosen, dtype=torch.int32)
     q = d[:, state["columns"].long()]
     n = adam(moments, g @ q, t, c, eight)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowwise.kernels.blockwise import dequantise, quantise_
+from rowwise.kernels.moment_pair import Moment, dequantise_pair, quantise_pair_
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.quantized import is_quantisable, new_moment
 from rowwise.optim.rule import rows_like
@@ -24,13 +24,12 @@ def adam_directions(
     rs: list[Tensor], states: list[dict[str, Tensor]], step: int, beta1: float, beta2: float, eps: float
 ) -> list[Tensor]:
     """N = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), with the moments moved towards R and R^2, in place."""
-    first, second = ([read(state, key, signed, r) for state, r in zip(states, rs, strict=True)] for key, signed in KEYS)
+    first, second = (list(moment) for moment in zip(*map(read, states, rs), strict=True))
     torch._foreach_lerp_(first, rs, 1 - beta1)
     torch._foreach_mul_(second, beta2)
     torch._foreach_addcmul_(second, rs, rs, value=1 - beta2)
-    for values, (key, signed) in ((first, KEYS[0]), (second, KEYS[1])):
-        for state, value in zip(states, values, strict=True):
-            write(state, key, signed, value)
+    for state, m, v in zip(states, first, second, strict=True):
+        write(state, m, v)
     below = torch._foreach_sqrt(second)
     torch._foreach_mul_(below, (1 - beta2**step) ** -0.5)
     torch._foreach_add_(below, eps)
@@ -39,16 +38,22 @@ def adam_directions(
     return list(directions)
 
 
-def read(state: dict[str, Tensor], key: str, signed: bool, like: Tensor) -> Tensor:
-    """A moment in full: the state itself where it is kept so."""
-    if key in state:
-        return state[key]
-    return dequantise(state[f"{key}.codes"], state[f"{key}.absmax"], signed, like.dtype)
+def read(state: dict[str, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Both moments in full: the states themselves where they are kept so."""
+    if "exp_avg" in state:
+        return state["exp_avg"], state["exp_avg_sq"]
+    return dequantise_pair(*_codes(state), like.dtype)
 
 
-def write(state: dict[str, Tensor], key: str, signed: bool, value: Tensor) -> None:
-    """Keeps a moment that `read` gave, changed in place."""
-    if key not in state:
-        quantise_(value, state[f"{key}.codes"], state[f"{key}.absmax"], signed)
-    elif state[key] is not value:
-        state[key].copy_(value)
+def write(state: dict[str, Tensor], m: Tensor, v: Tensor) -> None:
+    """Keeps both moments, whether `read` gave them and they changed in place, or they are new."""
+    if "exp_avg" not in state:
+        quantise_pair_(m, v, *_codes(state))
+        return
+    for key, value in (("exp_avg", m), ("exp_avg_sq", v)):
+        if state[key] is not value:
+            state[key].copy_(value)
+
+
+def _codes(state: dict[str, Tensor]) -> list[Moment]:
+    return [(state[f"{key}.codes"], state[f"{key}.absmax"]) for key, _ in KEYS]

@@ -25,7 +25,7 @@ from rowwise.kernels.dct import dct_columns
 from rowwise.kernels.philox import stream_key
 from rowwise.kernels.row_scale import scale_rows
 from rowwise.optim.adamw import state_dtype
-from rowwise.optim.lowrank.moments import KEYS, adam_directions, new_moments, read, write
+from rowwise.optim.lowrank.moments import adam_directions, new_moments, read, write
 from rowwise.optim.lowrank.projection import dct_choices, random_projection, subspace_bases
 from rowwise.optim.rule import Batch, all_reduce_, apply_, pick
 
@@ -185,9 +185,5 @@ def follow_columns_(state: dict[str, Tensor], chosen: Tensor, like: Tensor) -> N
     column that stays keeps its moments and a new one begins at zero."""
     kept_at = (chosen.unsqueeze(1) == state["columns"].unsqueeze(0)).long()
     stays, place = kept_at.any(1), kept_at.argmax(1)
-    for key, signed in KEYS:
-        old = read(state, key, signed, like)
-        write(
-            state, key, signed, torch.where(stays, old[:, place], torch.zeros((), dtype=old.dtype, device=old.device))
-        )
+    write(state, *(torch.where(stays, old[:, place], torch.zeros_like(old[:1, :1])) for old in read(state, like)))
     state["columns"].copy_(chosen)
