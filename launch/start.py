@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"refused: {outcome.reason}", file=sys.stderr)
     elif outcome.state == "failed":
         print(f"failed at step {outcome.step}: {outcome.reason}", file=sys.stderr)
+    elif outcome.state == "stopped" and not outcome.step:
+        print("stopped before the first step: there was nothing to save", file=sys.stderr)
     return EXIT[outcome.state]
 
 

@@ -21,6 +21,7 @@ from rowwise.launch.agent import Job
 from rowwise.launch.meeting import Meeting, is_here, slurm_meeting
 from rowwise.launch.outcome import Outcome, read_outcome, write_outcome
 from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.stop import ASKED
 from runs import records
 
 TRAIN = [sys.executable, "-m", "rowwise.launch.start"]
@@ -191,12 +192,13 @@ def test_the_cause_that_another_machine_wrote_stays(tmp_path):
     assert not agent._better_said(tmp_path, Outcome("failed", "Connection closed by peer", 3), time.time() + 9)
 
 
-def test_a_job_that_is_asked_to_stop_before_its_machines_have_met_leaves(tmp_path, monkeypatch):
+def test_a_job_that_is_asked_to_stop_before_its_machines_have_met_leaves(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(agent, "PATIENCE_SECONDS", 1.0)
     job = Job((), tmp_path, 5, 1, Meeting(f"localhost:{free_port()}", "alone", 2, 2, host=True))
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     assert agent.run_workers(job) == Outcome("stopped", "asked to stop", 0)
+    assert capsys.readouterr().err == f"{ASKED}\n", "at once, and once"
 
 
 def test_the_command_says_what_there_is(capsys):

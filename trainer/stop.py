@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PATIENCE_SECONDS = 2.0
 INTERRUPTED = 130  # the exit code of what Ctrl-C ended, as shells have it
 
-ASKED = "asked to stop: saving after the step under way, if there is one; Ctrl-C again ends at once, without saving"
+ASKED = "asked to stop: saving after at most one more step; Ctrl-C again ends at once, without saving"
 ENDED = "interrupted: ending at once, without saving"
 
 
@@ -43,7 +43,8 @@ def answering(answer: Callable[[int, Callable[[float], bool]], None]) -> Iterato
         return bool(select.select([left], [], [], seconds)[0])
 
     def listen() -> None:
-        while left not in select.select([heard, left], [], [])[0]:
+        # What was heard before the context was left is answered too.
+        while heard in select.select([heard, left], [], [])[0]:
             for number in os.read(heard, 64):
                 answer(number, has_left)
 
