@@ -309,6 +309,11 @@ def test_a_corpus_folder_is_opened_whole_and_never_by_its_parts(tmp_path):
     for part in (corpus / "train.bin", corpus / "holdout.bin", tmp_path / "cache"):
         with pytest.raises(ValueError, match=r"is a part of a corpus folder; give data.files=.*/text-"):
             open_data(Tokens(files=str(part)), 16, 256)
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens/meta.json").write_text("[]")  # of somebody else
+    TOKENS.tofile(tmp_path / "tokens/a.bin")
+    data = open_data(Tokens(files=str(tmp_path / "tokens")), 16, 256)
+    assert data.tokens == 1000 and data.found.passed_over == {".json": 1}
     for key, value in {"dtype": "uint16", "separator": 0}.items():
         with pytest.raises(ValueError, match=rf"data.{key}={value} with .*, a corpus folder, .*leave data.{key}=null"):
             open_data(replace(Tokens(files=str(corpus)), **{key: value}), 16, 256)

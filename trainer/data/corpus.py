@@ -83,6 +83,11 @@ def cut(stream: TokenStream, start: int, seq_len: int, mask_documents: bool) -> 
     return Sample(inputs, labels, places - begins, owner[:-1] - owner[0])
 
 
+def is_corpus(folder: Path) -> bool:
+    """Whether a folder is one that Rowwise wrote."""
+    return all((folder / name).is_file() for name in (META, "train.bin", "train.documents.npy"))
+
+
 def open_store(folder: Path, split: str) -> TokenStream:
     """The stream `split` (train or holdout) of a corpus folder."""
     meta = json.loads((folder / META).read_text())

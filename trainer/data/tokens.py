@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rowwise.trainer.data.config import Tokens
-from rowwise.trainer.data.corpus import META, TokenStream, map_tokens, split_stream, with_documents
+from rowwise.trainer.data.corpus import TokenStream, is_corpus, map_tokens, split_stream, with_documents
 from rowwise.trainer.data.documents import Found, endings_of, find_files
 from rowwise.trainer.data.kinds import LLM_C, NPY, check_tokens
 
@@ -29,7 +29,7 @@ def token_files(config: Tokens) -> Found:
     found = Found()
     for pattern in patterns or [""]:
         path = Path(pattern).expanduser()
-        if (path / META).is_file():
+        if is_corpus(path):
             for key in ("dtype", "separator"):
                 if (given := getattr(config, key)) is not None:
                     raise ValueError(
@@ -40,7 +40,7 @@ def token_files(config: Tokens) -> Found:
         else:
             found += find_files(pattern, endings_of(config))
     for path in found.files:
-        if path.is_file() and (path.parent / META).is_file():
+        if path.is_file() and is_corpus(path.parent):
             raise ValueError(f"{path} is a part of a corpus folder; give data.files={path.parent}")
     return found
 
