@@ -121,8 +121,8 @@ def _see_packed(
     q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor, scale: float
 ) -> None:
     for packing in packings(areas, *q.shape[:2], k.size(1), q.device):
-        rows = [taken(q, packing.queries), *(taken(t, packing.keys) for t in (k, v))]
-        part, part_lse = packed_forward(*rows, packing, scale)
+        k_here, v_here = (taken(t, packing.keys) for t in (k, v))
+        part, part_lse = packed_forward(taken(q, packing.queries), k_here, v_here, packing, scale)
         # As one sequence, so that both are (1, N, H, E) and (1, H, N).
         out_here, lse_here = taken(out, packing.queries)[None], taken(lse.transpose(1, 2), packing.queries).T[None]
         _merge_(out_here, lse_here, part[None], part_lse[None])

@@ -53,41 +53,45 @@ def packings(
 ) -> list[Packing]:
     """The calls that look at `areas`, each at as many as it can, of (sequences, q_length) queries and (sequences, k_length)
     keys."""
-    spread = [area._replace(sequence=row) for area in areas for row in _rows(area, sequences)]
+    flat = [
+        area._replace(
+            q0=i * q_length + area.q0, q1=i * q_length + area.q1, k0=i * k_length + area.k0, k1=i * k_length + area.k1
+        )
+        for area in areas
+        for i in (range(sequences) if area.sequence is None else (area.sequence,))
+    ]
     return [
         Packing(
             causal=group[0].causal,
-            queries=_index([(a.sequence * q_length + a.q0, a.q1 - a.q0) for a in group], sequences * q_length, device),
-            keys=_index([(a.sequence * k_length + a.k0, a.k1 - a.k0) for a in group], sequences * k_length, device),
+            queries=_index([(a.q0, a.q1) for a in group], sequences * q_length, device),
+            keys=_index([(a.k0, a.k1) for a in group], sequences * k_length, device),
             q_begins=_begins([a.q1 - a.q0 for a in group], device),
             k_begins=_begins([a.k1 - a.k0 for a in group], device),
             q_lengths=tuple(a.q1 - a.q0 for a in group),
             k_lengths=tuple(a.k1 - a.k0 for a in group),
         )
-        for group in disjoint_groups(spread)
+        for group in disjoint_groups(flat)
     ]
 
 
 def disjoint_groups(areas: Iterable[Area]) -> list[list[Area]]:
-    """Areas of one kind that have no query in common, in as few groups as one pass over them finds."""
+    """Areas of one kind that have no query in common, in as few groups as one pass over them finds; the places of all are
+    counted in one row."""
     groups: list[list[Area]] = []
-    ends: list[tuple[int, int]] = []  # of each group: the sequence and the query behind its last area
-    for area in sorted(areas, key=lambda area: (area.causal, area.sequence, area.q0)):
-        begin = (area.sequence, area.q0)
-        found = (i for i, group in enumerate(groups) if group[0].causal == area.causal and ends[i] <= begin)
-        i = next(found, len(groups))
-        if i == len(groups):
-            groups.append([])
-            ends.append(begin)
-        groups[i].append(area)
-        ends[i] = (area.sequence, area.q1)
+    for area in sorted(areas, key=lambda area: (area.causal, area.q0)):
+        for group in groups:
+            if group[0].causal == area.causal and group[-1].q1 <= area.q0:
+                group.append(area)
+                break
+        else:
+            groups.append([area])
     return groups
 
 
 def packed_forward(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> tuple[Tensor, Tensor]:
     """out (N, H, E) in the dtype of `q`, and lse (H, N) in float32 (float64 for float64), of gathered rows."""
     if operator_of(q) != "flash":
-        parts = [block_forward(*part, packing.causal, scale) for part in _each(packing, (q,), (k, v))]
+        parts = [block_forward(a, b, c, packing.causal, scale) for a, b, c in _each(packing, (q,), (k, v))]
         outs, lses = zip(*parts, strict=True)
         return torch.cat([out[0] for out in outs]), torch.cat([lse[0] for lse in lses], dim=1)
     size = q.size(-1)
@@ -141,21 +145,16 @@ def _each(packing: Packing, of_queries: Sequence[Tensor], of_keys: Sequence[Tens
     return [tuple(t.unsqueeze(0) for t in part) for part in zip(*split, strict=True)]
 
 
-def _rows(area: Area, sequences: int) -> Iterable[int]:
-    return range(sequences) if area.sequence is None else (area.sequence,)
-
-
 def _begins(lengths: list[int], device: torch.device) -> Tensor:
     return _on(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
 def _index(stretches: list[tuple[int, int]], total: int, device: torch.device) -> Tensor | None:
-    """Where these stretches, (first, length), are; None where they are everything in order."""
-    ends = accumulate(length for _, length in stretches)
-    begins = [first for first, _ in stretches]
-    if [0, *ends] == [*begins, total]:
+    """The rows of these stretches, [begin, end), one behind the other; None where they are all rows in order."""
+    begins, ends = zip(*stretches, strict=True)
+    if (*begins, total) == (0, *ends):
         return None
-    return _on(torch.cat([torch.arange(first, first + length) for first, length in stretches]), device)
+    return _on(torch.cat([torch.arange(begin, end) for begin, end in stretches]), device)
 
 
 def _on(t: Tensor, device: torch.device) -> Tensor:
