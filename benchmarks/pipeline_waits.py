@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import rowwise.parallel.defer as defer
 from rowwise.parallel.mesh import ParallelConfig, Workers, make_mesh
-from rowwise.parallel.pipeline import Pipeline
+from rowwise.parallel.pipeline import Pipeline, Trace
 from rowwise.parallel.schedule.gantt import draw
 from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
 from rowwise.parallel.schedule.order import Schedule
@@ -86,10 +86,10 @@ def one_rank(rank: int, ranks: int, port: int) -> dict[str, dict[str, Any]]:
         timelines = []
         for _ in range(ROUNDS):
             dist.barrier()
-            spans: list[Any] = []
-            pipeline.forward_backward(forward, buffer, 1.0, spans)
+            trace = Trace(mesh.device)
+            pipeline.forward_backward(forward, buffer, 1.0, trace)
             everyone: list[Any] = [None] * ranks
-            dist.all_gather_object(everyone, spans)
+            dist.all_gather_object(everyone, trace.spans())
             timelines.append(align(everyone))
         found[label] = {
             "timelines": timelines,

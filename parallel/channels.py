@@ -3,14 +3,11 @@
 from collections import deque
 from collections.abc import Callable, Collection
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rowwise.parallel.mesh import Axis, Lane, Pair
+from rowwise.parallel.lanes import Axis, Lanes, receive_from, send_to
 from rowwise.parallel.schedule.order import Action, Key, Schedule
-
-Lanes = dict[Pair, Lane]
 
 
 class Channels:
@@ -82,28 +79,3 @@ class Channels:
         """Returns when everything sent is gone."""
         while self._leaving:
             self._leaving.popleft()[0].wait()
-
-
-def send_to(receiver: int, tensor: Tensor, axis: Axis, lanes: Lanes) -> dist.Work:
-    """Starts sending `tensor` to the place `receiver` of the pipeline axis."""
-    lane = lanes[axis.rank, receiver]
-    work = dist.isend(tensor, axis.ranks[receiver], group=lane.group, tag=lane.tag)
-    assert work is not None
-    return work
-
-
-def receive_from(sender: int, buffer: Tensor, axis: Axis, lanes: Lanes) -> dist.Work:
-    """Starts receiving into `buffer` what the place `sender` sends next."""
-    lane = lanes[sender, axis.rank]
-    work = dist.irecv(buffer, axis.ranks[sender], group=lane.group, tag=lane.tag)
-    assert work is not None
-    return work
-
-
-def warm_up(axis: Axis, lanes: Lanes, device: torch.device) -> None:
-    """One number through every lane, in one order for all: NCCL connects at the first message, both sides waiting."""
-    for sender, receiver in sorted(lanes):
-        if axis.rank == sender:
-            send_to(receiver, torch.zeros(1, device=device), axis, lanes).wait()
-        elif axis.rank == receiver:
-            receive_from(sender, torch.zeros(1, device=device), axis, lanes).wait()

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from rowwise.parallel.lanes import Axis, connect, neighbours, open_lanes
+
 DEGREES = ("pipeline", "replicate", "shard", "ring", "ulysses")  # the slowest first
 RING_ORDER = Literal["contiguous", "zigzag", "striped"]
 GATHERING = Literal["micro_batch", "run"]
@@ -77,21 +79,6 @@ class Workers:
     local_rank: int = 0
     local_world_size: int = 1
     store: dist.Store | None = None
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The ranks along one axis of the mesh that differ from this rank in nothing else (`ranks[i]`: the global rank of the
-    i-th), this rank's place among them, the group of all of them, and how long it waits."""
-
-    ranks: tuple[int, ...]
-    rank: int
-    group: dist.ProcessGroup
-    timeout: datetime.timedelta
-
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
 
 
 @dataclass(frozen=True)
@@ -199,7 +186,8 @@ def pick_device(local_rank: int) -> torch.device:
 
 
 def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
-    """Makes the process groups (NCCL on GPUs, gloo on the CPU) and names the axes. `config` must be resolved."""
+    """Makes the process groups (NCCL on GPUs, gloo on the CPU), connects them and names the axes. `config` must be
+    resolved. A few numbers cross each axis."""
     device, timeout = pick_device(workers.local_rank), datetime.timedelta(seconds=config.timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -214,14 +202,20 @@ def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
     split = config.state_degree if config.zero > 0 else 1
     shape = (config.pipeline, config.replicate * config.state_degree // split, split)
     axes = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "replicate", "shard"))
+    pipeline = _axis(axes, "pipeline", timeout) if config.pipeline > 1 else None
     sequence = _sequence_axes(config, device, workers.world_size, timeout)
     _bound_waits(timeout)
+    connect(
+        [dist.group.WORLD, *axes.get_all_groups()], sequence and sequence.ring, sequence and sequence.ulysses, device
+    )
+    if pipeline is not None:
+        pipeline = replace(pipeline, lanes=open_lanes(pipeline, neighbours(pipeline.size), device))
     return Mesh(
         rank=workers.rank,
         world_size=workers.world_size,
         device=device,
         states=axes["replicate", "shard"],
-        pipeline=_axis(axes, "pipeline", timeout) if config.pipeline > 1 else None,
+        pipeline=pipeline,
         sequence=sequence,
         # A slow disk is not a rank that is gone: the half hour that torch gives.
         save_group=dist.new_group(backend="gloo"),
@@ -248,33 +242,3 @@ def _sequence_axes(
 def _axis(axes: DeviceMesh, name: str, timeout: datetime.timedelta) -> Axis:
     group = axes.get_group(name)
     return Axis(tuple(dist.get_process_group_ranks(group)), axes.get_local_rank(name), group, timeout)
-
-
-Pair = tuple[int, int]  # places on the pipeline axis: who sends, who receives
-
-
-@dataclass(frozen=True)
-class Lane:
-    """What the messages of one sender to one receiver go through, in order and without waiting for other messages."""
-
-    group: dist.ProcessGroup
-    tag: int
-
-
-def make_lanes(axis: Axis, pairs: set[Pair], device: torch.device) -> dict[Pair, Lane]:
-    """A lane for each of `pairs`. All ranks of the axis must call it with the same pairs.
-
-    Pairs that share a rank get different numbers. With gloo the number is a tag; NCCL knows no tags, and keeps the
-    messages of a group in one queue, so there each number is a group of the whole axis.
-    """
-    numbers: dict[Pair, int] = {}
-    for pair in sorted(pairs):
-        taken = {number for other, number in numbers.items() if set(other) & set(pair)}
-        numbers[pair] = next(n for n in range(len(pairs)) if n not in taken)
-    if device.type != "cuda":
-        return {pair: Lane(axis.group, number) for pair, number in numbers.items()}
-    count = max(numbers.values(), default=-1) + 1
-    groups = [
-        dist.new_group(list(axis.ranks), timeout=axis.timeout, use_local_synchronization=True) for _ in range(count)
-    ]
-    return {pair: Lane(groups[number], 0) for pair, number in numbers.items()}

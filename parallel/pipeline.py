@@ -14,7 +14,6 @@ both sides are its own; with a tied embedding, its local rows twice a step betwe
 """
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -25,9 +24,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rowwise.kernels.rows import local
-from rowwise.parallel.channels import Channels, receive_from, send_to, warm_up
+from rowwise.parallel.channels import Channels
 from rowwise.parallel.defer import WeightGradients, deferred
-from rowwise.parallel.mesh import Axis, make_lanes
+from rowwise.parallel.device import Clock, Mark, device_of
+from rowwise.parallel.lanes import Axis, open_lanes, receive_from, send_to
 from rowwise.parallel.schedule.order import Action, Schedule, leading_forwards
 from rowwise.parallel.schedule.simulate import Gathering, gathers
 from rowwise.parallel.shard import (
@@ -45,6 +45,23 @@ Forward = Callable[[int, int, Tensor | None], Tensor]
 Span = tuple[Action, float, float]
 
 
+class Trace:
+    """The timeline of one step on this rank: what each action took, without what it waited for other stages. Marks are set
+    on the way and read at the end, so that a device is never waited for while messages are awaited. Make it before the
+    step begins."""
+
+    def __init__(self, device: torch.device):
+        self.clock = Clock(device_of(device))
+        self._marked: list[tuple[Action, Mark, Mark]] = []
+
+    def add(self, action: Action, started: Mark, ended: Mark) -> None:
+        self._marked.append((action, started, ended))
+
+    def spans(self) -> list[Span]:
+        """(action, start, end) of each, in seconds since the epoch, once the step is made."""
+        return [(action, self.clock.seconds(a), self.clock.seconds(b)) for action, a, b in self._marked]
+
+
 @dataclass
 class _Open:
     """A micro-batch on a stage: between F and its backward `input` and the graph's end `output` (without its numbers;
@@ -58,23 +75,13 @@ class _Open:
 
 @dataclass
 class Step:
-    """One step under way on this rank: `done` of its actions are, `opened` is held, `trace` takes their spans, in seconds
-    since the epoch by a clock that is never set back."""
+    """One step under way on this rank: `done` of its actions are, `opened` is held, `trace` takes their times."""
 
     forward: Forward
     channels: Channels
-    trace: list[Span] | None
+    trace: Trace | None
     done: int = 0
     opened: dict[tuple[int, int], _Open] = field(default_factory=dict)
-    epoch: float = field(default_factory=lambda: time.time() - time.perf_counter())
-
-    def now(self, device: torch.device) -> float:
-        """When all that was asked of the device is done; 0 where nobody keeps it."""
-        if self.trace is None:
-            return 0.0
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return self.epoch + time.perf_counter()
 
 
 @dataclass
@@ -94,9 +101,7 @@ class Pipeline:
         ends = self.schedule.rank_of[0], self.schedule.rank_of[self.schedule.stages - 1]
         pairs = {(sender, receiver) for sender, receiver, _ in self.schedule.messages}
         pairs |= {ends, ends[::-1]} if self.tied is not None else set()
-        self._lanes = make_lanes(self.axis, {pair for pair in pairs if pair[0] != pair[1]}, self.device)
-        if self.device.type == "cuda":
-            warm_up(self.axis, self._lanes, self.device)
+        self._lanes = open_lanes(self.axis, {pair for pair in pairs if pair[0] != pair[1]}, self.device)
         for module in self.stages.values():
             prefetch_within(module)
         self._actions = self.schedule.ranks[self.axis.rank]
@@ -105,12 +110,12 @@ class Pipeline:
         self._leading = leading_forwards(self.schedule)
 
     def forward_backward(
-        self, forward: Forward, buffer: Callable[[], Tensor], scale: float, trace: list[Span] | None = None
+        self, forward: Forward, buffer: Callable[[], Tensor], scale: float, trace: Trace | None = None
     ) -> None:
         """One step of the schedule: `begin` and `finish`."""
         self.finish(self.begin(forward, buffer, trace), scale)
 
-    def begin(self, forward: Forward, buffer: Callable[[], Tensor], trace: list[Span] | None = None) -> Step:
+    def begin(self, forward: Forward, buffer: Callable[[], Tensor], trace: Trace | None = None) -> Step:
         """The first forwards of a step, as many as need no backward of any rank; no gradient is touched.
 
         `forward(stage, micro_batch, x)` gives what the next stage takes, or on the last stage the loss, a scalar; x is
@@ -150,10 +155,9 @@ class Pipeline:
             self._expect(step.channels, self._actions[position : min(position + 2, until)])
             if self._released is not None and action.kind != "W":
                 keep_gathered(self.stages[action.stage], position not in self._released)
-            started = step.now(self.device)
-            self._do(action, step, scale)
-            if step.trace is not None:
-                step.trace.append((action, started, step.now(self.device)))
+            marks = self._do(action, step, scale)
+            if step.trace is not None and marks is not None:
+                step.trace.add(action, *marks)
             if action.kind != "F":
                 add_up_gradients(self.stages[action.stage])
             if action.kind in "WB":
@@ -185,38 +189,57 @@ class Pipeline:
         last = self.schedule.rank_of[self.schedule.stages - 1]
         dist.broadcast(tensor, self.axis.ranks[last], group=self.axis.group)
 
-    def _do(self, action: Action, step: Step, scale: float) -> None:
+    def _do(self, action: Action, step: Step, scale: float) -> tuple[Mark, Mark] | None:
+        """Takes what the action needs, works, sends what it made. Returns where the work begins and ends, if traced."""
         stage, kind, i = action
-        opened, channels, last = step.opened, step.channels, self.schedule.stages - 1
-        if kind == "F":
-            x = channels.receive((True, stage, i)).requires_grad_() if stage else None
-            later = WeightGradients() if (stage, i) in self._split else None
-            with deferred(later) if later is not None else nullcontext():
-                y = step.forward(stage, i, x)
-            opened[stage, i] = _Open(x, get_gradient_edge(y), y.new_ones(()), later)
-            if stage < last:
-                channels.send((True, stage + 1, i), y.detach())
-        elif kind == "W":
-            later = opened.pop((stage, i)).later
-            assert later is not None
-            later.run()
-        else:
-            this = opened.pop((stage, i))
-            assert this.output is not None
-            # The loss is scaled here: what begins a step need not know the scale.
-            dy = channels.receive((False, stage, i)) if stage < last else this.one * scale
-            torch.autograd.backward([this.output], [dy])
-            if this.input is not None:
-                assert this.input.grad is not None
-                channels.send((False, stage - 1, i), this.input.grad)
-            if kind == "I":
-                opened[stage, i] = _Open(None, None, this.one, this.later)
+        given = step.channels.receive((kind == "F", stage, i)) if self._takes(action) else None
+        clock = step.trace.clock if step.trace is not None else None
+        started = clock and clock.mark()
+        made = self._forward(action, step, given) if kind == "F" else self._backward(action, step, given, scale)
+        ended = clock and clock.mark()
+        if made is not None:
+            step.channels.send((kind == "F", stage + 1 if kind == "F" else stage - 1, i), made)
+        return (started, ended) if started is not None and ended is not None else None
+
+    def _forward(self, action: Action, step: Step, x: Tensor | None) -> Tensor | None:
+        """F. Returns what goes to the next stage."""
+        stage, _, i = action
+        later = WeightGradients() if (stage, i) in self._split else None
+        if x is not None:
+            x.requires_grad_()
+        with deferred(later) if later is not None else nullcontext():
+            y = step.forward(stage, i, x)
+        step.opened[stage, i] = _Open(x, get_gradient_edge(y), y.new_ones(()), later)
+        return y.detach() if stage + 1 < self.schedule.stages else None
+
+    def _backward(self, action: Action, step: Step, dy: Tensor | None, scale: float) -> Tensor | None:
+        """I, W or B. Returns what goes to the stage before."""
+        stage, kind, i = action
+        this = step.opened.pop((stage, i))
+        if kind == "W":
+            assert this.later is not None
+            this.later.run()
+            return None
+        assert this.output is not None
+        # The loss is scaled here: what begins a step need not know the scale.
+        torch.autograd.backward([this.output], [this.one * scale if dy is None else dy])
+        if kind == "I":
+            step.opened[stage, i] = _Open(None, None, this.one, this.later)
+        if this.input is None:
+            return None
+        assert this.input.grad is not None
+        return this.input.grad
+
+    def _takes(self, action: Action) -> bool:
+        """Whether it needs a message."""
+        last = self.schedule.stages - 1
+        return action.stage > 0 if action.kind == "F" else action.kind in "IB" and action.stage < last
 
     def _expect(self, channels: Channels, coming: tuple[Action, ...]) -> None:
         """The next action's message may arrive during this one."""
-        for stage, kind, i in coming:
-            if (kind == "F" and stage > 0) or (kind in "IB" and stage < self.schedule.stages - 1):
-                channels.expect((kind == "F", stage, i))
+        for action in coming:
+            if self._takes(action):
+                channels.expect((action.kind == "F", action.stage, action.micro_batch))
 
     def _refresh_tied(self) -> None:
         """The last stage's copy of the embedding gets the first stage's numbers."""

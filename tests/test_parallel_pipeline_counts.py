@@ -4,11 +4,13 @@ import itertools
 from statistics import median
 
 import pytest
+import torch
 
 from live_bytes import LiveBytes
 from messages import Messages
 from parity import small_config, with_layout
 from rowwise.parallel.mesh import make_mesh
+from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.schedule.generate import Shape, blockwise, units
 from rowwise.parallel.schedule.simulate import Costs, gathers, peak_activations
 from rowwise.trainer.build import build_model
@@ -18,16 +20,16 @@ from rowwise.trainer.train import train_batches
 MICRO_BATCHES = 8
 
 
-class Watched(list):
+class Watched(Trace):
     """A trace that looks at the live bytes after every action."""
 
-    def __init__(self, live: LiveBytes):
-        super().__init__()
+    def __init__(self, live: LiveBytes, device: torch.device):
+        super().__init__(device)
         self.bytes: list[int] = []
         self._live = live
 
-    def append(self, span):
-        super().append(span)
+    def add(self, *marked):
+        super().add(*marked)
         self.bytes.append(self._live.now())
 
 
@@ -39,9 +41,9 @@ def watch(workers, config):
     model.accumulate(next(batches), mesh.device, 1.0, None)
     micro_batches = next(batches)
     with LiveBytes() as live:
-        watched = Watched(live)
+        watched = Watched(live, mesh.device)
         model.accumulate(micro_batches, mesh.device, 1.0, watched)
-    return [action for action, _, _ in watched], watched.bytes
+    return [action for action, _, _ in watched.spans()], watched.bytes
 
 
 def held_bytes(actions, live: list[int]) -> Costs:

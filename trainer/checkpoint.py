@@ -5,7 +5,6 @@ each a DTensor split like its parameter; torch.distributed.checkpoint reads what
 files hold them. The few numbers of `TrainState` are in the manifest.
 """
 
-import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 
 from rowwise.optim.build import named_state
 from rowwise.optim.sparse.build import Sparsity
+from rowwise.parallel.device import Mark, device_of
 from rowwise.parallel.mesh import Mesh
 from rowwise.trainer.files import writing
 from rowwise.trainer.manifest import (
@@ -32,6 +31,7 @@ from rowwise.trainer.manifest import (
     prune,
     read_manifest,
 )
+from rowwise.trainer.staging import Staging
 
 
 def tensors_of(
@@ -49,29 +49,27 @@ def tensors_of(
 class Saver:
     """Writes checkpoints of one run; at most one save is under way.
 
-    `save` copies the shards to host memory and returns; a thread writes, hashes and commits. Its messages (plans and
-    checksums, kilobytes) go over `mesh.save_group`. An error in the thread is raised by the next `save`, `poll` or
+    `save` asks for a copy of the shards in host memory and returns; a thread with a stream of its own waits for it, writes,
+    hashes and commits, and training's stream is never waited for. The thread's messages (plans and checksums, kilobytes)
+    go over `mesh.save_group`. An error in the thread is raised by the next `save`, `poll` or
     `wait`.
     """
 
     def __init__(self, checkpoints: Path, mesh: Mesh, keep: int, background: bool):
         self._checkpoints, self._mesh, self._keep, self._background = checkpoints, mesh, keep, background
-        self._stager = BlockingAsyncStager()
-        on_gpu = mesh.device.type == "cuda"  # where a thread starts on GPU 0, whatever this worker's is
-        self._thread = ThreadPoolExecutor(
-            max_workers=1,
-            thread_name_prefix="checkpoint",
-            initializer=functools.partial(torch.cuda.set_device, mesh.device) if on_gpu else None,
-        )
+        device = device_of(mesh.device)
+        self._staging = Staging(device)
+        # torch's writer waits for the current stream once a tensor: training's, if the thread had none of its own.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=device.own_stream)
         self._under_way: Future[None] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
         """Saves `tensors` as the checkpoint of `step`. All ranks must call it. Waits for the save before."""
         self.wait()
         if not self._background:
-            self._write(step, tensors, manifest)
+            self._write(step, tensors, None, manifest)
             return
-        self._under_way = self._thread.submit(self._write, step, self._stager.stage(tensors), manifest)
+        self._under_way = self._thread.submit(self._write, step, *self._staging.copy(tensors), manifest)
 
     def poll(self) -> None:
         """Raises what a finished save raised."""
@@ -88,7 +86,10 @@ class Saver:
         """Ends the thread, once what it is at is done."""
         self._thread.shutdown(wait=False)
 
-    def _write(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensor], copied: Mark | None, manifest: dict[str, Any]) -> None:
+        """`copied`: when the tensors are there."""
+        if copied is not None:
+            copied.synchronize()
         group = self._mesh.save_group
         folder = incomplete_folder(self._checkpoints, step)
         if self._mesh.rank == 0:

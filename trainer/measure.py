@@ -4,9 +4,9 @@ Three stages of one layer each are made, timed and thrown away: one with the emb
 norm, the head and the loss. A layer takes what the second does; what comes before and after is the rest of the others.
 """
 
+import itertools
 import math
 import statistics
-import time
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from rowwise.parallel.channels import receive_from, send_to
 from rowwise.parallel.defer import WeightGradients, deferred
-from rowwise.parallel.mesh import Mesh, make_lanes
+from rowwise.parallel.device import Clock, Mark, device_of
+from rowwise.parallel.lanes import receive_from, send_to
+from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import attention_on, places_on
 from rowwise.trainer.data.batches import BatchConfig
 from rowwise.trainer.loss import loss_of
@@ -93,58 +94,56 @@ def _time_stage(
         stage = Decoder(model, range(layer, layer + 1), attention_on(mesh)).to(dtype)
         positions = torch.arange(tokens.size(1)).expand_as(tokens)
         x = torch.randn(*tokens.shape, model.dim, dtype=dtype)
+    clock = Clock(device_of(device))
     rounds = []
     for _ in range(REPEATS + 1):
-        later = WeightGradients()
-        began = _now(device)
+        later, marks = WeightGradients(), [clock.mark()]
         with deferred(later):
             y = stage(tokens if layer == 0 else x.detach().requires_grad_(), positions)
         if stage.norm is not None:
             y, _ = loss_of(y, tokens)
-        forward = _now(device)
+        marks.append(clock.mark())
         y.backward(None if y.ndim == 0 else torch.ones_like(y))
-        input_ = _now(device)
+        marks.append(clock.mark())
         later.run()
-        rounds.append((forward - began, input_ - forward, _now(device) - input_))
+        rounds.append(_between(clock, *marks, clock.mark()))
     f, i, w = (statistics.median(kind) for kind in zip(*rounds[1:], strict=True))
     return f, i, w
 
 
 def _time_message(tensor: Tensor, mesh: Mesh) -> float:
     """Half of a way there and back, between the first two places of the pipeline."""
-    axis = mesh.pipeline
+    axis, clock = mesh.pipeline, Clock(device_of(mesh.device))
     assert axis is not None
-    lanes = make_lanes(axis, {(0, 1), (1, 0)}, mesh.device)
     rounds = []
     for _ in range(REPEATS + 1 if axis.rank < 2 else 0):
-        began = _now(mesh.device)
+        began = clock.mark()
         if axis.rank == 0:
-            send_to(1, tensor, axis, lanes).wait()
-        receive_from(1 - axis.rank, tensor, axis, lanes).wait()
+            send_to(1, tensor, axis, axis.lanes).wait()
+        receive_from(1 - axis.rank, tensor, axis, axis.lanes).wait()
         if axis.rank == 1:
-            send_to(0, tensor, axis, lanes).wait()
-        rounds.append((_now(mesh.device) - began) / 2)
-    return statistics.median(rounds[1:]) if rounds else 0.0
+            send_to(0, tensor, axis, axis.lanes).wait()
+        rounds += _between(clock, began, clock.mark())
+    return statistics.median(rounds[1:]) / 2 if rounds else 0.0
 
 
 def _time_gather(model: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> float:
-    group = mesh.states.get_group("shard")
+    group, clock = mesh.states.get_group("shard"), Clock(device_of(mesh.device))
     with torch.device("meta"):
         numbers = sum(p.numel() for p in Decoder(replace(model, layers=3), range(1, 2)).parameters())
     mine = torch.zeros(-(-numbers // group.size()), dtype=dtype, device=mesh.device)
     whole = mine.new_empty(mine.numel() * group.size())
     rounds = []
     for _ in range(REPEATS + 1):
-        began = _now(mesh.device)
+        began = clock.mark()
         dist.all_gather_into_tensor(whole, mine, group=group)
-        rounds.append(_now(mesh.device) - began)
+        rounds += _between(clock, began, clock.mark())
     return statistics.median(rounds[1:])
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _between(clock: Clock, *marks: Mark) -> list[float]:
+    """The seconds from each mark to the next."""
+    return [b - a for a, b in itertools.pairwise(map(clock.seconds, marks))]
 
 
 def write_part_times(times: PartTimes, path: Path) -> None:

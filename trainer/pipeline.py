@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rowwise.parallel.mesh import Mesh, ParallelConfig
-from rowwise.parallel.pipeline import Forward, Pipeline, Span, Step
+from rowwise.parallel.pipeline import Forward, Pipeline, Step, Trace
 from rowwise.parallel.schedule.order import Schedule, write_csv
 from rowwise.parallel.schedule.trace import align, write_trace
 from rowwise.trainer.data.batches import BatchConfig, MicroBatch
@@ -64,7 +64,7 @@ class StagedDecoder(nn.Module):
         assert self._pipeline is not None
         return self._pipeline
 
-    def begin(self, batches: list[MicroBatch], device: torch.device, trace: list[Span] | None = None) -> None:
+    def begin(self, batches: list[MicroBatch], device: torch.device, trace: Trace | None = None) -> None:
         """The first forwards of these micro-batches, as many as need no gradient; `accumulate` goes on from there."""
         here = [batch.to(device) for batch in batches]
         totals = torch.zeros(2, dtype=torch.float64, device=device)
@@ -77,9 +77,7 @@ class StagedDecoder(nn.Module):
         step = self.pipeline.begin(self._forward(here, loss), lambda: self._buffer(here[0]), trace)
         self._begun = step, totals
 
-    def accumulate(
-        self, batches: list[MicroBatch], device: torch.device, scale: float, trace: list[Span] | None
-    ) -> Tensor:
+    def accumulate(self, batches: list[MicroBatch], device: torch.device, scale: float, trace: Trace | None) -> Tensor:
         """Forward and backward of every micro-batch. Returns (loss sum, valid tokens) on the last stage, zeros
         elsewhere; every gradient is `scale` times the sum over micro-batches and data-parallel ranks."""
         if self._begun is None:
@@ -183,10 +181,10 @@ def make_plan(
     return plan[0]
 
 
-def keep_trace(spans: list[Span], folder: Path, mesh: Mesh) -> None:
+def keep_trace(trace: Trace, folder: Path, mesh: Mesh) -> None:
     """Writes the timeline of a step, as the ranks of the first replica measured it, into `folder`, with what each stage
     took on the mean: `python -m rowwise.launch.schedule run=... to=picture.png` shows both."""
-    everyone = of_every_stage(spans, mesh)
+    everyone = of_every_stage(trace.spans(), mesh)
     if mesh.rank == 0:
         timeline = align(everyone)
         folder.mkdir(parents=True, exist_ok=True)

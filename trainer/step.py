@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rowwise.optim.in_backward import InBackward
 from rowwise.optim.shell import Optimizer
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.pipeline import Span
+from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.shard import begin_micro_batch, clip_factor, finish_backward, gradients, squared_norm
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
@@ -48,7 +48,7 @@ def compute_gradients(
     clip_norm: float,
     loss_scale: float = 1.0,
     stop: bool = False,
-    trace: list[Span] | None = None,
+    trace: Trace | None = None,
     filter_: Callable[[], None] | None = None,
 ) -> StepReport:
     """Leaves in every `p.grad` this rank's shard of the (clipped) gradient of the global mean loss.
@@ -77,7 +77,7 @@ def step_at_once(
     loss_scale: float,
     optimizer: Optimizer,
     stop: bool = False,
-    trace: list[Span] | None = None,
+    trace: Trace | None = None,
     ahead: list[MicroBatch] | None = None,
 ) -> StepReport:
     """`compute_gradients` and the optimizer's step without waiting between them (Qi et al., *Zero Bubble*, section 4):
@@ -124,7 +124,7 @@ def local_totals(
     zero: int,
     scale: float,
     stop: bool,
-    trace: list[Span] | None,
+    trace: Trace | None,
     filter_: Callable[[], None] | None = None,
 ) -> Tensor:
     """Forward and backward; then this rank's loss sum, valid tokens, squared norm of its gradient shards, and whether it
@@ -186,7 +186,7 @@ def accumulate(
     device: torch.device,
     zero: int,
     scale: float,
-    trace: list[Span] | None = None,
+    trace: Trace | None = None,
 ) -> Tensor:
     """Forward and backward of every micro-batch. Returns this rank's (loss sum, valid tokens)."""
     if isinstance(model, StagedDecoder):

@@ -16,7 +16,7 @@ from rowwise.optim.in_backward import InBackward
 from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
-from rowwise.parallel.pipeline import Span
+from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import initial_loss_scale, next_loss_scale, product_precision
 from rowwise.parallel.replicate import gradient_sum
 from rowwise.parallel.sequence import places_on
@@ -50,7 +50,7 @@ class Update(Protocol):
         batches: list[MicroBatch],
         loss_scale: float,
         stop: bool,
-        trace: list[Span] | None = None,
+        trace: Trace | None = None,
         ahead: list[MicroBatch] | None = None,
     ) -> StepReport: ...
 
@@ -100,13 +100,13 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             lr = follow_schedule(optimizer, config.optim, config.schedule, state.step, config.steps)
             scale_used = state.loss_scale.scale
 
-            spans: list[Span] | None = [] if state.step + 1 == config.parallel.pipeline_trace else None
-            report = update(state.step + 1, micro_batches, scale_used, stop.requested, spans, ahead)
+            trace = Trace(mesh.device) if state.step + 1 == config.parallel.pipeline_trace else None
+            report = update(state.step + 1, micro_batches, scale_used, stop.requested, trace, ahead)
             if state.step == first:
                 keep_memory(Path(config.run_dir), mesh, model, optimizer, tensors)
             optimizer.zero_grad()
-            if spans is not None:
-                keep_trace(spans, Path(config.run_dir) / "pipeline", mesh)
+            if trace is not None:
+                keep_trace(trace, Path(config.run_dir) / "pipeline", mesh)
             if not report.finite:
                 saver.wait()  # an error would end the save under way
                 require_usable(report, config, state)
@@ -150,7 +150,7 @@ def make_update(
         batches: list[MicroBatch],
         loss_scale: float,
         stop: bool,
-        trace: list[Span] | None = None,
+        trace: Trace | None = None,
         ahead: list[MicroBatch] | None = None,
     ) -> StepReport:
         asked = (mesh, zero, places, config.clip_norm, loss_scale)

@@ -1,0 +1,69 @@
+"""A copy of a run's state in host memory, for the thread that writes it while training goes on.
+
+Bytes a rank: those of its rows of parameters, states and masks, each copied once. On a GPU the copy lies in one pinned
+block, made by the first save and kept: the device fills it by itself, behind the work that it was given before and ahead of
+what comes. The CPU's is training's own memory, so there it is given back after each save.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from rowwise.kernels.rows import local
+from rowwise.parallel.device import Device, Mark
+
+ALIGNED = 64  # bytes, enough for every dtype and for a copy to be fast
+Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
+
+
+class Staging:
+    """The copies of one run. Those of one save stand until the next asks for its own."""
+
+    def __init__(self, device: Device):
+        self._device = device
+        self._layout: Layout = {}
+        self._kept: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Mark]:
+        """A copy of each on the host, split as it is, and when they are there. What is asked of the current stream later
+        may change the tensors."""
+        rooms = self._rooms({name: (local(t).shape, t.dtype) for name, t in tensors.items()})
+        for name, tensor in tensors.items():
+            rooms[name].copy_(local(tensor), non_blocking=self._device.pins)
+        return {name: _split_as(tensor, rooms[name]) for name, tensor in tensors.items()}, self._device.mark()
+
+    def _rooms(self, layout: Layout) -> dict[str, Tensor]:
+        if not self._device.pins:
+            return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        if layout != self._layout:
+            self._kept = {}  # the old block is free before the new one is made
+            block, self._kept = in_one_block(layout)
+            self._device.pin(block)
+            self._layout = layout
+        return self._kept
+
+
+def in_one_block(layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+    """A block of bytes and the tensors in it, which keep it. Each has a storage of its own size: torch's writer would copy a
+    tensor whose storage is larger."""
+    places, end = {}, 0
+    for name, (shape, dtype) in layout.items():
+        places[name] = end
+        end += -(-shape.numel() * dtype.itemsize // ALIGNED) * ALIGNED
+    block = torch.empty(end, dtype=torch.uint8)
+    memory: Any = block.numpy()
+    return block, {
+        name: torch.frombuffer(memory, dtype=dtype, count=shape.numel(), offset=places[name]).view(shape)
+        if shape.numel()
+        else torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in layout.items()
+    }
+
+
+def _split_as(tensor: Tensor, rows: Tensor) -> Tensor:
+    """`rows` as this rank's of a tensor that is split like `tensor`. (`DTensor.from_local` would move them to its device.)"""
+    return DTensor(rows, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else rows
