@@ -21,6 +21,7 @@ from rowwise.launch.workers import (
     keep_freed_memory,
     restarted,
     share_end,
+    tell_gpu,
     workers_from_environment,
 )
 from rowwise.parallel.mesh import Workers, pick_device
@@ -48,10 +49,12 @@ def run(overrides: list[str], workers: Workers) -> None:
     if workers.rank == 0:
         with begun(overrides, workers) as config:
             announce(workers, tree_of(config))
+            tell_gpu(Path(config.run_dir))
             with told_of_full_disks(Path(config.run_dir), workers):
                 train(config, workers)
     else:
         config = config_from_tree(hear(workers))
+        tell_gpu(Path(config.run_dir))
         with told_of_full_disks(Path(config.run_dir), workers):
             train(config, workers)
 

@@ -13,6 +13,8 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from torch.distributed import rendezvous
 from rowwise.launch.outcome import Ended, Failed, Refused
 from rowwise.parallel.mesh import Workers
 
+MESSAGES_FILE = "collectives-rank-"  # and the rank's number
+_KEPT_MESSAGES = 2000
+_ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _KEY = "config"
 _END = "end"
 _WATCH_SECONDS = 1.0
@@ -146,3 +151,26 @@ def keep_freed_memory() -> None:
     mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(mmap_max, 0)
+
+
+def tell_gpu(run_dir: Path) -> None:
+    """Where there are GPUs: sets `gpu_settings` for this process. Call it before a process group or a tensor is made."""
+    if torch.cuda.is_available():
+        os.environ.update(gpu_settings(run_dir.resolve(), os.environ))
+
+
+def gpu_settings(run_dir: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """What torch reads in the environment, where `given` does not say it: memory grows in place, since steps of many sizes
+    would leave gaps; and where a message waits longer than `parallel.timeout_seconds`, each rank writes its last ones into
+    the run's folder."""
+    settings = (
+        {} if any(name in given for name in _ALLOCATOR_NAMES) else {_ALLOCATOR_NAMES[0]: "expandable_segments:True"}
+    )
+    for name, older, value in (
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", str(_KEPT_MESSAGES)),
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_dir / MESSAGES_FILE)),
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+    ):
+        if name not in given and older not in given:
+            settings[name] = value
+    return settings

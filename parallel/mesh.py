@@ -205,9 +205,8 @@ def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
     pipeline = _axis(axes, "pipeline", timeout) if config.pipeline > 1 else None
     sequence = _sequence_axes(config, device, workers.world_size, timeout)
     _bound_waits(timeout)
-    connect(
-        [dist.group.WORLD, *axes.get_all_groups()], sequence and sequence.ring, sequence and sequence.ulysses, device
-    )
+    ring, ulysses = (None, None) if sequence is None else (sequence.ring, sequence.ulysses)
+    connect([dist.distributed_c10d._get_default_group(), *axes.get_all_groups()], ring, ulysses, device)
     if pipeline is not None:
         pipeline = replace(pipeline, lanes=open_lanes(pipeline, neighbours(pipeline.size), device))
     return Mesh(

@@ -194,12 +194,12 @@ class Pipeline:
         stage, kind, i = action
         given = step.channels.receive((kind == "F", stage, i)) if self._takes(action) else None
         clock = step.trace.clock if step.trace is not None else None
-        started = clock and clock.mark()
+        started = None if clock is None else clock.mark()
         made = self._forward(action, step, given) if kind == "F" else self._backward(action, step, given, scale)
-        ended = clock and clock.mark()
+        ended = None if clock is None else clock.mark()
         if made is not None:
             step.channels.send((kind == "F", stage + 1 if kind == "F" else stage - 1, i), made)
-        return (started, ended) if started is not None and ended is not None else None
+        return None if started is None or ended is None else (started, ended)
 
     def _forward(self, action: Action, step: Step, x: Tensor | None) -> Tensor | None:
         """F. Returns what goes to the next stage."""
