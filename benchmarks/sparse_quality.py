@@ -6,8 +6,8 @@ floating-point operations.
         --name sparse_quality_long
 
 Every run is the product's own: `trainer.prepare`, then `trainer.train`, on the `stdlib` corpus, byte by byte, with the
-settings of conf/sparsity but for the density and the time between updates (a share of the run). `none` is dense. N:M has
-densities of its own: 2:4 stands at 0.5 alone. `flops`: operations in training are those that the method's formulas leave
+settings of conf/sparsity but for the density and the time between updates (a share of the run). `none` is dense. 2:4, which
+is `nm` and `pdp_nm`, has the density 0.5 alone. `flops`: operations in training are those that the method's formulas leave
 where zeros cost nothing (`optim.sparse.account`), not those that this machine makes; a sparse run gets as many more steps
 as bring it to the dense run's. A seed is that of the initial weights, the masks and the order of the data, so methods are
 compared with `static` seed by seed. All runs end with the whole held-out text.
@@ -28,11 +28,12 @@ from record import RESULTS, write_record
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.sparse.account import weights_multiplied
 from rowwise.optim.sparse.budget import cooled_density
-from rowwise.optim.sparse.config import NM, CooledBase, NoSparsity, sparse_layers, stop_step
+from rowwise.optim.sparse.config import NM, CooledBase, NoSparsity, PDPBase, PDPGroups, sparse_layers
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.models.decoder import flops_per_token, parameter_shapes
 
-METHODS = ("none", "static", "set", "rigl", "srigl", "nm", "st3", "pdp", "gradual")
+METHODS = ("none", "static", "set", "rigl", "srigl", "nm", "pdp_nm", "pdp_rows", "st3", "pdp", "gradual")
+OF_GROUPS = ("nm", "pdp_nm")  # 2:4 has a density of its own
 EVOLVING = ("set", "rigl", "srigl")
 DENSITIES = (0.5, 0.2, 0.1)
 SEEDS = (0, 1, 2)
@@ -49,7 +50,7 @@ def overrides_of(run: Run, options: argparse.Namespace) -> tuple[str, ...]:
     """The command line of a run, but for its folder."""
     method, density, equal, seed = run
     own = [*ALWAYS, f"sparsity={method}", f"seed={seed}"]
-    if method not in ("none", "nm"):
+    if method not in ("none", *OF_GROUPS):
         own.append(f"sparsity.density={density}")
     steps = options.steps
     if equal == "flops":
@@ -67,9 +68,11 @@ def training_share(config: TrainConfig) -> float:
     sizes = [shapes[name].numel() for name in sparse_layers(choice, shapes)]
     dense, total = flops_per_token(config.model, config.batch.seq_len), 0.0
     for step in range(1, config.steps + 1):
-        density = choice.n / choice.m if isinstance(choice, NM) else choice.density
+        density = choice.n / choice.m if isinstance(choice, NM | PDPGroups) else choice.density
         if isinstance(choice, CooledBase):
-            density = cooled_density(step, density, choice.start_at, stop_step(choice, config.steps))
+            density = cooled_density(step, density, choice.first_step(config.steps), choice.last_step(config.steps))
+        elif isinstance(choice, PDPBase) and step < choice.first_step(config.steps):
+            density = 1.0  # and while masks are soft everything is multiplied
         forward, backward = weights_multiplied(choice, [round(density * sum(sizes))], sizes, step, config.steps)
         total += dense - 2 * (3 * sum(sizes) - forward - backward)
     return total / dense / config.steps
@@ -82,7 +85,7 @@ def needed(options: argparse.Namespace) -> list[Run]:
         for method in options.methods:
             if method == "none" and equal == "flops" and "tokens" in options.equal:
                 continue  # the same run
-            for density in (1.0,) if method == "none" else (0.5,) if method == "nm" else options.densities:
+            for density in (1.0,) if method == "none" else (0.5,) if method in OF_GROUPS else options.densities:
                 runs.append((method, density, equal, seed))
     return runs
 

@@ -312,12 +312,36 @@ REFUSED = {
     ),
     "start after the stop": (
         ["sparsity=gradual", "sparsity.start_at=160"],
-        r"sparsity.start_at=160: from 0 to sparsity.stop_at, which is 150",
+        r"first change is at step 160 \(start_at=160\) and the last at 150 \(stop=0.75 of the run\) of 200; give a start",
     ),
     "a stop before the first step": (["sparsity=pdp", "sparsity.stop_at=0"], r"sparsity.stop_at=0: .* at least 1"),
+    "a start that is said twice": (
+        ["sparsity=st3", "sparsity.start=0.1", "sparsity.start_at=20"],
+        r"sparsity.start=0.1 sparsity.start_at=20: a share of the run or a step; give one",
+    ),
+    "a share of the run above 1": (
+        ["sparsity=pdp", "sparsity.stop=150"],
+        r"sparsity.stop=150.0: a share of the run, from 0 to 1; for a step give sparsity.stop_at",
+    ),
+    "groups that keep everything": (
+        ["sparsity=pdp_nm", "sparsity.n=4"],
+        r"pdp_nm with 4:4 keeps everything; give n below m",
+    ),
+    "groups that columns do not have, softly": (
+        ["sparsity=pdp_nm", "sparsity.m=5"],
+        r"sparsity.m=5 does not divide the 256 columns of blocks.0.attention.wq.weight; give another m, or leave",
+    ),
+    "no row is kept": (
+        ["sparsity=pdp_rows", "sparsity.density=0.001"],
+        r"sparsity.density=0.001 leaves .*, no row; give a larger density",
+    ),
+    "pdp's groups with a density": (
+        ["sparsity=pdp_nm", "sparsity.density=0.3"],
+        r"unknown key sparsity.density: sparsity has .* n, ",
+    ),
     "masks that would never change": (
         ["sparsity=rigl", "steps=100"],
-        r"sparsity.update_every=100: no mask would ever change between start_at=0 and stop_at=75; give at most 74, .*static",
+        r"sparsity.update_every=100: no mask would ever change between step 0 and step 75, .*give at most 74, .*static",
     ),
     "2:4 without the hardware": (
         ["sparsity=nm", "sparsity.semi_structured=true", "precision=bf16"],

@@ -11,13 +11,15 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from messages import Messages
+from rowwise.kernels.nm import nm_mask
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer
 from rowwise.optim.select import BINS
 from rowwise.optim.sparse.account import weights_multiplied
-from rowwise.optim.sparse.budget import budgets, cooled_density, densities, is_due, share_out, share_replaced
+from rowwise.optim.sparse.budget import budgets, cooled_density, densities, fallen, is_due, share_out, share_replaced
 from rowwise.optim.sparse.build import build_sparsity
 from rowwise.optim.sparse.masks import count, fill_, pack, packed_columns, unpack, zero_outside_
+from rowwise.optim.sparse.soft import group_thresholds, soft_mask, soft_mask_slope, soft_row_mask, through_row_mask
 from rowwise.trainer.config import config_from_tree
 
 SHAPES = [torch.Size(shape) for shape in [(256, 256), (128, 256), (704, 256), (256, 704), (10, 3), (1, 1)]]
@@ -68,6 +70,60 @@ def test_the_density_falls_with_a_cube():
     assert found[:11] == [1.0] * 11 and found[50:] == [0.1] * 10
     assert found[30] == pytest.approx(0.1 + 0.9 / 8)
     assert all(a > b for a, b in pairwise(found[10:51]))
+
+
+def test_each_matrix_of_pdp_goes_along_a_line_to_its_own_end():
+    """0.015 of the way an epoch, as the paper's 100 epochs have it from the 16th on; exact in total at every step."""
+    sizes, ends = [600, 300, 100], [30, 160, 0]
+    for t in range(120):
+        way = min(1, Fraction(15, 1000) * max(0, t - 16))
+        found = fallen(3 * t, sizes, ends, 3 * 16, 3 * 16 + 200)
+        wanted = [n - way * (n - k) for n, k in zip(sizes, ends, strict=True)]
+        assert sum(found) == round(sum(wanted)) and all(abs(n - w) < 1 for n, w in zip(found, wanted, strict=True))
+
+
+def paper_mask(size, threshold, temperature):
+    """m(w) of PDP: the second of a softmax over t^2 / tau and w^2 / tau."""
+    return (torch.stack([threshold.expand_as(size) ** 2, size**2]) / temperature).softmax(0)[1]
+
+
+def test_soft_masks_are_the_papers_and_so_are_their_gradients():
+    torch.manual_seed(3)
+    w, g, tau = torch.randn(6, 16, dtype=torch.float64, requires_grad=True), torch.randn(6, 16).double(), 0.4
+    dense, t = w.detach(), torch.tensor(0.7, dtype=torch.float64)
+    ours = soft_mask(dense, 0.7, tau) * dense, g * soft_mask_slope(dense, 0.7, tau)
+    assert_close(ours, w, paper_mask(w, t, tau) * w, g)
+    # Groups of 4: between the second and the third of each.
+    ordered = dense.abs().view(-1, 4).sort(dim=1).values
+    t = ((ordered[:, 1] + ordered[:, 2]) / 2).repeat_interleave(4).view_as(dense)
+    assert torch.equal(group_thresholds(dense, 2, 4), t)
+    ours = soft_mask(dense, t, tau) * dense, g * soft_mask_slope(dense, t, tau)
+    assert_close(ours, w, paper_mask(w, t, tau) * w, g)
+    assert torch.equal(soft_mask(dense, t, tau) > 0.5, nm_mask(dense, 2, 4))
+    # Rows: of their norms.
+    t = torch.tensor(3.8, dtype=torch.float64)
+    ours = soft_row_mask(dense, 3.8, tau) * dense, through_row_mask(g, dense, 3.8, tau)
+    assert_close(ours, w, paper_mask(w.norm(dim=1, keepdim=True), t, tau) * w, g)
+    assert 0 < int((soft_row_mask(dense, 3.8, tau) > 0.5).sum()) < 6
+
+
+def assert_close(ours, w, theirs, g):
+    right = theirs.detach(), torch.autograd.grad(theirs, w, g)[0]
+    torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-14)
+
+
+def test_times_are_shares_of_the_run_or_steps():
+    """As the papers have them: gradual prunes what has learned something, st3 from 5 % to 50 %, pdp 16 to 83 epochs of 100."""
+    times = {"gradual": (20, 150), "st3": (10, 100), "pdp": (32, 166), "pdp_nm": (32, 166), "rigl": (0, 150)}
+    for method, expected in times.items():
+        assert times_of(f"sparsity={method}") == expected
+    assert times_of("sparsity=st3", "sparsity.start=0.25", "sparsity.stop_at=77") == (50, 77)
+    assert times_of("sparsity=st3", "sparsity.start_at=3", "sparsity.stop=1") == (3, 200)
+
+
+def times_of(*overrides):
+    config = config_from_tree(compose_tree(list(overrides))).sparsity
+    return config.first_step(200), config.last_step(200)
 
 
 def test_updates_are_due_from_the_start_on_and_at_the_stop():
@@ -126,7 +182,11 @@ UPDATES = {
     "gradual": (["sparsity=gradual", "sparsity.stop_at=1"], 3 * 4 * BINS, 0),
     "st3": (["sparsity=st3", "sparsity.stop_at=1"], 4 * BINS, 1),
     "st3 by matrix": (["sparsity=st3", "sparsity.stop_at=1", "sparsity.distribution=er"], 3 * 4 * BINS, 3),
-    "pdp": (["sparsity=pdp", "sparsity.stop_at=1"], 4 * BINS, 1),
+    # Of all matrices together once, and of each of three; and how many each of them is to keep.
+    "pdp": (["sparsity=pdp", "sparsity.stop_at=1"], (1 + 3) * 4 * BINS, 3 + 3),
+    "pdp by matrix": (["sparsity=pdp", "sparsity.stop_at=1", "sparsity.distribution=er"], 3 * 4 * BINS, 3),
+    "pdp_rows": (["sparsity=pdp_rows", "sparsity.stop_at=1"], 3 * 4 * BINS, 3),
+    "pdp_nm": (["sparsity=pdp_nm", "sparsity.stop_at=1"], 0, 0),
     "nm": (["sparsity=nm", "sparsity.account_every=1"], 0, 0),
 }
 
@@ -134,7 +194,7 @@ UPDATES = {
 @pytest.mark.parametrize("method", UPDATES)
 def test_an_update_sends_counts_that_do_not_grow_with_the_model(ranks, method):
     overrides, histograms, numbers = UPDATES[method]
-    every = [] if method in ("nm",) else ["sparsity.update_every=1"]
+    every = [] if method in ("nm", "pdp_nm") else ["sparsity.update_every=1"]
     for rows in (16, 1024):
         account = 5 * 3
         for calls, sent in ranks.run(sent_by_update, 4, [*overrides, *every], rows):
@@ -189,5 +249,6 @@ def test_weights_multiplied_are_those_of_each_method():
     assert flops(["sparsity=rigl"], 75) == (20, 40)  # no more updates
     assert flops(["sparsity=st3"], 5) == (20, 120)
     assert flops(["sparsity=nm"], 5) == (20, 120)
-    assert flops(["sparsity=pdp"], 5) == (100, 200)  # soft
-    assert flops(["sparsity=pdp"], 76) == (20, 40)
+    for form in ("pdp", "pdp_rows", "pdp_nm"):
+        assert flops([f"sparsity={form}"], 16) == (100, 200)  # soft
+        assert flops([f"sparsity={form}"], 84) == (20, 40)

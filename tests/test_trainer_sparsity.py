@@ -20,7 +20,7 @@ from rowwise.optim.sparse.budget import budgets as product_budgets
 from rowwise.optim.sparse.build import build_sparsity
 from rowwise.optim.sparse.masks import unpack
 from rowwise.trainer.config import TrainConfig
-from textbook_sparse import budgets, cooled, stop_of, textbook_sparsity
+from textbook_sparse import budgets, cooled, fallen, start_of, stop_of, textbook_sparsity
 
 # Heads that ulysses can share, matrices of 12, 6, 30 and 37 rows: on four ranks one has no row of wk.
 SMALL = ("model.heads=2", "model.head_dim=6", "batch.global_size=4", "batch.micro_size=1", "batch.seq_len=7", "steps=8")
@@ -44,6 +44,10 @@ METHODS = {
     "st3 by layer": ("sparsity=st3", TWO, "sparsity.distribution=erk", "sparsity.stop_at=5"),
     "pdp": ("sparsity=pdp", "sparsity.stop_at=4", "sparsity.temperature=0.003"),
     "pdp by layer": ("sparsity=pdp", TWO, "sparsity.distribution=uniform", "sparsity.stop_at=5", "sparsity.start_at=1"),
+    "pdp rows": ("sparsity=pdp_rows", "sparsity.stop_at=5", "sparsity.temperature=0.3"),
+    "pdp rows from step 0": ("sparsity=pdp_rows", TWO, "sparsity.start=0", "sparsity.stop=0.5", "sparsity.density=0.6"),
+    "pdp nm": ("sparsity=pdp_nm", *GROUPS[:3], "sparsity.stop_at=4", "sparsity.temperature=0.003"),
+    "pdp nm 1:8": ("sparsity=pdp_nm", *GROUPS[:2], "model.ffn_dim=40", "sparsity.n=1", "sparsity.m=8", "sparsity.start_at=3"),
     "nm column": ("sparsity=nm", *GROUPS),
     "nm row": ("sparsity=nm", *GROUPS, "sparsity.backward=row", "sparsity.n=1"),
 }  # fmt: skip
@@ -123,30 +127,59 @@ def test_the_budget_is_kept_to_the_last_weight(traces, folder, method):
     config = sparse_config(folder, *METHODS[method]).sparsity
     (trace, *_) = traces("pipeline", method)
     for t, masks in enumerate(trace.masks, start=1):
-        if method.startswith("nm"):
-            assert all((m.view(-1, config.m).sum(1) == config.n).all() for m in masks.values())
-            continue
         counts, shapes = [int(m.sum()) for m in masks.values()], [m.shape for m in masks.values()]
+        sizes = [shape.numel() for shape in shapes]
+        if method.startswith("nm"):
+            assert_groups(masks, config)
+            continue
+        start, stop = start_of(config, 8), stop_of(config, 8)
+        if method.startswith("pdp"):
+            cut = last_cut(config, t)
+            if cut is None:
+                assert counts == sizes
+            elif method.startswith("pdp nm"):
+                assert_groups(masks, config)
+            elif method.startswith("pdp rows"):
+                rows, columns = zip(*shapes, strict=True)
+                ends = budgets([torch.Size((n, 1)) for n in rows], Fraction(str(config.density)), "uniform")
+                kept = fallen(cut, list(rows), ends, start, stop)
+                assert counts == [k * n for k, n in zip(kept, columns, strict=True)]
+            else:
+                end = round(Fraction(str(config.density)) * sum(sizes))
+                assert sum(counts) == sum(fallen(cut, [sum(sizes)], [end], start, stop))
+            continue
         density = density_after(config, t)
-        expected = budgets(shapes, density, config.distribution) if density < 1 else [s.numel() for s in shapes]
+        expected = budgets(shapes, density, config.distribution) if density < 1 else sizes
         if method.startswith("srigl") and density < 1:
             for mask, most in zip(masks.values(), expected, strict=True):
                 (fan_in,) = set(mask.sum(1).tolist()) - {0}
                 living = int(mask.any(1).sum())
-                assert most - living < fan_in * living <= most or fan_in == mask.size(1)
+                assert most - living < fan_in * living <= most
         elif "redistribute" in method or config.distribution == "global":
-            assert sum(counts) == sum(expected) == round(density * sum(s.numel() for s in shapes))
+            assert sum(counts) == sum(expected) == round(density * sum(sizes))
         else:
             assert counts == expected
 
 
+def assert_groups(masks: dict[str, Tensor], config) -> None:
+    assert all((m.view(-1, config.m).sum(1) == config.n).all() for m in masks.values())
+
+
+def last_cut(config, t: int) -> int | None:
+    """The last step up to t at which masks were due; None before the first."""
+    start, stop, every = start_of(config, 8), stop_of(config, 8), getattr(config, "update_every", 1)
+    due = [u for u in range(max(1, start), t + 1) if (u - start) % every == 0 or u == stop]
+    # What is hard stays.
+    return (due[-1] if due[-1] < stop else stop) if due else None
+
+
 def density_after(config, t: int) -> Fraction:
     """Of the masks after step t: 1 where nothing is pruned yet."""
-    density, start = Fraction(str(config.density)), getattr(config, "start_at", 0)
+    density, start = Fraction(str(config.density)), start_of(config, 8)
     if config.name in ("static", "set", "rigl", "srigl"):
         return density if t >= start else Fraction(1)
-    due = [u for u in range(start, t + 1) if (u - start) % config.update_every == 0 or u == stop_of(config, 8)]
-    return cooled(due[-1], density, start, stop_of(config, 8)) if due else Fraction(1)
+    cut = last_cut(config, t)
+    return Fraction(1) if cut is None else cooled(cut, density, start, stop_of(config, 8))
 
 
 def test_what_the_cases_are_for_happens(folder):
@@ -283,7 +316,7 @@ def assert_same_steps(ours: Steps, theirs: Steps) -> None:
             torch.testing.assert_close(weights[name], w, rtol=1e-9, atol=1e-12)
 
 
-BY_MASKS = [method for method in METHODS if not method.startswith("nm") and "one layer" not in method]
+BY_MASKS = [method for method in METHODS if not method.startswith(("nm", "pdp nm")) and "one layer" not in method]
 
 
 # Nothing to drop or to grow, all in one step, everything out.
@@ -317,7 +350,7 @@ EDGE_CASES = (
 def edge_case(folder: Path, method: str, kind: str) -> tuple[TrainConfig, bool, tuple[int, ...]]:
     """Passed over are updates, among them the first, which prunes a dense model, and the last, where a density arrives."""
     config = sparse_config(folder, *(METHODS | ODD)[method], *LATTICE)
-    skipped = (getattr(config.sparsity, "start_at", 0) or 2, 6) if kind == "passed over" else ()
+    skipped = (start_of(config.sparsity, 8) or 2, 6) if kind == "passed over" else ()
     return config, kind == "gradients of zero", skipped
 
 

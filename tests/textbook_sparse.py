@@ -72,8 +72,28 @@ def cooled(t: int, density: Fraction, start: int, stop: int) -> Fraction:
     return density + (1 - density) * (1 - Fraction(max(0, t - start), stop - start)) ** 3
 
 
+def fallen(t: int, sizes: list[int], ends: list[int], start: int, stop: int) -> list[int]:
+    """PDP: along a line from everything at `start` to `ends` at `stop`."""
+    way = Fraction(1) if t >= stop else Fraction(max(0, t - start), stop - start)
+    wanted = [size - way * (size - end) for size, end in zip(sizes, ends, strict=True)]
+    return shared_out(round(sum(wanted)), wanted, sizes)
+
+
+# Shares of the run, as the papers' schedules are.
+TIMES = {"gradual": (0.1, 0.75), "st3": (0.05, 0.5)} | dict.fromkeys(("pdp", "pdp_rows", "pdp_nm"), (0.16, 0.83))
+
+
+def start_of(config: Any, steps: int) -> int:
+    if getattr(config, "start_at", None) is not None:
+        return config.start_at
+    share = getattr(config, "start", None)
+    return round(steps * (TIMES.get(config.name, (0.0, 0.75))[0] if share is None else share))
+
+
 def stop_of(config: Any, steps: int) -> int:
-    return max(1, round(0.75 * steps)) if config.stop_at is None else config.stop_at
+    if config.stop_at is not None:
+        return config.stop_at
+    return max(1, round(steps * (TIMES.get(config.name, (0.0, 0.75))[1] if config.stop is None else config.stop)))
 
 
 # The largest of numbers
@@ -153,7 +173,8 @@ class Masked(Dense):
     def __init__(self, config: Any, params: Tensors, seed: int, steps: int):
         super().__init__(config, params, seed, steps)
         self.budgets = self.budget(Fraction(str(config.density)))
-        if config.name == "gradual" or getattr(config, "start_at", 0) > 0:
+        self.start = start_of(config, steps)
+        if config.name == "gradual" or self.start > 0:
             self.fired = self.masks
             return
         for name, p in self.params.items():
@@ -192,11 +213,11 @@ class Masked(Dense):
             return None
         stop = stop_of(c, self.steps)
         if c.name == "gradual":
-            due = c.start_at <= t <= stop and ((t - c.start_at) % c.update_every == 0 or t == stop)
+            due = self.start <= t <= stop and ((t - self.start) % c.update_every == 0 or t == stop)
             return self.pruned(t, stop) if due else None
-        if t == c.start_at:
+        if t == self.start:
             return {name: self.rows_or_all(name, w) for name, w in magnitudes(self.params).items()}
-        if not c.start_at <= t <= stop - 1 or (t - c.start_at) % c.update_every or (c.name != "set" and not usable):
+        if not self.start <= t <= stop - 1 or (t - self.start) % c.update_every or (c.name != "set" and not usable):
             return None
         share = c.replace / 2 * (1 + math.cos(math.pi * t / stop))
         if c.name == "srigl":
@@ -204,7 +225,7 @@ class Masked(Dense):
         return self.redistributed(t, share) if c.redistribute else self.replaced(t, share)
 
     def pruned(self, t: int, stop: int) -> Tensors:
-        budget = self.budget(cooled(t, Fraction(str(self.config.density)), self.config.start_at, stop))
+        budget = self.budget(cooled(t, Fraction(str(self.config.density)), self.start, stop))
         sizes = magnitudes(self.params)
         if self.config.distribution == "global":
             return largest_of_all(sizes, sum(budget.values()))
@@ -261,31 +282,41 @@ class Masked(Dense):
 
 
 class Behind(Dense):
-    """st3 and pdp: dense weights behind the parameters."""
+    """st3 and the forms of pdp: dense weights behind the parameters."""
 
     def __init__(self, config: Any, params: Tensors, seed: int, steps: int):
         super().__init__(config, params, seed, steps)
         self.dense = {name: p.detach().clone() for name, p in self.params.items()}
         self.edges: dict[str, tuple[float, float]] = {}  # the least that is kept, and the largest that is not
-        self.stop = stop_of(config, steps)
+        self.ends: list[int] = []  # of pdp: how many of each matrix are kept at the end
+        self.start, self.stop = start_of(config, steps), stop_of(config, steps)
 
     def extra_states(self) -> Tensors:
         return {f"{name}.dense": w.clone() for name, w in self.dense.items()}
 
     def is_hard(self, t: int) -> bool:
-        return self.config.name == "pdp" and t > self.stop
+        return self.config.name != "st3" and t > self.stop
 
-    def soft_mask(self, name: str) -> Tensor:
-        threshold = sum(self.edges[name]) / 2
-        return 1 / (1 + torch.exp((threshold**2 - self.dense[name] ** 2) / self.config.temperature))
+    def soft(self, name: str, w: Tensor) -> Tensor:
+        """z w as the paper writes it, z a two-way softmax over t^2 / tau and w^2 / tau; of rows, over their norms."""
+        if self.config.name == "pdp_rows":
+            size, threshold = w.norm(dim=1, keepdim=True), torch.tensor(sum(self.edges[name]) / 2, dtype=torch.float64)
+        elif self.config.name == "pdp_nm":
+            ordered = w.detach().abs().reshape(-1, self.config.m).sort(dim=1, descending=True).values
+            halfway = (ordered[:, self.config.n - 1] + ordered[:, self.config.n]) / 2
+            size, threshold = w, halfway.repeat_interleave(self.config.m).view(w.shape)
+        else:
+            size, threshold = w, torch.tensor(sum(self.edges[name]) / 2, dtype=torch.float64)
+        pair = torch.stack([threshold.expand_as(size) ** 2, size**2]) / self.config.temperature
+        return pair.softmax(0)[1] * w
 
     def filter_gradients(self, t: int) -> None:
         if self.is_hard(t):
             self.cut_gradients()
-        elif self.config.name == "pdp":
+        elif self.config.name != "st3":
             for name in self.edges:
-                z = self.soft_mask(name)
-                self.params[name].grad *= z + 2 * self.dense[name] ** 2 * z * (1 - z) / self.config.temperature
+                w = self.dense[name].clone().requires_grad_()
+                (self.params[name].grad,) = torch.autograd.grad(self.soft(name, w), w, self.params[name].grad)
 
     @torch.no_grad()
     def step(self, t: int, optimise: Callable[[], None], states: States, usable: bool = True) -> None:
@@ -298,9 +329,9 @@ class Behind(Dense):
             p.copy_(self.dense[name])
         super().step(t, optimise, states, usable)
         self.dense = {name: p.detach().clone() for name, p in self.params.items()}
-        every, start = self.config.update_every, self.config.start_at
-        if t >= start and ((t - start) % every == 0 or t == self.stop):
-            self.find_masks(self.budget(cooled(t, Fraction(str(self.config.density)), start, self.stop)))
+        every = getattr(self.config, "update_every", 1)
+        if t >= self.start and ((t - self.start) % every == 0 or t == self.stop):
+            self.find_masks(t)
         for name, p in self.params.items():
             p.copy_(self.computing(name))
         if self.is_hard(t + 1):
@@ -309,24 +340,46 @@ class Behind(Dense):
                 clear(states[name], ~self.masks[name])
             self.cut()
 
-    def find_masks(self, budget: dict[str, int]) -> None:
-        sizes = magnitudes(self.dense)
-        if self.config.distribution == "global":
-            k = sum(budget.values())
+    def find_masks(self, t: int) -> None:
+        c, sizes, times = self.config, magnitudes(self.dense), (self.start, self.stop)
+        if c.name == "st3":
+            self.largest_masks(
+                sizes, self.budget(cooled(t, Fraction(str(c.density)), *times)), c.distribution == "global"
+            )
+        elif c.name == "pdp_nm":
+            self.masks = {name: group_mask(w, c.n, c.m) for name, w in self.dense.items()}
+            self.edges = dict.fromkeys(self.dense, (0.0, 0.0))  # each group has its own
+        elif c.name == "pdp_rows":
+            rows = [torch.Size((shape[0], 1)) for shape in self.shapes]
+            counts = fallen(t, [m for m, _ in rows], budgets(rows, Fraction(str(c.density)), "uniform"), *times)
+            norms = {name: w.norm(dim=1, keepdim=True) for name, w in self.dense.items()}
+            self.largest_masks(norms, dict(zip(norms, counts, strict=True)), False)
+            self.masks = {name: mask.expand(self.dense[name].shape).clone() for name, mask in self.masks.items()}
+        else:
+            if not self.ends:
+                budget = self.budget(Fraction(str(c.density)))
+                last = largest_of_all(sizes, sum(budget.values())) if c.distribution == "global" else {}
+                self.ends = [int(last[name].sum()) for name in last] or list(budget.values())
+            counts = fallen(t, [size.numel() for size in sizes.values()], self.ends, *times)
+            self.largest_masks(sizes, dict(zip(sizes, counts, strict=True)), False)
+
+    def largest_masks(self, sizes: Tensors, counts: dict[str, int], together: bool) -> None:
+        if together:
+            k = sum(counts.values())
             self.masks = largest_of_all(sizes, k)
             edges = edges_of(torch.cat([size.flatten() for size in sizes.values()]), k)
             self.edges = dict.fromkeys(sizes, edges) if edges else {}
         else:
-            self.masks = {name: largest(sizes[name], k) for name, k in budget.items()}
-            found = {name: edges_of(sizes[name].flatten(), k) for name, k in budget.items()}
+            self.masks = {name: largest(sizes[name], k) for name, k in counts.items()}
+            found = {name: edges_of(sizes[name].flatten(), k) for name, k in counts.items()}
             self.edges = {name: edges for name, edges in found.items() if edges}
 
     def computing(self, name: str) -> Tensor:
         w = self.dense[name]
         if name not in self.edges:
             return w
-        if self.config.name == "pdp":
-            return self.soft_mask(name) * w
+        if self.config.name != "st3":
+            return self.soft(name, w)
         soft = self.masks[name] * w.sign() * torch.clamp(w.abs() - self.edges[name][1], min=0)
         return torch.stack([row * self.scale(*pair) for row, *pair in zip(soft, w, self.masks[name], strict=True)])
 
@@ -339,8 +392,10 @@ class Behind(Dense):
 
 
 def edges_of(sizes: Tensor, k: int) -> tuple[float, float] | None:
-    """The k-th largest and the largest that is smaller, or 0; None where all are kept."""
+    """The k-th largest and the largest that is smaller, or 0; None where all are kept, the largest twice where none is."""
     ordered = sizes.sort(descending=True).values.tolist()
+    if k == 0:
+        return ordered[0], ordered[0]
     last = ordered[k - 1]
     return (last, max((size for size in ordered if size < last), default=0.0)) if k < len(ordered) else None
 
@@ -391,5 +446,5 @@ def prune_forwards(model: nn.Module, config: Any) -> None:
 
 def textbook_sparsity(config: Any, params: Tensors, seed: int, steps: int) -> Dense:
     """What the loop calls, for the whole parameters `params` in the order of the model. Cuts the first weights."""
-    kind = {"none": Dense, "st3": Behind, "pdp": Behind, "nm": Grouped}.get(config.name, Masked)
-    return kind(config, params, seed, steps)
+    kind = {"none": Dense, "nm": Grouped} | dict.fromkeys(("st3", "pdp", "pdp_rows", "pdp_nm"), Behind)
+    return kind.get(config.name, Masked)(config, params, seed, steps)

@@ -11,7 +11,8 @@ from rowwise.optim.build import CYCLED, ELEMENTWISE, OptimConfig, check_optimize
 from rowwise.optim.lion import LionConfig
 from rowwise.optim.rates import SHARES, rate_of_size
 from rowwise.optim.schedules import OneCycle, ScheduleConfig, check_schedule
-from rowwise.optim.sparse.config import NM, SparsityConfig, check_sparsity, starts_at_random
+from rowwise.optim.sparse.check import check_sparsity
+from rowwise.optim.sparse.config import NM, SparsityConfig, starts_at_random
 from rowwise.parallel.mesh import ParallelConfig, resolve_degrees
 from rowwise.parallel.precision import PrecisionConfig, check_precision
 from rowwise.parallel.sequence import check_heads
@@ -238,10 +239,11 @@ def _check_sparsity(config: TrainConfig, parallel: ParallelConfig) -> None:
             f"parallel.post_validation with sparsity={name}: a change of masks is not undone; give "
             "parallel.post_validation=false"
         )
-    if config.model.init_from is not None and starts_at_random(config.sparsity):
+    if config.model.init_from is not None and starts_at_random(config.sparsity, config.steps):
         raise ValueError(
             f"sparsity={name} with model.init_from={config.model.init_from}: a random mask would throw away most of what it "
-            "learned; give sparsity.start_at=1 or later, which keeps the largest weights, or gradual, st3, pdp or nm"
+            "learned; give sparsity.start_at=1 or later, which keeps the largest weights, or gradual, st3, pdp, pdp_rows, "
+            "pdp_nm or nm"
         )
     if (
         isinstance(config.sparsity, NM)

@@ -4,7 +4,7 @@ before any process group exists."""
 from pathlib import Path
 from typing import Any
 
-from rowwise.optim.sparse.config import TimedBase, stop_step
+from rowwise.optim.sparse.config import TimedBase
 from rowwise.trainer.config import TrainConfig, flat, schedule_of, tree_of
 from rowwise.trainer.manifest import find_checkpoints, read_manifest
 
@@ -13,7 +13,7 @@ BEFORE: dict[str, Any] = {"optim.assign": [], "sparsity.name": "none"}
 
 WHERE = ("name", "run_dir", "resume", "nproc")  # how a run is found and started, not what it does
 
-MASK_FACTS = ("name", "layers", "density", "distribution", "growth", "n", "m", "start_at")
+MASK_FACTS = ("name", "layers", "density", "distribution", "growth", "n", "m")
 
 
 def model_facts(config: TrainConfig) -> dict[str, Any]:
@@ -28,8 +28,9 @@ def state_facts(config: TrainConfig) -> dict[str, Any]:
     facts = {f"optim.{key}": optim[key] for key in ("name", "rank", "state_bits", "assign") if key in optim}
     facts |= {f"sparsity.{key}": sparsity[key] for key in MASK_FACTS if key in sparsity}
     if isinstance(config.sparsity, TimedBase):
-        # A stop that moved with `steps` would change masks that were meant to stay.
-        facts["sparsity.stop_at"] = stop_step(config.sparsity, config.steps)
+        # Times that moved with `steps` would change masks that were meant to stay.
+        facts["sparsity.start_at"] = config.sparsity.first_step(config.steps)
+        facts["sparsity.stop_at"] = config.sparsity.last_step(config.steps)
     return facts
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rowwise.optim.sparse.config import NM, PDP, ST3, RigL, SparsityConfig, SRigL, stop_step
+from rowwise.optim.sparse.config import NM, ST3, PDPBase, RigL, SparsityConfig, SRigL
 from rowwise.optim.sparse.layers import Layers
 from rowwise.optim.sparse.masks import count
 
@@ -70,10 +70,10 @@ def weights_multiplied(
     backward multiplies for the input's gradient and for the weights'. RigL's dense gradients are spread over the steps
     from one update to the next (Evci et al., appendix H)."""
     some, everything = sum(active), sum(sizes)
-    if isinstance(config, PDP) and config.start_at <= step <= stop_step(config, steps):
+    if isinstance(config, PDPBase) and config.first_step(steps) <= step <= config.last_step(steps):
         return everything, 2 * everything  # soft masks
     if isinstance(config, ST3 | NM):
         return some, some + everything
-    if isinstance(config, RigL | SRigL) and config.start_at <= step < stop_step(config, steps):
+    if isinstance(config, RigL | SRigL) and config.first_step(steps) <= step < config.last_step(steps):
         return some, some + (some * (config.update_every - 1) + everything) / config.update_every
     return some, 2 * some

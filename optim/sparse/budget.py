@@ -57,6 +57,11 @@ def share_out(total: int, wanted: Sequence[Fraction], room: Sequence[int]) -> li
     return shares
 
 
+def row_budgets(shapes: Sequence[torch.Size], density: float) -> list[int]:
+    """How many rows of every matrix are kept: the density of each, together exactly round(density x rows)."""
+    return budgets([torch.Size((rows, 1)) for rows, _ in shapes], density, "uniform")
+
+
 def share_replaced(step: int, first: float, stop: int) -> float:
     """first / 2 (1 + cos(pi t / T_end)): the share of a mask that the update after step t replaces."""
     return first / 2 * (1 + math.cos(math.pi * min(1.0, step / stop)))
@@ -69,6 +74,14 @@ def cooled_density(step: int, density: float, start: int, stop: int) -> float:
         return density
     left = 1 - max(0, step - start) / (stop - start)
     return density + (1 - density) * left**3
+
+
+def fallen(step: int, sizes: Sequence[int], kept: Sequence[int], start: int, stop: int) -> list[int]:
+    """n - (n - k) (t - t_0) / (T - t_0) of every n that ends with k (Cho et al., *PDP*: epsilon of the way an epoch): all
+    until `start`, k from `stop` on."""
+    way = Fraction(1) if step >= stop else Fraction(max(0, step - start), stop - start)
+    wanted = [n - way * (n - k) for n, k in zip(sizes, kept, strict=True)]
+    return share_out(round(sum(wanted)), wanted, sizes)
 
 
 def is_due(step: int, every: int, start: int, stop: int) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse.account import Account
-from rowwise.optim.sparse.config import NM, PDP, ST3, NoSparsity, SparsityConfig, sparse_layers
+from rowwise.optim.sparse.config import NM, ST3, NoSparsity, PDPBase, SparsityConfig, sparse_layers
 from rowwise.optim.sparse.cooled import Cooled
 from rowwise.optim.sparse.grouped import Grouped
 from rowwise.optim.sparse.layers import find_layers
@@ -53,6 +53,6 @@ def build_sparsity(
     layers = find_layers(model, names, [shapes[name] for name in names], stages)
     if isinstance(config, NM):
         return Grouped(config, layers, compute_dtype)
-    if isinstance(config, ST3 | PDP):
+    if isinstance(config, ST3 | PDPBase):
         return Cooled(config, layers, steps)
     return Masked(config, layers, seed, steps)

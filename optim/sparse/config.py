@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from rowwise.optim.build import fold, kind_of
-from rowwise.optim.sparse.budget import budgets
+from rowwise.optim.build import kind_of
+from rowwise.optim.schedules import length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,23 @@ class SparseBase:
 
 @dataclass(frozen=True, kw_only=True)
 class TimedBase(SparseBase):
-    """Masks change every `update_every` steps from `start_at` to `stop_at` (null: 0.75 of the steps)."""
+    """Masks change from one step to another, each said as a share of the run (`start`, `stop`) or as a step (`start_at`,
+    `stop_at`); neither: the share that its method has, START or STOP."""
 
-    update_every: int = 100
-    start_at: int = 0
+    START: ClassVar[float] = 0.0
+    STOP: ClassVar[float] = 0.75
+    start: float | None = None
+    start_at: int | None = None
+    stop: float | None = None
     stop_at: int | None = None
+
+    def first_step(self, steps: int) -> int:
+        """Of a run of `steps` steps, the one after which the first masks are found; 0: before the run."""
+        return length(self.start, self.start_at, self.START, steps)
+
+    def last_step(self, steps: int) -> int:
+        """The step of the last change."""
+        return max(1, length(self.stop, None, self.STOP, steps)) if self.stop_at is None else self.stop_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +62,10 @@ class Static(BudgetBase):
 
 @dataclass(frozen=True, kw_only=True)
 class EvolvingBase(BudgetBase, TimedBase):
-    """Before `start_at` the model is dense; 0: it starts from a random mask. `replace`: the share of a mask that an update
-    at step 0 would replace; later ones replace less, along a cosine to `stop_at`."""
+    """Before its first step the model is dense; 0: it starts from a random mask. `replace`: the share of a mask that an
+    update at step 0 would replace; later ones, every `update_every` steps, replace less, along a cosine to the last."""
 
+    update_every: int = 100
     replace: float = 0.3
 
 
@@ -83,8 +96,8 @@ class SRigL(EvolvingBase):
 
 @dataclass(frozen=True, kw_only=True)
 class CooledBase(TimedBase):
-    """Dense until `start_at`; then the density falls with a cube to `density` at `stop_at`. `distribution`: `global` lets
-    all matrices compete."""
+    """Dense until its first step; then the density falls with a cube to `density` at its last. `distribution`: `global`
+    lets all matrices compete."""
 
     density: float = 0.2
     distribution: Literal["global", "uniform", "er", "erk"] = "global"
@@ -93,6 +106,9 @@ class CooledBase(TimedBase):
 
 @dataclass(frozen=True, kw_only=True)
 class Gradual(CooledBase):
+    """Zhu & Gupta, *To Prune, or Not to Prune*, who prune a model that has learned something."""
+
+    START = 0.1
     name: Literal["gradual"] = "gradual"
     distribution: Literal["global", "uniform", "er", "erk"] = "uniform"
     update_every: int = 10
@@ -100,28 +116,60 @@ class Gradual(CooledBase):
 
 @dataclass(frozen=True, kw_only=True)
 class ST3(CooledBase):
-    """`rescale`: rows grow by what their masks leave out. `account_every`: steps between counts of what the mask does; it
-    changes at every update."""
+    """From 5 % to 50 % of the run, as its authors' code. `rescale`: rows grow by what their masks leave out.
+    `account_every`: steps between counts of what the mask does; it changes at every update."""
 
+    START, STOP = 0.05, 0.5
     name: Literal["st3"] = "st3"
     rescale: bool = True
     account_every: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class PDP(CooledBase):
-    """`temperature`: of the soft mask, in units of squared weights."""
+class PDPBase(TimedBase):
+    """Dense until its first step, then soft masks, hard from its last on: 16 and 83 of the 100 epochs that the paper trains.
+    `temperature`: of the soft mask, in units of squared weights (of rows: of squared norms)."""
 
-    name: Literal["pdp"] = "pdp"
+    START, STOP = 0.16, 0.83
     temperature: float = 1e-4
     account_every: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
+class PDP(PDPBase):
+    """Single weights. `distribution`: `global` lets all matrices compete at the first step, once; from there each goes along
+    a line to its own share."""
+
+    name: Literal["pdp"] = "pdp"
+    density: float = 0.2
+    distribution: Literal["global", "uniform", "er", "erk"] = "global"
+    update_every: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PDPRows(PDPBase):
+    """Whole rows, which are output channels, by their norms: `density` of each matrix's rows, along a line."""
+
+    name: Literal["pdp_rows"] = "pdp_rows"
+    density: float = 0.5
+    update_every: int = 1
+    temperature: float = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PDPGroups(PDPBase):
+    """`n` of `m` neighbours along the row."""
+
+    name: Literal["pdp_nm"] = "pdp_nm"
+    n: int = 2
+    m: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
 class NM(SparseBase):
     """`n` of `m` neighbours along the row. `backward`: `column` prunes along the column for the input gradient (BDWP),
-    `row` is SR-STE. `decay`: pulls what is pruned towards zero. `semi_structured`: multiply by the hardware's 2:4 form,
-    where it is measured to be faster."""
+    `row` is SR-STE. `decay`: SR-STE's, see `optim.sparse.grouped` for its unit. `semi_structured`: multiply by the
+    hardware's 2:4 form, where it is measured to be faster."""
 
     name: Literal["nm"] = "nm"
     n: int = 2
@@ -132,7 +180,7 @@ class NM(SparseBase):
     account_every: int = 100
 
 
-SparsityConfig = NoSparsity | Static | SET | RigL | SRigL | Gradual | ST3 | PDP | NM
+SparsityConfig = NoSparsity | Static | SET | RigL | SRigL | Gradual | ST3 | PDP | PDPRows | PDPGroups | NM
 Budgeted = Static | SET | RigL | SRigL | Gradual | ST3 | PDP
 
 
@@ -144,92 +192,6 @@ def sparse_layers(config: SparsityConfig, shapes: dict[str, torch.Size]) -> list
     return [name for name in hidden if any(fnmatchcase(name, pattern) for pattern in config.layers)]
 
 
-def starts_at_random(config: SparsityConfig) -> bool:
+def starts_at_random(config: SparsityConfig, steps: int) -> bool:
     """Whether the first mask is drawn before anything is learned."""
-    return isinstance(config, Static) or (isinstance(config, EvolvingBase) and config.start_at == 0)
-
-
-def stop_step(config: TimedBase, steps: int) -> int:
-    """The step of the last change."""
-    return max(1, round(0.75 * steps)) if config.stop_at is None else config.stop_at
-
-
-def check_sparsity(config: SparsityConfig, shapes: dict[str, torch.Size], steps: int) -> None:
-    """Refuses what cannot be. `shapes`: of every parameter. Raises ValueError."""
-    if isinstance(config, NoSparsity):
-        return
-    hidden = [name for name, shape in shapes.items() if kind_of(name, shape) == "hidden"]
-    for pattern in config.layers:
-        if not any(fnmatchcase(name, pattern) for name in hidden):
-            raise ValueError(
-                f"sparsity.layers: no hidden matrix matches {pattern!r}; there are {', '.join(sorted(fold(hidden)))}"
-            )
-    if not config.layers:
-        raise ValueError('sparsity.layers is empty; give patterns such as ["*"], or sparsity=none')
-    matrices = {name: shapes[name] for name in sparse_layers(config, shapes)}
-    if isinstance(config, NM):
-        _check_groups(config, matrices)
-    else:
-        _check_budget(config, matrices)
-    if isinstance(config, TimedBase):
-        _check_times(config, steps)
-    if isinstance(config, EvolvingBase) and not 0 < config.replace < 1:
-        raise ValueError(f"sparsity.replace={config.replace}: a share of the mask, above 0 and below 1")
-    if isinstance(config, SRigL) and not 0 <= config.ablate_below <= 1:
-        raise ValueError(f"sparsity.ablate_below={config.ablate_below}: a share of the fan-in, from 0 to 1")
-    if isinstance(config, PDP) and config.temperature <= 0:
-        raise ValueError(f"sparsity.temperature={config.temperature}: it is above 0")
-    if isinstance(config, ST3 | PDP | NM) and config.account_every < 1:
-        raise ValueError(f"sparsity.account_every={config.account_every}: it is at least 1")
-
-
-def _check_budget(config: Budgeted, matrices: dict[str, torch.Size]) -> None:
-    if not 0 < config.density <= 1:
-        raise ValueError(f"sparsity.density={config.density}: the share of weights that is kept, above 0 and at most 1")
-    counts = budgets(list(matrices.values()), config.density, config.distribution)
-    for (name, shape), kept in zip(matrices.items(), counts, strict=True):
-        least = shape[0] if isinstance(config, SRigL) else 1
-        if kept < least:
-            what = f"less than one weight for each of its {shape[0]} rows" if least > 1 else "no weight"
-            raise ValueError(
-                f"sparsity.density={config.density} with distribution={config.distribution} leaves {name}, "
-                f"{tuple(shape)}, {what}; give a larger density, or leave it out of sparsity.layers"
-            )
-
-
-def _check_times(config: TimedBase, steps: int) -> None:
-    stop = stop_step(config, steps)
-    if config.update_every < 1:
-        raise ValueError(f"sparsity.update_every={config.update_every}: it is at least 1")
-    if stop < 1:
-        raise ValueError(f"sparsity.stop_at={stop}: the step of the last change, at least 1")
-    if stop > steps:
-        raise ValueError(f"sparsity.stop_at={stop} is beyond the run of {steps} steps; give at most steps={steps}")
-    if not 0 <= config.start_at <= stop:
-        raise ValueError(f"sparsity.start_at={config.start_at}: from 0 to sparsity.stop_at, which is {stop}")
-    # start_at = stop_at asks for a pruning and nothing after it.
-    if isinstance(config, EvolvingBase) and config.start_at + config.update_every >= stop > config.start_at:
-        raise ValueError(
-            f"sparsity.update_every={config.update_every}: no mask would ever change between start_at={config.start_at} and "
-            f"stop_at={stop}; give at most {stop - config.start_at - 1}, a later stop_at, or sparsity=static"
-        )
-
-
-def _check_groups(config: NM, matrices: dict[str, torch.Size]) -> None:
-    if not 1 <= config.n <= config.m:
-        raise ValueError(f"sparsity.n={config.n} sparsity.m={config.m}: n of every m weights are kept, 1 <= n <= m")
-    if config.decay < 0:
-        raise ValueError(f"sparsity.decay={config.decay}: it is at least 0")
-    if config.semi_structured and (config.n, config.m) != (2, 4):
-        raise ValueError(f"sparsity.semi_structured with {config.n}:{config.m}: hardware knows 2:4 alone")
-    for name, (rows, columns) in matrices.items():
-        if columns % config.m:
-            raise ValueError(
-                f"sparsity.m={config.m} does not divide the {columns} columns of {name}; give another m, or leave it out "
-                "of sparsity.layers"
-            )
-        if config.backward == "column" and rows % config.m:
-            raise ValueError(
-                f"sparsity.m={config.m} does not divide the {rows} rows of {name}, along which sparsity.backward=column "
-                "prunes; give another m, sparsity.backward=row, or leave it out of sparsity.layers"
-            )
+    return isinstance(config, Static) or (isinstance(config, EvolvingBase) and config.first_step(steps) == 0)

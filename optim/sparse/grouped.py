@@ -6,7 +6,11 @@ sharded but the gradient's one addition, on whole groups of whole rows:
     g = g + decay (1 - mask) w        (Zhou et al., *Learning N:M Fine-Grained Structured Sparse Neural Networks from
                                        Scratch*: weights that are pruned fade, and masks settle)
 
-after clipping, for it is no gradient of the loss. Masks are those of the dtype that computes: where it is narrower than
+`decay` is in the unit of a gradient, as in the authors' code, which adds it in the backward: of lr decay w a step under SGD,
+which they train with. What a rule does to gradients it does to this too: Adam divides it by sqrt(v), so that it weighs more
+where gradients are small (lr decay w / sqrt(v): with gradients of 1e-3, a thousand times lr decay w), and Lion sees it in a
+sign. It is a weight decay, lr decay w whatever the gradients are, under no rule but SGD. Unlike theirs it comes after
+clipping, for it is no gradient of the loss. Masks are those of the dtype that computes: where it is narrower than
 the weights, rounding makes ties.
 """
 

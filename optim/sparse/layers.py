@@ -75,6 +75,11 @@ class Layers:
     dtype: torch.dtype
 
     @property
+    def stages(self) -> Groups:
+        """The groups that hold other matrices of the model than this rank's."""
+        return self.model[len(self.rows) :]
+
+    @property
     def size(self) -> int:
         """The weights of all sparse matrices."""
         return sum(shape.numel() for shape in self.shapes)

@@ -16,7 +16,7 @@ from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse import evolve
 from rowwise.optim.sparse.account import Account, begin_account, take_account
 from rowwise.optim.sparse.budget import budgets, cooled_density, is_due, share_replaced
-from rowwise.optim.sparse.config import SET, EvolvingBase, Gradual, RigL, SRigL, Static, starts_at_random, stop_step
+from rowwise.optim.sparse.config import SET, EvolvingBase, Gradual, RigL, SRigL, Static, starts_at_random
 from rowwise.optim.sparse.fan_in import evolve_fan_in, largest_fan_in, random_fan_in
 from rowwise.optim.sparse.layers import Layer, Layers
 from rowwise.optim.sparse.masks import portions, zero_outside_
@@ -38,7 +38,7 @@ class Masked:
         self._budgets = budgets(self.layers.shapes, self.config.density, self.config.distribution)
         unfired = isinstance(self.config, SET) and self.config.growth == "unfired"
         self._fired = self.layers.extra_masks() if unfired else {}
-        if not starts_at_random(self.config):
+        if not starts_at_random(self.config, self.steps):
             return  # dense, until the first update
         fan_in = isinstance(self.config, SRigL)
         masks = (random_fan_in if fan_in else evolve.random_masks)(self.layers, self._budgets, self.seed)
@@ -92,32 +92,32 @@ class Masked:
     def _first_mask_at(self) -> int:
         """The step that gives a model that begins dense its first mask of the final density."""
         if isinstance(self.config, Gradual):
-            return stop_step(self.config, self.steps)
-        return self.config.start_at if isinstance(self.config, EvolvingBase) else 0
+            return self.config.last_step(self.steps)
+        return self.config.first_step(self.steps) if isinstance(self.config, EvolvingBase) else 0
 
     def _grows_by_gradient(self, step: int) -> bool:
         """Not where a dense model is pruned for the first time."""
-        return isinstance(self.config, RigL | SRigL) and step != self.config.start_at
+        return isinstance(self.config, RigL | SRigL) and step != self.config.first_step(self.steps)
 
     def _due(self, step: int) -> bool:
         config = self.config
         if isinstance(config, Static):
             return False
-        stop = stop_step(config, self.steps)
+        start, stop = config.first_step(self.steps), config.last_step(self.steps)
         # The last update of a mask that evolves would replace nothing, unless it is the first.
-        last = stop if isinstance(config, Gradual) or config.start_at == stop else stop - 1
-        return is_due(step, config.update_every, config.start_at, stop) and 0 < step <= last
+        last = stop if isinstance(config, Gradual) or start == stop else stop - 1
+        return is_due(step, config.update_every, start, stop) and 0 < step <= last
 
     def _masks_after(self, step: int, dense: dict[str, Tensor]) -> list[Tensor]:
         config, layers = self.config, self.layers
         assert not isinstance(config, Static)
-        stop = stop_step(config, self.steps)
+        start, stop = config.first_step(self.steps), config.last_step(self.steps)
         weights = [layer.weight for layer in layers.mine]
         if isinstance(config, Gradual):
-            density = cooled_density(step, config.density, config.start_at, stop)
+            density = cooled_density(step, config.density, start, stop)
             counts = budgets(layers.shapes, density, config.distribution)
             return evolve.largest(layers, weights, counts, config.distribution == "global")
-        if step == config.start_at:
+        if step == start:
             if isinstance(config, SRigL):
                 return largest_fan_in(layers, self._budgets)
             return evolve.largest(layers, weights, self._budgets, together=False)

@@ -68,7 +68,7 @@ def _semi_structured(name: str, w: Tensor) -> dict[str, Tensor]:
     if full:
         raise ValueError(
             f"{name} is not 2:4 along its rows: {full:,} of its {w.numel() // 4:,} groups of four have more than two "
-            "non-zeros; train it with sparsity=nm, or give form=dense or form=condensed"
+            "non-zeros; train it with sparsity=nm or pdp_nm, or give form=dense or form=condensed"
         )
     values, meta = sparse_semi_structured_from_dense_cutlass(w)
     return {"values": values, "meta": meta}
