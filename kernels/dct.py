@@ -40,7 +40,7 @@ def dct_columns(n: int, columns: Tensor, dtype: torch.dtype, device: torch.devic
 
 def dct_columns_reference(n: int, columns: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`dct_columns` in plain torch."""
-    k = columns.to(device)
+    k = columns.to(device, non_blocking=True)
     out = torch.empty(n, len(k), dtype=dtype, device=device)
     scale = torch.where(k == 0, 1, 2).to(torch.promote_types(dtype, torch.float32)).div(n).sqrt()
     for rows in row_portions(n, len(k)):

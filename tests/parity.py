@@ -181,7 +181,7 @@ def coarsen_(tensors: Sequence[Tensor]) -> None:
 
 def piece_of(tensor: Tensor) -> "Piece":
     """What this rank has of `tensor`; no tensors, which take far longer to send."""
-    return tensor.shape, row_offset(tensor), local(tensor).detach().numpy().copy()
+    return tensor.shape, row_offset(tensor), local(tensor).detach().cpu().numpy().copy()
 
 
 def assemble(pieces: list["Piece"]) -> Tensor:

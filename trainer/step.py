@@ -86,20 +86,21 @@ def step_at_once(
     is undone, and made again with clipped gradients or not at all. Equal to the ordinary step to the last bit.
 
     Beside it, one all-reduce of one float64 (the valid tokens) while the micro-batches go through; and a copy of this
-    rank's rows of the parameters and their states for as long as the norm is on its way.
+    rank's rows of the parameters and their states for as long as the norm is on its way. The host waits for the device
+    twice: before the optimizer's step and for the norm.
     """
-    count = sum((batch.labels != IGNORE).sum() for batch in batches)
-    tokens = torch.as_tensor(count, dtype=torch.float64, device=mesh.device)
+    tokens = valid_tokens(batches, mesh.device)
     counted = dist.all_reduce(tokens, async_op=True)
     totals = local_totals(model, batches, mesh, zero, loss_scale / places, stop, trace)
-    usable = math.isfinite(totals[2])
+    own_norm = totals[2].clone()
     summed = dist.all_reduce(totals, async_op=True)
     assert counted is not None and summed is not None
     counted.wait()
     shards, before = gradients(model), None
-    if usable:
+    norm_squared, count = torch.stack((own_norm, tokens)).tolist()
+    if math.isfinite(norm_squared):
         # Every stage of a replica counted the same tokens.
-        scale_(shards, mean_factor(int(tokens) // mesh.stages, places, loss_scale))
+        scale_(shards, mean_factor(int(count) // mesh.stages, places, loss_scale))
         before = optimizer.remember()
         optimizer.step()
     if ahead is not None:
@@ -163,21 +164,29 @@ def step_in_backward(
     """The whole step of `optim.in_backward`: one micro-batch a rank, and every parameter changed by the end.
 
     Its gradients must be final as they come, so the valid tokens are counted before the forward: two all-reduces over
-    all ranks, of 1 and of 3 float64.
+    all ranks, of 1 and of 4 float64.
     """
-    tokens = (batch.labels != IGNORE).sum().double().to(mesh.device)
+    here = batch.to(mesh.device)
+    tokens = valid_tokens([here], mesh.device)
     dist.all_reduce(tokens)
     optimizer.begin()
     begin_micro_batch(model, zero, last=True)
-    loss, _ = summed_loss(model, batch.to(mesh.device))
+    loss, _ = summed_loss(model, here)
     (loss / tokens.clamp_min(1)).backward()
-    norm = optimizer.squared_norm().to(mesh.device) / mesh.state_replicas
-    totals = torch.stack((loss.detach().double(), norm, torch.full_like(norm, float(stop))))
+    totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+    totals[0], totals[1] = loss.detach(), optimizer.squared_norm() / mesh.state_replicas
+    totals[2] = float(stop)
     dist.all_reduce(totals)
-    loss_sum, norm_squared, stops = totals.tolist()
-    count = int(tokens)
+    totals[3] = tokens
+    loss_sum, norm_squared, stops, count = totals.tolist()
     norm_of_all = math.sqrt(norm_squared) if math.isfinite(norm_squared) else math.inf
-    return StepReport(mean_loss(loss_sum, count), norm_of_all, count, stops > 0)
+    return StepReport(mean_loss(loss_sum, count), norm_of_all, int(count), stops > 0)
+
+
+def valid_tokens(batches: list[MicroBatch], device: torch.device) -> Tensor:
+    """How many tokens of these have a label, a float64 scalar on the device."""
+    counts = [(batch.labels.to(device, non_blocking=True) != IGNORE).sum() for batch in batches]
+    return torch.stack(counts).sum().double()
 
 
 def accumulate(
