@@ -87,7 +87,7 @@ RULES: list[Case] = [
 @functools.cache
 def pool() -> RankPool:
     """The ranks of this process's checks."""
-    return RankPool()
+    return RankPool(sees_gpus=torch.cuda.is_available())
 
 
 def check_first(place: Place) -> dict[str, Any]:
