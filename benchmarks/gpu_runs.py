@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from gpu_place import ROOT, NotPossibleHere, Place
@@ -53,8 +54,7 @@ def check_kill_and_resume(place: Place) -> dict[str, Any]:
         asked = ("eval.every=0", "sample.tokens=0", "checkpoint.every=20", "schedule=constant", "precision=fp64")
         process = start(place, run, *SMALL, *asked, "steps=100000")
         until(lambda: 0 < saved(run) <= len(read_metrics(run)) - 4, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
         before, begins = [record["loss"] for record in read_metrics(run)], saved(run)
         finished(start(place, run, *SMALL, *asked, f"steps={len(before) + 2}"))
         after = [record["loss"] for record in read_metrics(run)]
@@ -103,6 +103,14 @@ def finished(process: subprocess.Popen, seconds: float = 150) -> str:
     if process.returncode:
         raise RuntimeError(f"exit code {process.returncode}: {said[-1500:]}")
     return said
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to a run and its workers: those would save where only what started them was gone."""
+    for worker in psutil.Process(process.pid).children(recursive=True):
+        worker.kill()
+    process.kill()
+    process.communicate()
 
 
 def until(happened, process: subprocess.Popen, seconds: float = 60) -> None:
