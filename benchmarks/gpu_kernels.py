@@ -68,10 +68,12 @@ def check_blockwise(place: Place) -> dict[str, Any]:
 
 
 def check_adamw8bit(place: Place) -> dict[str, Any]:
+    """One step of 8-bit AdamW."""
     return check_step(place, adamw8bit_triton_, adamw8bit_reference_, (True, False), (5, 1e-2, 0.9, 0.95, 1e-8, 0.1))
 
 
 def check_lion8bit(place: Place) -> dict[str, Any]:
+    """One step of 8-bit Lion."""
     return check_step(place, lion8bit_triton_, lion8bit_reference_, (True,), (1e-2, 0.9, 0.99, 0.1))
 
 

@@ -51,7 +51,14 @@ def check_kill_and_resume(place: Place) -> dict[str, Any]:
     """A run killed after a save goes on from it: the steps made twice have the same losses."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        asked = ("eval.every=0", "sample.tokens=0", "checkpoint.every=20", "schedule=constant", "precision=fp64")
+        asked = (
+            "eval.every=0",
+            "sample.tokens=0",
+            "checkpoint.every=20",
+            "schedule=constant",
+            "schedule.warmup=0",
+            "precision=fp64",
+        )
         process = start(place, run, *SMALL, *asked, "steps=100000")
         until(lambda: 0 < saved(run) <= len(read_metrics(run)) - 4, process)
         kill(process)

@@ -30,6 +30,7 @@ class HostWaits:
     def __init__(self, host: Iterable[Tensor] = ()):
         self.sites: list[str] = []
         self._host = {t.data_ptr() for t in host}
+        self._copies: list[Tensor] = []  # so that no other tensor gets their place
         self._modes = [_Functions(self), _Operators(self)]
 
     def __enter__(self) -> "HostWaits":
@@ -40,6 +41,11 @@ class HostWaits:
     def __exit__(self, *error: Any) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(*error)
+
+    def keep(self, copy: Tensor) -> None:
+        """From here on `copy` is the host's own."""
+        self._copies.append(copy)
+        self._host.add(copy.data_ptr())
 
     def add(self, what: str, tensor: Any = None) -> None:
         if isinstance(tensor, Tensor) and tensor.data_ptr() in self._host:
@@ -60,6 +66,10 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in READS:
             self._waits.add(function.__name__, args[0])
+            if function is Tensor.cpu:  # a copy, which the host may look at
+                copy = args[0].detach().clone()
+                self._waits.keep(copy)
+                return copy
         elif function is Tensor.to and not kwargs.get("non_blocking") and _to_device(args[1:], kwargs):
             self._waits.add("a copy to a device that is waited for", args[0])
         elif function in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from host_waits import HostWaits
-from parity import small_config, with_layout
+from parity import run_layout, small_config, with_layout
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import make_mesh
 from rowwise.trainer.build import build_masks, build_model
@@ -87,6 +87,19 @@ def test_a_step_waits_once(ranks, folder, world, layout, cases):
             for step, (sites, count) in enumerate(zip(steps, expected, strict=True), 1):
                 assert count is None or len(sites) == count, f"{name}, step {step}: {sites}"
             assert len(evaluation) == 1, f"{name}: {evaluation}"
+
+
+def reads_of_the_harness(workers, config):
+    """What the harness of law 2 takes to be the host's that is not."""
+    with HostWaits() as waits:
+        run_layout(workers, config, steps=1)
+    return [site for site in waits.sites if site.endswith("numpy")]
+
+
+def test_the_harness_copies_what_it_reads(ranks, folder):
+    """It runs on GPUs too."""
+    config = small_config(folder, *MODEL, *PRUNED, "sparsity=set")
+    assert ranks.run(reads_of_the_harness, 1, with_layout(config, 1)) == [[]]
 
 
 def test_what_waits_is_counted():
