@@ -223,7 +223,24 @@ class Infinite(WarmedUp):
         return warmup(step, start) * DECAYS[self.cooldown](cooled, self.constant)
 
 
-ScheduleConfig = Constant | Cosine | Linear | OneCycle | Wsd | Infinite
+@dataclass(frozen=True)
+class LrRange:
+    """The learning-rate range test (Smith, *Cyclical Learning Rates*): the rate rises from `start`, a share of `optim.lr`, to
+    all of it at the last step, by equal factors or, with growth=linear, by equal differences. The run ends where the loss
+    blows up."""
+
+    name: Literal["lr_range"] = "lr_range"
+    start: float = 1e-5
+    growth: Literal["exponential", "linear"] = "exponential"
+
+    def factor(self, step: int, steps: int) -> float:
+        progress = step / max(1, steps - 1)
+        return (
+            self.start ** (1 - progress) if self.growth == "exponential" else self.start + (1 - self.start) * progress
+        )
+
+
+ScheduleConfig = Constant | Cosine | Linear | OneCycle | Wsd | Infinite | LrRange
 # A length of a phase: the key of its share of the run, and that of its steps.
 PHASES = {"warmup": "warmup_steps", "decay_share": "decay_steps", "cooldown_share": "cooldown_steps"}
 
@@ -253,6 +270,10 @@ def check_schedule(config: ScheduleConfig, steps: int) -> None:
             raise ValueError(
                 f"schedule.{key}={value}: a step after the first, and before the end of the run, steps={steps}"
             )
+        if key == "start" and not 0 < value < 1:
+            raise ValueError(
+                f"schedule.start={value}: the share of optim.lr that the rate rises from, above 0 and below 1"
+            )
     for share, number in PHASES.items():
         given = getattr(config, share, None), getattr(config, number, None)
         if None not in given:
@@ -262,7 +283,7 @@ def check_schedule(config: ScheduleConfig, steps: int) -> None:
             )
     if isinstance(config, OneCycle):
         _check_one_cycle(config)
-    else:
+    if isinstance(config, WarmedUp):
         _check_phases(config, steps)
     if isinstance(config, Wsd):
         _check_shape("decay", config.decay, "floor", config.floor)

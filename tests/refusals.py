@@ -230,6 +230,10 @@ REFUSED = {
         ["schedule.momentum=[0.95]"],
         r"schedule.momentum=\[0.95\]: two numbers .*the high one first",
     ),
+    "a range test whose next step has begun": (
+        [*TWO, "parallel.post_validation=true", "schedule=lr_range"],
+        r"schedule=lr_range with parallel.post_validation: .*give parallel.post_validation=false",
+    ),
     "annealing": (["schedule=infinite", "schedule.anneal_steps=5"], r"without schedule.anneal_at"),
     "held-out share": (["data.holdout=1"], r"data.holdout=1.*share from 0 to below 1"),
     "nothing held out": (["data.holdout=0"], r"eval.every is on and data.holdout=0"),

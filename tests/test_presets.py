@@ -27,6 +27,7 @@ SMALLER = [
 ]
 GROUPS = ("optim", "schedule", "sparsity", "precision")
 PRESETS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+PRESETS.remove("schedule=lr_range")  # is to blow up: tests/test_trainer_lr_range.py
 
 
 def preset(folder: Path, *overrides: str) -> TrainConfig:

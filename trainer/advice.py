@@ -3,6 +3,7 @@
 import torch
 
 from rowwise.optim.rates import SHARES, rate_of_size
+from rowwise.optim.schedules import LrRange
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import Data
 from rowwise.trainer.models.decoder import ModelConfig, parameter_count
@@ -18,9 +19,9 @@ def warnings(config: TrainConfig, data: Data, device: torch.device) -> list[str]
 
 
 def _rate(config: TrainConfig) -> list[str]:
-    """What was learned already may be changed with a small rate."""
+    """What was learned already may be changed with a small rate, and a range test is to find one."""
     rule, given = config.optim.name, config.optim.lr
-    if rule not in SHARES or config.model.init_from is not None:
+    if rule not in SHARES or config.model.init_from is not None or isinstance(config.schedule, LrRange):
         return []
     parameters, _ = parameter_count(config.model)
     asked = rate_of_size(rule, parameters)

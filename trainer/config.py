@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rowwise.optim.build import CYCLED, ELEMENTWISE, OptimConfig, check_optimizer, is_elementwise
 from rowwise.optim.lion import LionConfig
 from rowwise.optim.rates import SHARES, rate_of_size
-from rowwise.optim.schedules import OneCycle, ScheduleConfig, check_schedule
+from rowwise.optim.schedules import LrRange, OneCycle, ScheduleConfig, check_schedule
 from rowwise.optim.sparse.check import check_sparsity
 from rowwise.optim.sparse.config import NM, SparsityConfig, starts_at_random
 from rowwise.parallel.mesh import ParallelConfig, resolve_degrees
@@ -125,6 +125,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_optimizer(config.optim, parameter_shapes(config.model))
     check_schedule(config.schedule, config.steps)
     _check_momentum(config)
+    _check_range_test(config)
     check_precision(config.precision)
     check_sparsity(config.sparsity, parameter_shapes(config.model), config.steps)
     check_checkpoint(config.checkpoint)
@@ -262,6 +263,14 @@ def _check_momentum(config: TrainConfig) -> None:
         raise ValueError(
             f"schedule.momentum={cycle} with optim={config.optim.name}: its matrices have no beta1 to cycle; possible are "
             f"{', '.join(CYCLED)}, or schedule.momentum=null"
+        )
+
+
+def _check_range_test(config: TrainConfig) -> None:
+    if isinstance(config.schedule, LrRange) and config.parallel.post_validation:
+        raise ValueError(
+            "schedule=lr_range with parallel.post_validation: a test ends after a step whose loss blew up, when the next has "
+            "begun; give parallel.post_validation=false"
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from rowwise.kernels.products import float32_products
 from rowwise.optim.build import assignment_table, assignments, build_optimizer, follow_schedule, set_step
 from rowwise.optim.in_backward import InBackward
+from rowwise.optim.schedules import LrRange
 from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
@@ -27,6 +28,7 @@ from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_batches, step_batches
 from rowwise.trainer.data.open import Data, open_data, told_of_data
 from rowwise.trainer.evaluate import evaluate
+from rowwise.trainer.lr_range import RangeTest
 from rowwise.trainer.manifest import fingerprint, set_aside
 from rowwise.trainer.memory import keep_memory
 from rowwise.trainer.models.decoder import Decoder
@@ -89,7 +91,8 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
         stack.callback(saver.close)
         batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
-        stop, stopping, first, ahead = StopRequest(reporter.say), False, state.step, None
+        test = RangeTest(Path(config.run_dir), state.step) if isinstance(config.schedule, LrRange) else None
+        stop, stopping, first, ahead = StopRequest(reporter.say), test is not None and test.over, state.step, None
         stack.enter_context(stop.heard())
         saved: dict[str, float] = {}
         while state.step < config.steps and not stopping:
@@ -109,7 +112,8 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
                 keep_trace(trace, Path(config.run_dir) / "pipeline", mesh)
             if not report.finite:
                 saver.wait()  # an error would end the save under way
-                require_usable(report, config, state)
+                if test is None:
+                    require_usable(report, config, state)
             advance(state, report, config)
             stopping = report.stop
 
@@ -118,6 +122,9 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             record |= sparsity_record(sparsity, config, state.step)
             record |= eval_record(config, mesh, model, data, state.step)
             reporter.step(record | saved)
+            if test is not None:
+                test.add(record)
+                stopping |= test.over
 
             saved, started = {}, time.perf_counter()
             saver.poll()
@@ -126,7 +133,10 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
                 saver.save(state.step, tensors, manifest_of(config, mesh, data, state))
                 saved = {"save_seconds": time.perf_counter() - started}
         saver.wait()
-        reporter.say(last_words(config, mesh, model, data, state, stopping))
+        if test is not None and (test.over or state.step == config.steps):
+            reporter.say(test.told())
+        else:
+            reporter.say(last_words(config, mesh, model, data, state, stopping))
     return state
 
 

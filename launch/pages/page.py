@@ -8,7 +8,7 @@ one, "Other measurements".
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from rowwise.launch.pages import learning, memory, others, settings, sparse, speed, summary, timeline
+from rowwise.launch.pages import learning, lr_range, memory, others, settings, sparse, speed, summary, timeline
 from rowwise.launch.pages.markup import paragraph, text
 from rowwise.launch.pages.records import Run
 
@@ -21,6 +21,7 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("Summary", summary.FIELDS, summary.show),
+    Section("Learning-rate range test", lr_range.FIELDS, lr_range.show),
     Section("Learning", learning.FIELDS, learning.show),
     Section("Speed", speed.FIELDS, speed.show),
     Section("Memory", memory.FIELDS, memory.show),
