@@ -303,7 +303,7 @@ def _check_one_cycle(config: OneCycle) -> None:
         )
 
 
-def _check_phases(config: WarmedUp, steps: int) -> None:
+def _check_phases(config: Constant | Cosine | Linear | Wsd | Infinite, steps: int) -> None:
     run = steps - (getattr(config, "rewarm_at", None) or 0)
     phases = config.warmup_length(run) + (config.decay_length(run) if isinstance(config, Wsd) else 0)
     if phases > run:
