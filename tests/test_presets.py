@@ -15,7 +15,7 @@ CONF = Path(__file__).parents[1] / "conf"
 QUIET = ["data=stdlib", "eval.every=0", "sample.tokens=0", "checkpoint.every=0", "checkpoint.background=false"]
 # The tiny model on 128 tokens a step: twenty minutes of one core for all presets.
 TINY = ["steps=200", "batch.global_size=2", "batch.micro_size=2", "batch.seq_len=64"]
-# A tenth of a second a preset, for every test run.
+# A few seconds, for every test run.
 SMALLER = [
     *TINY,
     "steps=60",
