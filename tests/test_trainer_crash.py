@@ -23,7 +23,9 @@ KILLS = 20
 def test_killed_at_random_instants(ranks, tmp_path):
     """SIGKILL, again and again: one in two at a random instant, one in two while a checkpoint is being written. The job
     has no end to reach while it is killed; then it is given one a few steps ahead, however far it got."""
-    small = small_config(tmp_path, "steps=1000000", "checkpoint.every=4", "batch.micro_size=6")
+    small = small_config(
+        tmp_path, "steps=1000000", "checkpoint.every=4", "batch.micro_size=6", "schedule.warmup_steps=0"
+    )
     config = with_layout(small, 2, zero=3)
     log, random_instants = tmp_path / "log", random.Random(2026)
     kills = kills_in_save = 0
