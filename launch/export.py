@@ -97,6 +97,11 @@ def export(config: ExportConfig) -> str:
     final = _free(Path(config.to).expanduser())
     checkpoint, manifest = choose(config)
     model, seq_len = model_of(manifest), manifest["config"]["batch"]["seq_len"]
+    if model.stable_embedding:
+        raise ValueError(
+            f"run={config.run} has model.stable_embedding=true, and no model of transformers has a norm after its embedding; "
+            "possible are runs with model.stable_embedding=false: train one"
+        )
     tokenizer, end_token = tokenizer_of(manifest["config"]["data"], config.tokenizer, model.vocab_size)
 
     dtype, shapes = DTYPES[config.dtype], parameter_shapes(model)

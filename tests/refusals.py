@@ -26,6 +26,10 @@ REFUSED = {
         r"model.dim=256 is not divisible by model.heads=3; give a multiple of 3, or model.head_dim",
     ),
     "key/value heads": (["model.kv_heads=3"], r"model.kv_heads=3; possible for kv_heads are \[1, 2, 4\]"),
+    "8 bits for a stable embedding": (
+        ["model.stable_embedding=true", "optim=adamw8bit", "optim.assign=[{match: embed.weight, rule: adamw8bit}]"],
+        r"keeps the embedding's states in 32 bits, and optim.assign gives it adamw8bit; give it adamw or own, or",
+    ),
     "odd head dim": (["model.head_dim=31"], r"head dim is 31: .*must be even"),
     "batch": (
         ["batch.global_size=20"],

@@ -80,12 +80,12 @@ def test_every_kind_of_rank_at_once(ranks, folder):
 def test_under_a_pipeline(ranks, folder, schedule, chunks, ulysses, ring, order, zero):
     layout = {"pipeline": 2, "pipeline_schedule": schedule, "virtual_stages": chunks, "zero": zero}
     layout |= {"ulysses": ulysses, "ring": ring, "ring_order": order}
-    tied = "model.tie_embeddings=true"
+    model = ("model.tie_embeddings=true", "model.stable_embedding=true", "model.layers=4")
     assert_law(
         ranks,
         folder,
         2 * ulysses * ring,
-        [(2, 29, "model.layers=4", "batch.global_size=3", "batch.micro_size=1", tied)],
+        [(2, 29, *model, "batch.global_size=3", "batch.micro_size=1")],
         **layout,
     )
 

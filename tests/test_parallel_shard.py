@@ -53,11 +53,11 @@ def test_many_buckets(ranks, folder, zero, override):
     "overrides",
     [
         ("model.tie_embeddings=true",),
-        ("model.qk_norm=true", "model.kv_heads=3", "model.head_dim=14"),
+        ("model.qk_norm=true", "model.kv_heads=3", "model.head_dim=14", "model.stable_embedding=true"),
         ("batch.micro_size=6", "clip_norm=0"),
         ("batch.micro_size=1", "data.mask_documents=false", "schedule=cosine"),
     ],
-    ids=["tied", "qk_norm", "no accumulation, no clipping", "accumulation of six, no document mask"],
+    ids=["tied", "qk_norm, stable embedding", "no accumulation, no clipping", "accumulation of six, no document mask"],
 )
 def test_options_of_the_model_and_the_step(ranks, folder, zero, overrides):
     config, reference = option(folder, overrides)

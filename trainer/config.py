@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from rowwise.optim.build import CYCLED, ELEMENTWISE, OptimConfig, check_optimizer, is_elementwise
+from rowwise.optim.build import CYCLED, ELEMENTWISE, OptimConfig, assigned, check_optimizer, is_elementwise
 from rowwise.optim.lion import LionConfig
 from rowwise.optim.rates import SHARES, rate_of_size
 from rowwise.optim.schedules import LrRange, OneCycle, ScheduleConfig, check_schedule
@@ -123,6 +123,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_folder_name("name", config.name)
     check_model(config.model)
     check_optimizer(config.optim, parameter_shapes(config.model))
+    _check_stable_embedding(config)
     check_schedule(config.schedule, config.steps)
     _check_momentum(config)
     _check_range_test(config)
@@ -271,6 +272,15 @@ def _check_range_test(config: TrainConfig) -> None:
         raise ValueError(
             "schedule=lr_range with parallel.post_validation: a test ends after a step whose loss blew up, when the next has "
             "begun; give parallel.post_validation=false"
+        )
+
+
+def _check_stable_embedding(config: TrainConfig) -> None:
+    rule = assigned("embed.weight", config.optim)
+    if config.model.stable_embedding and rule.endswith("8bit"):
+        raise ValueError(
+            f"model.stable_embedding=true keeps the embedding's states in 32 bits, and optim.assign gives it {rule}; "
+            f"give it {rule.removesuffix('8bit')} or own, or model.stable_embedding=false"
         )
 
 

@@ -9,7 +9,7 @@ from rowwise.trainer.config import TrainConfig, flat, schedule_of, tree_of
 from rowwise.trainer.manifest import find_checkpoints, read_manifest
 
 # What the facts were before they were kept.
-BEFORE: dict[str, Any] = {"optim.assign": [], "sparsity.name": "none"}
+BEFORE: dict[str, Any] = {"optim.assign": [], "sparsity.name": "none", "model.stable_embedding": False}
 
 WHERE = ("name", "run_dir", "resume", "nproc")  # how a run is found and started, not what it does
 

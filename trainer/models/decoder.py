@@ -22,7 +22,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder. `head_dim` null means dim / heads. `init_from` names a Hugging Face folder to start from."""
+    """The shape of a decoder. `head_dim` null means dim / heads. `init_from` names a Hugging Face folder to start from.
+    `stable_embedding` puts a layer norm after the embedding, which starts Xavier-uniform and keeps 32-bit states."""
 
     name: str = "tiny"
     layers: int = 4
@@ -33,6 +34,7 @@ class ModelConfig:
     ffn_dim: int = 704
     vocab_size: int = 256
     tie_embeddings: bool = False
+    stable_embedding: bool = False
     qk_norm: bool = False
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
@@ -123,6 +125,25 @@ class Block(nn.Module):
         return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
 
 
+class StableEmbedding(nn.Embedding):
+    """An embedding with a layer norm after it, so that rare and frequent tokens come alike into the model and their
+    gradients vary less (Dettmers et al., *8-bit Optimizers via Block-wise Quantization*, section 2.3).
+
+    y = weight (e - mean(e)) / sqrt(var(e) + 1e-5) + bias, in float32 or wider, given in the embedding's own dtype. A head
+    that is tied to it multiplies by the matrix alone.
+    """
+
+    def __init__(self, vocab_size: int, dim: int):
+        super().__init__(vocab_size, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        e_BSD = super().forward(x)
+        wide = torch.promote_types(e_BSD.dtype, torch.float32)
+        scale, shift = self.norm.weight.to(wide), self.norm.bias.to(wide)
+        return F.layer_norm(e_BSD.to(wide), self.norm.normalized_shape, scale, shift, self.norm.eps).to(e_BSD.dtype)
+
+
 class Decoder(nn.Module):
     """Tokens to logits, or a stage of that: the embedding before the first layer, `layers` of the model's, the norm and
     the head after the last. What is not in the stage is None.
@@ -136,7 +157,8 @@ class Decoder(nn.Module):
         layers = range(config.layers) if layers is None else layers
         self.config, self.attend = config, attend
         first, last = layers.start == 0, layers.stop == config.layers
-        self.embed = nn.Embedding(config.vocab_size, config.dim) if first else None
+        embedding = StableEmbedding if config.stable_embedding else nn.Embedding
+        self.embed = embedding(config.vocab_size, config.dim) if first else None
         self.blocks = nn.ModuleDict({str(layer): Block(config) for layer in layers})
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if last else None
         needs_head = last and not (first and config.tie_embeddings)

@@ -119,6 +119,7 @@ def our_keys(theirs: dict[str, Any]) -> dict[str, Any]:
         "ffn_dim": theirs["intermediate_size"],
         "vocab_size": theirs["vocab_size"],
         "tie_embeddings": theirs.get("tie_word_embeddings", False),
+        "stable_embedding": False,
         "qk_norm": kind == "qwen3",
         "norm_eps": theirs.get("rms_norm_eps", 1e-6),
         "rope_theta": rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)),

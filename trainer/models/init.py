@@ -1,7 +1,8 @@
 """Initial parameters, the same numbers on every layout.
 
 Every matrix is normal with standard deviation `init_std`; those that write into the residual stream (`wo`, `w2`)
-are smaller by sqrt(2 layers), so that its variance does not grow with depth (Radford et al., *GPT-2*). Norms are 1.
+are smaller by sqrt(2 layers), so that its variance does not grow with depth (Radford et al., *GPT-2*). Norms are 1, and
+what they add is 0. A stable embedding is uniform in +-sqrt(6 / (vocab_size + dim)) (Glorot & Bengio).
 Element i of the parameter `name` is element i of the stream (seed, name): a shard draws its own rows and no others.
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from rowwise.kernels.philox import normal, stream_key
+from rowwise.kernels.philox import normal, random_words, stream_key
 from rowwise.trainer.models.decoder import ModelConfig
 
 
@@ -25,9 +26,14 @@ def random_rows(config: ModelConfig, seed: int) -> Callable[[str, Tensor, int, i
 
     def fill_(name: str, rows: Tensor, start: int, size: int) -> None:
         if rows.ndim == 1:
-            rows.fill_(1.0)
+            rows.fill_(0.0 if name.endswith(".bias") else 1.0)
             return
         cols = rows.size(1)
+        if config.stable_embedding and name == "embed.weight":
+            words = random_words(stream_key(seed, name), start * cols, rows.numel(), rows.device)
+            half = math.sqrt(6 / (config.vocab_size + config.dim))
+            rows.copy_((words.double() * 2.0**-31 - 1).mul_(half).view_as(rows))
+            return
         numbers = normal(stream_key(seed, name), start * cols, rows.numel(), rows.device)
         rows.copy_(numbers.view_as(rows) * standard_deviation(name, config))
 
