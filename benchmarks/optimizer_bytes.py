@@ -42,8 +42,8 @@ FORMULAS = {
     "galore": "8 m r + 4 n r",
     "dct": "8 m r + 4 r",
     "fira": "8 m r + 4 n r + 4",
-    "apollo": "8 m r",
-    "apollo_mini": "8 m",
+    "apollo": "8 m r + 4",
+    "apollo_mini": "8 m + 4",
 }
 EIGHT_BITS = "2 m (r + 4 ceil(r / 256))"  # stands for 8 m r where moments are in 8 bits
 
@@ -88,8 +88,8 @@ def formula_bytes(rule: str, shape: torch.Size, rank: int, bits: int) -> int:
         "galore": low + 4 * n * rank,
         "dct": low + 4 * rank,
         "fira": low + 4 * n * rank + 4,
-        "apollo": low,
-        "apollo_mini": 8 * m,
+        "apollo": low + 4,
+        "apollo_mini": 8 * m + 4,
     }[rule]
 
 

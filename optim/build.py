@@ -19,7 +19,7 @@ from rowwise.optim.lowrank.config import (
     GaLoreConfig,
     LowRankBase,
 )
-from rowwise.optim.lowrank.rules import DCT, Apollo, ApolloMini, Fira, GaLore
+from rowwise.optim.lowrank.rules import DCT, Apollo, ApolloMini, Fira, GaLore, LowRank
 from rowwise.optim.muon import Muon, MuonConfig
 from rowwise.optim.quantized import AdamW8bit, AdamW8bitConfig, Lion8bit, Lion8bitConfig, is_quantisable
 from rowwise.optim.rule import Rule
@@ -69,14 +69,21 @@ def rule_name(name: str, shape: torch.Size, config: OptimConfig) -> str:
     return found.removesuffix("8bit") if found.endswith("8bit") and not is_quantisable(shape) else found
 
 
-def new_rule(name: str, config: Any) -> Rule:
-    """The rule `name` with the numbers of `config`."""
+def rank_of(config: OptimConfig, shapes: dict[str, torch.Size]) -> int:
+    """The rank of low-rank rules: what `config` says, else a quarter of the model's width, which is the widest narrow side
+    of its hidden matrices, so that every stage of a pipeline finds the same."""
+    if not isinstance(config, LowRankBase):
+        return 1
+    sides = [min(shape) for name, shape in shapes.items() if kind_of(name, shape) == "hidden"]
+    return config.rank or max(1, max(sides, default=1) // 4)
+
+
+def new_rule(name: str, config: Any, rank: int = 1) -> Rule:
+    """The rule `name` with the numbers of `config`; `rank` is that of low-rank rules."""
     betas = list(getattr(config, "betas", AdamWConfig().betas))
     adam: dict[str, Any] = {"betas": betas, "eps": getattr(config, "eps", AdamWConfig().eps)}
     if name in LOW_RANK:
-        low = {"rank": getattr(config, "rank", 1), "refresh_every": config.refresh_every, "scale": config.scale,
-               "bits": getattr(config, "state_bits", 32), **adam}  # fmt: skip
-        return LOW_RANK[name](**low, **({"growth": config.growth} if name == "fira" else {}))
+        return LOW_RANK[name](config, rank, getattr(config, "state_bits", 32))
     rules: dict[str, Any] = {
         "adamw": lambda: AdamW(**adam),
         "adamw8bit": lambda: AdamW8bit(**adam),
@@ -93,11 +100,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Opt
     """The optimizer of `config` over the model's (sharded) parameters. Matrices decay, vectors do not; `seed` is that
     of random projections and of stochastic rounding."""
     groups: dict[tuple[str, int], dict[str, Any]] = {}
+    rank = rank_of(config, {name: p.shape for name, p in model.named_parameters()})
     for name, p in model.named_parameters():
         key = rule_name(name, p.shape, config), p.ndim
         if key not in groups:
             decay = config.weight_decay if p.ndim >= 2 else 0.0
-            groups[key] = {"params": [], "names": [], "rule": new_rule(key[0], config), "weight_decay": decay}
+            groups[key] = {"params": [], "names": [], "rule": new_rule(key[0], config, rank), "weight_decay": decay}
         groups[key]["params"].append(p)
         groups[key]["names"].append(name)
     return Optimizer(list(groups.values()), config.lr, seed)
@@ -130,10 +138,11 @@ def _check_parameter(name: str, shape: torch.Size, config: OptimConfig) -> None:
             f"optim.assign: {chosen} is for matrices, and {name} has the shape {tuple(shape)}; "
             "give a pattern that matches matrices only, or rule: adamw"
         )
-    if isinstance(config, LowRankBase) and rule_name(name, shape, config) == config.name and config.rank > min(shape):
+    low = isinstance(config, LowRankBase) and rule_name(name, shape, config) == config.name
+    if low and config.rank is not None and config.rank > min(shape):
         raise ValueError(
             f"optim.rank={config.rank} is above the narrow side of {name}, {tuple(shape)}; give at most {min(shape)}, "
-            "or another rule to this matrix with optim.assign"
+            "null for a quarter of the model's width, or another rule to this matrix with optim.assign"
         )
 
 
@@ -150,12 +159,16 @@ def assignments(model: nn.Module, optimizer: Optimizer) -> Assignments:
             state = optimizer.state[p]
             dtypes = " ".join(dict.fromkeys(_short(t.dtype) for t in state.values()))
             shape = " x ".join(map(str, p.shape))
-            row = (_folded(names[p]), shape, kind_of(names[p], p.shape), group["rule"].name, dtypes)
+            row = (_folded(names[p]), shape, kind_of(names[p], p.shape), _described(group["rule"], p.shape), dtypes)
             counts = rows.setdefault(row, [0, 0, 0])
             counts[0] += 1
             counts[1] += p.numel()
             counts[2] += sum(t.numel() * t.itemsize for t in state.values())
     return rows
+
+
+def _described(rule: Rule, shape: torch.Size) -> str:
+    return f"{rule.name}, rank {rule.rank_of(shape)}" if isinstance(rule, LowRank) else rule.name
 
 
 def assignment_table(parts: list[Assignments]) -> str:

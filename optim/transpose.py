@@ -5,6 +5,9 @@ together get them by one all-to-all, and no rank ever holds the whole.
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from rowwise.kernels.rows import local
 
 
 def to_tall(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -55,6 +58,22 @@ def transpose(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGro
     pieces = iter(into.split([size for sizes in received for size in sizes]))
     turned = [[next(pieces).view(r[rank], c[mine]).T for r, c in zip(rows, columns, strict=True)] for rank in degree]
     return [torch.cat(parts, dim=1) for parts in zip(*turned, strict=True)]
+
+
+def transposed_like(p: Tensor) -> Tensor:
+    """A stand-in for the transpose of `p`, split by its own rows as `p` is: what states are shaped after. Without memory."""
+    columns, rows = p.shape
+    one = local(p).new_empty(())
+    if not isinstance(p, DTensor):
+        return one.expand(rows, columns)
+    held = rows
+    for dim, place in enumerate(p.placements):
+        if isinstance(place, Shard):
+            held = splits(held, p.device_mesh.size(dim))[p.device_mesh.get_local_rank(dim)]
+    local_rows, shape = one.expand(held, columns), torch.Size((rows, columns))
+    return DTensor.from_local(
+        local_rows, p.device_mesh, p.placements, run_check=False, shape=shape, stride=(columns, 1)
+    )
 
 
 def splits(size: int, degree: int) -> list[int]:

@@ -25,12 +25,16 @@ REDUCED = {
     "lion nuclear": (sum(min(shape) ** 2 for shape in SHAPES), sum(min(shape) ** 2 for shape in SHAPES)),
     "adamw8bit": (0, 0),
     "lion8bit": (0, 0),
-    "apollo": (0, 0),
-    "apollo_mini": (2 * len(SHAPES), 2 * len(SHAPES)),
+    "apollo": (len(SHAPES), len(SHAPES)),
+    "apollo optim.growth=null": (0, 0),
+    "apollo_mini": (3 * len(SHAPES), 3 * len(SHAPES)),
+    "apollo_mini optim.growth=null": (2 * len(SHAPES), 2 * len(SHAPES)),
     "adafactor": (sum(N) + len(SHAPES), sum(N) + len(SHAPES)),
     "galore": (sum(n * (RANK + EXTRA) + (RANK + EXTRA) ** 2 for n in N), 0),
     "fira": (sum(n * (RANK + EXTRA) + (RANK + EXTRA) ** 2 for n in N) + len(SHAPES), len(SHAPES)),
     "dct": (sum(N), 0),
+    "dct optim.side=short": (sum(map(min, SHAPES)), 0),
+    "apollo optim.side=short": (len(SHAPES), len(SHAPES)),
     "muon": (sum(min(shape) ** 2 for shape in SHAPES), sum(min(shape) ** 2 for shape in SHAPES)),
 }
 
@@ -43,11 +47,12 @@ def count(workers, rule):
     for i, shape in enumerate(SHAPES):
         torch.manual_seed(i)
         model.register_parameter(f"w{i}", nn.Parameter(distribute_tensor(torch.randn(shape), line, [Shard(0)])))
-    low = ["optim.refresh_every=2"] if rule in ("galore", "fira", "dct", "apollo", "apollo_mini") else []
-    rank = [f"optim.rank={RANK}"] if low and rule != "apollo_mini" else []
-    name, *kappa = rule.split()
-    kappas = [f"optim.kappa={which}" for which in kappa]
-    optimizer = build_optimizer(model, config_from_tree(compose_tree([f"optim={name}", *kappas, *low, *rank])).optim)
+    name, *options = rule.split()
+    low = ["optim.refresh_every=2"] if name in ("galore", "fira", "dct", "apollo", "apollo_mini") else []
+    rank = [f"optim.rank={RANK}"] if low and name != "apollo_mini" else []
+    kappas = [option if "=" in option else f"optim.kappa={option}" for option in options]
+    choices = [f"optim={name}", *low, *rank, *kappas]
+    optimizer = build_optimizer(model, config_from_tree(compose_tree(choices)).optim)
     counted = []
     for step in range(3):
         for i, p in enumerate(model.parameters()):
@@ -71,9 +76,10 @@ def test_numbers_sent_are_those_of_the_table(ranks, rule):
         assert all(calls <= 3 for _, _, calls in counted), "messages are for all matrices together"
 
 
-def test_muon_sends_its_wide_matrices_twice_by_all_to_all_and_the_others_not_at_all(ranks):
+@pytest.mark.parametrize("rule", ["muon", "dct optim.side=short", "apollo optim.side=short"])
+def test_wide_matrices_go_twice_by_all_to_all_and_the_others_not_at_all(ranks, rule):
     wide = [(m, n) for m, n in SHAPES if m < n]
-    for rank, counted in enumerate(ranks.run(count, WORLD, "muon")):
+    for rank, counted in enumerate(ranks.run(count, WORLD, rule)):
         for _, sent, _ in counted:
             there = sum(held(m, rank) * n for m, n in wide)
             back = sum(m * held(n, rank) for m, n in wide)

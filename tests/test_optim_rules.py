@@ -52,14 +52,28 @@ RULES = {
     "apollo 8-bit": (*LOW, "optim.state_bits=8"),
 }
 
+# What a layout sees as it sees the rules above.
+VARIANTS = {
+    "fira paper": (*LOW, "optim.form=paper"),
+    "apollo unlimited": (*LOW, "optim.growth=null"),
+    "apollo_mini unlimited": (*LOW[1:], "optim.growth=null"),
+}
+# Wide matrices turned: their states are split by columns of the weight.
+SHORT = {
+    **{f"{name} short": (*LOW, "optim.side=short") for name in ("galore", "dct", "fira", "apollo")},
+    "apollo_mini short": (*LOW[1:], "optim.side=short"),
+    "dct short 8-bit": (*LOW, "optim.side=short", "optim.state_bits=8"),
+}
+ALL = RULES | VARIANTS | SHORT
 
 # Every rule, and 8-bit moments once: the four keep them alike.
 KAPPAS = [rule for rule in RULES if rule.startswith("lion ")]  # what Lion and muon do, apart from a sum for l2
-MOVED = [rule for rule in RULES if not rule.endswith("8-bit") and rule not in KAPPAS] + ["dct 8-bit"]
+MOVED = [rule for rule in RULES if not rule.endswith("8-bit") and rule not in KAPPAS]
+MOVED += ["dct 8-bit", "fira short", "dct short 8-bit"]
 # Of these, Lion sees no more of a layout than AdamW does.
 HYBRID = [
     rule if rule in MOVED and not rule.startswith("lion") else pytest.param(rule, marks=pytest.mark.full)
-    for rule in RULES
+    for rule in RULES | SHORT
 ]
 
 
@@ -83,7 +97,7 @@ def plain(folder):
 
 def rule_config(folder, rule, *overrides):
     choice = f"optim={rule.split()[0]}"
-    return small_config(folder, choice, *SHAPES, "optim.lr=0.01", *RULES[rule], *overrides)
+    return small_config(folder, choice, *SHAPES, "optim.lr=0.01", *ALL[rule], *overrides)
 
 
 # Rows are split alike at stages 1 to 3, and tests/test_parallel_shard.py has how gradients get there: 1 and 2 for some.
@@ -92,7 +106,7 @@ STAGES = [
     for rule in RULES
     for zero in (0, 1, 2, 3)
     if zero == 3 or (zero == 0 and rule not in KAPPAS) or rule in ("adamw8bit", "dct", "muon")
-]
+] + [(rule, 3) for rule in SHORT]
 
 
 @pytest.mark.parametrize(("rule", "zero"), STAGES)
@@ -142,7 +156,7 @@ def edge_shapes(rule):
 
 
 def optim_config(rule):
-    return config_from_tree(compose_tree([f"optim={rule.split()[0]}", *RULES[rule], "optim.lr=0.01"])).optim
+    return config_from_tree(compose_tree([f"optim={rule.split()[0]}", *ALL[rule], "optim.lr=0.01"])).optim
 
 
 def run_edges(workers, rule, steps=3):
@@ -182,7 +196,7 @@ def textbook_edges(rule, steps=3):
     return xs, {f"{n}.{key}": t for n, state in states.items() for key, t in state.items()}
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL)
 def test_shapes_that_straddle_every_edge(ranks, rule):
     xs, states = textbook_edges(rule)
     for world in (1, 4):

@@ -152,40 +152,57 @@ def gauss(seed: int, stream: str, rows: int, columns: int) -> Tensor:
     return normal(stream_key(seed, stream), 0, rows * columns, CPU).view(rows, columns).double()
 
 
-def subspace(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: int) -> Tensor:
+def subspace(state: dict[str, Tensor], g: Tensor, t: int, c: Any, rank: int, name: str, seed: int) -> Tensor:
     """Randomised subspace iteration (Halko, Martinsson & Tropp) from the basis of before."""
     if (t - 1) % c.refresh_every == 0:
-        extra = min(8, min(g.shape) - c.rank)
-        fresh = c.rank + extra if "basis" not in state else extra
+        extra = min(8, min(g.shape) - rank)
+        fresh = rank + extra if "basis" not in state else extra
         w = gauss(seed, f"subspace/{name}/{t}", g.size(1), fresh)
         w = torch.cat([state["basis"], w], 1) if "basis" in state else w
         q, _ = torch.linalg.qr(g.T @ (g @ w))
         _, _, vt = torch.linalg.svd(g @ q, full_matrices=False)
-        basis = (q @ vt.T)[:, : c.rank]
+        basis = (q @ vt.T)[:, :rank]
         signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
         state["basis"] = basis * signs
     return state["basis"]
 
 
-def galore(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: int, eight: bool) -> Tensor:
-    q = subspace(state, g, t, c, name, seed)
-    moments = {k: v for k, v in state.items() if k.startswith("exp")}
-    n = adam(moments, g @ q, t, c, eight)
-    state.update(moments)
-    return c.scale * n @ q.T
-
-
-def fira(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: int, eight: bool) -> Tensor:
-    q = subspace(state, g, t, c, name, seed)
-    r = g @ q
+def low_rank_adam(state: dict[str, Tensor], r: Tensor, t: int, c: Any) -> Tensor:
+    eight = getattr(c, "state_bits", 32) == 8 and r.numel() >= 4096
     moments = {k: v for k, v in state.items() if k.startswith("exp")}
     n = adam(moments, r, t, c, eight)
     state.update(moments)
-    s = (n.norm(dim=1) / r.norm(dim=1)).unsqueeze(1) * (g - r @ q.T)
-    if "limit" in state and s.norm() > c.growth * state["limit"]:
-        s = s * (c.growth * state["limit"] / s.norm())
-    state["limit"] = s.norm().reshape(1)
-    return c.scale * (n @ q.T + s)
+    return n
+
+
+def limit_growth(state: dict[str, Tensor], u: Tensor, growth: float | None, correction: float = 1.0) -> Tensor:
+    """u / correction may grow by a factor of `growth` in its norm (Fira)."""
+    if growth is None:
+        return u
+    u = u / correction
+    if "limit" in state and u.norm() > growth * state["limit"]:
+        u = u * (growth * state["limit"] / u.norm())
+    state["limit"] = u.norm().reshape(1)
+    return u * correction
+
+
+def bias_correction(t: int, c: Any) -> float:
+    return math.sqrt(1 - c.betas[1] ** t) / (1 - c.betas[0] ** t)
+
+
+def galore(state: dict[str, Tensor], g: Tensor, t: int, c: Any, rank: int, name: str, seed: int) -> Tensor:
+    q = subspace(state, g, t, c, rank, name, seed)
+    return c.scale * low_rank_adam(state, g @ q, t, c) @ q.T
+
+
+def fira(state: dict[str, Tensor], g: Tensor, t: int, c: Any, rank: int, name: str, seed: int) -> Tensor:
+    q = subspace(state, g, t, c, rank, name, seed)
+    r = g @ q
+    n = low_rank_adam(state, r, t, c)
+    phi = (n.norm(dim=1) / r.norm(dim=1)).unsqueeze(1)
+    if c.form == "paper":
+        return c.scale * (n @ q.T + limit_growth(state, phi * (g - r @ q.T), c.growth))
+    return c.scale * n @ q.T + limit_growth(state, phi * (g - c.scale * r @ q.T), c.growth, bias_correction(t, c))
 
 
 def dct_matrix(n: int) -> Tensor:
@@ -195,11 +212,12 @@ def dct_matrix(n: int) -> Tensor:
     return d
 
 
-def dct(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: int, eight: bool) -> Tensor:
+def dct(state: dict[str, Tensor], g: Tensor, t: int, c: Any, rank: int, name: str, seed: int) -> Tensor:
     d = dct_matrix(g.size(1))
-    moments = {k: v for k, v in state.items() if k.startswith("exp")}
     if (t - 1) % c.refresh_every == 0:
-        chosen = sorted((g @ d).norm(dim=0).topk(c.rank).indices.tolist())
+        eight = c.state_bits == 8 and g.size(0) * rank >= 4096
+        moments = {k: v for k, v in state.items() if k.startswith("exp")}
+        chosen = sorted((g @ d).norm(dim=0).topk(rank).indices.tolist())
         if "columns" in state:
             before = state["columns"].tolist()
             old = load_pair(moments, None, eight)
@@ -209,24 +227,33 @@ def dct(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: in
                     for one, other in zip(new, old, strict=True):
                         one[:, place] = other[:, before.index(column)]
             store_pair(moments, *new, eight)
+        state.update(moments)
         state["columns"] = torch.tensor(chosen, dtype=torch.int32)
     q = d[:, state["columns"].long()]
-    n = adam(moments, g @ q, t, c, eight)
-    state.update(moments)
-    return c.scale * n @ q.T
+    return c.scale * low_rank_adam(state, g @ q, t, c) @ q.T
 
 
-def apollo(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: int, eight: bool) -> Tensor:
-    rank = getattr(c, "rank", 1)
+def apollo(state: dict[str, Tensor], g: Tensor, t: int, c: Any, rank: int, name: str, seed: int) -> Tensor:
     omega = gauss(seed, f"projection/{name}/{(t - 1) // c.refresh_every}", g.size(1), rank) / math.sqrt(rank)
     r = g @ omega
-    n = adam(state, r, t, c, eight)
-    if c.name == "apollo_mini":
-        return c.scale * (n.norm() / r.norm()) * g
-    return c.scale * (n.norm(dim=1) / r.norm(dim=1)).unsqueeze(1) * g
+    n = low_rank_adam(state, r, t, c)
+    rows = (n.norm(dim=1) / r.norm(dim=1)).unsqueeze(1)
+    u = (n.norm() / r.norm() if c.name == "apollo_mini" else rows) * g
+    return math.sqrt(c.scale) * limit_growth(state, u, c.growth, bias_correction(t, c))
 
 
 LOW_RANK = {"galore": galore, "dct": dct, "fira": fira, "apollo": apollo, "apollo_mini": apollo}
+
+
+def low_rank(state: dict[str, Tensor], g: Tensor, t: int, c: Any, name: str, seed: int) -> Tensor:
+    """The narrow side is projected, or the columns, whose update then gets the size of the other."""
+    m, n = g.shape
+    rule, rank = LOW_RANK[c.name], getattr(c, "rank", 1)
+    if m < n and c.side == "short":
+        return rule(state, g.T, t, c, rank, name, seed).T
+    return rule(state, g, t, c, rank, name, seed) * max(1.0, math.sqrt(n / m))
+
+
 PLAIN = {"adamw": adam, "lion": lion, "adafactor": adafactor, "muon": muon, "lion_kappa": lion_kappa}
 
 
@@ -251,8 +278,7 @@ def textbook_step(
     """One step of one parameter: x after it; `state` changes."""
     rule = rule_of(name, x.shape, config)
     if rule in LOW_RANK:
-        eight = getattr(config, "state_bits", 32) == 8 and x.size(0) * getattr(config, "rank", 1) >= 4096
-        u = LOW_RANK[rule](state, g, t, config, name, seed, eight)
+        u = low_rank(state, g, t, config, name, seed)
     elif rule.endswith("8bit"):
         u = PLAIN[rule.removesuffix("8bit")](state, g, t, config, True)
     else:

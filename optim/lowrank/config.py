@@ -8,10 +8,15 @@ from rowwise.optim.common import AdamBase
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectedBase(AdamBase):
-    """`refresh_every`: steps between renewals of the projection; `scale` stands before the update."""
+    """`refresh_every`: steps between renewals of the projection. `scale` stands before the update. `side`: which side of a
+    wide matrix is projected, `right` (its columns, so that nothing crosses ranks) or `short` (its rows, as the papers do).
+    """
 
+    lr: float = 1e-2
+    weight_decay: float = 0.0
     refresh_every: int = 200
     scale: float = 1.0
+    side: Literal["right", "short"] = "right"
 
     def check(self) -> None:
         super().check()
@@ -21,15 +26,31 @@ class ProjectedBase(AdamBase):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankBase(ProjectedBase):
-    """`rank`: r of the projected gradient (m, r); `state_bits`: 32, or 8 for block-wise quantised moments."""
+    """`rank`: r of the projected gradient (m, r); None: a quarter of the model's width, or the narrow side of a matrix
+    where that is less. `state_bits`: 32, or 8 for block-wise quantised moments."""
 
-    rank: int = 64
+    rank: int | None = None
     state_bits: Literal[8, 32] = 32
 
     def check(self) -> None:
         super().check()
-        if self.rank < 1:
-            raise ValueError(f"optim.rank={self.rank}: it is at least 1")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"optim.rank={self.rank}: it is at least 1; null is a quarter of the model's width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitedBase(ProjectedBase):
+    """`growth`: by how much the norm of a matrix's update (in Fira, of what is outside the subspace) may grow in a step;
+    None: without limit."""
+
+    growth: float | None = 1.01
+
+    def check(self) -> None:
+        super().check()
+        if self.growth is not None and self.growth < 1:
+            raise ValueError(
+                f"optim.growth={self.growth}: the norm may grow by this factor, which is at least 1; null is no limit"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,31 +62,28 @@ class GaLoreConfig(LowRankBase):
 @dataclass(frozen=True, kw_only=True)
 class DCTConfig(LowRankBase):
     name: Literal["dct"] = "dct"
-    scale: float = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class FiraConfig(LowRankBase):
-    """`growth`: by how much the norm of what is outside the subspace may grow in a step."""
+class FiraConfig(LimitedBase, LowRankBase):
+    """`form`: the rule of its authors' `code`, or Algorithm 1 of their `paper`, which is another."""
 
     name: Literal["fira"] = "fira"
     scale: float = 0.25
-    growth: float = 1.01
-
-    def check(self) -> None:
-        super().check()
-        if self.growth < 1:
-            raise ValueError(f"optim.growth={self.growth}: the norm may grow by this factor, which is at least 1")
+    form: Literal["code", "paper"] = "code"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApolloConfig(LowRankBase):
+class ApolloConfig(LimitedBase, LowRankBase):
+    """`scale` is the square of what stands before the update, as in its authors' code."""
+
     name: Literal["apollo"] = "apollo"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApolloMiniConfig(ProjectedBase):
-    """Rank 1, whose moments are too short for 8-bit blocks, and one factor a matrix. `scale` is the paper's sqrt(128)."""
+class ApolloMiniConfig(LimitedBase):
+    """Rank 1, whose moments are too short for 8-bit blocks, and one factor a matrix. `scale` is the square of what stands
+    before the update, as in its authors' code."""
 
     name: Literal["apollo_mini"] = "apollo_mini"
-    scale: float = 11.313708498984761
+    scale: float = 128.0

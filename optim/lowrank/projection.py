@@ -79,8 +79,8 @@ def leading(q: Tensor, gram: Tensor, rank: int) -> Tensor:
     return rotated * torch.where(largest < 0, -1, 1).to(rotated.dtype)
 
 
-def dct_choices(grads: list[Tensor], rank: int, group: dist.ProcessGroup | None) -> list[Tensor]:
+def dct_choices(grads: list[Tensor], ranks: list[int], group: dist.ProcessGroup | None) -> list[Tensor]:
     """The indices (r,) of the DCT columns with the largest projections of every G, ascending. All-reduced: n."""
     squares = [column_squares(g) for g in grads]
     all_reduce_(squares, group)
-    return [torch.topk(s, rank).indices.sort().values for s in squares]
+    return [torch.topk(s, r).indices.sort().values for s, r in zip(squares, ranks, strict=True)]
