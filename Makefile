@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 # Two workers; on a machine with one GPU, one, since NCCL gives each worker a GPU of its own.
 WORKERS ?= $(shell $(BIN)/python -c "import torch; print(1 if torch.cuda.device_count() == 1 else 2)" 2>/dev/null || echo 2)
 ARGS ?=
+# Optimizers that tests hold ours against: their classes are plain Python, and what else they ask for is not needed.
+AUTHORS := galore-torch apollo-torch fira
 
 .PHONY: train test test-slow test-slurm lint setup clean
 
@@ -15,6 +17,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(AUTHORS)
 	touch $(READY)
 
 train: $(READY)

@@ -82,7 +82,7 @@ def module_of(package, name):
     if package not in sys.modules:
         found = importlib.util.find_spec(package)
         if found is None:
-            pytest.skip(f"{package} is not installed: pip install -e '.[dev]' brings it")
+            pytest.skip(f"{package} is not installed: make setup installs it")
         sys.modules[package] = importlib.util.module_from_spec(found)  # not executed
     return importlib.import_module(f"{package}.{name}")
 
