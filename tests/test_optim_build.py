@@ -73,6 +73,20 @@ def test_the_table_names_every_parameter_its_state_and_its_bytes():
     assert "bytes per parameter" in table.splitlines()[-1]
 
 
+def test_the_rank_is_a_quarter_of_the_width_and_no_more_than_a_narrow_side():
+    shape = ["model.dim=64", "model.heads=8", "model.kv_heads=1", "model.ffn_dim=600", "model.layers=1"]
+    model = Decoder(config_from_tree(compose_tree(shape)).model)
+    for rank, at_w2, at_wk in (("null", 16, 8), ("6", 6, 6)):
+        optimizer = build_optimizer(model, optim("optim=dct", f"optim.rank={rank}"))
+        table = assignment_table([assignments(model, optimizer)])
+        lines = {line.split("  ")[0]: line for line in table.splitlines()}
+        assert f"dct, rank {at_w2} " in lines["blocks.*.feed_forward.w2.weight"]
+        assert f"dct, rank {at_wk} " in lines["blocks.*.attention.wk.weight"]
+        assert optimizer.state[model.blocks[0].feed_forward.w2.weight]["exp_avg"].shape == (64, at_w2)
+    short = build_optimizer(model, optim("optim=dct", "optim.side=short"))
+    assert short.state[model.blocks[0].feed_forward.w2.weight]["exp_avg"].shape == (600, 16)
+
+
 def test_a_run_prints_its_table_once(ranks, tmp_path):
     said = ranks.run(run_said, 2, with_layout(small_config(tmp_path, "optim=galore", "optim.rank=4", "steps=1"), 2))
     assert said[0].count("optimizer state:") == 1
