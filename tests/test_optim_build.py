@@ -82,9 +82,9 @@ def test_the_rank_is_a_quarter_of_the_width_and_no_more_than_a_narrow_side():
         lines = {line.split("  ")[0]: line for line in table.splitlines()}
         assert f"dct, rank {at_w2} " in lines["blocks.*.feed_forward.w2.weight"]
         assert f"dct, rank {at_wk} " in lines["blocks.*.attention.wk.weight"]
-        assert optimizer.state[model.blocks[0].feed_forward.w2.weight]["exp_avg"].shape == (64, at_w2)
+        assert optimizer.state[model.blocks["0"].feed_forward.w2.weight]["exp_avg"].shape == (64, at_w2)
     short = build_optimizer(model, optim("optim=dct", "optim.side=short"))
-    assert short.state[model.blocks[0].feed_forward.w2.weight]["exp_avg"].shape == (600, 16)
+    assert short.state[model.blocks["0"].feed_forward.w2.weight]["exp_avg"].shape == (600, 16)
 
 
 def test_a_run_prints_its_table_once(ranks, tmp_path):
