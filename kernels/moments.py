@@ -75,13 +75,13 @@ def step_reference_(
         dtype = torch.promote_types(rows[0].dtype, torch.float32)
         x, g = [p.to(dtype) for p in rows], [grads[i][part].to(dtype) for i, part in portion]
         parts = [[(moment[i][0][part], moment[i][1][part]) for i, part in portion] for moment in moments]
-        states = [_joined(part) for part in parts]
+        states = [_joined(pieces) for pieces in parts]
         numbers = codec.decode(states, dtype)
         heights = [p.size(0) for p in rows]
         rule(x, g, *(number.split(heights) for number in numbers))
         codec.encode_(numbers, states)
-        for part, state in zip(parts, states, strict=True):
-            _part_(state, part)
+        for pieces, state in zip(parts, states, strict=True):
+            _part_(state, pieces)
         if rounding:
             for (i, part), new, out in zip(portion, x, rows, strict=True):
                 key, start = rounding[i]

@@ -138,10 +138,10 @@ def _check_parameter(name: str, shape: torch.Size, config: OptimConfig) -> None:
             f"optim.assign: {chosen} is for matrices, and {name} has the shape {tuple(shape)}; "
             "give a pattern that matches matrices only, or rule: adamw"
         )
-    low = isinstance(config, LowRankBase) and rule_name(name, shape, config) == config.name
-    if low and config.rank is not None and config.rank > min(shape):
+    rank = config.rank if isinstance(config, LowRankBase) and rule_name(name, shape, config) == config.name else None
+    if rank is not None and rank > min(shape):
         raise ValueError(
-            f"optim.rank={config.rank} is above the narrow side of {name}, {tuple(shape)}; give at most {min(shape)}, "
+            f"optim.rank={rank} is above the narrow side of {name}, {tuple(shape)}; give at most {min(shape)}, "
             "null for a quarter of the model's width, or another rule to this matrix with optim.assign"
         )
 

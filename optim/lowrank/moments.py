@@ -42,13 +42,15 @@ def read(state: dict[str, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
     """Both moments in full: the states themselves where they are kept so."""
     if "exp_avg" in state:
         return state["exp_avg"], state["exp_avg_sq"]
-    return dequantise_pair(*_codes(state), like.dtype)
+    first, second = _codes(state)
+    return dequantise_pair(first, second, like.dtype)
 
 
 def write(state: dict[str, Tensor], m: Tensor, v: Tensor) -> None:
     """Keeps both moments, whether `read` gave them and they changed in place, or they are new."""
     if "exp_avg" not in state:
-        quantise_pair_(m, v, *_codes(state))
+        first, second = _codes(state)
+        quantise_pair_(m, v, first, second)
         return
     for key, value in (("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
