@@ -4,7 +4,7 @@ A step is m / sqrt(v). Rounded each on its own (`blockwise`), v > 0 may become 0
 far below the largest of a block codes are so sparse that m may gain and v lose a third. Here, with r = |m| / sqrt(v) and R
 the largest r of the block, all before rounding,
 
-    v' = the nearest code of v; the next above it where that is 0 and v is not, or where r > 3/4 R and v' < v / (1 + 1/64)
+    v' = the nearest code of v; the next above it where that is 0 and v is not, or where r > 9/10 R and v' < v / (1 + 1/64)
     m' = the nearest code of m held within +-R sqrt(v'); the next towards 0 where that lies outside
 
 so |m'| / sqrt(v') <= R: rounding never raises the largest ratio of a block, and it is never above that which the
@@ -28,7 +28,7 @@ from rowwise.kernels.portions import row_portions
 
 Moment = tuple[Tensor, Tensor]  # codes (m, n) uint8 and absmax (m, ceil(n / 256)) float32
 
-NEAR = 0.75  # of R, above which v is not rounded down
+NEAR = 0.9  # of R, above which v is not rounded down
 LOSS = 1 + 2.0**-6  # by more than this factor
 SLACK = 1 + 2.0**-16  # on R sqrt(v'): a pair that is exactly at its limit stays there, whatever the last bits
 ZERO = 127  # the code of 0 in the signed book

@@ -44,7 +44,7 @@ def by_search(m, v):
     for x, second in zip(m.tolist(), v.tolist(), strict=True):
         code = min(range(256), key=lambda c: abs(books[1][c] - second / top)) if second else 0
         ratio = abs(x) / math.sqrt(second) if second else 0.0
-        if second and books[1][code] * top * (1 + 1 / 64) < second and (ratio > 0.75 * most or code == 0):
+        if second and books[1][code] * top * (1 + 1 / 64) < second and (ratio > 0.9 * most or code == 0):
             code += 1
         kept.append(books[1][code] * top)
         limit = most * math.sqrt(kept[-1]) * (1 + 2**-16)

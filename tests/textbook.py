@@ -51,7 +51,7 @@ def quantise_pair(m: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
     most = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in ratio.split(256, dim=1)], 1)
     codes, top = quantise(v, False)
     short = dequantise(codes, top, False) * (1 + 1 / 64) < v
-    codes = torch.where(short & ((codes == 0) | (ratio > 0.75 * most)), codes + 1, codes)
+    codes = torch.where(short & ((codes == 0) | (ratio > 0.9 * most)), codes + 1, codes)
     second = codes, top
     limit = most * (1 + 2**-16) * dequantise(*second, False).sqrt()
     codes, top = quantise(torch.where(m.abs() > limit, m.sign() * limit, m), True)
