@@ -117,9 +117,9 @@ def test_more_workers_than_cores_are_a_warning(case, monkeypatch, capsys):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setattr(agent, "_agent", lambda job, ended: ended.put(None))
     assert launcher.main(words) == 0
-    told = capsys.readouterr().err
-    assert told.startswith(f"warning: {words[0]} on {cores} cores: ")
-    assert told.count("\n") == 1
+    warning, stopped = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {words[0]} on {cores} cores: ")
+    assert stopped == "stopped before the first step: there was nothing to save"
     assert agent.crowding(cores) is None
 
 
