@@ -119,8 +119,7 @@ class Search:
         folder = self.folder / f"trial-{trial.number}"
         trial.set_user_attr("machine", socket.gethostname())
         trial.set_user_attr("alive", time.time())
-        self.study.sampler = make_sampler(self.config, trial.number, self.grid)
-        settings = {key: suggest(trial, key, values) for key, values in self.space.varied.items()}
+        settings = self._settings(trial)
         if trial.user_attrs.get("pruned"):
             self.study.tell(trial, state=TrialState.PRUNED)
             lock.release()
@@ -133,6 +132,16 @@ class Search:
         self.running.append(Running(trial, folder, slot, process, steps, lock, tail, now, told))
         if told:  # the last decision may have been cut off
             self._decide(self.running[-1], max(told))
+
+    def _settings(self, trial: optuna.Trial) -> dict[str, str]:
+        """The values that the trial has or is given now: the same whether it was killed between two of them or not."""
+        self.study.sampler = make_sampler(self.config, trial.number, self.grid)
+        assert trial.relative_params is not None  # which draws those that are drawn together
+        settings = {}
+        for place, (key, values) in enumerate(self.space.varied.items(), 1):
+            self.study.sampler = make_sampler(self.config, trial.number, self.grid, place)
+            settings[key] = suggest(trial, key, values)
+        return settings
 
     def _watch(self, running: Running) -> None:
         trial, ended = running.trial, running.has_ended()
@@ -240,11 +249,14 @@ def open_storage(config: SweepConfig, folder: Path) -> optuna.storages.BaseStora
     return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path, lock))
 
 
-def make_sampler(config: SweepConfig, number: int, grid: list[dict[str, str]]) -> optuna.samplers.BaseSampler:
-    """Made anew for every trial: a sampler's own random state is lost when it is killed."""
+def make_sampler(
+    config: SweepConfig, number: int, grid: list[dict[str, str]], place: int = 0
+) -> optuna.samplers.BaseSampler:
+    """Made anew for every trial and every key (`place`, from 1) that is drawn by itself: a sampler's own random state is
+    lost when it is killed."""
     if grid:
         return optuna.samplers.PartialFixedSampler(grid[number], optuna.samplers.RandomSampler())
-    seed = config.seed * 1_000_003 + number
+    seed = ((config.seed * 1_000_003 + number) * 1_009 + place) % 2**32
     if config.search == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=config.parallel > 1)
     if config.search == "gp":
