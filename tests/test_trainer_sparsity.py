@@ -132,9 +132,8 @@ def test_the_budget_is_kept_to_the_last_weight(traces, folder, method):
         if method.startswith("nm"):
             assert_groups(masks, config)
             continue
-        start, stop = start_of(config, 8), stop_of(config, 8)
         if method.startswith("pdp"):
-            cut = last_cut(config, t)
+            cut, start, stop = last_cut(config, t), start_of(config, 8), stop_of(config, 8)
             if cut is None:
                 assert counts == sizes
             elif method.startswith("pdp nm"):
