@@ -64,7 +64,8 @@ RULES = {
     },
     **{rule: ((f"optim={rule}", *LOW), (1, 1)) for rule in ("dct", "apollo")},
     **{rule: ((f"optim={rule}", *LOW), (None, 1)) for rule in ("galore", "fira")},
-    **{rule: ((f"sparsity={rule}", *PRUNED), (1, None)) for rule in ("set", "rigl", "gradual")},
+    **{rule: ((f"sparsity={rule}", *PRUNED), (1, None)) for rule in ("set", "rigl")},
+    "gradual": (("sparsity=gradual", *PRUNED, "sparsity.start_at=2"), (1, None)),
 }
 
 
