@@ -122,7 +122,7 @@ def test_a_long_context_on_four_ranks(ranks, tmp_path):
     """The named run, at 16,384 tokens, in float64 and smaller in everything else: the loss is one process's."""
     text = tmp_path / "text.txt"
     chance = random.Random(11)
-    text.write_text(" ".join(chance.choice(("shared", "sequence", "of", "many", "tokens")) for _ in range(15_000)))
+    text.write_text(" ".join(chance.choice(("shared", "sequence", "of", "many", "tokens")) for _ in range(45_000)))
     smaller = ("steps=2", "model.layers=1", "model.dim=32", "model.ffn_dim=32", "eval.every=2", "eval.batches=1")
     data = ("data=text", f"data.files={text}", "data.holdout=0.2", "data.mask_documents=false")
     tree = compose_tree(["experiment=long_context", "precision=fp64", *smaller, *data, f"run_dir={tmp_path}/run"])
