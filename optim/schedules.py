@@ -8,6 +8,7 @@ longer. The fields of each choice are a dataclass of its own, so that a field of
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,18 @@ class WarmedUp:
     def warmup_length(self, steps: int) -> int:
         return length(self.warmup, self.warmup_steps, WARMUP, steps)
 
+    def rewarmed(self, once: Callable[[int, int], float], at: int | None, step: int, steps: int) -> float:
+        """The factor of `once`(step, steps) in a run that ends at `at` and begins again there, over what is left: its warm-up
+        climbs from where the first ended. None: it does not begin again."""
+        if at is None:
+            return once(step, steps)
+        if step < at:
+            return once(step, at)
+        since, left = step - at, steps - at
+        if since < (climbing := self.warmup_length(left)):
+            return climb(once(at, at), since, climbing)
+        return once(since, left)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(WarmedUp):
@@ -88,14 +101,7 @@ class Cosine(WarmedUp):
     rewarm_at: int | None = None
 
     def factor(self, step: int, steps: int) -> float:
-        if self.rewarm_at is None:
-            return self._once(step, steps)
-        if step < self.rewarm_at:
-            return self._once(step, self.rewarm_at)
-        since, left, before = step - self.rewarm_at, steps - self.rewarm_at, self._once(self.rewarm_at, self.rewarm_at)
-        if since < self.warmup_length(left):
-            return climb(before, since, self.warmup_length(left))
-        return self._once(since, left)
+        return self.rewarmed(self._once, self.rewarm_at, step, steps)
 
     def _once(self, step: int, steps: int) -> float:
         start = self.warmup_length(steps)
@@ -208,14 +214,7 @@ class Infinite(WarmedUp):
         )  # held is above the floor but in a warm-up
 
     def _rewarmed(self, step: int, steps: int) -> float:
-        if self.rewarm_at is None:
-            return self._held(step, steps)
-        if step < self.rewarm_at:
-            return self._held(step, self.rewarm_at)
-        since, left, before = step - self.rewarm_at, steps - self.rewarm_at, self._held(self.rewarm_at, self.rewarm_at)
-        if since < self.warmup_length(left):
-            return climb(before, since, self.warmup_length(left))
-        return self._held(since, left)
+        return self.rewarmed(self._held, self.rewarm_at, step, steps)
 
     def _held(self, step: int, steps: int) -> float:
         start, over = self.warmup_length(steps), self.cooldown_length(steps)
