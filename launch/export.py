@@ -37,6 +37,7 @@ from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.data.tokenizer import byte_tokenizer_json, open_tokenizer
 from rowwise.trainer.keys import unknown_key
 from rowwise.trainer.manifest import damage, find_checkpoints, read_manifest, step_folder
+from rowwise.trainer.metadata import Reader, read_metadata
 from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
 from rowwise.trainer.models.forms import FORMS, SEMI_STRUCTURED_DTYPES, form_config, in_form
 from rowwise.trainer.models.huggingface import their_config, their_name, write_folder
@@ -152,6 +153,7 @@ def choose(config: ExportConfig) -> tuple[Path, dict[str, Any]]:
         except ValueError as error:
             found = [str(error)]
         if not found:
+            read_metadata(checkpoint)
             return checkpoint, manifest
         complaints.append(f"{checkpoint} is damaged: {'; '.join(found)}")
         if checkpoint != candidates[-1]:
@@ -224,7 +226,7 @@ def read_(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         warnings.filterwarnings("ignore", message=".*single process")
         dcp.load(
             {f"model.{name}": tensor for name, tensor in tensors.items()},
-            storage_reader=dcp.FileSystemReader(checkpoint),
+            storage_reader=Reader(checkpoint),
             no_dist=True,
         )
 

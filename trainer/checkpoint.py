@@ -31,6 +31,7 @@ from rowwise.trainer.manifest import (
     prune,
     read_manifest,
 )
+from rowwise.trainer.metadata import Reader
 from rowwise.trainer.staging import Staging
 
 
@@ -127,7 +128,7 @@ class _Writer(dcp.FileSystemWriter):
 
 def load(checkpoint: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
     """Reads a checkpoint into `tensors`, in place: each rank its own rows, whatever layout wrote them."""
-    dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(checkpoint), process_group=mesh.save_group)
+    dcp.load(dict(tensors), storage_reader=Reader(checkpoint), process_group=mesh.save_group)
 
 
 def first_sound(candidates: list[Path], mesh: Mesh) -> tuple[Path, dict[str, Any], list[str]]:

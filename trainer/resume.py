@@ -6,7 +6,8 @@ from typing import Any
 
 from rowwise.optim.sparse.config import TimedBase
 from rowwise.trainer.config import TrainConfig, flat, schedule_of, tree_of
-from rowwise.trainer.manifest import find_checkpoints, read_manifest
+from rowwise.trainer.manifest import damage, find_checkpoints, read_manifest
+from rowwise.trainer.metadata import METADATA, read_metadata
 
 # What the facts were before they were kept.
 BEFORE: dict[str, Any] = {"optim.assign": [], "sparsity.name": "none", "model.stable_embedding": False}
@@ -67,6 +68,8 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
             manifest = read_manifest(checkpoint)
         except ValueError:
             continue  # reported and passed over by checkpoint.first_sound
+        if not damage(checkpoint, [item for item in manifest["files"].items() if item[0] == METADATA]):
+            read_metadata(checkpoint)  # refused here, where one line can say why
         advice = "give the same, or another name"
         _refuse_difference(checkpoint, manifest["model"], model_facts(config), "is of another model", advice)
         states = {**manifest["model"], **manifest.get("states", {})}
