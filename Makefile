@@ -10,7 +10,7 @@ ARGS ?=
 # Optimizers that tests hold ours against: their classes are plain Python, and what else they ask for is not needed.
 AUTHORS := galore-torch apollo-torch fira
 
-.PHONY: train test test-slow test-slurm lint setup clean
+.PHONY: train test test-slow test-slurm lint setup chromium slurm clean
 
 setup: $(READY)
 
@@ -26,8 +26,14 @@ train: $(READY)
 # Debian's packages that tests start for real: reports are looked at in a browser.
 INSTALL := apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 
-test: $(READY)
+chromium:
 	@command -v chromium > /dev/null || { $(INSTALL) chromium; }
+
+slurm:
+	@[ "$$(id -u)" = 0 ] || { echo "make test-slurm needs root: it starts Slurm's daemons and makes network namespaces" >&2; exit 1; }
+	@command -v slurmctld > /dev/null && command -v ip > /dev/null || { $(INSTALL) slurm-wlm munge iproute2; }
+
+test: $(READY) chromium
 	$(BIN)/python -m pytest $(ARGS)
 
 # Every preset trains the tiny model: twenty minutes on one core.
@@ -35,9 +41,7 @@ test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow $(ARGS)
 
 # A Slurm of its own and hosts with a network between them, on this machine; as root only.
-test-slurm: $(READY)
-	@[ "$$(id -u)" = 0 ] || { echo "make test-slurm needs root: it starts Slurm's daemons and makes network namespaces" >&2; exit 1; }
-	@command -v slurmctld > /dev/null && command -v ip > /dev/null || { $(INSTALL) slurm-wlm munge iproute2; }
+test-slurm: $(READY) slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster/*.py $(ARGS)
 
 lint: $(READY)

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from live_bytes import LiveBytes
@@ -169,6 +170,27 @@ def test_activations_fall_with_the_number_of_ranks(ranks, folder):
         for rank in ranks.run(peaks, world, with_layout(config, world, **degrees), lengths):
             for part, whole in zip(rank, alone, strict=True):
                 assert 1 <= part / whole * world <= 1.06, degrees
+
+
+def peaks_of_exchanges(workers, times: int) -> set[int]:
+    """Bytes at the height of a few exchanges whose tensors are dropped at once, each time."""
+    dist.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
+    found = set()
+    for _ in range(times):
+        with LiveBytes() as live:
+            for _ in range(20):
+                sent, came = torch.randn(64), torch.empty(64)
+                dist.all_to_all_single(came, sent)
+                del sent
+                twice = came * 2
+                del came, twice
+        found.add(live.peak)
+    return found
+
+
+def test_what_is_held_does_not_depend_on_when_gloo_lets_go(ranks):
+    """Its thread keeps what was sent for a moment after it has come."""
+    assert ranks.run(peaks_of_exchanges, 2, 50) == [{2 * 64 * 4}] * 2
 
 
 def test_every_place_is_held_once_and_padding_comes_last():
