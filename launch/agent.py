@@ -30,7 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from rowwise.launch.meeting import Meeting, address_towards, give_up_after
 from rowwise.launch.outcome import OUTCOME, Failed, Outcome, Refused, State, read_outcome, write_outcome
 from rowwise.trainer.files import DiskFull
-from rowwise.trainer.manifest import complete_checkpoints, read_manifest
+from rowwise.trainer.manifest import newest_sound, read_manifest
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.prepare import is_held
 from rowwise.trainer.stop import ASKED, INTERRUPTED, SIGNALS, hearing
@@ -102,9 +102,9 @@ def run_workers(job: Job, relay: bool = False) -> Outcome:
     if job.run_dir.is_dir() and not is_held(job.run_dir) and not _better_said(job.run_dir, outcome, began):
         try:
             write_outcome(job.run_dir, outcome)
-        except DiskFull as full:
+        except (DiskFull, OSError) as error:
             if not outcome.has_cause:  # which is told, and most likely is this one
-                print(f"warning: {full}", file=sys.stderr, flush=True)
+                print(f"warning: how the run ended is not written down: {error}", file=sys.stderr, flush=True)
     if relay and forwarding.requested is not None:
         signal.raise_signal(forwarding.requested)
     return outcome
@@ -205,15 +205,21 @@ def _is_worker(process: psutil.Process) -> bool:
         return False
 
 
+def _last_step(run_dir: Path) -> int:
+    """How far the records reach; 0 where they do not tell."""
+    with contextlib.suppress(OSError):
+        return max((record["step"] for record in read_metrics(run_dir)), default=0)
+    return 0
+
+
 def _outcome(job: Job, error: BaseException | None, asked_to_stop: bool) -> Outcome:
-    records = read_metrics(job.run_dir)
-    step = records[-1]["step"] if records else 0
+    step = _last_step(job.run_dir)
     # One that is asked before it hears, or when it no longer does, dies of it, and others for want of it.
     failures = list(error.failures.values()) if isinstance(error, ChildFailedError) else []
     deaf = any(failure.exitcode == INTERRUPTED or -failure.exitcode in SIGNALS for failure in failures)
     if error is None or (asked_to_stop and deaf):
-        saved = complete_checkpoints(job.run_dir / "checkpoints")
-        if saved and read_manifest(saved[0])["step"] >= job.steps:
+        saved = newest_sound(job.run_dir / "checkpoints")
+        if saved is not None and read_manifest(saved)["step"] >= job.steps:
             return Outcome("complete", None, step)
         return Outcome("stopped", "asked to stop", step)
     if failures:

@@ -1,11 +1,12 @@
 """outcome.json: how the run in a folder ended. Written by what started its workers, taken away by the next run there."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from rowwise.trainer.files import write_whole
+from pydantic import TypeAdapter
+
+from rowwise.trainer.files import to_json, write_whole
 
 OUTCOME = "outcome.json"
 _ROOM, _ROOM_BYTES = ".outcome.room", 4096
@@ -42,16 +43,24 @@ class Outcome:
         return (self.reason or "").startswith(("out of memory", "not a number", "disk full"))
 
 
+_OUTCOME = TypeAdapter(Outcome)
+
+
 def write_outcome(run_dir: Path, outcome: Outcome) -> None:
     """Raises DiskFull where not even the room that was kept for it is left."""
     give_room(run_dir)
-    write_whole(run_dir / OUTCOME, json.dumps(asdict(outcome)) + "\n")
+    write_whole(run_dir / OUTCOME, to_json(asdict(outcome)) + "\n")
 
 
 def read_outcome(run_dir: Path) -> Outcome | None:
-    """None while the run has not ended."""
+    """None while the run has not ended. A file that is damaged says so instead."""
     path = run_dir / OUTCOME
-    return Outcome(**json.loads(path.read_text())) if path.exists() else None
+    try:
+        return _OUTCOME.validate_json(path.read_bytes(), strict=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        return Outcome("failed", f"{path} is damaged ({str(error).splitlines()[0]})")
 
 
 def last_refusal(log: Path) -> str:

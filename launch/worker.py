@@ -25,9 +25,11 @@ from rowwise.launch.workers import (
     workers_from_environment,
 )
 from rowwise.parallel.mesh import Workers, pick_device
+from rowwise.trainer.checkpoint import NoneSound
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
-from rowwise.trainer.files import DiskFull, want_of_room, writing
+from rowwise.trainer.files import DiskFull, behind, want_of_room, writing
 from rowwise.trainer.manifest import clear_interrupted, newest_sound
+from rowwise.trainer.metrics import RunMoved
 from rowwise.trainer.prepare import lock_run, prepare
 from rowwise.trainer.train import train
 
@@ -50,12 +52,12 @@ def run(overrides: list[str], workers: Workers) -> None:
         with begun(overrides, workers) as config:
             announce(workers, tree_of(config))
             tell_gpu(Path(config.run_dir))
-            with told_of_full_disks(Path(config.run_dir), workers):
+            with told_of_known_ends(Path(config.run_dir), workers):
                 train(config, workers)
     else:
         config = config_from_tree(hear(workers))
         tell_gpu(Path(config.run_dir))
-        with told_of_full_disks(Path(config.run_dir), workers):
+        with told_of_known_ends(Path(config.run_dir), workers):
             train(config, workers)
 
 
@@ -84,19 +86,31 @@ def begun(overrides: list[str], workers: Workers) -> Iterator[TrainConfig]:
 
 
 @contextlib.contextmanager
-def told_of_full_disks(run_dir: Path, workers: Workers) -> Iterator[None]:
-    """Raises Failed where the disk is full, here or where another worker found it so, and leaves no half of a checkpoint."""
+def told_of_known_ends(run_dir: Path, workers: Workers) -> Iterator[None]:
+    """Raises Failed where one line tells the end, here or where another worker found it so, and leaves no half of a
+    checkpoint."""
     try:
         yield
     except (Exception, CheckpointException) as error:
-        full = want_of_room(error)
-        reason = share_end(workers, None if full is None else _told(full, run_dir))
+        reason = share_end(workers, _reason(error, run_dir))
         if reason is None:
             raise
         if workers.rank == 0:
             with contextlib.suppress(OSError):  # which others may be writing for a moment yet
                 clear_interrupted(run_dir / "checkpoints")
         raise Failed(reason) from None
+
+
+def _reason(error: BaseException, run_dir: Path) -> str | None:
+    """What ended the run, where it is nothing of the program's own making."""
+    if (full := want_of_room(error)) is not None:
+        return _told(full, run_dir)
+    for one in behind(error):
+        if isinstance(one, NoneSound | RunMoved):
+            return str(one)
+        if isinstance(one, OSError) and one.filename is not None:
+            return f"{one.filename}: {one.strerror}"
+    return None
 
 
 def _told(full: BaseException, run_dir: Path | None) -> str:

@@ -276,6 +276,8 @@ REFUSED = {
     ),
     "empty prompt": (["sample.prompt=''"], r"sample.prompt='' has no token to go on from"),
     "resume": (["resume=/nowhere"], r"resume=/nowhere: no checkpoint there; give auto, never, or the path"),
+    "no run directory": (["run_dir="], r"run_dir is empty: give the folder of the run, such as runs/NAME"),
+    "a home that is none": (["run_dir='~nobody-at-all/x'"], r"run_dir=~nobody-at-all/x: there is no such user's home"),
     "run directory": (["run_dir=/dev/null/run"], r"run_dir=/dev/null/run cannot be written .*give another run_dir"),
     "init_from": (
         ["model.init_from=/nowhere"],

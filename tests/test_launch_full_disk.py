@@ -95,6 +95,7 @@ def test_a_disk_that_fills_up_during_a_run(ranks, tmp_path, disk, case):
         "run",
         ".lock",
         ".job",
+        ".saved",
         "config.yaml",
         "metrics.jsonl",
         "memory.json",

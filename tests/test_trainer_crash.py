@@ -98,6 +98,12 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def _no_device(path: Path) -> None:
+    """Reading this process's memory at 0 is an error of input and output."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
 DAMAGE = {
     "a flipped bit in a rank's file": ("__1_0.distcp", _flip_a_bit),
     "a truncated rank's file": ("__0_0.distcp", _truncate),
@@ -105,6 +111,8 @@ DAMAGE = {
     "a flipped bit in the metadata": (".metadata", _flip_a_bit),
     "a flipped bit in the manifest": ("manifest.json", _flip_a_bit),
     "a truncated manifest": ("manifest.json", _truncate),
+    "a lost manifest": ("manifest.json", Path.unlink),
+    "a rank's file that the disk does not give": ("__1_0.distcp", _no_device),
 }
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -21,8 +22,9 @@ from rowwise.optim.build import named_state
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.device import Mark, device_of
 from rowwise.parallel.mesh import Mesh
-from rowwise.trainer.files import writing
+from rowwise.trainer.files import behind, writing
 from rowwise.trainer.manifest import (
+    Manifest,
     begin,
     commit,
     damage,
@@ -32,6 +34,7 @@ from rowwise.trainer.manifest import (
     read_manifest,
 )
 from rowwise.trainer.metadata import Reader
+from rowwise.trainer.resume import none_left
 from rowwise.trainer.staging import Staging
 
 
@@ -126,28 +129,43 @@ class _Writer(dcp.FileSystemWriter):
             super().finish(metadata, results)
 
 
+class NoneSound(Exception):
+    """No checkpoint of a run can be gone on from."""
+
+
+def load_first_sound(
+    candidates: list[Path], tensors: dict[str, Tensor], mesh: Mesh
+) -> tuple[Path, Manifest, list[str]]:
+    """Fills `tensors` from the first checkpoint that is sound and can be read to its end. Returns it, its manifest, and what
+    was passed over and why. All ranks must call it. Raises NoneSound."""
+    complaints: list[str] = []
+    for checkpoint in candidates:
+        manifest, found = examined(checkpoint, mesh)
+        if manifest is not None and not found:
+            try:
+                load(checkpoint, tensors, mesh)
+                return checkpoint, manifest, complaints
+            except CheckpointException as error:  # the same on every rank
+                found = [f"it cannot be read ({one.strerror})" for one in behind(error) if isinstance(one, OSError)]
+                if not found:
+                    raise
+        complaints.append(f"{checkpoint} is damaged: {'; '.join(found)}")
+    raise NoneSound(none_left(complaints))
+
+
 def load(checkpoint: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
     """Reads a checkpoint into `tensors`, in place: each rank its own rows, whatever layout wrote them."""
     dcp.load(dict(tensors), storage_reader=Reader(checkpoint), process_group=mesh.save_group)
 
 
-def first_sound(candidates: list[Path], mesh: Mesh) -> tuple[Path, dict[str, Any], list[str]]:
-    """The first checkpoint whose every file has its checksum, its manifest, and what was passed over and why.
-
-    The ranks share the reading. Raises RuntimeError where none is sound.
-    """
-    complaints: list[str] = []
-    for checkpoint in candidates:
-        try:
-            manifest = read_manifest(checkpoint)
-            files = sorted(manifest["files"].items())
-            found = damage(checkpoint, files[mesh.rank :: mesh.world_size])
-        except ValueError as error:
-            manifest, found = {}, [str(error)]
-        everyone: list[list[str]] = [[] for _ in range(mesh.world_size)]
-        dist.all_gather_object(everyone, found, group=mesh.save_group)
-        everything = list(dict.fromkeys(phrase for part in everyone for phrase in part))
-        if not everything:
-            return checkpoint, manifest, complaints
-        complaints.append(f"{checkpoint} is damaged: {'; '.join(everything)}")
-    raise RuntimeError("no sound checkpoint is left: " + ". ".join(complaints))
+def examined(checkpoint: Path, mesh: Mesh) -> tuple[Manifest | None, list[str]]:
+    """The manifest of a checkpoint, and what any rank finds wrong with it or its files: they share the reading."""
+    manifest: Manifest | None = None
+    try:
+        manifest = read_manifest(checkpoint)
+        found = damage(checkpoint, sorted(manifest["files"].items())[mesh.rank :: mesh.world_size])
+    except ValueError as error:
+        found = [str(error)]
+    everyone: list[list[str]] = [[] for _ in range(mesh.world_size)]
+    dist.all_gather_object(everyone, found, group=mesh.save_group)
+    return manifest, list(dict.fromkeys(phrase for part in everyone for phrase in part))

@@ -19,6 +19,7 @@ from rowwise.parallel.sequence import check_heads
 from rowwise.trainer.data.batches import BatchConfig, check_batch
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.evaluate import EvalConfig
+from rowwise.trainer.files import full_path
 from rowwise.trainer.keys import unknown_key
 from rowwise.trainer.manifest import CheckpointConfig, check_checkpoint
 from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_count, parameter_shapes
@@ -63,7 +64,8 @@ _SCHEDULES: TypeAdapter[ScheduleConfig] = TypeAdapter(Annotated[ScheduleConfig, 
 
 def config_from_tree(tree: dict[str, Any]) -> TrainConfig:
     """The typed configuration of a composed tree, strictly, with the learning rate that the model's size asks for where
-    `optim.lr` is null. Raises ValueError for an unknown key, a missing one or a wrong type, and names it."""
+    `optim.lr` is null, and the home folder for the `~` of `run_dir`. Raises ValueError for an unknown key, a missing one or a
+    wrong type, and names it."""
     by_size = isinstance(tree.get("optim"), dict) and tree["optim"].get("lr", 0) is None
     if by_size:
         tree = {**tree, "optim": {**tree["optim"], "lr": 1.0}}
@@ -73,6 +75,8 @@ def config_from_tree(tree: dict[str, Any]) -> TrainConfig:
     except ValidationError as error:
         raise ValueError(_explain(error, tree)) from None
     _refuse_unknown(tree, asdict(config), "")
+    if config.run_dir.startswith("~"):
+        config = replace(config, run_dir=str(full_path(config.run_dir, "run_dir")))
     return _with_rate_of_size(config) if by_size else config
 
 
@@ -121,6 +125,8 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     if config.peak_flops is not None and config.peak_flops <= 0:
         raise ValueError(f"peak_flops={config.peak_flops}: FLOP/s of one device, 989e12 say; null: by its name")
     check_folder_name("name", config.name)
+    if not config.run_dir:
+        raise ValueError("run_dir is empty: give the folder of the run, such as runs/NAME")
     check_model(config.model)
     check_optimizer(config.optim, parameter_shapes(config.model))
     _check_stable_embedding(config)

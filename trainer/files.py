@@ -1,11 +1,15 @@
-"""Files that are there whole or not at all, whoever reads them and whatever ends the one that writes; and full disks."""
+"""Files that are there whole or not at all, whoever reads them and whatever ends the one that writes; JSON that every reader
+takes; and full disks."""
 
 import contextlib
 import errno
+import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 class DiskFull(Exception):
@@ -27,20 +31,26 @@ def writing(path: Path) -> Iterator[None]:
 def want_of_room(error: BaseException) -> BaseException | None:
     """What says that a file system, or a quota, is full, of all that stands behind `error`: libraries raise others on its
     heels, and torch.distributed.checkpoint keeps those of all ranks in one. None where nothing does."""
-    met: list[BaseException] = []
-    behind: list[BaseException | None] = [error]
-    while behind:
-        one = behind.pop()
-        if one is None or one in met:
-            continue
+    for one in behind(error):
         if isinstance(one, DiskFull) or (isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT)):
             return one
         if os.strerror(errno.ENOSPC) in str(one) and not hasattr(one, "failures"):  # safetensors, from Rust
             return one
-        met.append(one)
-        behind += [one.__cause__, one.__context__]
-        behind += [failure for failure, _ in getattr(one, "failures", {}).values()]
     return None
+
+
+def behind(error: BaseException) -> Iterator[BaseException]:
+    """`error`, and all that it came from."""
+    met: list[BaseException] = []
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is None or one in met:
+            continue
+        yield one
+        met.append(one)
+        left += [one.__cause__, one.__context__]
+        left += [failure for failure, _ in getattr(one, "failures", {}).values()]
 
 
 def _described(path: Path, cause: BaseException) -> str:
@@ -63,3 +73,45 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove(path: Path) -> None:
+    """Whatever is there: a folder with all that is in it, a file, or a link, but not what that leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def free_name(path: Path) -> Path:
+    """`path`-1, or the first number that is free."""
+    return next(free for n in range(1, 1 << 30) if not os.path.lexists(free := path.with_name(f"{path.name}-{n}")))
+
+
+def full_path(path: str, key: str) -> Path:
+    """`path` with the home folder in place of its `~`. Raises ValueError where there is none of that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{key}={path}: there is no such user's home; give the whole path") from None
+
+
+def to_json(tree: Any, indent: int | None = None, sort_keys: bool = False) -> str:
+    """A plain tree as JSON, which has no word for NaN and infinity: they are null."""
+    return json.dumps(_finite(tree), indent=indent, sort_keys=sort_keys, allow_nan=False)
+
+
+def from_json(text: str | bytes) -> Any:
+    """The tree in `text`; NaN and Infinity, which others write, are None. Raises ValueError for all that is no JSON."""
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    return [_finite(value) for value in tree] if isinstance(tree, list | tuple) else tree

@@ -4,22 +4,35 @@ runs/NAME/checkpoints/step-00000100/               a checkpoint; it exists once 
     manifest.json                                  written last
     .metadata  __0_0.distcp  __1_0.distcp  ...     torch distributed checkpoint, one file a rank
 runs/NAME/checkpoints/step-00000200.incomplete/    a save under way, or one that was interrupted
+runs/NAME/checkpoints/step-00000300.damaged/       one that was passed over by a run that went on
+runs/NAME/.saved                                   a checkpoint has existed: where there is none, it was lost
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from rowwise.trainer.files import free_name, from_json, remove, to_json
+from rowwise.trainer.manifest_form import VERSION, FileFacts, Manifest
+
+SAVED = ".saved"
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _INCOMPLETE = ".incomplete"
+
+
+_MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+
+
+class OtherVersion(ValueError):
+    """A sound manifest, in a form that this release does not know."""
 
 
 @dataclass(frozen=True)
@@ -48,38 +61,83 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def step_folders(checkpoints: Path) -> list[Path]:
+    """All that has the name of a checkpoint, the newest first: also what has lost its manifest. Raises ValueError where
+    `checkpoints` cannot be read."""
+    try:
+        names = [path.name for path in checkpoints.iterdir()]
+    except OSError as error:
+        if not os.path.lexists(checkpoints):
+            return []
+        if checkpoints.is_symlink() and isinstance(error, FileNotFoundError):
+            raise ValueError(
+                f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there: mount that disk, or remove the link"
+            ) from None
+        raise ValueError(f"{checkpoints} cannot be read ({error.strerror}): mend it, or give another name") from None
+    found = {name: int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
+    return [checkpoints / name for name in sorted(found, key=found.__getitem__, reverse=True)]
+
+
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """The checkpoints that exist, the newest first."""
-    if not checkpoints.is_dir():
-        return []
-    found = [p for p in checkpoints.iterdir() if _NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    """The checkpoints that exist, the newest first; sound or not."""
+    return [folder for folder in step_folders(checkpoints) if _is_there(folder / MANIFEST)]
+
+
+def _is_there(path: Path) -> bool:
+    """Also where the disk does not say what it is."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
 
 
 def newest_sound(checkpoints: Path) -> Path | None:
     """The newest checkpoint that has a sound manifest and every file, in its size; checksums are left to who resumes."""
-    for checkpoint in complete_checkpoints(checkpoints):
-        with contextlib.suppress(ValueError, OSError):
-            files = read_manifest(checkpoint)["files"].items()
-            if all((checkpoint / name).stat().st_size == facts["bytes"] for name, facts in files):
-                return checkpoint
+    with contextlib.suppress(ValueError):
+        for checkpoint in complete_checkpoints(checkpoints):
+            with contextlib.suppress(ValueError, OSError):
+                files = read_manifest(checkpoint)["files"].items()
+                if all((checkpoint / name).stat().st_size == facts["bytes"] for name, facts in files):
+                    return checkpoint
     return None
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises ValueError where it cannot be read."""
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises ValueError where it cannot be read, or is none; OtherVersion where another release
+    of Rowwise wrote it."""
+    path = checkpoint / MANIFEST
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        if manifest.pop("checksum") != fingerprint(manifest):
+        tree = from_json(path.read_bytes())
+        if not isinstance(tree, dict) or tree.pop("checksum", None) != fingerprint(tree):
             raise ValueError("its own checksum differs")
+        if tree.get("version", VERSION) != VERSION:
+            raise OtherVersion(
+                f"{path} is of version {tree['version']}, and this release reads {VERSION}: go on with the release that wrote it"
+            )
+        manifest = _MANIFEST.validate_python(tree)
+        step = _NAME.fullmatch(checkpoint.name)
+        if manifest["step"] != manifest["state"]["step"] or (step and int(step[1]) != manifest["step"]):
+            raise ValueError(f"it is of step {manifest['step']}")
+        if any(Path(name).name != name for name in manifest["files"]):
+            raise ValueError("its files are elsewhere")
         return manifest
-    except (OSError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(f"{checkpoint / MANIFEST} is damaged ({error or type(error).__name__})") from None
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{MANIFEST} is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from None
+    except OtherVersion:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} is damaged ({error})") from None
 
 
 def begin(checkpoints: Path, step: int) -> Path:
-    """An empty folder to save `step` into. What interrupted saves left behind is removed."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    """An empty folder to save `step` into. What interrupted saves left behind is removed. Not made anew is the run's own
+    folder: it was moved away."""
+    checkpoints.mkdir(exist_ok=True)
     clear_interrupted(checkpoints)
     folder = incomplete_folder(checkpoints, step)
     folder.mkdir()
@@ -89,7 +147,7 @@ def begin(checkpoints: Path, step: int) -> Path:
 def clear_interrupted(checkpoints: Path) -> None:
     """Removes what interrupted saves left behind."""
     for stale in checkpoints.glob(f"*{_INCOMPLETE}"):
-        shutil.rmtree(stale)
+        remove(stale)
 
 
 def incomplete_folder(checkpoints: Path, step: int) -> Path:
@@ -110,16 +168,18 @@ def commit(folder: Path, manifest: dict[str, Any]) -> Path:
                 "file system that all machines share"
             )
     partial = folder / (MANIFEST + _INCOMPLETE)
+    manifest = {"version": VERSION, **manifest}
     with partial.open("w") as file:
-        json.dump({**manifest, "checksum": fingerprint(manifest)}, file, indent=1)
+        file.write(to_json({**manifest, "checksum": fingerprint(manifest)}, indent=1))
         file.flush()
         os.fsync(file.fileno())
     partial.rename(folder / MANIFEST)
     _sync_folder(folder)
     final = folder.with_name(folder.name.removesuffix(_INCOMPLETE))
-    if final.exists():  # a folder that lost its manifest, and so is no checkpoint
-        shutil.rmtree(final)
+    if os.path.lexists(final):
+        _put_aside(final)
     folder.rename(final)
+    (final.parent.parent / SAVED).touch()
     _sync_folder(final.parent)
     return final
 
@@ -128,50 +188,62 @@ def prune(checkpoints: Path, keep: int) -> None:
     """Removes all but the `keep` newest. The name goes first, so that no half-removed folder is a checkpoint, and what
     a crash leaves of one is cleared by the next save."""
     for old in complete_checkpoints(checkpoints)[keep:] if keep else []:
-        shutil.rmtree(old.rename(old.with_name(old.name + _INCOMPLETE)))
+        remove(old.rename(old.with_name(old.name + _INCOMPLETE)))
 
 
 def set_aside(checkpoints: Path, beyond: int) -> None:
     """Renames the checkpoints of later steps than `beyond`, from which a run goes on: they were damaged and passed over,
     and must neither be resumed nor counted among the newest."""
-    for later in complete_checkpoints(checkpoints):
+    for later in step_folders(checkpoints):
         if int(later.name.split("-")[1]) > beyond:
-            aside = later.with_name(later.name + ".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            later.rename(aside)
+            _put_aside(later)
 
 
-def file_facts(path: Path) -> dict[str, Any]:
+def _put_aside(checkpoint: Path) -> None:
+    aside = checkpoint.with_name(checkpoint.name + ".damaged")
+    checkpoint.rename(free_name(aside) if os.path.lexists(aside) else aside)
+
+
+def file_facts(path: Path) -> FileFacts:
     """Size and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def damage(checkpoint: Path, files: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
+def damage(checkpoint: Path, files: Iterable[tuple[str, FileFacts]]) -> list[str]:
     """What is wrong with these files of a checkpoint, a phrase each."""
     found = []
     for name, facts in files:
-        path = checkpoint / name
-        if not path.is_file():
+        try:
+            size = (checkpoint / name).stat().st_size
+            if size != facts["bytes"]:
+                found.append(f"{name} has {size} bytes instead of {facts['bytes']}")
+            elif file_facts(checkpoint / name)["sha256"] != facts["sha256"]:
+                found.append(f"{name} differs from its checksum")
+        except FileNotFoundError:
             found.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != facts["bytes"]:
-            found.append(f"{name} has {size} bytes instead of {facts['bytes']}")
-        elif file_facts(path)["sha256"] != facts["sha256"]:
-            found.append(f"{name} differs from its checksum")
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror})")
     return found
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """What a user may name: a checkpoint, or a folder of them, or a run. The newest first."""
-    if (path / MANIFEST).is_file():
+    """What a user may name: a checkpoint, or a folder of them, or a run. The newest first, with those that have lost their
+    manifest. Raises ValueError where the folder cannot be read."""
+    if _is_there(path / MANIFEST):
         return [path]
-    return complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
+    return step_folders(path) or step_folders(path / "checkpoints")
+
+
+def had_checkpoints(run_dir: Path) -> bool:
+    """Whether the run there has ever saved one."""
+    return _is_there(run_dir / SAVED)
 
 
 def fingerprint(tree: Any) -> str:
     """SHA-256 of a plain tree."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """memory.json: what every rank holds, by category, once its first step is made."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rowwise.kernels.rows import local
 from rowwise.optim.shell import Optimizer
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.state_bytes import measure
-from rowwise.trainer.files import write_whole
+from rowwise.trainer.files import to_json, write_whole
 from rowwise.trainer.metrics import peak_memory_bytes
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.pipeline import StagedDecoder
@@ -46,4 +45,4 @@ def keep_memory(
     dist.all_gather_object(everyone, asdict(ours), group=mesh.save_group)
     if mesh.rank == 0:
         document = {"device": mesh.device.type, "ranks": everyone, "predicted": None}
-        write_whole(run_dir / "memory.json", json.dumps(document) + "\n")
+        write_whole(run_dir / "memory.json", to_json(document) + "\n")

@@ -1,16 +1,18 @@
 """metrics.jsonl: one record a step, over all resumes; and what a record is made of."""
 
-import json
+import hashlib
 import os
 import re
 import resource
 import sys
+from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rowwise.trainer.files import write_whole, writing
+from rowwise.trainer.files import free_name, from_json, to_json, write_whole, writing
 
 # Dense 16-bit peak FLOP/s by words of the device's name, from the vendors' data sheets; the first whose words are all there.
 PEAK_FLOPS = {
@@ -33,19 +35,58 @@ PEAK_FLOPS = {
 }
 
 
-class MetricsLog:
-    """The metrics.jsonl of a run. Opening it after `step` drops what was written beyond: those steps come again."""
+@dataclass(frozen=True)
+class Recorded:
+    """What a checkpoint knows of the records that it counts on: they are of the steps after `began`, where the run began
+    from nothing or from a checkpoint of another, and `sha256` is that of their lines. None: not known."""
 
-    def __init__(self, run_dir: Path, step: int):
-        self._path = run_dir / "metrics.jsonl"
-        kept = [line for line in _complete_lines(self._path) if json.loads(line)["step"] <= step]
-        write_whole(self._path, "".join(f"{line}\n" for line in kept))
+    began: int | None = 0
+    sha256: str | None = None
+
+
+class RunMoved(Exception):
+    """The folder of a run was moved or removed while it was under way."""
+
+
+class MetricsLog:
+    """The metrics.jsonl of a run. Opening it after `step` drops what was written beyond: those steps come again.
+
+    What else is found wrong with it is told in `remarks`, and then the file as it was is kept beside the new one.
+    """
+
+    def __init__(self, run_dir: Path, step: int, recorded: Recorded | None = None):
+        self._path, self.remarks = run_dir / "metrics.jsonl", list[str]()
+        recorded = recorded or Recorded()
+        content = self._path.read_bytes() if os.path.lexists(self._path) else b""
+        found, faults = sort_out(content)
+        began = min([step, *(at - 1 for at in found)]) if recorded.began is None else recorded.began
+        text = "".join(f"{found[at]}\n" for at in sorted(found) if began < at <= step)
+        self._began, self._digest = began, hashlib.sha256(text.encode())
+        if recorded.sha256 != self._digest.hexdigest():
+            faults += differences(found, began, step) or [f"a record up to step {step} is not as it was written"] * (
+                recorded.sha256 is not None
+            )
+        if faults:
+            self._keep_aside("damaged", f"is damaged: {'; '.join(faults)}")
+        elif began == step and found:
+            self._keep_aside(
+                "before", f"has records up to step {max(found)} of a run that was cut off before it first saved"
+            )
+        write_whole(self._path, text)
         self._file = self._path.open("ab", buffering=0)
-        self.sync()
+        self._durable()
+
+    def _keep_aside(self, why: str, told: str) -> None:
+        aside = free_name(self._path.with_name(f"{self._path.name}.{why}"))
+        if os.path.lexists(self._path):
+            self._path.rename(aside)
+            told += f"; kept as {aside.name}"
+        self.remarks.append(f"{self._path} {told}")
 
     def append(self, record: dict[str, Any]) -> None:
         """Writes one record so that it survives the death of this process: the whole line, or none of it. Raises DiskFull."""
-        line, before = (json.dumps(record) + "\n").encode(), os.fstat(self._file.fileno()).st_size
+        written = line = (to_json(record) + "\n").encode()
+        before = os.fstat(self._file.fileno()).st_size
         try:
             with writing(self._path):
                 while line:
@@ -53,26 +94,87 @@ class MetricsLog:
         except BaseException:
             self._file.truncate(before)
             raise
+        self._digest.update(written)
 
-    def sync(self) -> None:
-        """Makes what was appended survive the death of this machine: before a checkpoint counts on it."""
+    def sync(self) -> Recorded:
+        """Makes what was appended survive the death of this machine, before a checkpoint counts on it, which is to keep what
+        is returned. Raises RunMoved where nobody would find it."""
+        self._durable()
+        ours = os.fstat(self._file.fileno())
+        try:
+            theirs = self._path.stat()
+        except FileNotFoundError:
+            theirs = None
+        if theirs is None or (theirs.st_ino, theirs.st_dev) != (ours.st_ino, ours.st_dev):
+            raise RunMoved(
+                f"{self._path.parent} was moved, removed or replaced under way: what was saved and recorded before went with it; "
+                "move it back, and the same command goes on"
+            )
+        return Recorded(self._began, self._digest.hexdigest())
+
+    def _durable(self) -> None:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The records of a file whose last line may have been cut off."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return lines[:-1]
+def sort_out(content: bytes) -> tuple[dict[int, str], list[str]]:
+    """The lines that are records, by their steps, and what is wrong with the others, a phrase each. What follows the last
+    line break was cut off."""
+    found: dict[int, str] = {}
+    bad, again, ordered = [], [], True
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        record = record_of(line)
+        if record is None:
+            bad.append(number)
+        elif record["step"] in found:
+            again.append(record["step"])
+        else:
+            ordered &= not found or next(reversed(found)) < record["step"]
+            found[record["step"]] = line.decode()
+    faults = [f"no record in line {_spans(bad)}"] * bool(bad) + [f"step {_spans(again)} stands there again"] * bool(
+        again
+    )
+    return found, faults if ordered else [*faults, "the steps are not in their order"]
+
+
+def differences(found: Container[int], began: int, step: int) -> list[str]:
+    """What `found` has not, and has too much, of the steps of a run that `began` there."""
+    missing = [at for at in range(began + 1, step + 1) if at not in found]
+    foreign = [at for at in range(1, began + 1) if at in found]
+    return [f"step {_spans(missing)} is missing"] * bool(missing) + [
+        f"step {_spans(foreign)} is of another run"
+    ] * bool(foreign)
+
+
+def record_of(line: bytes | str) -> dict[str, Any] | None:
+    """The record in a line; None where it is none."""
+    try:
+        record = from_json(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and 0 < step < 1 << 53 else None
+
+
+def _spans(numbers: list[int], most: int = 5) -> str:
+    """Such as 3, 5 to 9."""
+    spans: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    told = [f"{first} to {last}" if last > first else f"{first}" for first, last in spans]
+    return ", ".join(told[:most] + ([f"and {len(told) - most} more"] if len(told) > most else []))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run so far."""
-    return [json.loads(line) for line in _complete_lines(Path(run_dir) / "metrics.jsonl")]
+    """The records of a run so far, as they stand there; what is no record is passed over. Raises OSError."""
+    path = Path(run_dir) / "metrics.jsonl"
+    content = path.read_bytes() if path.exists() else b""
+    return [record for line in content.split(b"\n")[:-1] if (record := record_of(line)) is not None]
 
 
 class MetricsTail:
@@ -84,15 +186,16 @@ class MetricsTail:
 
     def read(self) -> list[dict[str, Any]]:
         """The records since the last call."""
-        if not self._path.exists():
+        try:
+            with self._path.open("rb") as file:
+                if (number := os.fstat(file.fileno()).st_ino) != self._file:
+                    self._file, self._read = number, 0
+                file.seek(self._read)
+                lines = file.read().split(b"\n")[:-1]
+        except OSError:  # not there yet, or not now
             return []
-        with self._path.open("rb") as file:
-            if (number := os.fstat(file.fileno()).st_ino) != self._file:
-                self._file, self._read = number, 0
-            file.seek(self._read)
-            lines = file.read().split(b"\n")[:-1]
         self._read += sum(len(line) + 1 for line in lines)
-        return [json.loads(line) for line in lines]
+        return [record for line in lines if (record := record_of(line)) is not None]
 
 
 def model_flops_utilization(flops_per_second: float, device: torch.device, peak: float | None = None) -> float | None:

@@ -70,7 +70,7 @@ def lock_run(run_dir: Path, job: str | None = None, patience_seconds: float = 0)
     lock, holder, ours = FileLock(run_dir / ".lock"), run_dir / ".job", "" if job is None else job
     theirs = ""
     with contextlib.suppress(OSError):
-        theirs = holder.read_text()
+        theirs = holder.read_text(errors="replace")
     try:
         lock.acquire(timeout=patience_seconds if ours and ours == theirs else 0)
         holder.write_text(ours)
@@ -86,3 +86,5 @@ def is_held(run_dir: Path) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:  # no lock can be had there, by no run
+        return False

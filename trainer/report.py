@@ -10,7 +10,7 @@ from rowwise.parallel.sequence import padded_length
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.console import Console
 from rowwise.trainer.files import write_whole
-from rowwise.trainer.metrics import MetricsLog
+from rowwise.trainer.metrics import MetricsLog, Recorded
 from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.tracker import open_tracker
@@ -29,7 +29,8 @@ class Reporter:
 
     def say(self, text: str | None) -> None: ...
 
-    def sync(self) -> None: ...
+    def sync(self) -> Recorded:
+        return Recorded()
 
     def close(self) -> None: ...
 
@@ -37,11 +38,12 @@ class Reporter:
 class RankZeroReporter(Reporter):
     """Writes each record to metrics.jsonl, then shows it."""
 
-    def __init__(self, config: TrainConfig, state: TrainState):
+    def __init__(self, config: TrainConfig, state: TrainState, recorded: Recorded):
         run_dir = Path(config.run_dir)
         tree = tree_of(config)
         write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)))
-        self._metrics = MetricsLog(run_dir, state.step)
+        self._metrics = MetricsLog(run_dir, state.step, recorded)
+        self.remarks = self._metrics.remarks
         self._tracker = open_tracker(config.tracker, run_dir, config.name, tree, state.step)
         self._console = Console(state.step, config.steps, config.log_every)
 
@@ -55,8 +57,8 @@ class RankZeroReporter(Reporter):
         if text is not None:
             self._console.say(text)
 
-    def sync(self) -> None:
-        self._metrics.sync()
+    def sync(self) -> Recorded:
+        return self._metrics.sync()
 
     def close(self) -> None:
         self._console.close()
@@ -65,11 +67,13 @@ class RankZeroReporter(Reporter):
             self._tracker.close()
 
 
-def open_reporter(config: TrainConfig, mesh: Mesh, state: TrainState, remarks: list[str]) -> Reporter:
+def open_reporter(
+    config: TrainConfig, mesh: Mesh, state: TrainState, recorded: Recorded, remarks: list[str]
+) -> Reporter:
     """The reporter of this rank; says what the run is and where it starts."""
     if mesh.rank != 0:
         return Reporter()
-    reporter = RankZeroReporter(config, state)
+    reporter = RankZeroReporter(config, state, recorded)
     parallel, (parameters, _) = config.parallel, parameter_count(config.model)
     cut = f"pipeline {parallel.pipeline} ({parallel.pipeline_schedule}) x " if parallel.pipeline > 1 else ""
     shared = "".join(f" x {axis} {n}" for axis in ("ring", "ulysses") if (n := getattr(parallel, axis)) > 1)
@@ -83,7 +87,7 @@ def open_reporter(config: TrainConfig, mesh: Mesh, state: TrainState, remarks: l
             reporter.say(
                 f"sequences of {length} tokens are padded to {padded}, which {ring * ulysses} ranks share evenly"
             )
-    for remark in remarks:
+    for remark in [*remarks, *reporter.remarks]:
         reporter.say(remark)
     if state.step >= config.steps:
         reporter.say(f"{config.run_dir} is complete at step {state.step}; raise steps= to go on, or give another name=")

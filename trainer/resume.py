@@ -6,8 +6,16 @@ from typing import Any
 
 from rowwise.optim.sparse.config import TimedBase
 from rowwise.trainer.config import TrainConfig, flat, schedule_of, tree_of
-from rowwise.trainer.manifest import damage, find_checkpoints, read_manifest
+from rowwise.trainer.manifest import (
+    Manifest,
+    OtherVersion,
+    damage,
+    find_checkpoints,
+    had_checkpoints,
+    read_manifest,
+)
 from rowwise.trainer.metadata import METADATA, read_metadata
+from rowwise.trainer.metrics import Recorded, read_metrics
 
 # What the facts were before they were kept.
 BEFORE: dict[str, Any] = {"optim.assign": [], "sparsity.name": "none", "model.stable_embedding": False}
@@ -48,26 +56,36 @@ def data_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
 def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
     """The checkpoints to try, the newest first; empty: start from nothing.
 
-    Raises ValueError where `resume` names none, where the run folder has checkpoints that `resume` would pass over, where a
-    checkpoint is of another model, and where `resume=auto` would go on in a run whose data or seed has changed. (A path
-    may: that is how a run goes on with other data.)
+    Raises ValueError where `resume` names none, where the run folder has checkpoints that `resume` would pass over, where all
+    of its checkpoints are lost, where a checkpoint is of another model, and where `resume=auto` would go on in a run whose data
+    or seed has changed. (A path may: that is how a run goes on with other data.)
     """
-    own = find_checkpoints(Path(config.run_dir))
-    if config.resume == "never" and own:
+    run_dir = Path(config.run_dir)
+    own, records = find_checkpoints(run_dir), read_metrics(run_dir)
+    if config.resume == "never" and (own or records):
         raise ValueError(
             f"resume=never, but run_dir={config.run_dir} already holds a run, which would be lost; "
             "give resume=auto to go on with it, or another name"
+        )
+    if records and not own and had_checkpoints(run_dir):
+        raise ValueError(
+            f"run_dir={config.run_dir} has records up to step {max(r['step'] for r in records)}, and its checkpoints are gone: "
+            "bring them back, or give another name to begin anew"
         )
     if config.resume == "never":
         return []
     # A run that has begun goes on with its own, also when its command, started again, names where it began.
     auto = config.resume == "auto" or _began_from(own, config.resume)
     found = own if auto else _given(config, own)
+    complaints = []
     for checkpoint in found:
         try:
             manifest = read_manifest(checkpoint)
-        except ValueError:
-            continue  # reported and passed over by checkpoint.first_sound
+        except OtherVersion:
+            raise
+        except ValueError as error:
+            complaints.append(f"{checkpoint}: {error}")
+            continue  # reported and passed over by checkpoint.load_first_sound
         if not damage(checkpoint, [item for item in manifest["files"].items() if item[0] == METADATA]):
             read_metadata(checkpoint)  # refused here, where one line can say why
         advice = "give the same, or another name"
@@ -83,7 +101,14 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
             _refuse_difference(
                 checkpoint, manifest["data"], data_facts(config, data_fingerprint), "read other data", advice
             )
+    if len(complaints) == len(found) > 0:
+        raise ValueError(none_left(complaints))
     return found
+
+
+def none_left(complaints: list[str]) -> str:
+    """What is said where no checkpoint of a run is sound."""
+    return f"no sound checkpoint is left: {'. '.join(complaints)}; mend one, or give another name to begin anew"
 
 
 def told_of(checkpoint: Path, config: TrainConfig) -> str:
@@ -93,7 +118,14 @@ def told_of(checkpoint: Path, config: TrainConfig) -> str:
     return f"resumed from {checkpoint}{began}"
 
 
-def changes(manifest: dict[str, Any], config: TrainConfig) -> list[str]:
+def recorded_by(checkpoint: Path, manifest: Manifest, config: TrainConfig) -> Recorded:
+    """What is known of the records of a run that goes on from `checkpoint`: none are there yet where that is of another."""
+    if checkpoint.resolve() not in [own.resolve() for own in find_checkpoints(Path(config.run_dir))]:
+        return Recorded(manifest["step"])
+    return Recorded(**manifest.get("records", {"began": None, "sha256": None}))
+
+
+def changes(manifest: Manifest, config: TrainConfig) -> list[str]:
     """What a run that goes on from the checkpoint of `manifest` does otherwise from here on: every key that differs, and the
     learning rate of the step before and of the step after."""
     before, now = flat(manifest["config"]), flat(tree_of(config))
@@ -154,7 +186,7 @@ def _began_from(own: list[Path], path: str) -> bool:
     return False
 
 
-def _refuse_second_source(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> None:
+def _refuse_second_source(checkpoint: Path, manifest: Manifest, config: TrainConfig) -> None:
     """Refuses `model.init_from` of a run that goes on from weights that did not begin there: it would be ignored."""
     there, here = manifest["config"]["model"].get("init_from"), config.model.init_from
     if here is not None and (there is None or not _same_path(there, here)):

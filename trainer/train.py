@@ -3,7 +3,7 @@
 import functools
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from rowwise.parallel.replicate import gradient_sum
 from rowwise.parallel.sequence import places_on
 from rowwise.trainer.advice import warnings
 from rowwise.trainer.build import build_masks, build_model
-from rowwise.trainer.checkpoint import Saver, first_sound, load, tensors_of
+from rowwise.trainer.checkpoint import Saver, load_first_sound, tensors_of
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_batches, step_batches
 from rowwise.trainer.data.open import Data, open_data, told_of_data
@@ -31,11 +31,12 @@ from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.lr_range import RangeTest
 from rowwise.trainer.manifest import fingerprint, set_aside
 from rowwise.trainer.memory import keep_memory
+from rowwise.trainer.metrics import Recorded
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
 from rowwise.trainer.record import number_or_none, sparsity_record, step_record
 from rowwise.trainer.report import open_reporter
-from rowwise.trainer.resume import changes, data_facts, find_resume, model_facts, state_facts, told_of
+from rowwise.trainer.resume import changes, data_facts, find_resume, model_facts, recorded_by, state_facts, told_of
 from rowwise.trainer.sample import generate
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport, compute_gradients, step_at_once, step_in_backward
@@ -78,15 +79,16 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
     optimizer = build_optimizer(model, config.optim, config.seed)
     sparsity = build_masks(config, mesh, model)
     tensors = tensors_of(model, optimizer, sparsity)
-    state, remarks = resume(config, mesh, data, tensors)
+    begun = resume(config, mesh, data, tensors)
+    state = begun.state
     set_step(optimizer, state.updates)
     update = make_update(config, mesh, model, optimizer, sparsity)
 
     with ExitStack() as stack:
         stack.enter_context(float32_products(product_precision(config.precision, mesh.device)))
         told = told_of_data(config.data, data, config.steps * config.batch.global_size)
-        told += warnings(config, data, mesh.device) + remarks
-        reporter = stack.enter_context(open_reporter(config, mesh, state, told))
+        told += warnings(config, data, mesh.device) + begun.remarks
+        reporter = stack.enter_context(open_reporter(config, mesh, state, begun.recorded, told))
         reporter.say(assignment_table(of_every_stage(assignments(model, optimizer), mesh)))
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
         stack.callback(saver.close)
@@ -129,8 +131,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             saved, started = {}, time.perf_counter()
             saver.poll()
             if stopping or config.checkpoint.due(state.step, config.steps):
-                reporter.sync()
-                saver.save(state.step, tensors, manifest_of(config, mesh, data, state))
+                saver.save(state.step, tensors, manifest_of(config, mesh, data, state, reporter.sync()))
                 saved = {"save_seconds": time.perf_counter() - started}
         saver.wait()
         if test is not None and (test.over or state.step == config.steps):
@@ -195,22 +196,31 @@ def require_same_data(data: Data, mesh: Mesh) -> None:
         raise RuntimeError(f"ranks {different} read other data than rank 0; every machine needs the same files")
 
 
-def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor]) -> tuple[TrainState, list[str]]:
-    """Loads the newest sound checkpoint that `config.resume` allows into `tensors`. Returns the state, and what
-    is to be said: what was passed over as damaged, where it goes on, and what changes."""
+@dataclass(frozen=True)
+class Begun:
+    """Where a run starts: its numbers, what is known of the records before, and what is to be said."""
+
+    state: TrainState
+    recorded: Recorded
+    remarks: list[str]
+
+
+def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor]) -> Begun:
+    """Loads the newest sound checkpoint that `config.resume` allows into `tensors`. Says what was passed over as damaged,
+    where it goes on, and what changes."""
     found = [find_resume(config, data.train.fingerprint) if mesh.rank == 0 else []]
     dist.broadcast_object_list(found, src=0, group=mesh.save_group)
     if not found[0]:
-        return TrainState(loss_scale=initial_loss_scale(config.precision)), []
-    checkpoint, manifest, complaints = first_sound(found[0], mesh)
-    load(checkpoint, tensors, mesh)
+        return Begun(TrainState(loss_scale=initial_loss_scale(config.precision)), Recorded(), [])
+    checkpoint, manifest, complaints = load_first_sound(found[0], tensors, mesh)
     if mesh.rank == 0:
         set_aside(Path(config.run_dir) / "checkpoints", beyond=manifest["step"])
     state = TrainState.from_tree(manifest["state"])
     if manifest["precision"] != config.precision.name:
         state.loss_scale = initial_loss_scale(config.precision)
     passed_over = [f"{complaint}; passed over" for complaint in complaints]
-    return state, [*passed_over, told_of(checkpoint, config), *changes(manifest, config)]
+    remarks = [*passed_over, told_of(checkpoint, config), *changes(manifest, config)]
+    return Begun(state, recorded_by(checkpoint, manifest, config), remarks)
 
 
 def share_of(mesh: Mesh, seq_len: int) -> Share:
@@ -262,7 +272,7 @@ def advance(state: TrainState, report: StepReport, config: TrainConfig) -> None:
     state.loss_scale = next_loss_scale(state.loss_scale, config.precision, overflow=not report.finite)
 
 
-def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState) -> dict[str, Any]:
+def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState, recorded: Recorded) -> dict[str, Any]:
     """What a checkpoint says of itself, beside its files."""
     tree = tree_of(config)
     return {
@@ -276,6 +286,7 @@ def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState) 
         "fingerprint": {"config": fingerprint(tree), "data": data.train.fingerprint},
         "layout": {"world_size": mesh.world_size, **asdict(config.parallel)},
         "config": tree,
+        "records": asdict(recorded),
     }
 
 

@@ -1,0 +1,76 @@
+"""What manifest.json holds, as types that a manifest is held against when it is read."""
+
+from typing import Any, NotRequired
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+VERSION = 1  # of this form; what was written before it had one is read as this
+
+
+class FileFacts(TypedDict):
+    bytes: int
+    sha256: str
+
+
+class ScaleForm(TypedDict):
+    scale: float
+    good_steps: int
+    skipped: int
+
+
+class StateForm(TypedDict):
+    """`state.TrainState`."""
+
+    step: int
+    position: int
+    tokens: int
+    updates: int
+    loss_scale: ScaleForm
+
+
+class ConfigForm(TypedDict):
+    """Of a configuration, what is read again. Other releases may have other keys in it."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    resume: str
+    steps: int
+    batch: dict[str, Any]
+    data: dict[str, Any]
+    model: dict[str, Any]
+    optim: dict[str, Any]
+    precision: dict[str, Any]
+    schedule: dict[str, Any]
+
+
+class RecordsForm(TypedDict):
+    """`metrics.Recorded`."""
+
+    began: int | None
+    sha256: str | None
+
+
+class PrintsForm(TypedDict):
+    config: str
+    data: str
+
+
+class Manifest(TypedDict):
+    """What manifest.json holds beside its own checksum; nothing else. Earlier releases had not all of it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]
+
+    version: NotRequired[int]
+    step: int
+    tokens: int
+    state: StateForm
+    precision: str
+    model: dict[str, Any]
+    states: NotRequired[dict[str, Any]]
+    data: dict[str, Any]
+    fingerprint: PrintsForm
+    layout: dict[str, Any]
+    config: ConfigForm
+    records: NotRequired[RecordsForm]
+    files: dict[str, FileFacts]
