@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from rowwise.trainer.keys import unknown_key
+from rowwise.trainer.models.config_json import read_shape, refuse_other_shape
 
 Part = TypeVar("Part")
 
@@ -41,8 +42,6 @@ def _take_shape_(config: DictConfig, overrides: list[str]) -> None:
     source = OmegaConf.select(config, "model.init_from")
     if not isinstance(source, str):
         return
-    from rowwise.trainer.models.huggingface import read_shape, refuse_other_shape  # torch, which no other run waits for
-
     folder, words = Path(source).expanduser(), {key_of(override) for override in overrides}
     theirs, default = read_shape(folder), compose("train").model
     ours: Any = OmegaConf.to_container(config.model)

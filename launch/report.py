@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rowwise.launch.pages.page import page
 from rowwise.launch.pages.records import Run, read_run
 from rowwise.trainer.files import write_whole
 from rowwise.trainer.keys import unknown_key
@@ -95,6 +94,8 @@ def report(settings: Settings) -> str:
     runs = read_runs(settings.folders)
     if not to.parent.is_dir():
         raise ValueError(f"to={to}: the folder {to.parent} does not exist; make it, or give another")
+    from rowwise.launch.pages.page import page  # torch, which no refusal above waits for
+
     content = page(runs)
     write_whole(to, content)
     told = ", ".join(f"{run.label} at step {run.last_step}" for run in runs)

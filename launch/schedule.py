@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rowwise.parallel.schedule.check import check_schedule
-from rowwise.parallel.schedule.gantt import draw
 from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
 from rowwise.parallel.schedule.order import Schedule, read_csv, write_csv
 from rowwise.parallel.schedule.simulate import (
@@ -93,7 +92,7 @@ def show(what: str = "", *words: str) -> str:
     costs = costs_of(settings, schedule.stages)
     timeline = simulate(schedule, costs, gathering=settings.gathering)
     if settings.to:
-        draw({what: timeline}, Path(settings.to).expanduser())
+        draw({what: timeline}, settings)
     if settings.csv:
         write_csv(schedule, Path(settings.csv).expanduser())
     return describe_prediction(what, timeline, costs, settings)
@@ -112,7 +111,7 @@ def show_run(run: Path, settings: Settings) -> str:
         timelines = {"predicted": simulate(schedule, costs, gathering=settings.gathering), **timelines}
         told = [describe_prediction("predicted", timelines["predicted"], costs, settings), ""]
     if settings.to:
-        draw(timelines, Path(settings.to).expanduser(), "seconds")
+        draw(timelines, settings, "seconds")
     return "\n".join(
         [
             *told,
@@ -120,6 +119,13 @@ def show_run(run: Path, settings: Settings) -> str:
             f"makespan {measured.makespan:.6g}, bubble {measured.bubble:.1%}",
         ]
     )
+
+
+def draw(timelines: dict[str, Timeline], settings: Settings, unit: str = "") -> None:
+    """Writes the picture."""
+    from rowwise.parallel.schedule import gantt  # matplotlib, which takes a second and nothing else needs
+
+    gantt.draw(timelines, Path(settings.to).expanduser(), unit)
 
 
 def schedule_of(what: str, settings: Settings, given: Collection[str]) -> Schedule:

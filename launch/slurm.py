@@ -19,7 +19,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator
 
@@ -27,7 +27,9 @@ from rowwise.launch.compose import compose_part, compose_tree, key_of
 from rowwise.launch.sweep.config import SweepConfig
 from rowwise.launch.sweep.config import resolve as resolve_sweep
 from rowwise.launch.sweep.space import overrides_of
-from rowwise.trainer.config import TrainConfig, check, config_from_tree
+
+if TYPE_CHECKING:
+    from rowwise.trainer.config import TrainConfig
 
 PROGRAMS = {"train": "rowwise.launch.start", "sweep": "rowwise.launch.sweep"}
 # A partition may be called 7; and slurm.mem=4000 is no mistake.
@@ -140,12 +142,15 @@ def resolve(program: str, overrides: list[str], config: SlurmConfig) -> tuple[Sl
         overrides = [*overrides, f"nproc={max(1, config.gpus_per_node // at_once)}"]
     if program == "sweep":
         sweep, space = resolve_sweep(overrides, here=False)
-        name, trials = sweep.name, [overrides_of(space.fixed, settings) for settings in space.samples()]
+        trees = [compose_tree(overrides_of(space.fixed, settings)) for settings in space.samples()]
     else:
-        name, trials = config_from_tree(compose_tree(overrides)).name, [overrides]
-    for run in (config_from_tree(compose_tree(words)) for words in trials):
+        trees = [compose_tree(overrides)]
+    from rowwise.trainer.config import check, config_from_tree  # torch, which no mistyped key waits for
+
+    runs = [config_from_tree(tree) for tree in trees]
+    for run in runs:
         check(run, config.nodes * workers_of_node(run, config, at_once))
-    name = config.name or name
+    name = config.name or (sweep.name if program == "sweep" else runs[0].name)
     log = config.log or f"{name.replace('/', '-')}-{'%A_%a' if config.workers > 1 else '%j'}.log"
     return replace(config, name=name, log=log), [config.python or sys.executable, "-m", PROGRAMS[program], *overrides]
 
@@ -169,7 +174,7 @@ def trials_at_once(overrides: list[str], config: SlurmConfig) -> int:
     return sweep.parallel
 
 
-def workers_of_node(run: TrainConfig, config: SlurmConfig, at_once: int) -> int:
+def workers_of_node(run: "TrainConfig", config: SlurmConfig, at_once: int) -> int:
     """Raises ValueError where the nodes' GPUs, of which this machine knows nothing, would decide, or are too few."""
     if run.nproc is None:
         raise ValueError(

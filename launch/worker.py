@@ -48,23 +48,18 @@ def work(overrides: list[str]) -> None:
 
 def run(overrides: list[str], workers: Workers) -> None:
     """Trains as one of `workers`. Raises Refused before anything is made, and Failed where the disk is full."""
-    if workers.rank == 0:
-        with begun(overrides, workers) as config:
-            announce(workers, tree_of(config))
-            tell_gpu(Path(config.run_dir))
-            with told_of_known_ends(Path(config.run_dir), workers):
-                train(config, workers)
-    else:
-        config = config_from_tree(hear(workers))
-        tell_gpu(Path(config.run_dir))
-        with told_of_known_ends(Path(config.run_dir), workers):
+    first = workers.rank == 0
+    with begun(overrides, workers) if first else contextlib.nullcontext(config_from_tree(hear(workers))) as config:
+        run_dir = Path(config.run_dir)
+        tell_gpu(run_dir)
+        with told_of_known_ends(run_dir, workers):
             train(config, workers)
 
 
 @contextlib.contextmanager
 def begun(overrides: list[str], workers: Workers) -> Iterator[TrainConfig]:
-    """On rank 0: the checked configuration, while its folder is held for it. Raises Refused or Failed, which the others
-    are told."""
+    """On rank 0: the checked configuration, which the others are told, while its folder is held for it. Raises Refused or
+    Failed, which they are told instead."""
     run_dir = None
     try:
         config = resolve(overrides, workers)
@@ -79,6 +74,7 @@ def begun(overrides: list[str], workers: Workers) -> Iterator[TrainConfig]:
         announce_end(workers, end)
         raise end from None
     try:
+        announce(workers, tree_of(config))
         yield config
     finally:
         lock.release()

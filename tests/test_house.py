@@ -1,10 +1,12 @@
 """The architecture: imports run one way, the namespace stays clean, a worker's import stays light."""
 
 import ast
+import json
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,8 +60,9 @@ def test_every_folder_of_the_rooms_is_installed():
     assert sorted(setuptools["packages"]) == sorted(setuptools["package-dir"])
 
 
-def in_a_process(program: str) -> str:
-    return subprocess.run([sys.executable, "-c", program], cwd="/", capture_output=True, text=True, check=True).stdout
+def in_a_process(program: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, check=True).stdout
 
 
 def test_a_workers_import_is_light():
@@ -78,23 +81,54 @@ def test_a_workers_import_is_light():
     assert not modules & {*BELOW, "conf"}
 
 
-HELP_AND_A_MISTYPED_KEY = """
-import sys
+REFUSED_AT_ONCE = {
+    "rowwise": [["trian"]],
+    "train": [["optim.lrr=3"], ["--cfg", "optim.lrr=3"], ["model.init_from=/nowhere"]],
+    "sweep": [["sweep.serch=tpe"], ["optim.lrr=1,2"], ["steps=2"], ["optim.lr=1e-3,3e-3", "model.init_from=/nowhere"]],
+    "slurm": [["train", "slurm.node=2"], ["train", "optim.lrr=3"], ["sweep", "optim.lrr=1,2"]],
+    "report": [["runn=here"], ["run=/nowhere"], ["run=/nowhere/*"]],
+    "export": [["runn=here"], ["run=/nowhere", "to=here"], ["run=/nowhere", "to=here", "dtype=fp8"]],
+    "schedule": [["zbv"], ["zb_v", "rank=4"], ["run=/nowhere"]],
+}
+HELP_AND_REFUSALS = """
+import contextlib, io, json, sys
 from rowwise.launch import cli, train
-for words in (["--help"], ["trian"], ["train", "--help"], ["train", "optim.lrr=3"], ["train", "--cfg", "optim.lrr=3"]):
-    try:
-        cli.main(words)
-    except SystemExit:
-        pass
-try:
-    train.main(["--help"])
-except SystemExit:
-    print("torch" in sys.modules)
+
+def went(command, words):
+    before = set(sys.modules)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            code = (train.main if command is train else cli.main)(words)
+        except SystemExit as end:
+            code = end.code
+    return code, said.getvalue(), sorted({name.partition(".")[0] for name in sys.modules.keys() - before})
+
+told = {"worker": [went(train, ["--help"])]}  # which tells the others of a refusal, and has torch for that
+for command, refused in json.loads(sys.argv[1]).items():
+    name = [] if command == "rowwise" else [command]
+    told[command] = [went(command, [*name, *words]) for words in (["--help"], *refused)]
+print(json.dumps({"commands": list(cli.COMMANDS), "told": told}))
 """
+SLOW_TO_IMPORT = {"torch", "matplotlib", "transformers", "deepspeed", "accelerate", "wandb", "optuna", "scipy"}
 
 
-def test_help_and_a_mistyped_key_wait_for_no_torch():
-    assert in_a_process(HELP_AND_A_MISTYPED_KEY).endswith("\nFalse\n")
+@pytest.fixture(scope="module")
+def helped() -> dict[str, Any]:
+    return json.loads(in_a_process(HELP_AND_REFUSALS, json.dumps(REFUSED_AT_ONCE)))
+
+
+def test_every_command_is_asked_for_help(helped):
+    assert ["rowwise", *helped["commands"]] == sorted(REFUSED_AT_ONCE, key=["rowwise", *helped["commands"]].index)
+
+
+@pytest.mark.parametrize("command", [*REFUSED_AT_ONCE, "worker"])
+def test_help_and_what_is_refused_at_once_wait_for_no_large_import(helped, command):
+    """Nor is a refusal more than a line."""
+    (code, said, imported), *refused = helped["told"][command]
+    assert (code, said) == (0, "") and not SLOW_TO_IMPORT & set(imported)
+    for code, said, imported in refused:
+        assert code == 2 and said.startswith("refused: ") and said.count("\n") == 1, said
+        assert not SLOW_TO_IMPORT & set(imported), said
 
 
 def test_schedules_need_no_torch():

@@ -18,10 +18,10 @@ from test_trainer_models_decoder import TOLERANCE, our_logits, some_tokens, thei
 from torch import Tensor
 
 from parity import relative_error, small_config, with_layout
-from rowwise.launch import export as module
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.export import main
+from rowwise.launch.export import ExportConfig, main
 from rowwise.parallel.mesh import Workers
+from rowwise.trainer import export as writing
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.config import Text
 from rowwise.trainer.data.tokenizer import ByteTokenizer
@@ -150,7 +150,7 @@ def test_the_checkpoint_is_read_one_file_at_a_time(run_of, tmp_path, monkeypatch
         asked.append({name: tensor.nbytes for name, tensor in tensors.items()})
         load(tensors, **options)
 
-    monkeypatch.setattr(module.dcp, "load", spy)
+    monkeypatch.setattr(writing.dcp, "load", spy)
     config = run_of("qwen3")
     assert main([f"run={config.run_dir}", f"to={tmp_path / 'to'}", "max_file_bytes=12000"]) == 0
     assert len(asked) == len(list((tmp_path / "to").glob("*.safetensors"))) > 3
@@ -253,7 +253,7 @@ def test_an_interrupted_export_leaves_no_folder(run_of, tmp_path, monkeypatch):
         load(*positional, **options)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is full"):
-        patch.setattr(module.dcp, "load", break_the_second)
+        patch.setattr(writing.dcp, "load", break_the_second)
         main(arguments)
     assert not list(tmp_path.iterdir())
 
@@ -410,4 +410,4 @@ def test_help_names_every_key(capsys):
         main(["--help"])
     assert leaving.value.code == 0
     told = capsys.readouterr().out
-    assert all(f"{field}=" in told for field in module.ExportConfig.__dataclass_fields__)
+    assert all(f"{field}=" in told for field in ExportConfig.__dataclass_fields__)

@@ -26,8 +26,9 @@ from rowwise.trainer.config import TrainConfig, check, config_from_tree, tree_of
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.manifest import CheckpointConfig, fingerprint
 from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.models.config_json import their_config
 from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
-from rowwise.trainer.models.huggingface import their_config, write_folder
+from rowwise.trainer.models.huggingface import write_folder
 from rowwise.trainer.prepare import lock_run, prepare
 from rowwise.trainer.tracker import TrackerConfig
 from runs import run_said, run_train

@@ -13,8 +13,9 @@ from rowwise.launch.compose import compose_tree
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.data.batches import micro_batches
 from rowwise.trainer.data.open import open_data
+from rowwise.trainer.models.config_json import their_config
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, parameter_count, parameter_shapes
-from rowwise.trainer.models.huggingface import their_config, their_name
+from rowwise.trainer.models.huggingface import their_name
 from rowwise.trainer.models.rope import RopeScaling, rope_frequencies, rope_tables
 
 TOLERANCE = 1e-5

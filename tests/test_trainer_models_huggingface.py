@@ -29,13 +29,13 @@ from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.build import build_model
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.models import huggingface
+from rowwise.trainer.models.config_json import their_config
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
 from rowwise.trainer.models.huggingface import (
     INDEX,
     SINGLE,
     check_source,
     rows_from,
-    their_config,
     their_name,
     write_folder,
 )
@@ -306,7 +306,7 @@ DAMAGES = {
     ),
     "another stretch": (
         lambda f: change_config(f, rope_scaling=config_of("llama scaled")["rope_scaling"]),
-        r"model.rope_scaling=RopeScaling\(factor=4.0.*there and None here",
+        r"model.rope_scaling=\{'factor': 4.0.*there and None here",
     ),
 }  # fmt: skip
 

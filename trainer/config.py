@@ -20,7 +20,7 @@ from rowwise.trainer.data.batches import BatchConfig, check_batch
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.evaluate import EvalConfig
 from rowwise.trainer.files import full_path
-from rowwise.trainer.keys import unknown_key
+from rowwise.trainer.keys import check_folder_name, unknown_key
 from rowwise.trainer.manifest import CheckpointConfig, check_checkpoint
 from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_count, parameter_shapes
 from rowwise.trainer.sample import SampleConfig
@@ -148,12 +148,6 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     _check_in_backward(config, parallel, micro_batches)
     _check_sparsity(config, parallel)
     return replace(config, parallel=parallel)
-
-
-def check_folder_name(key: str, name: str) -> None:
-    """Raises ValueError where a run or a sweep cannot be called so."""
-    if name in ("", ".", "..") or "/" in name:
-        raise ValueError(f"{key}={name!r}: a run name is the name of a folder, and holds no '/'")
 
 
 def _refuse_non_numbers(tree: dict[str, Any], path: str) -> None:

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from rowwise.launch.export import model_of
 from rowwise.launch.pages.draw import name_of
 from rowwise.launch.pages.markup import Marked, duration, facts, short, table, text
 from rowwise.launch.pages.records import Run
 from rowwise.trainer.config import flat
-from rowwise.trainer.models.decoder import parameter_count
+from rowwise.trainer.models.decoder import model_of, parameter_count
 
 FIELDS = frozenset({"step", "tokens"})
 DEGREES = ("pipeline", "replicate", "shard", "ring", "ulysses")
@@ -96,8 +95,8 @@ def _setting(run: Run, path: str) -> str:
 
 def _parameters(run: Run) -> str:
     try:
-        return f"{parameter_count(model_of({'config': run.config}))[0]:,}"
-    except (KeyError, ValueError):  # of another release
+        return f"{parameter_count(model_of(run.config['model']))[0]:,}"
+    except (KeyError, TypeError):  # of another release
         return "?"
 
 

@@ -16,9 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rowwise.launch.sweep.config import SweepConfig, resolve
-from rowwise.launch.sweep.multirun import multirun
-from rowwise.launch.sweep.trials import Trial, draw, row_of, write_table
+from rowwise.launch.sweep.config import resolve
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,32 +31,22 @@ def main(arguments: list[str] | None = None) -> int:
     words = parser.parse_intermixed_args(arguments).overrides
     try:
         config, space = resolve(words)
+        # What makes the trials imports torch, or Optuna; neither help nor a mistyped key waits for them.
         if config.search != "none":
-            from rowwise.launch.sweep.search import search  # Optuna
+            from rowwise.launch.sweep.search import search
 
             trials = search(config, space)
         else:
+            from rowwise.launch.sweep.multirun import multirun
+
             trials = multirun(config, space, words)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
-    tell(trials, config)
+    from rowwise.launch.sweep.trials import tell
+
+    tell(trials, Path(config.folder).absolute(), config.goal)
     return 0
-
-
-def tell(trials: list[Trial], config: SweepConfig) -> None:
-    """Writes the table and the picture, and says how it went."""
-    folder = Path(config.folder).absolute()
-    if not trials:
-        print("asked to stop before the first trial; the same command begins")
-        return
-    rows = [row_of(trial) for trial in trials]
-    write_table(rows, folder / "sweep.csv")
-    picture = draw(trials, folder, config.goal)
-    for row, trial in zip(rows, trials, strict=True):
-        value = "" if row[config.goal] is None else f"{config.goal} {row[config.goal]:.4f}"
-        print(f"trial-{row['trial']}  {row['state']:<10} {value:<18} {trial.said}  {row['reason'] or ''}".rstrip())
-    print(f"written: {folder / 'sweep.csv'}, {picture}")
 
 
 if __name__ == "__main__":

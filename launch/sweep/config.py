@@ -1,23 +1,23 @@
 """What a sweep is: its keys, what is refused before its first trial, and the plan kept in its folder."""
 
+import contextlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from omegaconf import DictConfig
 
-from rowwise.launch.agent import default_nproc, require_ranks
 from rowwise.launch.compose import compose_part, compose_tree, key_of
 from rowwise.launch.sweep.space import Space, overrides_of, parse_space
-from rowwise.trainer.config import TrainConfig, check, check_folder_name, config_from_tree
 from rowwise.trainer.files import write_whole
-from rowwise.trainer.prepare import examine
+from rowwise.trainer.keys import check_folder_name
 
 OWN = ("run_dir", "name")
 HYDRAS = ("hydra/launcher", "hydra.launcher", "hydra.verbose", "hydra/hydra_logging", "hydra/job_logging")
 OF_A_SEARCH = {"trials", "parallel", "seed", "pruner", "factor", "storage"}
+Composed = tuple[dict[str, str], dict[str, Any]]  # a trial's settings, and the tree of its run
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ def resolve(words: list[str], here: bool = True) -> tuple[SweepConfig, Space]:
     config, settings = compose_part("sweep", SweepConfig, own)
     check_sweep(config, own)
     space = parse_space([word for word in words if word not in own])
-    check_trials(config, settings.launcher, space, here)
+    trials = compose_trials(config, space)
+    from rowwise.launch.sweep.runs import check_trials  # torch, which no mistyped key waits for
+
+    check_trials(config, settings.launcher, trials, space, here)
     return config, space
 
 
@@ -74,79 +77,30 @@ def check_sweep(config: SweepConfig, own: list[str]) -> None:
         )
 
 
-def check_trials(config: SweepConfig, launcher: DictConfig, space: Space, here: bool) -> None:
-    """Refuses before the first trial what every trial, or one of the values, would be refused for. Raises ValueError."""
+def compose_trials(config: SweepConfig, space: Space) -> list[Composed]:
+    """Every trial of a grid, and of a search few that try every value. Raises ValueError."""
     if not space.varied:
         raise ValueError("nothing is varied; give a key several values, such as optim.lr=1e-3,3e-3")
-    here = here and is_basic(launcher)
-    nodes, tasks = launcher.get("nodes", 1), launcher.get("tasks_per_node", 1)
-    if tasks != 1:
-        raise ValueError(
-            f"hydra.launcher.tasks_per_node={tasks}: a trial is one task a machine, and nproc= its workers"
-        )
-    samples = list(space.samples())
-    for settings in space.grid() if config.search in ("none", "grid") else samples:
-        try:
-            run = config_from_tree(compose_tree(overrides_of(space.fixed, settings)))
-            check_goal(config, run)
-            if not here:
-                check(run, nodes * nproc_elsewhere(run, launcher))
-                continue
-            nproc = run.nproc or default_nproc()
-            require_ranks(nproc)
-            if config.search != "none":
-                require_slots(config.parallel, nproc)
-            if settings in samples:  # few, since this opens the data
-                examine(replace(run, run_dir=str(Path(config.folder) / "trial")), nproc)
-            else:
-                check(run, nproc)
-        except ValueError as refusal:
-            said = " ".join(f"{key}={value}" for key, value in settings.items())
-            raise ValueError(f"the trial {said}: {refusal}") from None
+    trials = []
+    for settings in space.grid() if config.search in ("none", "grid") else space.samples():
+        with naming(settings):
+            trials.append((settings, compose_tree(overrides_of(space.fixed, settings))))
+    return trials
+
+
+@contextlib.contextmanager
+def naming(settings: dict[str, str]) -> Iterator[None]:
+    """A refusal names the trial that would be refused."""
+    try:
+        yield
+    except ValueError as refusal:
+        said = " ".join(f"{key}={value}" for key, value in settings.items())
+        raise ValueError(f"the trial {said}: {refusal}") from None
 
 
 def is_basic(launcher: DictConfig) -> bool:
     """Whether it makes one trial after the other in this process."""
     return str(launcher._target_).endswith("BasicLauncher")
-
-
-def nproc_elsewhere(run: TrainConfig, launcher: DictConfig) -> int:
-    """Raises ValueError where the GPUs of other machines would decide."""
-    if run.nproc is None:
-        known = launcher.get("gpus_per_node") or "8, for example"
-        raise ValueError(f"this machine does not know the GPUs of others; give nproc={known}")
-    return run.nproc
-
-
-def require_slots(parallel: int, nproc: int) -> None:
-    """Raises ValueError where trials at a time would share GPUs."""
-    gpus = torch.cuda.device_count()
-    if gpus and parallel * nproc > gpus:
-        raise ValueError(
-            f"sweep.parallel={parallel} with nproc={nproc} takes {parallel * nproc} GPUs, and there are {gpus}; give "
-            f"sweep.parallel={gpus // nproc} at most"
-        )
-
-
-def check_goal(config: SweepConfig, run: TrainConfig) -> None:
-    """Raises ValueError."""
-    if config.goal == "eval_loss" and not run.eval.every:
-        raise ValueError(
-            "sweep.goal=eval_loss with eval.every=0: nothing is evaluated; give eval.every, or sweep.goal=loss"
-        )
-
-
-def first_rung(config: SweepConfig, space: Space) -> int:
-    """The step at which halving first ends trials: of the first evaluation, or, by the loss of steps, so early that
-    three more rungs follow."""
-    run = config_from_tree(compose_tree(overrides_of(space.fixed, next(space.samples()))))
-    return run.eval.every if config.goal == "eval_loss" else max(1, run.steps // config.factor**3)
-
-
-def largest_nproc(space: Space) -> int:
-    """Workers of the trial that has most."""
-    every = (config_from_tree(compose_tree(overrides_of(space.fixed, settings))) for settings in space.samples())
-    return max(run.nproc or default_nproc() for run in every)
 
 
 def keep_plan(folder: Path, plan: dict[str, Any]) -> None:

@@ -16,8 +16,9 @@ import optuna.storages.journal
 from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
-from rowwise.launch.sweep.config import SweepConfig, first_rung, keep_plan, largest_nproc
+from rowwise.launch.sweep.config import SweepConfig, keep_plan
 from rowwise.launch.sweep.running import Running, outcome_of, slot_environment, start_trial
+from rowwise.launch.sweep.runs import first_rung, largest_nproc
 from rowwise.launch.sweep.space import Choice, Interval, Space
 from rowwise.launch.sweep.trials import Trial, curve
 from rowwise.trainer.metrics import MetricsTail

@@ -33,6 +33,20 @@ class Trial:
         return " ".join(f"{key}={value}" for key, value in self.settings.items())
 
 
+def tell(trials: Sequence[Trial], folder: Path, goal: str) -> None:
+    """Writes the table and the picture of a sweep into its folder, and says how it went."""
+    if not trials:
+        print("asked to stop before the first trial; the same command begins")
+        return
+    rows = [row_of(trial) for trial in trials]
+    write_table(rows, folder / "sweep.csv")
+    picture = draw(trials, folder, goal)
+    for row, trial in zip(rows, trials, strict=True):
+        value = "" if row[goal] is None else f"{goal} {row[goal]:.4f}"
+        print(f"trial-{row['trial']}  {row['state']:<10} {value:<18} {trial.said}  {row['reason'] or ''}".rstrip())
+    print(f"written: {folder / 'sweep.csv'}, {picture}")
+
+
 def trial_words(own: Sequence[str], tracker: TrackerConfig, sweep: str, number: int, folder: Path) -> list[str]:
     """The command line of a trial: in its own folder, and in one group with the others where Weights & Biases is told."""
     words = [*own, f"name={quoted(f'{sweep}-{number}')}", f"run_dir={quoted(str(folder))}"]

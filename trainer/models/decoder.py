@@ -6,6 +6,7 @@ Shapes: B sequences, S tokens, D model dim, H query heads, K key/value heads, E 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,12 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.head_dim if self.head_dim is not None else self.dim // self.heads
+
+
+def model_of(keys: dict[str, Any]) -> ModelConfig:
+    """The configuration of plain model.* keys. Raises KeyError or TypeError for those of another release."""
+    scaling = keys["rope_scaling"]
+    return ModelConfig(**keys | {"rope_scaling": scaling and RopeScaling(**scaling)})
 
 
 def check_model(config: ModelConfig) -> None:

@@ -6,14 +6,12 @@
     semi_structured    2:4 along rows, NAME.values (out, in / 2) and int16 NAME.meta (out, in / 16), in the order in which
                        torch's CUTLASS kernels read them (torch.sparse.SparseSemiStructuredTensorCUTLASS)
 
-All but hidden weights stay NAME.weight, and so do hidden ones that would become larger. The config.json of the last two
-names its form, and a model type that transformers refuses: it would replace tensors that it does not find by random ones.
+All but hidden weights stay NAME.weight, and so do hidden ones that would become larger. The config.json says which
+form it is (`config_json.with_form`).
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +21,12 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 from rowwise.kernels.condensed import condense, condensed
 from rowwise.optim.build import kind_of
 from rowwise.trainer.models.condensed import CondensedLinear
-from rowwise.trainer.models.decoder import Decoder, ModelConfig
-from rowwise.trainer.models.huggingface import opened, our_keys, their_name, weight_files
+from rowwise.trainer.models.config_json import FORM, FORMS, our_keys, read_config, without_form
+from rowwise.trainer.models.decoder import Decoder, model_of
+from rowwise.trainer.models.huggingface import opened, their_name, weight_files
 
-FORMS = ("dense", "condensed", "semi_structured")
 SEMI_STRUCTURED_DTYPES = (torch.bfloat16, torch.float16)
 _ROWS, _COLUMNS = 32, 64  # of which 2:4 matrices of 16-bit numbers are multiples
-_TYPE = "rowwise_"
 
 
 def in_form(form: str, name: str, w: Tensor) -> dict[str, Tensor]:
@@ -82,24 +79,15 @@ def semi_structured_weight(values: Tensor, meta: Tensor) -> Tensor:
     )
 
 
-def form_config(config_json: dict[str, Any], form: str) -> dict[str, Any]:
-    """The config.json of a form."""
-    if form == "dense":
-        return config_json
-    return config_json | {"model_type": _TYPE + config_json["model_type"], "architectures": [], "rowwise_form": form}
-
-
 def open_exported(folder: str | Path, device: str | torch.device = "cpu") -> Decoder:
     """The model of a folder that `rowwise.launch.export` wrote, for inference: condensed weights as `CondensedLinear`, 2:4
     ones on CUDA from compute capability 8.0 on. Raises ValueError for other folders and devices."""
     folder, device = Path(folder).expanduser(), torch.device(device)
     try:
-        theirs = json.loads((folder / "config.json").read_text())
-        form = theirs.get("rowwise_form", "dense")
+        config_json, form = without_form(read_config(folder))
         _check_form(form, device)
-        keys = our_keys(theirs | {"model_type": theirs["model_type"].removeprefix(_TYPE)})
         with torch.device("meta"):
-            model = Decoder(ModelConfig(**keys))
+            model = Decoder(model_of(our_keys(config_json)))
         _fill(model, folder, device)
     except KeyError as error:
         raise ValueError(f"{folder}: its config.json has no key {error}; export it again") from None
@@ -110,7 +98,7 @@ def open_exported(folder: str | Path, device: str | torch.device = "cpu") -> Dec
 
 def _check_form(form: str, device: torch.device) -> None:
     if form not in FORMS:
-        raise ValueError(f"rowwise_form is {form!r}, possible are {', '.join(FORMS)}")
+        raise ValueError(f"{FORM} is {form!r}, possible are {', '.join(FORMS)}")
     if form != "semi_structured":
         return
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):

@@ -1,10 +1,9 @@
-"""To and from Hugging Face folders of Llama and Qwen3: config.json and safetensors in one or many files.
+"""To and from Hugging Face folders of Llama and Qwen3: a config.json (`config_json`) and safetensors in one or many files.
 
 The two forms differ in names only (the rotary halves stand in the same order), so a row of ours is a row of theirs:
 loading reads just the rows of a shard, exporting holds one output file at a time.
 """
 
-import contextlib
 import json
 import re
 import stat
@@ -20,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rowwise.trainer.models.config_json import our_keys, read_config, refuse_other_shape, refusing
 from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
-from rowwise.trainer.models.rope import RopeScaling
 
 _LAYER_NAMES = {
     "attention_norm": "input_layernorm",
@@ -38,15 +37,6 @@ _LAYER_NAMES = {
 }
 _OUTER_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# What our decoder has in one form only: the values in a config.json that say so, the default where it says nothing.
-_FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROWS_AT_A_TIME = 4096
 Read = Callable[[dict[str, Tensor]], None]  # fills tensors, by our names
@@ -62,129 +52,17 @@ def their_name(name: str) -> str:
     return f"{_OUTER_NAMES[stem]}.weight"
 
 
-def their_config(config: ModelConfig, dtype: torch.dtype, max_positions: int, end_token: int | None) -> dict[str, Any]:
-    """The config.json of a model, in the form that transformers 4 and 5 both read."""
-    return {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        "hidden_size": config.dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_embeddings,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if config.rope_scaling is None else _their_scaling(config.rope_scaling),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "max_position_embeddings": max_positions,
-        "dtype": str(dtype).removeprefix("torch."),
-        # Text of Rowwise has no token that begins it; transformers would otherwise assume Llama's.
-        "bos_token_id": None,
-        "eos_token_id": end_token,
-    }
-
-
-def _their_scaling(scaling: RopeScaling) -> dict[str, Any]:
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_length,
-    }
-
-
-def our_keys(theirs: dict[str, Any]) -> dict[str, Any]:
-    """The model.* keys that a config.json describes. Raises ValueError for what our decoder does not have."""
-    kind = theirs.get("model_type")
-    if kind not in ("llama", "qwen3"):
-        raise ValueError(f"model_type is {kind!r}, possible are llama and qwen3")
-    for key, value in _FIXED.items():
-        if theirs.get(key, value) != value:
-            raise ValueError(f"{key} is {theirs[key]!r}, possible is {value!r}")
-    # transformers 5 writes rope_parameters, and goes by rope_scaling where an older folder has it.
-    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
-    heads = theirs["num_attention_heads"]
-    return {
-        "layers": theirs["num_hidden_layers"],
-        "dim": theirs["hidden_size"],
-        "heads": heads,
-        "kv_heads": theirs.get("num_key_value_heads") or heads,
-        "head_dim": theirs.get("head_dim") or theirs["hidden_size"] // heads,
-        "ffn_dim": theirs["intermediate_size"],
-        "vocab_size": theirs["vocab_size"],
-        "tie_embeddings": theirs.get("tie_word_embeddings", False),
-        "stable_embedding": False,
-        "qk_norm": kind == "qwen3",
-        "norm_eps": theirs.get("rms_norm_eps", 1e-6),
-        "rope_theta": rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)),
-        "rope_scaling": _our_scaling(rope),
-    }
-
-
-def _our_scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"the RoPE is {rope}, possible are the rope_type default and llama3, of whole heads")
-    if kind == "default":
-        return None
-    length = rope["original_max_position_embeddings"]
-    return RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], length)
-
-
-def read_shape(folder: Path) -> dict[str, Any]:
-    """The model.* keys that the config.json of a folder describes, as plain values; `head_dim` only where it is not dim /
-    heads. Raises ValueError."""
-    with _refusing(folder):
-        keys = our_keys(json.loads((folder / "config.json").read_text()))
-        implied = keys["head_dim"] == keys["dim"] // keys["heads"]
-        scaling = keys["rope_scaling"]
-        plain = {"head_dim": None if implied else keys["head_dim"], "rope_scaling": scaling and asdict(scaling)}
-        return keys | plain
-
-
 def check_source(folder: Path, config: ModelConfig) -> None:
     """Refuses a folder that does not hold the model that `config` describes, each tensor in its shape.
 
     Reads config.json and the headers of the safetensors files; of the numbers, only those of a head that ought to be
     the embedding. Raises ValueError.
     """
-    with _refusing(folder):
-        theirs = our_keys(json.loads((folder / "config.json").read_text()))
-        ours = {key: getattr(config, key) for key in theirs} | {"head_dim": config.head_size}
-        _refuse_other({key: (theirs[key], ours[key]) for key in ours})
+    with refusing(folder):
+        theirs, ours = our_keys(read_config(folder)), asdict(config) | {"head_dim": config.head_size}
+    refuse_other_shape(folder, {key: (theirs[key], ours[key]) for key in theirs})
+    with refusing(folder):
         _check_tensors(folder, config)
-
-
-def refuse_other_shape(folder: Path, pairs: dict[str, tuple[Any, Any]]) -> None:
-    """Raises ValueError where a model.* key is not the same in the folder and in what was given: pairs of both."""
-    with _refusing(folder):
-        _refuse_other(pairs)
-
-
-def _refuse_other(pairs: dict[str, tuple[Any, Any]]) -> None:
-    different = [f"model.{key}={there} there and {here} here" for key, (there, here) in pairs.items() if there != here]
-    if different:
-        raise ValueError(f"it is another model, {', '.join(different)}")
-
-
-@contextlib.contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
-    """What is wrong with a folder to start from, as one ValueError."""
-    try:
-        yield
-    except KeyError as error:
-        raise ValueError(f"model.init_from={folder}: its JSON has no key {error}; complete the folder") from None
-    except (OSError, ValueError, SafetensorError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"model.init_from={folder}: {error}; give a Hugging Face folder (config.json and safetensors) of this "
-            "model, or leave out model= and the model.* keys that the folder says itself"
-        ) from None
 
 
 def _check_tensors(folder: Path, config: ModelConfig) -> None:

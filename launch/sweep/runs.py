@@ -1,0 +1,83 @@
+"""The runs that a sweep's trials would be: what each would be refused for, and what a search needs to know of them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from rowwise.launch.agent import default_nproc, require_ranks
+from rowwise.launch.compose import compose_tree
+from rowwise.launch.sweep.config import Composed, SweepConfig, is_basic, naming
+from rowwise.launch.sweep.space import Space, overrides_of
+from rowwise.trainer.config import TrainConfig, check, config_from_tree
+from rowwise.trainer.prepare import examine
+
+
+def check_trials(
+    config: SweepConfig, launcher: DictConfig, trials: Sequence[Composed], space: Space, here: bool
+) -> None:
+    """Refuses before the first trial what every trial, or one of the values, would be refused for, also by this machine
+    where trials run `here`. Raises ValueError."""
+    here = here and is_basic(launcher)
+    nodes, tasks = launcher.get("nodes", 1), launcher.get("tasks_per_node", 1)
+    if tasks != 1:
+        raise ValueError(
+            f"hydra.launcher.tasks_per_node={tasks}: a trial is one task a machine, and nproc= its workers"
+        )
+    samples = list(space.samples())
+    for settings, tree in trials:
+        with naming(settings):
+            run = config_from_tree(tree)
+            check_goal(config, run)
+            if not here:
+                check(run, nodes * nproc_elsewhere(run, launcher))
+                continue
+            nproc = run.nproc or default_nproc()
+            require_ranks(nproc)
+            if config.search != "none":
+                require_slots(config.parallel, nproc)
+            if settings in samples:  # few, since this opens the data
+                examine(replace(run, run_dir=str(Path(config.folder) / "trial")), nproc)
+            else:
+                check(run, nproc)
+
+
+def nproc_elsewhere(run: TrainConfig, launcher: DictConfig) -> int:
+    """Raises ValueError where the GPUs of other machines would decide."""
+    if run.nproc is None:
+        known = launcher.get("gpus_per_node") or "8, for example"
+        raise ValueError(f"this machine does not know the GPUs of others; give nproc={known}")
+    return run.nproc
+
+
+def require_slots(parallel: int, nproc: int) -> None:
+    """Raises ValueError where trials at a time would share GPUs."""
+    gpus = torch.cuda.device_count()
+    if gpus and parallel * nproc > gpus:
+        raise ValueError(
+            f"sweep.parallel={parallel} with nproc={nproc} takes {parallel * nproc} GPUs, and there are {gpus}; give "
+            f"sweep.parallel={gpus // nproc} at most"
+        )
+
+
+def check_goal(config: SweepConfig, run: TrainConfig) -> None:
+    """Raises ValueError."""
+    if config.goal == "eval_loss" and not run.eval.every:
+        raise ValueError(
+            "sweep.goal=eval_loss with eval.every=0: nothing is evaluated; give eval.every, or sweep.goal=loss"
+        )
+
+
+def first_rung(config: SweepConfig, space: Space) -> int:
+    """The step at which halving first ends trials: of the first evaluation, or, by the loss of steps, so early that
+    three more rungs follow."""
+    run = config_from_tree(compose_tree(overrides_of(space.fixed, next(space.samples()))))
+    return run.eval.every if config.goal == "eval_loss" else max(1, run.steps // config.factor**3)
+
+
+def largest_nproc(space: Space) -> int:
+    """Workers of the trial that has most."""
+    every = (config_from_tree(compose_tree(overrides_of(space.fixed, settings))) for settings in space.samples())
+    return max(run.nproc or default_nproc() for run in every)
