@@ -10,7 +10,7 @@ from gpu_place import Place
 from torch import Tensor
 
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
-from rowwise.kernels.attention_block import plain_backward, plain_forward
+from rowwise.kernels.attention_block import Attended, plain_backward, plain_forward
 from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.parallel.mesh import RING_ORDER
 from rowwise.parallel.sequence import runs_of
@@ -50,7 +50,7 @@ def by_documents(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, documents: Docu
         for begin, end in itertools.pairwise((*begins, q.size(1))):
             part = [t[row : row + 1, begin:end] for t in (q, k, v, d_out)]
             out, lse = plain_forward(*part[:3], True, q.size(-1) ** -0.5)
-            gradients = plain_backward(part[3], *part[:3], out, lse, True, q.size(-1) ** -0.5)
+            gradients = plain_backward(part[3], Attended(*part[:3], out, lse), True, q.size(-1) ** -0.5)
             for total, piece in zip(results, (out, *gradients), strict=True):
                 total[row : row + 1, begin:end] = piece
     return results
@@ -72,7 +72,8 @@ def around_a_ring(
         d_q = torch.zeros_like(out)
         for theirs, seen in zip(held, areas, strict=True):
             d_k, d_v = (results[i][:, theirs] for i in (2, 3))
-            see_backward(d_out_here, q_here, k[:, theirs], v[:, theirs], out.to(q.dtype), lse, seen, d_q, d_k, d_v)
+            attended = Attended(q_here, k[:, theirs], v[:, theirs], out.to(q.dtype), lse)
+            see_backward(d_out_here, attended, seen, (d_q, d_k, d_v))
             results[2][:, theirs], results[3][:, theirs] = d_k, d_v
         results[0][:, mine], results[1][:, mine] = out, d_q
     return results

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rowwise.kernels.attention_block import block_backward, block_forward, repeat_heads
+from rowwise.kernels.attention_block import Attended, Gradients, block_backward, block_forward, repeat_heads
 from rowwise.kernels.attention_packed import packed_backward, packed_forward, packings, packs, taken
 from rowwise.kernels.visible import Area, Documents, Run, visible_areas
 
@@ -61,10 +61,10 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        sums = [torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v)]
-        see_backward(d_out, q, k, v, out, lse, ctx.areas, *sums)
-        return *(s.to(q.dtype) for s in sums), None
+        attended = Attended(*ctx.saved_tensors)
+        q, k, v = (torch.zeros_like(t, dtype=attended.lse.dtype) for t in attended[:3])
+        see_backward(d_out, attended, ctx.areas, (q, k, v))
+        return *(gradient.to(d_out.dtype) for gradient in (q, k, v)), None
 
 
 def nothing_seen(q_BSHE: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,30 +91,21 @@ def see(q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, l
             _merge_(out[rows], lse_here, part, part_lse)
 
 
-def see_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    areas: tuple[Area, ...],
-    d_q: Tensor,
-    d_k: Tensor,
-    d_v: Tensor,
-) -> None:
-    """Adds to `d_q`, `d_k`, `d_v`, in place, what these areas give of the gradient. `out` and `lse` are those of all keys
-    that the queries see, anywhere: with them, the gradient is a sum over blocks."""
+def see_backward(d_out: Tensor, attended: Attended, areas: tuple[Area, ...], sums: Gradients) -> None:
+    """Adds to `sums`, in place, what these areas give of the gradients of q, k and v. `out` and `lse` are those of all keys
+    that the queries see, anywhere."""
+    q, k, v, out, lse = attended
     scale = q.size(-1) ** -0.5
     if packs(q, areas):
-        _see_packed_backward(d_out, q, k, v, out, lse, areas, (d_q, d_k, d_v), scale)
+        _see_packed_backward(d_out, attended, areas, sums, scale)
         return
     for area in areas:
         rows, seen = _slices(area)
         lse_here = lse[rows[0], :, rows[1]].contiguous()  # FlashAttention reads it as if it were
-        gradients = block_backward(d_out[rows], q[rows], k[seen], v[seen], out[rows], lse_here, area.causal, scale)
-        for total, gradient in zip((d_q[rows], d_k[seen], d_v[seen]), gradients, strict=True):
-            total += gradient
+        here = Attended(q[rows], k[seen], v[seen], out[rows], lse_here)
+        gradients = block_backward(d_out[rows], here, area.causal, scale)
+        for total, index, gradient in zip(sums, (rows, seen, seen), gradients, strict=True):
+            total[index].add_(gradient)
 
 
 def _see_packed(
@@ -131,21 +122,15 @@ def _see_packed(
 
 
 def _see_packed_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    areas: tuple[Area, ...],
-    sums: tuple[Tensor, Tensor, Tensor],
-    scale: float,
+    d_out: Tensor, attended: Attended, areas: tuple[Area, ...], sums: Gradients, scale: float
 ) -> None:
+    q, k, v, out, lse = attended
     for packing in packings(areas, *q.shape[:2], k.size(1), q.device):
         d_out_here, q_here, out_here = (taken(t, packing.queries) for t in (d_out, q, out))
         k_here, v_here = (taken(t, packing.keys) for t in (k, v))
         lse_here = taken(lse.transpose(1, 2), packing.queries).T
-        gradients = packed_backward(d_out_here, q_here, k_here, v_here, out_here, lse_here, packing, scale)
+        here = Attended(q_here, k_here, v_here, out_here, lse_here)
+        gradients = packed_backward(d_out_here, here, packing, scale)
         for total, gradient, index in zip(sums, gradients, (packing.queries, packing.keys, packing.keys), strict=True):
             if index is None:
                 total += gradient.view(total.shape)

@@ -11,11 +11,27 @@ Shapes: queries (B, S, H, E), keys and values (B, T, K, E), lse (B, H, S); H is 
 queries, and the n-th query sees the first n.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
+
+
+class Attended(NamedTuple):
+    """Queries, keys and values, and what came of it. `out` and `lse` may be over more keys than these: with those of all keys
+    that the queries see, gradients are a sum over blocks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 
 
 def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -36,13 +52,12 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     return out.transpose(1, 2)[..., :size], lse[..., : q.size(2)]
 
 
-def block_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v. `out` and `lse` may be over more keys than this block's."""
+def block_backward(d_out: Tensor, attended: Attended, causal: bool, scale: float) -> Gradients:
+    """What this block of keys gives of the gradients."""
+    q, k, v, out, lse = attended
     operator = operator_of(q)
     if operator == "plain":
-        return plain_backward(d_out, q, k, v, out, lse, causal, scale)
+        return plain_backward(d_out, attended, causal, scale)
     size, groups = q.size(-1), k.size(2)
     d_out, q, k, v, out = (_heads_first(t, operator) for t in (d_out, q, k, v, out))
     if operator == "cpu":
@@ -77,13 +92,12 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     return out.to(q.dtype), lse
 
 
-def plain_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def plain_backward(d_out: Tensor, attended: Attended, causal: bool, scale: float) -> Gradients:
     """`block_backward` in plain torch: the reference.
 
     P = exp(S - lse),  dV = P^T dO,  dS = P (dO V^T - rowsum(dO out)),  dQ = scale dS K,  dK = scale dS^T Q.
     """
+    q, k, v, out, lse = attended
     heads, groups, wide = q.size(2), k.size(2), lse.dtype
     weights = (_scores(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
     d_out, out, q_wide, k_wide, v_wide = (repeat_heads(t, heads, dim=2).to(wide) for t in (d_out, out, q, k, v))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowwise.kernels.attention_block import block_backward, block_forward, operator_of
+from rowwise.kernels.attention_block import Attended, Gradients, block_backward, block_forward, operator_of
 from rowwise.kernels.visible import Area
 
 aten = torch.ops.aten
@@ -101,15 +101,14 @@ def packed_forward(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: flo
     return out[..., :size], lse
 
 
-def packed_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packing: Packing, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of gathered q, k and v. `out` and `lse` may be over more keys than these areas'."""
+def packed_backward(d_out: Tensor, attended: Attended, packing: Packing, scale: float) -> Gradients:
+    """What these areas give of the gradients, of gathered rows."""
+    q, k, v, out, lse = attended
     if operator_of(q) != "flash":
         lses = [part.contiguous().unsqueeze(0) for part in lse.split(packing.q_lengths, dim=1)]
         parts = _each(packing, (d_out, q, out), (k, v))
         found = [
-            block_backward(d, a, b, c, o, part_lse, packing.causal, scale)
+            block_backward(d, Attended(a, b, c, o, part_lse), packing.causal, scale)
             for (d, a, o, b, c), part_lse in zip(parts, lses, strict=True)
         ]
         d_q, d_k, d_v = (torch.cat([gradient[0] for gradient in of_one]) for of_one in zip(*found, strict=True))

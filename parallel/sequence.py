@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
-from rowwise.kernels.attention_block import repeat_heads
+from rowwise.kernels.attention_block import Attended, repeat_heads
 from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.parallel.collectives import Passing, all_to_all
 from rowwise.parallel.mesh import RING_ORDER, Axis, Mesh, SequenceAxes, divisors
@@ -161,7 +161,7 @@ class _RingAttention(torch.autograd.Function):
         under_way: Passing | None = None
         for source, (k, v) in rotate(block, ctx.ring):
             here = torch.zeros_like(block, dtype=lse.dtype)
-            see_backward(d_out, q, k, v, out, lse, ctx.areas[source], d_q, here[0], here[1])
+            see_backward(d_out, Attended(q, k, v, out, lse), ctx.areas[source], (d_q, here[0], here[1]))
             if under_way is not None:
                 # What the ranks before gave to this block's gradient has travelled one step behind it.
                 here += under_way.wait()

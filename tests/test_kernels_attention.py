@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
-from rowwise.kernels.attention_block import block_backward, block_forward, plain_backward, plain_forward
+from rowwise.kernels.attention_block import Attended, block_backward, block_forward, plain_backward, plain_forward
 from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.parallel.sequence import runs_of
 from textbook import attention
@@ -40,8 +40,8 @@ def test_the_operator_is_the_formula(shape, dtype, causal):
     here, reference = block_forward(q, k, v, causal, 0.4), plain_forward(q, k, v, causal, 0.4)
     assert here[0].dtype == dtype and here[1].dtype == reference[1].dtype
     lse = (reference[1] + more).contiguous()
-    here += block_backward(d_out, q, k, v, out, lse, causal, 0.4)
-    reference += plain_backward(d_out, q, k, v, out, lse, causal, 0.4)
+    here += block_backward(d_out, Attended(q, k, v, out, lse), causal, 0.4)
+    reference += plain_backward(d_out, Attended(q, k, v, out, lse), causal, 0.4)
     for ours, theirs in zip(here, reference, strict=True):
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -53,7 +53,7 @@ def test_the_plain_backward_is_the_gradient():
     out, lse = plain_forward(q, k, v, True, 0.4)
     d_out = torch.randn_like(out)
     expected = torch.autograd.grad(out, (q, k, v), d_out)
-    ours = plain_backward(d_out, *(t.detach() for t in (q, k, v, out, lse)), True, 0.4)
+    ours = plain_backward(d_out, Attended(*(t.detach() for t in (q, k, v, out, lse))), True, 0.4)
     for gradient, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(gradient, theirs, rtol=1e-12, atol=1e-14)
 
@@ -143,7 +143,7 @@ def seen_of(queries, held, documents, q, d_out):
     d_q, found = torch.zeros_like(q), [out, lse]
     for k, v, areas in blocks:
         d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
-        see_backward(d_out, q, k, v, out, lse, areas, d_q, d_k, d_v)
+        see_backward(d_out, Attended(q, k, v, out, lse), areas, (d_q, d_k, d_v))
         found += [d_k, d_v]
     return [*found, d_q]
 

@@ -12,7 +12,7 @@ from rowwise.launch.pages.page import page
 from rowwise.launch.report import read_runs
 from rowwise.optim.schedules import LrRange, check_schedule
 from rowwise.trainer.config import config_from_tree
-from rowwise.trainer.lr_range import find, is_over, points_of, smoothed, verdict
+from rowwise.trainer.lr_range import averaged, find, points_of, verdict
 from rowwise.trainer.metrics import read_metrics
 from runs import records, run_said, run_train, run_until
 
@@ -33,13 +33,13 @@ def test_the_rate_rises_by_equal_factors_or_differences():
 
 
 def test_smoothing_has_no_bias_at_its_start():
-    assert smoothed([3.0] * 9) == pytest.approx([3.0] * 9)
-    assert smoothed([1.0, 2.0]) == pytest.approx([1.0, (0.8 * 1 + 2) / 1.8])
+    assert averaged([3.0] * 9).means == pytest.approx([3.0] * 9)
+    assert averaged([1.0, 2.0]).means == pytest.approx([1.0, (0.8 * 1 + 2) / 1.8])
 
 
 def test_the_suggestion_is_below_where_the_loss_is_lowest_and_the_test_is_over_where_it_blows_up():
     losses = [curve(rate) for rate in RATES]
-    end = next(n for n in range(1, 101) if is_over(losses[:n]))
+    end = next(n for n in range(1, 101) if averaged(losses[:n]).blown_up)
     finding = find(list(zip(RATES[:end], losses[:end], strict=True)))
     assert finding.suggested == pytest.approx(finding.lowest / 3, rel=0.05)
     assert 2e-3 < finding.lowest < 2e-2 < finding.blow_up < 2e-1
@@ -51,8 +51,8 @@ def test_what_is_not_over_says_so_and_what_never_fell_too():
     assert find(fallen).blow_up is None
     assert "had not blown up at 0.0087: raise optim.lr" in verdict(fallen)
     assert "the loss fell at no rate from 1e-06 to 1; begin lower" in verdict([(rate, 5 + rate) for rate in RATES])
-    assert not is_over([])
-    assert is_over([5.0, math.inf])
+    assert not averaged([]).blown_up
+    assert averaged([5.0, math.inf]).blown_up
 
 
 def test_steps_that_say_nothing_are_passed_over():

@@ -7,7 +7,7 @@ given back a quarter of what it had won (a tenth of the first loss where that is
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ from rowwise.trainer.metrics import read_metrics
 KEPT = 0.8  # of the average, at each step
 FIRST = 5  # steps, of which an average says too little
 
-Point = tuple[
-    float, float
-]  # a learning rate, and the loss of the step that was made with it: infinite where it was no number
+Point = tuple[float, float]  # a learning rate, and the loss of its step: infinite where that was no number
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,55 @@ class Finding:
         return float(f"{self.lowest / 3:.1e}")
 
 
+@dataclass
+class Average:
+    """The smoothed loss s_t = sum_k 0.8^(t-k) l_k / sum_k 0.8^(t-k), one loss after the other: all `means` so far."""
+
+    means: list[float] = field(default_factory=list)
+    lowest: float = math.inf
+    _total: float = 0.0
+    _weight: float = 0.0
+
+    def add(self, loss: float) -> None:
+        self._total, self._weight = KEPT * self._total + loss, KEPT * self._weight + 1
+        self.means.append(self._total / self._weight)
+        self.lowest = min(self.lowest, self.means[-1])
+
+    @property
+    def blown_up(self) -> bool:
+        """Whether the loss has, by the last that was added."""
+        if not self.means or not math.isfinite(self.means[-1]):
+            return bool(self.means)
+        first, last = self.means[0], self.means[-1]
+        return last > self.lowest + max(0.25 * (first - self.lowest), 0.1 * abs(first))
+
+
+def averaged(losses: Sequence[float]) -> Average:
+    average = Average()
+    for loss in losses:
+        average.add(loss)
+    return average
+
+
 class RangeTest:
     """The points of a test under way; those before a resume are read from the run's records, alike on every rank."""
 
     def __init__(self, run_dir: Path, step: int):
-        self._points = points_of([record for record in read_metrics(run_dir) if record["step"] <= step])
+        self._points: list[Point] = []
+        self._average = Average()
+        for record in read_metrics(run_dir):
+            if record["step"] <= step:
+                self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
         """A step that was made."""
-        self._points += points_of([record])
+        for point in points_of([record]):
+            self._points.append(point)
+            self._average.add(point[1])
 
     @property
     def over(self) -> bool:
-        return is_over([loss for _, loss in self._points])
+        return self._average.blown_up
 
     def told(self) -> str:
         """The verdict so far."""
@@ -64,32 +98,14 @@ def points_of(records: Sequence[dict[str, Any]]) -> list[Point]:
     return points
 
 
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """s_t = sum_k 0.8^(t-k) l_k / sum_k 0.8^(t-k)."""
-    total, weight, means = 0.0, 0.0, []
-    for loss in losses:
-        total, weight = KEPT * total + loss, KEPT * weight + 1
-        means.append(total / weight)
-    return means
-
-
-def is_over(losses: Sequence[float]) -> bool:
-    """Whether the loss has blown up by its last entry."""
-    if not losses or not math.isfinite(losses[-1]):
-        return bool(losses)
-    means = smoothed(losses)
-    best = min(means)
-    return means[-1] > best + max(0.25 * (means[0] - best), 0.1 * abs(means[0]))
-
-
 def find(points: Sequence[Point]) -> Finding | None:
     """What a test shows. None: the loss fell at no rate."""
     known = [(rate, loss) for rate, loss in points if math.isfinite(loss)]
-    means = smoothed([loss for _, loss in known])
-    lowest = min(range(len(means)), key=means.__getitem__, default=0)
+    average = averaged([loss for _, loss in known])
+    lowest = average.means.index(average.lowest) if known else 0
     if lowest < FIRST:
         return None
-    return Finding(known[lowest][0], points[-1][0] if is_over([loss for _, loss in points]) else None)
+    return Finding(known[lowest][0], points[-1][0] if averaged([loss for _, loss in points]).blown_up else None)
 
 
 def verdict(points: Sequence[Point]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from rowwise.launch.pages.draw import color, dress, line_of, picture
 from rowwise.launch.pages.markup import figure, grid, short, text
 from rowwise.launch.pages.records import Curve, Run
-from rowwise.trainer.lr_range import find, points_of, smoothed, verdict
+from rowwise.trainer.lr_range import averaged, find, points_of, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ def range_figure(run: Run, runs: Sequence[Run]) -> str:
         shown = [(rate, loss) for rate, loss in points if np.isfinite(loss)]
         rates, losses = [rate for rate, _ in shown], [loss for _, loss in shown]
         axes.plot(rates, losses, linewidth=0.7, alpha=0.3, color=color(run.order))
-        axes.plot(rates, smoothed(losses), linewidth=1.8, color=color(run.order))
+        axes.plot(rates, averaged(losses).means, linewidth=1.8, color=color(run.order))
         dress(axes, "nats per token", x="learning rate")
         axes.set_xscale("log")
         if finding is not None:
