@@ -27,6 +27,11 @@ from rowwise.trainer.sample import SampleConfig
 from rowwise.trainer.stages import check_pipeline, splits_backward
 from rowwise.trainer.tracker import TrackerConfig
 
+MOST_WORKERS = 1024  # of a machine
+MOST_STEPS = 10**15
+MOST_SAMPLED = 1_000_000
+A_YEAR = 365 * 24 * 3600
+
 _BY_NAME = Field(discriminator="name")
 
 
@@ -112,14 +117,14 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     """Refuses what does not compose on `world_size` workers, and returns the configuration with the degrees of the mesh
     filled in. Needs no process group. Raises ValueError."""
     _refuse_non_numbers(tree_of(config), "")
-    if config.steps < 1:
-        raise ValueError(f"steps={config.steps}: a run has at least 1 step")
+    if not 1 <= config.steps <= MOST_STEPS:
+        raise ValueError(f"steps={config.steps}: a run has at least 1 step, and at most {MOST_STEPS:,}")
     if config.clip_norm < 0:
         raise ValueError(f"clip_norm={config.clip_norm}: the largest gradient norm, or 0 for off")
-    if config.nproc is not None and config.nproc < 1:
-        raise ValueError(f"nproc={config.nproc}: a machine has at least 1 worker; null is one a GPU, or one")
-    if config.parallel.timeout_seconds < 1:
-        raise ValueError(f"parallel.timeout_seconds={config.parallel.timeout_seconds}: give at least 1")
+    if config.nproc is not None and not 1 <= config.nproc <= MOST_WORKERS:
+        raise ValueError(f"nproc={config.nproc}: a machine has 1 to {MOST_WORKERS} workers; null is one a GPU, or one")
+    if not 1 <= config.parallel.timeout_seconds <= A_YEAR:
+        raise ValueError(f"parallel.timeout_seconds={config.parallel.timeout_seconds}: give 1 to {A_YEAR}, a year")
     if config.log_every < 1:
         raise ValueError(f"log_every={config.log_every}: it is at least 1")
     if config.peak_flops is not None and config.peak_flops <= 0:
@@ -296,6 +301,8 @@ def _check_eval(config: TrainConfig) -> None:
         )
     if (config.sample.tokens or 0) < 0 or config.sample.temperature < 0:
         raise ValueError("sample.tokens and sample.temperature are at least 0")
+    if (config.sample.tokens or 0) > MOST_SAMPLED:
+        raise ValueError(f"sample.tokens={config.sample.tokens}: each takes a forward; give at most {MOST_SAMPLED:,}")
 
 
 def _refuse_unknown(tree: dict[str, Any], known: dict[str, Any], path: str) -> None:

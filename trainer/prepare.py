@@ -5,12 +5,16 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
+import torch
 from filelock import FileLock, Timeout
 
 from rowwise.parallel.mesh import pick_device
 from rowwise.trainer.config import TrainConfig, check
+from rowwise.trainer.data.batches import batch_bytes
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.files import writing
+from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.models.huggingface import check_source
 from rowwise.trainer.pruned import check_semi_structured
 from rowwise.trainer.resume import find_resume
@@ -29,6 +33,7 @@ def examine(config: TrainConfig, world_size: int) -> TrainConfig:
     degrees and defaults filled in. Raises ValueError."""
     config = check(config, world_size)
     check_semi_structured(config, pick_device(0))
+    check_room(config, *_memory())
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     if config.eval.every and not data.holdout.samples:
         raise ValueError(
@@ -50,6 +55,34 @@ def examine(config: TrainConfig, world_size: int) -> TrainConfig:
         check_source(Path(config.model.init_from).expanduser(), config.model)
     find_resume(config, data.train.fingerprint)
     return config
+
+
+def check_room(config: TrainConfig, where: str, device_bytes: int, host_bytes: int) -> None:
+    """Refuses what is larger than all the memory of a worker's device, `where`, or of its machine, by what a run cannot do
+    without: a rank's parameters, and the batches that it keeps on the host. `config` must be checked. Raises ValueError."""
+    parallel, (parameters, _) = config.parallel, parameter_count(config.model)
+    ranks = parallel.pipeline * (parallel.state_degree if parallel.zero else 1)
+    width = 2 if config.optim.param_dtype == "bf16" else {"fp64": 8}.get(config.precision.name, 4)
+    held, batches = parameters * width // ranks, batch_bytes(config.batch, parallel.data_degree)
+    if held > device_bytes:
+        raise ValueError(
+            f"{config.model.name} has {parameters:,} parameters, {held / 1e9:,.0f} GB of them on each rank, and {where} has "
+            f"{device_bytes / 1e9:,.0f} GB; give a smaller model, or more workers with parallel.zero=1 to 3 or parallel.pipeline"
+        )
+    if batches > host_bytes:
+        raise ValueError(
+            f"batch.global_size={config.batch.global_size} batch.seq_len={config.batch.seq_len}: the batches that a rank keeps "
+            f"take {batches / 1e9:,.0f} GB, and this machine has {host_bytes / 1e9:,.0f} GB; give a smaller batch, or more workers"
+        )
+
+
+def _memory() -> tuple[str, int, int]:
+    """(what a worker computes on, its bytes, the bytes of the machine)."""
+    host = psutil.virtual_memory().total
+    if not torch.cuda.is_available():
+        return "this machine", host, host
+    device = torch.cuda.get_device_properties(0)
+    return device.name, device.total_memory, host
 
 
 def make_writable(run_dir: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rowwise.parallel.mesh import ParallelConfig
 from rowwise.parallel.schedule.check import check_schedule
-from rowwise.parallel.schedule.cut import balance
+from rowwise.parallel.schedule.cut import balance, check_stages
 from rowwise.parallel.schedule.generate import GENERATORS, Shape, check_shape, make_schedule
 from rowwise.parallel.schedule.order import Schedule, loop_placement, parse_action, read_csv, v_placement
 from rowwise.parallel.schedule.search import find_schedule
@@ -47,7 +47,7 @@ def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int, step
     if config.pipeline == 1:
         _refuse_without_pipeline(config)
         return
-    balance(0, [1] * layers, 0, config.pipeline * config.virtual_stages)
+    check_stages(layers, config.pipeline * config.virtual_stages)
     missing = ["parallel.zero=3"] * (config.zero != 3) + ["parallel.shard, ring or ulysses above 1"] * (
         config.state_degree == 1
     )

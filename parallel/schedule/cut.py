@@ -4,6 +4,15 @@ import itertools
 from collections.abc import Sequence
 
 
+def check_stages(layers: int, stages: int) -> None:
+    """Refuses more stages than layers. Raises ValueError."""
+    if stages > layers:
+        raise ValueError(
+            f"{stages} pipeline stages (parallel.pipeline x parallel.virtual_stages) and model.layers={layers}: "
+            f"a stage has at least one layer; give at most {layers} stages"
+        )
+
+
 def balance(first: float, layers: Sequence[float], last: float, stages: int) -> list[range]:
     """The layers of each stage, contiguous and at least one each, such that the dearest stage is as cheap as can be, and
     among those cuts the one whose costs have the smallest sum of squares.
@@ -11,11 +20,7 @@ def balance(first: float, layers: Sequence[float], last: float, stages: int) -> 
     `first` is what comes before the layers (the embedding), `last` what comes after (norm, head and loss). Raises
     ValueError for more stages than layers.
     """
-    if stages > len(layers):
-        raise ValueError(
-            f"{stages} pipeline stages (parallel.pipeline x parallel.virtual_stages) and model.layers={len(layers)}: "
-            f"a stage has at least one layer; give at most {len(layers)} stages"
-        )
+    check_stages(len(layers), stages)
     sums = [first]
     for layer in layers:
         sums.append(sums[-1] + layer)

@@ -5,7 +5,7 @@ Shapes: B sequences, S tokens, D model dim, H query heads, K key/value heads, E 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,11 +54,25 @@ def model_of(keys: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**keys | {"rope_scaling": scaling and RopeScaling(**scaling)})
 
 
+# Far beyond every model there is, and small enough that what loops over layers or heads ends at once.
+LARGEST = {
+    "layers": 10_000,
+    "dim": 1 << 20,
+    "heads": 1 << 16,
+    "kv_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "ffn_dim": 1 << 24,
+    "vocab_size": 1 << 28,
+}
+MOST_PARAMETERS = 10**13
+
+
 def check_model(config: ModelConfig) -> None:
-    """Refuses shapes that are no decoder. Raises ValueError."""
-    for key in ("layers", "dim", "heads", "kv_heads", "ffn_dim", "vocab_size"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"model.{key}={getattr(config, key)}: it is at least 1")
+    """Refuses shapes that are no decoder, and sizes that no machine holds: by arithmetic. Raises ValueError."""
+    for key, most in LARGEST.items():
+        size = getattr(config, key)
+        if size is not None and not 1 <= size <= most:
+            raise ValueError(f"model.{key}={size}: it is at least 1, and at most {most:,}")
     if config.head_dim is None and config.dim % config.heads:
         raise ValueError(
             f"model.dim={config.dim} is not divisible by model.heads={config.heads}; "
@@ -76,6 +90,13 @@ def check_model(config: ModelConfig) -> None:
         raise ValueError("model.rope_scaling: factor is at least 1, and low_freq_factor below high_freq_factor")
     if config.head_size < 2 or config.head_size % 2:
         raise ValueError(f"the head dim is {config.head_size}: RoPE turns pairs, so it must be even and above 0")
+    parameters, _ = parameter_count(config)
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(
+            f"model.layers={config.layers} model.dim={config.dim} model.ffn_dim={config.ffn_dim} model.vocab_size="
+            f"{config.vocab_size}: {parameters:,} parameters, {4 * parameters / 1e12:,.0f} TB in 32 bits; at most "
+            f"{MOST_PARAMETERS:,} are possible; give a smaller model"
+        )
 
 
 class Attention(nn.Module):
@@ -205,15 +226,26 @@ class Decoder(nn.Module):
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """The shape of every parameter, by name, without building the model."""
     with torch.device("meta"):
-        return {name: p.shape for name, p in Decoder(config).named_parameters()}
+        one = {name: p.shape for name, p in Decoder(replace(config, layers=1)).named_parameters()}
+    # Layers are alike, and to build a thousand takes seconds.
+    block = {name.removeprefix("blocks.0."): shape for name, shape in one.items() if name.startswith("blocks.0.")}
+    before, after = (
+        {name: shape for name, shape in one.items() if "blocks" not in name and (name.startswith("embed")) == first}
+        for first in (True, False)
+    )
+    layers = {f"blocks.{n}.{name}": shape for n in range(config.layers) for name, shape in block.items()}
+    return before | layers | after
 
 
 def parameter_count(config: ModelConfig) -> tuple[int, int]:
-    """(all parameters, those of a matrix that multiplies every token)."""
-    shapes = parameter_shapes(config)
-    total = sum(shape.numel() for shape in shapes.values())
-    lookup = 0 if config.tie_embeddings else shapes["embed.weight"].numel()
-    return total, total - lookup
+    """(all parameters, those of a matrix that multiplies every token), by arithmetic alone."""
+    dim, size = config.dim, config.head_size
+    attention = 2 * dim * size * (config.heads + config.kv_heads) + 2 * size * config.qk_norm
+    layer = attention + 3 * dim * config.ffn_dim + 2 * dim
+    table = config.vocab_size * dim
+    ends = table * (1 if config.tie_embeddings else 2) + dim + 2 * dim * config.stable_embedding
+    total = config.layers * layer + ends
+    return total, total - (0 if config.tie_embeddings else table)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
