@@ -339,7 +339,7 @@ def test_rows_are_read_by_their_content_whatever_the_name(tmp_path):
     (tmp_path / "anything").write_bytes(b"\xef\xbb\xbf" + ROWS)
     assert open_data(source("hf", tmp_path / "anything"), 16, 256).tokens == len(TEXT)
     (tmp_path / "anything").write_bytes(ROWS.replace(b"question", b"qu\xe9stion"))
-    with pytest.raises(ValueError, match=r"anything cannot be read as JSON lines .*write it again, as UTF-8"):
+    with pytest.raises(ValueError, match=r"anything, line 1: not UTF-8 \(the byte 0xe9\); write it again as UTF-8"):
         open_data(source("hf", tmp_path / "anything"), 16, 256)
 
 

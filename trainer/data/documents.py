@@ -1,4 +1,4 @@
-"""Documents as text or bytes, out of files: the standard library, text files, Hugging Face dataset folders."""
+"""Documents, out of files: the standard library, text files, Hugging Face dataset folders."""
 
 import codecs
 import glob
@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import sysconfig
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,13 @@ from typing import Any
 
 from rowwise.trainer.data.config import DataConfig, Hf, Stdlib, Text
 from rowwise.trainer.data.kinds import ARROW_STREAM, GZIP, PARQUET, Kind, check_rows, check_text
+from rowwise.trainer.data.long_lines import LongLine, encoded
+from rowwise.trainer.data.pieces import LONG_BYTES, Document, Stretch
+from rowwise.trainer.files import want_of_room
 
+_LINE_BYTES = 4 << 20  # of JSON that is parsed at once
+_BATCH_BYTES = 4 << 20
+_NOT_UTF8 = "not UTF-8 (the byte 0x{:02x}); write it again as UTF-8"
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 # Not .json: such files of a saved dataset describe it.
 _DATASET_ENDINGS = (".parquet", ".arrow", ".jsonl", ".jsonl.gz")
@@ -71,9 +78,9 @@ def find_files(files: str | list[str], endings: tuple[str, ...]) -> Found:
     found = Found()
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        there = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+        there = path.rglob("*") if path.is_dir() else _matches(path)
         matches, others = [], Counter[str]()
-        for match in sorted(p for p in there if p.is_file()):
+        for match in sorted(_each_once(p for p in there if p.is_file())):
             if path.is_dir() and not match.name.endswith(endings):
                 others[match.suffix or match.name] += 1
             else:
@@ -87,6 +94,38 @@ def find_files(files: str | list[str], endings: tuple[str, ...]) -> Found:
     return found
 
 
+def _matches(pattern: Path) -> Iterator[Path]:
+    """What a glob names. Python's own goes through a link to a folder above it again and again."""
+    if "**" not in pattern.parts:
+        yield from map(Path, glob.glob(str(pattern)))
+        return
+    place = pattern.parts.index("**")
+    rest = pattern.parts[place + 1 :] or ("*",)
+    for root in _matches(Path(*pattern.parts[:place])) if place else [Path()]:
+        for folder in _folders(root):
+            yield from _matches(Path(glob.escape(str(folder)), *rest))
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """The folder and all below it that are not hidden, also behind links, each once."""
+    seen = set()
+    for folder, subfolders, _ in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield Path(folder)
+
+
+def _each_once(paths: Iterable[Path]) -> Iterable[Path]:
+    """Of several paths to one file the shortest, and of those the first."""
+    found: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
+        found.setdefault(os.path.realpath(path), path)
+    return found.values()
+
+
 def check_files(files: Iterable[Path], config: Stdlib | Text | Hf) -> None:
     """Refuses files that are of another kind than the source reads. Raises ValueError."""
     check = check_rows if isinstance(config, Hf) else check_text
@@ -94,43 +133,93 @@ def check_files(files: Iterable[Path], config: Stdlib | Text | Hf) -> None:
         check(path)
 
 
-def read_documents(path: Path, config: Stdlib | Text | Hf) -> Iterator[bytes]:
-    """The documents of one file, as UTF-8 bytes: a text file is one document, a row of a dataset is one. A byte-order mark
-    at the beginning of a file is none of its text."""
+def read_documents(path: Path, config: Stdlib | Text | Hf, folder: Path) -> Iterator[Document]:
+    """The documents of one file: a text file is one document, a row of a dataset is one. A byte-order mark at the beginning
+    of a file is none of its text. Long texts of rows pass through files in `folder`."""
     if not isinstance(config, Hf):
-        yield path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        yield _whole_file(path)
         return
     kind = check_rows(path)
-    yield from _json_lines(path, kind, config.column) if kind in (None, GZIP) else _columns(path, kind, config.column)
+    read = _json_lines if kind in (None, GZIP) else _columns
+    yield from read(path, kind, config.column, folder)
 
 
-def _json_lines(path: Path, kind: Kind | None, column: str) -> Iterator[bytes]:
+def _whole_file(path: Path) -> Document:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        begun = file.read(LONG_BYTES)
+    mark = len(codecs.BOM_UTF8) if begun.startswith(codecs.BOM_UTF8) else 0
+    content = begun[mark:] if size < LONG_BYTES else Stretch(path, mark, size)
+    return Document(str(path), content, is_file=True)
+
+
+def _of_row(where: str, text: bytes | memoryview, folder: Path) -> Document:
+    """A row's text, in a file where it is long."""
+    if len(text) < LONG_BYTES:
+        return Document(where, bytes(text))
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        file.write(text)
+    return Document(where, Stretch(Path(file.name), 0, len(text), passing=True))
+
+
+def _json_lines(path: Path, kind: Kind | None, column: str, folder: Path) -> Iterator[Document]:
+    number = 0
     try:
-        with (gzip.open if kind == GZIP else open)(path, "rt", encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _text_of(_row(line, f"{path}, line {number}"), column, f"{path}, line {number}")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON lines ({error}); write it again, as UTF-8") from None
-
-
-def _row(line: str, where: str) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        with (gzip.open if kind == GZIP else open)(path, "rb") as lines:
+            while line := lines.readline(_LINE_BYTES):
+                number += 1
+                where = f"{path}, line {number}"
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if len(line) >= _LINE_BYTES - len(codecs.BOM_UTF8) and not line.endswith(b"\n"):
+                    yield _long_line(LongLine(line, lines), where, column, folder)
+                elif line.strip():
+                    yield _of_row(where, _text_of(_row(line, where), column, where), folder)
+    except (OSError, EOFError, zlib.error) as error:
+        if want_of_room(error):
+            raise
         raise ValueError(
-            f"{where}: not JSON ({error.msg}); a file of data=hf holds one object a line, plain text is for data=text"
+            f"{path} cannot be read as JSON lines beyond line {number} ({error}); write it again, as UTF-8"
+        ) from None
+
+
+def _long_line(line: LongLine, where: str, column: str, folder: Path) -> Document:
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        try:
+            there = line.text(column, file.write)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: {_NOT_UTF8.format(error.object[error.start])}") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}; data=hf takes one object a line, with a text in data.column") from None
+        if not there:
+            raise ValueError(f"{where}: no text in column {column!r}; set data.column")
+        size = file.tell()
+    return Document(where, Stretch(Path(file.name), 0, size, passing=True))
+
+
+def _row(line: bytes, where: str) -> object:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: {_NOT_UTF8.format(line[error.start])}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        said = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deep"
+        raise ValueError(
+            f"{where}: not JSON ({said}); a file of data=hf holds one object a line, plain text is for data=text"
         ) from None
 
 
 def _text_of(row: object, column: str, where: str) -> bytes:
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         columns = ", ".join(row) if isinstance(row, dict) else f"none, it is a {type(row).__name__}"
-        raise ValueError(f"{where}: no text in column {column!r}; its columns are {columns}; set data.column")
-    return row[column].encode()
+        raise ValueError(f"{where}: no text in column {column!r}; its columns are {columns[:200]}; set data.column")
+    try:
+        return encoded(row[column])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; write it again") from None
 
 
-def _columns(path: Path, kind: Kind | None, column: str) -> Iterator[bytes]:
+def _columns(path: Path, kind: Kind | None, column: str, folder: Path) -> Iterator[Document]:
     import pyarrow as pa
 
     try:
@@ -142,11 +231,15 @@ def _columns(path: Path, kind: Kind | None, column: str) -> Iterator[bytes]:
         held = schema.field(column).type
         if not (pa.types.is_string(held) or pa.types.is_large_string(held)):
             raise ValueError(f"{path}: column {column!r} holds {held}, not text; set data.column")
+        number = 0
         for batch in batches:
             for value in batch.column(column):
+                number += 1
                 if value.is_valid:
-                    yield str(value.as_py()).encode()
+                    yield _of_row(f"{path}, row {number}", memoryview(value.as_buffer()), folder)
     except (pa.ArrowException, OSError) as error:
+        if want_of_room(error):
+            raise
         what = kind.what if kind else "JSON lines"
         raise ValueError(f"{path} cannot be read as {what} ({str(error).splitlines()[0]}); write it again") from None
 
@@ -157,9 +250,13 @@ def _table(path: Path, kind: Kind | None, column: str) -> tuple[Any, Iterable[An
     import pyarrow.parquet as pq
 
     if kind == PARQUET:
-        file = pq.ParquetFile(path)
+        # Not a whole row group at once: pages as they are asked for, and few rows where they are large.
+        file = pq.ParquetFile(path, buffer_size=_BATCH_BYTES)
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
+        rows = min(65_536, max(1, _BATCH_BYTES // max(1, largest)))
         there = column in file.schema_arrow.names
-        return file.schema_arrow, file.iter_batches(columns=[column]) if there else ()
+        return file.schema_arrow, file.iter_batches(batch_size=rows, columns=[column]) if there else ()
     mapped = pa.memory_map(str(path))
     if kind == ARROW_STREAM:
         stream = pa.ipc.open_stream(mapped)

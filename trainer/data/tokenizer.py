@@ -1,7 +1,8 @@
 """Text to tokens and back: bytes, or a tokenizer.json through the `tokenizers` library."""
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -9,9 +10,10 @@ from typing import Protocol
 class Tokenizer(Protocol):
     vocab_size: int
     fingerprint: str
+    end: list[int]  # what follows a document
 
-    def encode(self, documents: Sequence[bytes]) -> list[list[int]] | list[bytes]:
-        """The tokens of whole documents, each with its end."""
+    def encode(self, texts: Sequence[bytes]) -> list[list[int]] | list[bytes]:
+        """The tokens of documents, or of pieces of them. Raises UnicodeDecodeError for what is not UTF-8, where that matters."""
         ...
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -26,9 +28,10 @@ class ByteTokenizer:
 
     vocab_size = 256
     fingerprint = "bytes"
+    end: list[int] = []  # noqa: RUF012
 
-    def encode(self, documents: Sequence[bytes]) -> list[bytes]:
-        return list(documents)
+    def encode(self, texts: Sequence[bytes]) -> list[bytes]:
+        return list(texts)
 
     def encode_prompt(self, text: str) -> list[int]:
         return list(text.encode())
@@ -69,23 +72,37 @@ class FileTokenizer:
         # A tokenizer.json may carry what some model wanted of its inputs; a corpus is neither cut off nor filled up.
         self._library.no_truncation()
         self._library.no_padding()
-        self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError(f"data.tokenizer={path}: its vocabulary is empty; give another tokenizer.json, or 'bytes'")
+        self._path, self.vocab_size = path, max(vocabulary.values()) + 1
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest() + f"/{end_of_text}"
-        self._end: list[int] = []
+        self.end: list[int] = []
         if end_of_text is not None:
             token = self._library.token_to_id(end_of_text)
             if token is None:
                 raise ValueError(f"data.end_of_text={end_of_text!r}: {path} has no such token")
-            self._end = [token]
+            self.end = [token]
 
-    def encode(self, documents: Sequence[bytes]) -> list[list[int]]:
-        texts = [document.decode("utf-8", errors="replace") for document in documents]
-        return [
-            encoding.ids + self._end for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+    def encode(self, texts: Sequence[bytes]) -> list[list[int]]:
+        decoded = [text.decode() for text in texts]
+        with self._told():
+            return [encoding.ids for encoding in self._library.encode_batch_fast(decoded, add_special_tokens=False)]
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self._library.encode(text, add_special_tokens=False).ids
+        with self._told():
+            return self._library.encode(text, add_special_tokens=False).ids
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raises ValueError where the library cannot tokenize: it has no token for what it does not know."""
+        try:
+            yield
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(
+                f"data.tokenizer={self._path} cannot tokenize this text ({str(error).splitlines()[0]}); add its unknown token to "
+                "its vocabulary, or give another tokenizer"
+            ) from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._library.decode(list(tokens))
