@@ -29,6 +29,7 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models import init
 from rowwise.trainer.prepare import make_writable
+from rowwise.trainer.step import RankStatus
 from rowwise.trainer.train import make_update, train, train_batches
 
 STEPS = 3
@@ -195,7 +196,7 @@ def reported_steps(workers: Workers, config: TrainConfig) -> tuple[list[float], 
     batches, reports = [next(stream) for _ in range(STEPS)], []
     for step in range(STEPS):
         ahead = batches[step + 1] if config.parallel.post_validation and step + 1 < STEPS else None
-        reports.append(update(step + 1, batches[step], 1.0, False, None, ahead))
+        reports.append(update(step + 1, batches[step], 1.0, RankStatus(), None, ahead))
         optimizer.zero_grad()
     return [report.loss for report in reports], [report.grad_norm for report in reports]
 

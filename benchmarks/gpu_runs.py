@@ -28,6 +28,7 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes, read_metrics
 from rowwise.trainer.models.decoder import flops_per_token
+from rowwise.trainer.step import RankStatus
 from rowwise.trainer.train import make_update, train_batches
 
 SMALL = ("model.layers=2", "model.dim=64", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=128", "batch.seq_len=64",
@@ -204,7 +205,7 @@ def one_rank(config: TrainConfig) -> Iterator[Any]:
         batches = train_batches(config, mesh, data, position=0)
 
         def step(number: int) -> Any:
-            report = update(number + 1, next(batches), 1.0, False)
+            report = update(number + 1, next(batches), 1.0, RankStatus())
             optimizer.zero_grad()
             return report
 

@@ -27,6 +27,7 @@ from rowwise.launch.workers import (
 from rowwise.parallel.mesh import Workers, pick_device
 from rowwise.trainer.checkpoint import NoneSound
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
+from rowwise.trainer.data.integrity import DataDamaged
 from rowwise.trainer.files import DiskFull, behind, want_of_room, writing
 from rowwise.trainer.manifest import clear_interrupted, newest_sound
 from rowwise.trainer.metrics import RunMoved
@@ -102,7 +103,7 @@ def _reason(error: BaseException, run_dir: Path) -> str | None:
     if (full := want_of_room(error)) is not None:
         return _told(full, run_dir)
     for one in behind(error):
-        if isinstance(one, NoneSound | RunMoved):
+        if isinstance(one, NoneSound | RunMoved | DataDamaged):
             return str(one)
         if isinstance(one, OSError) and one.filename is not None:
             return f"{one.filename}: {one.strerror}"

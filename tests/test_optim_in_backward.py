@@ -12,6 +12,7 @@ from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.state_bytes import PeakStates
 from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
+from rowwise.trainer.step import RankStatus
 from rowwise.trainer.train import make_update, train_batches
 
 RULES = ("adamw", "adamw8bit", "fira", "muon")
@@ -36,7 +37,7 @@ def run(workers, config, steps=3, watch=False):
     states = PeakStates(model, optimizer)
     with states if watch else nullcontext():
         for step in range(steps):
-            report = update(step + 1, next(batches), 1.0, False)
+            report = update(step + 1, next(batches), 1.0, RankStatus())
             optimizer.zero_grad()
             losses.append(report.loss)
             norms.append(report.grad_norm)

@@ -12,6 +12,7 @@ from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import ParallelConfig, make_mesh, resolve_degrees
 from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
+from rowwise.trainer.step import RankStatus
 from rowwise.trainer.train import make_update, train_batches
 from wire import Begin, Part, Wait, Wire, held_up
 
@@ -65,9 +66,9 @@ def late_updates(workers, config):
     stream = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
     first, second = next(stream), next(stream)
     with Wire() as wire:
-        reports = [update(1, first, 1.0, False, None, second if config.parallel.post_validation else None)]
+        reports = [update(1, first, 1.0, RankStatus(), None, second if config.parallel.post_validation else None)]
         optimizer.zero_grad()
-        reports.append(update(2, second, 1.0, False))
+        reports.append(update(2, second, 1.0, RankStatus()))
     return reports, wire.log
 
 

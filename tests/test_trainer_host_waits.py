@@ -10,6 +10,7 @@ from rowwise.parallel.mesh import make_mesh
 from rowwise.trainer.build import build_masks, build_model
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
+from rowwise.trainer.step import RankStatus
 from rowwise.trainer.train import eval_batches, make_update, train_batches
 
 MODEL = ("model.dim=12", "model.heads=4", "model.kv_heads=2", "model.head_dim=6", "model.ffn_dim=9", "model.layers=2",
@@ -40,7 +41,7 @@ def waits_of_steps(workers, configs):
         for step in (1, 2):
             batches = next(stream)
             with HostWaits(host) as waits:
-                update(step, batches, 1.0, False)
+                update(step, batches, 1.0, RankStatus())
                 optimizer.zero_grad()
             entries.append(waits.sites)
         held_out = list(eval_batches(config, mesh, data))

@@ -20,6 +20,7 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.sample import generate
+from rowwise.trainer.step import RankStatus
 from rowwise.trainer.train import eval_batches, make_update, train_batches
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, records, run_train, run_until
 
@@ -127,7 +128,7 @@ def five_updates(workers, config):
     reports = []
     for step in range(5):
         ahead = batches[step + 1] if config.parallel.post_validation and step in (0, 1, 3) else None
-        reports.append(update(step + 1, batches[step], scales[step], False, None, ahead))
+        reports.append(update(step + 1, batches[step], scales[step], RankStatus(), None, ahead))
         optimizer.zero_grad()
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     for name, state in named_state(model, optimizer).items():

@@ -25,14 +25,32 @@ from rowwise.trainer.pipeline import StagedDecoder
 
 
 @dataclass(frozen=True)
+class RankStatus:
+    """What a rank tells all others along with the numbers of a step. `stop`: it was asked to; `damaged`: its data is;
+    `digest`: of a sample that every rank reads (see `batches.step_digests`), below 2^20."""
+
+    stop: bool = False
+    damaged: bool = False
+    digest: int = 0
+
+    def put(self, totals: Tensor) -> None:
+        """Into four float64 that are zero; their sums over up to 8,192 ranks are exact."""
+        for place, number in enumerate((self.stop, self.damaged, self.digest, self.digest**2)):
+            if number:
+                totals[place] = float(number)
+
+
+@dataclass(frozen=True)
 class StepReport:
     """Of one step, over all ranks. `loss` is NaN where no token is valid: there is no mean. `grad_norm` is before clipping;
-    where it is not finite, there is no usable gradient. `stop`: some rank was asked to stop."""
+    where it is not finite, there is no usable gradient. `stop`: some rank was asked to stop. `sound`: no rank found its
+    data damaged, and all read the same."""
 
     loss: float
     grad_norm: float
     valid_tokens: int
     stop: bool
+    sound: bool = True
 
     @property
     def finite(self) -> bool:
@@ -47,17 +65,17 @@ def compute_gradients(
     places: int,
     clip_norm: float,
     loss_scale: float = 1.0,
-    stop: bool = False,
+    status: RankStatus = RankStatus(),
     trace: Trace | None = None,
     filter_: Callable[[], None] | None = None,
 ) -> StepReport:
     """Leaves in every `p.grad` this rank's shard of the (clipped) gradient of the global mean loss.
 
     `places` is batch.global_size x batch.seq_len. `filter_` changes gradients before their norm is taken; `trace` takes the
-    timeline of a pipeline. Beside what FSDP2 moves (see `parallel.shard`), one all-reduce of four float64 over all ranks,
+    timeline of a pipeline. Beside what FSDP2 moves (see `parallel.shard`), one all-reduce of seven float64 over all ranks,
     whose result is the only point where the host waits for the device.
     """
-    totals = local_totals(model, batches, mesh, zero, loss_scale / places, stop, trace, filter_)
+    totals = local_totals(model, batches, mesh, zero, loss_scale / places, status, trace, filter_)
     dist.all_reduce(totals)
     report = read_totals(totals, places, loss_scale)
     if report.finite:
@@ -76,7 +94,7 @@ def step_at_once(
     clip_norm: float,
     loss_scale: float,
     optimizer: Optimizer,
-    stop: bool = False,
+    status: RankStatus = RankStatus(),
     trace: Trace | None = None,
     ahead: list[MicroBatch] | None = None,
 ) -> StepReport:
@@ -91,7 +109,7 @@ def step_at_once(
     """
     tokens = valid_tokens(batches, mesh.device)
     counted = dist.all_reduce(tokens, async_op=True)
-    totals = local_totals(model, batches, mesh, zero, loss_scale / places, stop, trace)
+    totals = local_totals(model, batches, mesh, zero, loss_scale / places, status, trace)
     own_norm = totals[2].clone()
     summed = dist.all_reduce(totals, async_op=True)
     assert counted is not None and summed is not None
@@ -108,7 +126,7 @@ def step_at_once(
     summed.wait()
     report = read_totals(totals, places, loss_scale)
     factor = clip_factor(report.grad_norm, clip_norm)
-    if not report.finite or factor < 1 or report.stop:
+    if not report.finite or factor < 1 or report.stop or not report.sound:
         model.abandon()
     if before is not None and (not report.finite or factor < 1):
         optimizer.undo(before)
@@ -124,27 +142,34 @@ def local_totals(
     mesh: Mesh,
     zero: int,
     scale: float,
-    stop: bool,
+    status: RankStatus,
     trace: Trace | None,
     filter_: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Forward and backward; then this rank's loss sum, valid tokens, squared norm of its gradient shards, and whether it
-    is asked to stop: what summed over all ranks says all of a step."""
-    totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+    """Forward and backward; then this rank's loss sum, valid tokens, squared norm of its gradient shards, and its status:
+    what summed over all ranks says all of a step."""
+    totals = torch.zeros(7, dtype=torch.float64, device=mesh.device)
     totals[:2] = accumulate(model, batches, mesh.device, zero, scale, trace)
     if filter_ is not None:
         filter_()
     totals[2] = squared_norm(gradients(model)) / mesh.state_replicas
-    totals[3] = float(stop)
+    status.put(totals[3:])
     return totals
 
 
 def read_totals(totals: Tensor, places: int, loss_scale: float) -> StepReport:
     """The report in what `local_totals` gave, summed over all ranks."""
-    loss_sum, tokens, norm_squared, stops = totals.tolist()
+    loss_sum, tokens, norm_squared, *told = totals.tolist()
     finite = math.isfinite(norm_squared)
     norm = math.sqrt(norm_squared) * mean_factor(int(tokens), places, loss_scale) if finite else math.inf
-    return StepReport(mean_loss(loss_sum, tokens), norm, int(tokens), stops > 0)
+    return StepReport(mean_loss(loss_sum, tokens), norm, int(tokens), *stop_and_sound(*told))
+
+
+def stop_and_sound(stops: float, damaged: float, digests: float, squares: float) -> tuple[bool, bool]:
+    """Whether some rank is asked to stop, and whether all read the same and nothing damaged: of the sums of what `RankStatus`
+    puts. Numbers are equal where the mean of their squares is the square of their mean."""
+    same = dist.get_world_size() * int(squares) == int(digests) ** 2
+    return stops > 0, same and not damaged
 
 
 def mean_factor(tokens: int, places: int, loss_scale: float) -> float:
@@ -159,12 +184,12 @@ def scale_(shards: list[Tensor], factor: float) -> None:
 
 
 def step_in_backward(
-    model: nn.Module, batch: MicroBatch, mesh: Mesh, zero: int, optimizer: InBackward, stop: bool = False
+    model: nn.Module, batch: MicroBatch, mesh: Mesh, zero: int, optimizer: InBackward, status: RankStatus = RankStatus()
 ) -> StepReport:
     """The whole step of `optim.in_backward`: one micro-batch a rank, and every parameter changed by the end.
 
     Its gradients must be final as they come, so the valid tokens are counted before the forward: two all-reduces over
-    all ranks, of 1 and of 4 float64.
+    all ranks, of 1 and of 6 float64.
     """
     here = batch.to(mesh.device)
     tokens = valid_tokens([here], mesh.device)
@@ -173,14 +198,14 @@ def step_in_backward(
     begin_micro_batch(model, zero, last=True)
     loss, _ = summed_loss(model, here)
     (loss / tokens.clamp_min(1)).backward()
-    totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+    totals = torch.zeros(7, dtype=torch.float64, device=mesh.device)
     totals[0], totals[1] = loss.detach(), optimizer.squared_norm() / mesh.state_replicas
-    totals[2] = float(stop)
-    dist.all_reduce(totals)
-    totals[3] = tokens
-    loss_sum, norm_squared, stops, count = totals.tolist()
+    status.put(totals[2:6])
+    dist.all_reduce(totals[:6])
+    totals[6] = tokens
+    loss_sum, norm_squared, *told, count = totals.tolist()
     norm_of_all = math.sqrt(norm_squared) if math.isfinite(norm_squared) else math.inf
-    return StepReport(mean_loss(loss_sum, count), norm_of_all, int(count), stops > 0)
+    return StepReport(mean_loss(loss_sum, count), norm_of_all, int(count), *stop_and_sound(*told))
 
 
 def valid_tokens(batches: list[MicroBatch], device: torch.device) -> Tensor:

@@ -25,8 +25,8 @@ from rowwise.trainer.advice import warnings
 from rowwise.trainer.build import build_masks, build_model
 from rowwise.trainer.checkpoint import Saver, load_first_sound, tensors_of
 from rowwise.trainer.config import TrainConfig, tree_of
-from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_batches, step_batches
-from rowwise.trainer.data.open import Data, open_data, told_of_data
+from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_batches, step_batches, step_digests
+from rowwise.trainer.data.open import Data, told_of_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.lr_range import RangeTest
 from rowwise.trainer.manifest import fingerprint, set_aside
@@ -37,14 +37,15 @@ from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
 from rowwise.trainer.record import number_or_none, sparsity_record, step_record
 from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import changes, data_facts, find_resume, model_facts, recorded_by, state_facts, told_of
+from rowwise.trainer.same_data import require_same_data, require_sound, try_data
 from rowwise.trainer.sample import generate
 from rowwise.trainer.state import TrainState
-from rowwise.trainer.step import StepReport, compute_gradients, step_at_once, step_in_backward
+from rowwise.trainer.step import RankStatus, StepReport, compute_gradients, step_at_once, step_in_backward
 from rowwise.trainer.stop import StopRequest
 
 
 class Update(Protocol):
-    """Makes step t (counted from 1): from its micro-batches, the loss scale, whether this rank is to stop, where the timeline of a
+    """Makes step t (counted from 1): from its micro-batches, the loss scale, what this rank tells all, where the timeline of a
     pipeline goes, and the micro-batches of the next step where it may be begun."""
 
     def __call__(
@@ -52,7 +53,7 @@ class Update(Protocol):
         step: int,
         batches: list[MicroBatch],
         loss_scale: float,
-        stop: bool,
+        status: RankStatus,
         trace: Trace | None = None,
         ahead: list[MicroBatch] | None = None,
     ) -> StepReport: ...
@@ -62,19 +63,18 @@ def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
     """Runs `config` to its last step, or until asked to stop, and returns the numbers it ended with.
 
     Every worker calls it with the same configuration, checked and resolved by `trainer.prepare` on rank 0. Makes the
-    process groups and takes them down. Raises FloatingPointError where the loss is no number.
+    process groups and takes them down. Raises FloatingPointError where the loss is no number, and DataDamaged.
     """
     # Before the groups exist: where a corpus is built first, they would lose patience.
-    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    data = try_data(config)
     mesh = make_mesh(config.parallel, workers or Workers())
-    state = _train(config, mesh, data)
+    state = _train(config, mesh, require_same_data(data, mesh))
     # Not where it failed: taking down a group can wait for a peer that is gone.
     dist.destroy_process_group()
     return state
 
 
 def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
-    require_same_data(data, mesh)
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
     sparsity = build_masks(config, mesh, model)
@@ -92,21 +92,29 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
         reporter.say(assignment_table(of_every_stage(assignments(model, optimizer), mesh)))
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
         stack.callback(saver.close)
-        batches = stack.enter_context(Prefetch(train_batches(config, mesh, data, state.position)))
+        stack.enter_context(data.watch)
+        digests = step_digests(data.train, config.batch, config.seed, state.position)
+        batches = stack.enter_context(
+            Prefetch(zip(train_batches(config, mesh, data, state.position), digests, strict=True))
+        )
         test = RangeTest(Path(config.run_dir), state.step) if isinstance(config.schedule, LrRange) else None
         stop, stopping, first, ahead = StopRequest(reporter.say), test is not None and test.over, state.step, None
         stack.enter_context(stop.heard())
         saved: dict[str, float] = {}
         while state.step < config.steps and not stopping:
             started = time.perf_counter()
-            micro_batches = next(batches) if ahead is None else ahead
+            micro_batches, digest = next(batches) if ahead is None else ahead
             ahead = next(batches) if may_begin_next(config, state.step + 1) else None
             data_seconds = time.perf_counter() - started
             lr = follow_schedule(optimizer, config.optim, config.schedule, state.step, config.steps)
             scale_used = state.loss_scale.scale
 
             trace = Trace(mesh.device) if state.step + 1 == config.parallel.pipeline_trace else None
-            report = update(state.step + 1, micro_batches, scale_used, stop.requested, trace, ahead)
+            status = RankStatus(stop.requested, data.watch.complaint is not None, digest)
+            report = update(state.step + 1, micro_batches, scale_used, status, trace, ahead and ahead[0])
+            if not report.sound:
+                saver.wait()  # an error would end the save under way
+                require_sound(data, mesh, first, state.step, digest)
             if state.step == first:
                 keep_memory(Path(config.run_dir), mesh, model, optimizer, tensors)
             optimizer.zero_grad()
@@ -134,6 +142,8 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
                 saver.save(state.step, tensors, manifest_of(config, mesh, data, state, reporter.sync()))
                 saved = {"save_seconds": time.perf_counter() - started}
         saver.wait()
+        require_sound(data, mesh, first, state.step)
+        reporter.say(data.watch.unread())
         if test is not None and (test.over or state.step == config.steps):
             reporter.say(test.told())
         else:
@@ -152,25 +162,25 @@ def make_update(
     zero, places = config.parallel.zero, config.batch.global_size * config.batch.seq_len
     if config.optim.in_backward:
         in_backward = InBackward(optimizer, gradient_sum(model, mesh))
-        return lambda step, batches, loss_scale, stop, trace=None, ahead=None: step_in_backward(
-            model, batches[0], mesh, zero, in_backward, stop
+        return lambda step, batches, loss_scale, status, trace=None, ahead=None: step_in_backward(
+            model, batches[0], mesh, zero, in_backward, status
         )
 
     def update(
         step: int,
         batches: list[MicroBatch],
         loss_scale: float,
-        stop: bool,
+        status: RankStatus,
         trace: Trace | None = None,
         ahead: list[MicroBatch] | None = None,
     ) -> StepReport:
         asked = (mesh, zero, places, config.clip_norm, loss_scale)
         if config.parallel.post_validation:
             assert isinstance(model, StagedDecoder)
-            report = step_at_once(model, batches, *asked, optimizer, stop, trace, ahead)
+            report = step_at_once(model, batches, *asked, optimizer, status, trace, ahead)
         else:
             filter_ = None if sparsity is None else functools.partial(sparsity.filter_gradients, step)
-            report = compute_gradients(model, batches, *asked, stop, trace, filter_)
+            report = compute_gradients(model, batches, *asked, status, trace, filter_)
             if sparsity is not None:
                 sparsity.step(optimizer, step, report.finite)
             elif report.finite:
@@ -185,15 +195,6 @@ def may_begin_next(config: TrainConfig, step: int) -> bool:
     between them, or where it is to be traced as a whole."""
     between = config.eval.due(step, config.steps) or config.checkpoint.due(step, config.steps) or step == config.steps
     return config.parallel.post_validation and not between and step + 1 != config.parallel.pipeline_trace
-
-
-def require_same_data(data: Data, mesh: Mesh) -> None:
-    """Raises RuntimeError where ranks read different corpora: another Python's library, or another copy of the files."""
-    everyone: list[str] = [""] * mesh.world_size
-    dist.all_gather_object(everyone, data.train.fingerprint, group=mesh.save_group)
-    different = [rank for rank, fingerprint in enumerate(everyone) if fingerprint != everyone[0]]
-    if different:
-        raise RuntimeError(f"ranks {different} read other data than rank 0; every machine needs the same files")
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,20 @@ gradient, is the same on every layout.
 
 import queue
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rowwise.kernels.visible import Documents
-from rowwise.trainer.data.corpus import IGNORE, Corpus, Sample
+from rowwise.trainer.data.corpus import IGNORE, Corpus, Sample, padding
 from rowwise.trainer.data.order import sample_indices
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,27 @@ class MicroBatch:
         return MicroBatch(change(self.inputs), change(self.labels), change(self.positions), self.documents)
 
 
+MOST_TOKENS = 1 << 32  # of a step
+MOST_MICRO_BATCHES = 1 << 16  # of a rank in a step: each is a forward, and a place in a schedule
+BYTES_A_TOKEN = 24  # on the host: input, label and position
+STEPS_AT_ONCE = 4  # of which batches are on the host: the one at work, those ready, the one that is made
+
+
+def batch_bytes(config: BatchConfig, data_degree: int) -> int:
+    """What a rank keeps of batches in host memory."""
+    return STEPS_AT_ONCE * BYTES_A_TOKEN * config.global_size * config.seq_len // data_degree
+
+
 def check_batch(config: BatchConfig, data_degree: int) -> None:
-    """Refuses a batch that does not divide. Raises ValueError."""
+    """Refuses a batch that does not divide, or that no host holds. Raises ValueError."""
     for key in ("global_size", "micro_size", "seq_len"):
         if getattr(config, key) < 1:
             raise ValueError(f"batch.{key}={getattr(config, key)}: it is at least 1")
+    if (tokens := config.global_size * config.seq_len) > MOST_TOKENS:
+        raise ValueError(
+            f"batch.global_size={config.global_size} batch.seq_len={config.seq_len}: {tokens:,} tokens a step, which take "
+            f"{batch_bytes(config, data_degree) / 1e9:,.0f} GB of host memory a rank; at most {MOST_TOKENS:,} are possible"
+        )
     per_round = data_degree * config.micro_size
     if config.global_size % per_round:
         near = sorted(
@@ -68,6 +88,11 @@ def check_batch(config: BatchConfig, data_degree: int) -> None:
         raise ValueError(
             f"batch.global_size={config.global_size} does not divide into {data_degree} data-parallel ranks x "
             f"batch.micro_size={config.micro_size}; the nearest that do are {near}"
+        )
+    if (count := config.global_size // per_round) > MOST_MICRO_BATCHES:
+        raise ValueError(
+            f"batch.global_size={config.global_size} in {data_degree} x batch.micro_size={config.micro_size}: {count:,} "
+            f"micro-batches a step, and at most {MOST_MICRO_BATCHES:,} are possible; give a larger batch.micro_size"
         )
 
 
@@ -86,7 +111,7 @@ class Share:
 
 def micro_batches(indices: np.ndarray, corpus: Corpus, micro_size: int) -> list[MicroBatch]:
     """The samples `indices` in micro-batches of `micro_size`. An index of -1 is a row of padding, with no label."""
-    samples = [corpus.sample(int(i)) if i >= 0 else _padding(corpus.seq_len) for i in indices]
+    samples = [corpus.sample(int(i)) if i >= 0 else padding(corpus.seq_len) for i in indices]
     return [_stack(samples[i : i + micro_size], corpus.mask_documents) for i in range(0, len(samples), micro_size)]
 
 
@@ -102,6 +127,17 @@ def step_batches(
         position += config.global_size
 
 
+def step_digests(corpus: Corpus, config: BatchConfig, seed: int, position: int) -> Iterator[int]:
+    """For ever, step by step from `position`: a digest below 2^20 of one sample of the step, whichever rank it is for. Every
+    rank reads it, so that one whose data is not that of the others is found."""
+    while True:
+        chosen = position + position // config.global_size % config.global_size
+        (index,) = sample_indices(chosen, 1, corpus.samples, f"train/{seed}")
+        sample = corpus.sample(int(index))
+        yield zlib.crc32(sample.labels, zlib.crc32(sample.inputs)) >> 12
+        position += config.global_size
+
+
 def holdout_batches(corpus: Corpus, config: BatchConfig, batches: int, share: Share) -> Iterator[MicroBatch]:
     """The same held-out samples at every evaluation, `batches` global batches of them or all there are. Every rank
     gets the same number of micro-batches; what is missing is padding."""
@@ -114,19 +150,19 @@ def holdout_batches(corpus: Corpus, config: BatchConfig, batches: int, share: Sh
         yield share.of(micro_batches(row[share.rank], corpus, config.micro_size)[0])
 
 
-class Prefetch:
+class Prefetch(Generic[Item]):
     """Draws from `batches` on a thread of its own, `depth` ahead. Use as a context: leaving it ends the thread.
     An error in the thread is raised where the next batch is asked for."""
 
-    def __init__(self, batches: Iterator[list[MicroBatch]], depth: int = 2):
+    def __init__(self, batches: Iterator[Item], depth: int = 2):
         self._batches = batches
-        self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(depth)
+        self._ready: queue.Queue[Item | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
         # A thread starts on GPU 0, and pinning would make a context there for every worker of the machine.
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
 
-    def __enter__(self) -> "Prefetch":
+    def __enter__(self) -> "Prefetch[Item]":
         self._thread.start()
         return self
 
@@ -134,7 +170,7 @@ class Prefetch:
         self._stop.set()
         self._thread.join()
 
-    def __next__(self) -> list[MicroBatch]:
+    def __next__(self) -> Item:
         item = self._ready.get()
         if isinstance(item, BaseException):
             raise item
@@ -150,7 +186,7 @@ class Prefetch:
         except BaseException as error:  # handed to the training thread
             self._offer(error)
 
-    def _offer(self, item: list[MicroBatch] | BaseException) -> bool:
+    def _offer(self, item: Item | BaseException) -> bool:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -158,11 +194,6 @@ class Prefetch:
             except queue.Full:
                 continue
         return False
-
-
-def _padding(seq_len: int) -> Sample:
-    zeros = np.zeros(seq_len, dtype=np.int64)
-    return Sample(zeros, np.full(seq_len, IGNORE), np.arange(seq_len), zeros)
 
 
 def _stack(samples: list[Sample], mask_documents: bool) -> MicroBatch:

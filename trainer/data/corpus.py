@@ -3,18 +3,28 @@
 A sample is a window of the packed stream; neighbouring windows share one token, so that every token but the first is
 predicted once. Document boundaries are kept as offsets beside the tokens. On disk (what `store.py` writes):
 
-    corpus/meta.json          dtype, vocab_size, fingerprint
+    corpus/meta.json          see `integrity.py`
     corpus/train.bin          tokens, raw            corpus/train.documents.npy     where each document starts
     corpus/holdout.bin        likewise
 """
 
-import json
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-META = "meta.json"  # of a folder that is a corpus
+from rowwise.trainer.data.integrity import (
+    META,
+    SPLITS,
+    DataDamaged,
+    Piece,
+    Record,
+    check_folder,
+    file_fingerprint,
+    read_record,
+)
+from rowwise.trainer.data.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -45,12 +55,15 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Corpus:
-    """The samples of one split. `fingerprint` names the tokens and their order in the files."""
+    """The samples of one split. `fingerprint` names the tokens and their order in the files; `watch` is told of a sample
+    that cannot be read; `vocab_size`: that of the model (None: not known)."""
 
     streams: tuple[TokenStream, ...]
     seq_len: int
     mask_documents: bool
     fingerprint: str
+    watch: Watch | None = None
+    vocab_size: int | None = None
 
     @property
     def samples(self) -> int:
@@ -61,12 +74,32 @@ class Corpus:
         return sum(len(stream.tokens) for stream in self.streams)
 
     def sample(self, index: int) -> Sample:
-        """Sample `index` of the corpus, in the order of the files."""
+        """Sample `index` of the corpus, in the order of the files. Where it cannot be one, `watch` is told, and it is padding:
+        all ranks finish the step, and stop."""
         for stream in self.streams:
             if index < (here := stream.windows(self.seq_len)):
-                return cut(stream, index * self.seq_len, self.seq_len, self.mask_documents)
+                return self._cut(stream, index * self.seq_len)
             index -= here
         raise IndexError(index)
+
+    def _cut(self, stream: TokenStream, start: int) -> Sample:
+        try:
+            require_there(stream.tokens)
+            require_there(stream.documents)
+            sample = cut(stream, start, self.seq_len, self.mask_documents)
+            self._require_tokens(sample, stream.tokens)
+        except DataDamaged as damage:
+            if self.watch is None:
+                raise
+            self.watch.complain(str(damage))
+            return padding(self.seq_len)
+        return sample
+
+    def _require_tokens(self, sample: Sample, tokens: np.ndarray) -> None:
+        least, most = int(sample.inputs.min()), max(int(sample.inputs.max()), int(sample.labels.max()))
+        if self.vocab_size is not None and not 0 <= least <= most < self.vocab_size:
+            where, token = getattr(tokens, "filename", "the data"), least if least < 0 else most
+            raise DataDamaged(f"{where} holds the token {token}, and model.vocab_size={self.vocab_size}")
 
 
 def cut(stream: TokenStream, start: int, seq_len: int, mask_documents: bool) -> Sample:
@@ -83,15 +116,67 @@ def cut(stream: TokenStream, start: int, seq_len: int, mask_documents: bool) -> 
     return Sample(inputs, labels, places - begins, owner[:-1] - owner[0])
 
 
+def padding(seq_len: int) -> Sample:
+    """A sample without a label."""
+    zeros = np.zeros(seq_len, dtype=np.int64)
+    return Sample(zeros, np.full(seq_len, IGNORE), np.arange(seq_len), zeros)
+
+
 def is_corpus(folder: Path) -> bool:
-    """Whether a folder is one that Rowwise wrote."""
-    return all((folder / name).is_file() for name in (META, "train.bin", "train.documents.npy"))
+    """Whether a folder is one that Rowwise wrote, whole or not."""
+    there = [(folder / f"{split}.documents.npy").is_file() for split in SPLITS]
+    return any(there) or all((folder / name).is_file() for name in (META, *(f"{split}.bin" for split in SPLITS)))
 
 
-def open_store(folder: Path, split: str) -> TokenStream:
-    """The stream `split` (train or holdout) of a corpus folder."""
-    meta = json.loads((folder / META).read_text())
-    return TokenStream(map_tokens(folder / f"{split}.bin", meta["dtype"]), np.load(folder / f"{split}.documents.npy"))
+@dataclass(frozen=True)
+class Store:
+    """A corpus folder whose files are what its record says: but for `unread`, which is left to be compared."""
+
+    folder: Path
+    record: Record
+    unread: list[Piece]
+
+    def streams(self) -> tuple[TokenStream, TokenStream]:
+        """(training, held-out). Raises DataDamaged."""
+        train, holdout = (self._stream(split) for split in SPLITS)
+        return train, holdout
+
+    def read(self) -> dict[str, str]:
+        """By the path of each file, a hash of what was read of it."""
+        left = {piece.path for piece in self.unread}
+        paths = {name: self.folder / name for name in self.record.files}
+        return {
+            str(path): file_fingerprint(path) if path in left else "".join(self.record.files[name].sha256)
+            for name, path in paths.items()
+        }
+
+    def _stream(self, split: str) -> TokenStream:
+        path = self.folder / f"{split}.documents.npy"
+        try:
+            documents = np.load(path, mmap_mode="r", allow_pickle=False)
+            tokens = map_tokens(self.folder / f"{split}.bin", self.record.dtype)
+        except (ValueError, TypeError, OSError, EOFError) as error:
+            raise DataDamaged(f"{path} or what is beside it is damaged ({str(error).splitlines()[0]})") from None
+        return TokenStream(tokens, documents)
+
+
+def open_store(folder: Path) -> Store:
+    """A corpus folder, compared with its record. Raises DataDamaged."""
+    record = read_record(folder)
+    return Store(folder, record, check_folder(folder, record))
+
+
+def require_there(mapped: np.ndarray) -> None:
+    """Raises DataDamaged where the file behind a mapped array no longer reaches so far: to touch it would end the process."""
+    while isinstance(mapped, np.memmap) and isinstance(mapped.base, np.memmap):
+        mapped = mapped.base
+    if not isinstance(mapped, np.memmap) or mapped.filename is None:
+        return
+    path = Path(mapped.filename)
+    # One that is gone from its folder stays mapped.
+    with contextlib.suppress(FileNotFoundError):
+        if (size := path.stat().st_size) < mapped.offset + mapped.nbytes:
+            raise DataDamaged(f"{path} has been cut short to {size:,} bytes while the run reads it")
 
 
 def with_documents(tokens: np.ndarray, separator: int | None) -> TokenStream:

@@ -2,23 +2,25 @@
 
 import hashlib
 import itertools
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rowwise.trainer.data.config import DataConfig, Hf, Stdlib, Text, Tokens
-from rowwise.trainer.data.corpus import META, Corpus, open_store
+from rowwise.trainer.data.corpus import Corpus
 from rowwise.trainer.data.documents import Found, endings_of, list_files
+from rowwise.trainer.data.integrity import FILES, file_fingerprint
 from rowwise.trainer.data.store import cached_store
 from rowwise.trainer.data.tokenizer import Tokenizer, open_tokenizer
-from rowwise.trainer.data.tokens import file_fingerprint, open_tokens, split_streams, token_files, token_range
+from rowwise.trainer.data.tokens import open_folder, open_tokens, split_streams, token_files, token_range
+from rowwise.trainer.data.watch import Watch
 
 
 @dataclass(frozen=True)
 class Data:
     """What a run reads. `vocab_size`: the smallest that a model of it may have (0: not known). `tokenizer`: None
     where only tokens are known. `found`: the files it comes from. `tokens`: in all; `short`: of files of tokens, those
-    that hold no whole sample."""
+    that hold no whole sample. `read`: of each file that is mapped, a hash of what was read of it here, whatever is recorded;
+    `watch` looks after them."""
 
     train: Corpus
     holdout: Corpus
@@ -26,14 +28,16 @@ class Data:
     tokenizer: Tokenizer | None
     found: Found
     tokens: int
+    read: dict[str, str]
+    watch: Watch
     short: int = 0
 
 
 def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
     """Opens, and where it must builds, the corpora. The same on every rank; whoever comes first builds.
 
-    Raises ValueError for data that is missing, empty, of another kind than `config` reads, shorter than one sample, or has
-    tokens beyond `vocab_size`.
+    Raises ValueError for data that is missing, empty, of another kind than `config` reads, damaged, shorter than one
+    sample, or has tokens beyond `vocab_size`.
     """
     if not 0 <= config.holdout < 1:
         raise ValueError(f"data.holdout={config.holdout}: a share from 0 to below 1")
@@ -45,7 +49,8 @@ def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
         )
     if not data.train.samples:
         raise ValueError(_no_samples(config, data, seq_len))
-    return data
+    train, holdout = (replace(corpus, watch=data.watch, vocab_size=vocab_size) for corpus in (data.train, data.holdout))
+    return replace(data, train=train, holdout=holdout)
 
 
 def told_of_data(config: DataConfig, data: Data, samples: int) -> list[str]:
@@ -97,41 +102,41 @@ def _open_text(config: Stdlib | Text | Hf, seq_len: int) -> Data:
         open_tokenizer("bytes") if isinstance(config, Stdlib) else open_tokenizer(config.tokenizer, config.end_of_text)
     )
     found = list_files(config)
-    folder = cached_store(config, found.files, tokenizer)
-    fingerprint = _meta(folder)["fingerprint"]
+    store = cached_store(config, found.files, tokenizer)
     train, holdout = (
-        Corpus((open_store(folder, split),), seq_len, config.mask_documents, fingerprint)
-        for split in ("train", "holdout")
+        Corpus((stream,), seq_len, config.mask_documents, store.record.fingerprint) for stream in store.streams()
     )
-    return Data(train, holdout, tokenizer.vocab_size, tokenizer, found, train.tokens + holdout.tokens)
+    watch = Watch([store.folder / name for name in FILES], store.unread, ours=True)
+    tokens = train.tokens + holdout.tokens
+    return Data(train, holdout, tokenizer.vocab_size, tokenizer, found, tokens, store.read(), watch)
 
 
 def _open_tokens(config: Tokens, seq_len: int) -> Data:
     found, vocab_size = token_files(config), 0
-    folders = [path for path in found.files if path.is_dir()]
+    stores = [open_folder(path) for path in found.files if path.is_dir()]
     files = [path for path in found.files if not path.is_dir()]
     digest = hashlib.sha256(f"{config.dtype or 'uint16'}/{config.separator}/{config.holdout}".encode())
-    for folder in folders:
-        vocab_size = max(vocab_size, _meta(folder)["vocab_size"])
-        digest.update(_meta(folder)["fingerprint"].encode())
+    for store in stores:
+        vocab_size = max(vocab_size, store.record.vocab_size)
+        digest.update(store.record.fingerprint.encode())
     streams = [open_tokens(path, config) for path in files]
+    fingerprints = {str(path): file_fingerprint(path) for path in files}
     for path, stream in zip(files, streams, strict=True):
         least, most = token_range(stream.tokens)
         if least < 0:
             raise ValueError(f"{path} holds the token {least}: tokens are at least 0; set data.dtype")
         vocab_size = max(vocab_size, most + 1)
-        digest.update(file_fingerprint(path).encode())
+        digest.update(fingerprints[str(path)].encode())
     if len(files) > 1:
         digest.update(b"held out of all files together")
-    pairs = [(open_store(folder, "train"), open_store(folder, "holdout")) for folder in folders]
+    pairs = [store.streams() for store in stores]
     total = sum(len(stream.tokens) for stream in (*itertools.chain(*pairs), *streams))
     pairs += zip(*split_streams(streams, config.holdout, seq_len), strict=True)
     train, holdout = (
         Corpus(split, seq_len, config.mask_documents, digest.hexdigest()) for split in zip(*pairs, strict=True)
     )
     short = sum(stream.windows(seq_len) == 0 for stream in streams)
-    return Data(train, holdout, vocab_size, None, found, total, short)
-
-
-def _meta(folder: Path) -> dict:
-    return json.loads((folder / META).read_text())
+    read = {name: hash_ for store in stores for name, hash_ in store.read().items()} | fingerprints
+    unread = [piece for store in stores for piece in store.unread]
+    watch = Watch([Path(name) for name in read], unread, ours=False)
+    return Data(train, holdout, vocab_size, None, found, total, read, watch, short)

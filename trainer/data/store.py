@@ -6,10 +6,10 @@ moves none. A long one (a corpus in a single file, say) holds out its own end in
 
 import hashlib
 import itertools
-import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,36 +17,50 @@ from filelock import FileLock
 from platformdirs import user_cache_dir
 
 from rowwise.trainer.data.config import Hf, Stdlib, Text
-from rowwise.trainer.data.corpus import META
+from rowwise.trainer.data.corpus import Store, open_store
 from rowwise.trainer.data.documents import check_files, read_documents
+from rowwise.trainer.data.integrity import SPLITS, Contents, DataDamaged, HashedFile, Record, write_record
+from rowwise.trainer.data.pieces import PIECE_BYTES, Document, Piece, pieces
 from rowwise.trainer.data.tokenizer import Tokenizer
 from rowwise.trainer.files import writing
 
-_BATCH = 256  # documents tokenized at a time
-_FORMAT = 3
-_LONG = 256 << 10  # bytes
+_BATCH, _BATCH_BYTES = 256, 4 << 20  # that are tokenized at a time
+_SAY_SECONDS = 5.0
+_FORMAT = 4
 
 
-def cached_store(config: Stdlib | Text | Hf, files: Sequence[Path], tokenizer: Tokenizer) -> Path:
-    """The corpus folder of a source's files: built now, or found in the cache. Raises ValueError for empty data, and for
-    files of another kind than the source reads."""
+def cached_store(config: Stdlib | Text | Hf, files: Sequence[Path], tokenizer: Tokenizer) -> Store:
+    """The corpus of a source's files: built now, or found in the cache; one that is found damaged is made anew, and said to be.
+    Raises ValueError for empty data, and for files of another kind than the source reads."""
     root = Path(config.cache_dir or user_cache_dir("rowwise")).expanduser()
     folder = root / _cache_key(config, files, tokenizer)
-    if not (folder / META).exists():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{folder}.lock")
-            lock.acquire()
-        except OSError as error:
-            raise ValueError(
-                f"data.cache_dir={root}: cannot be written ({error.strerror}); give another folder"
-            ) from None
-        try:
-            if not (folder / META).exists():
-                _build(folder, config, files, tokenizer)
-        finally:
-            lock.release()
-    return folder
+    if (store := _found(folder)) is not None:
+        return store
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise ValueError(f"data.cache_dir={root}: cannot be written ({error.strerror}); give another folder") from None
+    try:
+        if (store := _found(folder, aloud=True)) is None:
+            _build(folder, config, files, tokenizer)
+            store = open_store(folder)
+    finally:
+        lock.release()
+    return store
+
+
+def _found(folder: Path, aloud: bool = False) -> Store | None:
+    """What is in the cache, where that is whole. `aloud`: says why it is not used."""
+    if not folder.exists():
+        return None
+    try:
+        return open_store(folder)
+    except DataDamaged as damage:
+        if aloud:
+            print(f"{damage}; the cache {folder} is made anew", file=sys.stderr, flush=True)
+        return None
 
 
 def _cache_key(config: Stdlib | Text | Hf, files: Sequence[Path], tokenizer: Tokenizer) -> str:
@@ -67,69 +81,124 @@ def _build(folder: Path, config: Stdlib | Text | Hf, files: Sequence[Path], toke
     partial.mkdir(parents=True)
     try:
         with writing(folder):
-            write_store(
-                partial,
-                itertools.chain.from_iterable(read_documents(f, config) for f in files),
-                tokenizer,
-                config.holdout,
+            documents = itertools.chain.from_iterable(read_documents(file, config, partial) for file in files)
+            total = None if isinstance(config, Hf) else sum(file.stat().st_size for file in files)
+            write_store(partial, documents, tokenizer, config.holdout, Progress(f"data={config.name}", total))
+        if folder.name != _cache_key(config, files, tokenizer):
+            raise ValueError(
+                f"data={config.name}: files changed while they were read; start again once they stay as they are"
             )
+        # Whoever has the old one mapped keeps it.
+        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_store(folder: Path, documents: Iterator[bytes], tokenizer: Tokenizer, holdout: float) -> None:
+class Progress:
+    """Says every few seconds, on stderr, how much text was read: of `total` bytes, where that is known."""
+
+    def __init__(self, what: str, total: int | None):
+        self._what, self._total = what, total
+        self._began = self._said = time.monotonic()
+        self._read = 0
+
+    def add(self, size: int) -> None:
+        self._read += size
+        now = time.monotonic()
+        if now - self._said < _SAY_SECONDS:
+            return
+        self._said = now
+        of, seconds = f" of {self._total / 1e6:,.0f}" if self._total else "", now - self._began
+        print(
+            f"{self._what}: {self._read / 1e6:,.0f}{of} MB of text tokenized in {seconds:,.0f} s, "
+            f"{self._read / 1e6 / seconds:,.1f} MB/s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def write_store(
+    folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, holdout: float, progress: Progress | None = None
+) -> None:
     """Writes a corpus folder (see `corpus.py`). Raises ValueError where there is no text."""
-    pieces = itertools.chain.from_iterable(split_document(document, holdout) for document in documents)
     dtype = np.dtype(
         "uint8" if tokenizer.vocab_size <= 1 << 8 else "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     )
-    starts: dict[str, list[int]] = {"train": [], "holdout": []}
-    lengths = dict.fromkeys(starts, 0)
-    content = {split: hashlib.sha256() for split in starts}
-    files = {split: (folder / f"{split}.bin").open("wb") for split in starts}
-    try:
-        while batch := list(itertools.islice(pieces, _BATCH)):
-            tokenized = tokenizer.encode([document for _, document in batch])
-            for (split, _), tokens in zip(batch, tokenized, strict=True):
-                data = (
-                    np.frombuffer(tokens, dtype=dtype) if isinstance(tokens, bytes) else np.asarray(tokens, dtype=dtype)
-                )
-                if len(data):
-                    starts[split].append(lengths[split])
-                    lengths[split] += len(data)
-                    content[split].update(data.tobytes() + b"\0end of document\0")
-                    files[split].write(data.data)
-    finally:
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-    if not lengths["train"]:
+    splits = {split: _Split(folder, split, dtype) for split in SPLITS}
+    for batch in _batches(itertools.chain.from_iterable(pieces(document, holdout) for document in documents)):
+        for piece, tokens in zip(batch, _encode(tokenizer, batch), strict=True):
+            splits[piece.split].add(tokens, tokenizer.end if piece.last else None)
+        if progress is not None:
+            progress.add(sum(len(piece.text) for piece in batch))
+    if not splits["train"].tokens:
         raise ValueError(
             "the data holds no text to train on: every document is empty or held out; give other data.files"
         )
-    for split, offsets in starts.items():
-        np.save(folder / f"{split}.documents.npy", np.asarray(offsets or [0], dtype=np.int64))
-    fingerprint = hashlib.sha256("".join(c.hexdigest() for c in content.values()).encode()).hexdigest()
-    meta = {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "fingerprint": fingerprint, "tokens": lengths}
-    with (folder / META).open("w") as meta_file:
-        json.dump(meta, meta_file, indent=1)
-        meta_file.flush()
-        os.fsync(meta_file.fileno())
+    files = {name: facts for split in splits.values() for name, facts in split.close().items()}
+    hashes = "".join(split.content.hexdigest() for split in splits.values())
+    lengths = {name: split.tokens for name, split in splits.items()}
+    fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
+    write_record(folder, Record(dtype.name, tokenizer.vocab_size, fingerprint, lengths, files))
 
 
-def split_document(document: bytes, holdout: float) -> Iterator[tuple[str, bytes]]:
-    """(split, text) of a document: of one split, or of a long one its beginning and its end, cut between two lines."""
-    if len(document) < _LONG or holdout == 0:
-        yield ("holdout" if is_held_out(document, holdout) else "train"), document
-        return
-    end = round(len(document) * (1 - holdout))
-    cut = document.rfind(b"\n", 0, end) + 1 or end
-    yield "train", document[:cut]
-    yield "holdout", document[cut:]
+class _Split:
+    """The files of one split, as they are written. `content`: a hash of the tokens and of where documents end."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype):
+        self.tokens, self.content = 0, hashlib.sha256()
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._file = HashedFile(folder / f"{name}.bin")
+        self._starts, self._count, self._in_document = (folder / f"{name}.starts").open("w+b"), 0, False
+
+    def add(self, tokens: list[int] | bytes, end: list[int] | None) -> None:
+        """Tokens of a piece of a document, and at its end what ends it; None: it goes on."""
+        whole = (
+            tokens if isinstance(tokens, bytes) else np.asarray([*tokens, *(end or [])], dtype=self._dtype).tobytes()
+        )
+        if whole and not self._in_document:
+            self._starts.write(self.tokens.to_bytes(8, "little"))
+            self._count, self._in_document = self._count + 1, True
+        self._file.write(whole)
+        self.content.update(whole)
+        self.tokens += len(whole) // self._dtype.itemsize
+        if end is not None and self._in_document:
+            self.content.update(b"\0end of document\0")
+            self._in_document = False
+
+    def close(self) -> dict[str, Contents]:
+        """Returns what was written, by the name of the file."""
+        name = f"{self._name}.documents.npy"
+        file = HashedFile(self._folder / name)
+        if not self._count:
+            self._starts.write(bytes(8))
+        count = max(1, self._count)
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
+        self._starts.seek(0)
+        while block := self._starts.read(PIECE_BYTES):
+            file.write(block)
+        self._starts.close()
+        Path(self._starts.name).unlink()
+        return {f"{self._name}.bin": self._file.close(), name: file.close()}
 
 
-def is_held_out(document: bytes, share: float) -> bool:
-    """A hash of the bytes below `share`."""
-    return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest()) < share * 2**64
+def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces together, as many as are tokenized at once."""
+    batch, size = [], 0
+    for piece in stream:
+        batch.append(piece)
+        size += len(piece.text)
+        if len(batch) == _BATCH or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Tokenizer, batch: list[Piece]) -> list[list[int]] | list[bytes]:
+    try:
+        return tokenizer.encode([piece.text for piece in batch])
+    except UnicodeDecodeError:
+        for piece in batch:
+            piece.require_utf8()
+        raise

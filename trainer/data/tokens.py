@@ -6,15 +6,23 @@ llm.c's          1,024 bytes of header, then tokens of 16 or 32 bits
 a folder         with meta.json: a corpus that Rowwise wrote (`corpus.py`)
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rowwise.trainer.data.config import Tokens
-from rowwise.trainer.data.corpus import TokenStream, is_corpus, map_tokens, split_stream, with_documents
+from rowwise.trainer.data.corpus import (
+    Store,
+    TokenStream,
+    is_corpus,
+    map_tokens,
+    open_store,
+    split_stream,
+    with_documents,
+)
 from rowwise.trainer.data.documents import Found, endings_of, find_files
+from rowwise.trainer.data.integrity import DataDamaged
 from rowwise.trainer.data.kinds import LLM_C, NPY, check_tokens
 
 _DEFAULT_DTYPE = "uint16"
@@ -43,6 +51,23 @@ def token_files(config: Tokens) -> Found:
         if path.is_file() and is_corpus(path.parent):
             raise ValueError(f"{path} is a part of a corpus folder; give data.files={path.parent}")
     return found
+
+
+def open_folder(path: Path) -> Store:
+    """A corpus folder that Rowwise wrote, compared with its record. Raises DataDamaged."""
+    try:
+        store = open_store(path)
+        for stream in store.streams():
+            most = token_range(stream.tokens)[1] if len(stream.tokens) else 0
+            if most >= store.record.vocab_size:
+                raise DataDamaged(
+                    f"{path} holds the token {most}, and its record says that there are {store.record.vocab_size}"
+                )
+    except DataDamaged as damage:
+        raise DataDamaged(
+            f"{damage}; give data.files a folder as it was written: the one that data=text or data=hf with data.cache_dir makes"
+        ) from None
+    return store
 
 
 def open_tokens(path: Path, config: Tokens) -> TokenStream:
@@ -91,17 +116,6 @@ def token_range(tokens: np.ndarray, window: int = 1 << 24) -> tuple[int, int]:
     starts = range(0, n, window) if n <= 64 * window else range(0, n - window, (n - window) // 63)
     windows = [tokens[s : s + window] for s in starts]
     return min(int(w.min()) for w in windows), max(int(w.max()) for w in windows)
-
-
-def file_fingerprint(path: Path, window: int = 1 << 20) -> str:
-    """SHA-256 of the size and of 64 windows spread over the file (of all of a small one)."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for start in range(0, size, max(window, size // 64)):
-            file.seek(start)
-            digest.update(file.read(window))
-    return digest.hexdigest()
 
 
 def _bare(path: Path, dtype: str) -> np.ndarray:

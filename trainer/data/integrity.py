@@ -1,0 +1,183 @@
+"""What a corpus folder says of its own files, and whether that is true.
+
+    meta.json   version, dtype, vocab_size, fingerprint, tokens {split: number},
+                files {name: {bytes, sha256: [of every 64 MiB]}}, sha256 (of the rest of this record)
+
+Sizes are compared when a corpus is opened, and the content of all that takes less than a second; what is larger is read
+in the background (`watch.py`).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+META = "meta.json"  # of a folder that is a corpus
+SPLITS = ("train", "holdout")
+FILES = tuple(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "documents.npy"))
+VERSION = 1
+PIECE_BYTES = 64 << 20
+_BLOCK_BYTES = 1 << 20
+AT_ONCE_BYTES = 256 << 20  # SHA-256 takes 0.4 s for them, on a core with its instructions
+
+
+class DataDamaged(ValueError):
+    """Data is not what it was. The message is one line: which file, what is wrong with it, what to do."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Of one file: its size, and the hash of every piece of it."""
+
+    bytes: int
+    sha256: list[str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """meta.json. `tokens`: how many, by split."""
+
+    dtype: str
+    vocab_size: int
+    fingerprint: str
+    tokens: dict[str, int]
+    files: dict[str, Contents]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file that is to have a hash."""
+
+    path: Path
+    start: int
+    size: int
+    sha256: str
+
+    def check(self) -> None:
+        """Reads it. Raises DataDamaged."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                content = hashlib.sha256()
+                for at in range(0, self.size, _BLOCK_BYTES):
+                    content.update(file.read(min(_BLOCK_BYTES, self.size - at)))
+        except OSError as error:
+            raise DataDamaged(f"{self.path} cannot be read ({error.strerror})") from None
+        if content.hexdigest() != self.sha256:
+            raise DataDamaged(
+                f"{self.path} is damaged: bytes {self.start:,} to {self.start + self.size:,} do not have the hash that "
+                f"{META} beside it holds"
+            )
+
+
+class HashedFile:
+    """A file that is being written, hashed on its way there."""
+
+    def __init__(self, path: Path):
+        self.bytes = 0
+        self._file = path.open("wb")
+        self._done: list[str] = []
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        left = memoryview(data).cast("B")
+        self._file.write(left)
+        while len(left):
+            now = left[: PIECE_BYTES - self.bytes % PIECE_BYTES]
+            self._hash.update(now)
+            self.bytes += len(now)
+            left = left[len(now) :]
+            if self.bytes % PIECE_BYTES == 0:
+                self._done.append(self._hash.hexdigest())
+                self._hash = hashlib.sha256()
+
+    def close(self) -> Contents:
+        """Returns once the disk has it."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            if self.bytes % PIECE_BYTES:
+                self._done.append(self._hash.hexdigest())
+        return Contents(self.bytes, self._done)
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Writes it last: without it the folder is no corpus."""
+    tree = {"version": VERSION, **asdict(record)}
+    with (folder / META).open("w") as file:
+        json.dump(tree | {"sha256": _hash_of(tree)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a corpus folder. Raises DataDamaged."""
+    path = folder / META
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataDamaged(f"{path} is missing, which says what the files beside it hold") from None
+    except OSError as error:
+        raise DataDamaged(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise DataDamaged(f"{path} is damaged: it is not JSON") from None
+    if not isinstance(tree, dict) or tree.get("version") != VERSION:
+        said = tree.get("version") if isinstance(tree, dict) else None
+        raise DataDamaged(f"{path} is a record of version {said}, and this release reads {VERSION}")
+    if tree.pop("sha256", None) != _hash_of(tree):
+        raise DataDamaged(f"{path} is damaged: it does not have the hash that it holds of itself")
+    del tree["version"]
+    try:
+        record = Record(**tree | {"files": {name: Contents(**facts) for name, facts in tree["files"].items()}})
+        whole = all(len(facts.sha256) == -(-facts.bytes // PIECE_BYTES) for facts in record.files.values())
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole or set(record.files) != set(FILES):  # as a stranger may have written it
+        raise DataDamaged(f"{path} is damaged: it is no record of a corpus")
+    return record
+
+
+def check_folder(folder: Path, record: Record) -> list[Piece]:
+    """Compares the sizes of a corpus' files with its record, and the content of those that are soon read. Returns what is
+    left to be read. Raises DataDamaged."""
+    left: list[Piece] = []
+    room = AT_ONCE_BYTES
+    for name, facts in sorted(record.files.items(), key=lambda file: file[1].bytes):
+        path = folder / name
+        if not path.is_file():
+            raise DataDamaged(f"{path} is missing")
+        if (size := path.stat().st_size) != facts.bytes:
+            raise DataDamaged(f"{path} is damaged: it has {size:,} bytes, and {META} beside it says {facts.bytes:,}")
+        if facts.bytes > room:
+            left += pieces_of(path, facts)
+            continue
+        room -= facts.bytes
+        for piece in pieces_of(path, facts):
+            piece.check()
+    return left
+
+
+def pieces_of(path: Path, facts: Contents) -> Iterator[Piece]:
+    """The pieces of a file, from its beginning."""
+    for number, sha256 in enumerate(facts.sha256):
+        start = number * PIECE_BYTES
+        yield Piece(path, start, min(PIECE_BYTES, facts.bytes - start), sha256)
+
+
+def file_fingerprint(path: Path, window: int = 1 << 20) -> str:
+    """SHA-256 of the size and of 64 windows spread over the file (of all of a small one)."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in range(0, size, max(window, size // 64)):
+            file.seek(start)
+            digest.update(file.read(window))
+    return digest.hexdigest()
+
+
+def _hash_of(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

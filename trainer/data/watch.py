@@ -1,0 +1,103 @@
+"""Looks after the files that a run reads, while it reads them.
+
+Corpora of more than `integrity.AT_ONCE_BYTES` are read and compared with their hashes on a thread, at a bounded rate: 24 GB
+in the first minute, and the rest as it comes. All files are looked at every few seconds for a change of size or time.
+What is found does not stop this rank alone: it goes to all with the numbers of the next step (`step.RankStatus`).
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rowwise.trainer.data.integrity import META, DataDamaged, Piece
+
+POLL_SECONDS = 5.0
+BYTES_A_SECOND = 400e6  # half of what a core hashes
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What changes with a file: which one it is on the disk, its size, and when it was written."""
+
+    inode: int
+    size: int
+    written_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Facts":
+        facts = path.stat()
+        return cls(facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+class Watch:
+    """Checks `pieces` and looks at `files` while entered. `complaint`: the first thing that is wrong, one line; None while
+    nothing is. `ours`: whether they are a cache, which may be made anew, and whose mapped files may be replaced by another
+    run that does so."""
+
+    def __init__(self, files: Sequence[Path], pieces: Sequence[Piece], ours: bool):
+        self.complaint: str | None = None
+        self._files = {path: Facts.of(path) for path in files}
+        self._pieces, self._read, self._ours = list(pieces), 0, ours
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._leave.set()
+        self._thread.join()
+
+    def complain(self, what: str) -> None:
+        """The first complaint stays. A cache loses its record, so that whoever opens it next makes it anew."""
+        if self.complaint is not None:
+            return
+        if self._ours:
+            for folder in {path.parent for path in self._files}:
+                with contextlib.suppress(OSError):
+                    (folder / META).rename(folder / f"damaged.{META}")
+            advice = "start the same command again, which makes this cache anew"
+        else:
+            advice = "give the files as they were, or another name to begin with them as they are"
+        self.complaint = f"{what}; {advice}"
+
+    def unread(self) -> str | None:
+        """What of the content was not compared with its hash; None where all was, or none was to be."""
+        whole, left = len(self._pieces), len(self._pieces) - self._read
+        if not left or self.complaint is not None:
+            return None
+        return f"the data's content was compared with its hashes to {self._read / whole:.0%} when the run ended: no damage so far"
+
+    def _run(self) -> None:
+        try:
+            looked = 0.0
+            for piece in self._pieces:
+                if self._leave.is_set():
+                    return
+                began = time.monotonic()
+                if began - looked > POLL_SECONDS:
+                    self._look()
+                    looked = began
+                piece.check()
+                self._read += 1
+                self._leave.wait(max(0.0, piece.size / BYTES_A_SECOND - (time.monotonic() - began)))
+            while not self._leave.wait(POLL_SECONDS):
+                self._look()
+        except DataDamaged as damage:
+            self.complain(str(damage))
+
+    def _look(self) -> None:
+        for path, before in self._files.items():
+            try:
+                now = Facts.of(path)
+            except OSError as error:
+                if self._ours and isinstance(error, FileNotFoundError):
+                    continue  # what is mapped stays
+                raise DataDamaged(f"{path} cannot be read any more ({error.strerror})") from None
+            if now != before and not (self._ours and now.inode != before.inode):
+                size = f": it has {now.size:,} bytes, and had {before.size:,}" if now.size != before.size else ""
+                raise DataDamaged(f"{path} has been written to while the run reads it{size}")

@@ -1,0 +1,79 @@
+"""What ranks tell each other of the data they read, so that damage on one of them stops all, and is named.
+
+At the start they compare what each has opened. In every step each reads one sample more, the same on all, and its digest
+goes with the numbers of the step (`step.RankStatus`), as does what `data/watch.py` has found. Only where that is not sound
+do they talk of it.
+"""
+
+import hashlib
+import platform
+from typing import Any
+
+import torch.distributed as dist
+
+from rowwise.parallel.mesh import Mesh
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.data.integrity import DataDamaged
+from rowwise.trainer.data.open import Data, open_data
+
+
+def try_data(config: TrainConfig) -> Data | DataDamaged:
+    """The data, or why this rank has none: the others are waiting to know."""
+    try:
+        return open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    except ValueError as error:
+        return DataDamaged(str(error))
+
+
+def require_same_data(data: Data | DataDamaged, mesh: Mesh) -> Data:
+    """The data, which all ranks have alike. Raises DataDamaged, on every rank, where one cannot open it, or they read
+    different corpora: another Python's library, or another copy of the files. One message of 64 bytes a rank, over
+    `mesh.save_group`."""
+    refusals = _everyone(str(data) if isinstance(data, DataDamaged) else None, mesh)
+    for rank, refusal in enumerate(refusals):
+        if refusal is not None:
+            raise DataDamaged(f"rank {rank}: {refusal}")
+    assert isinstance(data, Data)
+    # Machines may have the same files in different folders.
+    hashes = [data.train.fingerprint, *data.read.values()]
+    everyone = _everyone(hashlib.sha256("\n".join(hashes).encode()).hexdigest(), mesh)
+    different = [rank for rank, digest in enumerate(everyone) if digest != everyone[0]]
+    if different:
+        first = [data.read]
+        dist.broadcast_object_list(first, src=0, group=mesh.save_group)
+        pairs = zip(data.read.items(), first[0].values(), strict=False)
+        files = _everyone([path for (path, ours), theirs in pairs if ours != theirs][:1], mesh)[different[0]]
+        raise DataDamaged(
+            f"ranks {different} read other data than rank 0{' (' + files[0] + ')' if files else ''}; every machine needs the "
+            "same files"
+        )
+    return data
+
+
+def require_sound(data: Data, mesh: Mesh, first: int, step: int, digest: int = 0) -> None:
+    """Raises DataDamaged, on every rank, where the data of one is damaged or not that of the others, once the steps
+    `first` + 1 to `step` are made. `digest`: of the sample that all have read for the next."""
+    everyone = _everyone((platform.node(), data.watch.complaint, digest), mesh)
+    found = [f"rank {rank} ({node}): {what}" for rank, (node, what, _) in enumerate(everyone) if what is not None]
+    digests = [number for _, _, number in everyone]
+    usual = max(digests, key=digests.count)
+    others = [rank for rank, number in enumerate(digests) if number != usual]
+    if others:
+        nodes = ", ".join(sorted({everyone[rank][0] for rank in others}))
+        found.append(
+            f"ranks {others} ({nodes}) read other tokens than the others in step {step + 1}; compare the files of the "
+            "machines, and give each the same"
+        )
+    if found:
+        saved = (
+            f"steps {first + 1} to {step} of this start may have learned from it"
+            if step > first
+            else "no step was made"
+        )
+        raise DataDamaged(f"damaged data: {found[0]}. The run ends without saving; {saved}")
+
+
+def _everyone(mine: Any, mesh: Mesh) -> list[Any]:
+    everyone: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(everyone, mine, group=mesh.save_group)
+    return everyone
