@@ -11,10 +11,11 @@ import os
 import queue
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
@@ -22,13 +23,15 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rowwise.launch.meeting import Meeting, address_towards, give_up_after
-from rowwise.launch.outcome import OUTCOME, Failed, Outcome, Refused, State, read_outcome, write_outcome
+from rowwise.launch.outcome import OUTCOME, Ended, Failed, Outcome, Refused, State, read_outcome, write_outcome
+from rowwise.launch.rendezvous import rendezvous, settings
+from rowwise.launch.workers import interfaces
 from rowwise.trainer.files import DiskFull
 from rowwise.trainer.manifest import newest_sound, read_manifest
 from rowwise.trainer.metrics import read_metrics
@@ -90,7 +93,7 @@ def run_workers(job: Job, relay: bool = False) -> Outcome:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     began, ended = time.time(), queue.SimpleQueue[BaseException | None]()
     forwarding = Forwarding()
-    with hearing(forwarding.receive), _threads(job.nproc):
+    with hearing(forwarding.receive), _environment(job):
         threading.Thread(target=_agent, args=(job, ended), daemon=True).start()
         while ended.empty() and not forwarding.abandoned:
             time.sleep(POLL_SECONDS)
@@ -111,55 +114,66 @@ def run_workers(job: Job, relay: bool = False) -> Outcome:
 
 
 @contextlib.contextmanager
-def _threads(nproc: int) -> Iterator[None]:
-    """Workers inherit the environment: on a CPU they share its cores, unless it says otherwise."""
-    if "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
-    os.environ["OMP_NUM_THREADS"] = "1" if nproc > 1 else str(len(os.sched_getaffinity(0)))
+def _environment(job: Job) -> Iterator[None]:
+    """What workers inherit: on a CPU they share its cores, unless it says otherwise; and those of one machine listen on its
+    loopback alone, whatever it says."""
+    given = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _threads(job.nproc)}
+    given |= {} if job.meeting else interfaces()
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
     try:
         yield
     finally:
-        del os.environ["OMP_NUM_THREADS"]
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _threads(nproc: int) -> str:
+    return "1" if nproc > 1 else str(len(os.sched_getaffinity(0)))
 
 
 def _agent(job: Job, ended: "queue.SimpleQueue[BaseException | None]") -> None:
     try:
-        # torch's own store would be gone as soon as this agent leaves, to the loud dismay of those that come last.
-        store = None
-        if job.meeting is not None and job.meeting.host:
-            store = dist.TCPStore(*job.meeting.address, is_master=True, wait_for_workers=False)
-        elastic_launch(_launch_config(job), sys.executable)("-m", "rowwise.launch.train", "--agent", *job.overrides)
-        if store is not None:
-            time.sleep(LAST_SECONDS)
+        # Whoever gives up sooner than the workers do does so while they still may go on.
+        with rendezvous(job.meeting, max(60, job.timeout_seconds)) as make, _logs(job) as logs:
+            program = ("-m", "rowwise.launch.train", "--agent", *job.overrides)
+            elastic_launch(_launch_config(job, make, logs), sys.executable)(*program)
+            if job.meeting is not None and job.meeting.host:
+                time.sleep(LAST_SECONDS)  # for those that come last
         ended.put(None)
     except BaseException as error:
         ended.put(error)
 
 
-def _launch_config(job: Job) -> LaunchConfig:
+@contextlib.contextmanager
+def _logs(job: Job) -> Iterator[DefaultLogsSpecs]:
+    """Where workers leave what they say, and why they failed. torch would leave a folder behind for each run."""
     if job.log_dir is not None:
         job.log_dir.mkdir(parents=True, exist_ok=True)
-    folder, redirects = (str(job.log_dir), Std.ALL) if job.log_dir else (None, Std.NONE)
-    options: dict[str, Any] = {"logs_specs": DefaultLogsSpecs(log_dir=folder, redirects=redirects)}
+        yield DefaultLogsSpecs(log_dir=str(job.log_dir), redirects=Std.ALL)
+        return
+    with tempfile.TemporaryDirectory(prefix="rowwise-", ignore_cleanup_errors=True) as folder:
+        yield DefaultLogsSpecs(log_dir=folder, redirects=Std.NONE)
+
+
+def _launch_config(
+    job: Job, make: Callable[[RendezvousParameters], RendezvousHandler], logs: DefaultLogsSpecs
+) -> LaunchConfig:
+    options: dict[str, Any] = {}
     if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)):  # not in torch 2.11
         options["shutdown_timeout"] = LEAVING_SECONDS
-    if job.meeting is not None:
-        # With one store over all restarts, torch takes the address of the first round's for that of a later one.
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        # Whoever reads less long than the workers wait gives up while they still may go on.
-        patience = max(60, round(job.timeout_seconds))
-        options["rdzv_configs"] = {"is_host": False, "last_call_timeout": 10, "read_timeout": patience}
-        options["local_addr"] = address_towards(*job.meeting.address)
-    meeting = job.meeting or Meeting("localhost:0", job.name or uuid.uuid4().hex, 1, 1, host=True)
+    meeting = job.meeting
     return LaunchConfig(
-        min_nodes=meeting.least,
-        max_nodes=meeting.most,
+        min_nodes=meeting.least if meeting else 1,
+        max_nodes=meeting.most if meeting else 1,
         nproc_per_node=job.nproc,
-        run_id=meeting.job,
-        rdzv_backend="c10d",
-        rdzv_endpoint=meeting.endpoint,
+        run_id=meeting.job if meeting else job.name or uuid.uuid4().hex,
+        logs_specs=logs,
+        local_addr=address_towards(*meeting.address) if meeting else None,
         max_restarts=job.max_restarts,
+        **settings(make),
         **options,
     )
 
@@ -226,6 +240,8 @@ def _outcome(job: Job, error: BaseException | None, asked_to_stop: bool) -> Outc
         told = [Outcome(*_why(failure), step) for failure in failures]
         # Where one worker fails, the others fail for want of it.
         return max(told, key=lambda outcome: outcome.has_cause)
+    if isinstance(error, Ended):
+        return Outcome(error.state, str(error), step)
     return Outcome("failed", f"{type(error).__name__}: {error}", step)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rowwise.launch.agent import Job, default_nproc, require_ranks
-from rowwise.launch.meeting import Meeting, is_here, slurm_meeting
+from rowwise.launch.meeting import Meeting, is_here, slurm_meeting, token_of
 from rowwise.trainer.config import check, config_from_tree
 
 
@@ -36,6 +36,8 @@ def job_of(options: argparse.Namespace, tree: dict[str, Any]) -> Job:
 def meeting_of(options: argparse.Namespace) -> Meeting | None:
     """Where this machine meets others: as the command line or Slurm says. Raises ValueError."""
     if not options.nodes and not options.rendezvous:
+        if options.token is not None:
+            raise ValueError(f"--token {options.token}: of machines that meet; give --rendezvous HOST:PORT too")
         return slurm_meeting()
     least, _, most = (options.nodes or "1").partition(":")
     if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
@@ -45,6 +47,8 @@ def meeting_of(options: argparse.Namespace) -> Meeting | None:
         given = f"--rendezvous {options.rendezvous}: " if options.rendezvous else f"--nodes {options.nodes}: "
         raise ValueError(f"{given}several machines meet at one of them; give --rendezvous HOST:PORT, the same on each")
     if not options.rendezvous:
+        if options.token is not None:
+            raise ValueError(f"--token {options.token}: of machines that meet; give --rendezvous HOST:PORT too")
         return None
-    here = is_here(host, int(port))
-    return Meeting(options.rendezvous, options.job or "rowwise", int(least), int(most or least), here)
+    token, here = token_of(options.token, f"--rendezvous {options.rendezvous}"), is_here(host, int(port))
+    return Meeting(options.rendezvous, options.job or "rowwise", int(least), int(most or least), here, token)

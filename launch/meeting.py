@@ -1,4 +1,4 @@
-"""Where the agents of a run on several machines meet, and how long they wait for one that is gone."""
+"""Where the agents of a run on several machines meet, what they must know there, and how long they wait for one that is gone."""
 
 import contextlib
 import os
@@ -6,20 +6,31 @@ import socket
 import stat
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from rowwise.launch.gate import Secret
+
+TOKEN = "ROWWISE_TOKEN"
+LEAST_BYTES = 16
+MAKE_ONE = "(umask 077; head -c 32 /dev/urandom | base64 > FILE)"
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """From `least` to `most` agents meet at `endpoint` (HOST:PORT) under the name `job`. `host`: whether it is this one's
-    machine."""
+    """From `least` to `most` agents meet at `endpoint` (HOST:PORT) under the name `job`, and know `token`. `host`: whether it
+    is this one's machine."""
 
     endpoint: str
     job: str
     least: int
     most: int
     host: bool
+    token: bytes = field(repr=False)
+
+    @property
+    def secret(self) -> Secret:
+        return Secret(self.job, self.token)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -42,7 +53,42 @@ def slurm_meeting(environment: Mapping[str, str] = os.environ) -> Meeting | None
     # Jobs that share a machine have neighbouring numbers.
     port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000
     job = f"slurm-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_STEP_ID', 0)}"
-    return Meeting(f"{first}:{port}", job, nodes, nodes, host=environment.get("SLURM_NODEID") == "0")
+    host = environment.get("SLURM_NODEID") == "0"
+    return Meeting(f"{first}:{port}", job, nodes, nodes, host, token_of(None, f"{nodes} machines", environment))
+
+
+def token_of(path: Path | None, given: str, environment: Mapping[str, str] = os.environ) -> bytes:
+    """What the machines of a job know and others do not: from a file that nobody else can read, or the environment. Raises
+    ValueError."""
+    if path is not None:
+        return _long_enough(_read_own(path), f"--token {path}")
+    if TOKEN in environment:
+        return _long_enough(environment[TOKEN].strip().encode(), TOKEN)
+    raise ValueError(
+        f"{given}: machines that meet prove to each other that they are of this job; make a token with {MAKE_ONE} and "
+        f"give --token FILE on each, or set {TOKEN} (rowwise slurm does)"
+    )
+
+
+def _read_own(path: Path) -> bytes:
+    try:
+        with path.expanduser().open("rb") as file:
+            told = os.fstat(file.fileno())
+            if told.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or told.st_uid != os.geteuid():
+                raise ValueError(
+                    f"--token {path}: others can read or change it; give chmod 600 {path}, and a new token"
+                )
+            return file.read(4096).strip()
+    except OSError as error:
+        raise ValueError(f"--token {path}: {error.strerror}; make one with {MAKE_ONE}") from None
+
+
+def _long_enough(token: bytes, origin: str) -> bytes:
+    if len(token) < LEAST_BYTES:
+        raise ValueError(
+            f"{origin} has {len(token)} characters, which can be guessed; make one of {LEAST_BYTES} or more with {MAKE_ONE}"
+        )
+    return token
 
 
 def slurm_hosts(nodes: str) -> list[str]:

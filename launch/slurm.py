@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BeforeValidator
 
 from rowwise.launch.compose import compose_part, compose_tree, key_of
+from rowwise.launch.meeting import TOKEN
 from rowwise.launch.sweep.config import SweepConfig
 from rowwise.launch.sweep.config import resolve as resolve_sweep
 from rowwise.launch.sweep.space import overrides_of
@@ -201,6 +202,7 @@ def script(config: SlurmConfig, command: list[str]) -> str:
         *(f"#SBATCH {option}" for option in sbatch_options(config)),
         "\nset -e",
         *config.setup,
+        *([_TOKEN] if config.nodes > 1 else []),
         "\n# One task a node: it starts the workers of its node and watches them.",
         " \\\n    ".join([srun, program, *map(shlex.quote, options)]) + " &",
         "srun=$!",
@@ -235,6 +237,11 @@ def sbatch_options(config: SlurmConfig) -> list[str]:
     options = [f"--{key}={shlex.quote(str(value))}" for key, value in given.items() if value is not None]
     return [*options, "--requeue" if config.requeue else "--no-requeue", *config.extra]
 
+
+_TOKEN = f"""
+# What the nodes of this job know, and who else may reach their port does not. It stands in no command line.
+{TOKEN}=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
+export {TOKEN}"""
 
 _WAITING = """
 # {seconds} seconds before the time limit, Slurm sends USR1 to this script alone. srun passes it on to every node,

@@ -2,8 +2,8 @@
 
     rowwise train nproc=8 model=llama_1b batch.global_size=128 parallel.zero=3 steps=1000
     rowwise train --max-restarts 3 nproc=8 ...             begins again from the newest checkpoint when a worker dies
-    rowwise train --nodes 2 --rendezvous host1:29400 nproc=8 ...            the same command on each of two machines
-    rowwise train --nodes 1:4 --rendezvous host1:29400 --job big ...        goes on with fewer when machines are lost
+    rowwise train --nodes 2 --rendezvous host1:29400 --token FILE nproc=8 ...      the same command on each of two machines
+    rowwise train --nodes 1:4 --rendezvous host1:29400 --token FILE --job big ...  goes on with fewer when machines are lost
     srun --ntasks-per-node=1 rowwise train nproc=8 ...     in a job of Slurm the machines find each other
 
 Arguments are those of rowwise.launch.train. SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 end the run after its step, saved.
@@ -53,6 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and leave")
     parser.add_argument("--nodes", default="", metavar="N | MIN:MAX", help="machines of the run (default: 1)")
     parser.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="where they meet: one of them")
+    parser.add_argument("--token", type=Path, metavar="FILE", help="holds what only machines of the job know")
     parser.add_argument("--job", help="the name under which they meet (default: rowwise)")
     parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="of all workers, when one dies")
     parser.add_argument("--log-dir", type=Path, help="writes what each worker says there, not here")

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -27,6 +28,7 @@ from rowwise.parallel.mesh import Workers
 MESSAGES_FILE = "collectives-rank-"  # and the rank's number
 _KEPT_MESSAGES = 2000
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+START = "ROWWISE_START"  # our own agent's name for this start of the workers, on every machine
 _KEY = "config"
 _END = "end"
 _WATCH_SECONDS = 1.0
@@ -37,14 +39,34 @@ _PATIENCE = datetime.timedelta(hours=4)  # rank 0 may have a corpus to tokenize 
 
 
 def workers_from_environment() -> Workers:
-    """This worker under torchrun; without torchrun, the only one."""
+    """This worker under torchrun; without torchrun, the only one. What it opens for others to connect to is on the loopback
+    where the run has one machine, unless the environment names an interface."""
+    if not is_one_of_many_machines():
+        for name, value in interfaces().items():
+            os.environ.setdefault(name, value)
     if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
         return Workers()
-    store, rank, world_size = next(rendezvous("env://", timeout=_MEETING))
-    store = _meet(store, rank, world_size)
+    if START in os.environ:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_MEETING)
+        store.set_timeout(_PATIENCE)
+        store = dist.PrefixStore(f"rowwise/{os.environ[START]}", store)
+    else:
+        store, rank, world_size = next(rendezvous("env://", timeout=_MEETING))
+        store = _meet(store, rank, world_size)
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Workers(rank, world_size, local_rank, local_world_size, store)
+
+
+def interfaces() -> dict[str, str]:
+    """What tells gloo and NCCL to stay on this machine's loopback; they ask nobody who he is."""
+    loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
+    return {
+        f"{who}_SOCKET_IFNAME": f"{exactly}{name}"
+        for name in loopback
+        for who, exactly in (("GLOO", ""), ("NCCL", "="))
+    }
 
 
 def _meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:

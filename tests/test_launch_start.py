@@ -18,7 +18,7 @@ from rowwise.launch import job as jobs
 from rowwise.launch import meeting as meetings
 from rowwise.launch import start as launcher
 from rowwise.launch.agent import Job
-from rowwise.launch.meeting import Meeting, is_here, slurm_meeting
+from rowwise.launch.meeting import TOKEN, Meeting, is_here, slurm_meeting
 from rowwise.launch.outcome import Outcome, read_outcome, write_outcome
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.stop import ASKED
@@ -85,6 +85,7 @@ REFUSED = {
     "no such number of machines": (["--nodes", "2:1", "--rendezvous", "localhost:1", "nproc=1"], "give a number of machines"),
     "a meeting without a port": (["--nodes", "2", "--rendezvous", "a", "nproc=1"], "give --rendezvous HOST:PORT"),
     "a meeting nowhere": (["--nodes", "2", "--rendezvous", "no.such.host:1", "nproc=1"], "cannot be reached from here"),
+    "a token for nobody": (["--token", "/dev/null", "nproc=1"], "give --rendezvous HOST:PORT too"),
     "fewer restarts than none": (["--max-restarts", "-1", "nproc=1"], "give 0 or more"),
     "an unknown key": (["optim.lrr=3"], "did you mean optim.lr?"),
 }  # fmt: skip
@@ -94,6 +95,7 @@ REFUSED = {
 def test_refused_before_a_worker_is_started(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(agent, "run_workers", None)
+    monkeypatch.setenv(TOKEN, "of this job and of no other")
     words, said = REFUSED[case]
     assert launcher.main(words) == 2
     told = capsys.readouterr().err
@@ -144,9 +146,13 @@ def test_where_the_machines_of_a_slurm_step_meet(monkeypatch):
     monkeypatch.setattr(meetings, "slurm_hosts", lambda nodes: {"gpu[3-4]": ["gpu3", "gpu4"]}[nodes])
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu[3-4]",
             "SLURM_JOB_ID": "41234", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1"}  # fmt: skip
-    assert slurm_meeting(step) == Meeting("gpu3:21234", "slurm-41234-0", 2, 2, host=False)
+    with pytest.raises(ValueError, match=r"^2 machines: .* make a token with .* or set ROWWISE_TOKEN"):
+        slurm_meeting(step)
+    step[TOKEN] = "of this job and of no other"
+    token = step[TOKEN].encode()
+    assert slurm_meeting(step) == Meeting("gpu3:21234", "slurm-41234-0", 2, 2, host=False, token=token)
     meeting = slurm_meeting(step | {"SLURM_NODEID": "0"})
-    assert meeting is not None and meeting.host
+    assert meeting is not None and meeting.host and "of this job" not in repr(meeting)
     assert slurm_meeting({}) is None
     assert slurm_meeting(step | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}) is None
     with pytest.raises(ValueError, match="give Slurm --ntasks-per-node=1"):
@@ -167,12 +173,21 @@ def test_a_trial_in_a_step_of_many_machines_has_one(monkeypatch):
 def test_threads_are_shared_out_and_forgotten(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for nproc, threads in ((2, "1"), (1, str(len(os.sched_getaffinity(0))))):
-        with agent._threads(nproc):
+        with agent._environment(agent.Job((), Path(), 1, nproc)):
             assert os.environ["OMP_NUM_THREADS"] == threads
         assert "OMP_NUM_THREADS" not in os.environ
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    with agent._threads(2):
+    with agent._environment(agent.Job((), Path(), 1, 2)):
         assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
+def test_workers_of_one_machine_stay_on_its_loopback(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    meeting = Meeting("host:1", "job", 1, 2, host=True, token=b"")
+    for of_many, interface in ((None, "lo"), (meeting, "eth7")):
+        with agent._environment(agent.Job((), Path(), 1, 2, of_many)):
+            assert os.environ["GLOO_SOCKET_IFNAME"] == interface
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7" and "NCCL_SOCKET_IFNAME" not in os.environ
 
 
 def test_which_machine_hosts_the_meeting():
@@ -194,7 +209,7 @@ def test_the_cause_that_another_machine_wrote_stays(tmp_path):
 
 def test_a_job_that_is_asked_to_stop_before_its_machines_have_met_leaves(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(agent, "PATIENCE_SECONDS", 1.0)
-    job = Job((), tmp_path, 5, 1, Meeting(f"localhost:{free_port()}", "alone", 2, 2, host=True))
+    job = Job((), tmp_path, 5, 1, Meeting(f"localhost:{free_port()}", "alone", 2, 2, host=True, token=b"of this job"))
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     assert agent.run_workers(job) == Outcome("stopped", "asked to stop", 0)

@@ -1,6 +1,8 @@
 """Every combination of a sweep, by Hydra's multirun and any of its launchers; a task is the agent of a trial's workers."""
 
 import contextlib
+import os
+import secrets
 import sys
 from pathlib import Path
 from types import FrameType
@@ -12,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rowwise.launch.agent import Job, default_nproc, require_ranks, run_workers
 from rowwise.launch.compose import key_of
-from rowwise.launch.meeting import slurm_meeting
+from rowwise.launch.meeting import TOKEN, slurm_meeting
 from rowwise.launch.sweep.config import SweepConfig, is_basic, keep_plan
 from rowwise.launch.sweep.space import Space
 from rowwise.launch.sweep.trials import Trial, trial_words
@@ -23,6 +25,7 @@ from rowwise.trainer.stop import hearing
 def multirun(config: SweepConfig, space: Space, words: list[str]) -> list[Trial]:
     """Every combination, by Hydra's launcher. Raises ValueError where the folder is of another sweep, or in use."""
     folder, grid = Path(config.folder).absolute(), list(space.grid())
+    os.environ.setdefault(TOKEN, secrets.token_hex(32))  # for jobs of several machines, which inherit it
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0), hearing(_leave), contextlib.suppress(KeyboardInterrupt):

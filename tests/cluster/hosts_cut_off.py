@@ -105,7 +105,11 @@ class OwnTrial(Trial):
     """The same started by `rowwise train`, which sets the waits itself and leaves the kernel's as they are."""
 
     def command(self, host: Host) -> list[str]:
+        token = self.folder / "token"
+        token.touch(0o600)
+        token.write_text("known to both hosts alone")
         meeting = ["--nodes", self.nodes, "--rendezvous", f"{self.keeper.address}:29400", "--job", "trial"]
+        meeting += ["--token", str(token)]
         restarts = ["--max-restarts", str(self.restarts)]
         return [sys.executable, "-m", "rowwise.launch.start", *meeting, *restarts, "nproc=1", *overrides(self.folder)]
 

@@ -1,0 +1,255 @@
+"""How the agents of a run meet, and where their workers do: in a store that only they can reach.
+
+On one machine the store listens on its loopback. On several it does so on the first of them, and the others come through
+launch.gate. torch's own rendezvous keeps its state as a pickle, which every agent would unpickle: here it is JSON.
+"""
+
+import contextlib
+import datetime
+import ipaddress
+import json
+import os
+import pickle
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStateError,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    RendezvousBackend,
+    RendezvousTimeout,
+    _NodeDesc,
+    _RendezvousState,
+)
+
+from rowwise.launch.gate import LOOPBACK, Porter, Stranger
+from rowwise.launch.meeting import Meeting
+from rowwise.launch.outcome import Failed, Refused
+from rowwise.launch.workers import START
+
+BACKEND = "rowwise"
+LAST_CALL = datetime.timedelta(seconds=10)  # for further machines, once the least number is there
+_NOTHING = "null"
+
+
+def store_here() -> dist.TCPStore:
+    """A store that this machine alone can reach. torch would have it listen on every address."""
+    listening = socket.create_server((LOOPBACK, 0))
+    port = listening.getsockname()[1]
+    return dist.TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+def settings(make: Callable[[RendezvousParameters], RendezvousHandler]) -> dict[str, Any]:
+    """Of torch's LaunchConfig, for a handler that `make` makes."""
+    rendezvous_handler_registry.register(BACKEND, _made)
+    return {"rdzv_backend": BACKEND, "rdzv_configs": {"make": make}}
+
+
+def _made(parameters: RendezvousParameters) -> RendezvousHandler:
+    return parameters.config["make"](parameters)
+
+
+@contextlib.contextmanager
+def rendezvous(
+    meeting: Meeting | None, patience_seconds: float
+) -> Iterator[Callable[[RendezvousParameters], RendezvousHandler]]:
+    """What makes the handler of a run. Raises Refused where the port of the meeting cannot be had, or who answers there has
+    another token, and Failed where nobody does. The meeting lasts as long as the context of its host."""
+    before = os.environ.get(START)
+    try:
+        if meeting is None:
+            yield lambda parameters: Alone(parameters.run_id)
+            return
+        porter = Porter()
+        try:
+            store = store_here() if meeting.host else None
+            if store is not None:
+                porter.keep_gate(_listen(meeting), store.port, meeting.secret)
+            with _said_in_a_line(meeting):
+                port = porter.keep_door(meeting.address, meeting.secret, patience_seconds)
+            yield lambda parameters: met(parameters, port, patience_seconds)
+        finally:
+            porter.close()
+    finally:
+        os.environ.pop(START, None)
+        if before is not None:
+            os.environ[START] = before
+
+
+def _listen(meeting: Meeting) -> socket.socket:
+    """On the address that was given, or, since a name can mean another one here than elsewhere, on every address."""
+    host, port = meeting.address
+    try:
+        address = str(ipaddress.ip_address(host))
+    except ValueError:
+        address = ""
+    try:
+        return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+    except OSError as error:
+        raise Refused(
+            f"{meeting.endpoint} cannot be listened on ({os.strerror(error.errno or 0)}); give another port"
+        ) from None
+
+
+@contextlib.contextmanager
+def _said_in_a_line(meeting: Meeting) -> Iterator[None]:
+    try:
+        yield
+    except Stranger as error:
+        raise Refused(
+            f"no meeting at {meeting.endpoint}: {error}; give the same --token and --job on each machine"
+        ) from None
+    except (OSError, EOFError) as error:
+        raise Failed(f"no meeting at {meeting.endpoint}: {error or type(error).__name__}") from None
+
+
+class Alone(RendezvousHandler):
+    """Of one machine, which waits for no other. Each start of the workers has a store of its own."""
+
+    def __init__(self, job: str):
+        self._job, self._closed = job, False
+
+    def get_backend(self) -> str:
+        return BACKEND
+
+    def get_run_id(self) -> str:
+        return self._job
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self._store = store_here()
+        os.environ[START] = uuid.uuid4().hex
+        here = RendezvousStoreInfo(LOOPBACK, self._store.port)
+        return RendezvousInfo(dist.PrefixStore("agent", self._store), 0, 1, here)
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def is_closed(self) -> bool:
+        return self._closed
+
+    def set_closed(self) -> None:
+        self._closed = True
+
+    def shutdown(self) -> bool:
+        self._closed = True
+        return True
+
+
+class Together(DynamicRendezvousHandler):
+    """Of several machines, as torch arranges it; the workers of each come to the one store through the door of theirs."""
+
+    door: int
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        info = super().next_rendezvous()
+        # Of this start alone: in the store is also what those before have left.
+        os.environ[START] = info.store.compare_set("start", "", uuid.uuid4().hex).decode()
+        return RendezvousInfo(info.store, info.rank, info.world_size, RendezvousStoreInfo(LOOPBACK, self.door))
+
+
+def met(parameters: RendezvousParameters, door: int, patience_seconds: float) -> Together:
+    """The handler of an agent whose way to the store is `door`."""
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torch makes no store of its own
+    store = dist.TCPStore(LOOPBACK, door, timeout=datetime.timedelta(seconds=patience_seconds))
+    handler = Together.from_backend(
+        parameters.run_id,
+        store,
+        Backend(store, parameters.run_id),
+        parameters.min_nodes,
+        parameters.max_nodes,
+        parameters.local_addr,
+        RendezvousTimeout(last_call=LAST_CALL),
+    )
+    handler.door = door
+    return handler
+
+
+class Backend(RendezvousBackend):
+    """Keeps the state of a rendezvous in the store as JSON. A token of torch's is the JSON that was read."""
+
+    def __init__(self, store: dist.Store, job: str):
+        self._store, self._key = store, f"rendezvous/{job}"
+        self._exchange("", _NOTHING)
+
+    @property
+    def name(self) -> str:
+        return BACKEND
+
+    def get_state(self) -> tuple[bytes, Any] | None:
+        return self._read(self._call(self._store.get, self._key))
+
+    def set_state(self, state: bytes, token: Any = None) -> tuple[bytes, Any, bool] | None:
+        ours = json.dumps(encoded(vars(pickle.loads(state))), sort_keys=True)  # of this very process
+        there = self._exchange(token or _NOTHING, ours)
+        found = self._read(there)
+        return None if found is None else (*found, there.decode() == ours)
+
+    def _exchange(self, expected: str, desired: str) -> bytes:
+        return self._call(self._store.compare_set, self._key, expected, desired)
+
+    def _call(self, function: Callable[..., bytes], *arguments: str) -> bytes:
+        try:
+            return function(*arguments)
+        except (ValueError, RuntimeError, TimeoutError) as error:
+            raise RendezvousConnectionError(f"the store of the meeting does not answer: {error}") from None
+
+    def _read(self, there: bytes) -> tuple[bytes, str] | None:
+        if there == _NOTHING.encode():
+            return None
+        state = _RendezvousState()
+        try:
+            told = decoded(json.loads(there))
+            for name in vars(state):
+                setattr(state, name, told[name])
+        except Exception as error:  # of the many that what is not ours can cause
+            raise RendezvousStateError(f"the state of the meeting is not this job's: {error!r}") from None
+        return pickle.dumps(state), there.decode()
+
+
+def encoded(value: Any) -> Any:
+    """A state of torch's rendezvous as plain JSON: machines, times, sets and maps are pairs of what they are and what is in
+    them. Raises TypeError for anything else."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, datetime.datetime):
+        return ["time", value.isoformat()]
+    if isinstance(value, _NodeDesc):
+        return ["machine", [value.addr, value.pid, value.local_id]]
+    if isinstance(value, set):
+        return ["set", sorted((encoded(one) for one in value), key=json.dumps)]
+    if isinstance(value, dict):
+        return ["map", sorted(([encoded(key), encoded(one)] for key, one in value.items()), key=json.dumps)]
+    raise TypeError(f"a {type(value).__name__} has no place in the state of a rendezvous")
+
+
+def decoded(tree: Any) -> Any:
+    """What `encoded` was given. Raises TypeError, ValueError or KeyError for anything that it does not write."""
+    if tree is None or isinstance(tree, bool | int | str):
+        return tree
+    kind, inside = tree
+    made: dict[str, Callable[[], Any]] = {
+        "time": lambda: datetime.datetime.fromisoformat(inside),
+        "machine": lambda: _NodeDesc(str(inside[0]), int(inside[1]), int(inside[2])),
+        "set": lambda: {decoded(one) for one in inside},
+        "map": lambda: {decoded(key): decoded(one) for key, one in inside},
+    }
+    return made[kind]()
