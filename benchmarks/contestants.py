@@ -79,7 +79,7 @@ class Clock:
 
 def peak_memory_bytes() -> int:
     """The most this rank has held."""
-    from rowwise.trainer.metrics import peak_memory_bytes as of
+    from rowwise.trainer.peaks import peak_memory_bytes as of
 
     return of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

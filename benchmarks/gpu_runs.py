@@ -26,8 +26,9 @@ from rowwise.trainer.build import build_masks, build_model
 from rowwise.trainer.config import TrainConfig, check, config_from_tree
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
-from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes, read_metrics
+from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import flops_per_token
+from rowwise.trainer.peaks import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.step import RankStatus
 from rowwise.trainer.train import make_update, train_batches
 

@@ -1,6 +1,6 @@
 """The elastic agent of one machine: starts the workers of a run, watches them, and says how it ended.
 
-What torchrun does, with three differences: SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask the workers to save and leave, and then
+What torchrun does, with three differences: SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 ask the workers to save and leave, and then
 they are waited for as long as that takes; how the run ended is said in a word, and written to outcome.json in its folder;
 and in a step of Slurm with one task a machine the agents find each other.
 """

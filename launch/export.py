@@ -21,10 +21,9 @@ import argparse
 import sys
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from rowwise.trainer.keys import unknown_key
-from rowwise.trainer.manifest import damage, find_checkpoints, read_manifest, step_folder
+from rowwise.trainer.manifest import Manifest, damage, find_checkpoints, read_manifest, step_folder
 from rowwise.trainer.models.config_json import FORMS
 
 POSSIBLE_DTYPES = ("fp32", "bf16", "fp16")
@@ -90,7 +89,7 @@ def export(config: ExportConfig) -> str:
     return write(Source(checkpoint, manifest["config"]), target)
 
 
-def choose(config: ExportConfig) -> tuple[Path, dict[str, Any]]:
+def choose(config: ExportConfig) -> tuple[Path, Manifest]:
     """The checkpoint to export and its manifest. Says what it passes over. Raises ValueError where none is sound."""
     candidates, complaints = _candidates(config), []
     for checkpoint in candidates:
@@ -111,7 +110,7 @@ def _candidates(config: ExportConfig) -> list[Path]:
     run = Path(config.run).expanduser()
     found = find_checkpoints(run)
     if not found:
-        others = sorted(str(p) for p in run.parent.iterdir() if find_checkpoints(p)) if run.parent.is_dir() else []
+        others = sorted(str(p) for p in run.parent.iterdir() if _holds_some(p)) if run.parent.is_dir() else []
         hint = f"possible are {', '.join(others)}" if others else "give a folder that a training run wrote"
         raise ValueError(f"run={config.run}: there is no checkpoint; {hint}")
     if config.checkpoint is None:
@@ -128,6 +127,13 @@ def _candidates(config: ExportConfig) -> list[Path]:
     return chosen
 
 
+def _holds_some(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and bool(find_checkpoints(folder))
+    except (OSError, ValueError):  # another's, which is not asked for
+        return False
+
+
 def _bytes(text: str) -> int:
     try:
         number = int(float(text))
@@ -139,6 +145,12 @@ def _bytes(text: str) -> int:
 
 
 def _free(final: Path) -> Path:
+    """The folder to make: what a link leads to, not the link. Raises ValueError."""
+    if final.is_symlink() and not final.exists():
+        raise ValueError(
+            f"to={final} is a link to {final.readlink()}, which is not there; make that folder, or give another"
+        )
+    final = final.resolve() if final.is_symlink() else final
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):
         raise ValueError(f"to={final} exists and is not empty; give a new folder, or remove it")
     return final

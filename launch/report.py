@@ -91,7 +91,7 @@ def report(settings: Settings) -> str:
     to = Path(settings.to).expanduser() if settings.to else settings.folders[0] / "report.html"
     if to.suffix.lower() not in (".html", ".htm") or to.is_dir():
         raise ValueError(f"to={to}: the page is a file; give a name that ends in .html")
-    runs = read_runs(settings.folders)
+    runs, left_out = read_runs(settings.folders)
     if not to.parent.is_dir():
         raise ValueError(f"to={to}: the folder {to.parent} does not exist; make it, or give another")
     from rowwise.launch.pages.page import page  # torch, which no refusal above waits for
@@ -99,15 +99,28 @@ def report(settings: Settings) -> str:
     content = page(runs)
     write_whole(to, content)
     told = ", ".join(f"{run.label} at step {run.last_step}" for run in runs)
-    return f"{to}: {told}; {len(content.encode()) / 1e3:,.0f} kB"
+    return "; ".join(
+        [f"{to}: {told}", f"{len(content.encode()) / 1e3:,.0f} kB", *(f"left out: {why}" for why in left_out)]
+    )
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """In their order, each under the name of its folder, or under its path where others have that name. Raises
-    ValueError."""
+def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """In their order, each under the name of its folder, or under its path where others have that name; and why others of
+    them are left out. Raises ValueError where none is left."""
     names = [folder.resolve().name for folder in folders]
     labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
-    return [read_run(folder, i, label) for i, (folder, label) in enumerate(zip(folders, labels, strict=True))]
+    runs: list[Run] = []
+    left_out: list[str] = []
+    for folder, label in zip(folders, labels, strict=True):
+        try:
+            runs.append(read_run(folder, len(runs), label))
+        except ValueError as error:
+            if not (folder / "metrics.jsonl").exists():
+                raise
+            left_out.append(str(error))
+    if not runs:
+        raise ValueError("; ".join(left_out))
+    return runs, left_out
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
     rowwise train --nodes 1:4 --rendezvous host1:29400 --token FILE --job big ...  goes on with fewer when machines are lost
     srun --ntasks-per-node=1 rowwise train nproc=8 ...     in a job of Slurm the machines find each other
 
-Arguments are those of rowwise.launch.train. SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 end the run after its step, saved.
+Arguments are those of rowwise.launch.train. SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 and SIGUSR2 end the run after its step,
+saved. The run goes on where nobody reads what it prints.
 Exit code 0: the run is complete, or was asked to stop and saved; 2: it was refused before it began; 1: it failed.
 """
 
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 from rowwise.launch.compose import compose_tree
+from rowwise.launch.streams import patient_streams
 from rowwise.launch.train import print_configuration
 
 EXIT = {"complete": 0, "stopped": 0, "refused": 2, "failed": 1}
@@ -22,6 +24,11 @@ EXIT = {"complete": 0, "stopped": 0, "refused": 2, "failed": 1}
 
 def main(arguments: list[str] | None = None) -> int:
     """Starts, watches, and returns the exit code."""
+    with patient_streams():
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     options = parse(arguments)
     if options.cfg:
         return print_configuration(options.overrides)

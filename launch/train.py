@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.outcome import Ended
+from rowwise.launch.streams import patient_streams
 from rowwise.trainer.stop import INTERRUPTED, answering, end_now
 
 
@@ -69,17 +70,16 @@ def _interrupted(number: int, left: Callable[[float], bool]) -> None:
 
 def run() -> None:
     """The process: ends with the exit code of `main`, at once where it failed."""
-    try:
-        with answering(_interrupted):
-            code = main()
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    with patient_streams():
+        try:
+            with answering(_interrupted):
+                code = main()
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except Exception:
+            traceback.print_exc()
+            code = 1
     if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
         # Not sys.exit: threads and destructors of a broken process group can wait for peers that wait for us.
         os._exit(code)
 

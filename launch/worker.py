@@ -103,6 +103,10 @@ def _reason(error: BaseException, run_dir: Path) -> str | None:
     if (full := want_of_room(error)) is not None:
         return _told(full, run_dir)
     for one in behind(error):
+        if isinstance(one, FloatingPointError):
+            saved = newest_sound(run_dir / "checkpoints")
+            sound = "no checkpoint was saved before" if saved is None else f"the newest sound checkpoint is {saved}"
+            return f"not a number: {one}; {sound}"
         if isinstance(one, NoneSound | RunMoved | DataDamaged):
             return str(one)
         if isinstance(one, OSError) and one.filename is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from parity import relative_error, small_config, with_layout
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.export import ExportConfig, main
+from rowwise.launch.export import ExportConfig, _free, main
 from rowwise.parallel.mesh import Workers
 from rowwise.trainer import export as writing
 from rowwise.trainer.config import TrainConfig, config_from_tree
@@ -411,3 +411,15 @@ def test_help_names_every_key(capsys):
     assert leaving.value.code == 0
     told = capsys.readouterr().out
     assert all(f"{field}=" in told for field in ExportConfig.__dataclass_fields__)
+
+
+def test_an_export_to_a_link_makes_what_it_leads_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    assert _free(tmp_path / "link") == (tmp_path / "disk").resolve()
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"to=\S+/lost is a link to \S+/nowhere, which is not there; make that folder"):
+        _free(tmp_path / "lost")
+    (tmp_path / "disk/full").touch()
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        _free(tmp_path / "link")

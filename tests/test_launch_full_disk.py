@@ -16,7 +16,7 @@ import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from commands import overrides_of, run
-from rowwise.launch import cli, worker
+from rowwise.launch import agent, cli, worker
 from rowwise.launch.outcome import Ended, Outcome, read_outcome, write_outcome
 from rowwise.launch.workers import share_end
 from rowwise.parallel.mesh import Workers
@@ -203,6 +203,15 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path):
         log.append({"step": 2})
     log.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_an_outcome_that_cannot_be_written_is_said(tmp_path, capsys, monkeypatch):
+    """A folder stands where it belongs: the run has ended as it has."""
+    (tmp_path / "run/outcome.json").mkdir(parents=True)
+    monkeypatch.setattr(agent, "_agent", lambda job, ended: ended.put(None))
+    monkeypatch.setattr(agent, "POLL_SECONDS", 0.001)
+    assert agent.run_workers(agent.Job((), tmp_path / "run", 3, 1)).state == "stopped"
+    assert "warning: how the run ended is not written down: " in capsys.readouterr().err
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path, monkeypatch):

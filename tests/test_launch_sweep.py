@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -20,13 +21,13 @@ from filelock import FileLock
 
 from commands import overrides_of, run, run_in_pool
 from ranks import quick_start
-from rowwise.launch.outcome import clear_outcome
+from rowwise.launch.outcome import Outcome, clear_outcome, write_outcome
 from rowwise.launch.sweep import search
 from rowwise.launch.sweep.__main__ import main
-from rowwise.launch.sweep.config import resolve
+from rowwise.launch.sweep.config import keep_plan, resolve
 from rowwise.launch.sweep.running import Running, outcome_of
 from rowwise.launch.sweep.space import Choice, Interval, parse_space
-from rowwise.launch.sweep.trials import Trial, curve, draw, row_of, trial_words
+from rowwise.launch.sweep.trials import Trial, curve, draw, row_of, trial_words, write_table
 from rowwise.trainer.metrics import MetricsTail, read_metrics
 from rowwise.trainer.tracker import NoTracker, Wandb
 from runs import records
@@ -346,7 +347,7 @@ def test_a_search_never_prefers_a_trial_for_a_step_without_a_loss(tmp_path):
     for goal in ("loss", "eval_loss"):
         curves = [curve(trial.folder, goal) for trial in trials]
         assert curves == [[(1, 3.0), (3, 2.5)], [(1, 3.0), (2, 2.0), (4, 2.0)], []]
-    rows = [row_of(trial) for trial in trials]
+    rows = [row_of(trial, "loss") for trial in trials]
     assert [(row["eval_loss"], row["best_eval_loss"]) for row in rows] == [(2.5, 2.5), (2.0, 2.0), (None, None)]
     assert draw(trials, tmp_path, "loss").exists()
 
@@ -361,3 +362,61 @@ def test_a_search_never_prefers_a_trial_for_a_step_without_a_loss(tmp_path):
         study.tell(asked, **({"values": measured[-1][1]} if (measured := curve(trial.folder, "loss")) else
                              {"state": optuna.trial.TrialState.FAIL}))  # fmt: skip
     assert study.best_trial.number == 1
+
+
+DAMAGE = {  # the files of a trial -> its state, the reason and the last evaluation
+    "sound": ({}, "complete", "", "2.5"),
+    "half an outcome": ({"outcome.json": '{"state": "comp'}, "failed", "outcome.json is damaged (", "2.5"),
+    "an outcome of other types": ({"outcome.json": '{"state": 7}'}, "failed", "outcome.json is damaged (", "2.5"),
+    "an outcome that is a list": ({"outcome.json": "[1]"}, "failed", "outcome.json is damaged (", "2.5"),
+    "no outcome": ({"outcome.json": None}, "running", "", "2.5"),
+    "no records": ({"metrics.jsonl": None}, "failed", "it has no eval_loss", ""),
+    "no lines": ({"metrics.jsonl": "\0\xff[\n{}\n"}, "failed", "it has no eval_loss", ""),
+    "an evaluation that is no number": (
+        {"metrics.jsonl": '{"step": 2, "eval_loss": 2.5}\n{"step": 4, "eval_loss": null}\n'},
+        "failed", "not a number: eval_loss of step 4", "2.5"),
+    "an evaluation of words": (
+        {"metrics.jsonl": '{"step": 4, "eval_loss": "low", "tokens_per_second": [], "step_seconds": {}}\n'},
+        "failed", "not a number: eval_loss of step 4", ""),
+    "an evaluation that is too large": (
+        {"metrics.jsonl": f'{{"step": 4, "eval_loss": 1{"0" * 400}, "loss": 1e999}}\n'},
+        "failed", "not a number: eval_loss of step 4", ""),
+    "an evaluation that is large": ({"metrics.jsonl": '{"step": 4, "eval_loss": 1e308}\n'}, "complete", "", "1e+308"),
+}  # fmt: skip
+
+
+def damaged_trials(folder: Path) -> list[Trial]:
+    trials = []
+    for number, (files, *_) in enumerate(DAMAGE.values()):
+        trial = Trial(number, {"seed": str(number)}, folder / f"trial-{number}")
+        trial.folder.mkdir(parents=True)
+        write_outcome(trial.folder, Outcome("complete", None, 4))
+        (trial.folder / "metrics.jsonl").write_text('{"step": 4, "eval_loss": 2.5, "step_seconds": 1.0}\n')
+        for name, content in files.items():
+            (trial.folder / name).unlink()
+            if content is not None:
+                (trial.folder / name).write_text(content, encoding="latin-1")
+        trials.append(trial)
+    unreadable = Trial(len(trials), {"seed": "x"}, folder / "trial-x")
+    (unreadable.folder / "metrics.jsonl").mkdir(parents=True)
+    return [*trials, unreadable]
+
+
+def test_damaged_trials_do_not_end_a_sweep(tmp_path):
+    trials = damaged_trials(tmp_path)
+    write_table([row_of(trial, "eval_loss") for trial in trials], tmp_path / "sweep.csv")
+    assert draw(trials, tmp_path, "eval_loss").stat().st_size > 5_000
+    rows = dict(zip(DAMAGE, rows_of(tmp_path), strict=False))
+    for what, (_, state, reason, evaluated) in DAMAGE.items():
+        row = rows[what]
+        assert (row["state"], row["eval_loss"]) == (state, evaluated), what
+        assert reason in row["reason"] and bool(reason) == bool(row["reason"]), what
+    assert rows_of(tmp_path)[-1]["state"] == "not begun"
+    assert not re.search("nan|inf", (tmp_path / "sweep.csv").read_text())
+
+
+def test_a_plan_that_is_damaged_is_refused_in_a_line(tmp_path):
+    for content, said in (('{"fixed": ', "sweep.json is damaged"), ("[1]", "holds another sweep")):
+        (tmp_path / "sweep.json").write_text(content)
+        with pytest.raises(ValueError, match=said):
+            keep_plan(tmp_path, {"fixed": []})

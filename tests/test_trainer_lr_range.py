@@ -84,7 +84,7 @@ def test_a_test_ends_by_itself_alike_on_every_layout_and_after_a_stop(ranks, tmp
     # Once more, and it is still over.
     ranks.run(run_train, 2, split)
     assert len(records(split.run_dir)) == len(made)
-    content = page(read_runs([Path(alone.run_dir)]))
+    content = page(read_runs([Path(alone.run_dir)])[0])
     assert "Learning-rate range test" in content
     assert "train with optim.lr=" in content
 

@@ -2,7 +2,10 @@
 
 import io
 import json
+import math
 import sys
+import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +16,10 @@ from rowwise.launch.compose import compose_tree
 from rowwise.trainer.config import check, config_from_tree
 from rowwise.trainer.console import Console
 from rowwise.trainer.manifest import CheckpointConfig, begin, commit, complete_checkpoints, file_facts, prune, set_aside
-from rowwise.trainer.metrics import MetricsLog, MetricsTail, model_flops_utilization, peak_flops, read_metrics
+from rowwise.trainer.metrics import MetricsLog, MetricsTail, read_metrics
 from rowwise.trainer.models.decoder import parameter_count
+from rowwise.trainer.peaks import model_flops_utilization, peak_flops
+from rowwise.trainer.sample import generate
 from runs import named, run_said, run_train, run_until
 
 RECORD = {"step": 1, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 1234.0, "step_seconds": 0.5}
@@ -244,3 +249,26 @@ def test_what_every_rank_holds_is_kept(ranks, tmp_path):
         assert total <= sum(rank["gradients"] for rank in held) <= 2 * total
         assert all(rank["peak"] > 50_000_000 for rank in held)
         assert all((rank["masks"] > 0) == (name == "sparse") for rank in held)
+
+
+class Logits(torch.nn.Module):
+    """Of any tokens the same, or, after three of them, no numbers."""
+
+    def __init__(self, broken: float | None = None):
+        super().__init__()
+        self.broken = broken
+
+    def forward(self, inputs, positions):
+        logits = torch.tensor([1.0, 3.0, 2.0]).expand(1, inputs.shape[1], 3).clone()
+        if self.broken is not None and inputs.shape[1] > 3:
+            logits[..., 0] = self.broken
+        return logits
+
+
+def test_the_sample_ends_where_logits_are_not_finite():
+    mesh: Any = types.SimpleNamespace(sequence=None, device=torch.device("cpu"))
+    for temperature in (0.0, 0.7, 1e-320):
+        assert len(generate(Logits(), [1], 8, temperature, 16, 0, mesh)) == 9
+        for broken in (math.nan, math.inf, -math.inf):
+            assert len(generate(Logits(broken), [1], 8, temperature, 16, 0, mesh)) == 4
+    assert generate(Logits(), [1], 8, 1e-320, 16, 0, mesh)[1:] == [1] * 8, "the likeliest"

@@ -25,7 +25,7 @@ def busy(seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda n: n.name
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2], ids=lambda n: n.name
 )
 def test_ctrl_c_is_answered_while_a_step_is_made(number, monkeypatch):
     monkeypatch.setattr(stopping, "PATIENCE_SECONDS", 60.0)
@@ -85,6 +85,17 @@ def test_ctrl_c_ends_a_process_in_a_line(case):
     words, environment = [sys.executable, "-c", program], {**os.environ, **place}
     ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (130, message)
+
+
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.hearing(lambda *_: None):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ctrl_c_while_a_command_is_loaded(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Laws 2 and 3 for whole runs: stopped and resumed, on the same layout and on others; the precisions; what is logged."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 
 from parity import TOLERANCE, relative_error, small_config, with_layout
 from ranks import RankFailure
+from rowwise.kernels.rows import local
+from rowwise.optim.shell import Optimizer
+from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import read_metrics
 from runs import final_tensors, named, records, run_train, run_until
 
@@ -138,8 +142,44 @@ def test_other_precisions_stay_near_float64(ranks, folder, uninterrupted, precis
 
 def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_spoilt(ranks, folder):
     config = named(small_config(folder, "optim.lr=1e200", "steps=5", "clip_norm=0"), folder, "nan")
-    with pytest.raises(RankFailure, match=r"FloatingPointError: step \d: the gradient norm is not a number"):
+    with pytest.raises(
+        RankFailure, match=r"step 2: the gradient norm is not a number .*; the weights are finite, as they were"
+    ):
         ranks.run(run_train, 2, with_layout(config, 2))
+
+
+def spoilt(workers, config, step):
+    """A run in which, on the last rank, a weight of its rows becomes NaN in the update of `step`."""
+    original, updates = Optimizer.step, iter(range(1, config.steps + 1))
+
+    def spoil(self, closure=None):
+        original(self)
+        if next(updates) == step and workers.rank == workers.world_size - 1:
+            local(self.param_groups[0]["params"][-1].detach()).view(-1)[0] = math.nan
+
+    Optimizer.step = spoil
+    try:
+        return run_train(workers, config)
+    finally:
+        Optimizer.step = original
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_weights_that_are_not_finite_are_never_saved(ranks, folder, background):
+    """The run ends in words, and its newest checkpoint is sound; where the next step comes first, that names the update."""
+    options = ["steps=6", "checkpoint.every=2", f"checkpoint.background={background}"]
+    for step, said in (
+        (4, r"after step 4 weights are not finite \([\w.]+\); that step is not saved"),
+        (6, r"after step 6 weights are not finite"),
+        (3, r"step 4: the gradient norm is not a number .*; weights are not finite \(\S+\) since the update of step 3"),
+    ):
+        config = named(with_layout(small_config(folder, *options), 2, zero=1), folder, f"spoilt-{background}-{step}")
+        with pytest.raises(RankFailure, match=said):
+            ranks.run(spoilt, 2, config, step)
+        newest = complete_checkpoints(Path(config.run_dir) / "checkpoints")[0]
+        assert newest.name == f"step-0000000{(step - 1) // 2 * 2}"
+        assert all(tensor.isfinite().all() for tensor in final_tensors(config.run_dir).values())
+        assert not list(newest.parent.glob("*.incomplete"))
 
 
 def different_data(workers, config):

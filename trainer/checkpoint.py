@@ -23,6 +23,7 @@ from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.device import Mark, device_of
 from rowwise.parallel.mesh import Mesh
 from rowwise.trainer.files import behind, writing
+from rowwise.trainer.finite import NotFinite, not_finite, of_any_rank, told
 from rowwise.trainer.manifest import (
     Manifest,
     begin,
@@ -56,11 +57,12 @@ class Saver:
     `save` asks for a copy of the shards in host memory and returns; a thread with a stream of its own waits for it, writes,
     hashes and commits, and training's stream is never waited for. The thread's messages (plans and checksums, kilobytes)
     go over `mesh.save_group`. An error in the thread is raised by the next `save`, `poll` or
-    `wait`.
+    `wait`. Weights that are not finite are not saved: that is NotFinite, or, where `spoilt_ends` is false, no error.
     """
 
-    def __init__(self, checkpoints: Path, mesh: Mesh, keep: int, background: bool):
+    def __init__(self, checkpoints: Path, mesh: Mesh, keep: int, background: bool, spoilt_ends: bool = True):
         self._checkpoints, self._mesh, self._keep, self._background = checkpoints, mesh, keep, background
+        self._spoilt_ends = spoilt_ends
         device = device_of(mesh.device)
         self._staging = Staging(device)
         # torch's writer waits for the current stream once a tensor: training's, if the thread had none of its own.
@@ -94,6 +96,10 @@ class Saver:
         """`copied`: when the tensors are there."""
         if copied is not None:
             copied.synchronize()
+        if spoilt := of_any_rank(not_finite(tensors), self._mesh):
+            if self._spoilt_ends:
+                raise NotFinite(f"after step {step} {told(spoilt)}; that step is not saved")
+            return
         group = self._mesh.save_group
         folder = incomplete_folder(self._checkpoints, step)
         if self._mesh.rank == 0:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
@@ -100,7 +101,7 @@ def tree_of(config: TrainConfig) -> dict[str, Any]:
     return asdict(config)
 
 
-def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Key -> value, such as `optim.lr`, of a plain tree."""
     found: dict[str, Any] = {}
     for key, value in tree.items():

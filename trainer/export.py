@@ -3,7 +3,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Source:
     """A sound checkpoint, and the configuration of the run that wrote it, as its manifest holds it."""
 
     checkpoint: Path
-    config: dict[str, Any]
+    config: Mapping[str, Any]
 
     @property
     def model(self) -> ModelConfig:

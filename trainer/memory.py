@@ -11,8 +11,8 @@ from rowwise.optim.shell import Optimizer
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.state_bytes import measure
 from rowwise.trainer.files import to_json, write_whole
-from rowwise.trainer.metrics import peak_memory_bytes
 from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.peaks import peak_memory_bytes
 from rowwise.trainer.pipeline import StagedDecoder
 
 

@@ -1,38 +1,15 @@
-"""metrics.jsonl: one record a step, over all resumes; and what a record is made of."""
+"""metrics.jsonl: one record a step, over all resumes. Needs no torch."""
 
+import contextlib
 import hashlib
+import math
 import os
-import re
-import resource
-import sys
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rowwise.trainer.files import free_name, from_json, to_json, write_whole, writing
-
-# Dense 16-bit peak FLOP/s by words of the device's name, from the vendors' data sheets; the first whose words are all there.
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800 PCIe": 756e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "4090": 165e12,
-}
 
 
 @dataclass(frozen=True)
@@ -133,9 +110,7 @@ def sort_out(content: bytes) -> tuple[dict[int, str], list[str]]:
         else:
             ordered &= not found or next(reversed(found)) < record["step"]
             found[record["step"]] = line.decode()
-    faults = [f"no record in line {_spans(bad)}"] * bool(bad) + [f"step {_spans(again)} stands there again"] * bool(
-        again
-    )
+    faults = [f"no record in line {spans(bad)}"] * bool(bad) + [f"step {spans(again)} stands there again"] * bool(again)
     return found, faults if ordered else [*faults, "the steps are not in their order"]
 
 
@@ -143,9 +118,9 @@ def differences(found: Container[int], began: int, step: int) -> list[str]:
     """What `found` has not, and has too much, of the steps of a run that `began` there."""
     missing = [at for at in range(began + 1, step + 1) if at not in found]
     foreign = [at for at in range(1, began + 1) if at in found]
-    return [f"step {_spans(missing)} is missing"] * bool(missing) + [
-        f"step {_spans(foreign)} is of another run"
-    ] * bool(foreign)
+    return [f"step {spans(missing)} is missing"] * bool(missing) + [f"step {spans(foreign)} is of another run"] * bool(
+        foreign
+    )
 
 
 def record_of(line: bytes | str) -> dict[str, Any] | None:
@@ -158,7 +133,15 @@ def record_of(line: bytes | str) -> dict[str, Any] | None:
     return record if type(step) is int and 0 < step < 1 << 53 else None
 
 
-def _spans(numbers: list[int], most: int = 5) -> str:
+def number(value: Any) -> float | None:
+    """The number that a record has there; None where it is none, or too large to be one."""
+    with contextlib.suppress(OverflowError):
+        if isinstance(value, int | float) and math.isfinite(found := float(value)):
+            return found
+    return None
+
+
+def spans(numbers: list[int], most: int = 5) -> str:
     """Such as 3, 5 to 9."""
     spans: list[list[int]] = []
     for number in sorted(set(numbers)):
@@ -196,24 +179,3 @@ class MetricsTail:
             return []
         self._read += sum(len(line) + 1 for line in lines)
         return [record for line in lines if (record := record_of(line)) is not None]
-
-
-def model_flops_utilization(flops_per_second: float, device: torch.device, peak: float | None = None) -> float | None:
-    """The share of the device's 16-bit `peak`, by default what its name says; None where that is not known (a CPU, say)."""
-    if peak is None and device.type == "cuda":
-        peak = peak_flops(torch.cuda.get_device_name(device))
-    return flops_per_second / peak if peak else None
-
-
-def peak_flops(device_name: str) -> float | None:
-    """The dense 16-bit peak FLOP/s of a GPU, by its name."""
-    words = set(re.split(r"[ -]", device_name))
-    return next((flops for key, flops in PEAK_FLOPS.items() if set(key.split()) <= words), None)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most this process has held: of tensors on a GPU, of resident memory on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

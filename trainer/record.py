@@ -13,8 +13,8 @@ from rowwise.optim.sparse.account import weights_multiplied
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.metrics import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.models.decoder import flops_per_token
+from rowwise.trainer.peaks import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport
 

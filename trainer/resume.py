@@ -1,6 +1,7 @@
 """Where a run starts from: nothing, the newest checkpoint of its own, or a checkpoint it was given. Decided on rank 0,
 before any process group exists."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def changes(manifest: Manifest, config: TrainConfig) -> list[str]:
     return lines
 
 
-def _rate_then(tree: dict[str, Any], step: int) -> float | None:
+def _rate_then(tree: Mapping[str, Any], step: int) -> float | None:
     """The learning rate of a step under an earlier configuration; None where this release cannot read it."""
     try:
         schedule = schedule_of(tree["schedule"])

@@ -32,16 +32,20 @@ def generate(
     """`tokens` tokens after `prompt`, each drawn from softmax(logits / temperature) (0 = the likeliest).
 
     Every rank must call it with the same arguments: a sharded model is gathered for each token. It keeps no cache of
-    keys and values; it is meant for a few hundred tokens.
+    keys and values; it is meant for a few hundred tokens. It ends where logits are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     written = list(prompt)
     for _ in range(tokens):
         logits = next_logits(model, written[-context:], mesh, refresh=len(written) == len(prompt)).cpu()
+        if not logits.isfinite().all():
+            break
         if temperature == 0:
             written.append(int(logits.argmax()))
         else:
-            written.append(int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)))
+            # From the largest, 0, down: no temperature is so small that a quotient is not finite.
+            shares = ((logits - logits.max()) / temperature).softmax(0)
+            written.append(int(torch.multinomial(shares, 1, generator=generator)))
     release_gathered(model)
     return written
 

@@ -1,5 +1,6 @@
 """What must survive a step, beside parameters and optimizer states: a few numbers, kept in the manifest."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,5 +22,5 @@ class TrainState:
         return asdict(self)
 
     @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> "TrainState":
+    def from_tree(cls, tree: Mapping[str, Any]) -> "TrainState":
         return cls(**{**tree, "loss_scale": LossScale(**tree["loss_scale"])})

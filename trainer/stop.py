@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-# SIGUSR1 and SIGUSR2 are what schedulers send some time before a limit.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# SIGUSR1 and SIGUSR2 are what schedulers send some time before a limit, SIGHUP a terminal that is closed.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PATIENCE_SECONDS = 2.0
 INTERRUPTED = 130  # the exit code of what Ctrl-C ended, as shells have it
 
@@ -21,8 +21,9 @@ ENDED = "interrupted: ending at once, without saving"
 @contextlib.contextmanager
 def hearing(receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """While entered, `receive` gets the signals that ask for a stop, in the main thread, as soon as it is between two
-    instructions of Python."""
-    before = {number: signal.signal(number, receive) for number in SIGNALS}
+    instructions of Python. Not SIGHUP where it is ignored: who gave `nohup` wants the run to outlive the terminal."""
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    before = {number: signal.signal(number, receive) for number in SIGNALS if number not in ignored}
     try:
         yield
     finally:

@@ -28,6 +28,7 @@ from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_batches, step_batches, step_digests
 from rowwise.trainer.data.open import Data, told_of_data
 from rowwise.trainer.evaluate import evaluate
+from rowwise.trainer.finite import not_finite, of_any_rank, told
 from rowwise.trainer.lr_range import RangeTest
 from rowwise.trainer.manifest import fingerprint, set_aside
 from rowwise.trainer.memory import keep_memory
@@ -86,18 +87,19 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
 
     with ExitStack() as stack:
         stack.enter_context(float32_products(product_precision(config.precision, mesh.device)))
-        told = told_of_data(config.data, data, config.steps * config.batch.global_size)
-        told += warnings(config, data, mesh.device) + begun.remarks
-        reporter = stack.enter_context(open_reporter(config, mesh, state, begun.recorded, told))
+        remarks = told_of_data(config.data, data, config.steps * config.batch.global_size)
+        remarks += warnings(config, data, mesh.device) + begun.remarks
+        reporter = stack.enter_context(open_reporter(config, mesh, state, begun.recorded, remarks))
         reporter.say(assignment_table(of_every_stage(assignments(model, optimizer), mesh)))
-        saver = Saver(Path(config.run_dir) / "checkpoints", mesh, config.checkpoint.keep, config.checkpoint.background)
+        test = RangeTest(Path(config.run_dir), state.step) if isinstance(config.schedule, LrRange) else None
+        kept = config.checkpoint
+        saver = Saver(Path(config.run_dir) / "checkpoints", mesh, kept.keep, kept.background, spoilt_ends=test is None)
         stack.callback(saver.close)
         stack.enter_context(data.watch)
         digests = step_digests(data.train, config.batch, config.seed, state.position)
         batches = stack.enter_context(
             Prefetch(zip(train_batches(config, mesh, data, state.position), digests, strict=True))
         )
-        test = RangeTest(Path(config.run_dir), state.step) if isinstance(config.schedule, LrRange) else None
         stop, stopping, first, ahead = StopRequest(reporter.say), test is not None and test.over, state.step, None
         stack.enter_context(stop.heard())
         saved: dict[str, float] = {}
@@ -123,7 +125,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             if not report.finite:
                 saver.wait()  # an error would end the save under way
                 if test is None:
-                    require_usable(report, config, state)
+                    require_usable(report, config, state, tensors, mesh)
             advance(state, report, config)
             stopping = report.stop
 
@@ -252,15 +254,23 @@ def eval_record(
     return {"eval_loss": number_or_none(loss), "eval_seconds": time.perf_counter() - started}
 
 
-def require_usable(report: StepReport, config: TrainConfig, state: TrainState) -> None:
+def require_usable(
+    report: StepReport, config: TrainConfig, state: TrainState, tensors: dict[str, Tensor], mesh: Mesh
+) -> None:
     """Of a step whose gradient is no number: fp16 passes it over, as long as a smaller loss scale may help; anything
-    else stops the run, before it is spoilt where that is possible. Raises FloatingPointError."""
+    else stops the run, before it is spoilt where that is possible. Says whether the weights were spoilt already, by the
+    update before, whose own loss was a number. Raises FloatingPointError."""
     if config.precision.name == "fp16" and state.loss_scale.scale > 1:
         return
-    weights = "have taken it (optim.in_backward)" if config.optim.in_backward else "are as they were before it"
+    spoilt = of_any_rank(not_finite(tensors), mesh)
+    weights = "the weights are finite, as they were before it"
+    if config.optim.in_backward:
+        weights = "the weights have taken it (optim.in_backward)"
+    elif spoilt:
+        weights = f"{told(spoilt)} since the update of step {state.step}"
     raise FloatingPointError(
-        f"step {state.step + 1}: the gradient norm is not a number (loss {report.loss}); the weights {weights}. "
-        "A smaller optim.lr, a longer warm-up or clip_norm may help; what was saved is sound"
+        f"step {state.step + 1}: the gradient norm is not a number (loss {report.loss}); {weights}. "
+        "A smaller optim.lr, a longer warm-up or clip_norm may help"
     )
 
 
@@ -302,4 +312,7 @@ def last_words(
         return None
     prompt = data.tokenizer.encode_prompt(choice.prompt)
     tokens = generate(model, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh)
-    return f"the model writes:\n{data.tokenizer.decode(tokens)}"
+    written = f"the model writes:\n{data.tokenizer.decode(tokens)}"
+    if len(tokens) < len(prompt) + choice.tokens:
+        written += "\nand no more: its logits there are not finite"
+    return written

@@ -20,6 +20,7 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
+    Section("Damaged records", frozenset(), summary.damage),
     Section("Summary", summary.FIELDS, summary.show),
     Section("Learning-rate range test", lr_range.FIELDS, lr_range.show),
     Section("Learning", learning.FIELDS, learning.show),
@@ -84,11 +85,12 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _blocks(section: Section, runs: Sequence[Run]) -> list[str]:
-    """A file beside the records that cannot be read costs its section, not the page."""
+    """What is in the files of a run, whoever wrote into them, costs at most its section, not the page."""
     try:
         return [block for block in section.show(runs) if block]
-    except ValueError as error:
-        return [paragraph(f"This section cannot be shown: {error}")]
+    except Exception as error:
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} ({error})"
+        return [paragraph(f"This section cannot be shown: {said}")]
 
 
 def _anchor(title: str) -> str:

@@ -5,7 +5,6 @@ seconds and 0.7 GB. Of what is no number but a table of numbers (by layer, say) 
 spaced.
 """
 
-import json
 import math
 from array import array
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rowwise.trainer.files import from_json
+from rowwise.trainer.metrics import number, record_of, spans
+
+DEEP = 20  # of a tree in a record, at most
 POINTS = 1000  # of a curve in a picture, at most; records of a table
 WHOLE_STEP = ("step_seconds", "eval_seconds", "save_seconds")  # the first ends before the others begin
 
@@ -73,6 +76,7 @@ class Run:
     config_text: str
     curves: dict[str, Curve]
     tables: dict[str, Tables]
+    remarks: tuple[str, ...] = ()  # what is wrong with its files
 
     @property
     def steps(self) -> np.ndarray:
@@ -112,8 +116,8 @@ class Run:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
+            content = from_json(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} is no JSON: {error}") from None
         if not isinstance(content, dict):
             raise ValueError(f"{path} is no JSON object")
@@ -125,68 +129,70 @@ def read_run(folder: Path, order: int, label: str) -> Run:
     metrics, settings = folder / "metrics.jsonl", folder / "config.yaml"
     if not metrics.is_file() and not settings.is_file():
         raise ValueError(f"run={folder}: there is no run; give a folder that rowwise.launch.train wrote, runs/NAME")
-    curves, tables = read_fields(metrics)
+    curves, tables, bad = read_fields(metrics)
     if not curves:
-        raise ValueError(f"run={folder}: the run has no records yet; wait for its first step")
-    text = settings.read_text() if settings.is_file() else ""
-    return Run(order, label, folder, _tree(text, settings), text, curves, tables)
+        lost = f"; none is in line {spans(bad)} of {metrics}" if bad else ""
+        raise ValueError(f"run={folder}: the run has no records yet; wait for its first step{lost}")
+    text = settings.read_text(errors="replace") if settings.is_file() else ""
+    remarks = (
+        (f"metrics.jsonl has no record of a later step in line {spans(bad)}, which is passed over",) if bad else ()
+    )
+    return Run(order, label, folder, _tree(text, settings), text, curves, tables, remarks)
 
 
 def _tree(text: str, path: Path) -> dict[str, Any]:
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.create(text or "{}"))
-    except (yaml.YAMLError, OmegaConfBaseException):
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError):
         tree = None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is no configuration; the run writes it again when it is resumed")
     return tree
 
 
-def read_fields(path: Path) -> tuple[dict[str, Curve], dict[str, Tables]]:
-    """The fields of metrics.jsonl that hold numbers or tables of numbers. Raises ValueError for a line that is no
-    record."""
+def read_fields(path: Path) -> tuple[dict[str, Curve], dict[str, Tables], list[int]]:
+    """The fields of metrics.jsonl that hold numbers or tables of numbers; and the lines that are no records, or of a step
+    that has been."""
     columns: dict[str, tuple[array, array]] = {}
     tables: dict[str, Tables] = {}
-    for record in _records(path):
+    bad: list[int] = []
+    for record in _records(path, bad):
         step = record["step"]
         for name, value in record.items():
             if value is None or isinstance(value, int | float):
                 steps, values = columns.setdefault(name, (array("d"), array("d")))
                 steps.append(step)
-                values.append(math.nan if value is None else value)
+                values.append(math.nan if (known := number(value)) is None else known)
             elif table := dict(leaves(value)):
                 tables.setdefault(name, Tables()).add(step, table)
     curves = {name: Curve(np.frombuffer(steps), np.frombuffer(values)) for name, (steps, values) in columns.items()}
-    return curves, tables
+    return curves, tables, bad
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
+def _records(path: Path, bad: list[int]) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     before = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for at, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return  # being written, or cut off
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            step = record.get("step") if isinstance(record, dict) else None
-            if not isinstance(step, int) or step <= before:
-                raise ValueError(f"{path}, line {number}: no record of a step after step {before}; remove the line")
-            before = step
+            record = record_of(line)
+            if record is None or record["step"] <= before:
+                bad.append(at)
+                continue
+            before = record["step"]
             yield record
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in lists and dicts, by their path: {"a": [1, 2]} has a.0 and a.1."""
-    if isinstance(value, int | float) and name:
-        yield name, float(value)
-    elif isinstance(value, dict | list):
+def leaves(value: Any, name: str = "", deep: int = DEEP) -> Iterator[tuple[str, float]]:
+    """The numbers in lists and dicts, by their path: {"a": [1, 2]} has a.0 and a.1. What lies deeper than `deep` is left."""
+    if name and (known := number(value)) is not None:
+        yield name, known
+    elif isinstance(value, dict | list) and deep:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in pairs:
-            yield from leaves(inner, f"{name}.{key}" if name else str(key))
+            yield from leaves(inner, f"{name}.{key}" if name else str(key), deep - 1)
 
 
 def thin(curve: Curve, points: int = POINTS) -> Curve:

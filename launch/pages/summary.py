@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from rowwise.launch.pages.draw import name_of
-from rowwise.launch.pages.markup import Marked, duration, facts, short, table, text
+from rowwise.launch.pages.markup import Marked, duration, facts, paragraph, short, table, text
 from rowwise.launch.pages.records import Run
 from rowwise.trainer.config import flat
+from rowwise.trainer.metrics import number
 from rowwise.trainer.models.decoder import model_of, parameter_count
 
 FIELDS = frozenset({"step", "tokens"})
@@ -29,12 +30,15 @@ def show(runs: Sequence[Run]) -> list[str]:
 
 def identity(run: Run) -> list[tuple[str, str]]:
     """What the configuration says."""
-    batch, sparsity = run.setting("batch") or {}, run.setting("sparsity.name") or "none"
+    sparsity = run.setting("sparsity.name") or "none"
     density, learning = run.setting("sparsity.density"), ("optim.name", "optim.lr", "schedule.name")
     return [
         ("folder", str(run.folder)),
         ("model", f"{_setting(run, 'model.name')}, {_parameters(run)} parameters"),
-        ("data", f"{_setting(run, 'data.name')}, {batch.get('global_size')} x {batch.get('seq_len')} tokens a step"),
+        (
+            "data",
+            f"{_setting(run, 'data.name')}, {run.setting('batch.global_size')} x {run.setting('batch.seq_len')} tokens a step",
+        ),
         ("layout", layout(run)),
         ("precision", _setting(run, "precision.name")),
         ("optimizer", "{}, lr {}, {}".format(*(_setting(run, key) for key in learning))),
@@ -54,11 +58,19 @@ def standing(run: Run) -> list[tuple[str, str]]:
     ]
 
 
+def damage(runs: Sequence[Run]) -> list[str]:
+    """What is wrong with the records of the runs."""
+    return [paragraph(f"{run.label}: {remark}.") for run in runs for remark in run.remarks]
+
+
 def state(run: Run) -> str:
     """What the launcher wrote when the run ended; without that, what the records show."""
-    outcome = run.document("outcome.json")
+    try:
+        outcome = run.document("outcome.json")
+    except ValueError as error:
+        return f"not known: {error}"
     if outcome is None:
-        steps = run.setting("steps")
+        steps = number(run.setting("steps"))
         return "complete" if steps is not None and run.last_step >= steps else "under way, or cut off"
     step, reason, told = outcome.get("step"), outcome.get("reason"), str(outcome.get("state"))
     if isinstance(step, int) and told != "complete":

@@ -16,11 +16,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from rowwise.launch.streams import patient_streams
 from rowwise.launch.sweep.config import resolve
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Makes the trials, and returns the exit code."""
+    with patient_streams():
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="rowwise sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

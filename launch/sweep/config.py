@@ -1,7 +1,6 @@
 """What a sweep is: its keys, what is refused before its first trial, and the plan kept in its folder."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from omegaconf import DictConfig
 
 from rowwise.launch.compose import compose_part, compose_tree, key_of
 from rowwise.launch.sweep.space import Space, overrides_of, parse_space
-from rowwise.trainer.files import write_whole
+from rowwise.trainer.files import from_json, to_json, write_whole
 from rowwise.trainer.keys import check_folder_name
 
 OWN = ("run_dir", "name")
@@ -107,9 +106,13 @@ def keep_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Writes what the sweep is to sweep.json. Raises ValueError where another stands there: its trials would be mixed up."""
     path = folder / "sweep.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = from_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); give another sweep.name, or remove it") from None
         if before != plan:
+            before = before if isinstance(before, dict) else {}
             changed = ", ".join(key for key in plan if before.get(key) != plan[key])
             raise ValueError(f"{folder} holds another sweep ({changed} differ); give the same, or another sweep.name")
     else:
-        write_whole(path, json.dumps(plan, indent=1) + "\n")
+        write_whole(path, to_json(plan, indent=1) + "\n")

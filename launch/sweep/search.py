@@ -20,8 +20,8 @@ from rowwise.launch.sweep.config import SweepConfig, keep_plan
 from rowwise.launch.sweep.running import Running, outcome_of, slot_environment, start_trial
 from rowwise.launch.sweep.runs import first_rung, largest_nproc
 from rowwise.launch.sweep.space import Choice, Interval, Space
-from rowwise.launch.sweep.trials import Trial, curve
-from rowwise.trainer.metrics import MetricsTail
+from rowwise.launch.sweep.trials import Trial, result
+from rowwise.trainer.metrics import MetricsTail, number
 from rowwise.trainer.stop import hearing
 
 POLL_SECONDS = 0.5
@@ -156,12 +156,14 @@ class Search:
         outcome = outcome_of(running)
         if running.pruned:
             self.study.tell(trial, state=TrialState.PRUNED)
-        elif outcome.state == "complete" and (measured := curve(running.folder, self.config.goal)):
-            self.study.tell(trial, measured[-1][1])
         elif outcome.state != "stopped":
-            trial.set_user_attr("state", "failed" if outcome.state == "complete" else outcome.state)
-            trial.set_user_attr("reason", outcome.reason or f"it has no {self.config.goal}")
-            self.study.tell(trial, state=TrialState.FAIL)
+            value, lack = result(running.folder, self.config.goal) if outcome.state == "complete" else (None, None)
+            if value is not None:
+                self.study.tell(trial, value)
+            else:
+                trial.set_user_attr("state", "failed" if outcome.state == "complete" else outcome.state)
+                trial.set_user_attr("reason", lack or outcome.reason or "it does not say why")
+                self.study.tell(trial, state=TrialState.FAIL)
         else:  # it stays as it is, and may be taken up at once
             trial.set_user_attr("alive", 0.0)
         running.lock.release()
@@ -170,7 +172,7 @@ class Search:
         """Feeds the pruner what was measured since; ends the trial where it says so."""
         trial = running.trial
         for record in running.tail.read():
-            step, value = record["step"], record.get(self.config.goal)
+            step, value = record["step"], number(record.get(self.config.goal))
             if value is None or step in running.told or running.pruned:
                 continue
             running.told.add(step)

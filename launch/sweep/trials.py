@@ -1,5 +1,6 @@
 """The trials of a sweep as they stand on disk: their table and their picture."""
 
+import contextlib
 import csv
 import io
 import statistics
@@ -11,7 +12,7 @@ from typing import Any
 from rowwise.launch.compose import quoted
 from rowwise.launch.outcome import read_outcome
 from rowwise.trainer.files import write_whole
-from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.metrics import number, read_metrics
 from rowwise.trainer.tracker import TrackerConfig, Wandb
 
 PICTURE_SIZE = (11.0, 4.2)
@@ -38,7 +39,7 @@ def tell(trials: Sequence[Trial], folder: Path, goal: str) -> None:
     if not trials:
         print("asked to stop before the first trial; the same command begins")
         return
-    rows = [row_of(trial) for trial in trials]
+    rows = [row_of(trial, goal) for trial in trials]
     write_table(rows, folder / "sweep.csv")
     picture = draw(trials, folder, goal)
     for row, trial in zip(rows, trials, strict=True):
@@ -53,26 +54,60 @@ def trial_words(own: Sequence[str], tracker: TrackerConfig, sweep: str, number: 
     return [*words, f"tracker.group={quoted(sweep)}"] if isinstance(tracker, Wandb) and tracker.group is None else words
 
 
-def row_of(trial: Trial) -> dict[str, Any]:
-    """A line of the table. What was not measured is None."""
-    records, outcome = read_metrics(trial.folder), read_outcome(trial.folder)
+def row_of(trial: Trial, goal: str) -> dict[str, Any]:
+    """A line of the table. What was not measured, or is no number, is None."""
+    records = records_of(trial.folder)
     last = records[-1] if records else {}
-    evaluations = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
-    speeds = [record["tokens_per_second"] for record in records]
+    evaluations = values_of(records, "eval_loss")
+    speeds = values_of(records, "tokens_per_second")
+    state, reason = _ended(trial, records, goal)
     return {
         "trial": trial.number,
-        "state": trial.state or (outcome.state if outcome else "running" if records else "not begun"),
+        "state": state,
         **trial.settings,
         "step": last.get("step"),
-        "tokens": last.get("tokens"),
-        "loss": last.get("loss"),
+        "tokens": number(last.get("tokens")),
+        "loss": number(last.get("loss")),
         "eval_loss": evaluations[-1] if evaluations else None,
         "best_eval_loss": min(evaluations, default=None),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
-        "seconds": sum(r["step_seconds"] + r.get("eval_seconds", 0) + r.get("save_seconds", 0) for r in records),
-        "reason": trial.reason or (outcome.reason if outcome and trial.state is None else None),
+        "seconds": sum(sum(values_of(records, f"{part}_seconds")) for part in ("step", "eval", "save")),
+        "reason": reason,
         "folder": str(trial.folder),
     }
+
+
+def _ended(trial: Trial, records: Sequence[dict[str, Any]], goal: str) -> tuple[str, str | None]:
+    """The state of a trial and the reason for it."""
+    if trial.state is not None:
+        return trial.state, trial.reason
+    outcome = read_outcome(trial.folder)
+    if outcome is None:
+        return "running" if records else "not begun", trial.reason
+    if outcome.state == "complete" and (lack := result(trial.folder, goal)[1]) is not None:
+        return "failed", lack
+    return outcome.state, trial.reason or outcome.reason
+
+
+def result(folder: Path, goal: str) -> tuple[float | None, str | None]:
+    """The `goal` that a trial which is complete ended with, or why it has none."""
+    measured = [record for record in records_of(folder) if goal in record]
+    if not measured:
+        return None, f"it has no {goal}"
+    value, step = number(measured[-1][goal]), measured[-1]["step"]
+    return value, None if value is not None else f"not a number: {goal} of step {step}"
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    """The records of a trial; none where they cannot be read, which ends no sweep."""
+    with contextlib.suppress(OSError):
+        return read_metrics(folder)
+    return []
+
+
+def values_of(records: Sequence[dict[str, Any]], key: str) -> list[float]:
+    """Those that are numbers."""
+    return [value for record in records if (value := number(record.get(key))) is not None]
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -102,8 +137,8 @@ def draw(trials: Sequence[Trial], folder: Path, goal: str) -> Path:
     bars.barh(range(len(best)), [points[-1][1] for _, points in best], color=colours[: len(best)])
     bars.set_yticks(range(len(best)), [f"{trial.number}: {_short(trial.said)}" for trial, _ in best], fontsize=7)
     bars.invert_yaxis()
-    if best:
-        bars.set_xlim(best[0][1][-1][1] * 0.98, best[-1][1][-1][1] * 1.01)
+    if best and 0 < (low := best[0][1][-1][1] * 0.98) < (high := best[-1][1][-1][1] * 1.01):
+        bars.set_xlim(low, high)
     curves.set_xlabel("step")
     curves.set_ylabel(goal)
     bars.set_xlabel(f"{goal} at the end" + (" (the best 20)" if len(ended) > len(best) else ""))
@@ -115,7 +150,8 @@ def draw(trials: Sequence[Trial], folder: Path, goal: str) -> Path:
 
 def curve(folder: Path, goal: str) -> list[tuple[int, float]]:
     """Steps and the values of `goal` there."""
-    return [(record["step"], record[goal]) for record in read_metrics(folder) if record.get(goal) is not None]
+    points = [(record["step"], number(record.get(goal))) for record in records_of(folder)]
+    return [(step, value) for step, value in points if value is not None]
 
 
 def _short(text: str) -> str:

@@ -1,0 +1,107 @@
+"""The standard streams of a run, which goes on whatever becomes of them: their reader may leave (`| head`), they may be closed
+(`2>&-`), the terminal may hang up, or a pipe may be full that nobody reads. Needs no torch."""
+
+import contextlib
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+WAITING = 10_000  # writes that a slow reader may be behind; what comes then is dropped
+PATIENCE_SECONDS = 2.0  # at the end, with a reader that takes nothing
+
+
+class PatientStream:
+    """Text that a thread of its own writes to a file descriptor. To write never blocks and never raises: where the descriptor
+    takes nothing any more, it is given up."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._fd = stream, stream.fileno()
+        self.encoding, self.errors = stream.encoding, stream.errors
+        self._left: queue.Queue[bytes] = queue.Queue(WAITING)
+        self._gone = False
+        self._written = 0
+        threading.Thread(target=self._work, name="stream", daemon=True).start()
+
+    def write(self, text: str) -> int:
+        if not self._gone:
+            with contextlib.suppress(queue.Full):
+                self._left.put_nowait(text.encode(self.encoding or "utf-8", "backslashreplace"))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """What was written is on its way already."""
+
+    def drain(self) -> None:
+        """Returns when all is written, or when nobody takes it."""
+        seen, since = self._written, time.monotonic()
+        while self._left.unfinished_tasks and not self._gone and time.monotonic() - since < PATIENCE_SECONDS:
+            time.sleep(0.002)
+            if self._written > seen:
+                seen, since = self._written, time.monotonic()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def _work(self) -> None:
+        while True:
+            data = self._left.get()
+            try:
+                while data and not self._gone:
+                    taken = os.write(self._fd, data)
+                    self._written, data = self._written + taken, data[taken:]
+            except OSError:
+                self._gone = True
+            self._left.task_done()
+
+
+@contextlib.contextmanager
+def patient_streams() -> Iterator[None]:
+    """While entered, what is printed never stops or ends the program."""
+    keep_open()
+    before = sys.stdout, sys.stderr
+    patient = [_patient(stream) for stream in before]
+    sys.stdout, sys.stderr = patient
+    try:
+        yield
+    finally:
+        for stream in patient:
+            if isinstance(stream, PatientStream):
+                stream.drain()
+        sys.stdout, sys.stderr = before
+
+
+def _patient(stream: TextIO) -> Any:
+    try:
+        stream.flush()
+        return PatientStream(stream)
+    except (OSError, ValueError):  # it is no file: a test's, say
+        return stream
+
+
+def keep_open() -> None:
+    """Opens the null device where a standard stream is closed: the next file to be opened would be in its place, and what a
+    library prints would go there."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))

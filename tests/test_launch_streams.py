@@ -1,0 +1,84 @@
+"""A run goes on whatever becomes of the streams it prints to."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rowwise.launch import streams
+from rowwise.launch.streams import PatientStream, patient_streams
+
+
+@pytest.fixture
+def pipe():
+    read, write = os.pipe()
+    yield read, os.fdopen(write, "w")
+    os.close(read)
+
+
+def test_what_is_printed_arrives_in_its_order(pipe):
+    read, stream = pipe
+    patient = PatientStream(stream)
+    for number in range(2000):
+        print(number, "ü\udc80", file=patient, flush=True)
+    patient.drain()
+    assert os.read(read, 1 << 16).decode() == "".join(f"{number} ü\\udc80\n" for number in range(2000))
+    assert patient.fileno() == stream.fileno() and not patient.isatty()
+
+
+def test_a_full_pipe_that_nobody_reads_is_given_up(pipe, monkeypatch):
+    monkeypatch.setattr(streams, "PATIENCE_SECONDS", 0.2)
+    read, stream = pipe
+    patient, began = PatientStream(stream), time.monotonic()
+    for _ in range(3 * streams.WAITING):
+        patient.write("x" * 100)
+    patient.drain()
+    assert time.monotonic() - began < 5
+    assert len(os.read(read, 1 << 20)) <= 1 << 16
+    while os.read(read, 1 << 20) and patient._left.unfinished_tasks:  # a reader that comes back finds the rest
+        pass
+
+
+def test_a_reader_that_leaves_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:
+        patient = PatientStream(stream)
+        for _ in range(10):
+            print("a line", file=patient, flush=True)
+            patient.drain()
+        assert patient._gone
+
+
+CLOSED = """
+import contextlib, os, sys
+from rowwise.launch.streams import patient_streams
+with patient_streams():
+    print("out"); print("err", file=sys.stderr)
+    assert not sys.stderr.isatty()
+    assert os.open("file", os.O_CREAT | os.O_WRONLY) > 2, "no file takes the place of a stream"
+    with contextlib.suppress(OSError):
+        os.write(2, b"what a library says")
+assert os.stat("file").st_size == 0
+open("done", "w").close()
+"""
+
+
+@pytest.mark.parametrize(
+    "how", ["<&- >&- 2>&-", ">&-", "2>&-", "2>/dev/full >/dev/full", "| head -0", "2>&1 | head -0"]
+)
+def test_streams_that_are_closed_full_or_left(tmp_path, how):
+    (tmp_path / "program.py").write_text(CLOSED)
+    command = f"{sys.executable} -I program.py {how}"
+    subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path, timeout=60, check=True)
+    assert (tmp_path / "done").exists()
+
+
+def test_streams_that_are_no_files_stay(capsys):
+    before = sys.stdout, sys.stderr
+    with patient_streams():
+        print("a word")
+    assert (sys.stdout, sys.stderr) == before
+    assert capsys.readouterr().out == "a word\n"
