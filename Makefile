@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= $(shell $(BIN)/python -c "import torch; print(1 if torch.cuda.device_count() == 1 else 2)" 2>/dev/null || echo 2)
 ARGS ?=
 # Optimizers that tests hold ours against: their classes are plain Python, and what else they ask for is not needed.
-AUTHORS := galore-torch apollo-torch fira
+AUTHORS := galore-torch apollo-torch fira ista-daslab-optimizers
 
 .PHONY: train test test-slow test-slurm lint setup chromium slurm clean
 

@@ -11,8 +11,9 @@ cosine down to a tenth. Embedding, head and vectors follow AdamW, and nothing de
     pip install --no-deps galore-torch==1.0 fira==1.0.2 apollo-torch==1.0.3 ista-daslab-optimizers==1.1.15
 
 What stays different: the subspaces of galore and fira, which we find by iteration and they by SVD; the random projections of
-apollo; DCTAdamW renews its columns at steps that its gap divides (we one later) and is told to rank them by squares, and to
-move moments along with them, as its paper does and we do.
+apollo; DCTAdamW renews its columns at steps that its gap divides (we one later) and ranks them by sums of absolute values (we
+by sums of squares). It is told to take the DCT-II of a row, as we do (sim_type=makhoul; its default takes the transpose), and
+to move moments along with columns, which it does in place, reading what it has overwritten: that line is mended here.
 """
 
 import argparse
@@ -74,8 +75,9 @@ def authors(rule: str, model: nn.Module, config: TrainConfig) -> list[torch.opti
     rest = torch.optim.AdamW(groups[False], **adam)
     rank = getattr(o, "rank", 1) or config.model.dim // 4
     if rule == "dct":
-        columns = {"proj": "dct", "ell_norm": 2, "rotate_subspace": True, "update_proj_gap": o.refresh_every}
-        theirs = module_of("ista_daslab_optimizers", "fft_low_rank.dct_adamw").DCTAdamW
+        columns = {"proj": "dct", "sim_type": "makhoul", "rotate_subspace": True, "update_proj_gap": o.refresh_every}
+        module = module_of("ista_daslab_optimizers", "fft_low_rank.dct_adamw")
+        theirs, module.FFTLowRankProjector.rotate_subspace = module.DCTAdamW, moved_along
         # It has one DCT matrix, of the first narrow side it meets.
         sides = sorted({min(p.shape) for p in groups[True]})
         alike = [[p for p in groups[True] if min(p.shape) == side] for side in sides]
@@ -90,6 +92,11 @@ def authors(rule: str, model: nn.Module, config: TrainConfig) -> list[torch.opti
         kind = "tensor" if rule == "apollo_mini" else "channel"
         low |= {"scale": o.scale, "proj": "random", "scale_type": kind}
     return [theirs([low], **adam, no_deprecation_warning=True), rest]
+
+
+def moved_along(projector: Any, rotation: torch.Tensor, moment: torch.Tensor) -> None:
+    """What their `rotate_subspace` is to do: a matrix product may not be written over its own operand."""
+    moment.copy_(moment @ rotation if projector.is_right_proj else rotation @ moment)
 
 
 def config_of(rule: str, side: str, steps: int) -> TrainConfig:

@@ -61,6 +61,9 @@ class GaLoreConfig(LowRankBase):
 
 @dataclass(frozen=True, kw_only=True)
 class DCTConfig(LowRankBase):
+    """Columns of the DCT-II, ranked by sums of squares. The authors' DCTAdamW has the DCT-II with sim_type=makhoul and its
+    transpose, the DCT-III, by default; it ranks by sums of absolute values."""
+
     name: Literal["dct"] = "dct"
 
 
