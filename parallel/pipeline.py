@@ -28,7 +28,7 @@ from rowwise.parallel.channels import Channels
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.device import Clock, Mark, device_of
 from rowwise.parallel.lanes import Axis, open_lanes, receive_from, send_to
-from rowwise.parallel.schedule.order import Action, Schedule, leading_forwards
+from rowwise.parallel.schedule.order import Action, Schedule, early_messages, leading_forwards
 from rowwise.parallel.schedule.simulate import Gathering, gathers
 from rowwise.parallel.shard import (
     add_up_gradients,
@@ -108,6 +108,7 @@ class Pipeline:
         self._split = {(stage, i) for stage, kind, i in self._actions if kind == "I"}
         self._released = last_uses(self._actions) if self.gathering == "run" else None
         self._leading = leading_forwards(self.schedule)
+        self._early = early_messages(self.schedule, self.axis.rank)
 
     def forward_backward(
         self, forward: Forward, buffer: Callable[[], Tensor], scale: float, trace: Trace | None = None
@@ -152,7 +153,7 @@ class Pipeline:
         for position in range(step.done, until):
             action = self._actions[position]
             step.channels.free()
-            self._expect(step.channels, self._actions[position : min(position + 2, until)])
+            self._expect(step.channels, position, until)
             if self._released is not None and action.kind != "W":
                 keep_gathered(self.stages[action.stage], position not in self._released)
             marks = self._do(action, step, scale)
@@ -192,7 +193,7 @@ class Pipeline:
     def _do(self, action: Action, step: Step, scale: float) -> tuple[Mark, Mark] | None:
         """Takes what the action needs, works, sends what it made. Returns where the work begins and ends, if traced."""
         stage, kind, i = action
-        given = step.channels.receive((kind == "F", stage, i)) if self._takes(action) else None
+        given = step.channels.receive((kind == "F", stage, i)) if self.schedule.maker(action) is not None else None
         clock = step.trace.clock if step.trace is not None else None
         started = None if clock is None else clock.mark()
         made = self._forward(action, step, given) if kind == "F" else self._backward(action, step, given, scale)
@@ -230,16 +231,12 @@ class Pipeline:
         assert this.input.grad is not None
         return this.input.grad
 
-    def _takes(self, action: Action) -> bool:
-        """Whether it needs a message."""
-        last = self.schedule.stages - 1
-        return action.stage > 0 if action.kind == "F" else action.kind in "IB" and action.stage < last
-
-    def _expect(self, channels: Channels, coming: tuple[Action, ...]) -> None:
-        """The next action's message may arrive during this one."""
-        for action in coming:
-            if self._takes(action):
-                channels.expect((action.kind == "F", action.stage, action.micro_batch))
+    def _expect(self, channels: Channels, position: int, until: int) -> None:
+        """Makes room for the message of the action at `position`, and for the next one's where it may arrive during it."""
+        ahead = position + 1 < until and position + 1 in self._early
+        for stage, kind, i in self._actions[position : position + 1 + ahead]:
+            if self.schedule.maker(Action(stage, kind, i)) is not None:
+                channels.expect((kind == "F", stage, i))
 
     def _refresh_tied(self) -> None:
         """The last stage's copy of the embedding gets the first stage's numbers."""

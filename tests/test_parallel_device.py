@@ -1,6 +1,8 @@
 """A device is asked what it needs to say, and never waited for as a whole while messages are awaited."""
 
 import datetime
+import functools
+import itertools
 import re
 import types
 from pathlib import Path
@@ -15,6 +17,7 @@ from rowwise.parallel import channels, defer, device, pipeline
 from rowwise.parallel.lanes import Axis
 from rowwise.parallel.pipeline import Pipeline, Trace
 from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
+from rowwise.parallel.schedule.order import early_messages
 from rowwise.parallel.schedule.simulate import simulate, uniform_costs
 from rowwise.parallel.schedule.trace import align
 
@@ -107,6 +110,54 @@ def test_waiting_for_the_whole_device_would_hang(gpus, name, chunks):
     """Else the test above would show nothing."""
     with pytest.raises(Stuck):
         step_of(gpus(4), make_schedule(name, Shape(4, chunks, 8, 4)), WaitsForAll)
+
+
+class WaitsOnce(WaitsForAll):
+    """What an allocator, a library or a profiler may do at any moment: here at the beginning of one action of one rank."""
+
+    def __init__(self, where, rank, position, network):
+        super().__init__(where)
+        both, marks = self.clock.mark, itertools.count()
+        ask = Trace(where).clock.mark
+        self.clock.mark = lambda: both() if (network.rank, next(marks)) == (rank, 2 * position) else ask()
+
+
+@pytest.mark.parametrize("size, micro_batches", [(4, 8), (5, 15)])
+def test_one_wait_for_the_whole_device_hangs_nowhere(gpus, size, micro_batches):
+    """Before its last forward of a unit, a rank of `blockwise` would be next to take a gradient that is made of what this
+    forward makes."""
+    schedule = make_schedule("blockwise", Shape(size, 1, micro_batches, size))
+    for rank, actions in enumerate(schedule.ranks):
+        turns = [n for n, (a, b) in enumerate(itertools.pairwise(actions)) if (a.kind, b.kind) == ("F", "I")]
+        assert turns
+        for position in turns:
+            network = gpus(size)
+            step_of(network, schedule, functools.partial(WaitsOnce, rank=rank, position=position, network=network))
+
+
+@pytest.mark.parametrize("name, chunks", CASES)
+def test_what_is_received_ahead_is_not_made_of_the_action_before(name, chunks):
+    """Every rank stops for ever after any action: what it is to receive ahead during that still comes."""
+    schedule = make_schedule(name, Shape(4, chunks, 8, 4))
+    for rank, actions in enumerate(schedule.ranks):
+        early = early_messages(schedule, rank)
+        for position in range(1, len(actions)):
+            maker = schedule.maker(actions[position])
+            if maker is not None:
+                assert (maker in done_without(schedule, rank, position - 1)) == (position in early)
+
+
+def done_without(schedule, rank, stop):
+    """All that can be done where `rank` stops before its action number `stop`."""
+    done, at, before = set(), [0] * len(schedule.ranks), None
+    ends = [stop if r == rank else len(actions) for r, actions in enumerate(schedule.ranks)]
+    while at != before:
+        before = list(at)
+        for r, actions in enumerate(schedule.ranks):
+            while at[r] < ends[r] and (schedule.maker(actions[at[r]]) or actions[0]) in done | {actions[0]}:
+                done.add(actions[at[r]])
+                at[r] += 1
+    return done
 
 
 @pytest.mark.parametrize("room", ["launch", "trainer", "parallel", "optim", "kernels"])

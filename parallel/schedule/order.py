@@ -70,6 +70,18 @@ class Schedule:
             if action.kind != "W" and 0 <= (target := action.stage + (1 if action.kind == "F" else -1)) < self.stages
         ]
 
+    @cached_property
+    def _backward(self) -> dict[tuple[int, int], Action]:
+        """(stage, micro-batch) -> its I or B."""
+        return {(a.stage, a.micro_batch): a for actions in self.ranks for a in actions if a.kind in "IB"}
+
+    def maker(self, action: Action) -> Action | None:
+        """The action whose message this one takes; None: it takes none."""
+        if action.kind == "F":
+            return action._replace(stage=action.stage - 1) if action.stage else None
+        takes = action.kind != "W" and action.stage + 1 < self.stages
+        return self._backward[action.stage + 1, action.micro_batch] if takes else None
+
     def stages_of(self, rank: int) -> list[int]:
         """The stages that `rank` holds, ascending."""
         return sorted(stage for stage, holder in self.rank_of.items() if holder == rank)
@@ -100,6 +112,39 @@ def leading_forwards(schedule: Schedule) -> list[int]:
         if shorter == lengths:
             return lengths
         lengths = shorter
+
+
+def early_messages(schedule: Schedule, rank: int) -> set[int]:
+    """The positions in a rank's order whose message can arrive while the action before is under way: all but those whose
+    message other ranks make of what that action makes. A receive posted ahead for one of those would gain nothing, and a wait
+    for the whole device during that action (an allocator's, say) would wait for it without end."""
+    actions = schedule.ranks[rank]
+    followed = _followed(schedule, rank)
+    makers = [schedule.maker(action) for action in actions]
+    return {n for n, maker in enumerate(makers) if maker is not None and followed[maker] < n}
+
+
+def _followed(schedule: Schedule, rank: int) -> dict[Action, int]:
+    """For every action that makes a message, how many of `rank`'s are done before it can end."""
+    followed: dict[Action, int] = {}
+    at, reached = [0] * len(schedule.ranks), [0] * len(schedule.ranks)
+    waiting: dict[Action, int] = {}  # for an action -> the rank that does
+    runnable = list(range(len(schedule.ranks)))
+    while runnable:
+        here = runnable.pop()
+        while at[here] < len(schedule.ranks[here]):
+            action = schedule.ranks[here][at[here]]
+            maker = schedule.maker(action)
+            if maker is not None and maker not in followed:
+                waiting[maker] = here
+                break
+            at[here] += 1
+            before = 0 if maker is None else followed[maker]
+            reached[here] = at[here] if here == rank else max(reached[here], before)
+            followed[action] = reached[here]
+            if action in waiting:
+                runnable.append(waiting.pop(action))
+    return followed
 
 
 def loop_placement(ranks: int, chunks: int) -> list[list[int]]:
