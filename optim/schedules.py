@@ -7,52 +7,13 @@ run (`warmup=0.02`) or in steps (`warmup_steps=500`), one of the two; in steps i
 longer. The fields of each choice are a dataclass of its own, so that a field of another schedule is an error.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from rowwise.optim.curves import DECAYS, DecayName, climb, cosine, length, linear, warmup
+
 WARMUP = 0.02  # of the run, where neither a share nor a number of steps is given
-
-
-def warmup(step: int, warmup_steps: int) -> float:
-    """Linear warm-up: min(1, (t + 1) / (w + 1))."""
-    return min(1.0, (step + 1) / (warmup_steps + 1))
-
-
-def cosine(progress: float, floor: float) -> float:
-    """Half a cosine from 1 to `floor` while progress goes from 0 to 1 (Loshchilov & Hutter, SGDR)."""
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * _within(progress)))
-
-
-def linear(progress: float, floor: float) -> float:
-    """A straight line from 1 to `floor` while progress goes from 0 to 1."""
-    return 1 - (1 - floor) * _within(progress)
-
-
-def sqrt(progress: float, floor: float) -> float:
-    """1 - sqrt(progress), the cool-down of Haegele et al. (*Scaling Laws Beyond Fixed Training Durations*), to `floor`."""
-    return floor + (1 - floor) * (1 - math.sqrt(_within(progress)))
-
-
-def inverse_sqrt(progress: float, floor: float) -> float:
-    """h(progress) / h(1) of the way from 1 to `floor`, h(x) = 1 / sqrt(1 + 10 x) - 1: the other cool-down of Ibrahim et al."""
-    return 1 - (1 - floor) * (1 / math.sqrt(1 + 10 * _within(progress)) - 1) / (1 / math.sqrt(11) - 1)
-
-
-def exponential(progress: float, floor: float) -> float:
-    """floor^progress: equal factors in equal times, the annealing of Ibrahim et al. `floor` is above 0."""
-    return floor ** _within(progress)
-
-
-DECAYS = {
-    "linear": linear,
-    "cosine": cosine,
-    "sqrt": sqrt,
-    "inverse_sqrt": inverse_sqrt,
-    "exponential": exponential,
-}
-DecayName = Literal["linear", "cosine", "sqrt", "inverse_sqrt", "exponential"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,16 +205,6 @@ ScheduleConfig = Constant | Cosine | Linear | OneCycle | Wsd | Infinite | LrRang
 PHASES = {"warmup": "warmup_steps", "decay_share": "decay_steps", "cooldown_share": "cooldown_steps"}
 
 
-def length(share: float | None, number: int | None, default: float, steps: int) -> int:
-    """The steps of a phase that is given as a `number` of steps, as a `share` of `steps`, or not at all."""
-    return number if number is not None else round((default if share is None else share) * steps)
-
-
-def climb(before: float, step: int, warmup_steps: int) -> float:
-    """A second warm-up: linear from `before` to 1."""
-    return before + (1 - before) * warmup(step, warmup_steps)
-
-
 def check_schedule(config: ScheduleConfig, steps: int) -> None:
     """Refuses what a schedule of `steps` steps cannot mean. Raises ValueError."""
     for key, value in vars(config).items():
@@ -341,7 +292,3 @@ def _check_infinite(config: Infinite) -> None:
             f"schedule.anneal_at={config.anneal_at} comes before schedule.rewarm_at={config.rewarm_at}: "
             "re-warming after annealing is a new run; resume its checkpoint under another name"
         )
-
-
-def _within(progress: float) -> float:
-    return min(1.0, max(0.0, progress))

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from rowwise.optim.build import kind_of
-from rowwise.optim.schedules import length
+from rowwise.optim.curves import length
 
 
 @dataclass(frozen=True, kw_only=True)
