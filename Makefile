@@ -36,7 +36,7 @@ slurm:
 test: $(READY) chromium
 	$(BIN)/python -m pytest $(ARGS)
 
-# Every preset trains the tiny model: twenty minutes on one core.
+# Every preset trains the tiny model (twenty minutes on one core), and what strangers, kills and disks do to runs (tests/attack).
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow $(ARGS)
 

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import io
 import os
+import random
 import signal
 import sys
 import time
@@ -159,6 +160,37 @@ class Job:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def await_instant(job: Job, instants: random.Random) -> bool:
+    """Waits a random time from the start of the job: set-up, resuming and training are all hit."""
+    until = time.monotonic() + instants.uniform(0.05, 2.0)
+    while job.alive() and time.monotonic() < until:
+        time.sleep(0.001)
+    return False
+
+
+def await_save(job: Job, config: TrainConfig, number: int) -> bool:
+    """Waits until this job has begun to write its first checkpoint, or its second."""
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    seen = _under_way(checkpoints)
+    while job.alive():
+        if begun := _under_way(checkpoints) - seen:
+            seen |= begun
+            number -= 1
+            if not number:
+                return True
+        time.sleep(0.0002)
+    return False
+
+
+def _under_way(checkpoints: Path) -> set[tuple[str, int]]:
+    """The checkpoints that are being written, or were when their job was killed."""
+    found = set()
+    for path in checkpoints.glob("*.incomplete"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def _rank(rank: int, world_size: int, port: int, config: TrainConfig, log: Path) -> None:

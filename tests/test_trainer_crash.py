@@ -1,7 +1,6 @@
 """Law 6: a rank killed at any instant leaves a run that goes on without a lost or repeated record; a damaged checkpoint
 is detected, named and passed over."""
 
-import contextlib
 import random
 import shutil
 import time
@@ -15,7 +14,7 @@ from parity import small_config, with_layout
 from ranks import RankFailure
 from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import read_metrics
-from runs import Job, final_tensors, records, run_said, run_train, run_until
+from runs import Job, await_instant, await_save, final_tensors, records, run_said, run_train, run_until
 
 KILLS = 20
 
@@ -34,7 +33,7 @@ def test_killed_at_random_instants(ranks, tmp_path):
             break
         job = Job(config, 2, log)
         # In its first save or, so that the run gets on, in its second.
-        in_save = _await_save(job, config, 1 + attempt // 2 % 2) if attempt % 2 else _await_steps(job, random_instants)
+        in_save = await_save(job, config, 1 + attempt // 2 % 2) if attempt % 2 else await_instant(job, random_instants)
         killed = job.kill(random_instants.randrange(2))
         kills += killed
         kills_in_save += killed and in_save
@@ -55,37 +54,6 @@ def test_killed_at_random_instants(ranks, tmp_path):
     ours, theirs = final_tensors(config.run_dir), final_tensors(whole.run_dir)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not list((Path(config.run_dir) / "checkpoints").glob("*.incomplete"))
-
-
-def _await_steps(job: Job, instants: random.Random) -> bool:
-    """Waits a random time from the start of the job: set-up, resuming and training are all hit."""
-    until = time.monotonic() + instants.uniform(0.05, 2.0)
-    while job.alive() and time.monotonic() < until:
-        time.sleep(0.001)
-    return False
-
-
-def _await_save(job: Job, config, number: int) -> bool:
-    """Waits until this job has begun to write its first checkpoint, or its second."""
-    checkpoints = Path(config.run_dir) / "checkpoints"
-    seen = _under_way(checkpoints)
-    while job.alive():
-        if begun := _under_way(checkpoints) - seen:
-            seen |= begun
-            number -= 1
-            if not number:
-                return True
-        time.sleep(0.0002)
-    return False
-
-
-def _under_way(checkpoints: Path) -> set[tuple[str, int]]:
-    """The checkpoints that are being written, or were when their job was killed."""
-    found = set()
-    for path in checkpoints.glob("*.incomplete"):
-        with contextlib.suppress(FileNotFoundError):
-            found.add((path.name, path.stat().st_ino))
-    return found
 
 
 def _flip_a_bit(path: Path) -> None:

@@ -44,19 +44,20 @@ class MetricsLog:
                 recorded.sha256 is not None
             )
         if faults:
-            self._keep_aside("damaged", f"is damaged: {'; '.join(faults)}")
+            self._keep_aside(content, "damaged", f"is damaged: {'; '.join(faults)}")
         elif began == step and found:
-            self._keep_aside(
-                "before", f"has records up to step {max(found)} of a run that was cut off before it first saved"
-            )
+            cut_off = f"has records up to step {max(found)} of a run that was cut off before it first saved"
+            self._keep_aside(content, "before", cut_off)
         write_whole(self._path, text)
         self._file = self._path.open("ab", buffering=0)
         self._durable()
 
-    def _keep_aside(self, why: str, told: str) -> None:
-        aside = free_name(self._path.with_name(f"{self._path.name}.{why}"))
-        if os.path.lexists(self._path):
-            self._path.rename(aside)
+    def _keep_aside(self, content: bytes, why: str, told: str) -> None:
+        """Before the file is written anew, so that whatever ends this process loses nothing."""
+        if content:
+            aside = free_name(self._path.with_name(f"{self._path.name}.{why}"))
+            with writing(aside):
+                aside.write_bytes(content)
             told += f"; kept as {aside.name}"
         self.remarks.append(f"{self._path} {told}")
 
