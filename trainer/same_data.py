@@ -21,23 +21,20 @@ def try_data(config: TrainConfig) -> Data | DataDamaged:
     """The data, or why this rank has none: the others are waiting to know."""
     try:
         return open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return DataDamaged(str(error))
 
 
 def require_same_data(data: Data | DataDamaged, mesh: Mesh) -> Data:
     """The data, which all ranks have alike. Raises DataDamaged, on every rank, where one cannot open it, or they read
-    different corpora: another Python's library, or another copy of the files. One message of 64 bytes a rank, over
-    `mesh.save_group`."""
-    refusals = _everyone(str(data) if isinstance(data, DataDamaged) else None, mesh)
-    for rank, refusal in enumerate(refusals):
+    different corpora: another Python's library, or another copy of the files. One message of 64 bytes a rank over
+    `mesh.save_group`, and where they differ two more."""
+    everyone = _everyone(_told(data), mesh)
+    for rank, (refusal, _) in enumerate(everyone):
         if refusal is not None:
             raise DataDamaged(f"rank {rank}: {refusal}")
     assert isinstance(data, Data)
-    # Machines may have the same files in different folders.
-    hashes = [data.train.fingerprint, *data.read.values()]
-    everyone = _everyone(hashlib.sha256("\n".join(hashes).encode()).hexdigest(), mesh)
-    different = [rank for rank, digest in enumerate(everyone) if digest != everyone[0]]
+    different = [rank for rank, told in enumerate(everyone) if told != everyone[0]]
     if different:
         first = [data.read]
         dist.broadcast_object_list(first, src=0, group=mesh.save_group)
@@ -71,6 +68,14 @@ def require_sound(data: Data, mesh: Mesh, first: int, step: int, digest: int = 0
             else "no step was made"
         )
         raise DataDamaged(f"damaged data: {found[0]}. The run ends without saving; {saved}")
+
+
+def _told(data: Data | DataDamaged) -> tuple[str | None, str | None]:
+    """(why there is none, or a hash of what was read): machines may have the same files in different folders."""
+    if isinstance(data, DataDamaged):
+        return str(data), None
+    hashes = [data.train.fingerprint, *data.read.values()]
+    return None, hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def _everyone(mine: Any, mesh: Mesh) -> list[Any]:

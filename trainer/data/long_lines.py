@@ -6,7 +6,7 @@ Grammar and refusals are those of `json.loads`; what stands in a string is given
 import json
 import re
 from collections.abc import Callable
-from typing import IO
+from typing import Protocol
 
 from rowwise.trainer.data.pieces import whole_characters
 
@@ -18,10 +18,16 @@ _SPACE = re.compile(rb"[ \t\r\n]*+")
 _SCALAR = re.compile(rb"[-+.0-9A-Za-z]*+")
 
 
+class Lines(Protocol):
+    """A file, opened for its bytes."""
+
+    def readline(self, size: int, /) -> bytes: ...
+
+
 class LongLine:
     """The line that `begun` begins and `file` goes on with."""
 
-    def __init__(self, begun: bytes, file: IO[bytes]):
+    def __init__(self, begun: bytes, file: Lines):
         self._buffer, self._at, self._file, self._ended = begun, 0, file, False
 
     def text(self, column: str, sink: Callable[[bytes], object]) -> bool:

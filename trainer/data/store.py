@@ -151,7 +151,7 @@ class _Split:
         self._file = HashedFile(folder / f"{name}.bin")
         self._starts, self._count, self._in_document = (folder / f"{name}.starts").open("w+b"), 0, False
 
-    def add(self, tokens: list[int] | bytes, end: list[int] | None) -> None:
+    def add(self, tokens: Sequence[int], end: list[int] | None) -> None:
         """Tokens of a piece of a document, and at its end what ends it; None: it goes on."""
         whole = (
             tokens if isinstance(tokens, bytes) else np.asarray([*tokens, *(end or [])], dtype=self._dtype).tobytes()

@@ -15,6 +15,7 @@ from pathlib import Path
 from rowwise.trainer.data.integrity import META, DataDamaged, Piece
 
 POLL_SECONDS = 5.0
+PATIENCE_SECONDS = 2.0
 BYTES_A_SECOND = 400e6  # half of what a core hashes
 
 
@@ -50,7 +51,7 @@ class Watch:
 
     def __exit__(self, *error: object) -> None:
         self._leave.set()
-        self._thread.join()
+        self._thread.join(PATIENCE_SECONDS)  # a disk may hang, and there is nothing to finish
 
     def complain(self, what: str) -> None:
         """The first complaint stays. A cache loses its record, so that whoever opens it next makes it anew."""
