@@ -121,7 +121,12 @@ def quick_start() -> Any:
     context = multiprocessing.get_context("forkserver")
     # Our own modules cannot be named: in Python 3.11 the server does not know our sys.path.
     context.set_forkserver_preload(
-        ["rowwise.trainer.train", "rowwise.trainer.prepare", "rowwise.launch.compose", "torch.distributed.checkpoint"]
+        [
+            "rowwise.trainer.train",
+            "rowwise.trainer.prepare",
+            "rowwise.launch.sweep.search",
+            "torch.distributed.checkpoint",
+        ]
     )
     return context
 
@@ -175,6 +180,8 @@ def _load(file: str, name: str) -> Callable[..., Any]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
         spec.loader.exec_module(module)
+        # Modules stay: a look through all of torch's after every call would take longer than many a call.
+        gc.freeze()
     found: Any = sys.modules[module_name]
     for part in name.split("."):
         found = getattr(found, part)

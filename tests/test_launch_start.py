@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
 from commands import await_steps, free_port, overrides_of, run, run_in_pool, start, workers_of
 from rowwise.launch import agent, cli
@@ -48,31 +51,28 @@ def test_a_worker_that_dies_is_started_again_and_nothing_is_lost(ranks, tmp_path
     assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
-def test_how_it_ended_is_written_and_a_run_under_way_is_left_alone(tmp_path):
+def test_how_it_ended_is_written_and_a_run_under_way_is_left_alone(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     overrides = overrides_of(tmp_path, "steps=2", "nproc=1")
-    assert run(tmp_path, [*TRAIN, "--log-dir", str(tmp_path / "logs"), *overrides])[0] == 0
+    assert launcher.main(["--log-dir", str(tmp_path / "logs"), *overrides]) == 0
     assert read_outcome(tmp_path / "run") == Outcome("complete", None, 2)
     assert list((tmp_path / "logs").glob("*/attempt_0/0/stderr.log"))
-    lock = FileLock(tmp_path / "run/.lock")
-    with lock:  # another run is in the same folder
-        code, said = run(tmp_path, [*TRAIN, *overrides, "steps=3"])
-    assert code == 2
-    assert "is in use by another run" in said
+    capfd.readouterr()
+    with FileLock(tmp_path / "run/.lock"):  # another run is in the same folder
+        assert launcher.main([*overrides, "steps=3"]) == 2
+    assert "is in use by another run" in capfd.readouterr().err
     assert read_outcome(tmp_path / "run") == Outcome("complete", None, 2)
     overrides = [*overrides, "data.files=/nowhere.bin"]
-    code, said = run(tmp_path, [*TRAIN, *overrides])
-    assert code == 2
-    assert re.fullmatch(r"refused: data.files: /nowhere.bin names no file .*\n", said), (
+    assert launcher.main(overrides) == 2
+    assert re.fullmatch(r"refused: data.files: /nowhere.bin names no file .*\n", capfd.readouterr().err), (
         "one line, though a worker found it"
     )
     assert read_outcome(tmp_path / "run") == Outcome("complete", None, 2)  # of the run that is there
-    overrides = [*overrides, f"run_dir={tmp_path}/other"]
     (tmp_path / "other").mkdir()
-    code, said = run(tmp_path, [*TRAIN, "--log-dir", str(tmp_path / "logs"), *overrides])
+    assert launcher.main(["--log-dir", str(tmp_path / "logs"), *overrides, f"run_dir={tmp_path}/other"]) == 2
     refused = read_outcome(tmp_path / "other")
-    assert code == 2
     assert refused is not None and refused.state == "refused"
-    assert refused.reason in said and "/nowhere.bin" in refused.reason
+    assert refused.reason in capfd.readouterr().err and "/nowhere.bin" in refused.reason
 
 
 REFUSED = {
@@ -205,6 +205,17 @@ def test_the_cause_that_another_machine_wrote_stays(tmp_path):
     assert agent._better_said(tmp_path, Outcome("failed", "Connection closed by peer", 3), began)
     assert not agent._better_said(tmp_path, Outcome("complete", None, 9), began)
     assert not agent._better_said(tmp_path, Outcome("failed", "Connection closed by peer", 3), time.time() + 9)
+
+
+def test_what_torch_says_where_memory_runs_out(tmp_path, monkeypatch):
+    """And leaves in the file in which a worker's exception comes to the agent: a petabyte."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(10**15)
+    ErrorHandler().record_exception(found.value)
+    state, reason = agent._why(ProcessFailure(0, os.getpid(), 1, str(tmp_path / "error.json")))
+    assert state == "failed"
+    assert re.match("out of memory: .*can't allocate memory: you tried to allocate 4000000000000000 bytes", reason)
 
 
 def test_a_job_that_is_asked_to_stop_before_its_machines_have_met_leaves(tmp_path, monkeypatch, capsys):

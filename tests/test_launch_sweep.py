@@ -42,19 +42,17 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_grid_of_four_on_two_ranks_each(ranks, tmp_path):
-    """Four runs in four folders, the one of each equal to the same run alone; the table says what they measured."""
+def test_a_grid_of_two_on_two_ranks_each(ranks, tmp_path):
+    """Two runs in two folders, the one of each equal to the same run alone; the table says what they measured."""
     words = trial_overrides(tmp_path, "steps=4", "eval.every=2", "nproc=2", "data.holdout=0.1")
     code, said = run(
         tmp_path,
-        [sys.executable, "-m", "rowwise.launch.sweep", "-m", "optim=adamw,lion", "optim.lr=1e-3,3e-3", *words],
+        [sys.executable, "-m", "rowwise.launch.sweep", "-m", "optim=adamw,lion", "optim.lr=3e-3", *words],
         timeout=240,
     )
     assert code == 0, said
     folder, rows = tmp_path / "sweeps/default", rows_of(tmp_path / "sweeps/default")
-    assert [(row["optim"], row["optim.lr"]) for row in rows] == [
-        ("adamw", "0.001"), ("adamw", "0.003"), ("lion", "0.001"), ("lion", "0.003")
-    ]  # fmt: skip
+    assert [row["optim"] for row in rows] == ["adamw", "lion"]
     for number, row in enumerate(rows):
         trial = folder / f"trial-{number}"
         measured = read_metrics(trial)
@@ -62,29 +60,26 @@ def test_a_grid_of_four_on_two_ranks_each(ranks, tmp_path):
         assert float(row["eval_loss"]) == measured[-1]["eval_loss"]
         assert float(row["loss"]) == measured[-1]["loss"]
         assert int(row["step"]) == len(measured) == 4
-        run_in_pool(ranks, [*overrides_of(tmp_path), *words, f"optim={row['optim']}", f"optim.lr={row['optim.lr']}",
-                            f"run_dir={tmp_path}/alone-{number}", "nproc=null"])  # fmt: skip
+        alone = [f"optim={row['optim']}", "optim.lr=3e-3", f"run_dir={tmp_path}/alone-{number}", "nproc=null"]
+        run_in_pool(ranks, [*overrides_of(tmp_path), *words, *alone])
         assert records(trial) == records(tmp_path / f"alone-{number}")
     assert (folder / "sweep.png").stat().st_size > 10_000
-    assert len({row["eval_loss"] for row in rows}) == 4
+    assert len({row["eval_loss"] for row in rows}) == 2
 
 
 def test_trials_that_fail_are_recorded_and_stop_nothing(tmp_path):
-    """One complete, one that runs out of memory (120 TB), one whose loss is no number."""
+    """One complete, one whose loss is no number; tests/test_launch_start.py has one that runs out of memory."""
     words = trial_overrides(tmp_path, "steps=3", "eval.every=3", "nproc=1", "data.holdout=0.1")
     folder = tmp_path / "it's ${x}, [a]=b"  # every character that means something in an override
     folder.mkdir()
-    sweep = ["sweep.search=grid", "sweep.parallel=2", "optim.lr=1e-3,1e30", "model.ffn_dim=37,1000000000000"]
-    code, said = run(
-        folder, [sys.executable, "-m", "rowwise.launch.sweep", *sweep, *words[:4], *words[5:]], timeout=240
-    )
+    sweep = ["sweep.search=grid", "sweep.parallel=2", "optim.lr=1e-3,1e30"]
+    code, said = run(folder, [sys.executable, "-m", "rowwise.launch.sweep", *sweep, *words], timeout=240)
     assert code == 0, said
     rows = rows_of(folder / "sweeps/default")
-    assert [row["state"] for row in rows] == ["complete", "failed", "failed", "failed"]
-    assert [row["reason"][:13] for row in rows] == ["", "out of memory", "not a number:", "out of memory"]
-    assert "can't allocate memory" in rows[1]["reason"]
-    assert rows[2]["step"] == "1" or rows[2]["step"] == "2"
-    assert len({row["folder"] for row in rows}) == 4
+    assert [row["state"] for row in rows] == ["complete", "failed"]
+    assert [row["reason"][:13] for row in rows] == ["", "not a number:"]
+    assert rows[1]["step"] in ("1", "2")
+    assert len({row["folder"] for row in rows}) == 2
 
 
 REFUSED = {
