@@ -1,5 +1,7 @@
 """Hydra groups and command-line overrides -> a plain tree, with errors of one line."""
 
+import copy
+import functools
 import json
 import re
 from dataclasses import fields
@@ -7,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,13 +30,40 @@ def compose_tree(overrides: list[str]) -> dict[str, Any]:
     """The composed, resolved configuration. Raises ValueError with what was given, what is possible, what to change."""
     with initialize_config_module("rowwise.conf", version_base="1.3", job_name="train"):
         try:
-            config = compose("train", overrides=overrides)
+            config = _composed(overrides)
             _take_shape_(config, overrides)
             tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(_explain(error, overrides)) from None
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
+
+
+def _composed(overrides: list[str]) -> DictConfig:
+    """What Hydra composes. It takes its time for the choices of groups: each is composed once in a process, and values are
+    put into a copy of it, for a sweep checks many trials of the same choices. What is no such value, and what is wrong, is
+    Hydra's to read."""
+    choices = tuple(override for override in overrides if override.partition("=")[0] in GROUPS)
+    try:
+        values = OverridesParser.create().parse_overrides([word for word in overrides if word not in choices])
+        if all(_is_value(override) for override in values):
+            config = copy.deepcopy(_chosen(choices))
+            for override in values:
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+            return config
+    except (HydraException, OmegaConfBaseException):
+        pass
+    return compose("train", overrides=overrides)
+
+
+def _is_value(override: Override) -> bool:
+    plain = override.type == OverrideType.CHANGE and override.package is None and not override.is_sweep_override()
+    return plain and not override.key_or_group.startswith(("hydra.", "hydra/"))
+
+
+@functools.cache
+def _chosen(choices: tuple[str, ...]) -> DictConfig:
+    return compose("train", overrides=list(choices))
 
 
 def _take_shape_(config: DictConfig, overrides: list[str]) -> None:

@@ -6,7 +6,6 @@ but the model, its initial numbers and the data: torch's autograd, a textbook's 
 shards.
 """
 
-import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,13 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rowwise.kernels.rows import local, row_offset
-from rowwise.launch.compose import GROUPS, compose_tree
+from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer, follow_schedule, named_state
 from rowwise.optim.schedules import OneCycle
 from rowwise.optim.sparse.build import Sparsity
@@ -88,25 +85,7 @@ def small_config(folder: Path, *overrides: str) -> TrainConfig:
         "data.mask_documents=true", "data.holdout=0.1", "batch.global_size=24", "batch.micro_size=2", "batch.seq_len=13",
         "schedule=constant", "optim.lr=0.01", "clip_norm=0.5", "eval.every=0", "sample.tokens=0", "checkpoint.every=0",
     ]  # fmt: skip
-    return config_from_tree(quickly_composed(base + list(overrides)))
-
-
-def quickly_composed(overrides: list[str]) -> dict[str, Any]:
-    """What `compose_tree` makes of overrides that give a name and a folder, in a hundredth of the time where the same choices
-    of groups were composed before: Hydra does as much for every value as for every file."""
-    choices = tuple(word for word in overrides if word.partition("=")[0] in GROUPS)
-    tree = copy.deepcopy(composed_choices(choices))
-    for override in OverridesParser.create().parse_overrides([word for word in overrides if word not in choices]):
-        *path, key = override.key_or_group.split(".")
-        part = functools.reduce(dict.__getitem__, path, tree)
-        assert override.type == OverrideType.CHANGE and key in part, f"{override.input_line}: for `compose_tree`"
-        part[key] = override.value()
-    return tree
-
-
-@functools.cache
-def composed_choices(choices: tuple[str, ...]) -> dict[str, Any]:
-    return compose_tree(list(choices))
+    return config_from_tree(compose_tree(base + list(overrides)))
 
 
 def with_beta1(config: TrainConfig, step: int) -> TrainConfig:

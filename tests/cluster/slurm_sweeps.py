@@ -35,10 +35,11 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_grid_whose_trials_are_jobs(cluster, ranks, tmp_path, nodes):
-    """2 x 2 settings on two workers each: of one node, and of one worker on each of two nodes, whose agents meet."""
+    """Two workers each: 2 x 2 settings on one node, and two on a worker of each of two nodes, whose agents meet."""
     words = trial_overrides(tmp_path, "steps=4", "eval.every=2", f"nproc={2 // nodes}", "data.holdout=0.1")
     launcher = ["hydra/launcher=slurm", f"hydra.launcher.nodes={nodes}", f"hydra.launcher.cpus_per_task={2 // nodes}"]
-    varied = ["optim=adamw,lion", "optim.lr=1e-3,3e-3"]
+    rates = ["0.001", "0.003"][: 3 - nodes]
+    varied = ["optim=adamw,lion", f"optim.lr={','.join(rates)}"]
     done = subprocess.run(
         [*SWEEP, "-m", *launcher, "hydra.launcher.array_parallelism=2", *varied, *words],
         cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=400, check=False,
@@ -47,13 +48,12 @@ def test_a_grid_whose_trials_are_jobs(cluster, ranks, tmp_path, nodes):
     assert done.returncode == 0, said
     folder = tmp_path / "sweeps/default"
     rows = rows_of(folder)
-    assert [(row["optim"], row["optim.lr"]) for row in rows] == [
-        ("adamw", "0.001"), ("adamw", "0.003"), ("lion", "0.001"), ("lion", "0.003")
-    ]  # fmt: skip
+    made = [(row["optim"], row.get("optim.lr", "0.001")) for row in rows]
+    assert made == [(rule, rate) for rule in ("adamw", "lion") for rate in rates]
     for number, row in enumerate(rows):
         assert row["state"] == "complete", said
         alone = [*overrides_of(tmp_path), *words, "nproc=null", f"run_dir={tmp_path}/alone-{number}"]
-        run_in_pool(ranks, [*alone, f"optim={row['optim']}", f"optim.lr={row['optim.lr']}"])
+        run_in_pool(ranks, [*alone, f"optim={made[number][0]}", f"optim.lr={made[number][1]}"])
         assert records(folder / f"trial-{number}") == records(tmp_path / f"alone-{number}")
         assert float(row["eval_loss"]) == read_metrics(folder / f"trial-{number}")[-1]["eval_loss"]
 
@@ -61,7 +61,7 @@ def test_a_grid_whose_trials_are_jobs(cluster, ranks, tmp_path, nodes):
 def test_jobs_of_an_array_join_one_search(cluster, tmp_path):
     """Every trial is made once, in a folder of its own, and the table has them all."""
     words = trial_overrides(tmp_path, "steps=6", "eval.every=2", "nproc=1", "data.holdout=0.1", "checkpoint.every=0")
-    search = ["sweep.search=random", "sweep.trials=6", "optim.lr=tag(log,interval(1e-4,1e-1))"]
+    search = ["sweep.search=random", "sweep.trials=4", "optim.lr=tag(log,interval(1e-4,1e-1))"]
     slurm = ["slurm.workers=2", "slurm.cpus_per_task=1", f"slurm.log={tmp_path}/log-%A_%a", f"to={tmp_path}/job.sh"]
     hand_out("sweep", [*search, *words, *slurm])
     array = cluster.submit(tmp_path / "job.sh")
@@ -71,13 +71,13 @@ def test_jobs_of_an_array_join_one_search(cluster, tmp_path):
     folder = tmp_path / "sweeps/default"
     backend = optuna.storages.journal.JournalFileBackend(str(folder / "journal.log"))
     trials = optuna.load_study(study_name="default", storage=optuna.storages.JournalStorage(backend)).get_trials()
-    assert [trial.state.is_finished() for trial in trials] == [True] * 6
+    assert [trial.state.is_finished() for trial in trials] == [True] * 4
     rows = rows_of(folder)
-    assert [row["trial"] for row in rows] == list("012345")
+    assert [row["trial"] for row in rows] == list("0123")
     assert {row["state"] for row in rows} <= {"complete", "pruned"}
-    assert len({row["optim.lr"] for row in rows}) == 6
+    assert len({row["optim.lr"] for row in rows}) == 4
     both = [(tmp_path / f"log-{array}_{task}").read_text() for task in (1, 2)]
-    assert all("trial-5" in said for said in both), "each tells of all"
+    assert all("trial-3" in said for said in both), "each tells of all"
 
 
 def test_a_trial_that_is_signalled_before_its_limit_is_queued_again(cluster, ranks, tmp_path):
