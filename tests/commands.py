@@ -15,6 +15,7 @@ from rowwise.trainer.config import config_from_tree, tree_of
 from rowwise.trainer.metrics import read_metrics
 from runs import run_said
 
+PATIENCE = 600  # seconds that nothing here takes on the busiest machine: it hangs
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -46,7 +47,7 @@ def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(arguments, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def run(folder: Path, arguments: list[str], timeout: float = 120) -> tuple[int, str]:
+def run(folder: Path, arguments: list[str], timeout: float = PATIENCE) -> tuple[int, str]:
     done = subprocess.run(
         arguments,
         cwd=folder,
@@ -75,7 +76,7 @@ def free_port() -> int:
 
 
 def await_steps(folder: Path, steps: int, job: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while len(read_metrics(folder / "run")) < steps:
         assert job.poll() is None, (folder / "log").read_text()[-3000:]
         assert time.monotonic() < deadline, (folder / "log").read_text()[-3000:]

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 NODES = ("127.0.0.1", "127.0.0.2")
-START_SECONDS = 30
+START_SECONDS = 120
 GRACE_SECONDS = 30
 CONFIGURATION = """
 ClusterName=test
@@ -155,7 +155,7 @@ class Cluster:
         said = self.run("scontrol", "show", "job", "-o", job)
         return dict(word.split("=", 1) for word in said.split() if "=" in word)
 
-    def await_state(self, job: str, *states: str, seconds: float = 60, restarts: int = 0) -> dict[str, str]:
+    def await_state(self, job: str, *states: str, seconds: float = 600, restarts: int = 0) -> dict[str, str]:
         """What is shown of the job once it is in one of `states` after that many restarts. Raises TimeoutError."""
         deadline = time.monotonic() + seconds
         while (shown := self.shown(job))["JobState"] not in states or int(shown["Restarts"]) < restarts:

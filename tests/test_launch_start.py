@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
-from commands import await_steps, free_port, overrides_of, run, run_in_pool, start, workers_of
+from commands import PATIENCE, await_steps, free_port, overrides_of, run, run_in_pool, start, workers_of
 from rowwise.launch import agent, cli
 from rowwise.launch import job as jobs
 from rowwise.launch import meeting as meetings
@@ -41,7 +41,7 @@ def test_a_worker_that_dies_is_started_again_and_nothing_is_lost(ranks, tmp_path
     await_steps(tmp_path, reached + 3, job)
     assert "resumed from" in (tmp_path / "log").read_text()
     job.send_signal(signal.SIGUSR1)  # as Slurm does some time before a limit
-    assert job.wait(60) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert job.wait(PATIENCE) == 0, (tmp_path / "log").read_text()[-3000:]
     stopped_at = len(read_metrics(tmp_path / "run"))
     assert read_outcome(tmp_path / "run") == Outcome("stopped", "asked to stop", stopped_at)
     overrides[-1], steps = "nproc=null", f"steps={stopped_at + 2}"

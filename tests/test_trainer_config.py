@@ -11,6 +11,8 @@ from typing import get_args
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from parity import small_config, write_tokens
 from refusals import REFUSED
@@ -113,6 +115,23 @@ def test_every_config_file_holds_all_keys_of_its_dataclass(file):
     }  # fmt: skip
     expected = classes.get(group) or classes[file]
     assert yaml.safe_load((CONF / f"{file}.yaml").read_text()).keys() == {f.name for f in fields(expected)}
+
+
+ONCE = {
+    "values": ["steps=7", "name='a b'", "optim.betas=[0.8,0.9]", "model.rope_scaling={factor:4.0}", "optim.lr=1e-3"],
+    "choices and values": ["optim=dct", "optim.rank=4", "schedule=wsd", "run_dir=there/${name}"],
+    "an experiment": ["experiment=long_context", "batch.seq_len=64"],
+    "a key that is added": ["+optim.more=1"],
+    "a key that is taken away": ["~log_every"],
+}
+
+
+@pytest.mark.parametrize("case", ONCE)
+def test_values_beside_choices_that_were_composed_before_are_hydras(case):
+    """Twice, since the first leaves nothing in what it was copied from."""
+    with initialize_config_module("rowwise.conf", version_base="1.3"):
+        theirs = OmegaConf.to_container(compose("train", overrides=ONCE[case]), resolve=True)
+    assert [compose_tree(ONCE[case]), compose_tree(ONCE[case])] == [theirs, theirs]
 
 
 def test_every_group_has_a_folder_and_every_choice_a_file():

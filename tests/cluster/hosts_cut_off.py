@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from commands import overrides_of
+from commands import PATIENCE, overrides_of
 from hosts import Host, Network
 from parity import TOLERANCE
 from rowwise.launch.outcome import Outcome, read_outcome
@@ -51,7 +51,7 @@ class Trial:
     def start(self) -> None:
         began, before = time.monotonic(), len(read_metrics(self.folder / "run"))
         self.agents = [host.start(self.command(host), self.folder) for host in self.hosts]
-        self.until(lambda: len(read_metrics(self.folder / "run")) != before, 90, "no step was made")
+        self.until(lambda: len(read_metrics(self.folder / "run")) != before, PATIENCE, "no step was made")
         self.start_seconds = time.monotonic() - began  # of the agents and of the workers
 
     def command(self, host: Host) -> list[str]:
@@ -77,7 +77,7 @@ class Trial:
             time.sleep(0.05)
         return time.monotonic() - began
 
-    def until_step(self, step: int, seconds: float = 60) -> float:
+    def until_step(self, step: int, seconds: float = PATIENCE) -> float:
         return self.until(lambda: self.steps() >= step, seconds, f"step {step} was not reached")
 
     def until_goes_on(self, since: float, bound: float) -> float:
@@ -135,7 +135,9 @@ def uninterrupted(tmp_path_factory) -> list[tuple]:
     """The records of the same run in one process, never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     with Network() as (host, _):
-        assert host.start([sys.executable, "-m", "rowwise.launch.train", *overrides(folder)], folder).wait(120) == 0
+        assert (
+            host.start([sys.executable, "-m", "rowwise.launch.train", *overrides(folder)], folder).wait(PATIENCE) == 0
+        )
     return records(folder / "run")
 
 
@@ -153,7 +155,7 @@ def report(**seconds: float) -> None:
 
 def assert_ends(trial: Trial, kept: list[Host], whole: list[tuple]) -> None:
     for host in kept:
-        trial.until_gone(host, 60)
+        trial.until_gone(host, PATIENCE)
         assert trial.code(host) == 0, trial.said()[-6000:]
     assert_same(trial.folder, whole)
 
@@ -192,7 +194,7 @@ def test_rank_0_was_on_the_lost_host_and_is_not_yet_gone(hosts, tmp_path, uninte
     cut, before = trial.cut(lost), {worker.pid for worker in kept.workers()}
     (old,) = lost.workers()
     old.suspend()
-    trial.until(lambda: any(worker.pid not in before for worker in kept.workers()), 60, "no worker was started")
+    trial.until(lambda: any(worker.pid not in before for worker in kept.workers()), PATIENCE, "no worker was started")
     (new,), reached = kept.workers(), trial.steps()
     time.sleep(trial.start_seconds / 2)  # it is past its start
     assert trial.steps() == reached and [worker.pid for worker in kept.workers()] == [new.pid], trial.said()[-6000:]

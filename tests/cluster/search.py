@@ -12,11 +12,10 @@ from pathlib import Path
 import optuna
 import psutil
 
-from commands import overrides_of, start
+from commands import PATIENCE, overrides_of, start
 from rowwise.trainer.metrics import read_metrics
 
 TRIALS = 8
-PATIENCE = 900  # seconds that a search takes on no machine: it hangs
 
 
 def finished(folder: Path) -> list[optuna.trial.FrozenTrial]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from commands import overrides_of, run_in_pool
+from commands import PATIENCE, overrides_of, run_in_pool
 from rowwise.launch.slurm import compose_slurm, hand_out, script
 from rowwise.trainer.metrics import read_metrics
 from runs import records
@@ -60,7 +60,7 @@ time.sleep(4 if "SLURM_RESTART_COUNT" in os.environ else 600)
 
 
 def await_steps(cluster, job: str, folder: Path, steps: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(read_metrics(folder / "run")) < steps:
         shown = cluster.shown(job)
         log = Path(shown["StdOut"])
@@ -70,7 +70,7 @@ def await_steps(cluster, job: str, folder: Path, steps: int) -> None:
 
 
 def await_text(cluster, job: str, text: str) -> None:
-    log, deadline = Path(cluster.shown(job)["StdOut"]), time.monotonic() + 30
+    log, deadline = Path(cluster.shown(job)["StdOut"]), time.monotonic() + PATIENCE
     while not (log.is_file() and text in log.read_text()):
         assert time.monotonic() < deadline, f"{log} never said {text!r}\n{cluster.logs()}"
         time.sleep(0.1)
@@ -105,7 +105,7 @@ def test_a_time_limit(cluster, tmp_path):
     words = ["nproc=1", "steps=1000000", "schedule=constant", "slurm.time=00:01:00", "slurm.signal_seconds=5"]
     job = cluster.submit(write_script(tmp_path, *words))
     await_steps(cluster, job, tmp_path, 10)
-    shown = cluster.await_state(job, "RUNNING", "TIMEOUT", "FAILED", "COMPLETED", seconds=90, restarts=1)
+    shown = cluster.await_state(job, "RUNNING", "TIMEOUT", "FAILED", "COMPLETED", restarts=1)
     assert shown["JobState"] == "RUNNING"
     saved = len(read_metrics(tmp_path / "run"))
     await_steps(cluster, job, tmp_path, saved + 10)
@@ -145,7 +145,7 @@ def test_a_run_that_dies_on_one_of_two_nodes_is_a_failed_job(cluster, tmp_path):
     await_steps(cluster, job, tmp_path, 10)
     workers = [p for p in cluster.processes() if "rowwise.launch.train" in " ".join(p.cmdline())]
     next(w for w in workers if w.environ()["RANK"] == "1").kill()
-    shown = cluster.await_state(job, "FAILED", "COMPLETED", seconds=30)
+    shown = cluster.await_state(job, "FAILED", "COMPLETED")
     # Its exit code is the highest of its tasks: 1 of the one that failed, or 143 of the other, which Slurm ended.
     assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "0")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from commands import overrides_of, run_in_pool
+from commands import PATIENCE, overrides_of, run_in_pool
 from rowwise.launch.slurm import hand_out
 from rowwise.trainer.metrics import read_metrics
 from runs import records
@@ -42,7 +42,7 @@ def test_a_grid_whose_trials_are_jobs(cluster, ranks, tmp_path, nodes):
     varied = ["optim=adamw,lion", f"optim.lr={','.join(rates)}"]
     done = subprocess.run(
         [*SWEEP, "-m", *launcher, "hydra.launcher.array_parallelism=2", *varied, *words],
-        cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=400, check=False,
+        cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     said = done.stdout + done.stderr + "".join(p.read_text() for p in tmp_path.rglob("*_log.*"))
     assert done.returncode == 0, said
@@ -66,7 +66,7 @@ def test_jobs_of_an_array_join_one_search(cluster, tmp_path):
     hand_out("sweep", [*search, *words, *slurm])
     array = cluster.submit(tmp_path / "job.sh")
     for job in (f"{array}_1", f"{array}_2"):
-        shown = cluster.await_state(job, "COMPLETED", "FAILED", seconds=240)
+        shown = cluster.await_state(job, "COMPLETED", "FAILED")
         assert shown["JobState"] == "COMPLETED", Path(shown["StdOut"]).read_text()
     folder = tmp_path / "sweeps/default"
     backend = optuna.storages.journal.JournalFileBackend(str(folder / "journal.log"))
@@ -87,13 +87,13 @@ def test_a_trial_that_is_signalled_before_its_limit_is_queued_again(cluster, ran
         [*SWEEP, "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=2", "optim.lr=1e-3,3e-3", *words],
         cwd=tmp_path, env=cluster.environment, stdout=(tmp_path / "said").open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
-    trial, deadline = tmp_path / "sweeps/default/trial-0", time.monotonic() + 120
+    trial, deadline = tmp_path / "sweeps/default/trial-0", time.monotonic() + PATIENCE
     while len(read_metrics(trial)) < 10:
         assert sweep.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
         time.sleep(0.1)
     array = cluster.run("squeue", "-h", "-t", "R", "-o", "%A").split()[0]
     cluster.run("scancel", "--signal=USR2", array)
-    assert sweep.wait(240) == 0, (tmp_path / "said").read_text()
+    assert sweep.wait(PATIENCE) == 0, (tmp_path / "said").read_text()
     assert [row["state"] for row in rows_of(trial.parent)] == ["complete", "complete"]
     logs = "".join(path.read_text() for path in trial.rglob("stderr.log"))
     assert logs.count("asked to stop: saved step") == 1
