@@ -77,7 +77,10 @@ KEYS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["rigl", "srigl", "pdp", "pdp_rows", "pdp_nm"])
+FORMS_OF_PDP = [pytest.param(method, marks=pytest.mark.full) for method in ("pdp_rows", "pdp_nm")]
+
+
+@pytest.mark.parametrize("method", ["rigl", "srigl", "pdp", *FORMS_OF_PDP])
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder, method):
     config = with_layout(config_of(method, folder), 4, zero=2)
     assert_resumes_to_the_last_bit(ranks, 4, config, folder / f"{method}-bits", stop_at=5)
