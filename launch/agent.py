@@ -115,9 +115,10 @@ def run_workers(job: Job, relay: bool = False) -> Outcome:
 
 @contextlib.contextmanager
 def _environment(job: Job) -> Iterator[None]:
-    """What workers inherit: on a CPU they share its cores, unless it says otherwise; and those of one machine listen on its
-    loopback alone, whatever it says."""
-    given = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _threads(job.nproc)}
+    """What workers inherit: on a CPU they share its cores, unless it says otherwise; those of one machine listen on its
+    loopback alone, and no module of the working directory takes the place of another, whatever it says."""
+    given = {"PYTHONSAFEPATH": "1"}
+    given |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _threads(job.nproc)}
     given |= {} if job.meeting else interfaces()
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)

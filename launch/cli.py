@@ -1,9 +1,14 @@
 """The command `rowwise`: everything that is started from here, by name."""
 
-import importlib
-import os
 import sys
 
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
+
+import importlib
+import os
+
+from rowwise.launch.utf8 import insist_on_utf8
 from rowwise.trainer.files import DiskFull, want_of_room
 from rowwise.trainer.stop import INTERRUPTED
 
@@ -28,6 +33,8 @@ EXAMPLES = """\
 
 def main(arguments: list[str] | None = None) -> int:
     """Hands over to the command's own `main`, and returns its exit code: 0, 1 where it failed, 2 where it was refused."""
+    if arguments is None:
+        insist_on_utf8()
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print(described())

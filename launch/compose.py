@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from rowwise.trainer.keys import unknown_key
+from rowwise.trainer.keys import refuse_control_characters, unknown_key
 from rowwise.trainer.models.config_json import read_shape, refuse_other_shape
 
 Part = TypeVar("Part")
@@ -28,6 +28,7 @@ GROUPS = (
 
 def compose_tree(overrides: list[str]) -> dict[str, Any]:
     """The composed, resolved configuration. Raises ValueError with what was given, what is possible, what to change."""
+    _refuse_more_than_lines(overrides)
     with initialize_config_module("rowwise.conf", version_base="1.3", job_name="train"):
         try:
             config = _composed(overrides)
@@ -88,6 +89,7 @@ def _take_shape_(config: DictConfig, overrides: list[str]) -> None:
 def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Part, DictConfig]:
     """What stands below `name` in conf/NAME.yaml with these overrides, as the dataclass `kind`, strictly; and Hydra's own
     settings there. Raises ValueError."""
+    _refuse_more_than_lines(overrides)
     for override in overrides:
         key, names = key_of(override), [field.name for field in fields(kind)]  # type: ignore[arg-type]
         if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in names:
@@ -98,6 +100,7 @@ def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Par
             tree = OmegaConf.to_container(composed[name], resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(one_line(error)) from None
+    refuse_control_characters(tree, name)
     try:
         # As JSON, because strict validation of Python objects would ask for instances instead of trees.
         return TypeAdapter(kind).validate_json(json.dumps(tree), strict=True), composed.hydra
@@ -105,6 +108,12 @@ def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Par
         first = error.errors(include_url=False)[0]
         where = ".".join([name, *map(str, first["loc"])])
         raise ValueError(f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def _refuse_more_than_lines(overrides: list[str]) -> None:
+    for override in overrides:
+        key, _, value = override.partition("=")
+        refuse_control_characters({key: value})
 
 
 def key_of(override: str) -> str:

@@ -17,8 +17,12 @@ Exit code 0: DIR is complete; 2: refused, and there is no DIR. It gets its name 
 is DIR.incomplete, which the next one removes.
 """
 
-import argparse
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
+
+import argparse
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 

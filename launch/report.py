@@ -11,9 +11,13 @@
 A run may be under way: the page shows what is there. Exit code 0: the page is written; 2: refused.
 """
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
+
 import argparse
 import glob
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

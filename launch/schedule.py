@@ -18,11 +18,15 @@ First comes a schedule's name, a CSV file, or a run: what it measured, under wha
 Exit code 0: the table is printed and all is written; 2: refused.
 """
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
+
 import argparse
 import difflib
 import json
 import math
-import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path

@@ -12,12 +12,16 @@ is refused here. The script is printed, to be read and changed; or
 Exit code 0: all is printed, written or submitted; 2: refused.
 """
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
+
 import argparse
 import re
 import shlex
 import subprocess
-import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -117,10 +121,6 @@ def check_slurm(config: SlurmConfig) -> None:
     for option in config.extra:
         if not option.startswith("-"):
             raise ValueError(f"slurm.extra: {option!r} is no option of sbatch; give one such as --exclusive")
-    for field in fields(SlurmConfig):
-        value = getattr(config, field.name)
-        if any("\n" in text for text in (value if isinstance(value, list) else [str(value)])):
-            raise ValueError(f"slurm.{field.name} holds a line break; each of its entries is one line")
 
 
 def limit_seconds(time: str) -> int:
@@ -153,7 +153,13 @@ def resolve(program: str, overrides: list[str], config: SlurmConfig) -> tuple[Sl
         check(run, config.nodes * workers_of_node(run, config, at_once))
     name = config.name or (sweep.name if program == "sweep" else runs[0].name)
     log = config.log or f"{name.replace('/', '-')}-{'%A_%a' if config.workers > 1 else '%j'}.log"
-    return replace(config, name=name, log=log), [config.python or sys.executable, "-m", PROGRAMS[program], *overrides]
+    return replace(config, name=name, log=log), [
+        config.python or sys.executable,
+        "-P",
+        "-m",
+        PROGRAMS[program],
+        *overrides,
+    ]
 
 
 def trials_at_once(overrides: list[str], config: SlurmConfig) -> int:
@@ -196,7 +202,7 @@ def script(config: SlurmConfig, command: list[str]) -> str:
     srun = "srun --ntasks-per-node=1 --kill-on-bad-exit=1"
     if config.cpus_per_task is not None:
         srun += f" --cpus-per-task={config.cpus_per_task}"  # which srun no longer takes from sbatch
-    program, options = shlex.join(command[:3]), command[3:]
+    program, options = shlex.join(command[:4]), command[4:]
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in sbatch_options(config)),

@@ -11,13 +11,18 @@ saved. The run goes on where nobody reads what it prints.
 Exit code 0: the run is complete, or was asked to stop and saved; 2: it was refused before it began; 1: it failed.
 """
 
-import argparse
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
+
+import argparse
 from pathlib import Path
 
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.train import print_configuration
+from rowwise.launch.utf8 import insist_on_utf8
 
 EXIT = {"complete": 0, "stopped": 0, "refused": 2, "failed": 1}
 
@@ -70,4 +75,5 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    insist_on_utf8()
     sys.exit(main())

@@ -7,9 +7,13 @@ Arguments are Hydra overrides (`key=value`, `group=choice`, `experiment=name`); 
 Exit code 2: the run was refused before it began; 1: it failed; 0: it is complete, or was asked to stop and saved.
 """
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
+
 import argparse
 import os
-import sys
 import traceback
 from collections.abc import Callable
 
@@ -18,6 +22,7 @@ from omegaconf import OmegaConf
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.outcome import Ended
 from rowwise.launch.streams import patient_streams
+from rowwise.launch.utf8 import insist_on_utf8
 from rowwise.trainer.stop import INTERRUPTED, answering, end_now
 
 
@@ -70,6 +75,7 @@ def _interrupted(number: int, left: Callable[[float], bool]) -> None:
 
 def run() -> None:
     """The process: ends with the exit code of `main`, at once where it failed."""
+    insist_on_utf8()
     with patient_streams():
         try:
             with answering(_interrupted):

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from rowwise.launch.compose import compose_tree
+from rowwise.launch.compose import compose_tree, one_line
 from rowwise.launch.outcome import Ended, Failed, Refused, clear_outcome, give_room, keep_room
 from rowwise.launch.workers import (
     announce,
@@ -71,7 +71,7 @@ def begun(overrides: list[str], workers: Workers) -> Iterator[TrainConfig]:
             keep_room(run_dir)
     except (ValueError, OSError, DiskFull) as error:
         full = want_of_room(error)
-        end: Ended = Refused(str(error)) if full is None else Failed(_told(full, run_dir))
+        end: Ended = Refused(one_line(error)) if full is None else Failed(_told(full, run_dir))
         announce_end(workers, end)
         raise end from None
     try:

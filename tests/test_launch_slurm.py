@@ -9,6 +9,7 @@ import subprocess
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -17,6 +18,8 @@ from rowwise.launch.slurm import PROGRAMS, SlurmConfig, compose_slurm, limit_sec
 SRUN = """#!/bin/bash
 trap 'echo USR1 >> "$FOLDER/heard"; exit ${CODE:-0}' USR1
 printf '%s\\n' "$@" > "$FOLDER/arguments"
+printf '%s\\0' "$@" > "$FOLDER/given"
+printf '%s' "$ROWWISE_TOKEN" > "$FOLDER/token"
 sleep ${SECONDS_OF_SRUN:-0} & wait $!
 exit ${CODE:-0}
 """
@@ -48,7 +51,7 @@ def _file(path: Path, text: str):
     return path.open()
 
 
-def text_of(*words: str, command: tuple[str, ...] = ("python", "-m", "it")) -> str:
+def text_of(*words: str, command: tuple[str, ...] = ("python", "-P", "-m", "it")) -> str:
     return script(replace(compose_slurm(list(words)), name="a run", log="log-%j"), list(command))
 
 
@@ -85,7 +88,7 @@ def test_the_script_of_a_run(capsys):
         "#SBATCH --requeue",
     ]
     assert rest.startswith("set -e\nmodule load cuda\n")
-    assert "\n    python -m rowwise.launch.start \\\n    nproc=8 \\\n    batch.global_size=128 &\n" in text
+    assert "\n    python -P -m rowwise.launch.start \\\n    nproc=8 \\\n    batch.global_size=128 &\n" in text
     assert text.endswith("\nexit $code\n")
 
 
@@ -98,7 +101,7 @@ def test_a_node_has_as_many_workers_as_gpus():
 def test_the_jobs_of_a_search():
     words = ["sweep.name=lr", "sweep.search=tpe", "sweep.parallel=2", "optim.lr=interval(1e-4,1e-2)"]
     config, command = resolve("sweep", words, compose_slurm(["slurm.workers=3", "slurm.gpus_per_node=4"]))
-    assert command[1:] == ["-m", PROGRAMS["sweep"], *words, "nproc=2"]
+    assert command[1:] == ["-P", "-m", PROGRAMS["sweep"], *words, "nproc=2"]
     assert (config.name, config.log) == ("lr", "lr-%A_%a.log")
     assert "#SBATCH --array=1-3\n" in script(config, command)
 
@@ -125,10 +128,40 @@ def test_every_key_changes_the_script_and_bash_reads_it(tmp_path):
 
 def test_overrides_arrive_as_they_were_given(slurm, tmp_path):
     odd = ["name=two words", "sample.prompt='it''s \"$HOME\" `pwd` \\\\ *'", "data.files=[a,b]", "x=a#b;c&d|e"]
-    assert slurm(text_of("slurm.cpus_per_task=8", command=("python", "-m", "it", *odd))).wait(20) == 0
+    assert slurm(text_of("slurm.cpus_per_task=8", command=("python", "-P", "-m", "it", *odd))).wait(20) == 0
     arguments = said(tmp_path, "arguments")
-    assert arguments == ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpus-per-task=8", "python", "-m", "it", *odd]
+    assert arguments == [
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+        "--cpus-per-task=8",
+        "python",
+        "-P",
+        "-m",
+        "it",
+        *odd,
+    ]
     assert "#SBATCH --job-name='a run'\n" in text_of()
+
+
+def test_what_bash_is_given_is_what_was_given(slurm, tmp_path):
+    """1,000 random strings, read back from srun; names and files too."""
+    draw, special = Random(7), "'\"\\$`!#&;|<>(){}[]*?~^%=, \t\n-/.a7é漢🙂"
+    words = ["".join(draw.choices(special, k=draw.randrange(1, 40))) for _ in range(1000)]
+    config = replace(compose_slurm(["slurm.nodes=2"]), name="it's $(touch ran) `touch ran`", log="a 'b' $HOME")
+    assert slurm(script(config, ["py thon'", "-P", "-m", "it", *words])).wait(60) == 0
+    given = (tmp_path / "given").read_bytes().decode().split("\0")[:-1]
+    assert given[2:] == ["py thon'", "-P", "-m", "it", *words]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_nodes_of_a_job_know_a_token_that_its_script_does_not_say(slurm, tmp_path):
+    tokens = []
+    for nodes in (2, 2, 1):
+        text = text_of(f"slurm.nodes={nodes}")
+        assert slurm(text).wait(20) == 0
+        tokens.append((tmp_path / "token").read_text())
+        assert tokens[-1] not in text or nodes == 1
+    assert re.fullmatch(r"[0-9a-f]{64}", tokens[0]) and tokens[0] != tokens[1] and tokens[2] == ""
 
 
 @pytest.mark.parametrize("code", [0, 2, 138])
@@ -176,7 +209,10 @@ REFUSED = {
     "signal": (["slurm.signal_seconds=0"], r"slurm.signal_seconds=0: Slurm takes 1 to 65535"),
     "memory": (["slurm.mem=64 gigabytes"], r"slurm.mem=64 gigabytes: give a whole number with K, M, G or T"),
     "an option that is none": (["slurm.extra=[exclusive]"], r"slurm.extra: 'exclusive' is no option of sbatch"),
-    "two lines": (['slurm.name="a\nb"'], r"slurm.name holds a line break"),
+    "two lines": (
+        ['slurm.name="a\nb"'],
+        r"slurm.name=.* holds a control character \(U\+000A\); give a string of one line",
+    ),
     "not an override": (["slurm.setup=[a"], r"slurm.setup|no viable alternative"),
     "no workers": (["nproc=null"], r"nproc is not given, .*give nproc, .*or slurm.gpus_per_node"),
     "more workers than GPUs": (

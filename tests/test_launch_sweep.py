@@ -92,6 +92,12 @@ REFUSED = {
     "a grid with an interval": (["optim.lr=interval(1e-4,1e-2)", "sweep.search=grid"], "give some, or a search"),
     "an interval that goes down": (["optim.lr=interval(1e-2,1e-4)", "sweep.search=tpe"], "an interval goes upwards"),
     "a logarithm of nothing": (["optim.lr=tag(log,interval(0,1))", "sweep.search=tpe"], "from above 0"),
+    "an empty range": (["seed=range(1,0)"], "seed=range(1,0): it has no value; give some"),
+    "a range without end": (["seed=range(0,1000000000)"], "it has more than 10,000 values"),
+    "a group's choices": (["optim=glob(*)"], "optim=glob(*): what lies in a group is not looked up here; give optim=A,B"),
+    "a password": (
+        ["seed=1,2", "sweep.search=tpe", "sweep.storage=nowhere://me:secret@x"], "sweep.storage=nowhere://me:***@x: "
+    ),
     "a value twice": (["seed=1,1"], "a value stands there twice"),
     "a folder of one's own": (["seed=1,2", "run_dir=here"], "a sweep gives every trial its own"),
     "another sweeper": (["seed=1,2", "hydra/sweeper=basic"], "a sweep sets this itself"),

@@ -1,6 +1,7 @@
 """The command itself, under a real torchrun: refusals, errors, signals, a killed worker."""
 
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -74,3 +75,28 @@ def test_a_worker_killed_under_torchrun(ranks, tmp_path):
     run_in_pool(ranks, [*overrides, f"run_dir={tmp_path}/whole"])
     assert interrupted == records(tmp_path / "whole")
     assert len(interrupted[0]) == len(SAME_EVERYWHERE)
+
+
+def test_a_name_outside_ascii_under_a_locale_of_ascii(tmp_path):
+    """What such a locale hands to a program is half a character each; files would get other names than elsewhere."""
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PATH": "/bin"}
+    for module in ("cli", "start", "train"):
+        program = [
+            sys.executable,
+            "-m",
+            f"rowwise.launch.{module}",
+            *["train"] * (module == "cli"),
+            "--cfg",
+            "name='é漢'",
+        ]
+        done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, check=False)
+        assert done.stdout.decode().startswith("name: é漢\nrun_dir: runs/é漢\n"), done.stderr.decode()
+
+
+def test_no_module_of_the_working_directory_is_imported(tmp_path):
+    """All of them, in all commands: tests/attack/test_working_directory.py."""
+    for name in ("argparse", "omegaconf", "sitecustomize", "hydra_plugins"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')\n")
+    program = [sys.executable, "-m", "rowwise.launch.train", "--cfg", "steps=3"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "\nsteps: 3\n" in done.stdout and not (tmp_path / "ran").exists(), done.stderr

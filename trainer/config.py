@@ -21,7 +21,7 @@ from rowwise.trainer.data.batches import BatchConfig, check_batch
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.evaluate import EvalConfig
 from rowwise.trainer.files import full_path
-from rowwise.trainer.keys import check_folder_name, unknown_key
+from rowwise.trainer.keys import check_folder_name, refuse_control_characters, unknown_key
 from rowwise.trainer.manifest import CheckpointConfig, check_checkpoint
 from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_count, parameter_shapes
 from rowwise.trainer.sample import SampleConfig
@@ -71,7 +71,8 @@ _SCHEDULES: TypeAdapter[ScheduleConfig] = TypeAdapter(Annotated[ScheduleConfig, 
 def config_from_tree(tree: dict[str, Any]) -> TrainConfig:
     """The typed configuration of a composed tree, strictly, with the learning rate that the model's size asks for where
     `optim.lr` is null, and the home folder for the `~` of `run_dir`. Raises ValueError for an unknown key, a missing one or a
-    wrong type, and names it."""
+    wrong type, and names it; and for a string of more than a line."""
+    refuse_control_characters(tree)
     by_size = isinstance(tree.get("optim"), dict) and tree["optim"].get("lr", 0) is None
     if by_size:
         tree = {**tree, "optim": {**tree["optim"], "lr": 1.0}}

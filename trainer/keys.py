@@ -1,7 +1,13 @@
-"""What is said of a key that does not exist, and of a name that names no folder. Needs no torch: what is mistyped is refused
-without waiting for it."""
+"""What is said of a key that does not exist, of a string that no file can hold, and of a name that names no folder. Needs no
+torch: what is mistyped is refused without waiting for it."""
 
 import difflib
+import os
+import re
+import unicodedata
+from typing import Any
+
+LONGEST_NAME = 200  # bytes: file systems take 255, of which a log's number, or `.incomplete`, needs some
 
 
 def unknown_key(path: str, possible: list[str]) -> str:
@@ -13,7 +19,39 @@ def unknown_key(path: str, possible: list[str]) -> str:
     return f"unknown key {path}: {where} has {', '.join(sorted(possible))}{hint}"
 
 
+def refuse_control_characters(tree: Any, path: str = "") -> None:
+    """Raises ValueError where a key or a string of a plain tree holds a control character or a line break: names go into batch
+    scripts, records and terminals, line by line; or half a character (of bytes that are no UTF-8), which no file can hold."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            refuse_control_characters(str(key), f"a key of {path or 'the configuration'}")
+            refuse_control_characters(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list):
+        for number, value in enumerate(tree):
+            refuse_control_characters(value, f"{path}[{number}]")
+    elif isinstance(tree, str):
+        bad = next((one for one in tree if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp")), None)
+        if bad is not None:
+            what = "half a character" if unicodedata.category(bad) == "Cs" else "a control character"
+            raise ValueError(
+                f"{path}={_told(tree)} holds {what} (U+{ord(bad):04X}); give a string of one line without it"
+            )
+
+
+def without_password(text: str) -> str:
+    """The same with stars for the password of every URL in it."""
+    hidden = re.sub(r"(://[^/?#\s]*?:)[^/?#\s]*@", r"\1***@", text)
+    return re.sub(r"(?i)([?&;](?:password|passwd|pwd|token)=)[^&;#\s]*", r"\1***", hidden)
+
+
+def _told(text: str) -> str:
+    text = without_password(text)
+    return ascii(text if len(text) <= 60 else f"{text[:57]}...")
+
+
 def check_folder_name(key: str, name: str) -> None:
     """Raises ValueError where a run or a sweep cannot be called so."""
     if name in ("", ".", "..") or "/" in name:
         raise ValueError(f"{key}={name!r}: a run name is the name of a folder, and holds no '/'")
+    if (size := len(os.fsencode(name))) > LONGEST_NAME:
+        raise ValueError(f"{key}={_told(name)} has {size} bytes: a run name has at most {LONGEST_NAME}")

@@ -12,8 +12,12 @@ command again goes on with what is not finished; a trial that fails is recorded 
 Exit code 0: every trial has ended, or the sweep was asked to stop; 2: refused before the first.
 """
 
-import argparse
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
+
+import argparse
 from pathlib import Path
 
 from rowwise.launch.streams import patient_streams

@@ -25,6 +25,7 @@ from rowwise.trainer.stop import hearing
 def multirun(config: SweepConfig, space: Space, words: list[str]) -> list[Trial]:
     """Every combination, by Hydra's launcher. Raises ValueError where the folder is of another sweep, or in use."""
     folder, grid = Path(config.folder).absolute(), list(space.grid())
+    os.environ["PYTHONSAFEPATH"] = "1"  # jobs inherit it too: no module of the working directory is theirs
     os.environ.setdefault(TOKEN, secrets.token_hex(32))  # for jobs of several machines, which inherit it
     folder.mkdir(parents=True, exist_ok=True)
     try:

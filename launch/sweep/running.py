@@ -79,7 +79,7 @@ def start_trial(
     ours += [f"--log-dir={folder / 'logs'}", f"--parent={os.getpid()}"]
     with (folder / "agent.log").open("ab") as log:
         agent = subprocess.Popen(
-            [sys.executable, "-m", "rowwise.launch.start", *ours, *words],
+            [sys.executable, "-P", "-m", "rowwise.launch.start", *ours, *words],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
     return agent, run.steps

@@ -21,6 +21,7 @@ from rowwise.launch.sweep.running import Running, outcome_of, slot_environment, 
 from rowwise.launch.sweep.runs import first_rung, largest_nproc
 from rowwise.launch.sweep.space import Choice, Interval, Space
 from rowwise.launch.sweep.trials import Trial, result
+from rowwise.trainer.keys import without_password
 from rowwise.trainer.metrics import MetricsTail, number
 from rowwise.trainer.stop import hearing
 
@@ -46,7 +47,9 @@ class Search:
             keep_plan(self.folder, plan)
             self.study = open_study(config, self.folder, first_rung(config, space))
             if self.study.user_attrs.get("plan", plan) != plan:
-                raise ValueError(f"{config.storage} holds another search called {config.name}; give another sweep.name")
+                raise ValueError(
+                    f"{without_password(str(config.storage))} holds another search called {config.name}; give another sweep.name"
+                )
             self.study.set_user_attr("plan", plan)
         self.grid = list(space.grid()) if config.search == "grid" else []
         self.limit = len(self.grid) or config.trials
@@ -238,9 +241,9 @@ def open_study(config: SweepConfig, folder: Path, first_rung: int) -> optuna.Stu
                 storage=open_storage(config, folder), study_name=config.name, pruner=pruner, load_if_exists=True
             )
         except Exception as error:  # of the many that databases have
-            said = str(error).splitlines()[0]
+            said = without_password((str(error).splitlines() or [type(error).__name__])[0])
             time.sleep(attempt)  # another process may be making the same tables
-    raise ValueError(f"sweep.storage={config.storage}: {said}")
+    raise ValueError(f"sweep.storage={without_password(str(config.storage))}: {said}")
 
 
 def open_storage(config: SweepConfig, folder: Path) -> optuna.storages.BaseStorage:

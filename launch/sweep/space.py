@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 
 from rowwise.launch.compose import one_line
 
+MOST_VALUES = 10_000  # of a key
 MAY_CHANGE = ("nproc=", "parallel.", "parallel=", "checkpoint.", "tracker", "log_every=", "compile=")
 
 
@@ -104,8 +105,13 @@ def parse_space(arguments: Sequence[str]) -> Space:
 
 def _values_of(override: Override) -> Choice | Interval:
     key, line = override.get_key_element(), override.input_line
+    if isinstance(override.value(), Glob):
+        raise ValueError(f"{line}: what lies in a group is not looked up here; give {key}=A,B")
     if override.is_discrete_sweep():
-        values = tuple(override.sweep_string_iterator())
+        values = tuple(itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1))
+        if not values or len(values) > MOST_VALUES:
+            how = f"more than {MOST_VALUES:,} values" if values else "no value; give some"
+            raise ValueError(f"{line}: it has {how}, such as {key}=A,B or range(1,4)")
         if len(set(values)) < len(values):
             raise ValueError(f"{line}: a value stands there twice; give each once")
         return Choice(values)
