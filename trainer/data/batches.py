@@ -134,7 +134,7 @@ def step_digests(corpus: Corpus, config: BatchConfig, seed: int, position: int) 
         chosen = position + position // config.global_size % config.global_size
         (index,) = sample_indices(chosen, 1, corpus.samples, f"train/{seed}")
         sample = corpus.sample(int(index))
-        yield zlib.crc32(sample.labels, zlib.crc32(sample.inputs)) >> 12
+        yield zlib.crc32(sample.labels.data, zlib.crc32(sample.inputs.data)) >> 12
         position += config.global_size
 
 

@@ -1,6 +1,6 @@
 """Documents in pieces that memory holds: what is tokenized at once, and where a long text is cut.
 
-A document of more than a mebibyte is tokenized in pieces of at most that, cut after the last line break that stands between
+A document of more than 256 KiB is tokenized in pieces of at most that, cut after the last line break that stands between
 two characters that are no white space: there byte-level tokenizers (GPT-2's, Llama 3's, Qwen's) cut too, so that the tokens are
 those of the whole. Where there is none it is cut after another line break, after a space, or between two
 characters; and a tokenizer that puts a mark before every text (SentencePiece's leading space) puts it before every piece.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 256 << 10
 LONG_BYTES = 256 << 10  # from here on a document is left in its file, and its end may be held out
 
 

@@ -24,9 +24,9 @@ from rowwise.trainer.data.pieces import PIECE_BYTES, Document, Piece, pieces
 from rowwise.trainer.data.tokenizer import Tokenizer
 from rowwise.trainer.files import writing
 
-_BATCH, _BATCH_BYTES = 256, 4 << 20  # that are tokenized at a time
+_BATCH, _BATCH_BYTES = 256, 1 << 20  # that are tokenized at a time
 _SAY_SECONDS = 5.0
-_FORMAT = 4
+_FORMAT = 5
 
 
 def cached_store(config: Stdlib | Text | Hf, files: Sequence[Path], tokenizer: Tokenizer) -> Store:
