@@ -62,6 +62,7 @@ def test_steps_that_say_nothing_are_passed_over():
         {"lr": 3.0, "loss": None, "grad_norm": None, "loss_scale": 4.0},  # an overflow of fp16
         {"lr": 4.0, "loss": None, "grad_norm": None, "loss_scale": 1.0},
         {"lr": 5.0, "loss": 9.0, "grad_norm": None},
+        {"loss": 9.0},  # damaged
     ]
     assert points_of(made) == [(1.0, 2.0), (4.0, math.inf), (5.0, math.inf)]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.metrics import number, read_metrics
 
 KEPT = 0.8  # of the average, at each step
 FIRST = 5  # steps, of which an average says too little
@@ -91,10 +91,13 @@ def points_of(records: Sequence[dict[str, Any]]) -> list[Point]:
     """The points in records of metrics.jsonl. A step without tokens says nothing, nor one that a smaller loss scale may mend."""
     points: list[Point] = []
     for record in records:
-        if record["grad_norm"] is not None and record["loss"] is not None:
-            points.append((record["lr"], record["loss"]))
-        elif record["grad_norm"] is None and record.get("loss_scale", 1) <= 1:
-            points.append((record["lr"], math.inf))
+        lr, loss, norm = (number(record.get(key)) for key in ("lr", "loss", "grad_norm"))
+        if lr is None:  # a record that was damaged
+            continue
+        if norm is not None and loss is not None:
+            points.append((lr, loss))
+        elif norm is None and (number(record.get("loss_scale")) or 1) <= 1:
+            points.append((lr, math.inf))
     return points
 
 

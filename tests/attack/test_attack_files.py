@@ -16,7 +16,8 @@ from rowwise.launch import worker
 from rowwise.launch.outcome import Ended, Outcome, write_outcome
 from rowwise.trainer.files import remove
 from rowwise.trainer.manifest import complete_checkpoints
-from runs import final_tensors, records
+from rowwise.trainer.metrics import read_metrics
+from runs import SAME_EVERYWHERE, final_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -125,6 +126,11 @@ def told(workers, overrides: list[str]) -> tuple[str, str, str]:
         except Ended as end:
             ended = end.state, str(end)
     return *ended, said.getvalue()
+
+
+def records(run: Path) -> list[tuple]:
+    """What every run has the same; None where a damaged record has lost it."""
+    return [tuple(record.get(key) for key in SAME_EVERYWHERE) for record in read_metrics(run)]
 
 
 def words(folder: Path, run: Path, steps: int) -> list[str]:
