@@ -48,12 +48,12 @@ def workers_from_environment() -> Workers:
         return Workers()
     if START in os.environ:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_MEETING)
-        store.set_timeout(_PATIENCE)
-        store = dist.PrefixStore(f"rowwise/{os.environ[START]}", store)
+        shared: dist.Store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_MEETING)
+        shared.set_timeout(_PATIENCE)
+        store: dist.Store = dist.PrefixStore(f"rowwise/{os.environ[START]}", shared)
     else:
-        store, rank, world_size = next(rendezvous("env://", timeout=_MEETING))
-        store = _meet(store, rank, world_size)
+        shared, rank, world_size = next(rendezvous("env://", timeout=_MEETING))
+        store = _meet(shared, rank, world_size)
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Workers(rank, world_size, local_rank, local_world_size, store)

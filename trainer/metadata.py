@@ -41,8 +41,11 @@ class Forbidden(ValueError):
     """A pickle that names what has no place in it."""
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined] # the one in Python, whose steps can be looked at
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+_InPython: Any = pickle._Unpickler  # whose steps can be looked at
+
+
+class _Unpickler(_InPython):
+    dispatch: ClassVar = dict(_InPython.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ADMITTED:
