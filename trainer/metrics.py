@@ -34,7 +34,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, step: int, recorded: Recorded | None = None):
         self._path, self.remarks = run_dir / "metrics.jsonl", list[str]()
         recorded = recorded or Recorded()
-        content = self._path.read_bytes() if os.path.lexists(self._path) else b""
+        content = _content(self._path)
         found, faults = sort_out(content)
         began = min([step, *(at - 1 for at in found)]) if recorded.began is None else recorded.began
         text = "".join(f"{found[at]}\n" for at in sorted(found) if began < at <= step)
@@ -97,6 +97,16 @@ class MetricsLog:
         self._file.close()
 
 
+def _content(path: Path) -> bytes:
+    """What is in the file; nothing where there is none. Raises OSError, which names it."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:  # one of reading does not say of what
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def sort_out(content: bytes) -> tuple[dict[int, str], list[str]]:
     """The lines that are records, by their steps, and what is wrong with the others, a phrase each. What follows the last
     line break was cut off."""
@@ -157,7 +167,7 @@ def spans(numbers: list[int], most: int = 5) -> str:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of a run so far, as they stand there; what is no record is passed over. Raises OSError."""
     path = Path(run_dir) / "metrics.jsonl"
-    content = path.read_bytes() if path.exists() else b""
+    content = _content(path)
     return [record for line in content.split(b"\n")[:-1] if (record := record_of(line)) is not None]
 
 
