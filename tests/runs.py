@@ -204,3 +204,21 @@ def _rank(rank: int, world_size: int, port: int, config: TrainConfig, log: Path)
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
+
+
+def manifest_at(step: int) -> dict:
+    """A manifest in the form that is written, of a model that no run has."""
+    parts = {key: {} for key in ("batch", "data", "model", "optim", "precision", "schedule")}
+    return {
+        "step": step,
+        "tokens": 100 * step,
+        "state": TrainState(step, 8 * step, 100 * step, step).to_tree(),
+        "precision": "fp32",
+        "model": {},
+        "states": {},
+        "data": {},
+        "fingerprint": {"config": "a", "data": "b"},
+        "layout": {"world_size": 1},
+        "config": {"resume": "auto", "steps": 10, **parts},
+        "records": {"began": 0, "sha256": None},
+    }

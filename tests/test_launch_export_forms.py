@@ -23,6 +23,7 @@ from rowwise.trainer.models.condensed import CondensedLinear
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
 from rowwise.trainer.models.forms import open_exported, semi_structured_weight
 from rowwise.trainer.models.huggingface import INDEX, check_source, their_name
+from runs import manifest_at
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled",
@@ -65,10 +66,11 @@ def saved_run(folder: Path, model: ModelConfig, weights: Weights, precision: str
     tree |= {"model": tree["model"] | vars(model), "sparsity": {"name": "none"} | sparsity}
     if model.rope_scaling is not None:
         tree["model"]["rope_scaling"] = vars(model.rope_scaling)
+    (folder / "run").mkdir()
     partial = begin(folder / "run" / "checkpoints", 1)
     dcp.save({f"model.{name}": w for name, w in weights.items()}, checkpoint_id=partial, no_dist=True)
     files = {path.name: file_facts(path) for path in partial.iterdir()}
-    commit(partial, {"step": 1, "config": tree, "files": files})
+    commit(partial, manifest_at(1) | {"config": tree, "files": files})
     return folder / "run"
 
 

@@ -33,26 +33,9 @@ from rowwise.trainer.metrics import MetricsLog, MetricsTail, Recorded, RunMoved,
 from rowwise.trainer.prepare import is_held, lock_run
 from rowwise.trainer.resume import find_resume
 from rowwise.trainer.state import TrainState
+from runs import manifest_at
 
 LINES = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 9)]
-
-
-def manifest_at(step: int) -> dict:
-    """A manifest in the form that is written, of a model that no run has."""
-    parts = {key: {} for key in ("batch", "data", "model", "optim", "precision", "schedule")}
-    return {
-        "step": step,
-        "tokens": 100 * step,
-        "state": TrainState(step, 8 * step, 100 * step, step).to_tree(),
-        "precision": "fp32",
-        "model": {},
-        "states": {},
-        "data": {},
-        "fingerprint": {"config": "a", "data": "b"},
-        "layout": {"world_size": 1},
-        "config": {"resume": "auto", "steps": 10, **parts},
-        "records": {"began": 0, "sha256": None},
-    }
 
 
 def save(checkpoints: Path, step: int, **changed) -> Path:

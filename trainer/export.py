@@ -111,7 +111,7 @@ def tokenizer_of(data: dict[str, Any], choice: str | None, vocab_size: int) -> t
     content = byte_tokenizer_json().encode() if given == "bytes" else path.read_bytes()
     if end_of_text is not None:
         settings["eos_token"] = end_of_text
-        separator = int(tokenizer.encode([b""])[0][-1])  # what an empty document becomes ends in its end
+        separator = tokenizer.end[0]
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}, separator
 
 

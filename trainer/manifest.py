@@ -231,6 +231,8 @@ def damage(checkpoint: Path, files: Iterable[tuple[str, FileFacts]]) -> list[str
 def find_checkpoints(path: Path) -> list[Path]:
     """What a user may name: a checkpoint, or a folder of them, or a run. The newest first, with those that have lost their
     manifest. Raises ValueError where the folder cannot be read."""
+    if path.is_file():
+        return []
     if _is_there(path / MANIFEST):
         return [path]
     return step_folders(path) or step_folders(path / "checkpoints")
