@@ -86,7 +86,7 @@ REFUSED = {
     "a value that one trial refuses": (["batch.micro_size=2,3"], "the trial batch.micro_size=3: "),
     "a choice that is none": (["optim=adamw,adamww"], "adamww"),
     "a layout for which there are too few": (["parallel.shard=1,2", "nproc=1"], "the trial parallel.shard=2: "),
-    "more ranks than a batch has for them": (["seed=1,2", "nproc=4096"], "does not divide into 4096 data-parallel ranks"),
+    "more ranks than a batch has for them": (["seed=1,2", "nproc=512"], "does not divide into 512 data-parallel ranks"),
     "nothing is varied": (["seed=1"], "nothing is varied"),
     "an interval without a search": (["optim.lr=interval(1e-4,1e-2)"], "give some, or a search"),
     "a grid with an interval": (["optim.lr=interval(1e-4,1e-2)", "sweep.search=grid"], "give some, or a search"),
