@@ -64,11 +64,13 @@ def _described(path: Path, cause: BaseException) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes beside `path` under this process's own name, then renames. Raises DiskFull."""
+    """Writes beside `path` under this process's own name, and renames once the disk has it. Raises DiskFull."""
     partial = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with writing(path):
-            partial.write_text(text, encoding="utf-8")
+        with writing(path), partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

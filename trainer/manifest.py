@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from rowwise.trainer.files import free_name, from_json, remove, to_json
+from rowwise.trainer.files import free_name, from_json, remove, to_json, write_whole
 from rowwise.trainer.manifest_form import VERSION, FileFacts, Manifest
 
 SAVED = ".saved"
@@ -167,13 +167,8 @@ def commit(folder: Path, manifest: dict[str, Any]) -> Path:
                 f"{path} was written by another rank and is not seen by rank 0: run_dir must be on a "
                 "file system that all machines share"
             )
-    partial = folder / (MANIFEST + _INCOMPLETE)
     manifest = {"version": VERSION, **manifest}
-    with partial.open("w") as file:
-        file.write(to_json({**manifest, "checksum": fingerprint(manifest)}, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(folder / MANIFEST)
+    write_whole(folder / MANIFEST, to_json({**manifest, "checksum": fingerprint(manifest)}, indent=1))
     _sync_folder(folder)
     final = folder.with_name(folder.name.removesuffix(_INCOMPLETE))
     if os.path.lexists(final):

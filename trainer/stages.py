@@ -1,7 +1,6 @@
 """What a pipeline does with a model: which layers each stage has, and in which order stages work."""
 
 import json
-import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rowwise.parallel.schedule.generate import GENERATORS, Shape, check_shape, m
 from rowwise.parallel.schedule.order import Schedule, loop_placement, parse_action, read_csv, v_placement
 from rowwise.parallel.schedule.search import find_schedule
 from rowwise.parallel.schedule.simulate import Costs, Gathering, Timeline
+from rowwise.trainer.files import from_json, to_json, write_whole
 from rowwise.trainer.measure import PartTimes, read_part_times, write_part_times
 from rowwise.trainer.models.decoder import ModelConfig, layer_flops
 
@@ -196,12 +196,7 @@ def save_plan(plan: Plan, times: PartTimes, made_for: dict[str, Any], folder: Pa
         "layers": [[own.start, own.stop] for own in plan.layers],
         "schedule": [[str(action) for action in actions] for actions in plan.schedule.ranks],
     }
-    partial = folder / (PLAN_FILE + ".incomplete")
-    with partial.open("w") as file:
-        json.dump(saved, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / PLAN_FILE)
+    write_whole(folder / PLAN_FILE, to_json(saved, indent=1))
 
 
 def saved_plan(made_for: dict[str, Any], ranks: int, stages: int, micro_batches: int, folder: Path) -> Plan | None:
@@ -211,7 +206,7 @@ def saved_plan(made_for: dict[str, Any], ranks: int, stages: int, micro_batches:
     if not path.is_file():
         return None
     try:
-        saved = json.loads(path.read_text())
+        saved = from_json(path.read_bytes())
         if saved["made_for"] != made_for:
             return None
         rows = tuple(tuple(parse_action(cell) for cell in row) for row in saved["schedule"])
