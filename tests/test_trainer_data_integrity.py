@@ -21,7 +21,7 @@ from rowwise.trainer.data.batches import Prefetch
 from rowwise.trainer.data.config import Text, Tokens
 from rowwise.trainer.data.corpus import Corpus
 from rowwise.trainer.data.integrity import FILES, META, DataDamaged
-from rowwise.trainer.data.open import open_data
+from rowwise.trainer.data.open import open_data, told_of_data
 from runs import named, run_train
 
 
@@ -133,6 +133,54 @@ def test_tokens_beyond_the_vocabulary_that_the_record_states_are_refused(corpus,
     (given / META).write_text(json.dumps(tree | {"sha256": integrity._hash_of(tree)}))
     with pytest.raises(ValueError, match=r"given holds the token 11\d, and its record says that there are 100; give"):
         open_data(Tokens(files=str(given)), 16, 256)
+
+
+@pytest.fixture
+def of_an_earlier_release(corpus, tmp_path) -> Path:
+    """A corpus folder as the first releases wrote it."""
+    given = tmp_path / "given"
+    shutil.copytree(store_of(corpus), given)
+    tree = json.loads((given / META).read_text())
+    (given / META).write_text(json.dumps({key: tree[key] for key in ("dtype", "vocab_size", "fingerprint", "tokens")}))
+    return given
+
+
+def test_a_corpus_of_an_earlier_release_is_read_and_gets_hashes(corpus, of_an_earlier_release, capsys):
+    config = Tokens(files=str(of_an_earlier_release))
+    now = open_data(Tokens(files=str(store_of(corpus))), 16, 256)
+    first, again = open_data(config, 16, 256), open_data(config, 16, 256)
+    assert (of_an_earlier_release / META).read_text() == (store_of(corpus) / META).read_text()
+    assert first.train.fingerprint == again.train.fingerprint == now.train.fingerprint
+    assert list(first.read.values()) == list(now.read.values()) and not first.unhashed
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{of_an_earlier_release} is of an earlier release" in said
+    flip(of_an_earlier_release / "train.bin")
+    with pytest.raises(ValueError, match=r"train\.bin is damaged: bytes 0 to"):
+        open_data(config, 16, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for name in FILES for damage in (*ANY, swap) if damage is not lengthen or name.endswith(".bin")],
+)
+def test_damage_to_a_corpus_of_an_earlier_release_gets_no_hashes(of_an_earlier_release, name, damage):
+    before = (of_an_earlier_release / META).read_bytes()
+    damage(of_an_earlier_release / name)
+    with pytest.raises(ValueError) as refusal:
+        open_data(Tokens(files=str(of_an_earlier_release)), 16, 256)
+    assert str(of_an_earlier_release) in str(refusal.value) and "\n" not in str(refusal.value)
+    assert (of_an_earlier_release / META).read_bytes() == before
+
+
+def test_a_corpus_of_an_earlier_release_that_cannot_be_written_is_read_and_said_to_be(
+    of_an_earlier_release, monkeypatch, capsys
+):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    before, config = (of_an_earlier_release / META).read_bytes(), Tokens(files=str(of_an_earlier_release))
+    data = open_data(config, 16, 256)
+    assert data.unhashed == (of_an_earlier_release,) and (of_an_earlier_release / META).read_bytes() == before
+    (told,) = [line for line in told_of_data(config, data, 1) if "without hashes" in line]
+    assert told.startswith(f"{of_an_earlier_release} is of an earlier release") and not capsys.readouterr().err
 
 
 def watched(data, seconds: float = 5.0) -> str | None:

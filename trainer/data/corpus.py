@@ -144,11 +144,16 @@ class Store:
     def read(self) -> dict[str, str]:
         """By the path of each file, a hash of what was read of it."""
         left = {piece.path for piece in self.unread}
-        paths = {name: self.folder / name for name in self.record.files}
+        files = {self.folder / name: facts.sha256 for name, facts in self.record.files.items()}
         return {
-            str(path): file_fingerprint(path) if path in left else "".join(self.record.files[name].sha256)
-            for name, path in paths.items()
+            str(path): "".join(hashes) if hashes and path not in left else file_fingerprint(path)
+            for path, hashes in files.items()
         }
+
+    @property
+    def hashed(self) -> bool:
+        """Whether its record has hashes."""
+        return any(facts.sha256 for facts in self.record.files.values())
 
     def _stream(self, split: str) -> TokenStream:
         path = self.folder / f"{split}.documents.npy"
@@ -160,9 +165,9 @@ class Store:
         return TokenStream(tokens, documents)
 
 
-def open_store(folder: Path) -> Store:
-    """A corpus folder, compared with its record. Raises DataDamaged."""
-    record = read_record(folder)
+def open_store(folder: Path, record: Record | None = None) -> Store:
+    """A corpus folder, compared with its record, or with the one that is given. Raises DataDamaged."""
+    record = record or read_record(folder)
     return Store(folder, record, check_folder(folder, record))
 
 

@@ -8,15 +8,17 @@ in the background (`watch.py`).
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from rowwise.trainer.files import from_json, to_json, write_whole
 
 META = "meta.json"  # of a folder that is a corpus
 SPLITS = ("train", "holdout")
+END_OF_DOCUMENT = b"\0end of document\0"  # in what `Record.fingerprint` is a hash of, behind the tokens of each
 FILES = tuple(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "documents.npy"))
 VERSION = 1
 PIECE_BYTES = 64 << 20
@@ -61,12 +63,10 @@ class Piece:
         try:
             with self.path.open("rb") as file:
                 file.seek(self.start)
-                content = hashlib.sha256()
-                for at in range(0, self.size, _BLOCK_BYTES):
-                    content.update(file.read(min(_BLOCK_BYTES, self.size - at)))
+                found = _hash_of_next(file, self.size)
         except OSError as error:
             raise DataDamaged(f"{self.path} cannot be read ({error.strerror})") from None
-        if content.hexdigest() != self.sha256:
+        if found != self.sha256:
             raise DataDamaged(
                 f"{self.path} is damaged: bytes {self.start:,} to {self.start + self.size:,} do not have the hash that "
                 f"{META} beside it holds"
@@ -108,26 +108,14 @@ class HashedFile:
 def write_record(folder: Path, record: Record) -> None:
     """Writes it last: without it the folder is no corpus."""
     tree = {"version": VERSION, **asdict(record)}
-    with (folder / META).open("w") as file:
-        json.dump(tree | {"sha256": _hash_of(tree)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(folder / META, to_json(tree | {"sha256": _hash_of(tree)}, indent=1))
 
 
 def read_record(folder: Path) -> Record:
     """The record of a corpus folder. Raises DataDamaged."""
-    path = folder / META
-    try:
-        tree = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataDamaged(f"{path} is missing, which says what the files beside it hold") from None
-    except OSError as error:
-        raise DataDamaged(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise DataDamaged(f"{path} is damaged: it is not JSON") from None
-    if not isinstance(tree, dict) or tree.get("version") != VERSION:
-        said = tree.get("version") if isinstance(tree, dict) else None
-        raise DataDamaged(f"{path} is a record of version {said}, and this release reads {VERSION}")
+    path, tree = folder / META, read_tree(folder)
+    if tree.get("version") != VERSION:
+        raise DataDamaged(f"{path} is a record of version {tree.get('version')}, and this release reads {VERSION}")
     if tree.pop("sha256", None) != _hash_of(tree):
         raise DataDamaged(f"{path} is damaged: it does not have the hash that it holds of itself")
     del tree["version"]
@@ -139,6 +127,22 @@ def read_record(folder: Path) -> Record:
     if not whole or set(record.files) != set(FILES):  # as a stranger may have written it
         raise DataDamaged(f"{path} is damaged: it is no record of a corpus")
     return record
+
+
+def read_tree(folder: Path) -> dict[str, Any]:
+    """What stands in the record of a corpus folder, whatever it is. Raises DataDamaged."""
+    path = folder / META
+    try:
+        tree = from_json(path.read_bytes())
+    except FileNotFoundError:
+        raise DataDamaged(f"{path} is missing, which says what the files beside it hold") from None
+    except OSError as error:
+        raise DataDamaged(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise DataDamaged(f"{path} is damaged: it is not JSON") from None
+    if not isinstance(tree, dict):
+        raise DataDamaged(f"{path} is damaged: it is no record of a corpus")
+    return tree
 
 
 def check_folder(folder: Path, record: Record) -> list[Piece]:
@@ -168,6 +172,13 @@ def pieces_of(path: Path, facts: Contents) -> Iterator[Piece]:
         yield Piece(path, start, min(PIECE_BYTES, facts.bytes - start), sha256)
 
 
+def contents_of(path: Path) -> Contents:
+    """Of a file as it is."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return Contents(size, [_hash_of_next(file, min(PIECE_BYTES, size - at)) for at in range(0, size, PIECE_BYTES)])
+
+
 def file_fingerprint(path: Path, window: int = 1 << 20) -> str:
     """SHA-256 of the size and of 64 windows spread over the file (of all of a small one)."""
     size = path.stat().st_size
@@ -179,5 +190,12 @@ def file_fingerprint(path: Path, window: int = 1 << 20) -> str:
     return digest.hexdigest()
 
 
+def _hash_of_next(file: BinaryIO, size: int) -> str:
+    content = hashlib.sha256()
+    for at in range(0, size, _BLOCK_BYTES):
+        content.update(file.read(min(_BLOCK_BYTES, size - at)))
+    return content.hexdigest()
+
+
 def _hash_of(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(tree, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,7 @@ class Data:
     """What a run reads. `vocab_size`: the smallest that a model of it may have (0: not known). `tokenizer`: None
     where only tokens are known. `found`: the files it comes from. `tokens`: in all; `short`: of files of tokens, those
     that hold no whole sample. `read`: of each file that is mapped, a hash of what was read of it here, whatever is recorded;
-    `watch` looks after them."""
+    `watch` looks after them. `unhashed`: folders whose records have no hashes."""
 
     train: Corpus
     holdout: Corpus
@@ -31,6 +31,7 @@ class Data:
     read: dict[str, str]
     watch: Watch
     short: int = 0
+    unhashed: tuple[Path, ...] = ()
 
 
 def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
@@ -72,6 +73,10 @@ def told_of_data(config: DataConfig, data: Data, samples: int) -> list[str]:
         told.append(
             f"{data.short:,} of {files:,} files hold less than batch.seq_len + 1 = {seq_len + 1} tokens: no sample"
         )
+    told += [
+        f"{folder} is of an earlier release, without hashes, and cannot be written: damage to it is not found"
+        for folder in data.unhashed
+    ]
     return told
 
 
@@ -139,4 +144,5 @@ def _open_tokens(config: Tokens, seq_len: int) -> Data:
     read = {name: hash_ for store in stores for name, hash_ in store.read().items()} | fingerprints
     unread = [piece for store in stores for piece in store.unread]
     watch = Watch([Path(name) for name in read], unread, ours=False)
-    return Data(train, holdout, vocab_size, None, found, total, read, watch, short)
+    unhashed = tuple(store.folder for store in stores if not store.hashed)
+    return Data(train, holdout, vocab_size, None, found, total, read, watch, short, unhashed)

@@ -19,7 +19,15 @@ from platformdirs import user_cache_dir
 from rowwise.trainer.data.config import Hf, Stdlib, Text
 from rowwise.trainer.data.corpus import Store, open_store
 from rowwise.trainer.data.documents import check_files, read_documents
-from rowwise.trainer.data.integrity import SPLITS, Contents, DataDamaged, HashedFile, Record, write_record
+from rowwise.trainer.data.integrity import (
+    END_OF_DOCUMENT,
+    SPLITS,
+    Contents,
+    DataDamaged,
+    HashedFile,
+    Record,
+    write_record,
+)
 from rowwise.trainer.data.pieces import PIECE_BYTES, Document, Piece, pieces
 from rowwise.trainer.data.tokenizer import Tokenizer
 from rowwise.trainer.files import writing
@@ -163,7 +171,7 @@ class _Split:
         self.content.update(whole)
         self.tokens += len(whole) // self._dtype.itemsize
         if end is not None and self._in_document:
-            self.content.update(b"\0end of document\0")
+            self.content.update(END_OF_DOCUMENT)
             self._in_document = False
 
     def close(self) -> dict[str, Contents]:

@@ -22,6 +22,7 @@ from rowwise.trainer.data.corpus import (
     with_documents,
 )
 from rowwise.trainer.data.documents import Found, endings_of, find_files
+from rowwise.trainer.data.earlier import record_of_earlier
 from rowwise.trainer.data.integrity import DataDamaged
 from rowwise.trainer.data.kinds import LLM_C, NPY, check_tokens
 
@@ -54,9 +55,9 @@ def token_files(config: Tokens) -> Found:
 
 
 def open_folder(path: Path) -> Store:
-    """A corpus folder that Rowwise wrote, compared with its record. Raises DataDamaged."""
+    """A corpus folder that Rowwise wrote, in this release or an earlier one, compared with its record. Raises DataDamaged."""
     try:
-        store = open_store(path)
+        store = open_store(path, record_of_earlier(path))
         for stream in store.streams():
             most = token_range(stream.tokens)[1] if len(stream.tokens) else 0
             if most >= store.record.vocab_size:
