@@ -64,8 +64,8 @@ def _mac(key: bytes, *parts: bytes) -> bytes:
 class Keys:
     """Of one connection, one a direction."""
 
-    to_gate: bytes
-    to_door: bytes
+    to_gate: bytes = field(repr=False)
+    to_door: bytes = field(repr=False)
 
 
 class Porter:
@@ -82,8 +82,8 @@ class Porter:
 
     def keep_door(self, gate: tuple[str, int], secret: Secret, patience_seconds: float) -> int:
         """Opens a way to `gate` for the processes of this machine; its port on the loopback. Raises Stranger where one
-        of the two does not know the other's token, and OSError or EOFError where
-        nothing answers for `patience_seconds`."""
+        of the two does not know the other's token, and OSError or EOFError where nothing answers for
+        `patience_seconds`."""
         self._run(knock(gate, secret, patience_seconds))
         listening = socket.create_server((LOOPBACK, 0))
         port = listening.getsockname()[1]
@@ -111,10 +111,10 @@ class Porter:
 
 
 async def _end_others() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:  # what is being accepted becomes one more
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
 
 class Gate:
@@ -127,7 +127,9 @@ class Gate:
     async def receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._strangers[writer] = None
         if len(self._strangers) > STRANGERS:
-            next(iter(self._strangers)).transport.abort()
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]  # now: its own end comes later, and until then each of many would end the same one
+            oldest.transport.abort()
         with _closing(writer):
             try:
                 async with asyncio.timeout(GREETING_SECONDS):
@@ -136,7 +138,7 @@ class Gate:
                 writer.write(_REFUSED)
                 raise
             finally:
-                del self._strangers[writer]
+                self._strangers.pop(writer, None)
             inner = await asyncio.open_connection(LOOPBACK, self._store_port)
             with _closing(inner[1]):
                 await _relay(inner, (reader, writer), keys.to_door, keys.to_gate)

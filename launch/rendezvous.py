@@ -111,7 +111,7 @@ def _said_in_a_line(meeting: Meeting) -> Iterator[None]:
             f"no meeting at {meeting.endpoint}: {error}; give the same --token and --job on each machine"
         ) from None
     except (OSError, EOFError) as error:
-        raise Failed(f"no meeting at {meeting.endpoint}: {error or type(error).__name__}") from None
+        raise Failed(f"no meeting at {meeting.endpoint}: {str(error) or type(error).__name__}") from None
 
 
 class Alone(RendezvousHandler):

@@ -175,6 +175,26 @@ def test_silence_ends_and_keeps_nobody_out(way, monkeypatch):
                 pass
 
 
+def test_however_fast_strangers_come_few_are_there(way, monkeypatch):
+    """Else they take the descriptors of the agent, which then cannot look after its workers."""
+    monkeypatch.setattr(gate, "GREETING_SECONDS", 20.0)
+
+    def held() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    strangers, before = [], held()
+    for _ in range(6):  # as many at once as the kernel keeps waiting
+        for _ in range(90):
+            strangers.append(socket.socket())
+            strangers[-1].setblocking(False)
+            strangers[-1].connect_ex(way.gate)
+        time.sleep(0.05)
+    assert way.client().add("here", 1) == 1
+    assert held() - before - len(strangers) < 2 * gate.STRANGERS
+    for one in strangers:
+        one.close()
+
+
 class Between:
     """Sits on the line between door and gate and can change what crosses."""
 
