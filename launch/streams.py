@@ -4,13 +4,14 @@
 import contextlib
 import os
 import queue
+import select
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-WAITING = 10_000  # writes that a slow reader may be behind; what comes then is dropped
+WAITING = 10_000  # writes that a slow reader may be behind: of more, the oldest go, for the last say how it ended
 PATIENCE_SECONDS = 2.0  # at the end, with a reader that takes nothing
 
 
@@ -28,9 +29,17 @@ class PatientStream:
 
     def write(self, text: str) -> int:
         if not self._gone:
-            with contextlib.suppress(queue.Full):
-                self._left.put_nowait(text.encode(self.encoding or "utf-8", "backslashreplace"))
+            self._put(text.encode(self.encoding or "utf-8", "backslashreplace"))
         return len(text)
+
+    def _put(self, data: bytes) -> None:
+        while True:
+            try:
+                return self._left.put_nowait(data)
+            except queue.Full:
+                with contextlib.suppress(queue.Empty):
+                    self._left.get_nowait()
+                    self._left.task_done()
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -61,11 +70,18 @@ class PatientStream:
             data = self._left.get()
             try:
                 while data and not self._gone:
-                    taken = os.write(self._fd, data)
+                    taken = self._take(data)
                     self._written, data = self._written + taken, data[taken:]
             except OSError:
                 self._gone = True
             self._left.task_done()
+
+    def _take(self, data: bytes) -> int:
+        try:
+            return os.write(self._fd, data)
+        except BlockingIOError:  # another program that has the same terminal, or pipe, has set it so
+            select.select([], [self._fd], [])
+            return 0
 
 
 @contextlib.contextmanager
@@ -99,9 +115,7 @@ def keep_open() -> None:
         try:
             os.fstat(number)
         except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != number:
-                os.dup2(null, number)
-                os.close(null)
+            # The lowest number that is free is this one. What is started from here has its standard streams too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))

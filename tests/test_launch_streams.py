@@ -36,9 +36,22 @@ def test_a_full_pipe_that_nobody_reads_is_given_up(pipe, monkeypatch):
         patient.write("x" * 100)
     patient.drain()
     assert time.monotonic() - began < 5
-    assert len(os.read(read, 1 << 20)) <= 1 << 16
-    while os.read(read, 1 << 20) and patient._left.unfinished_tasks:  # a reader that comes back finds the rest
-        pass
+    patient.write("how it ended")
+    said = b""
+    while not said.endswith(b"how it ended"):  # a reader that comes back finds what came last
+        said += os.read(read, 1 << 20)
+    assert len(said) <= (streams.WAITING + 1) * 100 + (1 << 16)
+
+
+def test_a_pipe_that_another_program_has_set_not_to_block_is_waited_for(pipe):
+    read, stream = pipe
+    os.set_blocking(stream.fileno(), False)
+    patient, said = PatientStream(stream), b""
+    for number in range(3000):
+        patient.write(f"{number:>99}\n")
+    while len(said) < 300_000:
+        said += os.read(read, 1 << 20)
+    assert [int(line) for line in said.split(b"\n")[:-1]] == list(range(3000))
 
 
 def test_a_reader_that_leaves_is_no_error():
@@ -53,7 +66,7 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 CLOSED = """
-import contextlib, os, sys
+import contextlib, os, subprocess, sys
 from rowwise.launch.streams import patient_streams
 with patient_streams():
     print("out"); print("err", file=sys.stderr)
@@ -61,6 +74,7 @@ with patient_streams():
     assert os.open("file", os.O_CREAT | os.O_WRONLY) > 2, "no file takes the place of a stream"
     with contextlib.suppress(OSError):
         os.write(2, b"what a library says")
+    subprocess.run([sys.executable, "-c", "import os; os.fstat(0), os.fstat(1), os.fstat(2)"], check=True)
 assert os.stat("file").st_size == 0
 open("done", "w").close()
 """
