@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from rowwise.launch.meeting import Meeting, address_towards, give_up_after
+from rowwise.launch.meeting import TOKEN, Meeting, address_towards, give_up_after
 from rowwise.launch.outcome import OUTCOME, Ended, Failed, Outcome, Refused, State, read_outcome, write_outcome
 from rowwise.launch.rendezvous import rendezvous, settings
 from rowwise.launch.workers import interfaces
@@ -116,17 +116,19 @@ def run_workers(job: Job, relay: bool = False) -> Outcome:
 @contextlib.contextmanager
 def _environment(job: Job) -> Iterator[None]:
     """What workers inherit: on a CPU they share its cores, unless it says otherwise; those of one machine listen on its
-    loopback alone, and no module of the working directory takes the place of another, whatever it says."""
+    loopback alone, and no module of the working directory takes the place of another, whatever it says. The token is not
+    theirs, nor what they start's: they come in through the door of their machine."""
     given = {"PYTHONSAFEPATH": "1"}
     given |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _threads(job.nproc)}
     given |= {} if job.meeting else interfaces()
-    before = {name: os.environ.get(name) for name in given}
+    before = {name: os.environ.get(name) for name in (TOKEN, *given)}
     os.environ.update(given)
+    os.environ.pop(TOKEN, None)
     try:
         yield
     finally:
         for name, value in before.items():
-            os.environ.pop(name)
+            os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
 
@@ -207,7 +209,8 @@ class Forwarding:
         workers = [child for child in psutil.Process().children() if _is_worker(child)]
         for worker in workers:
             if worker.pid not in self._told:
-                worker.send_signal(signal.SIGINT if self._twice else signal.SIGTERM)
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has just left
+                    worker.send_signal(signal.SIGINT if self._twice else signal.SIGTERM)
                 self._told.add(worker.pid)
         self._alone_since = None if workers else self._alone_since or time.monotonic()
         self.abandoned = self._alone_since is not None and time.monotonic() - self._alone_since > PATIENCE_SECONDS

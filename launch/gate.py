@@ -128,7 +128,9 @@ class Gate:
         self._strangers[writer] = None
         if len(self._strangers) > STRANGERS:
             oldest = next(iter(self._strangers))
-            del self._strangers[oldest]  # now: its own end comes later, and until then each of many would end the same one
+            del self._strangers[
+                oldest
+            ]  # now: its own end comes later, and until then each of many would end the same one
             oldest.transport.abort()
         with _closing(writer):
             try:

@@ -8,6 +8,8 @@ from rowwise.launch.agent import Job, default_nproc, require_ranks
 from rowwise.launch.meeting import Meeting, is_here, slurm_meeting, token_of
 from rowwise.trainer.config import check, config_from_tree
 
+LAST_PORT = 65535
+
 
 def job_of(options: argparse.Namespace, tree: dict[str, Any]) -> Job:
     """The job of a command line, whose overrides compose to `tree`, checked as far as this machine can. Raises ValueError."""
@@ -35,20 +37,25 @@ def job_of(options: argparse.Namespace, tree: dict[str, Any]) -> Job:
 
 def meeting_of(options: argparse.Namespace) -> Meeting | None:
     """Where this machine meets others: as the command line or Slurm says. Raises ValueError."""
-    if not options.nodes and not options.rendezvous:
-        if options.token is not None:
-            raise ValueError(f"--token {options.token}: of machines that meet; give --rendezvous HOST:PORT too")
-        return slurm_meeting()
+    meeting = asked_for(options) if options.nodes or options.rendezvous else slurm_meeting(options.token)
+    if meeting is None and options.token is not None:
+        raise ValueError(f"--token {options.token}: of machines that meet; give --rendezvous HOST:PORT too")
+    return meeting
+
+
+def asked_for(options: argparse.Namespace) -> Meeting | None:
+    """The meeting of --nodes and --rendezvous; None for one machine alone. Raises ValueError."""
     least, _, most = (options.nodes or "1").partition(":")
     if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
         raise ValueError(f"--nodes {options.nodes}: give a number of machines, or MIN:MAX")
-    host, _, port = options.rendezvous.rpartition(":")
-    if (int(most or least) > 1 or options.rendezvous) and not (host and port.isdecimal()):
-        given = f"--rendezvous {options.rendezvous}: " if options.rendezvous else f"--nodes {options.nodes}: "
-        raise ValueError(f"{given}several machines meet at one of them; give --rendezvous HOST:PORT, the same on each")
-    if not options.rendezvous:
-        if options.token is not None:
-            raise ValueError(f"--token {options.token}: of machines that meet; give --rendezvous HOST:PORT too")
+    if int(most or least) == 1 and not options.rendezvous:
         return None
-    token, here = token_of(options.token, f"--rendezvous {options.rendezvous}"), is_here(host, int(port))
+    given = f"--rendezvous {options.rendezvous}" if options.rendezvous else f"--nodes {options.nodes}"
+    host, _, port = options.rendezvous.rpartition(":")
+    if not (host and port.isdecimal() and 1 <= int(port) <= LAST_PORT):
+        raise ValueError(
+            f"{given}: several machines meet at one of them; give --rendezvous HOST:PORT, the same on each, with a port "
+            f"of 1 to {LAST_PORT}"
+        )
+    token, here = token_of(options.token, given), is_here(host, int(port))
     return Meeting(options.rendezvous, options.job or "rowwise", int(least), int(most or least), here, token)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rowwise.launch.gate import Secret
+from rowwise.trainer.files import full_path
 
 TOKEN = "ROWWISE_TOKEN"
 LEAST_BYTES = 16
@@ -38,9 +39,9 @@ class Meeting:
         return host, int(port)
 
 
-def slurm_meeting(environment: Mapping[str, str] = os.environ) -> Meeting | None:
+def slurm_meeting(token: Path | None = None, environment: Mapping[str, str] = os.environ) -> Meeting | None:
     """Of the agents of a Slurm step with one task a machine; None outside of one, or on one machine. Raises ValueError for
-    more tasks than machines."""
+    more tasks than machines, and without a token."""
     nodes, tasks = (int(environment.get(f"SLURM_STEP_NUM_{what}", 1)) for what in ("NODES", "TASKS"))
     if nodes == tasks == 1:
         return None
@@ -54,7 +55,7 @@ def slurm_meeting(environment: Mapping[str, str] = os.environ) -> Meeting | None
     port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000
     job = f"slurm-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_STEP_ID', 0)}"
     host = environment.get("SLURM_NODEID") == "0"
-    return Meeting(f"{first}:{port}", job, nodes, nodes, host, token_of(None, f"{nodes} machines", environment))
+    return Meeting(f"{first}:{port}", job, nodes, nodes, host, token_of(token, f"{nodes} machines", environment))
 
 
 def token_of(path: Path | None, given: str, environment: Mapping[str, str] = os.environ) -> bytes:
@@ -72,7 +73,7 @@ def token_of(path: Path | None, given: str, environment: Mapping[str, str] = os.
 
 def _read_own(path: Path) -> bytes:
     try:
-        with path.expanduser().open("rb") as file:
+        with full_path(str(path), "--token").open("rb") as file:
             told = os.fstat(file.fileno())
             if told.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or told.st_uid != os.geteuid():
                 raise ValueError(
@@ -92,7 +93,14 @@ def _long_enough(token: bytes, origin: str) -> bytes:
 
 
 def slurm_hosts(nodes: str) -> list[str]:
-    said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    """The names of the machines in a list of Slurm's. Raises ValueError."""
+    try:
+        said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise ValueError(
+            f"scontrol, which names the machines of {nodes}, is not here, or does not answer: give --nodes N and --rendezvous "
+            "HOST:PORT"
+        ) from None
     return said.stdout.split()
 
 

@@ -4,7 +4,7 @@
     rowwise train --max-restarts 3 nproc=8 ...             begins again from the newest checkpoint when a worker dies
     rowwise train --nodes 2 --rendezvous host1:29400 --token FILE nproc=8 ...      the same command on each of two machines
     rowwise train --nodes 1:4 --rendezvous host1:29400 --token FILE --job big ...  goes on with fewer when machines are lost
-    srun --ntasks-per-node=1 rowwise train nproc=8 ...     in a job of Slurm the machines find each other
+    srun --ntasks-per-node=1 rowwise train --token FILE nproc=8 ...     in a job of Slurm the machines find each other
 
 Arguments are those of rowwise.launch.train. SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 and SIGUSR2 end the run after its step,
 saved. The run goes on where nobody reads what it prints.

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -23,6 +24,7 @@ from rowwise.launch import start as launcher
 from rowwise.launch.agent import Job
 from rowwise.launch.meeting import TOKEN, Meeting, is_here, slurm_meeting
 from rowwise.launch.outcome import Outcome, read_outcome, write_outcome
+from rowwise.launch.utf8 import insist_on_utf8
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.stop import ASKED
 from runs import records
@@ -85,6 +87,11 @@ REFUSED = {
     "no such number of machines": (["--nodes", "2:1", "--rendezvous", "localhost:1", "nproc=1"], "give a number of machines"),
     "a meeting without a port": (["--nodes", "2", "--rendezvous", "a", "nproc=1"], "give --rendezvous HOST:PORT"),
     "a meeting nowhere": (["--nodes", "2", "--rendezvous", "no.such.host:1", "nproc=1"], "cannot be reached from here"),
+    "a port that cannot be": (["--rendezvous", "localhost:99999", "nproc=1"], "with a port of 1 to 65535"),
+    "any port": (["--rendezvous", "localhost:0", "nproc=1"], "with a port of 1 to 65535"),
+    "a token of no user": (
+        ["--rendezvous", "localhost:1", "--token", "~no.such/x", "nproc=1"], "there is no such user's home"
+    ),
     "a token for nobody": (["--token", "/dev/null", "nproc=1"], "give --rendezvous HOST:PORT too"),
     "fewer restarts than none": (["--max-restarts", "-1", "nproc=1"], "give 0 or more"),
     "an unknown key": (["optim.lrr=3"], "did you mean optim.lr?"),
@@ -142,21 +149,29 @@ def test_workers_that_are_fewer_than_nproc_are_refused(tmp_path):
     assert "nproc=2, but 1 workers were started on this machine" in said
 
 
-def test_where_the_machines_of_a_slurm_step_meet(monkeypatch):
+def test_where_the_machines_of_a_slurm_step_meet(monkeypatch, tmp_path):
     monkeypatch.setattr(meetings, "slurm_hosts", lambda nodes: {"gpu[3-4]": ["gpu3", "gpu4"]}[nodes])
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu[3-4]",
             "SLURM_JOB_ID": "41234", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1"}  # fmt: skip
     with pytest.raises(ValueError, match=r"^2 machines: .* make a token with .* or set ROWWISE_TOKEN"):
-        slurm_meeting(step)
+        slurm_meeting(None, step)
+    (tmp_path / "token").touch(0o600)
+    (tmp_path / "token").write_text("of this job and of its file")
+    met = slurm_meeting(tmp_path / "token", step)
+    assert met is not None and met.token == b"of this job and of its file", "as the refusal has it"
     step[TOKEN] = "of this job and of no other"
     token = step[TOKEN].encode()
-    assert slurm_meeting(step) == Meeting("gpu3:21234", "slurm-41234-0", 2, 2, host=False, token=token)
-    meeting = slurm_meeting(step | {"SLURM_NODEID": "0"})
+    assert slurm_meeting(None, step) == Meeting("gpu3:21234", "slurm-41234-0", 2, 2, host=False, token=token)
+    meeting = slurm_meeting(None, step | {"SLURM_NODEID": "0"})
     assert meeting is not None and meeting.host and "of this job" not in repr(meeting)
-    assert slurm_meeting({}) is None
-    assert slurm_meeting(step | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert slurm_meeting(None, {}) is None
+    assert slurm_meeting(None, step | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}) is None
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"^scontrol, which names the machines of gpu\[3-4\], is not here, or"):
+        slurm_meeting(None, step | {"SLURM_STEP_NODELIST": "gpu[3-4]"})
     with pytest.raises(ValueError, match="give Slurm --ntasks-per-node=1"):
-        slurm_meeting(step | {"SLURM_STEP_NUM_TASKS": "16"})
+        slurm_meeting(None, step | {"SLURM_STEP_NUM_TASKS": "16"})
 
 
 def test_options_and_overrides_mix():
@@ -179,6 +194,35 @@ def test_threads_are_shared_out_and_forgotten(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     with agent._environment(agent.Job((), Path(), 1, 2)):
         assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
+def test_the_token_is_no_worker_s(monkeypatch):
+    """Nor what a worker starts, which may send its environment elsewhere."""
+    monkeypatch.setenv(TOKEN, "of this job and of no other")
+    for meeting in (None, Meeting("host:1", "job", 1, 2, host=True, token=b"")):
+        with agent._environment(agent.Job((), Path(), 1, 2, meeting)):
+            assert TOKEN not in os.environ
+        assert os.environ[TOKEN] == "of this job and of no other", "of the next trial"
+
+
+def test_a_worker_that_leaves_as_it_is_asked_to_is_no_error(monkeypatch):
+    gone = psutil.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setattr(agent.psutil.Process, "children", lambda process: [gone])
+    monkeypatch.setattr(agent, "_is_worker", lambda process: True)
+    forwarding = agent.Forwarding()
+    forwarding.requested = signal.SIGTERM
+    forwarding.pass_on()
+
+
+def test_python_is_asked_for_utf8_once(monkeypatch):
+    begun: list[list[str]] = []
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    monkeypatch.setattr(os, "execv", lambda program, words: begun.append(words))
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    insist_on_utf8()
+    insist_on_utf8()
+    assert len(begun) == 1, "where it does not listen, it is not asked for ever"
 
 
 def test_workers_of_one_machine_stay_on_its_loopback(monkeypatch):
