@@ -383,6 +383,10 @@ def test_what_strangers_wrote_into_a_run_costs_no_page(tmp_path, capsys):
     assert f"left out: run={lost}: the run has no records yet" in capsys.readouterr().out
 
 
+# Of 2^64 numbers: each line is the one before twice.
+DOUBLED = "k0: &k0 [1, 1]\n" + "".join(f"k{n}: &k{n} [*k{n - 1}, *k{n - 1}]\n" for n in range(1, 64))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -401,6 +405,7 @@ def test_what_strangers_wrote_into_a_run_costs_no_page(tmp_path, capsys):
         (["run=cut,broken"], "run=cut: the run has no records yet; .*; run=broken: the run has no records yet"),
         (["run=good,nowhere"], "run=nowhere: there is no run; give a folder that"),
         (["run=unset"], "unset/config.yaml is no configuration"),
+        (["run=endless"], "endless/config.yaml is no configuration"),
         (["run=good", "to=missing/page.html"], "to=missing/page.html: the folder missing does not exist; make it"),
         (["run=good", "to=page.pdf"], "to=page.pdf: the page is a file; give a name that ends in .html"),
     ],
@@ -411,11 +416,12 @@ def test_refusals_are_one_line_and_nothing_is_written(words, message, tmp_path, 
         "good": ["{}"],
         "broken": ["nonsense"],
         "unset": ["{}"],
+        "endless": ["{}"],
         "cut": [],
         "other": [],
     }
     for name, lines in files.items():
-        run = write_run(tmp_path / name, [], "a: [" if name == "unset" else "steps: 3\n")
+        run = write_run(tmp_path / name, [], {"unset": "a: [", "endless": DOUBLED}.get(name, "steps: 3\n"))
         text = "".join(json.dumps(record(1)) + "\n" if line == "{}" else line + "\n" for line in lines)
         (run / "metrics.jsonl").write_text(text or '{"step": 1, "lo')
     (tmp_path / "fresh").mkdir()

@@ -154,6 +154,16 @@ def test_a_name_that_another_search_has_in_the_storage_is_refused(tmp_path, monk
             search.Search(config, space)
 
 
+def test_a_journal_that_is_damaged_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search.time, "sleep", lambda seconds: None)
+    config, space = resolve(["sweep.search=random", "seed=1,2", "sweep.trials=2", "nproc=1"])
+    journal = search.Search(config, space).folder / "journal.log"
+    journal.write_bytes(b"what is no JSON\n" + journal.read_bytes())
+    with pytest.raises(ValueError, match=rf"^{journal} cannot be read \(.*\); give another sweep.name, or remove it$"):
+        search.Search(config, space)
+
+
 def test_what_is_varied():
     space = parse_space(["optim=a,b", "steps=5", "model.layers=range(2,7,2)", "optim.lr=tag(log,interval(1e-4,1e-2))"])
     assert space.fixed == ("steps=5",)

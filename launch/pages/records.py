@@ -141,8 +141,10 @@ def read_run(folder: Path, order: int, label: str) -> Run:
 
 
 def _tree(text: str, path: Path) -> dict[str, Any]:
+    """A configuration. A run writes none with aliases, and a few lines of them are a tree that no memory holds."""
     try:
-        tree: Any = OmegaConf.to_container(OmegaConf.create(text or "{}"))
+        aliases = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader))
+        tree: Any = None if aliases else OmegaConf.to_container(OmegaConf.create(text or "{}"))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError):
         tree = None
     if not isinstance(tree, dict):

@@ -25,6 +25,7 @@ from rowwise.trainer.keys import without_password
 from rowwise.trainer.metrics import MetricsTail, number
 from rowwise.trainer.stop import hearing
 
+JOURNAL = "journal.log"
 POLL_SECONDS = 0.5
 ALIVE_SECONDS = 20.0  # between signs of life in the storage
 DEAD_SECONDS = 120.0  # without one, on another machine
@@ -243,13 +244,15 @@ def open_study(config: SweepConfig, folder: Path, first_rung: int) -> optuna.Stu
         except Exception as error:  # of the many that databases have
             said = without_password((str(error).splitlines() or [type(error).__name__])[0])
             time.sleep(attempt)  # another process may be making the same tables
-    raise ValueError(f"sweep.storage={without_password(str(config.storage))}: {said}")
+    if config.storage is None:
+        raise ValueError(f"{folder / JOURNAL} cannot be read ({said}); give another sweep.name, or remove it")
+    raise ValueError(f"sweep.storage={without_password(config.storage)}: {said}")
 
 
 def open_storage(config: SweepConfig, folder: Path) -> optuna.storages.BaseStorage:
     if config.storage:
         return optuna.storages.RDBStorage(config.storage)
-    path = str(folder / "journal.log")
+    path = str(folder / JOURNAL)
     # One that was killed while it wrote leaves its lock; a write takes milliseconds.
     lock = optuna.storages.journal.JournalFileSymlinkLock(path, grace_period=10)
     return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path, lock))
