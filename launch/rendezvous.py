@@ -94,8 +94,10 @@ def _listen(meeting: Meeting) -> socket.socket:
         address = str(ipaddress.ip_address(host))
     except ValueError:
         address = ""
+    every = not address and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if every or ":" in address else socket.AF_INET
     try:
-        return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        return socket.create_server((address, port), family=family, dualstack_ipv6=every)
     except OSError as error:
         raise Refused(
             f"{meeting.endpoint} cannot be listened on ({os.strerror(error.errno or 0)}); give another port"

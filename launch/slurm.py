@@ -32,6 +32,7 @@ from rowwise.launch.meeting import TOKEN
 from rowwise.launch.sweep.config import SweepConfig
 from rowwise.launch.sweep.config import resolve as resolve_sweep
 from rowwise.launch.sweep.space import overrides_of
+from rowwise.trainer.keys import without_password
 
 if TYPE_CHECKING:
     from rowwise.trainer.config import TrainConfig
@@ -135,6 +136,12 @@ def limit_seconds(time: str) -> int:
 def resolve(program: str, overrides: list[str], config: SlurmConfig) -> tuple[SlurmConfig, list[str]]:
     """The configuration with the names it leaves to the run, and the command of one node. Raises ValueError for what
     the run, or a trial of the sweep, would refuse on its nodes, as far as that can be known here."""
+    for word in overrides:
+        if (told := without_password(word)) != word:
+            raise ValueError(
+                f"{told}: others can read a batch script, and this would hold a password; give {key_of(word)}='${{oc.env:NAME}}', "
+                "which is looked up on the node"
+            )
     if program == "train" and config.workers > 1:
         raise ValueError(f"slurm.workers={config.workers}: jobs join a sweep, not a run; give slurm.nodes")
     at_once = trials_at_once(overrides, config) if program == "sweep" else 1

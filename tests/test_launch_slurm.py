@@ -244,6 +244,10 @@ REFUSED_SWEEPS = {
     "jobs without a search": (["slurm.workers=2"], r"slurm.workers=2: jobs join a search; give sweep.search=grid"),
     "unknown key": (["sweep.serch=tpe"], r"unknown key sweep.serch: .*did you mean sweep.search\?"),
     "one of its values": (["batch.micro_size=8,7"], r"batch.global_size=16 does not divide into .*batch.micro_size=7"),
+    "a password": (
+        ["sweep.search=tpe", "sweep.storage=postgresql://me:a/se@cret@x/db"],
+        r"^refused: sweep.storage=postgresql://me:\*\*\*@x/db: .* give sweep.storage='\$\{oc.env:NAME\}'",
+    ),
     "more workers than GPUs": (
         ["sweep.search=grid", "sweep.parallel=2", "slurm.gpus_per_node=1"],
         r"nproc=1 and sweep.parallel=2 with slurm.gpus_per_node=1: .*or more GPUs",

@@ -40,7 +40,9 @@ def refuse_control_characters(tree: Any, path: str = "") -> None:
 
 def without_password(text: str) -> str:
     """The same with stars for the password of every URL in it."""
-    hidden = re.sub(r"(://[^/?#\s]*?:)[^/?#\s]*@", r"\1***@", text)
+    hidden = re.sub(
+        r"(://[^:/?#@\s]*:)\S*@", r"\1***@", text
+    )  # whatever is before the last @: databases take any there
     return re.sub(r"(?i)([?&;](?:password|passwd|pwd|token)=)[^&;#\s]*", r"\1***", hidden)
 
 
