@@ -213,6 +213,41 @@ def test_a_large_cache_is_compared_in_the_background_and_then_made_anew(corpus, 
     open_data(text_of(corpus), 16, 256)
 
 
+def test_ranks_of_a_machine_share_the_reading(corpus, monkeypatch):
+    monkeypatch.setattr(integrity, "AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(integrity, "PIECE_BYTES", 1000)
+    whole = open_data(text_of(corpus), 16, 256).watch._pieces
+    watches = [open_data(text_of(corpus), 16, 256).watch for _ in range(3)]
+    for rank, each in enumerate(watches):
+        each.share(rank, 3)
+    shares = [each._pieces for each in watches]
+    assert sorted(whole, key=str) == sorted((piece for share in shares for piece in share), key=str)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1 and len(whole) > 9
+
+
+def test_a_cache_that_is_removed_under_way_is_no_damage(corpus, tmp_path, monkeypatch):
+    """Whoever has it mapped keeps it."""
+    monkeypatch.setattr(integrity, "AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
+    config = replace(text_of(corpus), cache_dir=str(tmp_path / "cache"))
+    data = open_data(config, 16, 256)
+    shutil.rmtree(tmp_path / "cache")
+    assert watched(data, 0.1) is None
+    assert data.watch.unread() == (
+        "the data's content was compared with its hashes to 0% when the run ended: no damage so far"
+    )
+
+
+def test_a_disk_may_call_the_same_file_otherwise_later(tmp_path, monkeypatch):
+    """Inode numbers of network disks are not kept for ever."""
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
+    np.arange(20_000, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    data = open_data(Tokens(files=str(tmp_path)), 16, 20_000)
+    shutil.copy2(tmp_path / "a.bin", tmp_path / "copy")
+    (tmp_path / "copy").rename(tmp_path / "a.bin")
+    assert watched(data, 0.1) is None
+
+
 def test_what_was_not_compared_in_time_is_said(corpus, monkeypatch):
     monkeypatch.setattr(integrity, "AT_ONCE_BYTES", 0)
     monkeypatch.setattr(watch, "BYTES_A_SECOND", 1.0)

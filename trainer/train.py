@@ -67,9 +67,11 @@ def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
     process groups and takes them down. Raises FloatingPointError where the loss is no number, and DataDamaged.
     """
     # Before the groups exist: where a corpus is built first, they would lose patience.
-    data = try_data(config)
-    mesh = make_mesh(config.parallel, workers or Workers())
-    state = _train(config, mesh, require_same_data(data, mesh))
+    opened, workers = try_data(config), workers or Workers()
+    mesh = make_mesh(config.parallel, workers)
+    data = require_same_data(opened, mesh)
+    data.watch.share(workers.local_rank, workers.local_world_size)
+    state = _train(config, mesh, data)
     # Not where it failed: taking down a group can wait for a peer that is gone.
     dist.destroy_process_group()
     return state

@@ -1,29 +1,31 @@
 """Looks after the files that a run reads, while it reads them.
 
-Corpora of more than `integrity.AT_ONCE_BYTES` are read and compared with their hashes on a thread, at a bounded rate: 24 GB
-in the first minute, and the rest as it comes. All files are looked at every few seconds for a change of size or time.
-What is found does not stop this rank alone: it goes to all with the numbers of the next step (`step.RankStatus`).
+Corpora of more than `integrity.AT_ONCE_BYTES` are read and compared with their hashes on a thread, shared by the ranks of a
+machine, at a bounded rate: 24 GB in the first minute, and the rest as it comes. All files are looked at every few seconds for
+a change of size or time. What is found does not stop this rank alone: it goes to all with the numbers of the next step
+(`step.RankStatus`).
 """
 
 import contextlib
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rowwise.trainer.data.integrity import META, DataDamaged, Piece
 
 POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 2.0
-BYTES_A_SECOND = 400e6  # half of what a core hashes
+BYTES_A_SECOND = 400e6  # of a machine: half of what a core hashes
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What changes with a file: which one it is on the disk, its size, and when it was written."""
+    """What changes with a file: its size, and when it was written; and which one it is on the disk, where disks of a network may
+    call the same one otherwise later."""
 
-    inode: int
+    inode: int = field(compare=False)
     size: int
     written_ns: int
 
@@ -42,6 +44,7 @@ class Watch:
         self.complaint: str | None = None
         self._files = {path: Facts.of(path) for path in files}
         self._pieces, self._read, self._ours = list(pieces), 0, ours
+        self._sharers = 1
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -52,6 +55,10 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self._leave.set()
         self._thread.join(PATIENCE_SECONDS)  # a disk may hang, and there is nothing to finish
+
+    def share(self, place: int, sharers: int) -> None:
+        """Leaves to the other ranks of this machine their part: of `sharers` with the same files this is the `place`-th."""
+        self._pieces, self._sharers = self._pieces[place::sharers], sharers
 
     def complain(self, what: str) -> None:
         """The first complaint stays. A cache loses its record, so that whoever opens it next makes it anew."""
@@ -83,9 +90,11 @@ class Watch:
                 if began - looked > POLL_SECONDS:
                     self._look()
                     looked = began
+                if self._ours and not piece.path.exists():
+                    continue  # what is mapped stays
                 piece.check()
                 self._read += 1
-                self._leave.wait(max(0.0, piece.size / BYTES_A_SECOND - (time.monotonic() - began)))
+                self._leave.wait(max(0.0, piece.size * self._sharers / BYTES_A_SECOND - (time.monotonic() - began)))
             while not self._leave.wait(POLL_SECONDS):
                 self._look()
         except DataDamaged as damage:
