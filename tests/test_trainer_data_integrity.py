@@ -16,12 +16,15 @@ from parity import small_config, with_layout
 from rowwise.launch.outcome import Failed
 from rowwise.launch.worker import told_of_known_ends
 from rowwise.parallel.mesh import Workers
+from rowwise.trainer import train as training
+from rowwise.trainer.checkpoint import Saver
 from rowwise.trainer.data import integrity, watch
 from rowwise.trainer.data.batches import Prefetch
 from rowwise.trainer.data.config import Text, Tokens
 from rowwise.trainer.data.corpus import Corpus
 from rowwise.trainer.data.integrity import FILES, META, DataDamaged
 from rowwise.trainer.data.open import open_data, told_of_data
+from rowwise.trainer.data.watch import Watch
 from runs import named, run_train
 
 
@@ -360,6 +363,49 @@ def test_damage_on_one_rank_ends_the_run_on_all_with_one_line(ranks, corpus, tmp
     assert re.search(ENDS[damage], said[0]), said[0]
     assert not list(Path(config.run_dir).glob("checkpoints/step-*"))
     assert "watch" not in {thread.name for thread in threading.enumerate()}
+
+
+def found_late(workers: Workers, config, when: str) -> str:
+    """A run whose rank 1 finds damage in or after its last step; what it raised on this rank."""
+    watches, before = [], (Watch.__enter__, training.advance, Saver.save)
+    Watch.__enter__ = lambda self: (watches.append(self), before[0](self))[1]
+
+    def complaining(original):
+        def with_a_complaint(*given):
+            original(*given)
+            if workers.rank == 1:
+                watches[0].complain("a.bin is damaged")
+
+        return with_a_complaint
+
+    if when == "in the last step":
+        training.advance = complaining(before[1])
+    else:
+        Saver.save = complaining(before[2])
+    try:
+        run_train(workers, config)
+    except DataDamaged as error:
+        return str(error)
+    finally:
+        Watch.__enter__, training.advance, Saver.save = before
+        dist.destroy_process_group()
+    raise AssertionError("it was not told")
+
+
+@pytest.mark.parametrize(
+    ("when", "said", "saved"),
+    [
+        ("in the last step", "The run ends without saving; steps 1 to 1 of", 0),
+        ("as it is saved", "The run ends, and step 1 is saved; steps 1 to 1 of", 1),
+    ],
+)
+def test_damage_that_is_found_at_the_end_says_whether_the_end_was_saved(ranks, tmp_path, when, said, saved):
+    config = named(with_layout(small_config(tmp_path, "steps=1"), 2), tmp_path, when)
+    told = ranks.run(found_late, 2, config, when)
+    assert (
+        told[0] == told[1] and re.match(r"damaged data: rank 1 \(.*\): a.bin is damaged", told[0]) and said in told[0]
+    )
+    assert len(list(Path(config.run_dir).glob("checkpoints/step-*"))) == saved
 
 
 def test_damage_is_one_line_of_a_worker(tmp_path):

@@ -47,9 +47,9 @@ def require_same_data(data: Data | DataDamaged, mesh: Mesh) -> Data:
     return data
 
 
-def require_sound(data: Data, mesh: Mesh, first: int, step: int, digest: int = 0) -> None:
+def require_sound(data: Data, mesh: Mesh, first: int, step: int, digest: int = 0, saved: bool = False) -> None:
     """Raises DataDamaged, on every rank, where the data of one is damaged or not that of the others, once the steps
-    `first` + 1 to `step` are made. `digest`: of the sample that all have read for the next."""
+    `first` + 1 to `step` are made, and the last is `saved`. `digest`: of the sample that all have read for the next."""
     everyone = _everyone((platform.node(), data.watch.complaint, digest), mesh)
     found = [f"rank {rank} ({node}): {what}" for rank, (node, what, _) in enumerate(everyone) if what is not None]
     digests = [number for _, _, number in everyone]
@@ -62,12 +62,9 @@ def require_sound(data: Data, mesh: Mesh, first: int, step: int, digest: int = 0
             "machines, and give each the same"
         )
     if found:
-        saved = (
-            f"steps {first + 1} to {step} of this start may have learned from it"
-            if step > first
-            else "no step was made"
-        )
-        raise DataDamaged(f"damaged data: {found[0]}. The run ends without saving; {saved}")
+        learned = f"steps {first + 1} to {step} of this start may have learned from it"
+        end = f"The run ends, and step {step} is saved" if saved else "The run ends without saving"
+        raise DataDamaged(f"damaged data: {found[0]}. {end}; {learned if step > first else 'no step was made'}")
 
 
 def _told(data: Data | DataDamaged) -> tuple[str | None, str | None]:

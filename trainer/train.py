@@ -143,10 +143,12 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             saved, started = {}, time.perf_counter()
             saver.poll()
             if stopping or config.checkpoint.due(state.step, config.steps):
+                saver.wait()  # its messages are not to meet those of the next line
+                require_sound(data, mesh, first, state.step)
                 saver.save(state.step, tensors, manifest_of(config, mesh, data, state, reporter.sync()))
                 saved = {"save_seconds": time.perf_counter() - started}
         saver.wait()
-        require_sound(data, mesh, first, state.step)
+        require_sound(data, mesh, first, state.step, saved=True)
         reporter.say(data.watch.unread())
         if test is not None and (test.over or state.step == config.steps):
             reporter.say(test.told())
