@@ -1,19 +1,23 @@
 """The learning-rate range test: what a curve shows, when it is over, and a run that ends by itself, on every layout."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from parity import small_config, with_layout
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.pages.page import page
 from rowwise.launch.report import read_runs
 from rowwise.optim.schedules import LrRange, check_schedule
+from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.lr_range import averaged, find, points_of, verdict
 from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.train import range_test as range_test_of
 from runs import records, run_said, run_train, run_until
 
 RATES = [10 ** (-6 + 6 * i / 99) for i in range(100)]
@@ -95,6 +99,25 @@ def test_a_loss_that_is_no_number_ends_the_test_and_fails_no_run(ranks, tmp_path
     ranks.run(run_said, 1, config)
     last = read_metrics(Path(config.run_dir))[-1]
     assert last["step"] < 5 and last["grad_norm"] is None
+
+
+def resumed_test(workers: Workers, config):
+    """The points of a test that goes on, where only rank 0 finds its records: a disk of a network may show them late."""
+    if workers.rank:
+        config = replace(config, run_dir=config.run_dir + "-elsewhere")
+    mesh = make_mesh(config.parallel, workers)
+    try:
+        return range_test_of(config, mesh, 3)._points
+    finally:
+        dist.destroy_process_group()
+
+
+def test_every_rank_goes_on_with_the_same_points(ranks, tmp_path):
+    config = with_layout(range_test(tmp_path), 2)
+    Path(config.run_dir).mkdir(parents=True)
+    lines = [json.dumps({"step": n, "lr": n / 10, "loss": 1 / n, "grad_norm": 1.0}) for n in range(1, 6)]
+    (Path(config.run_dir) / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+    assert ranks.run(resumed_test, 2, config) == [[(0.1, 1.0), (0.2, 0.5), (0.3, 1 / 3)]] * 2
 
 
 def test_the_experiment_is_a_test():

@@ -8,10 +8,9 @@ given back a quarter of what it had won (a tenth of the first loss where that is
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from rowwise.trainer.metrics import number, read_metrics
+from rowwise.trainer.metrics import number
 
 KEPT = 0.8  # of the average, at each step
 FIRST = 5  # steps, of which an average says too little
@@ -63,14 +62,11 @@ def averaged(losses: Sequence[float]) -> Average:
 
 
 class RangeTest:
-    """The points of a test under way; those before a resume are read from the run's records, alike on every rank."""
+    """The points of a test under way, `before` a resume and after."""
 
-    def __init__(self, run_dir: Path, step: int):
-        self._points: list[Point] = []
-        self._average = Average()
-        for record in read_metrics(run_dir):
-            if record["step"] <= step:
-                self.add(record)
+    def __init__(self, before: Sequence[Point]):
+        self._points = list(before)
+        self._average = averaged([loss for _, loss in before])
 
     def add(self, record: dict[str, Any]) -> None:
         """A step that was made."""

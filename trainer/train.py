@@ -29,10 +29,10 @@ from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_ba
 from rowwise.trainer.data.open import Data, told_of_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.finite import not_finite, of_any_rank, told
-from rowwise.trainer.lr_range import RangeTest
+from rowwise.trainer.lr_range import RangeTest, points_of
 from rowwise.trainer.manifest import fingerprint, set_aside
 from rowwise.trainer.memory import keep_memory
-from rowwise.trainer.metrics import Recorded
+from rowwise.trainer.metrics import Recorded, read_metrics
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
 from rowwise.trainer.record import number_or_none, sparsity_record, step_record
@@ -93,7 +93,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
         remarks += warnings(config, data, mesh.device) + begun.remarks
         reporter = stack.enter_context(open_reporter(config, mesh, state, begun.recorded, remarks))
         reporter.say(assignment_table(of_every_stage(assignments(model, optimizer), mesh)))
-        test = RangeTest(Path(config.run_dir), state.step) if isinstance(config.schedule, LrRange) else None
+        test = range_test(config, mesh, state.step)
         kept = config.checkpoint
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, kept.keep, kept.background, spoilt_ends=test is None)
         stack.callback(saver.close)
@@ -228,6 +228,17 @@ def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tenso
     passed_over = [f"{complaint}; passed over" for complaint in complaints]
     remarks = [*passed_over, told_of(checkpoint, config), *changes(manifest, config)]
     return Begun(state, recorded_by(checkpoint, manifest, config), remarks)
+
+
+def range_test(config: TrainConfig, mesh: Mesh, step: int) -> RangeTest | None:
+    """The learning-rate range test that a run is, with what its records up to `step` say; None where it is none. Rank 0 reads
+    them for all: ranks that read otherwise would end at different steps."""
+    if not isinstance(config.schedule, LrRange):
+        return None
+    made = read_metrics(Path(config.run_dir)) if mesh.rank == 0 else []
+    points = [points_of([record for record in made if record["step"] <= step])]
+    dist.broadcast_object_list(points, src=0, group=mesh.save_group)
+    return RangeTest(points[0])
 
 
 def share_of(mesh: Mesh, seq_len: int) -> Share:
