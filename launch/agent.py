@@ -46,9 +46,11 @@ PATIENCE_SECONDS = 30.0  # for agents elsewhere, once the workers of this machin
 
 @dataclass(frozen=True)
 class Job:
-    """A run on this machine: its overrides, its folder, its last step, its workers. `name`: jobs of the same wait until
-    the other has left the folder; `log_dir`: what each worker says goes to files there, and not to this one's
-    streams; `timeout_seconds`: how long other machines are waited for."""
+    """A run on this machine: its overrides, its folder, its last step, its workers.
+
+    `name`: jobs of the same wait until the other has left the folder; `log_dir`: what each worker says goes to files there,
+    and not to this one's streams; `timeout_seconds`: how long other machines are waited for.
+    """
 
     overrides: tuple[str, ...]
     run_dir: Path

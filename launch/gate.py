@@ -41,7 +41,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Stranger(ConnectionError):
-    """What does not know the token of the job, or is no part of it."""
+    """The other side does not know the token of the job, or is no part of it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _mac(key: bytes, *parts: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Keys:
-    """Of one connection, one a direction."""
+    """The keys of one connection, one a direction."""
 
     to_gate: bytes = field(repr=False)
     to_door: bytes = field(repr=False)
@@ -77,13 +77,15 @@ class Porter:
         self._thread.start()
 
     def keep_gate(self, listening: socket.socket, store_port: int, secret: Secret) -> None:
-        """Lets who knows `secret` through to the store."""
+        """Lets whoever knows `secret` through to the store, from now until it is closed."""
         self._keep(Gate(store_port, secret).receive, listening)
 
     def keep_door(self, gate: tuple[str, int], secret: Secret, patience_seconds: float) -> int:
-        """Opens a way to `gate` for the processes of this machine; its port on the loopback. Raises Stranger where one
-        of the two does not know the other's token, and OSError or EOFError where nothing answers for
-        `patience_seconds`."""
+        """Opens a way to `gate` for the processes of this machine, and returns its port on the loopback.
+
+        Raises Stranger where one of the two does not know the other's token, and OSError or EOFError where nothing answers
+        for `patience_seconds`.
+        """
         self._run(knock(gate, secret, patience_seconds))
         listening = socket.create_server((LOOPBACK, 0))
         port = listening.getsockname()[1]
@@ -97,11 +99,11 @@ class Porter:
         return asyncio.run_coroutine_threadsafe(what, self._loop).result()
 
     def close_connections(self) -> None:
-        """Ends those that there are."""
+        """Ends the connections that there are; others may come."""
         self._run(_end_others())
 
     def close(self) -> None:
-        """Ends all, and the thread."""
+        """Ends gates, doors, connections and the thread."""
         for server in self._servers:
             self._loop.call_soon_threadsafe(server.close)
         self.close_connections()
@@ -118,7 +120,7 @@ async def _end_others() -> None:
 
 
 class Gate:
-    """Stands before the store."""
+    """Stands before the store, and lets in who knows the secret."""
 
     def __init__(self, store_port: int, secret: Secret):
         self._store_port, self._secret = store_port, secret
@@ -147,7 +149,7 @@ class Gate:
 
 
 class Door:
-    """Stands before the processes of its machine; every connection has one of its own to the gate."""
+    """Stands before the processes of its machine: each connection of theirs has one of its own to the gate."""
 
     def __init__(self, gate: tuple[str, int], secret: Secret, patience_seconds: float):
         self._gate, self._secret, self._patience = gate, secret, patience_seconds

@@ -19,8 +19,10 @@ MAKE_ONE = "(umask 077; head -c 32 /dev/urandom | base64 > FILE)"
 
 @dataclass(frozen=True)
 class Meeting:
-    """From `least` to `most` agents meet at `endpoint` (HOST:PORT) under the name `job`, and know `token`. `host`: whether it
-    is this one's machine."""
+    """From `least` to `most` agents meet at `endpoint` (HOST:PORT) under the name `job`, and know `token`.
+
+    `host`: whether it is this one's machine.
+    """
 
     endpoint: str
     job: str
@@ -40,8 +42,10 @@ class Meeting:
 
 
 def slurm_meeting(token: Path | None = None, environment: Mapping[str, str] = os.environ) -> Meeting | None:
-    """Of the agents of a Slurm step with one task a machine; None outside of one, or on one machine. Raises ValueError for
-    more tasks than machines, and without a token."""
+    """The meeting of the agents of a Slurm step with one task a machine; None outside of one, or on one machine.
+
+    Raises ValueError for more tasks than machines, and without a token.
+    """
     nodes, tasks = (int(environment.get(f"SLURM_STEP_NUM_{what}", 1)) for what in ("NODES", "TASKS"))
     if nodes == tasks == 1:
         return None
@@ -59,8 +63,10 @@ def slurm_meeting(token: Path | None = None, environment: Mapping[str, str] = os
 
 
 def token_of(path: Path | None, given: str, environment: Mapping[str, str] = os.environ) -> bytes:
-    """What the machines of a job know and others do not: from a file that nobody else can read, or the environment. Raises
-    ValueError."""
+    """What the machines of a job know and others do not, from a file that nobody else can read, or the environment.
+
+    Raises ValueError; `given` is what asked for it.
+    """
     if path is not None:
         return _long_enough(_read_own(path), f"--token {path}")
     if TOKEN in environment:
@@ -105,8 +111,10 @@ def slurm_hosts(nodes: str) -> list[str]:
 
 
 def address_towards(host: str, port: int) -> str:
-    """The address under which this machine is seen from `host`: that of the way there. Sends nothing. Raises ValueError
-    where the name means nothing here."""
+    """The address under which this machine is seen from `host`: that of the way there. Sends nothing.
+
+    Raises ValueError where the name means nothing here.
+    """
     try:
         family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -127,8 +135,10 @@ def is_here(host: str, port: int) -> bool:
 
 
 def give_up_after(seconds: float) -> None:
-    """Tells the kernel to give up this process's TCP connections once what was sent is unanswered for so long. torch's
-    store sets no bound, and the kernel's own is a quarter of an hour. To be called again for connections made since. (Linux.)"""
+    """Tells the kernel to give up this process's TCP connections once what was sent is unanswered for so long. (Linux.)
+
+    torch's store sets no bound, and the kernel's own is a quarter of an hour. To be called again for connections made since.
+    """
     for name in Path("/proc/self/fd").iterdir():
         # Another thread may close it meanwhile.
         with contextlib.suppress(OSError):

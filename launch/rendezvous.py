@@ -44,14 +44,14 @@ _NOTHING = "null"
 
 
 def store_here() -> dist.TCPStore:
-    """A store that this machine alone can reach. torch would have it listen on every address."""
+    """Opens a store that this machine alone can reach. torch would have it listen on every address."""
     listening = socket.create_server((LOOPBACK, 0))
     port = listening.getsockname()[1]
     return dist.TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def settings(make: Callable[[RendezvousParameters], RendezvousHandler]) -> dict[str, Any]:
-    """Of torch's LaunchConfig, for a handler that `make` makes."""
+    """The settings of torch's LaunchConfig for a handler that `make` makes."""
     rendezvous_handler_registry.register(BACKEND, _made)
     return {"rdzv_backend": BACKEND, "rdzv_configs": {"make": make}}
 
@@ -64,8 +64,11 @@ def _made(parameters: RendezvousParameters) -> RendezvousHandler:
 def rendezvous(
     meeting: Meeting | None, patience_seconds: float
 ) -> Iterator[Callable[[RendezvousParameters], RendezvousHandler]]:
-    """What makes the handler of a run. Raises Refused where the port of the meeting cannot be had, or who answers there has
-    another token, and Failed where nobody does. The meeting lasts as long as the context of its host."""
+    """Gives what makes the handler of a run. The meeting lasts as long as the context of its host.
+
+    Raises Refused where the port of the meeting cannot be had, or who answers there has another token, and Failed where
+    nobody does.
+    """
     before = os.environ.get(START)
     try:
         if meeting is None:
@@ -117,7 +120,7 @@ def _said_in_a_line(meeting: Meeting) -> Iterator[None]:
 
 
 class Alone(RendezvousHandler):
-    """Of one machine, which waits for no other. Each start of the workers has a store of its own."""
+    """The rendezvous of one machine, which waits for no other. Each start of the workers has a store of its own."""
 
     def __init__(self, job: str):
         self._job, self._closed = job, False
@@ -153,7 +156,7 @@ class Alone(RendezvousHandler):
 
 
 class Together(DynamicRendezvousHandler):
-    """Of several machines, as torch arranges it; the workers of each come to the one store through the door of theirs."""
+    """The rendezvous of several machines, as torch has it; the workers of each reach the one store through its door."""
 
     door: int
 
@@ -169,7 +172,7 @@ class Together(DynamicRendezvousHandler):
 
 
 def met(parameters: RendezvousParameters, door: int, patience_seconds: float) -> Together:
-    """The handler of an agent whose way to the store is `door`."""
+    """Makes the handler of an agent whose way to the store is `door`."""
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torch makes no store of its own
     store = dist.TCPStore(LOOPBACK, door, timeout=datetime.timedelta(seconds=patience_seconds))
     handler = Together.from_backend(
@@ -228,8 +231,10 @@ class Backend(RendezvousBackend):
 
 
 def encoded(value: Any) -> Any:
-    """A state of torch's rendezvous as plain JSON: machines, times, sets and maps are pairs of what they are and what is in
-    them. Raises TypeError for anything else."""
+    """A state of torch's rendezvous as plain JSON. Raises TypeError for anything else.
+
+    Machines, times, sets and maps are pairs of what they are and what is in them.
+    """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, datetime.datetime):

@@ -16,8 +16,10 @@ PATIENCE_SECONDS = 2.0  # at the end, with a reader that takes nothing
 
 
 class PatientStream:
-    """Text that a thread of its own writes to a file descriptor. To write never blocks and never raises: where the descriptor
-    takes nothing any more, it is given up."""
+    """Text that a thread of its own writes to a file descriptor.
+
+    To write never blocks and never raises: where the descriptor takes nothing any more, it is given up.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream, self._fd = stream, stream.fileno()
@@ -109,8 +111,10 @@ def _patient(stream: TextIO) -> Any:
 
 
 def keep_open() -> None:
-    """Opens the null device where a standard stream is closed: the next file to be opened would be in its place, and what a
-    library prints would go there."""
+    """Opens the null device where a standard stream is closed.
+
+    The next file to be opened would be in its place, and what a library prints would go there.
+    """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)

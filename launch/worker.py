@@ -59,8 +59,10 @@ def run(overrides: list[str], workers: Workers) -> None:
 
 @contextlib.contextmanager
 def begun(overrides: list[str], workers: Workers) -> Iterator[TrainConfig]:
-    """On rank 0: the checked configuration, which the others are told, while its folder is held for it. Raises Refused or
-    Failed, which they are told instead."""
+    """On rank 0: the checked configuration, which the others are told, while its folder is held for it.
+
+    Raises Refused or Failed, which they are told instead.
+    """
     run_dir = None
     try:
         config = resolve(overrides, workers)
@@ -84,8 +86,10 @@ def begun(overrides: list[str], workers: Workers) -> Iterator[TrainConfig]:
 
 @contextlib.contextmanager
 def told_of_known_ends(run_dir: Path, workers: Workers) -> Iterator[None]:
-    """Raises Failed where one line tells the end, here or where another worker found it so, and leaves no half of a
-    checkpoint."""
+    """Raises Failed where one line tells the end, here or where another worker found it so.
+
+    No half of a checkpoint is left.
+    """
     try:
         yield
     except (Exception, CheckpointException) as error:

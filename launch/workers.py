@@ -39,8 +39,11 @@ _PATIENCE = datetime.timedelta(hours=4)  # rank 0 may have a corpus to tokenize 
 
 
 def workers_from_environment() -> Workers:
-    """This worker under torchrun; without torchrun, the only one. What it opens for others to connect to is on the loopback
-    where the run has one machine, unless the environment names an interface."""
+    """This worker under torchrun; without torchrun, the only one.
+
+    What it opens for others to connect to is on the loopback where the run has one machine, unless the environment names an
+    interface.
+    """
     if not is_one_of_many_machines():
         for name, value in interfaces().items():
             os.environ.setdefault(name, value)

@@ -18,8 +18,10 @@ from rowwise.trainer.prepare import examine
 def check_trials(
     config: SweepConfig, launcher: DictConfig, trials: Sequence[Composed], space: Space, here: bool
 ) -> None:
-    """Refuses before the first trial what every trial, or one of the values, would be refused for, also by this machine
-    where trials run `here`. Raises ValueError."""
+    """Refuses before the first trial what any of them would be refused for. Raises ValueError.
+
+    Also what this machine would refuse, where trials run `here`.
+    """
     here = here and is_basic(launcher)
     nodes, tasks = launcher.get("nodes", 1), launcher.get("tasks_per_node", 1)
     if tasks != 1:
