@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from rowwise.trainer.data import documents, pieces, store
 from rowwise.trainer.data.config import Hf, Text
 from rowwise.trainer.data.long_lines import LongLine, encoded
-from rowwise.trainer.data.open import open_data
+from rowwise.trainer.data.open import open_data, told_of_data
 from rowwise.trainer.data.pieces import Document, border, whole_characters
+from rowwise.trainer.data.tokenizer import open_tokenizer
 
 WORDS = ["to", "be", " or", "not", "\n", " ", "\n\n", ".\n", "é", "語", "😀", "12", "'s", "\t", "\r\n"]
 
@@ -228,6 +229,40 @@ def test_gzip_cut_short_anywhere_is_named(tmp_path):
         ) as refusal:
             open_data(Hf(files=str(path), cache_dir=str(tmp_path / "cache")), 8, 256)
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("by_bytes", [False, True])
+def test_characters_that_a_tokenizer_leaves_out_are_counted_and_its_tokens_are_the_librarys(tmp_path, by_bytes):
+    """Byte-pair encoding without an unknown token says nothing of them, and merges what stood around them."""
+    library = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2, "c": 3}, merges=[("a", "b")]))
+    if by_bytes:
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.save(str(tmp_path / "tokenizer.json"))
+    text = "a\u00e9bcab\u754cab\u00e9c" * 20
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("abc" * 30)
+    config = Text(
+        files=str(tmp_path), tokenizer=str(tmp_path / "tokenizer.json"), holdout=0, cache_dir=str(tmp_path / "cache")
+    )
+    for data in (open_data(config, 16, 256), open_data(config, 16, 256)):  # made, and found
+        assert data.left_out == {"\u00e9": 40, "\u754c": 20}
+        (told,) = [line for line in told_of_data(config, data, 1) if "left out" in line]
+        assert told.startswith(
+            r"60 characters of the text have no token and are left out ('\xe9' 40 times, '\u754c' 20 times);"
+        )
+    tokens = [*library.encode(text).ids, *library.encode("abc" * 30).ids]
+    assert data.train.streams[0].tokens.tolist() == tokens
+    if not by_bytes:
+        assert tokens[:3] == [2, 3, 2]
+
+
+def test_a_tokenizer_that_leaves_out_nothing_is_not_asked_twice(tmp_path, tokenizer):
+    assert open_tokenizer(str(tokenizer))._marking is None
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True)).save(str(tmp_path / "fallback.json"))
+    assert open_tokenizer(str(tmp_path / "fallback.json"))._marking is None
+    Tokenizer(models.BPE(vocab={"a": 0, "?": 1}, merges=[], unk_token="?")).save(str(tmp_path / "unknown.json"))
+    assert open_tokenizer(str(tmp_path / "unknown.json"))._marking is None
 
 
 def test_a_tokenizer_that_cannot_tokenize_is_refused(tmp_path):

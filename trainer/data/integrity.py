@@ -1,7 +1,8 @@
 """What a corpus folder says of its own files, and whether that is true.
 
     meta.json   version, dtype, vocab_size, fingerprint, tokens {split: number},
-                files {name: {bytes, sha256: [of every 64 MiB]}}, sha256 (of the rest of this record)
+                files {name: {bytes, sha256: [of every 64 MiB]}}, left_out {character: number},
+                sha256 (of the rest of this record)
 
 Sizes are compared when a corpus is opened, and the content of all that takes less than a second; what is larger is read
 in the background (`watch.py`).
@@ -10,7 +11,7 @@ in the background (`watch.py`).
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,13 +41,14 @@ class Contents:
 
 @dataclass(frozen=True)
 class Record:
-    """meta.json. `tokens`: how many, by split."""
+    """meta.json. `tokens`: how many, by split; `left_out`: how often characters stood in the text that have no token."""
 
     dtype: str
     vocab_size: int
     fingerprint: str
     tokens: dict[str, int]
     files: dict[str, Contents]
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def read_record(folder: Path) -> Record:
     try:
         record = Record(**tree | {"files": {name: Contents(**facts) for name, facts in tree["files"].items()}})
         whole = all(len(facts.sha256) == -(-facts.bytes // PIECE_BYTES) for facts in record.files.values())
+        whole &= all(type(count) is int for count in record.left_out.values())
     except (KeyError, TypeError, AttributeError):
         whole = False
     if not whole or set(record.files) != set(FILES):  # as a stranger may have written it

@@ -2,7 +2,8 @@
 
 import hashlib
 import itertools
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rowwise.trainer.data.config import DataConfig, Hf, Stdlib, Text, Tokens
@@ -20,7 +21,7 @@ class Data:
     """What a run reads. `vocab_size`: the smallest that a model of it may have (0: not known). `tokenizer`: None
     where only tokens are known. `found`: the files it comes from. `tokens`: in all; `short`: of files of tokens, those
     that hold no whole sample. `read`: of each file that is mapped, a hash of what was read of it here, whatever is recorded;
-    `watch` looks after them. `unhashed`: folders whose records have no hashes."""
+    `watch` looks after them. `unhashed`: folders whose records have no hashes. `left_out`: characters that have no token."""
 
     train: Corpus
     holdout: Corpus
@@ -32,6 +33,7 @@ class Data:
     watch: Watch
     short: int = 0
     unhashed: tuple[Path, ...] = ()
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
@@ -77,6 +79,12 @@ def told_of_data(config: DataConfig, data: Data, samples: int) -> list[str]:
         f"{folder} is of an earlier release, without hashes, and cannot be written: damage to it is not found"
         for folder in data.unhashed
     ]
+    if count := data.left_out.total():
+        most = ", ".join(f"{one!a} {number:,} times" for one, number in data.left_out.most_common(3))
+        told.append(
+            f"{count:,} characters of the text have no token and are left out ({most}{', ...' * (len(data.left_out) > 3)}); "
+            "give data.tokenizer one with an unknown token, or with all bytes"
+        )
     return told
 
 
@@ -113,7 +121,8 @@ def _open_text(config: Stdlib | Text | Hf, seq_len: int) -> Data:
     )
     watch = Watch([store.folder / name for name in FILES], store.unread, ours=True)
     tokens = train.tokens + holdout.tokens
-    return Data(train, holdout, tokenizer.vocab_size, tokenizer, found, tokens, store.read(), watch)
+    left_out = Counter(store.record.left_out)
+    return Data(train, holdout, tokenizer.vocab_size, tokenizer, found, tokens, store.read(), watch, left_out=left_out)
 
 
 def _open_tokens(config: Tokens, seq_len: int) -> Data:

@@ -147,7 +147,9 @@ def write_store(
     hashes = "".join(split.content.hexdigest() for split in splits.values())
     lengths = {name: split.tokens for name, split in splits.items()}
     fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
-    write_record(folder, Record(dtype.name, tokenizer.vocab_size, fingerprint, lengths, files))
+    write_record(
+        folder, Record(dtype.name, tokenizer.vocab_size, fingerprint, lengths, files, dict(tokenizer.left_out))
+    )
 
 
 class _Split:

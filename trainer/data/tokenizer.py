@@ -2,15 +2,21 @@
 
 import contextlib
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
 
 
 class Tokenizer(Protocol):
     vocab_size: int
     fingerprint: str
     end: list[int]  # what follows a document
+    left_out: Counter[str]  # characters of all documents so far that have no token, and how often they stood there
 
     def encode(self, texts: Sequence[bytes]) -> list[list[int]] | list[bytes]:
         """The tokens of documents, or of pieces of them. Raises UnicodeDecodeError for what is not UTF-8, where that matters."""
@@ -28,7 +34,9 @@ class ByteTokenizer:
 
     vocab_size = 256
     fingerprint = "bytes"
-    end: list[int] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.end, self.left_out = list[int](), Counter[str]()
 
     def encode(self, texts: Sequence[bytes]) -> list[bytes]:
         return list(texts)
@@ -76,6 +84,8 @@ class FileTokenizer:
         if not vocabulary:
             raise ValueError(f"data.tokenizer={path}: its vocabulary is empty; give another tokenizer.json, or 'bytes'")
         self._path, self.vocab_size = path, max(vocabulary.values()) + 1
+        self._marking = marking(self._library, self.vocab_size)
+        self.left_out = Counter[str]()
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest() + f"/{end_of_text}"
         self.end: list[int] = []
         if end_of_text is not None:
@@ -87,7 +97,20 @@ class FileTokenizer:
     def encode(self, texts: Sequence[bytes]) -> list[list[int]]:
         decoded = [text.decode() for text in texts]
         with self._told():
+            if self._marking is not None:
+                marked = [one.ids for one in self._marking.encode_batch_fast(decoded, add_special_tokens=False)]
+                if not (found := [text for text, ids in zip(decoded, marked, strict=True) if self.vocab_size in ids]):
+                    return marked
+                self._count_unknown(found)
             return [encoding.ids for encoding in self._library.encode_batch_fast(decoded, add_special_tokens=False)]
+
+    def _count_unknown(self, texts: list[str]) -> None:
+        assert self._marking is not None
+        for text, encoding in zip(texts, self._marking.encode_batch(texts, add_special_tokens=False), strict=True):
+            pairs = zip(encoding.ids, encoding.offsets, strict=True)
+            # Several bytes of a character may be unknown.
+            for start, end in {place for token, place in pairs if token == self.vocab_size}:
+                self.left_out[text[start:end]] += 1
 
     def encode_prompt(self, text: str) -> list[int]:
         with self._told():
@@ -106,6 +129,28 @@ class FileTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._library.decode(list(tokens))
+
+
+def marking(library: "Library", mark: int) -> "Library | None":
+    """The same tokenizer, with the token `mark` for each character (or byte of one) that it has no token for and leaves out
+    without a word: such is byte-pair encoding without an unknown token. None where it leaves out nothing."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    model = library.model
+    if not isinstance(model, models.BPE) or model.unk_token is not None:
+        return None
+    vocabulary, first = library.get_vocab(), (library.normalizer, library.pre_tokenizer)
+    if any(b'"ByteLevel"' in part.__getstate__() for part in first if part is not None):
+        whole = vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+    else:
+        whole = model.byte_fallback and vocabulary.keys() >= {f"<0x{byte:02X}>" for byte in range(256)}
+    if whole:
+        return None
+    tree = json.loads(library.to_str())
+    tree["model"] |= {"unk_token": "\0unknown", "fuse_unk": False}
+    tree["model"]["vocab"]["\0unknown"] = mark
+    return Library.from_str(json.dumps(tree))
 
 
 def open_tokenizer(choice: str, end_of_text: str | None = None) -> Tokenizer:
