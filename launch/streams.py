@@ -1,6 +1,7 @@
 """The standard streams of a run, which goes on whatever becomes of them: their reader may leave (`| head`), they may be closed
 (`2>&-`), the terminal may hang up, or a pipe may be full that nobody reads. Needs no torch."""
 
+import collections
 import contextlib
 import os
 import queue
@@ -24,24 +25,18 @@ class PatientStream:
     def __init__(self, stream: TextIO):
         self._stream, self._fd = stream, stream.fileno()
         self.encoding, self.errors = stream.encoding, stream.errors
-        self._left: queue.Queue[bytes] = queue.Queue(WAITING)
-        self._gone = False
+        # Neither has a lock that a handler of signals, which prints, could find held by the write that it interrupts.
+        self._left, self._news = collections.deque[bytes](maxlen=WAITING), queue.SimpleQueue[None]()
+        self._busy, self._gone = False, False
         self._written = 0
         threading.Thread(target=self._work, name="stream", daemon=True).start()
 
     def write(self, text: str) -> int:
         if not self._gone:
-            self._put(text.encode(self.encoding or "utf-8", "backslashreplace"))
+            self._left.append(text.encode(self.encoding or "utf-8", "backslashreplace"))
+            if self._news.empty():
+                self._news.put(None)
         return len(text)
-
-    def _put(self, data: bytes) -> None:
-        while True:
-            try:
-                return self._left.put_nowait(data)
-            except queue.Full:
-                with contextlib.suppress(queue.Empty):
-                    self._left.get_nowait()
-                    self._left.task_done()
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -53,7 +48,7 @@ class PatientStream:
     def drain(self) -> None:
         """Returns when all is written, or when nobody takes it."""
         seen, since = self._written, time.monotonic()
-        while self._left.unfinished_tasks and not self._gone and time.monotonic() - since < PATIENCE_SECONDS:
+        while (self._left or self._busy) and not self._gone and time.monotonic() - since < PATIENCE_SECONDS:
             time.sleep(0.002)
             if self._written > seen:
                 seen, since = self._written, time.monotonic()
@@ -69,14 +64,19 @@ class PatientStream:
 
     def _work(self) -> None:
         while True:
-            data = self._left.get()
+            self._news.get()
+            self._busy = True
             try:
-                while data and not self._gone:
-                    taken = self._take(data)
-                    self._written, data = self._written + taken, data[taken:]
+                while self._left and not self._gone:
+                    self._pass_on(self._left.popleft())
             except OSError:
                 self._gone = True
-            self._left.task_done()
+            self._busy = False
+
+    def _pass_on(self, data: bytes) -> None:
+        while data:
+            taken = self._take(data)
+            self._written, data = self._written + taken, data[taken:]
 
     def _take(self, data: bytes) -> int:
         try:

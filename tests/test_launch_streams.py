@@ -1,8 +1,10 @@
 """A run goes on whatever becomes of the streams it prints to."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,6 +18,13 @@ def pipe():
     read, write = os.pipe()
     yield read, os.fdopen(write, "w")
     os.close(read)
+
+
+def read_until(read: int, end: bytes) -> bytes:
+    said = b""
+    while not said.endswith(end):
+        said += os.read(read, 1 << 20)
+    return said
 
 
 def test_what_is_printed_arrives_in_its_order(pipe):
@@ -37,21 +46,39 @@ def test_a_full_pipe_that_nobody_reads_is_given_up(pipe, monkeypatch):
     patient.drain()
     assert time.monotonic() - began < 5
     patient.write("how it ended")
-    said = b""
-    while not said.endswith(b"how it ended"):  # a reader that comes back finds what came last
-        said += os.read(read, 1 << 20)
+    said = read_until(read, b"how it ended")  # a reader that comes back finds what came last
     assert len(said) <= (streams.WAITING + 1) * 100 + (1 << 16)
 
 
 def test_a_pipe_that_another_program_has_set_not_to_block_is_waited_for(pipe):
     read, stream = pipe
     os.set_blocking(stream.fileno(), False)
-    patient, said = PatientStream(stream), b""
+    patient = PatientStream(stream)
     for number in range(3000):
         patient.write(f"{number:>99}\n")
-    while len(said) < 300_000:
-        said += os.read(read, 1 << 20)
-    assert [int(line) for line in said.split(b"\n")[:-1]] == list(range(3000))
+    assert [int(line) for line in read_until(read, b"2999\n").split()] == list(range(3000))
+
+
+def test_a_handler_of_signals_may_print_while_something_is_printed(pipe):
+    read, stream = pipe
+    patient = PatientStream(stream)
+    reader = threading.Thread(target=read_until, args=(read, b"the end"))
+    reader.start()
+    handled: list[int] = []
+
+    def handle(number, frame):
+        handled.append(patient.write("a signal\n"))
+
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+    try:
+        while len(handled) < 500:
+            patient.write("a line\n")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    patient.write("the end")
+    reader.join()
 
 
 def test_a_reader_that_leaves_is_no_error():
