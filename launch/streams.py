@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-WAITING = 10_000  # writes that a slow reader may be behind: of more, the oldest go, for the last say how it ended
+WAITING = 10_000  # lines that a slow reader may be behind: of more, the oldest go, for the last say how it ended
 PATIENCE_SECONDS = 2.0  # at the end, with a reader that takes nothing
 
 
@@ -25,17 +25,17 @@ class PatientStream:
     def __init__(self, stream: TextIO):
         self._stream, self._fd = stream, stream.fileno()
         self.encoding, self.errors = stream.encoding, stream.errors
-        # Neither has a lock that a handler of signals, which prints, could find held by the write that it interrupts.
-        self._left, self._news = collections.deque[bytes](maxlen=WAITING), queue.SimpleQueue[None]()
+        # None of these has a lock that a handler of signals, which prints, could find held by the write that it interrupts.
+        self._line, self._left = collections.deque[str](), collections.deque[bytes](maxlen=WAITING)
+        self._news = queue.SimpleQueue[None]()
         self._busy, self._gone = False, False
         self._written = 0
         threading.Thread(target=self._work, name="stream", daemon=True).start()
 
     def write(self, text: str) -> int:
-        if not self._gone:
-            self._left.append(text.encode(self.encoding or "utf-8", "backslashreplace"))
-            if self._news.empty():
-                self._news.put(None)
+        self._line.append(text)
+        if "\n" in text or "\r" in text:
+            self.flush()
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -43,10 +43,20 @@ class PatientStream:
             self.write(line)
 
     def flush(self) -> None:
-        """What was written is on its way already."""
+        """Sends what was written on its way, a line in one piece: other processes write to the same terminal."""
+        pieces: list[str] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                pieces.append(self._line.popleft())
+        data = "".join(pieces).encode(self.encoding or "utf-8", "backslashreplace")
+        if data and not self._gone:
+            self._left.append(data)
+            if self._news.empty():
+                self._news.put(None)
 
     def drain(self) -> None:
         """Returns when all is written, or when nobody takes it."""
+        self.flush()
         seen, since = self._written, time.monotonic()
         while (self._left or self._busy) and not self._gone and time.monotonic() - since < PATIENCE_SECONDS:
             time.sleep(0.002)

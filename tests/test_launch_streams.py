@@ -37,16 +37,31 @@ def test_what_is_printed_arrives_in_its_order(pipe):
     assert patient.fileno() == stream.fileno() and not patient.isatty()
 
 
+def test_a_line_is_written_in_one_piece(pipe, monkeypatch):
+    """What other workers write to the same terminal stands between lines, not in them; a bar has no end of a line."""
+    read, stream = pipe
+    patient, pieces, write = PatientStream(stream), [], os.write
+    monkeypatch.setattr(streams.os, "write", lambda fd, data: pieces.append(data) or write(fd, data))
+    for number in range(20):
+        print("a line of", number, "words", file=patient)
+        patient.drain()
+    patient.write("\ra bar")
+    patient.write(" of two")
+    patient.drain()
+    assert pieces == [*(f"a line of {n} words\n".encode() for n in range(20)), b"\ra bar", b" of two"]
+    assert read_until(read, b"two") == b"".join(pieces)
+
+
 def test_a_full_pipe_that_nobody_reads_is_given_up(pipe, monkeypatch):
     monkeypatch.setattr(streams, "PATIENCE_SECONDS", 0.2)
     read, stream = pipe
     patient, began = PatientStream(stream), time.monotonic()
     for _ in range(3 * streams.WAITING):
-        patient.write("x" * 100)
+        patient.write("x" * 99 + "\n")
     patient.drain()
     assert time.monotonic() - began < 5
-    patient.write("how it ended")
-    said = read_until(read, b"how it ended")  # a reader that comes back finds what came last
+    print("how it ended", file=patient)
+    said = read_until(read, b"how it ended\n")  # a reader that comes back finds what came last
     assert len(said) <= (streams.WAITING + 1) * 100 + (1 << 16)
 
 
@@ -62,7 +77,7 @@ def test_a_pipe_that_another_program_has_set_not_to_block_is_waited_for(pipe):
 def test_a_handler_of_signals_may_print_while_something_is_printed(pipe):
     read, stream = pipe
     patient = PatientStream(stream)
-    reader = threading.Thread(target=read_until, args=(read, b"the end"))
+    reader = threading.Thread(target=read_until, args=(read, b"the end\n"))
     reader.start()
     handled: list[int] = []
 
@@ -77,7 +92,7 @@ def test_a_handler_of_signals_may_print_while_something_is_printed(pipe):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    patient.write("the end")
+    print("the end", file=patient)
     reader.join()
 
 
