@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from parity import small_config
 from rowwise.trainer import manifest as manifests
@@ -31,6 +32,7 @@ from rowwise.trainer.manifest import (
 )
 from rowwise.trainer.metrics import MetricsLog, MetricsTail, Recorded, RunMoved, read_metrics
 from rowwise.trainer.prepare import is_held, lock_run
+from rowwise.trainer.pruned import kept_gains
 from rowwise.trainer.resume import find_resume
 from rowwise.trainer.state import TrainState
 from runs import manifest_at
@@ -137,6 +139,15 @@ def test_json_has_no_word_for_what_is_no_number(tmp_path):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     with pytest.raises(ValueError, match="nested too deep"):
         from_json(b"[" * 100_000)
+
+
+def test_what_a_run_measured_once_is_measured_anew_where_its_file_is_damaged(tmp_path, caplog):
+    path, gains = tmp_path / "semi_structured.json", [(torch.Size((8, 4)), 1.5), (torch.Size((4, 4)), 0.5)]
+    assert kept_gains(path, lambda: gains) == kept_gains(path, list) == gains
+    for number, content in enumerate(("", "[[[8, 4], 1.", "[[8, 1.5]]", "7", '[[[8, 4], "x"]]'), 1):
+        path.write_text(content)
+        assert kept_gains(path, lambda: gains) == gains
+        assert len(caplog.messages) == number and f"{path} is damaged" in caplog.messages[-1]
 
 
 def test_a_run_folder_that_moves_under_way_ends_the_run(tmp_path):

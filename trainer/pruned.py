@@ -1,7 +1,7 @@
 """The layers of a run that prune their weights n:m as they compute, and which of them multiply in the hardware's form."""
 
-import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,10 +12,12 @@ from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype
 from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.files import from_json, to_json, write_whole
 from rowwise.trainer.models.decoder import Decoder, parameter_shapes
 from rowwise.trainer.models.nm import use_nm
 
 GAINS_FILE = "semi_structured.json"
+Gain = tuple[torch.Size, float]  # of a matrix of that shape: how many times faster
 log = logging.getLogger(__name__)
 
 
@@ -52,10 +54,7 @@ def faster_shapes(config: TrainConfig, mesh: Mesh) -> set[torch.Size]:
     measured once stays in the run directory, so that a resumed run computes as it did."""
     found: list[set[torch.Size]] = [set()]
     if mesh.rank == 0:
-        path = Path(config.run_dir) / GAINS_FILE
-        if not path.exists():
-            path.write_text(json.dumps(measured_gains(config, mesh)))
-        gains = [(torch.Size(shape), gain) for shape, gain in json.loads(path.read_text())]
+        gains = kept_gains(Path(config.run_dir) / GAINS_FILE, lambda: measured_gains(config, mesh))
         for shape, gain in gains:
             log.warning("2:4 form of %s: %.2f times faster, %s", tuple(shape), gain, "used" if gain > 1 else "not used")
         found = [{shape for shape, gain in gains if gain > 1}]
@@ -63,7 +62,20 @@ def faster_shapes(config: TrainConfig, mesh: Mesh) -> set[torch.Size]:
     return found[0]
 
 
-def measured_gains(config: TrainConfig, mesh: Mesh) -> list[tuple[torch.Size, float]]:
+def kept_gains(path: Path, measure: Callable[[], list[Gain]]) -> list[Gain]:
+    """What stands in the file; where nothing does, or it is damaged, which is said, what is measured now and kept there."""
+    try:
+        return [(torch.Size(shape), float(gain)) for shape, gain in from_json(path.read_bytes())]
+    except FileNotFoundError:
+        pass
+    except (ValueError, TypeError) as error:
+        log.warning("%s is damaged (%s): measured anew", path, error)
+    gains = measure()
+    write_whole(path, to_json(gains))
+    return gains
+
+
+def measured_gains(config: TrainConfig, mesh: Mesh) -> list[Gain]:
     """(shape, how many times faster) for the tokens of this run's micro-batch."""
     assert isinstance(config.sparsity, NM)
     dtype, tokens = compute_dtype(config.precision), config.batch.micro_size * config.batch.seq_len // mesh.sharers
