@@ -30,7 +30,8 @@ from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models import init
 from rowwise.trainer.prepare import make_writable
 from rowwise.trainer.step import RankStatus
-from rowwise.trainer.train import make_update, train, train_batches
+from rowwise.trainer.train import train, train_batches
+from rowwise.trainer.update import make_update
 
 STEPS = 3
 TIMEOUT_SECONDS = 60  # of NCCL, whose watchdog ends a rank that waits longer

@@ -30,7 +30,8 @@ from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import flops_per_token
 from rowwise.trainer.peaks import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.step import RankStatus
-from rowwise.trainer.train import make_update, train_batches
+from rowwise.trainer.train import train_batches
+from rowwise.trainer.update import make_update
 
 SMALL = ("model.layers=2", "model.dim=64", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=128", "batch.seq_len=64",
          "batch.global_size=4", "batch.micro_size=2", "precision=fp32", "optim.lr=0.003")  # fmt: skip

@@ -13,7 +13,8 @@ from rowwise.parallel.state_bytes import PeakStates
 from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.step import RankStatus
-from rowwise.trainer.train import make_update, train_batches
+from rowwise.trainer.train import train_batches
+from rowwise.trainer.update import make_update
 
 RULES = ("adamw", "adamw8bit", "fira", "muon")
 

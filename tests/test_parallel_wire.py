@@ -13,7 +13,8 @@ from rowwise.parallel.mesh import ParallelConfig, make_mesh, resolve_degrees
 from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.step import RankStatus
-from rowwise.trainer.train import make_update, train_batches
+from rowwise.trainer.train import train_batches
+from rowwise.trainer.update import make_update
 from wire import Begin, Part, Wait, Wire, held_up
 
 MODEL = ("model.dim=12", "model.heads=4", "model.kv_heads=2", "model.head_dim=6", "model.ffn_dim=9", "model.layers=4",

@@ -11,7 +11,8 @@ from rowwise.trainer.build import build_masks, build_model
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.step import RankStatus
-from rowwise.trainer.train import eval_batches, make_update, train_batches
+from rowwise.trainer.train import eval_batches, train_batches
+from rowwise.trainer.update import make_update
 
 MODEL = ("model.dim=12", "model.heads=4", "model.kv_heads=2", "model.head_dim=6", "model.ffn_dim=9", "model.layers=2",
          "batch.global_size=8", "batch.micro_size=2", "steps=12")  # fmt: skip

@@ -21,7 +21,8 @@ from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.sample import generate
 from rowwise.trainer.step import RankStatus
-from rowwise.trainer.train import eval_batches, make_update, train_batches
+from rowwise.trainer.train import eval_batches, train_batches
+from rowwise.trainer.update import make_update
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, records, run_train, run_until
 
 STEPS = 8

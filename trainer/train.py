@@ -1,31 +1,26 @@
 """train(config): build, resume, loop, save."""
 
-import functools
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.kernels.products import float32_products
 from rowwise.optim.build import assignment_table, assignments, build_optimizer, follow_schedule, set_step
-from rowwise.optim.in_backward import InBackward
 from rowwise.optim.schedules import LrRange
-from rowwise.optim.shell import Optimizer
-from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import initial_loss_scale, next_loss_scale, product_precision
-from rowwise.parallel.replicate import gradient_sum
 from rowwise.parallel.sequence import places_on
 from rowwise.trainer.advice import warnings
 from rowwise.trainer.build import build_masks, build_model
 from rowwise.trainer.checkpoint import Saver, load_first_sound, tensors_of
 from rowwise.trainer.config import TrainConfig, tree_of
-from rowwise.trainer.data.batches import MicroBatch, Prefetch, Share, holdout_batches, step_batches, step_digests
+from rowwise.trainer.data.batches import Prefetch, Share, holdout_batches, step_batches, step_digests
 from rowwise.trainer.data.open import Data, told_of_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.finite import not_finite, of_any_rank, told
@@ -41,23 +36,9 @@ from rowwise.trainer.resume import changes, data_facts, find_resume, model_facts
 from rowwise.trainer.same_data import require_same_data, require_sound, try_data
 from rowwise.trainer.sample import generate
 from rowwise.trainer.state import TrainState
-from rowwise.trainer.step import RankStatus, StepReport, compute_gradients, step_at_once, step_in_backward
+from rowwise.trainer.step import RankStatus, StepReport
 from rowwise.trainer.stop import StopRequest
-
-
-class Update(Protocol):
-    """Makes step t (counted from 1): from its micro-batches, the loss scale, what this rank tells all, where the timeline of a
-    pipeline goes, and the micro-batches of the next step where it may be begun."""
-
-    def __call__(
-        self,
-        step: int,
-        batches: list[MicroBatch],
-        loss_scale: float,
-        status: RankStatus,
-        trace: Trace | None = None,
-        ahead: list[MicroBatch] | None = None,
-    ) -> StepReport: ...
+from rowwise.trainer.update import make_update, may_begin_next
 
 
 def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
@@ -155,52 +136,6 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
         else:
             reporter.say(last_words(config, mesh, model, data, state, stopping))
     return state
-
-
-def make_update(
-    config: TrainConfig,
-    mesh: Mesh,
-    model: Decoder | StagedDecoder,
-    optimizer: Optimizer,
-    sparsity: Sparsity | None,
-) -> Update:
-    """The function that makes one step, as the configuration asks. The gradients it used stay until they are let go."""
-    zero, places = config.parallel.zero, config.batch.global_size * config.batch.seq_len
-    if config.optim.in_backward:
-        in_backward = InBackward(optimizer, gradient_sum(model, mesh))
-        return lambda step, batches, loss_scale, status, trace=None, ahead=None: step_in_backward(
-            model, batches[0], mesh, zero, in_backward, status
-        )
-
-    def update(
-        step: int,
-        batches: list[MicroBatch],
-        loss_scale: float,
-        status: RankStatus,
-        trace: Trace | None = None,
-        ahead: list[MicroBatch] | None = None,
-    ) -> StepReport:
-        asked = (mesh, zero, places, config.clip_norm, loss_scale)
-        if config.parallel.post_validation:
-            assert isinstance(model, StagedDecoder)
-            report = step_at_once(model, batches, *asked, optimizer, status, trace, ahead)
-        else:
-            filter_ = None if sparsity is None else functools.partial(sparsity.filter_gradients, step)
-            report = compute_gradients(model, batches, *asked, status, trace, filter_)
-            if sparsity is not None:
-                sparsity.step(optimizer, step, report.finite)
-            elif report.finite:
-                optimizer.step()
-        return report
-
-    return update
-
-
-def may_begin_next(config: TrainConfig, step: int) -> bool:
-    """Whether the step after `step` may be begun before `step` is known to be good: not where something else comes
-    between them, or where it is to be traced as a whole."""
-    between = config.eval.due(step, config.steps) or config.checkpoint.due(step, config.steps) or step == config.steps
-    return config.parallel.post_validation and not between and step + 1 != config.parallel.pipeline_trace
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""What makes a step of a run: the forward and backward of its micro-batches, and the optimizer's update, as configured."""
+
+import functools
+from typing import Protocol
+
+from rowwise.optim.in_backward import InBackward
+from rowwise.optim.shell import Optimizer
+from rowwise.optim.sparse.build import Sparsity
+from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.pipeline import Trace
+from rowwise.parallel.replicate import gradient_sum
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.pipeline import StagedDecoder
+from rowwise.trainer.step import RankStatus, StepReport, compute_gradients, step_at_once, step_in_backward
+
+
+class Update(Protocol):
+    """Makes step t (counted from 1): from its micro-batches, the loss scale, what this rank tells all, where the timeline of a
+    pipeline goes, and the micro-batches of the next step where it may be begun."""
+
+    def __call__(
+        self,
+        step: int,
+        batches: list[MicroBatch],
+        loss_scale: float,
+        status: RankStatus,
+        trace: Trace | None = None,
+        ahead: list[MicroBatch] | None = None,
+    ) -> StepReport: ...
+
+
+def make_update(
+    config: TrainConfig,
+    mesh: Mesh,
+    model: Decoder | StagedDecoder,
+    optimizer: Optimizer,
+    sparsity: Sparsity | None,
+) -> Update:
+    """The function that makes one step, as the configuration asks. The gradients it used stay until they are let go."""
+    zero, places = config.parallel.zero, config.batch.global_size * config.batch.seq_len
+    if config.optim.in_backward:
+        in_backward = InBackward(optimizer, gradient_sum(model, mesh))
+        return lambda step, batches, loss_scale, status, trace=None, ahead=None: step_in_backward(
+            model, batches[0], mesh, zero, in_backward, status
+        )
+
+    def update(
+        step: int,
+        batches: list[MicroBatch],
+        loss_scale: float,
+        status: RankStatus,
+        trace: Trace | None = None,
+        ahead: list[MicroBatch] | None = None,
+    ) -> StepReport:
+        asked = (mesh, zero, places, config.clip_norm, loss_scale)
+        if config.parallel.post_validation:
+            assert isinstance(model, StagedDecoder)
+            report = step_at_once(model, batches, *asked, optimizer, status, trace, ahead)
+        else:
+            filter_ = None if sparsity is None else functools.partial(sparsity.filter_gradients, step)
+            report = compute_gradients(model, batches, *asked, status, trace, filter_)
+            if sparsity is not None:
+                sparsity.step(optimizer, step, report.finite)
+            elif report.finite:
+                optimizer.step()
+        return report
+
+    return update
+
+
+def may_begin_next(config: TrainConfig, step: int) -> bool:
+    """Whether the step after `step` may be begun before `step` is known to be good: not where something else comes
+    between them, or where it is to be traced as a whole."""
+    between = config.eval.due(step, config.steps) or config.checkpoint.due(step, config.steps) or step == config.steps
+    return config.parallel.post_validation and not between and step + 1 != config.parallel.pipeline_trace
