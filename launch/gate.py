@@ -21,6 +21,7 @@ import hashlib
 import hmac
 import itertools
 import json
+import resource
 import secrets
 import socket
 import struct
@@ -31,7 +32,8 @@ from typing import Any, TypeVar
 
 LOOPBACK = "127.0.0.1"
 GREETING_SECONDS = 10.0  # that a connection has to prove itself
-STRANGERS = 64  # connections that have not yet: of more, the oldest goes
+STRANGERS = 256  # connections that have not yet: of more, the oldest goes, and one of ours comes again
+OPEN_FILES = 1 << 16  # that a gate may have: two for each connection, and the store behind it one more
 RETRY_SECONDS = 0.3
 _REFUSED = b'{"refused": ""}\n'
 _FRAME_BYTES, _MAC_BYTES = 1 << 16, hashlib.sha256().digest_size
@@ -78,6 +80,7 @@ class Porter:
 
     def keep_gate(self, listening: socket.socket, store_port: int, secret: Secret) -> None:
         """Lets whoever knows `secret` through to the store, from now until it is closed."""
+        allow_open_files()
         self._keep(Gate(store_port, secret).receive, listening)
 
     def keep_door(self, gate: tuple[str, int], secret: Secret, patience_seconds: float) -> int:
@@ -110,6 +113,14 @@ class Porter:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def allow_open_files() -> None:
+    """Raises this process's limit of open files, which is often 1,024: too few for the workers of many machines."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _end_others() -> None:

@@ -7,6 +7,7 @@ import hmac
 import json
 import os
 import pickle
+import resource
 import socket
 import struct
 import threading
@@ -162,6 +163,7 @@ def test_no_stranger_comes_through(way, tmp_path, monkeypatch, name):
 
 def test_silence_ends_and_keeps_nobody_out(way, monkeypatch):
     monkeypatch.setattr(gate, "GREETING_SECONDS", 1.0)
+    monkeypatch.setattr(gate, "STRANGERS", 64)
     silent = [socket.create_connection(way.gate, timeout=8) for _ in range(2 * gate.STRANGERS)]
     began = time.monotonic()
     assert way.client().add("here", 1) == 1
@@ -174,7 +176,7 @@ def test_silence_ends_and_keeps_nobody_out(way, monkeypatch):
 
 def test_however_fast_strangers_come_few_are_there(way, monkeypatch):
     """Else they take the descriptors of the agent, which then cannot look after its workers."""
-    monkeypatch.setattr(gate, "GREETING_SECONDS", 20.0)
+    monkeypatch.setattr(gate, "STRANGERS", 64)
 
     def held() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
@@ -190,6 +192,20 @@ def test_however_fast_strangers_come_few_are_there(way, monkeypatch):
     assert held() - before - len(strangers) < 2 * gate.STRANGERS
     for one in strangers:
         one.close()
+
+
+def test_the_workers_of_many_machines_find_room():
+    """More processes than a limit of open files that is common has room for."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        gate.allow_open_files()
+        raised = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert raised[1] == before[1] and 512 < raised[0] <= before[1]
+        gate.allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == raised
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 class Between:
