@@ -140,10 +140,8 @@ class Gate:
     async def receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._strangers[writer] = None
         if len(self._strangers) > STRANGERS:
-            oldest = next(iter(self._strangers))
-            del self._strangers[
-                oldest
-            ]  # now: its own end comes later, and until then each of many would end the same one
+            # Taken out here, for its own end comes later: until then each of many would end this same one.
+            self._strangers.pop(oldest := next(iter(self._strangers)))
             oldest.transport.abort()
         with _closing(writer):
             try:

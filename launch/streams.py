@@ -33,8 +33,9 @@ class PatientStream:
         threading.Thread(target=self._work, name="stream", daemon=True).start()
 
     def write(self, text: str) -> int:
+        ends = "\n" in text or "\r" in text  # a TypeError for bytes, which some try first
         self._line.append(text)
-        if "\n" in text or "\r" in text:
+        if ends:
             self.flush()
         return len(text)
 

@@ -45,6 +45,8 @@ def test_a_line_is_written_in_one_piece(pipe, monkeypatch):
     for number in range(20):
         print("a line of", number, "words", file=patient)
         patient.drain()
+    with pytest.raises(TypeError):
+        patient.write(b"no text")
     patient.write("\ra bar")
     patient.write(" of two")
     patient.drain()
