@@ -101,7 +101,7 @@ def _content(path: Path) -> bytes:
     """What is in the file; nothing where there is none. Raises OSError, which names it."""
     try:
         return path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:  # one of reading does not say of what
         raise OSError(error.errno, error.strerror, str(path)) from None
