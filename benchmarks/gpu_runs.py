@@ -23,7 +23,8 @@ from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.build import build_masks, build_model
-from rowwise.trainer.config import TrainConfig, check, config_from_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.metrics import read_metrics

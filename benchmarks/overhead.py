@@ -152,7 +152,8 @@ def with_zero(job: Job, contestant: str) -> Job:
 def make_job(options: argparse.Namespace) -> Job:
     """The job of this command line. Builds the corpus, which is nobody's start."""
     from rowwise.launch.compose import compose_tree
-    from rowwise.trainer.config import check, config_from_tree
+    from rowwise.trainer.check import check
+    from rowwise.trainer.config import config_from_tree
     from rowwise.trainer.data.open import open_data
 
     overrides = ["name=overhead", *FIXED, *options.overrides]

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from rowwise.launch.compose import compose_tree
-from rowwise.trainer.config import check, config_from_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.prepare import prepare
 from rowwise.trainer.train import train

@@ -23,8 +23,9 @@ def saves(job: Job, folder: Path, repeats: int = 5) -> dict[str, Any]:
     from rowwise.optim.build import build_optimizer
     from rowwise.parallel.mesh import make_mesh
     from rowwise.trainer.build import build_model
+    from rowwise.trainer.check import check
     from rowwise.trainer.checkpoint import Saver, tensors_of
-    from rowwise.trainer.config import check, config_from_tree
+    from rowwise.trainer.config import config_from_tree
     from rowwise.trainer.data.open import open_data
     from rowwise.trainer.step import compute_gradients
     from rowwise.trainer.train import train_batches

@@ -18,7 +18,8 @@ from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.parallel.shard import merge_parts
 from rowwise.parallel.state_bytes import PeakStates, count_parts, measure, predict
 from rowwise.trainer.build import build_model
-from rowwise.trainer.config import TrainConfig, check, config_from_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.step import compute_gradients
 from rowwise.trainer.train import train_batches

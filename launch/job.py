@@ -6,7 +6,8 @@ from typing import Any
 
 from rowwise.launch.agent import Job, default_nproc, require_ranks
 from rowwise.launch.meeting import Meeting, is_here, slurm_meeting, token_of
-from rowwise.trainer.config import check, config_from_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree
 
 LAST_PORT = 65535
 

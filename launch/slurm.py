@@ -153,7 +153,8 @@ def resolve(program: str, overrides: list[str], config: SlurmConfig) -> tuple[Sl
         trees = [compose_tree(overrides_of(space.fixed, settings)) for settings in space.samples()]
     else:
         trees = [compose_tree(overrides)]
-    from rowwise.trainer.config import check, config_from_tree  # torch, which no mistyped key waits for
+    from rowwise.trainer.check import check  # torch, which no mistyped key waits for
+    from rowwise.trainer.config import config_from_tree
 
     runs = [config_from_tree(tree) for tree in trees]
     for run in runs:

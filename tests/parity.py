@@ -27,7 +27,8 @@ from rowwise.optim.sparse.build import Sparsity
 from rowwise.optim.sparse.masks import unpack
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.trainer.build import build_masks, build_model
-from rowwise.trainer.config import TrainConfig, check, config_from_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.batches import MicroBatch, micro_batches
 from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.data.order import sample_indices

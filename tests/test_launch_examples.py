@@ -13,7 +13,8 @@ from rowwise.launch.slurm import compose_slurm
 from rowwise.launch.slurm import resolve as resolve_script
 from rowwise.launch.start import parse
 from rowwise.launch.sweep.config import resolve as resolve_sweep
-from rowwise.trainer.config import check, config_from_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree
 
 TEXTS = {
     "README.md": (Path(__file__).parents[1] / "README.md").read_text(),

@@ -24,7 +24,8 @@ from rowwise.optim.schedules import ScheduleConfig
 from rowwise.optim.sparse.config import SparsityConfig
 from rowwise.parallel.mesh import DEGREES, ParallelConfig
 from rowwise.parallel.precision import PrecisionConfig
-from rowwise.trainer.config import TrainConfig, check, config_from_tree, tree_of
+from rowwise.trainer.check import check
+from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.manifest import CheckpointConfig, fingerprint
 from rowwise.trainer.metrics import read_metrics

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from parity import small_config
-from rowwise.trainer.config import check
+from rowwise.trainer.check import check
 from rowwise.trainer.data.config import Hf, Text, Tokens
 from rowwise.trainer.data.kinds import check_tokens, kind_of
 from rowwise.trainer.data.open import open_data, told_of_data

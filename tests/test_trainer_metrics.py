@@ -13,7 +13,8 @@ import torch
 
 from parity import small_config, with_layout
 from rowwise.launch.compose import compose_tree
-from rowwise.trainer.config import check, config_from_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.console import Console
 from rowwise.trainer.manifest import CheckpointConfig, begin, commit, complete_checkpoints, file_facts, prune, set_aside
 from rowwise.trainer.metrics import MetricsLog, MetricsTail, read_metrics

@@ -13,7 +13,8 @@ from rowwise.launch.compose import compose_tree
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.shard import gradients, squared_norm
 from rowwise.trainer.build import build_model
-from rowwise.trainer.config import check, config_from_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.sample import generate

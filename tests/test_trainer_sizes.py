@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rowwise.launch.compose import compose_tree
-from rowwise.trainer.config import check, config_from_tree, flat
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree, flat
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, parameter_count, parameter_shapes
 from rowwise.trainer.prepare import check_room
 

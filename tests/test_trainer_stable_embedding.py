@@ -11,7 +11,7 @@ from parity import small_config
 from rowwise.launch.export import ExportConfig, export
 from rowwise.optim.build import build_optimizer
 from rowwise.optim.quantized import AdamW8bitConfig
-from rowwise.trainer.config import check
+from rowwise.trainer.check import check
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, StableEmbedding, parameter_count, parameter_shapes
 from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.resume import BEFORE, model_facts

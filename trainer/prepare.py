@@ -10,7 +10,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from rowwise.parallel.mesh import pick_device
-from rowwise.trainer.config import TrainConfig, check
+from rowwise.trainer.check import check
+from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import batch_bytes
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.files import writing

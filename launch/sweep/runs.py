@@ -11,7 +11,8 @@ from rowwise.launch.agent import default_nproc, require_ranks
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.sweep.config import Composed, SweepConfig, is_basic, naming
 from rowwise.launch.sweep.space import Space, overrides_of
-from rowwise.trainer.config import TrainConfig, check, config_from_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.prepare import examine
 
 

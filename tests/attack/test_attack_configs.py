@@ -14,7 +14,8 @@ import pytest
 from rowwise.launch import agent, cli
 from rowwise.launch.compose import GROUPS, compose_tree, quoted
 from rowwise.launch.outcome import Outcome
-from rowwise.trainer.config import check, config_from_tree, flat, tree_of
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree, flat, tree_of
 
 pytestmark = pytest.mark.slow
 
