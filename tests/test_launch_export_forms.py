@@ -278,3 +278,7 @@ def test_open_exported_refuses_what_is_no_export(tmp_path):
     )
     with pytest.raises(ValueError, match="no key 'hidden_size'"):
         open_exported(to)
+    for content in ("[1]", "[" * 100_000):
+        (to / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"to: (config.json holds no JSON object|nested too deep)"):
+            open_exported(to)

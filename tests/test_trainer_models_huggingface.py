@@ -365,7 +365,9 @@ def test_what_is_given_must_agree_with_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "3", '{"model_type": "llama"}', "{", '{"model_type": "llama", "num_attention_heads": 0}']
+    "content",
+    ["[]", "3", '{"model_type": "llama"}', "{", "[" * 100_000, '{"model_type": "llama", "num_attention_heads": 0}'],
+    ids=lambda content: content[:40],
 )
 def test_a_config_that_says_no_shape_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)

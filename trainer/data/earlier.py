@@ -61,7 +61,7 @@ def fingerprint_of(folder: Path, dtype: str) -> str:
             tokens = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
             starts = np.load(folder / f"{split}.documents.npy", mmap_mode="r", allow_pickle=False)
             for start, end in itertools.pairwise(itertools.chain(starts, [len(tokens)]) if len(tokens) else []):
-                content.update(tokens[start:end])
+                content.update(tokens[start:end].data)
                 content.update(END_OF_DOCUMENT)
         except (ValueError, TypeError, OSError, EOFError) as error:
             raise DataDamaged(f"{path} or what is beside it is damaged ({str(error).splitlines()[0]})") from None

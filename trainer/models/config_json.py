@@ -3,12 +3,13 @@ from is said without waiting for it.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+
+from rowwise.trainer.files import from_json
 
 if TYPE_CHECKING:
     import torch
@@ -129,8 +130,16 @@ def read_shape(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder."""
-    return json.loads((folder / "config.json").read_text())
+    """The config.json of a folder. Raises OSError and ValueError."""
+    return read_object(folder / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises OSError and ValueError."""
+    tree = from_json(path.read_bytes())
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return tree
 
 
 def refuse_other_shape(folder: Path, pairs: dict[str, tuple[Any, Any]]) -> None:

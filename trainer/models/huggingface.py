@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rowwise.trainer.models.config_json import our_keys, read_config, refuse_other_shape, refusing
+from rowwise.trainer.models.config_json import our_keys, read_config, read_object, refuse_other_shape, refusing
 from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
 
 _LAYER_NAMES = {
@@ -116,7 +116,7 @@ def rows_from(folder: Path) -> Callable[[str, Tensor, int, int], None]:
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file."""
     if (folder / INDEX).is_file():
-        return {name: folder / file for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+        return {name: folder / file for name, file in read_object(folder / INDEX)["weight_map"].items()}
     path = folder / SINGLE
     if not path.is_file():
         raise ValueError(f"no {INDEX} and no {path.name} in it")
