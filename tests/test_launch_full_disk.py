@@ -20,7 +20,6 @@ from rowwise.launch import agent, cli, worker
 from rowwise.launch.outcome import Ended, Outcome, read_outcome, write_outcome
 from rowwise.launch.workers import share_end
 from rowwise.parallel.mesh import Workers
-from rowwise.trainer import metrics
 from rowwise.trainer.files import DiskFull, want_of_room, write_whole, writing
 from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import MetricsLog, read_metrics
@@ -215,11 +214,10 @@ def test_an_outcome_that_cannot_be_written_is_said(tmp_path, capsys, monkeypatch
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path, monkeypatch):
-    def fail(self, *_, **__):
-        self.touch()
+    def fail(file):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    monkeypatch.setattr(metrics.Path, "write_text", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(DiskFull, match="the quota on / is used up, writing"):
         write_whole(tmp_path / "a", "text")
     assert not list(tmp_path.iterdir())
