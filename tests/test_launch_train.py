@@ -21,7 +21,7 @@ def test_one_process_needs_no_torchrun(tmp_path):
 FAILING = """
 import sys
 from rowwise.launch import train as launch
-from rowwise.trainer import train as trainer
+from rowwise.trainer import update as trainer
 
 compute = trainer.compute_gradients
 def fail_on_rank_one(model, batches, mesh, *rest, **options):
