@@ -110,7 +110,7 @@ def time_refreshes(n: int, rounds: int, device: torch.device) -> dict[str, Any]:
     ways: dict[str, Callable[[], Any]] = {
         "svd": lambda: torch.linalg.svd(g, full_matrices=False).Vh[:rank],
         "subspace": lambda: subspace_bases([g], [basis], [g.shape], [0], None),
-        "dct": lambda: dct_columns(n, dct_choices([g], rank, None)[0].long(), g.dtype, device),
+        "dct": lambda: dct_columns(n, dct_choices([g], [rank], None)[0].long(), g.dtype, device),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     extra = {way: held_beside(function, device) for way, function in ways.items()}
