@@ -22,6 +22,7 @@ from rowwise.optim.build import named_state
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.device import Mark, device_of
 from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.objects import from_every_rank
 from rowwise.trainer.files import behind, writing
 from rowwise.trainer.finite import NotFinite, not_finite, of_any_rank, told
 from rowwise.trainer.manifest import (
@@ -109,8 +110,7 @@ class Saver:
             dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group)
         mine = [path for path in folder.iterdir() if self._is_mine(path)]
         facts = {path.name: file_facts(path) for path in mine}
-        everyone: list[dict[str, Any]] = [{} for _ in range(self._mesh.world_size)]
-        dist.all_gather_object(everyone, facts, group=group)
+        everyone = from_every_rank(facts, group)
         if self._mesh.rank == 0:
             files = {name: value for part in everyone for name, value in sorted(part.items())}
             with writing(folder):
@@ -172,6 +172,5 @@ def examined(checkpoint: Path, mesh: Mesh) -> tuple[Manifest | None, list[str]]:
         found = damage(checkpoint, sorted(manifest["files"].items())[mesh.rank :: mesh.world_size])
     except ValueError as error:
         found = [str(error)]
-    everyone: list[list[str]] = [[] for _ in range(mesh.world_size)]
-    dist.all_gather_object(everyone, found, group=mesh.save_group)
+    everyone = from_every_rank(found, mesh.save_group)
     return manifest, list(dict.fromkeys(phrase for part in everyone for phrase in part))

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.kernels.rows import local
 from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.objects import from_every_rank
 
 
 class NotFinite(FloatingPointError):
@@ -26,9 +26,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def of_any_rank(names: list[str], mesh: Mesh) -> list[str]:
     """What any rank named. One message of a few names a rank, over `mesh.save_group`."""
-    everyone: list[list[str]] = [[] for _ in range(mesh.world_size)]
-    dist.all_gather_object(everyone, names, group=mesh.save_group)
-    return sorted({name for part in everyone for name in part})
+    return sorted({name for part in from_every_rank(names, mesh.save_group) for name in part})
 
 
 def told(names: list[str]) -> str:

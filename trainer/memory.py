@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.kernels.rows import local
 from rowwise.optim.shell import Optimizer
 from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.objects import from_every_rank
 from rowwise.parallel.state_bytes import measure
 from rowwise.trainer.files import to_json, write_whole
 from rowwise.trainer.models.decoder import Decoder
@@ -41,8 +41,7 @@ def keep_memory(
         masks=sum(mask.numel() * mask.itemsize for mask in masks),
         peak=peak_memory_bytes(mesh.device),
     )
-    everyone: list[dict[str, int]] = [{}] * mesh.world_size
-    dist.all_gather_object(everyone, asdict(ours), group=mesh.save_group)
+    everyone = from_every_rank(asdict(ours), mesh.save_group)
     if mesh.rank == 0:
         document = {"device": mesh.device.type, "ranks": everyone, "predicted": None}
         write_whole(run_dir / "memory.json", to_json(document) + "\n")

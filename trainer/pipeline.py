@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rowwise.parallel.mesh import Mesh, ParallelConfig
+from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.parallel.pipeline import Forward, Pipeline, Step, Trace
 from rowwise.parallel.schedule.order import Schedule, write_csv
 from rowwise.parallel.schedule.trace import align, write_trace
@@ -159,26 +159,25 @@ def make_plan(
     }
     auto = config.pipeline_schedule == "auto"
     stages = config.pipeline * config.virtual_stages
-    plan: list[Plan | None] = [None]
+    plan: Plan | None = None
     if auto and mesh.rank == 0:
-        plan = [saved_plan(made_for, config.pipeline, stages, micro_batches, folder)]
+        plan = saved_plan(made_for, config.pipeline, stages, micro_batches, folder)
     if auto:
-        dist.broadcast_object_list(plan, src=0, group=mesh.save_group)
-    if plan[0] is not None:
-        return plan[0]
+        plan = from_rank_0(plan, mesh.save_group)
+    if plan is not None:
+        return plan
     times = None
     if auto and config.pipeline_costs is not None:
         times = read_part_times(Path(config.pipeline_costs).expanduser()) if mesh.rank == 0 else None
     elif auto:
         times = measure_parts(model, batch, dtype, config.zero == 3, mesh)
     if mesh.rank == 0:
-        made = plan_pipeline(config, model, batch.seq_len, micro_batches, times)
+        plan = plan_pipeline(config, model, batch.seq_len, micro_batches, times)
         if times is not None:
-            save_plan(made, times, made_for, folder)
-        plan = [made]
-    dist.broadcast_object_list(plan, src=0, group=mesh.save_group)
-    assert plan[0] is not None
-    return plan[0]
+            save_plan(plan, times, made_for, folder)
+    plan = from_rank_0(plan, mesh.save_group)
+    assert plan is not None
+    return plan
 
 
 def keep_trace(trace: Trace, folder: Path, mesh: Mesh) -> None:
@@ -197,7 +196,5 @@ def of_every_stage(mine: T, mesh: Mesh) -> list[T]:
     """What each rank of a pipeline has, in their order, on every rank; of this rank alone where there is none."""
     if mesh.pipeline is None:
         return [mine]
-    everyone: list[T] = [mine] * mesh.pipeline.size
     # Not over `save_group`, on which a save may be under way.
-    dist.all_gather_object(everyone, mine, group=mesh.pipeline.group)
-    return everyone
+    return from_every_rank(mine, mesh.pipeline.group)

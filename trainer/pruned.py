@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from rowwise.kernels.semi_structured import measure_semi_structured, semi_structured_problem
 from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.objects import from_rank_0
 from rowwise.parallel.precision import compute_dtype
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.files import from_json, to_json, write_whole
@@ -52,14 +52,13 @@ def shapes_of(config: TrainConfig) -> list[torch.Size]:
 def faster_shapes(config: TrainConfig, mesh: Mesh) -> set[torch.Size]:
     """Those whose products rank 0 measures to be faster in the hardware's form than dense; the same on all ranks. What is
     measured once stays in the run directory, so that a resumed run computes as it did."""
-    found: list[set[torch.Size]] = [set()]
+    found: set[torch.Size] = set()
     if mesh.rank == 0:
         gains = kept_gains(Path(config.run_dir) / GAINS_FILE, lambda: measured_gains(config, mesh))
         for shape, gain in gains:
             log.warning("2:4 form of %s: %.2f times faster, %s", tuple(shape), gain, "used" if gain > 1 else "not used")
-        found = [{shape for shape, gain in gains if gain > 1}]
-    dist.broadcast_object_list(found, src=0, group=mesh.save_group)
-    return found[0]
+        found = {shape for shape, gain in gains if gain > 1}
+    return from_rank_0(found, mesh.save_group)
 
 
 def kept_gains(path: Path, measure: Callable[[], list[Gain]]) -> list[Gain]:

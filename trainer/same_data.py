@@ -7,11 +7,9 @@ do they talk of it.
 
 import hashlib
 import platform
-from typing import Any
-
-import torch.distributed as dist
 
 from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.integrity import DataDamaged
 from rowwise.trainer.data.open import Data, open_data
@@ -29,17 +27,16 @@ def require_same_data(data: Data | DataDamaged, mesh: Mesh) -> Data:
     """The data, which all ranks have alike. Raises DataDamaged, on every rank, where one cannot open it, or they read
     different corpora: another Python's library, or another copy of the files. One message of 64 bytes a rank over
     `mesh.save_group`, and where they differ two more."""
-    everyone = _everyone(_told(data), mesh)
+    everyone = from_every_rank(_told(data), mesh.save_group)
     for rank, (refusal, _) in enumerate(everyone):
         if refusal is not None:
             raise DataDamaged(f"rank {rank}: {refusal}")
     assert isinstance(data, Data)
     different = [rank for rank, told in enumerate(everyone) if told != everyone[0]]
     if different:
-        first = [data.read]
-        dist.broadcast_object_list(first, src=0, group=mesh.save_group)
-        pairs = zip(data.read.items(), first[0].values(), strict=False)
-        files = _everyone([path for (path, ours), theirs in pairs if ours != theirs][:1], mesh)[different[0]]
+        pairs = zip(data.read.items(), from_rank_0(data.read, mesh.save_group).values(), strict=False)
+        other = [path for (path, ours), theirs in pairs if ours != theirs][:1]
+        files = from_every_rank(other, mesh.save_group)[different[0]]
         raise DataDamaged(
             f"ranks {different} read other data than rank 0{' (' + files[0] + ')' if files else ''}; every machine needs the "
             "same files"
@@ -50,7 +47,7 @@ def require_same_data(data: Data | DataDamaged, mesh: Mesh) -> Data:
 def require_sound(data: Data, mesh: Mesh, first: int, step: int, digest: int = 0, saved: bool = False) -> None:
     """Raises DataDamaged, on every rank, where the data of one is damaged or not that of the others, once the steps
     `first` + 1 to `step` are made, and the last is `saved`. `digest`: of the sample that all have read for the next."""
-    everyone = _everyone((platform.node(), data.watch.complaint, digest), mesh)
+    everyone = from_every_rank((platform.node(), data.watch.complaint, digest), mesh.save_group)
     found = [f"rank {rank} ({node}): {what}" for rank, (node, what, _) in enumerate(everyone) if what is not None]
     digests = [number for _, _, number in everyone]
     usual = max(digests, key=digests.count)
@@ -73,9 +70,3 @@ def _told(data: Data | DataDamaged) -> tuple[str | None, str | None]:
         return str(data), None
     hashes = [data.train.fingerprint, *data.read.values()]
     return None, hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def _everyone(mine: Any, mesh: Mesh) -> list[Any]:
-    everyone: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(everyone, mine, group=mesh.save_group)
-    return everyone

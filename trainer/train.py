@@ -13,6 +13,7 @@ from rowwise.kernels.products import float32_products
 from rowwise.optim.build import assignment_table, assignments, build_optimizer, follow_schedule, set_step
 from rowwise.optim.schedules import LrRange
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
+from rowwise.parallel.objects import from_rank_0
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import initial_loss_scale, next_loss_scale, product_precision
 from rowwise.parallel.sequence import places_on
@@ -150,11 +151,11 @@ class Begun:
 def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor]) -> Begun:
     """Loads the newest sound checkpoint that `config.resume` allows into `tensors`. Says what was passed over as damaged,
     where it goes on, and what changes."""
-    found = [find_resume(config, data.train.fingerprint) if mesh.rank == 0 else []]
-    dist.broadcast_object_list(found, src=0, group=mesh.save_group)
-    if not found[0]:
+    here = find_resume(config, data.train.fingerprint) if mesh.rank == 0 else []
+    found = from_rank_0(here, mesh.save_group)
+    if not found:
         return Begun(TrainState(loss_scale=initial_loss_scale(config.precision)), Recorded(), [])
-    checkpoint, manifest, complaints = load_first_sound(found[0], tensors, mesh)
+    checkpoint, manifest, complaints = load_first_sound(found, tensors, mesh)
     if mesh.rank == 0:
         set_aside(Path(config.run_dir) / "checkpoints", beyond=manifest["step"])
     state = TrainState.from_tree(manifest["state"])
@@ -171,9 +172,8 @@ def range_test(config: TrainConfig, mesh: Mesh, step: int) -> RangeTest | None:
     if not isinstance(config.schedule, LrRange):
         return None
     made = read_metrics(Path(config.run_dir)) if mesh.rank == 0 else []
-    points = [points_of([record for record in made if record["step"] <= step])]
-    dist.broadcast_object_list(points, src=0, group=mesh.save_group)
-    return RangeTest(points[0])
+    points = points_of([record for record in made if record["step"] <= step])
+    return RangeTest(from_rank_0(points, mesh.save_group))
 
 
 def share_of(mesh: Mesh, seq_len: int) -> Share:
