@@ -49,9 +49,15 @@ class Trial:
         self.start()
 
     def start(self) -> None:
-        began, before = time.monotonic(), len(read_metrics(self.folder / "run"))
+        began, fewest = time.monotonic(), self.steps()
         self.agents = [host.start(self.command(host), self.folder) for host in self.hosts]
-        self.until(lambda: len(read_metrics(self.folder / "run")) != before, PATIENCE, "no step was made")
+
+        def made() -> bool:  # a run that goes on first drops the steps beyond its checkpoint
+            nonlocal fewest
+            fewest = min(fewest, self.steps())
+            return self.steps() > fewest
+
+        self.until(made, PATIENCE, "no step was made")
         self.start_seconds = time.monotonic() - began  # of the agents and of the workers
 
     def command(self, host: Host) -> list[str]:
