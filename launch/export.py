@@ -90,7 +90,7 @@ def export(config: ExportConfig) -> str:
     from rowwise.trainer.export import Source, Target, write  # torch, which no refusal above waits for
 
     target = Target(folder, config.dtype, config.form, max_file_bytes, config.tokenizer)
-    return write(Source(checkpoint, manifest["config"]), target)
+    return write(Source(checkpoint, manifest["config"], manifest["fingerprint"].get("tokenizer")), target)
 
 
 def choose(config: ExportConfig) -> tuple[Path, Manifest]:

@@ -310,6 +310,22 @@ def test_the_tokenizer_goes_with_the_model(text_run, tmp_path):
         assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text.replace("<|end|>", "")
 
 
+def test_a_tokenizer_that_has_changed_since_is_not_given_out(text_run, tmp_path, capsys):
+    source, to = Path(text_run.data.tokenizer), tmp_path / "to"
+    content = source.read_text()
+    tree = json.loads(content)
+    vocabulary = tree["model"]["vocab"]
+    vocabulary["t"], vocabulary["e"] = vocabulary["e"], vocabulary["t"]
+    source.write_text(json.dumps(tree))
+    try:
+        assert main([f"run={text_run.run_dir}", f"to={to}"]) == 2
+        assert f"{source} has changed since the run wrote step-00000001" in capsys.readouterr().err
+        assert not to.exists()
+        assert main([f"run={text_run.run_dir}", f"to={to}", f"tokenizer={source}"]) == 0
+    finally:
+        source.write_text(content)
+
+
 @pytest.fixture(scope="module")
 def byte_run(ranks, tmp_path_factory) -> TrainConfig:
     """A run over the bytes of text, with a few tokens that no byte has."""

@@ -25,10 +25,12 @@ from rowwise.trainer.models.huggingface import their_name, write_folder
 
 @dataclass(frozen=True)
 class Source:
-    """A sound checkpoint, and the configuration of the run that wrote it, as its manifest holds it."""
+    """A sound checkpoint, and the configuration of the run that wrote it, as its manifest holds it. `tokenizer`: the
+    fingerprint of the run's; None where it had none, or an earlier release wrote it."""
 
     checkpoint: Path
     config: Mapping[str, Any]
+    tokenizer: str | None
 
     @property
     def model(self) -> ModelConfig:
@@ -62,7 +64,7 @@ def write(source: Source, target: Target) -> str:
     read_metadata(source.checkpoint)
     model, dtype = source.model, DTYPES[target.dtype]
     shapes, scaling, seq_len = parameter_shapes(model), model.rope_scaling, source.config["batch"]["seq_len"]
-    tokenizer, end_token = tokenizer_of(source.config["data"], target.tokenizer, model.vocab_size)
+    tokenizer, end_token = tokenizer_of(source, target.tokenizer, model.vocab_size)
     positions = seq_len if scaling is None else max(seq_len, round(scaling.original_length * scaling.factor))
     config_json = with_form(their_config(model, dtype, positions, end_token), target.form)
     changed: list[str] = []
@@ -88,9 +90,10 @@ def write(source: Source, target: Target) -> str:
     return f"{told}, {target.form} matrices: {len(changed)}" if changed else told
 
 
-def tokenizer_of(data: dict[str, Any], choice: str | None, vocab_size: int) -> tuple[dict[str, bytes], int | None]:
+def tokenizer_of(source: Source, choice: str | None, vocab_size: int) -> tuple[dict[str, bytes], int | None]:
     """The tokenizer's files to put beside the weights, by name, and the token that ends a document; none and None where
-    there is none. Raises ValueError."""
+    there is none. Raises ValueError, also where the run's own file is not any more what the run read."""
+    data = source.config["data"]
     # What read tokens alone has no tokenizer, whatever made them.
     of_run, separator = data.get("tokenizer", "none" if data["name"] == "tokens" else "bytes"), data.get("separator")
     given = choice or of_run
@@ -101,6 +104,11 @@ def tokenizer_of(data: dict[str, Any], choice: str | None, vocab_size: int) -> t
         origin = "tokenizer" if choice else "the run's data.tokenizer"
         raise ValueError(f"{origin}={path}: no such file; give tokenizer=PATH of the tokenizer.json, or tokenizer=none")
     tokenizer = open_tokenizer(given, end_of_text)
+    if choice is None and source.tokenizer not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"the run's data.tokenizer={path} has changed since the run wrote {source.checkpoint.name}; put back the file "
+            f"that it read, or give tokenizer={path} to take this one"
+        )
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"{given} has tokens up to {tokenizer.vocab_size - 1}, and the model's vocab_size is {vocab_size}: it is "

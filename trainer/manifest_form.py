@@ -52,8 +52,11 @@ class RecordsForm(TypedDict):
 
 
 class PrintsForm(TypedDict):
+    """`tokenizer`: of the one that made the text into tokens, where there was one."""
+
     config: str
     data: str
+    tokenizer: NotRequired[str]
 
 
 class Manifest(TypedDict):

@@ -236,6 +236,9 @@ def advance(state: TrainState, report: StepReport, config: TrainConfig) -> None:
 def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState, recorded: Recorded) -> dict[str, Any]:
     """What a checkpoint says of itself, beside its files."""
     tree = tree_of(config)
+    prints = {"config": fingerprint(tree), "data": data.train.fingerprint}
+    if data.tokenizer is not None:
+        prints["tokenizer"] = data.tokenizer.fingerprint
     return {
         "step": state.step,
         "tokens": state.tokens,
@@ -244,7 +247,7 @@ def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState, 
         "model": model_facts(config),
         "states": state_facts(config),
         "data": data_facts(config, data.train.fingerprint),
-        "fingerprint": {"config": fingerprint(tree), "data": data.train.fingerprint},
+        "fingerprint": prints,
         "layout": {"world_size": mesh.world_size, **asdict(config.parallel)},
         "config": tree,
         "records": asdict(recorded),

@@ -4,10 +4,12 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,34 @@ def damaged(draw: random.Random, content: bytes) -> bytes:
         start = draw.randrange(size)
         changed = changed[start:] + changed[:start]
     return bytes(changed)
+
+
+def test_damage_of_a_tokenizer_is_named_or_makes_other_data(tmp_path):
+    """100 times, every other as two numbers that change places: what is no tokenizer any more is refused in one line; other
+    tokens never pass for those before."""
+    path, text = tokenizer_of(tmp_path), tmp_path / "a.txt"
+    text.write_bytes(LINE * 200)
+    config = Text(files=str(text), tokenizer=str(path), holdout=0.0, cache_dir=str(tmp_path / "cache"))
+    train = open_data(config, 16, 300).train
+    whole, fingerprint = np.array(train.streams[0].tokens), train.fingerprint
+    content, draw, outcomes = path.read_bytes(), random.Random(6), Counter[str]()
+    used = sorted(set(whole.tolist()))
+    for round_ in range(100):
+        broken = damaged(draw, content)
+        if round_ % 2:
+            one, other = draw.sample(used, 2)
+            swap = {f": {one}".encode(): f": {other}".encode(), f": {other}".encode(): f": {one}".encode()}
+            broken = re.sub(rb": \d+\b", lambda found: swap.get(found[0], found[0]), content)  # noqa: B023
+        path.write_bytes(broken)
+        try:
+            train = open_data(config, 16, 300).train
+            same = np.array_equal(train.streams[0].tokens, whole)
+            assert same == (train.fingerprint == fingerprint)
+            outcomes["the same data" if same else "other data"] += 1
+        except ValueError as refusal:
+            assert "tokenizer" in str(refusal) and "\n" not in str(refusal), refusal
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 40 and outcomes["other data"] > 40, outcomes
 
 
 def test_damage_at_random_is_named_or_harmless(tmp_path):
