@@ -63,7 +63,12 @@ def train_once(overrides: list[str]) -> dict[str, Any]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         config = prepare(config_from_tree(compose_tree([*overrides, f"run_dir={folder}/run"])), 1)
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(FloatingPointError):
+        said = io.StringIO()
+        with (
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+            contextlib.suppress(FloatingPointError),
+        ):
             if train(config).step < config.steps:
                 sys.exit(1)  # asked to stop
         records = read_metrics(Path(config.run_dir))

@@ -171,16 +171,26 @@ def _described(rule: Rule, shape: torch.Size) -> str:
     return f"{rule.name}, rank {rule.rank_of(shape)}" if isinstance(rule, LowRank) else rule.name
 
 
-def assignment_table(parts: list[Assignments]) -> str:
-    """Which rule every parameter follows, of all the parts of a model, such as the stages of a pipeline."""
+def joined(parts: list[Assignments]) -> Assignments:
+    """The assignments of all the parts of a model, such as the stages of a pipeline, as those of one."""
     rows: Assignments = {}
     for part in parts:
         for row, counts in part.items():
             rows[row] = [a + b for a, b in zip(rows.get(row, [0, 0, 0]), counts, strict=True)]
+    return rows
+
+
+def state_bytes(rows: Assignments) -> int:
+    """What the optimizer keeps, over all ranks that split it."""
+    return sum(kept for _, _, kept in rows.values())
+
+
+def assignment_table(rows: Assignments) -> str:
+    """Which rule every parameter follows, a line for all that are alike, and the bytes of its state."""
     head = ("parameter", "shape", "kind", "rule", "state", "count", "bytes/parameter")
     lines = [head] + [(*row, str(c), f"{b / n:.2f}") for row, (c, n, b) in rows.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    total = sum(b for _, _, b in rows.values()) / sum(n for _, n, _ in rows.values())
+    total = state_bytes(rows) / sum(n for _, n, _ in rows.values())
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([*text, f"optimizer state: {total:.2f} bytes per parameter"])
 

@@ -45,7 +45,7 @@ def run_train(workers: Workers, config: TrainConfig) -> TrainState:
 
 def run_said(workers: Workers, config: TrainConfig) -> str:
     """One rank of a run; what it said."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         run_train(workers, config)
     return said.getvalue()
 

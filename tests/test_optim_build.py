@@ -1,6 +1,7 @@
 """Which rule every parameter follows, what its state weighs, and what the rules promise beside their formulas."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_the_first_pattern_that_matches_wins():
 
 def test_the_table_names_every_parameter_its_state_and_its_bytes():
     model = decoder()
-    table = assignment_table([assignments(model, build_optimizer(model, optim("optim=adamw8bit")))])
+    table = assignment_table(assignments(model, build_optimizer(model, optim("optim=adamw8bit"))))
     lines = {line.split("  ")[0]: line for line in table.splitlines()}
     w1 = lines["blocks.*.feed_forward.w1.weight"].split()
     # 600 x 64: a code and, per row of 64, one absolute maximum, twice.
@@ -78,7 +79,7 @@ def test_the_rank_is_a_quarter_of_the_width_and_no_more_than_a_narrow_side():
     model = Decoder(config_from_tree(compose_tree(shape)).model)
     for rank, at_w2, at_wk in (("null", 16, 8), ("6", 6, 6)):
         optimizer = build_optimizer(model, optim("optim=dct", f"optim.rank={rank}"))
-        table = assignment_table([assignments(model, optimizer)])
+        table = assignment_table(assignments(model, optimizer))
         lines = {line.split("  ")[0]: line for line in table.splitlines()}
         assert f"dct, rank {at_w2} " in lines["blocks.*.feed_forward.w2.weight"]
         assert f"dct, rank {at_wk} " in lines["blocks.*.attention.wk.weight"]
@@ -87,10 +88,12 @@ def test_the_rank_is_a_quarter_of_the_width_and_no_more_than_a_narrow_side():
     assert short.state[model.blocks["0"].feed_forward.w2.weight]["exp_avg"].shape == (600, 16)
 
 
-def test_a_run_prints_its_table_once(ranks, tmp_path):
+def test_a_run_keeps_its_table_beside_its_records(ranks, tmp_path):
     said = ranks.run(run_said, 2, with_layout(small_config(tmp_path, "optim=galore", "optim.rank=4", "steps=1"), 2))
-    assert said[0].count("optimizer state:") == 1
-    assert "galore" in said[0] and "adamw" in said[0]
+    table = (tmp_path / "run/parameters.txt").read_text()
+    assert "galore, rank 4" in table and "adamw" in table
+    per_parameter = re.fullmatch(r"optimizer state: (.*) bytes per parameter", table.splitlines()[-1])[1]
+    assert f"galore keeps {per_parameter} bytes a parameter" in said[0]
     assert not said[1]
 
 

@@ -182,7 +182,7 @@ def test_a_corpus_of_an_earlier_release_that_cannot_be_written_is_read_and_said_
     before, config = (of_an_earlier_release / META).read_bytes(), Tokens(files=str(of_an_earlier_release))
     data = open_data(config, 16, 256)
     assert data.unhashed == (of_an_earlier_release,) and (of_an_earlier_release / META).read_bytes() == before
-    (told,) = [line for line in told_of_data(config, data, 1) if "without hashes" in line]
+    (told,) = [line for line in told_of_data(config, data) if "without hashes" in line]
     assert told.startswith(f"{of_an_earlier_release} is of an earlier release") and not capsys.readouterr().err
 
 

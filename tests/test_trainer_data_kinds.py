@@ -26,7 +26,7 @@ from parity import small_config
 from rowwise.trainer.check import check
 from rowwise.trainer.data.config import Hf, Text, Tokens
 from rowwise.trainer.data.kinds import check_tokens, kind_of
-from rowwise.trainer.data.open import open_data, told_of_data
+from rowwise.trainer.data.open import data_in_words, open_data, told_of_data
 from rowwise.trainer.prepare import examine
 
 TEXTS = [f"to be or not to be, {n}; that is the question\n" for n in range(60)]
@@ -352,14 +352,16 @@ def test_the_corpus_is_told_and_what_was_passed_over(tmp_path):
     (tmp_path / "short.npy").write_bytes(saved(TOKENS[:16]))
     config = Tokens(files=str(tmp_path), holdout=0.1)
     data = open_data(config, 16, 256)
-    assert told_of_data(config, data, 100 * 16) == [
-        "data=tokens: 5 files, 8.16 KB, 4,016 tokens: 223 samples of 16 to train on, 25 held out; the run reads 1,600, 7.17 epochs",
+    assert data_in_words(config, data, 100 * 16) == (
+        "tokens: 5 files, 8.16 KB, 4,016 tokens, 25 samples held out; 7.17 epochs"
+    )
+    assert told_of_data(config, data) == [
         "4 files passed over (2 .json, 1 README, 1 .idx): out of a folder data=tokens takes .bin, .npy",
         "1 of 5 files hold less than batch.seq_len + 1 = 17 tokens: no sample",
     ]
     config = Tokens(files=[str(tmp_path / "sub/0.bin"), str(tmp_path / "sub/*.bin")], holdout=0.1)
     assert len(open_data(config, 16, 256).found.files) == 4
-    assert len(told_of_data(config, open_data(config, 16, 256), 9)) == 1
+    assert told_of_data(config, open_data(config, 16, 256)) == []
 
 
 @pytest.mark.parametrize(("files", "tokens"), [(1, 4000), (4, 1000), (40, 100), (200, 20)])

@@ -246,7 +246,7 @@ def test_characters_that_a_tokenizer_leaves_out_are_counted_and_its_tokens_are_t
     )
     for data in (open_data(config, 16, 256), open_data(config, 16, 256)):  # made, and found
         assert data.left_out == {"\u00e9": 40, "\u754c": 20}
-        (told,) = [line for line in told_of_data(config, data, 1) if "left out" in line]
+        (told,) = [line for line in told_of_data(config, data) if "left out" in line]
         assert told.startswith(
             r"60 characters of the text have no token and are left out ('\xe9' 40 times, '\u754c' 20 times);"
         )

@@ -1,9 +1,7 @@
 """What a run tells: metrics.jsonl over resumes, the trackers, the console, the sample."""
 
-import io
 import json
 import math
-import sys
 import types
 from typing import Any
 
@@ -15,7 +13,6 @@ from parity import small_config, with_layout
 from rowwise.launch.compose import compose_tree
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
-from rowwise.trainer.console import Console
 from rowwise.trainer.manifest import CheckpointConfig, begin, commit, complete_checkpoints, file_facts, prune, set_aside
 from rowwise.trainer.metrics import MetricsLog, MetricsTail, read_metrics
 from rowwise.trainer.models.decoder import parameter_count
@@ -57,45 +54,6 @@ def test_a_log_under_way_is_read_bit_by_bit(tmp_path):
     log.close()
     MetricsLog(tmp_path, 1).append({"step": 2})  # resumed: written anew
     assert [r["step"] for r in tail.read()] == [1, 2]
-
-
-def test_the_console_writes_plain_lines_where_there_is_no_terminal(capsys):
-    console = Console(0, 10, log_every=4)
-    for step in range(1, 11):
-        console.step({**RECORD, "step": step, **({"eval_loss": 1.5} if step == 10 else {})})
-    console.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in lines] == ["1/10", "4/10", "8/10", "10/10", "10/10"]
-    assert lines[1] == "step 4/10  loss 2.5000  grad norm 1.000  lr 1.00e-03  1,234 tokens/s per worker  0:03 left"
-    assert "held-out loss 1.5000" in lines[-1]
-
-
-def test_the_console_shows_a_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    console = Console(3, 10, log_every=1)
-    console.step({**RECORD, "step": 4, "loss": None, "grad_norm": None})
-    console.say("a word")
-    console.close()
-    shown = terminal.getvalue()
-    assert "4/10" in shown
-    assert "loss overflow" in shown
-    assert "a word" in shown
-
-
-def test_the_console_tells_an_overflow_from_a_step_without_valid_tokens(capsys):
-    console = Console(0, 3, log_every=1)
-    console.step({**RECORD, "loss": None, "grad_norm": None})
-    console.step({**RECORD, "step": 2, "loss": None, "grad_norm": 0.0, "eval_loss": None})
-    console.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert "loss overflow  grad norm overflow" in lines[0]
-    assert "loss none (no valid token)  grad norm 0.000" in lines[1]
-    assert lines[2] == "step 2/3  held-out loss none (no valid token)"
 
 
 SILENT = ["steps=2", "data.holdout=0.2", "eval.every=2", "tracker=tensorboard"]
@@ -173,7 +131,7 @@ def test_the_model_writes_a_sample_at_the_end_on_every_layout(ranks, tmp_path):
                 "model.kv_heads=1", "batch.global_size=4", "batch.micro_size=2", "batch.seq_len=16", "eval.every=0"]  # fmt: skip
         config = check(config_from_tree(compose_tree([*base, *tree, f"parallel.zero={zero}"])), world)
         outputs = ranks.run(run_said, world, config)
-        said.append(outputs[0].split("the model writes:\n")[1])
+        said.append(outputs[0].split("the model writes:\n")[1].split("\n── ")[0])
         assert all(output == "" for output in outputs[1:])
     assert said[0] == said[1]
     assert said[0].startswith("to")

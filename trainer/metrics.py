@@ -171,6 +171,23 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [record for line in content.split(b"\n")[:-1] if (record := record_of(line)) is not None]
 
 
+def last_records(run_dir: Path, most: int) -> list[dict[str, Any]]:
+    """At most `most` of a run's last records, out of the end of its file alone; none where it cannot be read."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            for room in (1 << 14, 1 << 18, end):  # a record of many layers is long
+                file.seek(max(0, end - room))
+                lines = file.read(room).split(b"\n")[:-1]
+                lines = lines[1:] if end > room else lines  # the first began before
+                found = [record for line in lines[-most:] if (record := record_of(line)) is not None]
+                if end <= room or len(lines) >= most:
+                    break
+    except OSError:
+        return []
+    return found
+
+
 class MetricsTail:
     """Reads the metrics.jsonl of a run under way bit by bit. A run that is resumed writes its file anew, and what was read
     may come again."""

@@ -40,6 +40,11 @@ def peak_flops(device_name: str) -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if set(key.split()) <= words), None)
 
 
+def device_name(device: torch.device) -> str:
+    """What a worker computes on, as people call it: cpu, or H100 80GB HBM3."""
+    return torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else device.type
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most this process has held: of tensors on a GPU, of resident memory on the CPU."""
     if device.type == "cuda":

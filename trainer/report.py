@@ -1,18 +1,26 @@
 """What rank 0 tells the world about a run: metrics.jsonl, the tracker, the console. Other ranks tell nothing."""
 
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from rowwise.optim.build import Assignments, assignment_table, joined, state_bytes
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import padded_length
 from rowwise.trainer.config import TrainConfig, tree_of
-from rowwise.trainer.console import Console
+from rowwise.trainer.console import Console, forecast
+from rowwise.trainer.data.open import Data, data_in_words
 from rowwise.trainer.files import write_whole
-from rowwise.trainer.metrics import MetricsLog, Recorded
-from rowwise.trainer.models.decoder import parameter_count
+from rowwise.trainer.manifest import newest_sound
+from rowwise.trainer.metrics import MetricsLog, Recorded, last_records
+from rowwise.trainer.pace import WINDOW, Pace
+from rowwise.trainer.peaks import device_name
+from rowwise.trainer.runlog import keep_said
 from rowwise.trainer.state import TrainState
+from rowwise.trainer.summary import ending, header
 from rowwise.trainer.tracker import open_tracker
 
 
@@ -22,12 +30,20 @@ class Reporter:
     def __enter__(self) -> "Reporter":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def step(self, record: dict[str, Any]) -> None: ...
 
     def say(self, text: str | None) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def stand(self) -> None: ...
+
+    def end(self, state: TrainState, writes: bool) -> None: ...
 
     def sync(self) -> Recorded:
         return Recorded()
@@ -38,14 +54,22 @@ class Reporter:
 class RankZeroReporter(Reporter):
     """Writes each record to metrics.jsonl, then shows it."""
 
-    def __init__(self, config: TrainConfig, state: TrainState, recorded: Recorded):
-        run_dir = Path(config.run_dir)
+    def __init__(self, config: TrainConfig, mesh: Mesh, state: TrainState, recorded: Recorded):
+        self._config, self._run_dir = config, Path(config.run_dir)
         tree = tree_of(config)
-        write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)))
-        self._metrics = MetricsLog(run_dir, state.step, recorded)
-        self.remarks = self._metrics.remarks
-        self._tracker = open_tracker(config.tracker, run_dir, config.name, tree, state.step)
-        self._console = Console(state.step, config.steps, config.log_every)
+        write_whole(self._run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)))
+        self._metrics = MetricsLog(self._run_dir, state.step, recorded)
+        self._tracker = open_tracker(config.tracker, self._run_dir, config.name, tree, state.step)
+        self._console = Console(self._run_dir, state.step, config.steps, config.log_every, mesh.world_size)
+        for remark in self._metrics.remarks:
+            self.warn(remark)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if error is not None:
+            keep_said(self._run_dir, "".join(traceback.format_exception(error)))
 
     def step(self, record: dict[str, Any]) -> None:
         self._metrics.append(record)
@@ -56,6 +80,33 @@ class RankZeroReporter(Reporter):
     def say(self, text: str | None) -> None:
         if text is not None:
             self._console.say(text)
+
+    def warn(self, text: str) -> None:
+        self._console.say(f"warning: {text}", wrong=True)
+
+    def begin(self, mesh: Mesh, data: Data, assigned: Assignments) -> None:
+        """Says what the run is, and writes parameters.txt. Raises DiskFull."""
+        config = self._config
+        write_whole(self._run_dir / "parameters.txt", assignment_table(assigned) + "\n")
+        read = data_in_words(config.data, data, config.steps * config.batch.global_size)
+        lines = header(config, mesh.world_size, device_name(mesh.device), read, state_bytes(assigned))
+        before = last_records(self._run_dir, WINDOW)
+        if (
+            before
+            and (told := forecast(Pace(before), config.steps - before[-1]["step"]))
+            and config.steps > before[-1]["step"]
+        ):
+            lines.append(told)
+        self._console.header(lines)
+
+    def stand(self) -> None:
+        """No more steps come: says how the last went."""
+        self._console.close()
+
+    def end(self, state: TrainState, writes: bool) -> None:
+        """Says in a box what came out, and what to do next."""
+        saved = newest_sound(self._run_dir / "checkpoints")
+        self._console.end(*ending(self._config, state.step, self._console.last, self._console.seconds, saved, writes))
 
     def sync(self) -> Recorded:
         return self._metrics.sync()
@@ -68,27 +119,31 @@ class RankZeroReporter(Reporter):
 
 
 def open_reporter(
-    config: TrainConfig, mesh: Mesh, state: TrainState, recorded: Recorded, remarks: list[str]
+    config: TrainConfig,
+    mesh: Mesh,
+    state: TrainState,
+    recorded: Recorded,
+    data: Data,
+    parts: list[Assignments],
+    remarks: list[str],
 ) -> Reporter:
-    """The reporter of this rank; says what the run is and where it starts."""
+    """The reporter of this rank; says what the run is and where it starts. `parts`: the assignments of each stage; `remarks`:
+    a warning is one that begins so."""
     if mesh.rank != 0:
         return Reporter()
-    reporter = RankZeroReporter(config, state, recorded)
-    parallel, (parameters, _) = config.parallel, parameter_count(config.model)
-    cut = f"pipeline {parallel.pipeline} ({parallel.pipeline_schedule}) x " if parallel.pipeline > 1 else ""
-    shared = "".join(f" x {axis} {n}" for axis in ("ring", "ulysses") if (n := getattr(parallel, axis)) > 1)
-    reporter.say(
-        f"{config.run_dir}: {config.model.name}, {parameters:,} parameters, {config.precision.name}, {mesh.world_size} x "
-        f"{mesh.device.type}, {cut}replicate {parallel.replicate} x shard {parallel.shard}{shared}, ZeRO {parallel.zero}"
-    )
+    reporter = RankZeroReporter(config, mesh, state, recorded)
+    reporter.begin(mesh, data, joined(parts))
     if mesh.sequence is not None:
-        ring, ulysses, length = parallel.ring, parallel.ulysses, config.batch.seq_len
+        ring, ulysses, length = config.parallel.ring, config.parallel.ulysses, config.batch.seq_len
         if (padded := padded_length(length, mesh.sequence.order, ring, ulysses)) > length:
             reporter.say(
                 f"sequences of {length} tokens are padded to {padded}, which {ring * ulysses} ranks share evenly"
             )
-    for remark in [*remarks, *reporter.remarks]:
-        reporter.say(remark)
+    for remark in remarks:
+        if remark.startswith("warning: "):
+            reporter.warn(remark.removeprefix("warning: "))
+        else:
+            reporter.say(remark)
     if state.step >= config.steps:
         reporter.say(f"{config.run_dir} is complete at step {state.step}; raise steps= to go on, or give another name=")
     return reporter

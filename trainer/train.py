@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.kernels.products import float32_products
-from rowwise.optim.build import assignment_table, assignments, build_optimizer, follow_schedule, set_step
+from rowwise.optim.build import assignments, build_optimizer, follow_schedule, set_step
 from rowwise.optim.schedules import LrRange
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.objects import from_rank_0
@@ -71,10 +71,9 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
 
     with ExitStack() as stack:
         stack.enter_context(float32_products(product_precision(config.precision, mesh.device)))
-        remarks = told_of_data(config.data, data, config.steps * config.batch.global_size)
-        remarks += warnings(config, data, mesh.device) + begun.remarks
-        reporter = stack.enter_context(open_reporter(config, mesh, state, begun.recorded, remarks))
-        reporter.say(assignment_table(of_every_stage(assignments(model, optimizer), mesh)))
+        remarks = told_of_data(config.data, data) + warnings(config, data, mesh.device) + begun.remarks
+        parts = of_every_stage(assignments(model, optimizer), mesh)
+        reporter = stack.enter_context(open_reporter(config, mesh, state, begun.recorded, data, parts, remarks))
         test = range_test(config, mesh, state.step)
         kept = config.checkpoint
         saver = Saver(Path(config.run_dir) / "checkpoints", mesh, kept.keep, kept.background, spoilt_ends=test is None)
@@ -131,11 +130,13 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
                 saved = {"save_seconds": time.perf_counter() - started}
         saver.wait()
         require_sound(data, mesh, first, state.step, saved=True)
+        reporter.stand()
         reporter.say(data.watch.unread())
         if test is not None and (test.over or state.step == config.steps):
             reporter.say(test.told())
         else:
-            reporter.say(last_words(config, mesh, model, data, state, stopping))
+            reporter.say(sample(config, mesh, model, data) if state.step >= config.steps else None)
+            reporter.end(state, writes=data.tokenizer is not None)
     return state
 
 
@@ -161,7 +162,7 @@ def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tenso
     state = TrainState.from_tree(manifest["state"])
     if manifest["precision"] != config.precision.name:
         state.loss_scale = initial_loss_scale(config.precision)
-    passed_over = [f"{complaint}; passed over" for complaint in complaints]
+    passed_over = [f"warning: {complaint}; passed over" for complaint in complaints]
     remarks = [*passed_over, told_of(checkpoint, config), *changes(manifest, config)]
     return Begun(state, recorded_by(checkpoint, manifest, config), remarks)
 
@@ -254,12 +255,8 @@ def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState, 
     }
 
 
-def last_words(
-    config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data, state: TrainState, stopping: bool
-) -> str | None:
-    """What is said at the end: why the run stopped, or what the model writes after the prompt."""
-    if stopping and state.step < config.steps:
-        return f"asked to stop: saved step {state.step} of {config.steps} in {config.run_dir}; resume=auto goes on"
+def sample(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data) -> str | None:
+    """What the model writes after the prompt; None where none is asked for."""
     choice = config.sample
     if not choice.tokens or data.tokenizer is None:
         return None

@@ -14,6 +14,7 @@ from rowwise.trainer.data.store import cached_store
 from rowwise.trainer.data.tokenizer import Tokenizer, open_tokenizer
 from rowwise.trainer.data.tokens import open_folder, open_tokens, split_streams, token_files, token_range
 from rowwise.trainer.data.watch import Watch
+from rowwise.trainer.screen import byte_count, count
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,20 @@ def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
     return replace(data, train=train, holdout=holdout)
 
 
-def told_of_data(config: DataConfig, data: Data, samples: int) -> list[str]:
-    """What is said at the start of a run that reads `samples` in all: the corpus, the run's epochs, what was passed over."""
+def data_in_words(config: DataConfig, data: Data, samples: int) -> str:
+    """The corpus, and how often a run that reads `samples` in all goes through it."""
+    files = len(data.found.files)
+    size = f", {byte_count(data.found.bytes)}" if data.found.bytes else ""
+    return (
+        f"{config.name}: {files:,} file{'s' * (files > 1)}{size}, {count(data.tokens)} tokens, {data.holdout.samples:,} samples held "
+        f"out; {samples / data.train.samples:.3g} epochs"
+    )
+
+
+def told_of_data(config: DataConfig, data: Data) -> list[str]:
+    """What is said of the data at the start of a run: what was passed over, left out or cannot be watched."""
     seq_len, files = data.train.seq_len, len(data.found.files)
-    size = f", {_bytes(data.found.bytes)}" if data.found.bytes else ""
-    told = [
-        f"data={config.name}: {files:,} file{'s' * (files > 1)}{size}, {data.tokens:,} tokens: {data.train.samples:,} samples of "
-        f"{seq_len} to train on, {data.holdout.samples:,} held out; the run reads {samples:,}, "
-        f"{samples / data.train.samples:.3g} epochs"
-    ]
+    told = []
     if count := data.found.passed_over.total():
         kinds = ", ".join(f"{number:,} {ending}" for ending, number in data.found.passed_over.most_common(5))
         told.append(
@@ -86,14 +92,6 @@ def told_of_data(config: DataConfig, data: Data, samples: int) -> list[str]:
             "give data.tokenizer one with an unknown token, or with all bytes"
         )
     return told
-
-
-def _bytes(number: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.3g} TB"
 
 
 def _no_samples(config: DataConfig, data: Data, seq_len: int) -> str:

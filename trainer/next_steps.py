@@ -1,0 +1,39 @@
+"""The commands with which one goes on from a run, as they are copied into a shell. Needs no torch."""
+
+import re
+import shlex
+from pathlib import Path
+
+_PLAIN = re.compile(r"[\w./~%@+-]+", re.ASCII)
+
+
+def setting(key: str, value: str | Path) -> str:
+    """`key=value` as a word of a shell that Hydra reads as just this."""
+    text = str(value)
+    if _PLAIN.fullmatch(text):
+        return f"{key}={text}"
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return shlex.quote(f"{key}='{escaped.replace('${', chr(92) + '${')}'")
+
+
+def plain_setting(key: str, value: str | Path) -> str:
+    """`key=value` as a word of a shell, for commands that read what stands there."""
+    return shlex.quote(f"{key}={value}")
+
+
+def to_go_on(run_dir: str | Path, steps: int | None = None) -> str:
+    """The command that resumes a run with everything it was started with, up to `steps` where they are given."""
+    longer = "" if steps is None else f" steps={steps}"
+    return f"rowwise train {setting('resume', run_dir)}{longer}"
+
+
+def next_steps(run_dir: str | Path, complete_at: int | None, writes: bool, saved: bool) -> list[tuple[str, str]]:
+    """What is to be done with a run: what for, and the command. `complete_at`: its last step, where it has reached it; `writes`:
+    whether text can be generated; `saved`: whether there is a checkpoint."""
+    run = plain_setting("run", run_dir)
+    found = [("go on", to_go_on(run_dir, complete_at and 2 * complete_at)), ("look", f"rowwise report {run}")]
+    if saved and writes:
+        found.append(("write", f"rowwise generate {run}"))
+    if saved:
+        found.append(("export", f"rowwise export {run} {plain_setting('to', Path(run_dir) / 'export')}"))
+    return found
