@@ -65,7 +65,8 @@ class PatientStream:
                 seen, since = self._written, time.monotonic()
 
     def isatty(self) -> bool:
-        return self._stream.isatty()
+        """Whether it is a terminal whose lines can be painted over."""
+        return self._stream.isatty() and os.environ.get("TERM") != "dumb"
 
     def writable(self) -> bool:
         return True

@@ -239,8 +239,14 @@ def test_two_runs_in_one_terminal(tmp_path, program):
 
 def test_a_terminal_that_cannot_paint_gets_lines(tmp_path, program):
     with Terminal(80) as terminal:
-        lines = terminal.wait(terminal.start(program, str(tmp_path / "run"), "3", "0", folder=tmp_path, TERM="dumb"))
-    assert b"\x1b" not in terminal.raw and any(line.startswith("step 1/200  loss") for line in lines)
+        lines = terminal.wait(
+            terminal.start(program, str(tmp_path / "run"), "3", "0", "patient", folder=tmp_path, TERM="dumb")
+        )
+    assert (
+        b"\x1b" not in terminal.raw
+        and b"\r" not in terminal.raw.replace(b"\r\n", b"\n")
+        and any(line.startswith("step 1/200  loss") for line in lines)
+    )
 
 
 def test_a_terminal_without_the_characters_of_the_bar(tmp_path, program):

@@ -114,18 +114,16 @@ def count(number: float) -> str:
 
 
 def width_of(stream: Any) -> int:
-    """The columns of the terminal that `stream` is; what COLUMNS says, or 80, where it is none or does not tell."""
+    """The columns of the terminal that `stream` is; 80 where it is none or does not tell."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if found := os.get_terminal_size(stream.fileno()).columns:
-            return found
-    given = os.environ.get("COLUMNS", "")
-    return int(given) if given.isdecimal() and int(given) else FALLBACK_COLUMNS
+        return os.get_terminal_size(stream.fileno()).columns or FALLBACK_COLUMNS
+    return FALLBACK_COLUMNS
 
 
 def is_terminal(stream: Any) -> bool:
     """Whether lines of `stream` can be painted over."""
     with contextlib.suppress(ValueError, AttributeError):  # closed, or none
-        return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
+        return bool(stream.isatty())
     return False
 
 
