@@ -42,7 +42,9 @@ def causal_attention(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: 
     return y_BHSE.transpose(1, 2)
 
 
-@torch.compiler.disable  # the areas differ from batch to batch: a compiled block leaves them to Python
+# The areas differ from batch to batch: a compiled block leaves them to Python. (torch.compiler.disable would import the compiler
+# here, and not when this is first called.)
+@torch._disable_dynamo
 def _packed_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     return _PackedAttention.apply(q, k, v, documents)
 

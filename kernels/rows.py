@@ -1,19 +1,22 @@
 """The rows of a logical tensor that this rank holds: every rule and every kernel works on whole rows."""
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from rowwise.kernels.later import Later
+
+tensors = Later("torch.distributed.tensor")
+_places = Later("torch.distributed.tensor._utils")
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's rows of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, tensors.DTensor) else tensor
 
 
 def row_offset(tensor: Tensor) -> int:
     """The logical row at which this rank's rows start."""
-    if not isinstance(tensor, DTensor):
+    if not isinstance(tensor, tensors.DTensor):
         return 0
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    _, offset = _places.compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     # A rank beyond the last row has none, and its offset is not defined.
     return offset[0] if tensor.to_local().numel() else tensor.size(0)

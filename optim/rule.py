@@ -11,11 +11,10 @@ from typing import ClassVar, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from rowwise.kernels.philox import stream_key
 from rowwise.kernels.portions import row_portions
-from rowwise.kernels.rows import local
+from rowwise.kernels.rows import local, tensors
 
 
 @dataclass(frozen=True)
@@ -70,18 +69,20 @@ def rows_like(p: Tensor, columns: int | None, dtype: torch.dtype) -> Tensor:
     """Zeros with the rows of `p` and `columns` columns (None: a vector of one number a row), split as `p` is."""
     tail = () if columns is None else (columns,)
     zeros = torch.zeros(local(p).size(0), *tail, dtype=dtype, device=p.device)
-    if not isinstance(p, DTensor):
+    if not isinstance(p, tensors.DTensor):
         return zeros
     shape = torch.Size((p.size(0), *tail))
     stride = (1,) if columns is None else (columns, 1)
-    return DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
+    return tensors.DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
 
 def shard_group(p: Tensor) -> dist.ProcessGroup | None:
     """The ranks that hold the other rows of `p`; None where this one has them all."""
-    if not isinstance(p, DTensor):
+    if not isinstance(p, tensors.DTensor):
         return None
-    groups = [p.device_mesh.get_group(dim) for dim, place in enumerate(p.placements) if isinstance(place, Shard)]
+    groups = [
+        p.device_mesh.get_group(dim) for dim, place in enumerate(p.placements) if isinstance(place, tensors.Shard)
+    ]
     assert len(groups) <= 1, "rows are split over one axis"
     return groups[0] if groups and groups[0].size() > 1 else None
 

@@ -5,9 +5,8 @@ together get them by one all-to-all, and no rank ever holds the whole.
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
-from rowwise.kernels.rows import local
+from rowwise.kernels.rows import local, tensors
 
 
 def to_tall(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -64,14 +63,14 @@ def transposed_like(p: Tensor) -> Tensor:
     """A stand-in for the transpose of `p`, split by its own rows as `p` is: what states are shaped after. Without memory."""
     columns, rows = p.shape
     one = local(p).new_empty(())
-    if not isinstance(p, DTensor):
+    if not isinstance(p, tensors.DTensor):
         return one.expand(rows, columns)
     held = rows
     for dim, place in enumerate(p.placements):
-        if isinstance(place, Shard):
+        if isinstance(place, tensors.Shard):
             held = splits(held, p.device_mesh.size(dim))[p.device_mesh.get_local_rank(dim)]
     local_rows, shape = one.expand(held, columns), torch.Size((rows, columns))
-    return DTensor.from_local(
+    return tensors.DTensor.from_local(
         local_rows, p.device_mesh, p.placements, run_check=False, shape=shape, stride=(columns, 1)
     )
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,17 +62,9 @@ def master_dtype(config: PrecisionConfig) -> torch.dtype:
     return torch.float64 if isinstance(config, Fp64) else torch.float32
 
 
-def policy(config: PrecisionConfig) -> MixedPrecisionPolicy:
-    """The same as FSDP2 wants it: compute dtype and reduction dtype."""
-    if isinstance(config, Bf16 | Fp16):
-        reduce = config.reduce if isinstance(config, Bf16) else "fp32"
-        return MixedPrecisionPolicy(param_dtype=DTYPES[config.name], reduce_dtype=DTYPES[reduce])
-    return MixedPrecisionPolicy()
-
-
 def compute_dtype(config: PrecisionConfig) -> torch.dtype:
     """The dtype in which layers compute, and activations cross stages."""
-    return policy(config).param_dtype or master_dtype(config)
+    return DTYPES[config.name] if isinstance(config, Bf16 | Fp16) else master_dtype(config)
 
 
 def product_precision(config: PrecisionConfig, device: torch.device) -> Literal["highest", "high"]:

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from rowwise.kernels.rows import tensors
 from rowwise.parallel.mesh import Mesh
 
 BUCKET_BYTES = 25 << 20  # large messages cost least; the last bucket is what the backward cannot hide
@@ -125,7 +125,7 @@ def gradient_sum(model: nn.Module, mesh: Mesh) -> Callable[[Tensor], None]:
     """What makes one gradient of `model` final, as the backward leaves it: its sum over replicas, one all-reduce of its
     own, where nothing else sums it. (FSDP2 sums those of what it holds.)"""
     group = mesh.states["replicate"].get_group()
-    if any(isinstance(p, DTensor) for p in model.parameters()) or group.size() == 1:
+    if any(isinstance(p, tensors.DTensor) for p in model.parameters()) or group.size() == 1:
         return lambda gradient: None
 
     def sum_(gradient: Tensor) -> None:

@@ -79,7 +79,7 @@ class SequenceAttention:
 
     axes: SequenceAxes
 
-    @torch.compiler.disable  # a compiled block leaves messages to Python
+    @torch._disable_dynamo  # a compiled block leaves messages to Python
     def __call__(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None) -> Tensor:
         ulysses = self.axes.ulysses
         if ulysses.size == 1:

@@ -19,18 +19,32 @@ the step divides by the number of valid tokens of the global batch, which no ran
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from rowwise.kernels.later import Later
 from rowwise.kernels.rows import local, row_offset
 from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.precision import DTYPES, Bf16, Fp16, PrecisionConfig
 from rowwise.parallel.replicate import buckets_of, in_buckets
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-def is_split(mesh: Mesh, policy: MixedPrecisionPolicy) -> bool:
+fsdp = Later("torch.distributed.fsdp")
+
+
+def policy(config: PrecisionConfig) -> "MixedPrecisionPolicy":
+    """The dtype in which FSDP2 computes and the one in which it reduces; both None where it computes in what it keeps."""
+    if isinstance(config, Bf16 | Fp16):
+        reduce = config.reduce if isinstance(config, Bf16) else "fp32"
+        return fsdp.MixedPrecisionPolicy(param_dtype=DTYPES[config.name], reduce_dtype=DTYPES[reduce])
+    return fsdp.MixedPrecisionPolicy()
+
+
+def is_split(mesh: Mesh, policy: "MixedPrecisionPolicy") -> bool:
     """Whether FSDP2 holds the parameters: rows are split, or a copy in another dtype computes or accumulates."""
     return mesh.states["shard"].size() > 1 or policy.param_dtype is not None
 
@@ -40,15 +54,17 @@ def shard_model(
     parts: list[list[nn.Module]],
     mesh: Mesh,
     zero: int,
-    policy: MixedPrecisionPolicy,
+    policy: "MixedPrecisionPolicy",
 ) -> None:
     """Splits `model` in place. `parts`, in forward order, are gathered and reduced as one each; what they leave of
     the model is one more. What is used last in the forward is used first in the backward and stays gathered between."""
     states = mesh.states if mesh.states.size(0) > 1 else mesh.states["shard"]
     for part in parts if len(parts) > 1 else []:  # one part is everything: the root's
         keep = zero < 3 or part is parts[-1]
-        fully_shard(part if len(part) > 1 else part[0], mesh=states, mp_policy=policy, reshard_after_forward=not keep)
-    fully_shard(model, mesh=states, mp_policy=policy, reshard_after_forward=False)
+        fsdp.fully_shard(
+            part if len(part) > 1 else part[0], mesh=states, mp_policy=policy, reshard_after_forward=not keep
+        )
+    fsdp.fully_shard(model, mesh=states, mp_policy=policy, reshard_after_forward=False)
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -66,9 +82,9 @@ def _bytes(modules: list[nn.Module]) -> int:
     return sum(p.numel() * p.itemsize for module in modules for p in module.parameters())
 
 
-def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+def sharded_modules(model: nn.Module) -> Iterator["FSDPModule"]:
     """The modules of `model` that FSDP2 gathers, the root first."""
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
+    return (module for module in model.modules() if isinstance(module, fsdp.FSDPModule))
 
 
 def materialize(model: nn.Module, device: torch.device, fill_: Callable[[str, Tensor, int, int], None]) -> None:
@@ -87,7 +103,7 @@ def begin_micro_batch(model: nn.Module, zero: int, last: bool) -> None:
     """Says whether the coming backward is the last of the step, so that gradients cross ranks when the stage says."""
     if (buckets := buckets_of(model)) is not None:
         buckets.begin_micro_batch(last)
-    if not isinstance(model, FSDPModule):
+    if not isinstance(model, fsdp.FSDPModule):
         return
     model.set_is_last_backward(last)
     if zero <= 1:
@@ -109,7 +125,7 @@ def hold_gradients(model: nn.Module, release_after_backward: bool) -> None:
     if (buckets := buckets_of(model)) is not None:
         buckets.begin_micro_batch(last=False)
         buckets.zero()
-    if isinstance(model, FSDPModule):
+    if isinstance(model, fsdp.FSDPModule):
         model.set_is_last_backward(False)
         model.set_requires_gradient_sync(False)
         model.set_reshard_after_backward(release_after_backward)
@@ -134,7 +150,7 @@ def reduce_gradients(model: nn.Module) -> None:
     """Starts to sum the gradients of a stage over its data-parallel ranks, and frees its gathered parameters."""
     if (buckets := buckets_of(model)) is not None:
         buckets.launch()
-    if not isinstance(model, FSDPModule):
+    if not isinstance(model, fsdp.FSDPModule):
         return
     model.set_is_last_backward(True)
     model.set_requires_gradient_sync(True)
@@ -151,13 +167,13 @@ def reduce_gradients(model: nn.Module) -> None:
 def wait_for_gradients(model: nn.Module) -> None:
     """Returns when the gradients that `reduce_gradients` sums are there."""
     finish_backward(model)
-    if isinstance(model, FSDPModule):
+    if isinstance(model, fsdp.FSDPModule):
         model._get_fsdp_state()._root_post_backward_final_callback()
 
 
 def forget_forwards(model: nn.Module) -> None:
     """Where forwards of a stage will have no backward: FSDP2 waits for none, and gathered parameters are freed."""
-    if isinstance(model, FSDPModule):
+    if isinstance(model, fsdp.FSDPModule):
         model.set_is_last_backward(True)
         model._get_fsdp_state()._root_post_backward_final_callback()
         release_gathered(model)
@@ -176,17 +192,17 @@ def prefetch_within(model: nn.Module) -> None:
 
 def keep_gathered(model: nn.Module, keep: bool) -> None:
     """Whether the coming forward or backward of a stage leaves its parameters gathered."""
-    if isinstance(model, FSDPModule):
+    if isinstance(model, fsdp.FSDPModule):
         model.set_reshard_after_forward(not keep)
         model.set_reshard_after_backward(not keep)
 
 
-def fsdp_group(module: FSDPModule) -> Any:
+def fsdp_group(module: "FSDPModule") -> Any:
     """What FSDP2 keeps of the parameters that it gathers with `module`; None where there are none."""
     return module._get_fsdp_state()._fsdp_param_group
 
 
-def fsdp_params(module: FSDPModule) -> list[Any]:
+def fsdp_params(module: "FSDPModule") -> list[Any]:
     """Of each of them."""
     group = fsdp_group(module)
     return [] if group is None else group.fsdp_params

@@ -135,6 +135,12 @@ def test_schedules_need_no_torch():
     assert in_a_process("import rowwise.optim.schedules, sys; print('torch' in sys.modules)").strip() == "False"
 
 
+def test_what_refuses_a_run_waits_for_no_compiler_and_no_sharding():
+    """They take as long to import as torch itself, and only a run needs them."""
+    modules = set(in_a_process("import rowwise.trainer.check, sys; print(*sys.modules)").split())
+    assert not modules & {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy"}
+
+
 def test_no_path_of_a_machine_and_no_registry_host_in_the_repository():
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):

@@ -6,10 +6,10 @@ import torch
 
 from rowwise.optim.sparse.build import Sparsity, build_sparsity
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.precision import compute_dtype, master_dtype, policy
+from rowwise.parallel.precision import compute_dtype, master_dtype
 from rowwise.parallel.replicate import replicate_model
 from rowwise.parallel.sequence import attention_on
-from rowwise.parallel.shard import is_split, materialize, merge_parts, shard_model
+from rowwise.parallel.shard import is_split, materialize, merge_parts, policy, shard_model
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import Decoder, parameter_shapes
 from rowwise.trainer.models.huggingface import rows_from
