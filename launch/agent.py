@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 import torch
+from omegaconf import OmegaConf
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
@@ -46,7 +47,7 @@ PATIENCE_SECONDS = 30.0  # for agents elsewhere, once the workers of this machin
 
 @dataclass(frozen=True)
 class Job:
-    """A run on this machine: its overrides, its folder, its last step, its workers.
+    """A run on this machine: its overrides, its folder, its last step (None: its workers find it), its workers.
 
     `name`: jobs of the same wait until the other has left the folder; `log_dir`: what each worker says goes to files there,
     and not to this one's streams; `timeout_seconds`: how long other machines are waited for.
@@ -54,7 +55,7 @@ class Job:
 
     overrides: tuple[str, ...]
     run_dir: Path
-    steps: int
+    steps: int | None
     nproc: int
     meeting: Meeting | None = None
     name: str | None = None
@@ -232,6 +233,11 @@ def _last_step(run_dir: Path) -> int:
     return 0
 
 
+def _recorded_steps(run_dir: Path) -> int:
+    """The steps of the run, which its workers have written beside what they were asked for."""
+    return int(OmegaConf.load(run_dir / "config.yaml").steps)
+
+
 def _outcome(job: Job, error: BaseException | None, asked_to_stop: bool) -> Outcome:
     step = _last_step(job.run_dir)
     # One that is asked before it hears, or when it no longer does, dies of it, and others for want of it.
@@ -239,7 +245,7 @@ def _outcome(job: Job, error: BaseException | None, asked_to_stop: bool) -> Outc
     deaf = any(failure.exitcode == INTERRUPTED or -failure.exitcode in SIGNALS for failure in failures)
     if error is None or (asked_to_stop and deaf):
         saved = newest_sound(job.run_dir / "checkpoints")
-        if saved is not None and read_manifest(saved)["step"] >= job.steps:
+        if saved is not None and read_manifest(saved)["step"] >= (job.steps or _recorded_steps(job.run_dir)):
             return Outcome("complete", None, step)
         return Outcome("stopped", "asked to stop", step)
     if failures:

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rowwise.trainer.keys import refuse_control_characters, unknown_key
 from rowwise.trainer.models.config_json import read_shape, refuse_other_shape
+from rowwise.trainer.run_length import choose, settle
 
 Part = TypeVar("Part")
 
@@ -37,7 +38,8 @@ def compose_tree(overrides: list[str]) -> dict[str, Any]:
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(_explain(error, overrides)) from None
     assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
+    given = [key_of(override) for override in overrides]
+    return settle(choose({str(key): value for key, value in tree.items()}, given))
 
 
 def _composed(overrides: list[str]) -> DictConfig:

@@ -26,7 +26,7 @@ def job_of(options: argparse.Namespace, tree: dict[str, Any]) -> Job:
     return Job(
         tuple(options.overrides),
         Path(config.run_dir),
-        config.steps,
+        config.known_steps,
         nproc,
         meeting,
         options.job,

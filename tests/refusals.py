@@ -31,6 +31,42 @@ REFUSED = {
     "endless loss scale": (["precision=fp16", "precision.initial_scale=1e999"], r"finite"),
     "rope": (["model.rope_theta=0"], r"model.rope_theta and model.init_std are above 0"),
     "no steps": (["steps=0"], r"steps=0: a run has at least 1 step"),
+    "how long, twice": (
+        ["tokens=2e6", "steps=100"],
+        r"steps=100 tokens=2000000.0: each says how long the run is; give one of steps, tokens, epochs",
+    ),
+    "the batch, twice": (
+        ["batch.global_size=16", "batch.global_tokens=4096"],
+        r"batch.global_size=16 batch.global_tokens=4096: each says how large a step is; give one of batch.global_size",
+    ),
+    "fewer tokens than a step": (
+        ["tokens=4000"],
+        r"tokens=4000: less than a step, which is batch.global_size=16 x batch.seq_len=256 = 4,096 tokens; give at least",
+    ),
+    "half a token": (["tokens=0.5"], r"tokens=0.5: give a whole number of tokens, such as 2000000, 2e6 or 2M"),
+    "no epochs": (["epochs=0"], r"epochs=0: how often the run reads the data, above 0"),
+    "too little of an epoch": (
+        ["epochs=1e-6"],
+        r"epochs=1e-06: less than a step: the data has .* samples and a step takes",
+    ),
+    "half a sequence": (
+        ["batch.global_tokens=5000"],
+        r"batch.global_tokens=5000 is no whole number of sequences of batch.seq_len=256 tokens; the nearest that are "
+        r"\[4864, 5120\]",
+    ),
+    "tokens that ranks cannot share": (
+        ["batch.global_tokens=5120"],
+        r"batch.global_tokens=5120 does not divide into 2 data-parallel ranks x batch.micro_size=8 sequences; the nearest that "
+        r"do are \[4096, 8192\]",
+    ),
+    "no length": (["eval.every=often"], r"eval.every=often: give steps \(100\), a share of the run \(0.1 or 10%\)"),
+    "an interval below 0": (["checkpoint.every=-1"], r"checkpoint.every=-1: give steps"),
+    "an interval of less than a step": (
+        ["eval.every=100 tokens"],
+        r"eval.every=100 tokens: less than a step, of 4,096 tokens; give at least that",
+    ),
+    "lines by time": (["log_every=10s"], r"log_every=10s: it cannot be said in time; give steps \(100\), a share"),
+    "no lines": (["log_every=0"], r"log_every=0: it is at least 1 step"),
     "heads": (
         ["model.heads=3"],
         r"model.dim=256 is not divisible by model.heads=3; give a multiple of 3, or model.head_dim",

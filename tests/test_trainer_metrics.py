@@ -11,6 +11,7 @@ import torch
 
 from parity import small_config, with_layout
 from rowwise.launch.compose import compose_tree
+from rowwise.optim.lengths import RunLength
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.manifest import CheckpointConfig, begin, commit, complete_checkpoints, file_facts, prune, set_aside
@@ -167,8 +168,8 @@ def test_a_file_that_rank_zero_does_not_see_is_named(tmp_path):
 
 def test_when_saves_are_due():
     every, never = CheckpointConfig(every=4), CheckpointConfig(every=0)
-    assert [step for step in range(1, 11) if every.due(step, 10)] == [4, 8, 10]
-    assert [step for step in range(1, 11) if never.due(step, 10)] == [10]
+    assert [step for step in range(1, 11) if every.due(step, RunLength(10, 1))] == [4, 8, 10]
+    assert [step for step in range(1, 11) if never.due(step, RunLength(10, 1))] == [10]
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from rowwise.trainer.data.batches import check_batch
 from rowwise.trainer.keys import check_folder_name
 from rowwise.trainer.manifest import check_checkpoint
 from rowwise.trainer.models.decoder import check_model, parameter_shapes
+from rowwise.trainer.run_length import MOST_STEPS
 from rowwise.trainer.stages import check_pipeline, splits_backward
 
 MOST_WORKERS = 1024  # of a machine
-MOST_STEPS = 10**15
 MOST_SAMPLED = 1_000_000
 A_YEAR = 365 * 24 * 3600
 
@@ -65,8 +65,8 @@ def _check_numbers(config: TrainConfig) -> None:
         raise ValueError(f"nproc={config.nproc}: a machine has 1 to {MOST_WORKERS} workers; null is one a GPU, or one")
     if not 1 <= config.parallel.timeout_seconds <= A_YEAR:
         raise ValueError(f"parallel.timeout_seconds={config.parallel.timeout_seconds}: give 1 to {A_YEAR}, a year")
-    if config.log_every < 1:
-        raise ValueError(f"log_every={config.log_every}: it is at least 1")
+    if not config.log_every:
+        raise ValueError("log_every=0: it is at least 1 step")
     if config.peak_flops is not None and config.peak_flops <= 0:
         raise ValueError(f"peak_flops={config.peak_flops}: FLOP/s of one device, 989e12 say; null: by its name")
 
@@ -206,11 +206,8 @@ def _check_stable_embedding(config: TrainConfig) -> None:
 
 
 def _check_eval(config: TrainConfig) -> None:
-    if config.eval.every < 0 or config.eval.batches < 1:
-        raise ValueError(
-            f"eval.every={config.eval.every} eval.batches={config.eval.batches}: evaluate every so many steps (0 = off), "
-            "over at least 1 batch"
-        )
+    if config.eval.batches < 1:
+        raise ValueError(f"eval.batches={config.eval.batches}: evaluate over at least 1 batch; eval.every=0 is off")
     if config.eval.every and config.data.holdout == 0:
         raise ValueError(
             "eval.every is on and data.holdout=0 holds nothing out; give data.holdout a share, or eval.every=0"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rowwise.optim.build import OptimConfig
+from rowwise.optim.lengths import RunLength
 from rowwise.optim.rates import SHARES, rate_of_size
 from rowwise.optim.schedules import ScheduleConfig
 from rowwise.optim.sparse.config import SparsityConfig
@@ -20,6 +21,7 @@ from rowwise.trainer.files import full_path
 from rowwise.trainer.keys import refuse_control_characters, unknown_key
 from rowwise.trainer.manifest import CheckpointConfig
 from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_count
+from rowwise.trainer.run_length import MOST_STEPS, settle
 from rowwise.trainer.sample import SampleConfig
 from rowwise.trainer.tracker import TrackerConfig
 
@@ -28,17 +30,20 @@ _BY_NAME = Field(discriminator="name")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run. Every key is read by the room whose dataclass it stands in."""
+    """A run. Every key is read by the room whose dataclass it stands in. `tokens`, `epochs`: what was asked where that was not
+    `steps`, which is what it came to."""
 
     name: str
     run_dir: str
     nproc: int | None
     seed: int
     steps: int
+    tokens: int | None
+    epochs: float | None
     clip_norm: float
     resume: str
     compile: bool
-    log_every: int
+    log_every: int | float | str
     peak_flops: float | None
     batch: BatchConfig
     eval: EvalConfig
@@ -53,6 +58,16 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     tracker: Annotated[TrackerConfig, _BY_NAME]
 
+    @property
+    def known_steps(self) -> int | None:
+        """None where it was asked in epochs and the data is not opened yet: it is checked as the longest run there is."""
+        return None if self.epochs is not None and self.steps == MOST_STEPS else self.steps
+
+    @property
+    def length(self) -> RunLength:
+        """What shares of the run and intervals in tokens are of."""
+        return RunLength(self.steps, self.batch.global_size * self.batch.seq_len)
+
 
 _ADAPTER = TypeAdapter(TrainConfig)
 _SCHEDULES: TypeAdapter[ScheduleConfig] = TypeAdapter(Annotated[ScheduleConfig, _BY_NAME])
@@ -60,9 +75,11 @@ _SCHEDULES: TypeAdapter[ScheduleConfig] = TypeAdapter(Annotated[ScheduleConfig, 
 
 def config_from_tree(tree: dict[str, Any]) -> TrainConfig:
     """The typed configuration of a composed tree, strictly, with the learning rate that the model's size asks for where
-    `optim.lr` is null, and the home folder for the `~` of `run_dir`. Raises ValueError for an unknown key, a missing one or a
-    wrong type, and names it; and for a string of more than a line."""
+    `optim.lr` is null, the steps that `tokens` come to (those of `epochs` once the data is opened), and the home folder for the
+    `~` of `run_dir`. Raises ValueError for an unknown key, a missing one or a wrong type, and names it; and for a string of
+    more than a line."""
     refuse_control_characters(tree)
+    tree = settle(tree)
     by_size = isinstance(tree.get("optim"), dict) and tree["optim"].get("lr", 0) is None
     if by_size:
         tree = {**tree, "optim": {**tree["optim"], "lr": 1.0}}
@@ -89,7 +106,7 @@ def _with_rate_of_size(config: TrainConfig) -> TrainConfig:
 
 def tree_of(config: TrainConfig) -> dict[str, Any]:
     """The plain tree of a configuration: what `config_from_tree` reads back."""
-    return asdict(config)
+    return asdict(config) | {"steps": config.known_steps}
 
 
 def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rowwise.optim.lengths import RunLength
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import release_gathered
 from rowwise.trainer.data.batches import MicroBatch
@@ -16,14 +17,15 @@ from rowwise.trainer.pipeline import StagedDecoder
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """`every`: steps between evaluations (0 = off; the last step is always evaluated otherwise). `batches`: global
+    """`every`: how often (see `optim.lengths`; 0 = off; the last step is always evaluated otherwise). `batches`: global
     batches of held-out text, or as many as there are."""
 
-    every: int = 100
+    every: int | float | str = 100
     batches: int = 8
 
-    def due(self, step: int, steps: int) -> bool:
-        return self.every > 0 and (step % self.every == 0 or step == steps)
+    def due(self, step: int, run: RunLength) -> bool:
+        """Whether the step alone says so; where `every` is a time, rank 0's clock may too."""
+        return bool(self.every) and (step == run.steps or run.due(self.every, step))
 
 
 @torch.no_grad()

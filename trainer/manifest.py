@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from rowwise.optim.lengths import RunLength
 from rowwise.trainer.files import free_name, from_json, remove, to_json, write_whole
 from rowwise.trainer.manifest_form import VERSION, FileFacts, Manifest
 
@@ -37,24 +38,22 @@ class OtherVersion(ValueError):
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`every`: steps between saves (0 = only at the end and when asked to stop); `keep`: how many of the newest stay
-    (0 = all); `background`: write while training goes on."""
+    """`every`: how often it is saved (see `optim.lengths`; 0 = only at the end and when asked to stop); `keep`: how many of the
+    newest stay (0 = all); `background`: write while training goes on."""
 
-    every: int = 100
+    every: int | float | str = 100
     keep: int = 2
     background: bool = True
 
-    def due(self, step: int, steps: int) -> bool:
-        return step == steps or (self.every > 0 and step % self.every == 0)
+    def due(self, step: int, run: RunLength) -> bool:
+        """Whether the step alone says so; where `every` is a time, rank 0's clock may too."""
+        return step == run.steps or run.due(self.every, step)
 
 
 def check_checkpoint(config: CheckpointConfig) -> None:
     """Raises ValueError for a number below 0."""
-    if config.every < 0 or config.keep < 0:
-        raise ValueError(
-            f"checkpoint.every={config.every} checkpoint.keep={config.keep}: steps between saves (0 = only at the end), "
-            "and how many stay (0 = all)"
-        )
+    if config.keep < 0:
+        raise ValueError(f"checkpoint.keep={config.keep}: how many of the newest checkpoints stay (0 = all)")
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

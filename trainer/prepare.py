@@ -18,7 +18,8 @@ from rowwise.trainer.files import writing
 from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.models.huggingface import check_source
 from rowwise.trainer.pruned import check_semi_structured
-from rowwise.trainer.resume import find_resume
+from rowwise.trainer.resume import find_resume, refuse_other_steps
+from rowwise.trainer.run_length import steps_of_epochs
 from rowwise.trainer.sample import SAMPLED
 
 
@@ -36,6 +37,9 @@ def examine(config: TrainConfig, world_size: int) -> TrainConfig:
     check_semi_structured(config, pick_device(0))
     check_room(config, *_memory())
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    if config.epochs is not None:
+        steps = steps_of_epochs(config.epochs, data.train.samples, config.batch.global_size)
+        config = check(replace(config, steps=steps), world_size)
     if config.eval.every and not data.holdout.samples:
         raise ValueError(
             f"eval.every is on and data.holdout={config.data.holdout} holds out less than one sample of {data.tokens:,} tokens, "
@@ -54,7 +58,7 @@ def examine(config: TrainConfig, world_size: int) -> TrainConfig:
         )
     if config.model.init_from is not None:
         check_source(Path(config.model.init_from).expanduser(), config.model)
-    find_resume(config, data.train.fingerprint)
+    refuse_other_steps(config, find_resume(config, data.train.fingerprint), data.train.fingerprint)
     return config
 
 

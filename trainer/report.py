@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rowwise.optim.build import Assignments, assignment_table, joined, state_bytes
+from rowwise.optim.lengths import read_length
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import padded_length
 from rowwise.trainer.config import TrainConfig, tree_of
@@ -60,7 +61,8 @@ class RankZeroReporter(Reporter):
         write_whole(self._run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)))
         self._metrics = MetricsLog(self._run_dir, state.step, recorded)
         self._tracker = open_tracker(config.tracker, self._run_dir, config.name, tree, state.step)
-        self._console = Console(self._run_dir, state.step, config.steps, config.log_every, mesh.world_size)
+        log_every = config.length.in_steps(read_length("log_every", config.log_every))
+        self._console = Console(self._run_dir, state.step, config.steps, log_every, mesh.world_size)
         for remark in self._metrics.remarks:
             self.warn(remark)
 

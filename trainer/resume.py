@@ -107,6 +107,36 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
     return found
 
 
+def refuse_other_steps(config: TrainConfig, checkpoints: list[Path], data_fingerprint: str) -> None:
+    """Refuses `tokens` and `epochs` of a run that goes on from steps of another batch, or by epochs of other data: what it has
+    read is then no multiple of its step. Raises ValueError with the steps that are meant, where they are known."""
+    if config.tokens is None and config.epochs is None:
+        return
+    for checkpoint in checkpoints:
+        try:
+            manifest = read_manifest(checkpoint)
+        except ValueError:
+            continue
+        key = "tokens" if config.tokens is not None else "epochs"
+        asked, state, run = f"{key}={getattr(config, key)}", manifest["state"], config.length
+        if key == "epochs" and manifest["data"].get("the data") != data_fingerprint:
+            raise ValueError(f"{asked}, and checkpoint {checkpoint} read other data before; give steps=")
+        if (
+            state["position"] != state["step"] * config.batch.global_size
+            or state["tokens"] != state["step"] * run.step_tokens
+        ):
+            meant = (
+                ""
+                if config.tokens is None
+                else f"{state['step'] + max(0, config.tokens - state['tokens']) // run.step_tokens}"
+            )
+            raise ValueError(
+                f"{asked}, and the steps before checkpoint {checkpoint} were not of batch.global_size={config.batch.global_size} "
+                f"x batch.seq_len={config.batch.seq_len}; give steps={meant}"
+            )
+        return
+
+
 def none_left(complaints: list[str]) -> str:
     """What is said where no checkpoint of a run is sound."""
     return f"no sound checkpoint is left: {'. '.join(complaints)}; mend one, or give another name to begin anew"

@@ -123,7 +123,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
 
             saved, started = {}, time.perf_counter()
             saver.poll()
-            if stopping or config.checkpoint.due(state.step, config.steps):
+            if stopping or config.checkpoint.due(state.step, config.length):
                 saver.wait()  # its messages are not to meet those of the next line
                 require_sound(data, mesh, first, state.step)
                 saver.save(state.step, tensors, manifest_of(config, mesh, data, state, reporter.sync()))
@@ -198,7 +198,7 @@ def eval_record(
     config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data, step: int
 ) -> dict[str, float | None]:
     """What a step that evaluates adds to its record: the held-out loss, and the seconds that it took."""
-    if not config.eval.due(step, config.steps):
+    if not config.eval.due(step, config.length):
         return {}
     started = time.perf_counter()
     loss = evaluate(model, eval_batches(config, mesh, data), mesh)

@@ -73,5 +73,5 @@ def make_update(
 def may_begin_next(config: TrainConfig, step: int) -> bool:
     """Whether the step after `step` may be begun before `step` is known to be good: not where something else comes
     between them, or where it is to be traced as a whole."""
-    between = config.eval.due(step, config.steps) or config.checkpoint.due(step, config.steps) or step == config.steps
+    between = config.eval.due(step, config.length) or config.checkpoint.due(step, config.length) or step == config.steps
     return config.parallel.post_validation and not between and step + 1 != config.parallel.pipeline_trace

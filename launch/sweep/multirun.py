@@ -65,7 +65,9 @@ def run_trial(config: DictConfig) -> str:
     name = f"{sweep.name}-{settings.job.num}"
     basic, patience = is_basic(settings.launcher), run.parallel.timeout_seconds
     meeting = None if basic else slurm_meeting()  # a step in which the whole sweep stands is none of the trial's
-    job = Job(tuple(words), folder, run.steps, nproc, meeting, name, patience, sweep.max_restarts, folder / "logs")
+    job = Job(
+        tuple(words), folder, run.known_steps, nproc, meeting, name, patience, sweep.max_restarts, folder / "logs"
+    )
     # A signal that stopped the trial then does to this process what it would have done: submitit queues it again.
     outcome = run_workers(job, relay=not basic)
     if basic and outcome.state == "stopped":

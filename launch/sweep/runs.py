@@ -11,6 +11,7 @@ from rowwise.launch.agent import default_nproc, require_ranks
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.sweep.config import Composed, SweepConfig, is_basic, naming
 from rowwise.launch.sweep.space import Space, overrides_of
+from rowwise.optim.lengths import read_length
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.prepare import examine
@@ -71,13 +72,27 @@ def check_goal(config: SweepConfig, run: TrainConfig) -> None:
         raise ValueError(
             "sweep.goal=eval_loss with eval.every=0: nothing is evaluated; give eval.every, or sweep.goal=loss"
         )
+    if config.search == "none" or config.pruner == "none":
+        return
+    if config.goal == "eval_loss" and read_length("eval.every", run.eval.every).unit == "time":
+        raise ValueError(
+            f"sweep.goal=eval_loss with eval.every={run.eval.every}: trials are compared at the same steps; give eval.every in "
+            "steps or as a share of the run, or sweep.pruner=none"
+        )
+    if run.epochs is not None:
+        raise ValueError(
+            f"epochs={run.epochs:g} with sweep.pruner={config.pruner}: trials are compared at steps, and these are known once "
+            "the data is opened; give steps or tokens, or sweep.pruner=none"
+        )
 
 
 def first_rung(config: SweepConfig, space: Space) -> int:
     """The step at which halving first ends trials: of the first evaluation, or, by the loss of steps, so early that
     three more rungs follow."""
     run = config_from_tree(compose_tree(overrides_of(space.fixed, next(space.samples()))))
-    return run.eval.every if config.goal == "eval_loss" else max(1, run.steps // config.factor**3)
+    if config.goal == "eval_loss":
+        return run.length.in_steps(read_length("eval.every", run.eval.every))
+    return max(1, run.steps // config.factor**3)
 
 
 def largest_nproc(space: Space) -> int:

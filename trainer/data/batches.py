@@ -25,9 +25,11 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """`global_size`: sequences per optimizer step over all ranks; `micro_size`: sequences per forward; `seq_len`: tokens."""
+    """`global_size`: sequences per optimizer step over all ranks; `global_tokens`: its tokens, where they were asked for in its
+    place; `micro_size`: sequences per forward; `seq_len`: tokens."""
 
     global_size: int = 16
+    global_tokens: int | None = None
     micro_size: int = 8
     seq_len: int = 256
 
@@ -85,9 +87,11 @@ def check_batch(config: BatchConfig, data_degree: int) -> None:
         near = sorted(
             {max(1, config.global_size // per_round) * per_round, -(-config.global_size // per_round) * per_round}
         )
+        asked, unit = ("global_size", 1) if config.global_tokens is None else ("global_tokens", config.seq_len)
         raise ValueError(
-            f"batch.global_size={config.global_size} does not divide into {data_degree} data-parallel ranks x "
-            f"batch.micro_size={config.micro_size}; the nearest that do are {near}"
+            f"batch.{asked}={config.global_size * unit} does not divide into {data_degree} data-parallel ranks x "
+            f"batch.micro_size={config.micro_size}{' sequences' if unit > 1 else ''}; the nearest that do are "
+            f"{[size * unit for size in near]}"
         )
     if (count := config.global_size // per_round) > MOST_MICRO_BATCHES:
         raise ValueError(
