@@ -17,6 +17,7 @@ COMMANDS = {
     "sweep": ("rowwise.launch.sweep.__main__", "many runs with varied settings, or a search"),
     "report": ("rowwise.launch.report", "one page about one or several runs"),
     "export": ("rowwise.launch.export", "a run's model as Hugging Face safetensors"),
+    "generate": ("rowwise.launch.generate", "text from a run's model"),
     "schedule": ("rowwise.launch.schedule", "a pipeline schedule's table and picture"),
     "slurm": ("rowwise.launch.slurm", "a batch script for a run or a sweep"),
 }
@@ -27,6 +28,7 @@ EXAMPLES = """\
   rowwise slurm train nproc=8 slurm.nodes=4 slurm.time=24:00:00 model=llama3_8b batch.global_size=256 submit=true
   rowwise report run=runs/NAME
   rowwise export run=runs/NAME to=DIR
+  rowwise generate run=runs/NAME prompt='def main('
   rowwise schedule zb_v ranks=4 micro_batches=12 to=zb_v.png
 """
 

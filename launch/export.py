@@ -23,11 +23,11 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
 import argparse
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from rowwise.trainer.keys import unknown_key
-from rowwise.trainer.manifest import Manifest, damage, find_checkpoints, read_manifest, step_folder
+from rowwise.launch.checkpoints import choose_sound
+from rowwise.launch.settings import parse
 from rowwise.trainer.models.config_json import FORMS
 
 POSSIBLE_DTYPES = ("fp32", "bf16", "fp16")
@@ -53,28 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     try:
-        print(export(parse(parser.parse_args(arguments).settings)))
+        print(export(parse(ExportConfig, parser.parse_args(arguments).settings, "run=runs/NAME to=DIR")))
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
     return 0
-
-
-def parse(settings: list[str]) -> ExportConfig:
-    """`key=value` arguments, strictly. Raises ValueError."""
-    known = [field.name for field in fields(ExportConfig)]
-    given: dict[str, str] = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in known:
-            raise ValueError(unknown_key(key, known))
-        if not value or key in given:
-            raise ValueError(f"{setting}: give {key}=VALUE, once")
-        given[key] = value
-    for field in fields(ExportConfig):
-        if field.default is MISSING and field.name not in given:
-            raise ValueError(f"{field.name}= is missing; give run=runs/NAME to=DIR")
-    return ExportConfig(**given)
 
 
 def export(config: ExportConfig) -> str:
@@ -86,56 +69,12 @@ def export(config: ExportConfig) -> str:
     if config.form == "semi_structured" and config.dtype == "fp32":
         raise ValueError("dtype=fp32: form=semi_structured has 16-bit numbers; give dtype=bf16 or dtype=fp16")
     max_file_bytes, folder = _bytes(config.max_file_bytes), _free(Path(config.to).expanduser())
-    checkpoint, manifest = choose(config)
-    from rowwise.trainer.export import Source, Target, write  # torch, which no refusal above waits for
+    chosen = choose_sound(config.run, config.checkpoint)
+    from rowwise.trainer.export import Target, write  # torch, which no refusal above waits for
+    from rowwise.trainer.whole import Source
 
     target = Target(folder, config.dtype, config.form, max_file_bytes, config.tokenizer)
-    return write(Source(checkpoint, manifest["config"], manifest["fingerprint"].get("tokenizer")), target)
-
-
-def choose(config: ExportConfig) -> tuple[Path, Manifest]:
-    """The checkpoint to export and its manifest. Says what it passes over. Raises ValueError where none is sound."""
-    candidates, complaints = _candidates(config), []
-    for checkpoint in candidates:
-        try:
-            manifest = read_manifest(checkpoint)
-            found = damage(checkpoint, manifest["files"].items())
-        except ValueError as error:
-            found = [str(error)]
-        if not found:
-            return checkpoint, manifest
-        complaints.append(f"{checkpoint} is damaged: {'; '.join(found)}")
-        if checkpoint != candidates[-1]:
-            print(f"{complaints[-1]}; passed over", file=sys.stderr)
-    raise ValueError(f"{complaints[-1]}; no sound checkpoint is left, give another checkpoint= or run=")
-
-
-def _candidates(config: ExportConfig) -> list[Path]:
-    run = Path(config.run).expanduser()
-    found = find_checkpoints(run)
-    if not found:
-        others = sorted(str(p) for p in run.parent.iterdir() if _holds_some(p)) if run.parent.is_dir() else []
-        hint = f"possible are {', '.join(others)}" if others else "give a folder that a training run wrote"
-        raise ValueError(f"run={config.run}: there is no checkpoint; {hint}")
-    if config.checkpoint is None:
-        return found
-    if config.checkpoint.isdigit():
-        name = step_folder(run, int(config.checkpoint)).name
-        chosen = [checkpoint for checkpoint in found if checkpoint.name == name]
-    else:
-        path = Path(config.checkpoint).expanduser().resolve()
-        chosen = [checkpoint for checkpoint in found if checkpoint.resolve() == path]
-    if not chosen:
-        possible = ", ".join(checkpoint.name for checkpoint in found)
-        raise ValueError(f"checkpoint={config.checkpoint}: not one of run={config.run}; possible are {possible}")
-    return chosen
-
-
-def _holds_some(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and bool(find_checkpoints(folder))
-    except (OSError, ValueError):  # another's, which is not asked for
-        return False
+    return write(Source(chosen.path, chosen.manifest), target)
 
 
 def _bytes(text: str) -> int:

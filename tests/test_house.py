@@ -88,6 +88,7 @@ REFUSED_AT_ONCE = {
     "slurm": [["train", "slurm.node=2"], ["train", "optim.lrr=3"], ["sweep", "optim.lrr=1,2"]],
     "report": [["runn=here"], ["run=/nowhere"], ["run=/nowhere/*"]],
     "export": [["runn=here"], ["run=/nowhere", "to=here"], ["run=/nowhere", "to=here", "dtype=fp8"]],
+    "generate": [["runn=here"], ["run=/nowhere", "prompt=a"], ["run=/nowhere", "prompt=a", "top_p=2"]],
     "schedule": [["zbv"], ["zb_v", "rank=4"], ["run=/nowhere"]],
 }
 HELP_AND_REFUSALS = """

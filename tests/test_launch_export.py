@@ -21,7 +21,7 @@ from parity import relative_error, small_config, with_layout
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.export import ExportConfig, _free, main
 from rowwise.parallel.mesh import Workers
-from rowwise.trainer import export as writing
+from rowwise.trainer import whole as reading
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.config import Text
 from rowwise.trainer.data.tokenizer import ByteTokenizer
@@ -150,7 +150,7 @@ def test_the_checkpoint_is_read_one_file_at_a_time(run_of, tmp_path, monkeypatch
         asked.append({name: tensor.nbytes for name, tensor in tensors.items()})
         load(tensors, **options)
 
-    monkeypatch.setattr(writing.dcp, "load", spy)
+    monkeypatch.setattr(reading.dcp, "load", spy)
     config = run_of("qwen3")
     assert main([f"run={config.run_dir}", f"to={tmp_path / 'to'}", "max_file_bytes=12000"]) == 0
     assert len(asked) == len(list((tmp_path / "to").glob("*.safetensors"))) > 3
@@ -253,7 +253,7 @@ def test_an_interrupted_export_leaves_no_folder(run_of, tmp_path, monkeypatch):
         load(*positional, **options)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is full"):
-        patch.setattr(writing.dcp, "load", break_the_second)
+        patch.setattr(reading.dcp, "load", break_the_second)
         main(arguments)
     assert not list(tmp_path.iterdir())
 
@@ -319,7 +319,7 @@ def test_a_tokenizer_that_has_changed_since_is_not_given_out(text_run, tmp_path,
     source.write_text(json.dumps(tree))
     try:
         assert main([f"run={text_run.run_dir}", f"to={to}"]) == 2
-        assert f"{source} has changed since the run wrote step-00000001" in capsys.readouterr().err
+        assert f"{source} has changed since the run wrote step 1" in capsys.readouterr().err
         assert not to.exists()
         assert main([f"run={text_run.run_dir}", f"to={to}", f"tokenizer={source}"]) == 0
     finally:

@@ -25,6 +25,38 @@ class SampleConfig:
     temperature: float = 0.7
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: `temperature` 0 takes the likeliest, else it is drawn, among the `top_k` likeliest (0: all)
+    and among the fewest that have the share `top_p` of the probability, with the numbers of `seed`."""
+
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def drawn(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """A token drawn from softmax(logits / temperature), cut to `top_k` and then to `top_p` (Holtzman et al., *The Curious Case
+    of Neural Text Degeneration*); of equals the first. `logits` are finite."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    return int(torch.multinomial(shares(logits_V, sampling), 1, generator=generator))
+
+
+def shares(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """The probability of each token, in the dtype of the logits."""
+    # From the largest, 0, down: no temperature is so small that a quotient is not finite.
+    scaled = (logits_V - logits_V.max()) / sampling.temperature
+    if 0 < sampling.top_k < len(scaled):
+        scaled = scaled.masked_fill(scaled < scaled.topk(sampling.top_k).values[-1], -torch.inf)
+    shares = scaled.softmax(0)
+    if sampling.top_p < 1:
+        ordered, tokens = shares.sort(descending=True, stable=True)
+        shares[tokens[ordered.cumsum(0) - ordered >= sampling.top_p]] = 0  # what comes before has the share already
+    return shares
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module, prompt: list[int], tokens: int, temperature: float, context: int, seed: int, mesh: Mesh
@@ -32,20 +64,16 @@ def generate(
     """`tokens` tokens after `prompt`, each drawn from softmax(logits / temperature) (0 = the likeliest).
 
     Every rank must call it with the same arguments: a sharded model is gathered for each token. It keeps no cache of
-    keys and values; it is meant for a few hundred tokens. It ends where logits are not finite.
+    keys and values; it is meant for a few hundred tokens (`trainer.generate` has one, for a whole model). It ends where
+    logits are not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, sampling = torch.Generator().manual_seed(seed), Sampling(temperature)
     written = list(prompt)
     for _ in range(tokens):
         logits = next_logits(model, written[-context:], mesh, refresh=len(written) == len(prompt)).cpu()
         if not logits.isfinite().all():
             break
-        if temperature == 0:
-            written.append(int(logits.argmax()))
-        else:
-            # From the largest, 0, down: no temperature is so small that a quotient is not finite.
-            shares = ((logits - logits.max()) / temperature).softmax(0)
-            written.append(int(torch.multinomial(shares, 1, generator=generator)))
+        written.append(drawn(logits, sampling, generator))
     release_gathered(model)
     return written
 

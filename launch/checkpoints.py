@@ -1,0 +1,71 @@
+"""The checkpoint of a run that a command is to read: named by its step or path, or the newest that is sound. Needs no torch."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rowwise.trainer.manifest import Manifest, damage, find_checkpoints, read_manifest, step_folder
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A checkpoint whose checksums are right, and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+
+def choose_sound(run: str | Path, choice: str | None, key: str = "checkpoint") -> Sound:
+    """The checkpoint `choice` (a step, or a path) of a run, or the newest that is sound. Says what it passes over. `key`: what
+    the choice was given as. Raises ValueError where none is sound."""
+    candidates, complaints = candidates_of(run, choice, key), []
+    for checkpoint in candidates:
+        try:
+            return examined(checkpoint)
+        except ValueError as damaged:
+            complaints.append(str(damaged))
+        if checkpoint != candidates[-1]:
+            print(f"{complaints[-1]}; passed over", file=sys.stderr)
+    raise ValueError(f"{complaints[-1]}; no sound checkpoint is left, give another {key}= or run=")
+
+
+def examined(checkpoint: Path) -> Sound:
+    """A checkpoint, compared with its checksums. Raises ValueError, naming it, where it is damaged."""
+    try:
+        manifest = read_manifest(checkpoint)
+        found = damage(checkpoint, manifest["files"].items())
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} is damaged: {error}") from None
+    if found:
+        raise ValueError(f"{checkpoint} is damaged: {'; '.join(found)}")
+    return Sound(checkpoint, manifest)
+
+
+def candidates_of(run: str | Path, choice: str | None, key: str = "checkpoint") -> list[Path]:
+    """The checkpoints of a run, the newest first, sound or not; or the one that `choice` names, by its step or path. Raises
+    ValueError, naming what is possible, where there is none."""
+    folder = Path(run).expanduser()
+    found = find_checkpoints(folder)
+    if not found:
+        others = sorted(str(p) for p in folder.parent.iterdir() if _holds_some(p)) if folder.parent.is_dir() else []
+        hint = f"possible are {', '.join(others)}" if others else "give a folder that a training run wrote"
+        raise ValueError(f"run={run}: there is no checkpoint; {hint}")
+    if choice is None:
+        return found
+    if choice.isdigit():
+        name = step_folder(folder, int(choice)).name
+        chosen = [checkpoint for checkpoint in found if checkpoint.name == name]
+    else:
+        path = Path(choice).expanduser().resolve()
+        chosen = [checkpoint for checkpoint in found if checkpoint.resolve() == path]
+    if not chosen:
+        possible = ", ".join(checkpoint.name for checkpoint in found)
+        raise ValueError(f"{key}={choice}: not one of run={run}; possible are {possible}")
+    return chosen
+
+
+def _holds_some(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and bool(find_checkpoints(folder))
+    except (OSError, ValueError):  # another's, which is not asked for
+        return False

@@ -1,0 +1,174 @@
+"""One run, read as a value: its configuration, records and checkpoints, and the model of a step, whole.
+
+    from rowwise.launch.runs import open_run
+
+    run = open_run("runs/first")
+    run.state, run.step                             "complete", 200
+    run.settings["optim"]["lr"]                     of config.yaml, as plain values; run.config is the TrainConfig
+    run.table("step", "loss")                       columns: plot them, or pandas.DataFrame(run.table())
+    run.checkpoints                                 (Checkpoint(step=100, ...), Checkpoint(step=200, ...))
+    model = run.model(100)                          a torch.nn.Module with every weight, on one process
+    "".join(run.writer().write("def "))             what it writes
+
+Reads what is on disk now, also while the run goes on. Needs no torch until a model, a writer or the TrainConfig is asked for.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from rowwise.launch.checkpoints import candidates_of, choose_sound
+from rowwise.launch.outcome import Outcome, read_outcome
+from rowwise.trainer.data.own_tokenizer import tokenizer_of_run
+from rowwise.trainer.manifest import complete_checkpoints, find_checkpoints
+from rowwise.trainer.metrics import read_metrics
+
+if TYPE_CHECKING:
+    import torch
+
+    from rowwise.trainer.config import TrainConfig
+    from rowwise.trainer.generate import Writer
+    from rowwise.trainer.models.decoder import Decoder
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint, sound or not: `model` and `writer` compare it with its checksums."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run in `folder`. `given`: what was asked for, that folder or a checkpoint of it."""
+
+    folder: Path
+    given: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration as plain values, by group and key. Raises ValueError where config.yaml is none."""
+        path = self.folder / CONFIG
+        if not path.is_file():  # a checkpoint that stands alone
+            return dict(choose_sound(self.given, None).manifest["config"])
+        try:
+            tree = OmegaConf.to_container(OmegaConf.load(path))
+        except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no configuration ({str(error).splitlines()[0]})") from None
+        if not isinstance(tree, dict):
+            raise ValueError(f"{path} is no configuration")
+        return {str(key): value for key, value in tree.items()}
+
+    @property
+    def config(self) -> "TrainConfig":
+        """The configuration as its dataclasses. Raises ValueError where it is of another release."""
+        from rowwise.trainer.config import config_from_tree
+
+        return config_from_tree(self.settings)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl has, a record a step."""
+        return read_metrics(self.folder)
+
+    def table(self, *names: str) -> dict[str, list[Any]]:
+        """The records as columns of one length, those of `names` or all; None where a step has no such number. Raises
+        ValueError for a name that no record has."""
+        records = self.records
+        known = list(dict.fromkeys(name for record in records for name in record))
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"no record of {self.folder} has {', '.join(unknown)}; possible are {', '.join(known)}")
+        return {name: [record.get(name) for record in records] for name in names or known}
+
+    @property
+    def step(self) -> int:
+        """The last step that is recorded; 0 before the first."""
+        return max((record["step"] for record in self.records), default=0)
+
+    @property
+    def state(self) -> str:
+        """`under way`, `complete`, `stopped`, `refused`, `failed`, or `cut off` where it ended without a word."""
+        if self._held():
+            return "under way"
+        if (outcome := self.outcome) is not None:
+            return outcome.state
+        steps = self.settings.get("steps")
+        return "complete" if isinstance(steps, int) and self.step >= steps else "cut off"
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended, and why, as what started its workers wrote it; None where that wrote nothing."""
+        return read_outcome(self.folder)
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The complete checkpoints, the oldest first."""
+        found = complete_checkpoints(self.folder / "checkpoints")
+        return tuple(Checkpoint(int(path.name.split("-")[1]), path) for path in reversed(found))
+
+    def model(
+        self, step: int | None = None, device: str | None = None, dtype: "torch.dtype | None" = None
+    ) -> "Decoder":
+        """The model of a step (None: of the newest sound checkpoint), whole, whatever layout it was trained on: an nn.Module that
+        does not learn, `model(tokens, positions)` (B, S) to logits (B, S, V). `device`: `cpu`, `cuda`, `cuda:N`; None: a
+        GPU where there is one. `dtype`: None: what the run computed in. Raises ValueError."""
+        sound = choose_sound(self.given, step_key(step), "step")
+        from rowwise.trainer.whole import Source, device_named, load_model
+
+        return load_model(Source(sound.path, sound.manifest), device_named(device), dtype)
+
+    def writer(self, step: int | None = None, tokenizer: str | None = None, device: str | None = None) -> "Writer":
+        """The model of a step with its tokenizer, to write with. `tokenizer`: of a run that read tokens, the path of the
+        tokenizer.json that made them, or `bytes`. Raises ValueError."""
+        sound = choose_sound(self.given, step_key(step), "step")
+        config = sound.manifest["config"]
+        own = tokenizer_of_run(sound.manifest, tokenizer)
+        if own is None:
+            raise ValueError(
+                f"the run has no tokenizer to write with (data={config['data']['name']}); give tokenizer=PATH of the "
+                "tokenizer.json that made its tokens, or tokenizer=bytes"
+            )
+        from rowwise.trainer.generate import Writer
+        from rowwise.trainer.whole import Source, device_named, load_model
+
+        source = Source(sound.path, sound.manifest)
+        model = load_model(source, device_named(device))
+        return Writer(model, own.tokenizer, config["batch"]["seq_len"], own.end_token, source.tf32)
+
+    def _held(self) -> bool:
+        if not (self.folder / ".lock").is_file():
+            return False
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # no lock can be had there
+            return False
+
+
+def step_key(step: int | None) -> str | None:
+    return None if step is None else str(step)
+
+
+def open_run(path: str | Path) -> Run:
+    """The run in a folder, or that of a checkpoint. Raises ValueError where there is none."""
+    given = Path(path).expanduser()
+    if (given / CONFIG).is_file() or (given / "metrics.jsonl").is_file():
+        return Run(given, given)
+    if find_checkpoints(given) == [given]:
+        return Run(given.resolve().parent.parent, given)
+    candidates_of(path, None)
+    return Run(given, given)

@@ -1,0 +1,44 @@
+"""The tokenizer of a run that is to be read again. Needs no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rowwise.trainer.data.tokenizer import Tokenizer, open_tokenizer
+from rowwise.trainer.manifest_form import Manifest
+
+
+@dataclass(frozen=True)
+class OwnTokenizer:
+    """A tokenizer, and the token that ends a document (None: none does). `file`: its tokenizer.json; None for bytes."""
+
+    tokenizer: Tokenizer
+    end_token: int | None
+    end_of_text: str | None
+    file: Path | None
+
+
+def tokenizer_of_run(manifest: Manifest, choice: str | None, or_none: str = "") -> OwnTokenizer | None:
+    """The tokenizer of the run that wrote the checkpoint of `manifest`, or the one that `choice` names: `bytes`, or a path. None
+    where there is none: what read tokens alone has none, whatever made them. `or_none`: what else a refusal advises.
+    Raises ValueError where the file is not there, or not the run's, or not any more what the run read."""
+    data, vocab_size = manifest["config"]["data"], manifest["config"]["model"]["vocab_size"]
+    given = choice or data.get("tokenizer", "none" if data["name"] == "tokens" else "bytes")
+    if given == "none":
+        return None
+    end_of_text, path = data.get("end_of_text") if given != "bytes" else None, Path(given).expanduser()
+    if given != "bytes" and not path.is_file():
+        origin = "tokenizer" if choice else "the run's data.tokenizer"
+        raise ValueError(f"{origin}={path}: no such file; give tokenizer=PATH of the tokenizer.json{or_none}")
+    tokenizer = open_tokenizer(given, end_of_text)
+    if choice is None and manifest["fingerprint"].get("tokenizer") not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"the run's data.tokenizer={path} has changed since the run wrote step {manifest['step']}; put back the file "
+            f"that it read, or give tokenizer={path} to take this one"
+        )
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{given} has tokens up to {tokenizer.vocab_size - 1}, and the model's vocab_size is {vocab_size}: it is "
+            f"not the tokenizer of this run; give tokenizer=PATH of that{or_none}"
+        )
+    end_token = tokenizer.end[0] if tokenizer.end else data.get("separator")
+    return OwnTokenizer(tokenizer, end_token, end_of_text, None if given == "bytes" else path)

@@ -1,0 +1,119 @@
+"""The model of a run whole in one process: for export, for text, for a loss on other data, for a notebook.
+
+A checkpoint holds logical tensors by name, so whatever layout wrote it (stages of a pipeline, rows of ZeRO) is none of the
+reader's business. The process holds the weights once, in the precision in which the run computed.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from rowwise.kernels.nm import nm_mask
+from rowwise.optim.sparse.config import NM, sparse_layers
+from rowwise.parallel.precision import DTYPES
+from rowwise.trainer.files import behind
+from rowwise.trainer.manifest_form import Manifest
+from rowwise.trainer.metadata import Reader
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, model_of, parameter_shapes
+
+
+@dataclass(frozen=True)
+class Source:
+    """A sound checkpoint, and its manifest."""
+
+    checkpoint: Path
+    manifest: Manifest
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the run that wrote it."""
+        return self.manifest["config"]
+
+    @property
+    def model(self) -> ModelConfig:
+        """The shape of the model. Raises ValueError for one of another release."""
+        try:
+            return model_of(self.config["model"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the run is of another release of Rowwise ({error}); use that one for it") from None
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the run computed in."""
+        return DTYPES[self.config["precision"]["name"]]
+
+    @property
+    def tf32(self) -> bool:
+        """Whether its products on a GPU were in TF32."""
+        return self.config["precision"]["name"] == "fp32" and self.config["precision"].get("tf32", True)
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU where there is one. Raises ValueError where it is not there."""
+    gpus = torch.cuda.device_count()
+    possible = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in range(gpus))]
+    if name is None:
+        name = "cuda" if gpus else "cpu"
+    if name not in possible:
+        raise ValueError(f"device={name}: possible are {', '.join(possible)}")
+    return torch.device(name)
+
+
+def load_model(source: Source, device: torch.device, dtype: torch.dtype | None = None) -> Decoder:
+    """The model of a checkpoint, whole, on `device`, to be evaluated and not to learn: its weights in `dtype`, by default
+    that in which the run computed. Raises ValueError where the checkpoint cannot be read."""
+    with torch.device("meta"):
+        model = Decoder(source.model).to(dtype or source.precision)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    fill_(model, source)
+    return model
+
+
+def fill_(model: Decoder, source: Source) -> None:
+    """Gives a whole model the weights of another checkpoint of its run."""
+    reader(source, parameter_shapes(source.model))({name: p.detach() for name, p in model.named_parameters()})
+
+
+def read_(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills `tensors` (our parameters by name) from the checkpoint, in their dtype; reads nothing else. One process is
+    enough, whatever layout wrote it. Raises ValueError where it is gone, which may be as the run goes on and keeps few."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process")
+        try:
+            dcp.load(
+                {f"model.{name}": tensor for name, tensor in tensors.items()},
+                storage_reader=Reader(checkpoint),
+                no_dist=True,
+            )
+        except CheckpointException as error:
+            missing = [one for one in behind(error) if isinstance(one, OSError)]
+            if not missing:
+                raise
+            raise ValueError(f"{checkpoint} cannot be read ({missing[0].strerror}); give another step") from None
+
+
+def reader(source: Source, shapes: dict[str, torch.Size]) -> Callable[[dict[str, Tensor]], None]:
+    """A function that fills tensors (our parameters by name) with what the run computed with. After sparsity=nm that is
+    its matrices pruned, chosen in the run's own precision; a checkpoint has the dense ones, which learn."""
+    sparsity, own = source.config.get("sparsity", {"name": "none"}), source.precision
+    pruned: set[str] = set()
+    if sparsity["name"] == "nm":
+        pruned = set(sparse_layers(NM(layers=sparsity["layers"]), shapes))
+
+    def fill_(tensors: dict[str, Tensor]) -> None:
+        if as_they_are := {name: tensor for name, tensor in tensors.items() if name not in pruned}:
+            read_(source.checkpoint, as_they_are)
+        for name in tensors.keys() & pruned:
+            w = torch.empty(shapes[name], dtype=torch.promote_types(own, torch.float32))
+            read_(source.checkpoint, {name: w})
+            kept = nm_mask(w.to(own), sparsity["n"], sparsity["m"])
+            tensors[name].copy_(w.masked_fill_(~kept, 0))
+
+    return fill_
