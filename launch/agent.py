@@ -34,9 +34,9 @@ from rowwise.launch.outcome import OUTCOME, Ended, Failed, Outcome, Refused, Sta
 from rowwise.launch.rendezvous import rendezvous, settings
 from rowwise.launch.workers import interfaces
 from rowwise.trainer.files import DiskFull
+from rowwise.trainer.lock import is_held
 from rowwise.trainer.manifest import newest_sound, read_manifest
 from rowwise.trainer.metrics import read_metrics
-from rowwise.trainer.prepare import is_held
 from rowwise.trainer.stop import ASKED, INTERRUPTED, SIGNALS, hearing
 
 POLL_SECONDS = 0.2

@@ -29,9 +29,10 @@ from rowwise.trainer.checkpoint import NoneSound
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.data.integrity import DataDamaged
 from rowwise.trainer.files import DiskFull, behind, want_of_room, writing
+from rowwise.trainer.lock import lock_run
 from rowwise.trainer.manifest import clear_interrupted, newest_sound
 from rowwise.trainer.metrics import RunMoved
-from rowwise.trainer.prepare import lock_run, prepare
+from rowwise.trainer.prepare import prepare
 from rowwise.trainer.train import train
 
 LEAVING_SECONDS = 60  # that a worker is given to save and leave

@@ -27,12 +27,13 @@ from rowwise.parallel.precision import PrecisionConfig
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.data.config import DataConfig
+from rowwise.trainer.lock import lock_run
 from rowwise.trainer.manifest import CheckpointConfig, fingerprint
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.config_json import their_config
 from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
 from rowwise.trainer.models.huggingface import write_folder
-from rowwise.trainer.prepare import lock_run, prepare
+from rowwise.trainer.prepare import prepare
 from rowwise.trainer.tracker import TrackerConfig
 from runs import run_said, run_train
 

@@ -14,6 +14,7 @@ from parity import small_config
 from rowwise.trainer import manifest as manifests
 from rowwise.trainer.config import config_from_tree, tree_of
 from rowwise.trainer.files import free_name, from_json, full_path, remove, to_json
+from rowwise.trainer.lock import is_held, lock_run
 from rowwise.trainer.manifest import (
     OtherVersion,
     begin,
@@ -31,7 +32,6 @@ from rowwise.trainer.manifest import (
     step_folders,
 )
 from rowwise.trainer.metrics import MetricsLog, MetricsTail, Recorded, RunMoved, read_metrics
-from rowwise.trainer.prepare import is_held, lock_run
 from rowwise.trainer.pruned import kept_gains
 from rowwise.trainer.resume import find_resume
 from rowwise.trainer.state import TrainState

@@ -1,13 +1,11 @@
 """Everything that can refuse a run, on rank 0, before any process group exists; and the run directory."""
 
-import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
-from filelock import FileLock, Timeout
 
 from rowwise.parallel.mesh import pick_device
 from rowwise.trainer.check import check
@@ -100,29 +98,3 @@ def make_writable(run_dir: Path) -> None:
             probe.unlink()
     except OSError as error:
         raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror}); give another run_dir") from None
-
-
-def lock_run(run_dir: Path, job: str | None = None, patience_seconds: float = 0) -> FileLock:
-    """Holds the run directory for this run, until released or the process ends. Raises ValueError where another run
-    holds it. Where it is a run of the same job, one that was cut off and not yet given up, it is waited for."""
-    lock, holder, ours = FileLock(run_dir / ".lock"), run_dir / ".job", "" if job is None else job
-    theirs = ""
-    with contextlib.suppress(OSError):
-        theirs = holder.read_text(errors="replace")
-    try:
-        lock.acquire(timeout=patience_seconds if ours and ours == theirs else 0)
-        holder.write_text(ours)
-    except Timeout:
-        raise ValueError(f"run_dir={run_dir} is in use by another run; wait for it, or give another name") from None
-    return lock
-
-
-def is_held(run_dir: Path) -> bool:
-    """Whether a run is under way there."""
-    try:
-        with FileLock(run_dir / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # no lock can be had there, by no run
-        return False

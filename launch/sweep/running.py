@@ -16,8 +16,8 @@ from rowwise.launch.sweep.config import SweepConfig
 from rowwise.launch.sweep.space import Space, overrides_of
 from rowwise.launch.sweep.trials import trial_words
 from rowwise.trainer.config import config_from_tree
+from rowwise.trainer.lock import is_held
 from rowwise.trainer.metrics import MetricsTail
-from rowwise.trainer.prepare import is_held
 from rowwise.trainer.stop import SIGNALS
 
 
