@@ -33,6 +33,7 @@ from rowwise.trainer.lock import lock_run
 from rowwise.trainer.manifest import clear_interrupted, newest_sound
 from rowwise.trainer.metrics import RunMoved
 from rowwise.trainer.prepare import prepare
+from rowwise.trainer.spike import TooManySpikes
 from rowwise.trainer.train import train
 
 LEAVING_SECONDS = 60  # that a worker is given to save and leave
@@ -112,7 +113,7 @@ def _reason(error: BaseException, run_dir: Path) -> str | None:
             saved = newest_sound(run_dir / "checkpoints")
             sound = "no checkpoint was saved before" if saved is None else f"the newest sound checkpoint is {saved}"
             return f"not a number: {one}; {sound}"
-        if isinstance(one, NoneSound | RunMoved | DataDamaged):
+        if isinstance(one, NoneSound | RunMoved | DataDamaged | TooManySpikes):
             return str(one)
         if isinstance(one, OSError) and one.filename is not None:
             return f"{one.filename}: {one.strerror}"

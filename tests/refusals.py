@@ -344,6 +344,21 @@ REFUSED = {
     "keep": (["checkpoint.keep=-1"], r"checkpoint.keep=-1"),
     "clip": (["clip_norm=-1"], r"clip_norm=-1"),
     "name": (["name=a/b"], r"name='a/b'"),
+    "a skip in the backward": (
+        ["on_spike=skip", "optim.in_backward=true", "clip_norm=0"],
+        r"on_spike=skip with optim.in_backward: .*give on_spike=rollback, .*or on_spike=record",
+    ),
+    "nothing to go back to": (
+        ["on_spike=rollback", "checkpoint.every=0"],
+        r"on_spike=rollback with checkpoint.every=0: .*give checkpoint.every=100, say, or on_spike=skip",
+    ),
+    "a test that skips what it looks for": (
+        ["on_spike=skip", "schedule=lr_range"],
+        r"on_spike=skip with schedule=lr_range: .*give on_spike=record",
+    ),
+    "a window of spikes": (["spike.window=19"], r"spike.window=19: .*20 to 10,000"),
+    "no spread": (["spike.threshold=0"], r"spike.threshold=0.0 spike.most=10: .*above 0"),
+    "another answer to spikes": (["on_spike=ignore"], r"on_spike='ignore': .*'record', 'skip' or 'rollback'"),
     "tracker": (["tracker=wandb", "tracker.mode=on"], r"tracker.mode=.*'online' or 'offline'"),
     # of sparsity
     "density 0": (["sparsity=rigl", "sparsity.density=0"], r"sparsity.density=0.0: .* above 0 and at most 1"),

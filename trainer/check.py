@@ -18,6 +18,7 @@ from rowwise.trainer.keys import check_folder_name
 from rowwise.trainer.manifest import check_checkpoint
 from rowwise.trainer.models.decoder import check_model, parameter_shapes
 from rowwise.trainer.run_length import MOST_STEPS
+from rowwise.trainer.spike import check_spike
 from rowwise.trainer.stages import check_pipeline, splits_backward
 
 MOST_WORKERS = 1024  # of a machine
@@ -52,6 +53,8 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     _check_post_validation(config, parallel)
     _check_param_dtype(config, parallel, micro_batches)
     _check_in_backward(config, parallel, micro_batches)
+    range_test = isinstance(config.schedule, LrRange)
+    check_spike(config.on_spike, config.spike, config.checkpoint.every, config.optim.in_backward, range_test)
     _check_sparsity(config, parallel)
     return replace(config, parallel=parallel)
 

@@ -5,6 +5,7 @@ each a DTensor split like its parameter; torch.distributed.checkpoint reads what
 files hold them. The few numbers of `TrainState` are in the manifest.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,20 @@ class Saver:
     hashes and commits, and training's stream is never waited for. The thread's messages (plans and checksums, kilobytes)
     go over `mesh.save_group`. An error in the thread is raised by the next `save`, `poll` or
     `wait`. Weights that are not finite are not saved: that is NotFinite, or, where `spoilt_ends` is false, no error.
+    `is_anchor`: see `manifest.prune`.
     """
 
-    def __init__(self, checkpoints: Path, mesh: Mesh, keep: int, background: bool, spoilt_ends: bool = True):
+    def __init__(
+        self,
+        checkpoints: Path,
+        mesh: Mesh,
+        keep: int,
+        background: bool,
+        spoilt_ends: bool = True,
+        is_anchor: Callable[[int], bool] = lambda step: False,
+    ):
         self._checkpoints, self._mesh, self._keep, self._background = checkpoints, mesh, keep, background
-        self._spoilt_ends = spoilt_ends
+        self._spoilt_ends, self._is_anchor = spoilt_ends, is_anchor
         device = device_of(mesh.device)
         self._staging = Staging(device)
         # torch's writer waits for the current stream once a tensor: training's, if the thread had none of its own.
@@ -115,7 +125,7 @@ class Saver:
             files = {name: value for part in everyone for name, value in sorted(part.items())}
             with writing(folder):
                 commit(folder, {**manifest, "files": files})
-            prune(self._checkpoints, self._keep)
+            prune(self._checkpoints, self._keep, self._is_anchor)
 
     def _is_mine(self, path: Path) -> bool:
         if path.suffix == ".distcp":

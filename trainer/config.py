@@ -23,6 +23,7 @@ from rowwise.trainer.manifest import CheckpointConfig
 from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_count
 from rowwise.trainer.run_length import MOST_STEPS, settle
 from rowwise.trainer.sample import SampleConfig
+from rowwise.trainer.spike import OnSpike, SpikeConfig
 from rowwise.trainer.tracker import TrackerConfig
 
 _BY_NAME = Field(discriminator="name")
@@ -45,7 +46,9 @@ class TrainConfig:
     compile: bool
     log_every: int | float | str
     peak_flops: float | None
+    on_spike: OnSpike
     batch: BatchConfig
+    spike: SpikeConfig
     eval: EvalConfig
     sample: SampleConfig
     model: ModelConfig

@@ -5,6 +5,7 @@ runs/NAME/checkpoints/step-00000100/               a checkpoint; it exists once 
     .metadata  __0_0.distcp  __1_0.distcp  ...     torch distributed checkpoint, one file a rank
 runs/NAME/checkpoints/step-00000200.incomplete/    a save under way, or one that was interrupted
 runs/NAME/checkpoints/step-00000300.damaged/       one that was passed over by a run that went on
+runs/NAME/checkpoints/step-00000300.rolled-back/   one of steps that a spike made the run go back from
 runs/NAME/.saved                                   a checkpoint has existed: where there is none, it was lost
 """
 
@@ -12,10 +13,10 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -58,6 +59,11 @@ def check_checkpoint(config: CheckpointConfig) -> None:
 
 def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a folder that has the name of a checkpoint."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
@@ -178,23 +184,26 @@ def commit(folder: Path, manifest: dict[str, Any]) -> Path:
     return final
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Removes all but the `keep` newest. The name goes first, so that no half-removed folder is a checkpoint, and what
-    a crash leaves of one is cleared by the next save."""
-    for old in complete_checkpoints(checkpoints)[keep:] if keep else []:
-        remove(old.rename(old.with_name(old.name + _INCOMPLETE)))
+def prune(checkpoints: Path, keep: int, is_anchor: Callable[[int], bool] = lambda step: False) -> None:
+    """Removes all but the `keep` newest, and the newest whose step `is_anchor`. The name goes first, so that no half-removed
+    folder is a checkpoint, and what a crash leaves of one is cleared by the next save."""
+    found = complete_checkpoints(checkpoints)
+    anchor = next((one for one in found if is_anchor(step_of(one))), None)
+    for old in found[keep:] if keep else []:
+        if old != anchor:
+            remove(old.rename(old.with_name(old.name + _INCOMPLETE)))
 
 
-def set_aside(checkpoints: Path, beyond: int) -> None:
-    """Renames the checkpoints of later steps than `beyond`, from which a run goes on: they were damaged and passed over,
-    and must neither be resumed nor counted among the newest."""
+def set_aside(checkpoints: Path, beyond: int, why: Literal["damaged", "rolled-back"] = "damaged") -> None:
+    """Renames the checkpoints of later steps than `beyond`, from which a run goes on: they were damaged and passed over, or
+    are of what was rolled back, and must neither be resumed nor counted among the newest."""
     for later in step_folders(checkpoints):
-        if int(later.name.split("-")[1]) > beyond:
-            _put_aside(later)
+        if step_of(later) > beyond:
+            _put_aside(later, why)
 
 
-def _put_aside(checkpoint: Path) -> None:
-    aside = checkpoint.with_name(checkpoint.name + ".damaged")
+def _put_aside(checkpoint: Path, why: str = "damaged") -> None:
+    aside = checkpoint.with_name(f"{checkpoint.name}.{why}")
     checkpoint.rename(free_name(aside) if os.path.lexists(aside) else aside)
 
 

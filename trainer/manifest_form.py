@@ -19,6 +19,25 @@ class ScaleForm(TypedDict):
     skipped: int
 
 
+class RollbackForm(TypedDict):
+    """`spike.Rollback`."""
+
+    step: int
+    to: int
+    first: int
+    after: int
+    score: float | None
+
+
+class SpikesForm(TypedDict):
+    """`spike.Spikes`."""
+
+    losses: list[float]
+    norms: list[float]
+    skipped: int
+    rollbacks: list[RollbackForm]
+
+
 class StateForm(TypedDict):
     """`state.TrainState`."""
 
@@ -27,6 +46,7 @@ class StateForm(TypedDict):
     tokens: int
     updates: int
     loss_scale: ScaleForm
+    spikes: NotRequired[SpikesForm]
 
 
 class ConfigForm(TypedDict):

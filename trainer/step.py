@@ -7,7 +7,7 @@ multiplied by M / N, together with what clipping and the loss scale ask for: exa
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -44,17 +44,31 @@ class RankStatus:
 class StepReport:
     """Of one step, over all ranks. `loss` is NaN where no token is valid: there is no mean. `grad_norm` is before clipping;
     where it is not finite, there is no usable gradient. `stop`: some rank was asked to stop. `sound`: no rank found its
-    data damaged, and all read the same."""
+    data damaged, and all read the same. `held`: it is a spike whose update was not made."""
 
     loss: float
     grad_norm: float
     valid_tokens: int
     stop: bool
     sound: bool = True
+    held: bool = False
 
     @property
     def finite(self) -> bool:
         return math.isfinite(self.grad_norm)
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights have taken it."""
+        return self.finite and not self.held
+
+
+# Whether the update of a step is not to be made, by its numbers, which all ranks have.
+Hold = Callable[[StepReport], bool]
+
+
+def hold_none(report: StepReport) -> bool:
+    return False
 
 
 def compute_gradients(
@@ -97,6 +111,7 @@ def step_at_once(
     status: RankStatus = RankStatus(),
     trace: Trace | None = None,
     ahead: list[MicroBatch] | None = None,
+    hold: Hold = hold_none,
 ) -> StepReport:
     """`compute_gradients` and the optimizer's step without waiting between them (Qi et al., *Zero Bubble*, section 4):
     each rank steps as soon as its own gradients are there, as if none were clipped, and begins the forwards of `ahead`,
@@ -125,12 +140,13 @@ def step_at_once(
         model.begin(ahead, mesh.device)
     summed.wait()
     report = read_totals(totals, places, loss_scale)
+    report = replace(report, held=hold(report))
     factor = clip_factor(report.grad_norm, clip_norm)
-    if not report.finite or factor < 1 or report.stop or not report.sound:
+    if not report.applied or factor < 1 or report.stop or not report.sound:
         model.abandon()
-    if before is not None and (not report.finite or factor < 1):
+    if before is not None and (not report.applied or factor < 1):
         optimizer.undo(before)
-    if report.finite and factor < 1:
+    if report.applied and factor < 1:
         scale_(shards, factor)
         optimizer.step()
     return report

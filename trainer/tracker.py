@@ -88,7 +88,7 @@ class _TensorBoardTracker:
 
     def log(self, record: dict[str, Any]) -> None:
         for key, value in _flat(record):
-            if key != "step" and value is not None:
+            if key != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:

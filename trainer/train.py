@@ -1,8 +1,10 @@
 """train(config): build, resume, loop, save."""
 
+import functools
+import gc
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,11 @@ from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
 from rowwise.trainer.record import number_or_none, sparsity_record, step_record
 from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import changes, data_facts, find_resume, model_facts, recorded_by, state_facts, told_of
+from rowwise.trainer.rollback import Rollbacks, go_back, holds, is_anchor, pass_over, spike_at
 from rowwise.trainer.same_data import require_same_data, require_sound, try_data
 from rowwise.trainer.sample import generate
+from rowwise.trainer.spike import after_step, spike_record
+from rowwise.trainer.spike import told_of as told_of_rollback
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import RankStatus, StepReport
 from rowwise.trainer.stop import StopRequest
@@ -53,21 +58,28 @@ def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
     mesh = make_mesh(config.parallel, workers)
     data = require_same_data(opened, mesh)
     data.watch.share(workers.local_rank, workers.local_world_size)
-    state = _train(config, mesh, data)
+    with data.watch:
+        end = _train(config, mesh, data, [])
+        while not isinstance(end, TrainState):
+            gc.collect()  # a model and its hooks are in circles, and there is no room for two
+            own = replace(config, resume="auto") if config.resume == "never" else config
+            end = _train(own, mesh, data, end)
     # Not where it failed: taking down a group can wait for a peer that is gone.
     dist.destroy_process_group()
-    return state
+    return end
 
 
-def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
+def _train(config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks) -> TrainState | Rollbacks:
+    """From where the run stands to its end, or to a spike that it goes back from: what it goes back by is given to the next
+    call."""
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
     sparsity = build_masks(config, mesh, model)
     tensors = tensors_of(model, optimizer, sparsity)
-    begun = resume(config, mesh, data, tensors)
+    begun = resume(config, mesh, data, tensors, rollbacks)
     state = begun.state
     set_step(optimizer, state.updates)
-    update = make_update(config, mesh, model, optimizer, sparsity)
+    update = make_update(config, mesh, model, optimizer, sparsity, functools.partial(holds, config, state))
 
     with ExitStack() as stack:
         stack.enter_context(float32_products(product_precision(config.precision, mesh.device)))
@@ -75,10 +87,8 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
         parts = of_every_stage(assignments(model, optimizer), mesh)
         reporter = stack.enter_context(open_reporter(config, mesh, state, begun.recorded, data, parts, remarks))
         test = range_test(config, mesh, state.step)
-        kept = config.checkpoint
-        saver = Saver(Path(config.run_dir) / "checkpoints", mesh, kept.keep, kept.background, spoilt_ends=test is None)
+        saver = make_saver(config, mesh, spoilt_ends=test is None)
         stack.callback(saver.close)
-        stack.enter_context(data.watch)
         digests = step_digests(data.train, config.batch, config.seed, state.position)
         batches = stack.enter_context(
             Prefetch(zip(train_batches(config, mesh, data, state.position), digests, strict=True))
@@ -105,9 +115,16 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             optimizer.zero_grad()
             if trace is not None:
                 keep_trace(trace, Path(config.run_dir) / "pipeline", mesh)
-            if not report.finite:
+            spike = spike_at(config, state, report)
+            if spike is not None and config.on_spike == "rollback":
+                saver.wait()  # its messages are not to meet those of the next line
+                if back := go_back(config, mesh, state, spike):
+                    if report.stop:
+                        reporter.say(f"asked to stop in a spike: step {back[-1].to} is saved; resume=auto goes on")
+                    return state if report.stop else back
+            if not report.applied:
                 saver.wait()  # an error would end the save under way
-                if test is None:
+                if test is None and not report.finite and not report.held:
                     require_usable(report, config, state, tensors, mesh)
             advance(state, report, config)
             stopping = report.stop
@@ -115,6 +132,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data) -> TrainState:
             seconds = time.perf_counter() - started
             record = step_record(state, report, lr, scale_used, config, mesh, seconds, data_seconds)
             record |= sparsity_record(sparsity, config, state.step)
+            record |= spike_record(state.spikes, state.step, spike, "skipped" if report.held else "recorded")
             record |= eval_record(config, mesh, model, data, state.step)
             reporter.step(record | saved)
             if test is not None:
@@ -149,9 +167,9 @@ class Begun:
     remarks: list[str]
 
 
-def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor]) -> Begun:
+def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor], rollbacks: Rollbacks) -> Begun:
     """Loads the newest sound checkpoint that `config.resume` allows into `tensors`. Says what was passed over as damaged,
-    where it goes on, and what changes."""
+    where it goes on, what changes, and what it was rolled back by."""
     here = find_resume(config, data.train.fingerprint) if mesh.rank == 0 else []
     found = from_rank_0(here, mesh.save_group)
     if not found:
@@ -162,9 +180,17 @@ def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tenso
     state = TrainState.from_tree(manifest["state"])
     if manifest["precision"] != config.precision.name:
         state.loss_scale = initial_loss_scale(config.precision)
-    passed_over = [f"warning: {complaint}; passed over" for complaint in complaints]
-    remarks = [*passed_over, told_of(checkpoint, config), *changes(manifest, config)]
+    remarks = [f"warning: {complaint}; passed over" for complaint in complaints]
+    remarks += [told_of(checkpoint, config), *changes(manifest, config)]
+    if rollbacks:
+        remarks.append(told_of_rollback(pass_over(state, rollbacks)))
     return Begun(state, recorded_by(checkpoint, manifest, config), remarks)
+
+
+def make_saver(config: TrainConfig, mesh: Mesh, spoilt_ends: bool) -> Saver:
+    """What saves the checkpoints of the run."""
+    choice, checkpoints = config.checkpoint, Path(config.run_dir) / "checkpoints"
+    return Saver(checkpoints, mesh, choice.keep, choice.background, spoilt_ends, functools.partial(is_anchor, config))
 
 
 def range_test(config: TrainConfig, mesh: Mesh, step: int) -> RangeTest | None:
@@ -230,7 +256,8 @@ def advance(state: TrainState, report: StepReport, config: TrainConfig) -> None:
     state.step += 1
     state.position += config.batch.global_size
     state.tokens += config.batch.global_size * config.batch.seq_len
-    state.updates += report.finite
+    state.updates += report.applied
+    state.spikes = after_step(state.spikes, report.loss, report.grad_norm, report.held, config.spike)
     state.loss_scale = next_loss_scale(state.loss_scale, config.precision, overflow=not report.finite)
 
 

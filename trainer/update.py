@@ -1,6 +1,7 @@
 """What makes a step of a run: the forward and backward of its micro-batches, and the optimizer's update, as configured."""
 
 import functools
+from dataclasses import replace
 from typing import Protocol
 
 from rowwise.optim.in_backward import InBackward
@@ -13,7 +14,15 @@ from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.pipeline import StagedDecoder
-from rowwise.trainer.step import RankStatus, StepReport, compute_gradients, step_at_once, step_in_backward
+from rowwise.trainer.step import (
+    Hold,
+    RankStatus,
+    StepReport,
+    compute_gradients,
+    hold_none,
+    step_at_once,
+    step_in_backward,
+)
 
 
 class Update(Protocol):
@@ -37,8 +46,10 @@ def make_update(
     model: Decoder | StagedDecoder,
     optimizer: Optimizer,
     sparsity: Sparsity | None,
+    hold: Hold = hold_none,
 ) -> Update:
-    """The function that makes one step, as the configuration asks. The gradients it used stay until they are let go."""
+    """The function that makes one step, as the configuration asks. The gradients it used stay until they are let go. What is
+    not for `hold` to take is the update in the backward, which is made before its numbers are known."""
     zero, places = config.parallel.zero, config.batch.global_size * config.batch.seq_len
     if config.optim.in_backward:
         in_backward = InBackward(optimizer, gradient_sum(model, mesh))
@@ -57,13 +68,14 @@ def make_update(
         asked = (mesh, zero, places, config.clip_norm, loss_scale)
         if config.parallel.post_validation:
             assert isinstance(model, StagedDecoder)
-            report = step_at_once(model, batches, *asked, optimizer, status, trace, ahead)
+            report = step_at_once(model, batches, *asked, optimizer, status, trace, ahead, hold)
         else:
             filter_ = None if sparsity is None else functools.partial(sparsity.filter_gradients, step)
             report = compute_gradients(model, batches, *asked, status, trace, filter_)
+            report = replace(report, held=hold(report))
             if sparsity is not None:
-                sparsity.step(optimizer, step, report.finite)
-            elif report.finite:
+                sparsity.step(optimizer, step, report.applied)
+            elif report.applied:
                 optimizer.step()
         return report
 

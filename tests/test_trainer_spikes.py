@@ -1,0 +1,303 @@
+"""Spikes: what is one, and laws 2 and 3 where updates are skipped or the run is rolled back. The spike is real: one step reads
+samples of a token that was rare before."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import parity
+from parity import TOLERANCE, plain_model, relative_error, run_plain, small_config, with_layout, write_tokens
+from ranks import RankFailure
+from rowwise.trainer.data.open import open_data
+from rowwise.trainer.data.order import sample_indices
+from rowwise.trainer.manifest import begin, commit, complete_checkpoints, prune, read_manifest, set_aside, step_of
+from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.spike import (
+    Rollback,
+    SpikeConfig,
+    Spikes,
+    TooManySpikes,
+    after_step,
+    newest_anchor,
+    require_few,
+    score,
+    spike_of,
+)
+from rowwise.trainer.state import TrainState
+from runs import assert_same_run, final_tensors, manifest_at, named, records, run_train, run_until
+
+AT, STEPS, ANCHOR = 23, 26, 20  # the poisoned step; the last; the checkpoint before it
+BASE = [
+    f"steps={STEPS}",
+    "spike.window=40",
+    "checkpoint.every=10",
+    "checkpoint.keep=1",
+    "optim.lr=0.003",
+    "eval.every=13",
+]
+LAYOUTS = {
+    "1": (1, {}),
+    "3, stage 3": (3, {"zero": 3}),
+    "stages, updates taken back": (4, {"pipeline": 2, "pipeline_schedule": "zb_h1", "zero": 2,
+                                       "post_validation": True}),
+    "2 x 2 of a sequence": (4, {"ring": 2, "replicate": 2, "zero": 1}),
+}  # fmt: skip
+
+
+def now_and_in_full(*now: str):
+    """The layouts, of which all others than these are tested in full alone."""
+    return [pytest.param(name, marks=[] if name in now else pytest.mark.full) for name in LAYOUTS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("spikes")
+
+
+def config_of(folder: Path, *overrides: str):
+    """A run whose step `AT` is a spike."""
+    new = not (folder / "tokens.bin").exists()
+    if new:
+        write_tokens(folder, 10_000)
+    config = small_config(folder, *BASE, "batch.micro_size=4", *overrides)
+    if new:
+        poison(config, folder / "tokens.bin")
+    return config
+
+
+def poison(config, tokens: Path) -> None:
+    data, size, length = (
+        open_data(config.data, 13, config.model.vocab_size),
+        config.batch.global_size,
+        config.batch.seq_len,
+    )
+    stream = np.fromfile(tokens, dtype=np.uint16)
+    for index in sample_indices((AT - 1) * size, size, data.train.samples, f"train/{config.seed}"):
+        stream[int(index) * length : (int(index) + 1) * length + 1] = 1
+    stream.tofile(tokens)
+
+
+def spikes_in(config) -> dict[int, str]:
+    """What was done, by step."""
+    return {record["step"]: record["spike"] for record in read_metrics(Path(config.run_dir)) if "spike" in record}
+
+
+def assert_is(config, trace) -> None:
+    """Law 2: the records, and the weights at the end, are those of the textbook."""
+    made = read_metrics(Path(config.run_dir))
+    np.testing.assert_allclose([record["loss"] for record in made], trace.losses, rtol=TOLERANCE)
+    np.testing.assert_allclose([record["grad_norm"] for record in made], trace.norms, rtol=TOLERANCE)
+    ours = final_tensors(config.run_dir)
+    for name, p in plain_model(config).named_parameters():
+        weights = p.detach() + sum(updates[name] for updates in trace.updates)
+        assert relative_error(ours[f"model.{name}"], weights) <= TOLERANCE, name
+
+
+def test_a_score_is_in_spreads():
+    rng = np.random.default_rng(0)
+    before = rng.normal(3, 0.1, 64).tolist()
+    middle = float(np.median(before))
+    spread = 1.4826 * float(np.median(np.abs(np.array(before) - middle)))
+    assert score(before, 4.0, "median") == pytest.approx((4 - middle) / spread)
+    assert score(before, 2.0, "median") < 0  # which is no spike
+    # As OLMo-core's SkipStepOptimizer has it.
+    std, mean = torch.std_mean(torch.tensor(before, dtype=torch.float64))
+    for x in (4.0, 2.0):
+        assert score(before, x, "mean") == pytest.approx(float((x - mean).abs() / std))
+    assert score(before, math.nan, "median") == score(before, math.inf, "mean") == math.inf
+    # A spike among them moves the median's rule by little, and blinds the other.
+    assert score([*before, 50.0], 4.0, "median") == pytest.approx(score(before, 4.0, "median"), rel=0.1)
+    assert score([*before, 50.0], 4.0, "mean") < 1
+    # A loss that does not move has no spread: a thousandth of it counts as one.
+    assert score([2.0] * 30, 2.001, "median") == pytest.approx(0.5)
+    assert score([2.0] * 30, 2.0, "mean") == 0.0
+    assert score([2.0] * 30, 2.1, "mean") == math.inf
+
+
+def test_a_spike_is_one_of_the_loss_or_of_the_norm_once_enough_is_known():
+    config, seen = SpikeConfig(window=60), Spikes()
+    rng = np.random.default_rng(1)
+    for step in range(1, 100):
+        # OLMo-core begins with the 30th of a window of 60: half of it, and at least 20.
+        assert (spike_of(seen, 9.0, 1.0, config) is not None) == (step >= 30)
+        assert (spike_of(seen, 3.0, 9.0, config) is not None) == (step >= 30)
+        assert spike_of(seen, 3.0, 1.0, config) is None
+        assert spike_of(seen, math.nan, 0.0, config) is None  # no valid token
+        assert spike_of(seen, 3.0, math.inf, config) == math.inf
+        loss, norm = rng.normal(3, 0.1), rng.normal(1, 0.1)
+        seen = after_step(seen, loss, norm, False, config)
+        assert len(seen.losses) == len(seen.norms) == min(step, 60)
+    assert after_step(seen, math.nan, 0.0, False, config) == seen
+
+
+def test_what_stays_high_is_no_spike_for_long():
+    """A spike stands in the window: after half of it, the new level is the middle."""
+    config, seen = SpikeConfig(window=40, most=40), Spikes([3.0] * 40, [1.0] * 40)
+    skipped = 0
+    while spike_of(seen, 5.0, 1.0, config) is not None:
+        seen, skipped = after_step(seen, 5.0, 1.0, True, config), skipped + 1
+    assert skipped == 20
+
+
+def test_there_is_an_end_to_skips_and_rollbacks():
+    config = SpikeConfig(most=2)
+    seen = after_step(after_step(Spikes(), 9.0, 9.0, True, config), 9.0, math.inf, True, config)
+    assert seen.skipped == 2
+    assert after_step(seen, 1.0, 1.0, False, config).skipped == 0
+    with pytest.raises(
+        TooManySpikes, match=r"2 steps in a row were skipped \(spike.most\), and the next has a loss of 9"
+    ):
+        after_step(seen, 9.0, 9.0, True, config)
+    back = Rollback(9, 5, 10, 20, None)
+    require_few(Spikes(rollbacks=[back]), 9, config)
+    with pytest.raises(TooManySpikes, match=r"step 12 is one, and the run was rolled back 2 times \(spike.most\)"):
+        require_few(Spikes(rollbacks=[back, back]), 12, config)
+
+
+def test_a_checkpoint_to_go_back_to_stays_and_those_beyond_are_put_aside(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    for step in (10, 20, 23, 25):
+        commit(begin(checkpoints, step), {**manifest_at(step), "files": {}})
+    assert newest_anchor(checkpoints, lambda step: step % 10 == 0) == 20
+    assert newest_anchor(checkpoints, lambda step: step % 7 == 0) is None
+    prune(checkpoints, 1, lambda step: step % 10 == 0)
+    assert [step_of(checkpoint) for checkpoint in complete_checkpoints(checkpoints)] == [25, 20]
+    set_aside(checkpoints, beyond=20, why="rolled-back")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000020", "step-00000025.rolled-back"]
+
+
+def test_the_state_is_read_as_it_was_written_and_an_earlier_one_has_no_window():
+    state = TrainState(step=3, spikes=Spikes([1.5], [2.5], 1, [Rollback(9, 5, 10, 20, None)]))
+    assert TrainState.from_tree(state.to_tree()) == state
+    tree = state.to_tree()
+    del tree["spikes"]
+    assert TrainState.from_tree(tree) == replace(state, spikes=Spikes())
+
+
+@pytest.mark.parametrize("layout", now_and_in_full("stages, updates taken back"))
+def test_a_skipped_update_is_none_on_every_layout(ranks, folder, monkeypatch, layout):
+    world, degrees = LAYOUTS[layout]
+    config = named(with_layout(config_of(folder, "on_spike=skip"), world, **degrees), folder, f"skip-{layout}")
+    states = ranks.run(run_train, world, config)
+    assert all(state == states[0] for state in states)
+    assert (states[0].updates, states[0].position) == (STEPS - 1, STEPS * 24)
+    assert spikes_in(config) == {AT: "skipped"}
+    textbook = parity.textbook_update
+
+    def update(config, params, states, t, lr):
+        if t != AT:
+            textbook(config, params, states, t - (t > AT), lr)
+
+    monkeypatch.setattr(parity, "textbook_update", update)
+    assert_is(config, run_plain(config, STEPS))
+
+
+@pytest.mark.parametrize("layout", now_and_in_full("3, stage 3"))
+def test_a_rollback_goes_past_what_was_read_on_every_layout(ranks, folder, monkeypatch, layout):
+    world, degrees = LAYOUTS[layout]
+    config = named(with_layout(config_of(folder, "on_spike=rollback"), world, **degrees), folder, f"back-{layout}")
+    states = ranks.run(run_train, world, config)
+    assert all(state == states[0] for state in states)
+    assert (states[0].updates, states[0].position) == (STEPS, (STEPS + AT - ANCHOR) * 24)
+    (back,) = states[0].spikes.rollbacks
+    assert (back.step, back.to, back.first, back.after) == (AT, ANCHOR, ANCHOR * 24, AT * 24)
+    manifest = read_manifest(complete_checkpoints(Path(config.run_dir) / "checkpoints")[0])
+    assert TrainState.from_tree(manifest["state"]) == states[0]
+    assert spikes_in(config) == {ANCHOR + 1: "rolled back"}
+    assert [record["step"] for record in read_metrics(Path(config.run_dir))] == list(range(1, STEPS + 1))
+    batch = parity.global_batch
+    monkeypatch.setattr(parity, "global_batch", lambda c, d, s: batch(c, d, s + (AT - ANCHOR) * (s >= ANCHOR)))
+    assert_is(config, run_plain(config, STEPS))
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [(21, 25), *(pytest.param(stops, marks=pytest.mark.full) for stops in [(22, 23, 24), (24,), (27,)])],
+    ids=str,
+)
+def test_a_rolled_back_run_that_was_stopped_is_the_same_to_the_last_bit(ranks, folder, stops):
+    """Stopped before the spike, where a later checkpoint than that of `checkpoint.every` is there, in it, and after."""
+    base = with_layout(config_of(folder, "on_spike=rollback"), 2, zero=2)
+    whole, stopped = named(base, folder, "back-whole"), named(base, folder, f"back-stopped-{stops}")
+    ranks.run(run_train, 2, whole)
+    for stop_at in stops:
+        assert ranks.run(run_until, 2, stopped, stop_at)[0].step < STEPS
+    ranks.run(run_train, 2, stopped)
+    assert records(stopped.run_dir) == records(whole.run_dir)
+    assert spikes_in(stopped) == spikes_in(whole) == {ANCHOR + 1: "rolled back"}
+    theirs = final_tensors(whole.run_dir)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in final_tensors(stopped.run_dir).items())
+
+
+@pytest.mark.parametrize("what", [pytest.param("skip", marks=pytest.mark.full), "rollback"])
+def test_a_run_of_spikes_goes_on_on_another_layout(ranks, folder, what):
+    """With a sparse optimizer's masks, which a spike leaves as they are."""
+    masks = ("sparsity=rigl", "sparsity.update_every=4", "sparsity.density=0.5")
+    base = config_of(folder, f"on_spike={what}", "model.dim=32", "model.heads=4", *masks)
+    whole, moved = (named(base, folder, f"{what}-{name}") for name in ("unmoved", "moved"))
+    ranks.run(run_train, 1, with_layout(whole, 1))
+    for world, degrees, stop_at in ((2, {"zero": 3}, 12), (4, {"pipeline": 2, "zero": 1}, 22), (4, {"ulysses": 2}, 99)):
+        ranks.run(run_until, world, with_layout(moved, world, **degrees), stop_at)
+    assert_same_run(moved.run_dir, whole.run_dir)
+    assert spikes_in(moved) == spikes_in(whole) != {}
+
+
+@pytest.mark.full
+def test_a_run_that_is_told_to_record_records(ranks, folder):
+    config = named(with_layout(config_of(folder), 2), folder, "recorded")
+    (state, _) = ranks.run(run_train, 2, config)
+    assert state.updates == STEPS
+    assert spikes_in(config) == {AT: "recorded"}
+    assert next(r for r in read_metrics(Path(config.run_dir)) if "spike" in r)["spike_score"] > 6
+
+
+@pytest.mark.full
+def test_before_the_first_checkpoint_a_rollback_is_a_skip(ranks, folder):
+    config = config_of(folder, "on_spike=rollback", "checkpoint.every=25")
+    config = named(with_layout(config, 2), folder, "early")
+    ranks.run(run_train, 2, config)
+    assert spikes_in(config) == {AT: "skipped"}
+
+
+def test_a_run_in_the_backward_is_rolled_back(ranks, folder):
+    inside = ("optim.in_backward=true", "clip_norm=0", "batch.micro_size=12", "on_spike=rollback")
+    config = named(with_layout(config_of(folder, *inside), 2, zero=3), folder, "inside")
+    outside = replace(config, optim=replace(config.optim, in_backward=False), run_dir=str(folder / "outside"))
+    for each in (config, outside):
+        ranks.run(run_train, 2, each)
+        assert spikes_in(each) == {ANCHOR + 1: "rolled back"}
+    assert_same_run(config.run_dir, outside.run_dir)
+
+
+def spoilt_gradient(workers, config, bad):
+    """A run in which gradients of the steps `bad`, counted as they are made, are no numbers, on the last rank."""
+    from rowwise.trainer import step
+
+    original, made = step.gradients, iter(range(1, 1000))
+
+    def gradients(model):
+        found = original(model)
+        if next(made) in bad and workers.rank == workers.world_size - 1:
+            found[0].view(-1)[0] = math.nan
+        return found
+
+    step.gradients = gradients
+    try:
+        return run_train(workers, config)
+    finally:
+        step.gradients = original
+
+
+def test_gradients_that_are_no_numbers_are_spikes_and_not_for_ever(ranks, folder):
+    """In a finite step they are asked for twice: for their norm, and to be scaled."""
+    base = config_of(folder, "on_spike=skip", "spike.most=2", "steps=6", "spike.threshold=1e9")
+    config = named(with_layout(base, 2), folder, "nan")
+    states = ranks.run(spoilt_gradient, 2, config, {1, 2})
+    assert spikes_in(config) == {1: "skipped", 2: "skipped"}
+    assert states[0].updates == 4 and all(t.isfinite().all() for t in final_tensors(config.run_dir).values())
+    with pytest.raises(RankFailure, match=r"TooManySpikes: spikes: 2 steps in a row were skipped"):
+        ranks.run(spoilt_gradient, 2, named(config, folder, "nans"), {1, 2, 3})
