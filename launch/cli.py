@@ -15,6 +15,7 @@ from rowwise.trainer.stop import INTERRUPTED
 COMMANDS = {
     "train": ("rowwise.launch.start", "start the workers of a run: torchrun for you"),
     "sweep": ("rowwise.launch.sweep.__main__", "many runs with varied settings, or a search"),
+    "runs": ("rowwise.launch.listing", "every run and sweep below a folder: how it stands, and what goes on with it"),
     "report": ("rowwise.launch.report", "one page about one or several runs"),
     "export": ("rowwise.launch.export", "a run's model as Hugging Face safetensors"),
     "generate": ("rowwise.launch.generate", "text from a run's model"),
@@ -26,6 +27,7 @@ EXAMPLES = """\
   rowwise sweep nproc=2 optim=adamw,adamw8bit optim.lr=1e-3,3e-3
   rowwise sweep sweep.search=tpe sweep.parallel=4 nproc=2 'optim.lr=tag(log,interval(1e-4,1e-2))'
   rowwise slurm train nproc=8 slurm.nodes=4 slurm.time=24:00:00 model=llama3_8b batch.global_size=256 submit=true
+  rowwise runs watch=true
   rowwise report run=runs/NAME
   rowwise export run=runs/NAME to=DIR
   rowwise generate run=runs/NAME prompt='def main('

@@ -86,6 +86,7 @@ REFUSED_AT_ONCE = {
     "train": [["optim.lrr=3"], ["--cfg", "optim.lrr=3"], ["model.init_from=/nowhere"]],
     "sweep": [["sweep.serch=tpe"], ["optim.lrr=1,2"], ["steps=2"], ["optim.lr=1e-3,3e-3", "model.init_from=/nowhere"]],
     "slurm": [["train", "slurm.node=2"], ["train", "optim.lrr=3"], ["sweep", "optim.lrr=1,2"]],
+    "runs": [["/nowhere"], ["wacth=true"], ["watch=yes"], ["watch=true", "json=true"]],
     "report": [["runn=here"], ["run=/nowhere"], ["run=/nowhere/*"]],
     "export": [["runn=here"], ["run=/nowhere", "to=here"], ["run=/nowhere", "to=here", "dtype=fp8"]],
     "generate": [["runn=here"], ["run=/nowhere", "prompt=a"], ["run=/nowhere", "prompt=a", "top_p=2"]],

@@ -188,6 +188,23 @@ def last_records(run_dir: Path, most: int) -> list[dict[str, Any]]:
     return found
 
 
+def last_number(run_dir: Path, key: str) -> float | None:
+    """The last number that a run has under `key`, looked for from the end of its records, at most 16 MiB; None where none is."""
+    sought, piece = f'"{key}"'.encode(), 1 << 18
+    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+        end, begun = file.seek(0, os.SEEK_END), b""
+        for start in range(end - piece, end - 64 * piece, -piece):
+            file.seek(max(0, start))
+            block = file.read(min(piece, start + piece)) + begun
+            begun, *lines = block.split(b"\n") if start > 0 else [b"", *block.split(b"\n")]
+            for line in reversed(lines):
+                if sought in line and (record := record_of(line)) and (found := number(record.get(key))) is not None:
+                    return found
+            if start <= 0:
+                break
+    return None
+
+
 class MetricsTail:
     """Reads the metrics.jsonl of a run under way bit by bit. A run that is resumed writes its file anew, and what was read
     may come again."""

@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 
 from rowwise.launch.streams import patient_streams
-from rowwise.launch.sweep.config import resolve
+from rowwise.launch.sweep.config import keep_command, resolve
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,6 +41,8 @@ def _main(arguments: list[str] | None) -> int:
     words = parser.parse_intermixed_args(arguments).overrides
     try:
         config, space = resolve(words)
+        folder = Path(config.folder).absolute()
+        keep_command(folder, words, anew=False)
         # What makes the trials imports torch, or Optuna; neither help nor a mistyped key waits for them.
         if config.search != "none":
             from rowwise.launch.sweep.search import search
@@ -55,7 +57,8 @@ def _main(arguments: list[str] | None) -> int:
         return 2
     from rowwise.launch.sweep.trials import tell
 
-    tell(trials, Path(config.folder).absolute(), config.goal)
+    keep_command(folder, words, anew=True)
+    tell(trials, folder, config.goal)
     return 0
 
 

@@ -1,6 +1,7 @@
 """What a sweep is: its keys, what is refused before its first trial, and the plan kept in its folder."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,3 +117,11 @@ def keep_plan(folder: Path, plan: dict[str, Any]) -> None:
             raise ValueError(f"{folder} holds another sweep ({changed} differ); give the same, or another sweep.name")
     else:
         write_whole(path, to_json(plan, indent=1) + "\n")
+
+
+def keep_command(folder: Path, words: list[str], anew: bool) -> None:
+    """Writes the command line that goes on with the sweep to command.txt. Not `anew`: only where no sweep is there yet, for it
+    might be another, which this one will be refused for."""
+    if anew or not (folder / "sweep.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "command.txt", shlex.join(["rowwise", "sweep", *words]) + "\n")
