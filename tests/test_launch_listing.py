@@ -203,7 +203,7 @@ def test_a_sweep_s_command_is_not_lost_to_another(tmp_path):
 FOUND = [
     Standing(Path("runs/tiny"), "running", None, 123, 200, 1.6543, 1.7025, 2099.4, 194.0, 10_700_000),
     Standing(Path("runs/漢字漢字 of a name that is much longer than its column"), "failed", "out of memory: " + "too much, " * 12,
-             12_345, 1_000_000, 12.3456, 11.2345, 1_234_567.0, None, 850, "rowwise train resume=runs/x"),
+             12_345, 1_000_000, 12.3456, 11.2345, 1_234_567.0, None, 8, "rowwise train resume=runs/x"),
     Standing(Path("sweeps/a"), "stopped", "3 complete", 3, 4, None, 1.5, None, None, 9, "rowwise sweep optim.lr=1,2", 4),
     Standing(Path("sweeps/a/trial-0"), "complete", None, 9, 9, 2.5, 1.5, 5.0, None, 9, None, None, Path("sweeps/a")),
     Standing(Path("a\x1b[2Jb\nc"), "not begun"),
