@@ -14,6 +14,10 @@ class Sound:
     path: Path
     manifest: Manifest
 
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
 
 def choose_sound(run: str | Path, choice: str | None, key: str = "checkpoint") -> Sound:
     """The checkpoint `choice` (a step, or a path) of a run, or the newest that is sound. Says what it passes over. `key`: what

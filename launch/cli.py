@@ -19,6 +19,7 @@ COMMANDS = {
     "report": ("rowwise.launch.report", "one page about one or several runs"),
     "export": ("rowwise.launch.export", "a run's model as Hugging Face safetensors"),
     "generate": ("rowwise.launch.generate", "text from a run's model"),
+    "evaluate": ("rowwise.launch.evaluate", "loss, perplexity and bits per byte of a run on a text"),
     "schedule": ("rowwise.launch.schedule", "a pipeline schedule's table and picture"),
     "slurm": ("rowwise.launch.slurm", "a batch script for a run or a sweep"),
 }
@@ -31,6 +32,7 @@ EXAMPLES = """\
   rowwise report run=runs/NAME
   rowwise export run=runs/NAME to=DIR
   rowwise generate run=runs/NAME prompt='def main('
+  rowwise evaluate run=runs/NAME steps=all data=text data.files=other.txt
   rowwise schedule zb_v ranks=4 micro_batches=12 to=zb_v.png
 """
 

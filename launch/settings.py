@@ -11,15 +11,15 @@ from rowwise.trainer.keys import unknown_key
 Keys = TypeVar("Keys")
 
 
-def parse(kind: type[Keys], settings: Sequence[str], example: str) -> Keys:
+def parse(kind: type[Keys], settings: Sequence[str], example: str, also: Sequence[str] = ()) -> Keys:
     """The keys that were given, as the dataclass `kind`, strictly: each once, each known and of its type. `example` is what
-    is advised where one is missing. Raises ValueError."""
+    is advised where one is missing; `also`: keys that are read elsewhere. Raises ValueError."""
     own: Any = fields(kind)  # type: ignore[arg-type]
     known, given = [field.name for field in own], dict[str, str]()
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in known:
-            raise ValueError(unknown_key(key, known))
+            raise ValueError(unknown_key(key, [*known, *also]))
         if not value or key in given:
             raise ValueError(f"{setting}: give {key}=VALUE, once")
         given[key] = value

@@ -90,6 +90,7 @@ REFUSED_AT_ONCE = {
     "report": [["runn=here"], ["run=/nowhere"], ["run=/nowhere/*"]],
     "export": [["runn=here"], ["run=/nowhere", "to=here"], ["run=/nowhere", "to=here", "dtype=fp8"]],
     "generate": [["runn=here"], ["run=/nowhere", "prompt=a"], ["run=/nowhere", "prompt=a", "top_p=2"]],
+    "evaluate": [["runn=here"], ["run=/nowhere"], ["run=/nowhere", "seq_len=0"], ["run=/nowhere", "data=text"]],
     "schedule": [["zbv"], ["zb_v", "rank=4"], ["run=/nowhere"]],
 }
 HELP_AND_REFUSALS = """

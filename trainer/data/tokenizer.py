@@ -28,6 +28,11 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
+    def text_bytes(self) -> list[int]:
+        """Of how many bytes of text each token stands; 0: it is a mark, and no text. Raises ValueError where a token alone does
+        not say."""
+        ...
+
 
 class ByteTokenizer:
     """A token is a byte."""
@@ -47,6 +52,17 @@ class ByteTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
 
+    def text_bytes(self) -> list[int]:
+        return [1] * 256
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character as which a tokenizer.json spells each byte: the printable ones of Latin-1 as themselves, the
+    others, in their order, as what follows U+00FF."""
+    spelt = {b: chr(b) for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
+    spelt |= {b: chr(0x100 + place) for place, b in enumerate(b for b in range(256) if b not in spelt)}
+    return {spelt[b]: b for b in range(256)}
+
 
 def byte_tokenizer_json() -> str:
     """Writes `ByteTokenizer` as a tokenizer.json: byte b is token b, nothing is merged, nothing is added. Where tokens
@@ -54,11 +70,7 @@ def byte_tokenizer_json() -> str:
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers
 
-    # A tokenizer.json spells every byte as a printable character: the printable ones of Latin-1 as themselves, the
-    # others, in their order, as what follows U+00FF.
-    spelt = {b: chr(b) for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
-    spelt |= {b: chr(0x100 + place) for place, b in enumerate(b for b in range(256) if b not in spelt)}
-    library = Library(models.BPE(vocab={spelt[b]: b for b in range(256)}, merges=[]))
+    library = Library(models.BPE(vocab=byte_alphabet(), merges=[]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.decoder = decoders.ByteLevel()
     return library.to_str(pretty=True)
@@ -129,6 +141,22 @@ class FileTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._library.decode(list(tokens))
+
+    def text_bytes(self) -> list[int]:
+        """Of a byte-level tokenizer, whose tokens are spelt with a character a byte; where it normalizes to NFC, of that text."""
+        tree = json.loads(self._library.to_str())
+        normalizer, decoder = (tree[part] and tree[part]["type"] for part in ("normalizer", "decoder"))
+        alphabet = byte_alphabet()
+        exact = (
+            decoder == "ByteLevel" and normalizer in (None, "NFC") and alphabet.keys() <= tree["model"]["vocab"].keys()
+        )
+        if not exact or '"add_prefix_space": true' in json.dumps(tree["pre_tokenizer"]):
+            raise ValueError(f"of {self._path} no token alone says how many bytes of text it stands for")
+        added = {one["id"]: 0 if one["special"] else len(one["content"].encode()) for one in tree["added_tokens"]}
+        sizes = [0] * self.vocab_size
+        for text, token in self._library.get_vocab(with_added_tokens=True).items():
+            sizes[token] = added.get(token, len(text) if set(text) <= alphabet.keys() else 0)
+        return sizes
 
 
 def marking(library: "Library", mark: int) -> "Library | None":
