@@ -59,7 +59,10 @@ REFUSED = {
         r"batch.global_tokens=5120 does not divide into 2 data-parallel ranks x batch.micro_size=8 sequences; the nearest that "
         r"do are \[4096, 8192\]",
     ),
-    "no length": (["eval.every=often"], r"eval.every=often: give steps \(100\), a share of the run \(0.1 or 10%\)"),
+    "no length": (
+        ["eval.every=often"],
+        r"eval.every=often: give steps \(100\), a share of the run \(0.1 or 10%\), tokens",
+    ),
     "an interval below 0": (["checkpoint.every=-1"], r"checkpoint.every=-1: give steps"),
     "an interval of less than a step": (
         ["eval.every=100 tokens"],

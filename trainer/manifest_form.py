@@ -71,6 +71,12 @@ class RecordsForm(TypedDict):
     sha256: str | None
 
 
+class ClockForm(TypedDict):
+    """`clock.Clock`, where a time says when the run evaluates."""
+
+    evaluated_seconds_ago: float
+
+
 class PrintsForm(TypedDict):
     """`tokenizer`: of the one that made the text into tokens, where there was one."""
 
@@ -96,4 +102,5 @@ class Manifest(TypedDict):
     layout: dict[str, Any]
     config: ConfigForm
     records: NotRequired[RecordsForm]
+    clock: NotRequired[ClockForm]
     files: dict[str, FileFacts]

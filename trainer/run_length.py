@@ -21,8 +21,8 @@ ALTERNATIVES = {
 # Keys that take a length, and in which units. Time decides nothing that the weights depend on.
 BY_STEPS: tuple[Unit, ...] = ("steps", "share", "tokens")
 INTERVALS: dict[str, tuple[Unit, ...]] = {
-    "eval.every": BY_STEPS,
-    "checkpoint.every": BY_STEPS,
+    "eval.every": (*BY_STEPS, "time"),
+    "checkpoint.every": (*BY_STEPS, "time"),
     "log_every": BY_STEPS,
 }
 

@@ -23,19 +23,26 @@ from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.loss import mean_loss, summed_loss
 from rowwise.trainer.pipeline import StagedDecoder
 
+EVALUATE, SAVE = 1 << 14, 1 << 15  # in one number with a count of ranks
+
 
 @dataclass(frozen=True)
 class RankStatus:
     """What a rank tells all others along with the numbers of a step. `stop`: it was asked to; `damaged`: its data is;
-    `digest`: of a sample that every rank reads (see `batches.step_digests`), below 2^20."""
+    `digest`: of a sample that every rank reads (see `batches.step_digests`), below 2^20; `evaluate`, `save`: rank 0's clock
+    asks for it after this step (see `clock`)."""
 
     stop: bool = False
     damaged: bool = False
     digest: int = 0
+    evaluate: bool = False
+    save: bool = False
 
     def put(self, totals: Tensor) -> None:
-        """Into four float64 that are zero; their sums over up to 8,192 ranks are exact."""
-        for place, number in enumerate((self.stop, self.damaged, self.digest, self.digest**2)):
+        """Into four float64 that are zero; their sums over up to 8,192 ranks are exact. Only rank 0 may set `evaluate` and
+        `save`: they stand in one number with `stop`, above the largest sum of that."""
+        asked = self.stop + EVALUATE * self.evaluate + SAVE * self.save
+        for place, number in enumerate((asked, self.damaged, self.digest, self.digest**2)):
             if number:
                 totals[place] = float(number)
 
@@ -44,7 +51,8 @@ class RankStatus:
 class StepReport:
     """Of one step, over all ranks. `loss` is NaN where no token is valid: there is no mean. `grad_norm` is before clipping;
     where it is not finite, there is no usable gradient. `stop`: some rank was asked to stop. `sound`: no rank found its
-    data damaged, and all read the same. `held`: it is a spike whose update was not made."""
+    data damaged, and all read the same. `held`: it is a spike whose update was not made. `evaluate`, `save`: the time has come
+    for it."""
 
     loss: float
     grad_norm: float
@@ -52,6 +60,8 @@ class StepReport:
     stop: bool
     sound: bool = True
     held: bool = False
+    evaluate: bool = False
+    save: bool = False
 
     @property
     def finite(self) -> bool:
@@ -142,7 +152,9 @@ def step_at_once(
     report = read_totals(totals, places, loss_scale)
     report = replace(report, held=hold(report))
     factor = clip_factor(report.grad_norm, clip_norm)
-    if not report.applied or factor < 1 or report.stop or not report.sound:
+    # Something comes between this step and the next, or undoes this one.
+    between = report.stop or not report.sound or report.evaluate or report.save
+    if not report.applied or factor < 1 or between:
         model.abandon()
     if before is not None and (not report.applied or factor < 1):
         optimizer.undo(before)
@@ -178,14 +190,21 @@ def read_totals(totals: Tensor, places: int, loss_scale: float) -> StepReport:
     loss_sum, tokens, norm_squared, *told = totals.tolist()
     finite = math.isfinite(norm_squared)
     norm = math.sqrt(norm_squared) * mean_factor(int(tokens), places, loss_scale) if finite else math.inf
-    return StepReport(mean_loss(loss_sum, tokens), norm, int(tokens), *stop_and_sound(*told))
+    return StepReport(mean_loss(loss_sum, tokens), norm, int(tokens), **told_by_all(*told))
 
 
-def stop_and_sound(stops: float, damaged: float, digests: float, squares: float) -> tuple[bool, bool]:
-    """Whether some rank is asked to stop, and whether all read the same and nothing damaged: of the sums of what `RankStatus`
-    puts. Numbers are equal where the mean of their squares is the square of their mean."""
+def told_by_all(asked: float, damaged: float, digests: float, squares: float) -> dict[str, bool]:
+    """What a `StepReport` says of the sums of what `RankStatus` puts: whether some rank is asked to stop, whether all read the
+    same and nothing damaged, and what rank 0's clock asks for. Numbers are equal where the mean of their squares is the square
+    of their mean."""
     same = dist.get_world_size() * int(squares) == int(digests) ** 2
-    return stops > 0, same and not damaged
+    number = int(asked)
+    return {
+        "stop": number % EVALUATE > 0,
+        "sound": same and not damaged,
+        "evaluate": bool(number & EVALUATE),
+        "save": bool(number & SAVE),
+    }
 
 
 def mean_factor(tokens: int, places: int, loss_scale: float) -> float:
@@ -221,7 +240,7 @@ def step_in_backward(
     totals[6] = tokens
     loss_sum, norm_squared, *told, count = totals.tolist()
     norm_of_all = math.sqrt(norm_squared) if math.isfinite(norm_squared) else math.inf
-    return StepReport(mean_loss(loss_sum, count), norm_of_all, int(count), *stop_and_sound(*told))
+    return StepReport(mean_loss(loss_sum, count), norm_of_all, int(count), **told_by_all(*told))
 
 
 def valid_tokens(batches: list[MicroBatch], device: torch.device) -> Tensor:

@@ -3,8 +3,9 @@
 import functools
 import gc
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rowwise.parallel.sequence import places_on
 from rowwise.trainer.advice import warnings
 from rowwise.trainer.build import build_masks, build_model
 from rowwise.trainer.checkpoint import Saver, load_first_sound, tensors_of
+from rowwise.trainer.clock import Clock
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import Prefetch, Share, holdout_batches, step_batches, step_digests
 from rowwise.trainer.data.open import Data, told_of_data
@@ -93,6 +95,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks) ->
         batches = stack.enter_context(
             Prefetch(zip(train_batches(config, mesh, data, state.position), digests, strict=True))
         )
+        clock = Clock(config, mesh.rank, begun.manifest)
         stop, stopping, first, ahead = StopRequest(reporter.say), test is not None and test.over, state.step, None
         stack.enter_context(stop.heard())
         saved: dict[str, float] = {}
@@ -105,7 +108,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks) ->
             scale_used = state.loss_scale.scale
 
             trace = Trace(mesh.device) if state.step + 1 == config.parallel.pipeline_trace else None
-            status = RankStatus(stop.requested, data.watch.complaint is not None, digest)
+            status = RankStatus(stop.requested, data.watch.complaint is not None, digest, *clock.due())
             report = update(state.step + 1, micro_batches, scale_used, status, trace, ahead and ahead[0])
             if not report.sound:
                 saver.wait()  # an error would end the save under way
@@ -133,7 +136,9 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks) ->
             record = step_record(state, report, lr, scale_used, config, mesh, seconds, data_seconds)
             record |= sparsity_record(sparsity, config, state.step)
             record |= spike_record(state.spikes, state.step, spike, "skipped" if report.held else "recorded")
-            record |= eval_record(config, mesh, model, data, state.step)
+            if report.evaluate or config.eval.due(state.step, config.length):
+                record |= eval_record(config, mesh, model, data)
+                clock.evaluated()
             reporter.step(record | saved)
             if test is not None:
                 test.add(record)
@@ -141,10 +146,12 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks) ->
 
             saved, started = {}, time.perf_counter()
             saver.poll()
-            if stopping or config.checkpoint.due(state.step, config.length):
+            if stopping or report.save or config.checkpoint.due(state.step, config.length):
                 saver.wait()  # its messages are not to meet those of the next line
                 require_sound(data, mesh, first, state.step)
-                saver.save(state.step, tensors, manifest_of(config, mesh, data, state, reporter.sync()))
+                manifest = manifest_of(config, mesh, data, state, reporter.sync()) | clock.kept()
+                saver.save(state.step, tensors, manifest)
+                clock.saved()
                 saved = {"save_seconds": time.perf_counter() - started}
         saver.wait()
         require_sound(data, mesh, first, state.step, saved=True)
@@ -160,11 +167,13 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks) ->
 
 @dataclass(frozen=True)
 class Begun:
-    """Where a run starts: its numbers, what is known of the records before, and what is to be said."""
+    """Where a run starts: its numbers, what is known of the records before, what is to be said, and the manifest that it goes
+    on from, if any."""
 
     state: TrainState
     recorded: Recorded
     remarks: list[str]
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor], rollbacks: Rollbacks) -> Begun:
@@ -184,7 +193,7 @@ def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tenso
     remarks += [told_of(checkpoint, config), *changes(manifest, config)]
     if rollbacks:
         remarks.append(told_of_rollback(pass_over(state, rollbacks)))
-    return Begun(state, recorded_by(checkpoint, manifest, config), remarks)
+    return Begun(state, recorded_by(checkpoint, manifest, config), remarks, manifest)
 
 
 def make_saver(config: TrainConfig, mesh: Mesh, spoilt_ends: bool) -> Saver:
@@ -220,12 +229,8 @@ def eval_batches(config: TrainConfig, mesh: Mesh, data: Data):
     return holdout_batches(data.holdout, config.batch, config.eval.batches, share)
 
 
-def eval_record(
-    config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data, step: int
-) -> dict[str, float | None]:
+def eval_record(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data) -> dict[str, float | None]:
     """What a step that evaluates adds to its record: the held-out loss, and the seconds that it took."""
-    if not config.eval.due(step, config.length):
-        return {}
     started = time.perf_counter()
     loss = evaluate(model, eval_batches(config, mesh, data), mesh)
     return {"eval_loss": number_or_none(loss), "eval_seconds": time.perf_counter() - started}
