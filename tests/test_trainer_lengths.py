@@ -15,6 +15,7 @@ from rowwise.launch import agent
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.curves import length as phase_length
 from rowwise.optim.lengths import A_YEAR, UNITS, Length, RunLength, plain, read_count, read_length
+from rowwise.trainer import resume
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.data.open import open_data
@@ -210,8 +211,18 @@ def test_resumed_with_other_tokens_as_with_other_steps(ranks, tmp_path):
         "run_dir": f"{tmp_path}/new",
     }
     config = config_from_tree({**elsewhere, "data": {**base["data"], "holdout": 0.2}})
-    with pytest.raises(ValueError, match=r"epochs=9.0, and checkpoint .* read other data before; give steps="):
+    with pytest.raises(ValueError, match=r"epochs=9.0, and checkpoint .* read other data before; give steps"):
         prepare(config, 1)
+
+
+def test_data_that_a_rollback_passed_over_is_no_other_batch(tmp_path, monkeypatch):
+    config = config_from_tree({**tree_of(small_config(tmp_path)), "tokens": 9 * 24 * 13})
+    state = {"step": 4, "position": 5 * 24, "tokens": 4 * 24 * 13}
+    monkeypatch.setattr(resume, "read_manifest", lambda path: {"state": state, "data": {}})
+    resume.refuse_other_steps(config, [tmp_path], "any")
+    with pytest.raises(ValueError, match="tokens=2808, and the steps before"):
+        state["tokens"] -= 1
+        resume.refuse_other_steps(config, [tmp_path], "any")
 
 
 def test_how_a_run_of_epochs_ended_is_known(tmp_path, monkeypatch):

@@ -120,19 +120,14 @@ def refuse_other_steps(config: TrainConfig, checkpoints: list[Path], data_finger
         key = "tokens" if config.tokens is not None else "epochs"
         asked, state, run = f"{key}={getattr(config, key)}", manifest["state"], config.length
         if key == "epochs" and manifest["data"].get("the data") != data_fingerprint:
-            raise ValueError(f"{asked}, and checkpoint {checkpoint} read other data before; give steps=")
-        if (
-            state["position"] != state["step"] * config.batch.global_size
-            or state["tokens"] != state["step"] * run.step_tokens
-        ):
-            meant = (
-                ""
-                if config.tokens is None
-                else f"{state['step'] + max(0, config.tokens - state['tokens']) // run.step_tokens}"
-            )
+            raise ValueError(f"{asked}, and checkpoint {checkpoint} read other data before; give steps")
+        # Not the position: a rollback passes over data that no step is counted for.
+        if state["tokens"] != state["step"] * run.step_tokens:
+            left = max(0, (config.tokens or 0) - state["tokens"]) // run.step_tokens
+            meant = "" if config.tokens is None else f"={state['step'] + left}"
             raise ValueError(
                 f"{asked}, and the steps before checkpoint {checkpoint} were not of batch.global_size={config.batch.global_size} "
-                f"x batch.seq_len={config.batch.seq_len}; give steps={meant}"
+                f"x batch.seq_len={config.batch.seq_len}; give steps{meant}"
             )
         return
 
