@@ -3,7 +3,7 @@
     from rowwise.launch.runs import open_run
 
     run = open_run("runs/first")
-    run.state, run.step                             "complete", 200
+    run.step, run.standing.state                    200, "complete"
     run.settings["optim"]["lr"]                     of config.yaml, as plain values; run.config is the TrainConfig
     run.table("step", "loss")                       columns: plot them, or pandas.DataFrame(run.table())
     run.checkpoints                                 (Checkpoint(step=100, ...), Checkpoint(step=200, ...))
@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rowwise.launch.checkpoints import candidates_of, choose_sound
-from rowwise.launch.outcome import Outcome, read_outcome
+from rowwise.launch.standing import Standing, of_run
 from rowwise.trainer.data.own_tokenizer import tokenizer_of_run
 from rowwise.trainer.manifest import complete_checkpoints, find_checkpoints
 from rowwise.trainer.metrics import read_metrics
@@ -98,19 +97,10 @@ class Run:
         return max((record["step"] for record in self.records), default=0)
 
     @property
-    def state(self) -> str:
-        """`under way`, `complete`, `stopped`, `refused`, `failed`, or `cut off` where it ended without a word."""
-        if self._held():
-            return "under way"
-        if (outcome := self.outcome) is not None:
-            return outcome.state
-        steps = self.settings.get("steps")
-        return "complete" if isinstance(steps, int) and self.step >= steps else "cut off"
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """How the run ended, and why, as what started its workers wrote it; None where that wrote nothing."""
-        return read_outcome(self.folder)
+    def standing(self) -> Standing:
+        """How the run stands, as `rowwise runs` says it: its `state` (running, complete, stopped, failed, ...), the `reason`, the
+        time left, its size, and the command that goes on with it."""
+        return of_run(self.folder)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -146,17 +136,6 @@ class Run:
         source = Source(sound.path, sound.manifest)
         model = load_model(source, device_named(device))
         return Writer(model, own.tokenizer, config["batch"]["seq_len"], own.end_token, source.tf32)
-
-    def _held(self) -> bool:
-        if not (self.folder / ".lock").is_file():
-            return False
-        try:
-            with FileLock(self.folder / ".lock", timeout=0):
-                return False
-        except Timeout:
-            return True
-        except OSError:  # no lock can be had there
-            return False
 
 
 def step_key(step: int | None) -> str | None:

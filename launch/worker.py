@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from rowwise.trainer.manifest import clear_interrupted, newest_sound
 from rowwise.trainer.metrics import RunMoved
 from rowwise.trainer.prepare import prepare
 from rowwise.trainer.spike import TooManySpikes
+from rowwise.trainer.state import TrainState
 from rowwise.trainer.train import train
 
 LEAVING_SECONDS = 60  # that a worker is given to save and leave
@@ -46,28 +47,29 @@ def work(overrides: list[str]) -> None:
     if job_id() is not None:
         # Where torchrun is killed on one of many machines, the others restart without it: nobody waits for this one.
         follow(os.getppid(), patience_seconds=0 if is_one_of_many_machines() else LEAVING_SECONDS)
-    run(overrides, workers_from_environment())
+    run(lambda workers: resolve(overrides, workers), workers_from_environment())
 
 
-def run(overrides: list[str], workers: Workers) -> None:
-    """Trains as one of `workers`. Raises Refused before anything is made, and Failed where the disk is full."""
+def run(resolve: Callable[[Workers], TrainConfig], workers: Workers) -> TrainState:
+    """Trains as one of `workers` what `resolve` makes of them on rank 0, and returns the numbers it ended with. Raises Refused
+    before anything is made, and Failed where the disk is full."""
     first = workers.rank == 0
-    with begun(overrides, workers) if first else contextlib.nullcontext(config_from_tree(hear(workers))) as config:
+    with begun(resolve, workers) if first else contextlib.nullcontext(config_from_tree(hear(workers))) as config:
         run_dir = Path(config.run_dir)
         tell_gpu(run_dir)
         with told_of_known_ends(run_dir, workers):
-            train(config, workers)
+            return train(config, workers)
 
 
 @contextlib.contextmanager
-def begun(overrides: list[str], workers: Workers) -> Iterator[TrainConfig]:
+def begun(resolve: Callable[[Workers], TrainConfig], workers: Workers) -> Iterator[TrainConfig]:
     """On rank 0: the checked configuration, which the others are told, while its folder is held for it.
 
     Raises Refused or Failed, which they are told instead.
     """
     run_dir = None
     try:
-        config = resolve(overrides, workers)
+        config = resolve(workers)
         run_dir = Path(config.run_dir)
         with writing(run_dir):
             lock = lock_run(run_dir, job_id(), config.parallel.timeout_seconds + LEAVING_SECONDS)
@@ -131,7 +133,11 @@ def _told(full: BaseException, run_dir: Path | None) -> str:
 def resolve(overrides: list[str], workers: Workers) -> TrainConfig:
     """On rank 0: overrides to a checked configuration. Raises ValueError."""
     pick_device(workers.local_world_size - 1)
-    config = config_from_tree(compose_tree(overrides))
+    return prepared(config_from_tree(compose_tree(overrides)), workers)
+
+
+def prepared(config: TrainConfig, workers: Workers) -> TrainConfig:
+    """On rank 0: the configuration, checked for these workers, and its folder. Raises ValueError."""
     if config.nproc not in (None, workers.local_world_size):
         raise ValueError(
             f"nproc={config.nproc}, but {workers.local_world_size} workers were started on this machine; leave nproc out, or "

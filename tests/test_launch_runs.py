@@ -9,7 +9,6 @@ import torch
 from filelock import FileLock
 
 from parity import small_config, with_layout
-from rowwise.launch.outcome import Outcome, write_outcome
 from rowwise.launch.runs import Run, open_run
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.metrics import read_metrics
@@ -67,17 +66,10 @@ def test_a_checkpoint_is_its_run(run, config):
         of_step.model(3)
 
 
-def test_how_a_run_stands(run, tmp_path):
-    assert run.state == "complete" and run.outcome is None
+def test_how_a_run_stands(run):
+    assert run.standing.state == "complete" and run.standing.step == 3
     with FileLock(run.folder / ".lock"):
-        assert run.state == "under way"
-    assert run.state == "complete"
-    cut = Run(tmp_path, tmp_path)
-    (tmp_path / "config.yaml").write_text("steps: 4\n")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert cut.state == "cut off"
-    write_outcome(tmp_path, Outcome("failed", "disk full: /", 1))
-    assert cut.state == "failed" and cut.outcome.reason == "disk full: /"
+        assert run.standing.state == "running"
 
 
 def test_what_is_no_run_is_refused(run, tmp_path):
@@ -93,7 +85,7 @@ def test_what_is_no_run_is_refused(run, tmp_path):
 def test_to_read_a_run_needs_no_torch(run):
     program = (
         "import sys; from rowwise.launch.runs import open_run; run = open_run(sys.argv[1]);"
-        "print(run.state, run.table('step')['step'], run.settings['steps'], len(run.checkpoints), 'torch' in sys.modules)"
+        "print(run.standing.state, run.table('step')['step'], run.settings['steps'], len(run.checkpoints), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program, str(run.folder)], capture_output=True, text=True, check=True)
     assert done.stdout == "complete [1, 2, 3] 3 2 False\n"
