@@ -347,6 +347,11 @@ REFUSED = {
     "keep": (["checkpoint.keep=-1"], r"checkpoint.keep=-1"),
     "clip": (["clip_norm=-1"], r"clip_norm=-1"),
     "name": (["name=a/b"], r"name='a/b'"),
+    "norms of gradients that are gone": (
+        ["log.norms_every=10", "optim.in_backward=true", "clip_norm=0", "batch.micro_size=8"],
+        r"log.norms_every=10 with optim.in_backward: .*give log.norms_every=0, or optim.in_backward=false",
+    ),
+    "norms by the clock": (["log.norms_every=20min"], r"log.norms_every=20min: .*give steps"),
     "a skip in the backward": (
         ["on_spike=skip", "optim.in_backward=true", "clip_norm=0"],
         r"on_spike=skip with optim.in_backward: .*give on_spike=rollback, .*or on_spike=record",
@@ -354,6 +359,10 @@ REFUSED = {
     "nothing to go back to": (
         ["on_spike=rollback", "checkpoint.every=0"],
         r"on_spike=rollback with checkpoint.every=0: .*give checkpoint.every=100, say, or on_spike=skip",
+    ),
+    "a clock that says where to go back to": (
+        ["on_spike=rollback", "checkpoint.every=20min"],
+        r"on_spike=rollback with checkpoint.every=20min: a clock .*give checkpoint.every=100",
     ),
     "a test that skips what it looks for": (
         ["on_spike=skip", "schedule=lr_range"],

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from rowwise.optim.build import CYCLED, ELEMENTWISE, assigned, check_optimizer, is_elementwise
+from rowwise.optim.lengths import read_length
 from rowwise.optim.lion import LionConfig
 from rowwise.optim.schedules import LrRange, OneCycle, check_schedule
 from rowwise.optim.sparse.check import check_sparsity
@@ -120,6 +121,11 @@ def _check_post_validation(config: TrainConfig, parallel: ParallelConfig) -> Non
 def _check_in_backward(config: TrainConfig, parallel: ParallelConfig, micro_batches: int) -> None:
     if not config.optim.in_backward:
         return
+    if read_length("log.norms_every", config.log.norms_every).amount:
+        raise ValueError(
+            f"log.norms_every={config.log.norms_every} with optim.in_backward: no gradient is left when the step is over; give "
+            "log.norms_every=0, or optim.in_backward=false"
+        )
     if parallel.pipeline > 1:
         raise ValueError(
             f"optim.in_backward with parallel.pipeline={parallel.pipeline}: a stage's gradient is complete only after the "

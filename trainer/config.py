@@ -25,6 +25,7 @@ from rowwise.trainer.run_length import MOST_STEPS, settle
 from rowwise.trainer.sample import SampleConfig
 from rowwise.trainer.spike import OnSpike, SpikeConfig
 from rowwise.trainer.tracker import TrackerConfig
+from rowwise.trainer.watching import LogConfig
 
 _BY_NAME = Field(discriminator="name")
 
@@ -49,6 +50,7 @@ class TrainConfig:
     on_spike: OnSpike
     batch: BatchConfig
     spike: SpikeConfig
+    log: LogConfig
     eval: EvalConfig
     sample: SampleConfig
     model: ModelConfig

@@ -13,7 +13,7 @@ from rowwise.optim.sparse.account import weights_multiplied
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.models.decoder import flops_per_token
+from rowwise.trainer.models.decoder import flops_of, flops_per_token
 from rowwise.trainer.peaks import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport
@@ -29,16 +29,17 @@ def step_record(
     seconds: float,
     data_seconds: float,
 ) -> dict[str, Any]:
-    """What every step has. `tokens_per_second` is per worker; what is not a number is null; `loss_scale` is kept in fp16."""
-    tokens_per_second = config.batch.global_size * config.batch.seq_len / seconds / mesh.world_size
-    flops_per_second = tokens_per_second * flops_per_token(config.model, config.batch.seq_len)
+    """What every step has. `tokens_per_second` is per worker; `mfu` counts of attention the pairs that documents let see each
+    other; what is not a number is null; `loss_scale` is kept in fp16."""
+    tokens = config.batch.global_size * config.batch.seq_len
+    flops_per_second = flops_of(config.model, tokens, report.pairs) / seconds / mesh.world_size
     record = {
         "step": state.step,
         "loss": number_or_none(report.loss),
         "grad_norm": number_or_none(report.grad_norm),
         "lr": lr,
         "tokens": state.tokens,
-        "tokens_per_second": tokens_per_second,
+        "tokens_per_second": tokens / seconds / mesh.world_size,
         "mfu": model_flops_utilization(flops_per_second, mesh.device, config.peak_flops),
         "step_seconds": seconds,
         "data_seconds": data_seconds,

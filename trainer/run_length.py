@@ -24,6 +24,7 @@ INTERVALS: dict[str, tuple[Unit, ...]] = {
     "eval.every": (*BY_STEPS, "time"),
     "checkpoint.every": (*BY_STEPS, "time"),
     "log_every": BY_STEPS,
+    "log.norms_every": BY_STEPS,
 }
 
 Tree = dict[str, Any]

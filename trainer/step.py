@@ -8,6 +8,7 @@ multiplied by M / N, together with what clipping and the loss scale ask for: exa
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,19 +31,21 @@ EVALUATE, SAVE = 1 << 14, 1 << 15  # in one number with a count of ranks
 class RankStatus:
     """What a rank tells all others along with the numbers of a step. `stop`: it was asked to; `damaged`: its data is;
     `digest`: of a sample that every rank reads (see `batches.step_digests`), below 2^20; `evaluate`, `save`: rank 0's clock
-    asks for it after this step (see `clock`)."""
+    asks for it after this step (see `clock`); `pairs`: its part of those that attention sees in the global batch (see
+    `batches.visible_pairs`)."""
 
     stop: bool = False
     damaged: bool = False
     digest: int = 0
     evaluate: bool = False
     save: bool = False
+    pairs: float = 0.0
 
     def put(self, totals: Tensor) -> None:
-        """Into four float64 that are zero; their sums over up to 8,192 ranks are exact. Only rank 0 may set `evaluate` and
-        `save`: they stand in one number with `stop`, above the largest sum of that."""
+        """Into five float64 that are zero; the sums of the first four over up to 8,192 ranks are exact. Only rank 0 may set
+        `evaluate` and `save`: they stand in one number with `stop`, above the largest sum of that."""
         asked = self.stop + EVALUATE * self.evaluate + SAVE * self.save
-        for place, number in enumerate((asked, self.damaged, self.digest, self.digest**2)):
+        for place, number in enumerate((asked, self.damaged, self.digest, self.digest**2, self.pairs)):
             if number:
                 totals[place] = float(number)
 
@@ -52,7 +55,7 @@ class StepReport:
     """Of one step, over all ranks. `loss` is NaN where no token is valid: there is no mean. `grad_norm` is before clipping;
     where it is not finite, there is no usable gradient. `stop`: some rank was asked to stop. `sound`: no rank found its
     data damaged, and all read the same. `held`: it is a spike whose update was not made. `evaluate`, `save`: the time has come
-    for it."""
+    for it. `pairs`: of tokens that attention sees, as far as ranks said."""
 
     loss: float
     grad_norm: float
@@ -62,6 +65,7 @@ class StepReport:
     held: bool = False
     evaluate: bool = False
     save: bool = False
+    pairs: int = 0
 
     @property
     def finite(self) -> bool:
@@ -96,7 +100,7 @@ def compute_gradients(
     """Leaves in every `p.grad` this rank's shard of the (clipped) gradient of the global mean loss.
 
     `places` is batch.global_size x batch.seq_len. `filter_` changes gradients before their norm is taken; `trace` takes the
-    timeline of a pipeline. Beside what FSDP2 moves (see `parallel.shard`), one all-reduce of seven float64 over all ranks,
+    timeline of a pipeline. Beside what FSDP2 moves (see `parallel.shard`), one all-reduce of eight float64 over all ranks,
     whose result is the only point where the host waits for the device.
     """
     totals = local_totals(model, batches, mesh, zero, loss_scale / places, status, trace, filter_)
@@ -176,7 +180,7 @@ def local_totals(
 ) -> Tensor:
     """Forward and backward; then this rank's loss sum, valid tokens, squared norm of its gradient shards, and its status:
     what summed over all ranks says all of a step."""
-    totals = torch.zeros(7, dtype=torch.float64, device=mesh.device)
+    totals = torch.zeros(8, dtype=torch.float64, device=mesh.device)
     totals[:2] = accumulate(model, batches, mesh.device, zero, scale, trace)
     if filter_ is not None:
         filter_()
@@ -193,10 +197,10 @@ def read_totals(totals: Tensor, places: int, loss_scale: float) -> StepReport:
     return StepReport(mean_loss(loss_sum, tokens), norm, int(tokens), **told_by_all(*told))
 
 
-def told_by_all(asked: float, damaged: float, digests: float, squares: float) -> dict[str, bool]:
+def told_by_all(asked: float, damaged: float, digests: float, squares: float, pairs: float) -> dict[str, Any]:
     """What a `StepReport` says of the sums of what `RankStatus` puts: whether some rank is asked to stop, whether all read the
-    same and nothing damaged, and what rank 0's clock asks for. Numbers are equal where the mean of their squares is the square
-    of their mean."""
+    same and nothing damaged, what rank 0's clock asks for, and the pairs. Numbers are equal where the mean of their squares is
+    the square of their mean."""
     same = dist.get_world_size() * int(squares) == int(digests) ** 2
     number = int(asked)
     return {
@@ -204,6 +208,7 @@ def told_by_all(asked: float, damaged: float, digests: float, squares: float) ->
         "sound": same and not damaged,
         "evaluate": bool(number & EVALUATE),
         "save": bool(number & SAVE),
+        "pairs": round(pairs),
     }
 
 
@@ -224,7 +229,7 @@ def step_in_backward(
     """The whole step of `optim.in_backward`: one micro-batch a rank, and every parameter changed by the end.
 
     Its gradients must be final as they come, so the valid tokens are counted before the forward: two all-reduces over
-    all ranks, of 1 and of 6 float64.
+    all ranks, of 1 and of 7 float64.
     """
     here = batch.to(mesh.device)
     tokens = valid_tokens([here], mesh.device)
@@ -233,11 +238,11 @@ def step_in_backward(
     begin_micro_batch(model, zero, last=True)
     loss, _ = summed_loss(model, here)
     (loss / tokens.clamp_min(1)).backward()
-    totals = torch.zeros(7, dtype=torch.float64, device=mesh.device)
+    totals = torch.zeros(8, dtype=torch.float64, device=mesh.device)
     totals[0], totals[1] = loss.detach(), optimizer.squared_norm() / mesh.state_replicas
-    status.put(totals[2:6])
-    dist.all_reduce(totals[:6])
-    totals[6] = tokens
+    status.put(totals[2:7])
+    dist.all_reduce(totals[:7])
+    totals[7] = tokens
     loss_sum, norm_squared, *told, count = totals.tolist()
     norm_of_all = math.sqrt(norm_squared) if math.isfinite(norm_squared) else math.inf
     return StepReport(mean_loss(loss_sum, count), norm_of_all, int(count), **told_by_all(*told))

@@ -25,7 +25,7 @@ from rowwise.trainer.build import build_masks, build_model
 from rowwise.trainer.checkpoint import Saver, load_first_sound, tensors_of
 from rowwise.trainer.clock import Clock
 from rowwise.trainer.config import TrainConfig, tree_of
-from rowwise.trainer.data.batches import Prefetch, Share, holdout_batches, step_batches, step_digests
+from rowwise.trainer.data.batches import Prefetch, Share, holdout_batches, step_batches, step_digests, visible_pairs
 from rowwise.trainer.data.open import Data, told_of_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.finite import not_finite, of_any_rank, told
@@ -34,6 +34,7 @@ from rowwise.trainer.manifest import fingerprint, set_aside
 from rowwise.trainer.memory import keep_memory
 from rowwise.trainer.metrics import Recorded, read_metrics
 from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.norms import norms_of_next
 from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
 from rowwise.trainer.record import number_or_none, sparsity_record, step_record
 from rowwise.trainer.report import open_reporter
@@ -108,13 +109,16 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks) ->
             scale_used = state.loss_scale.scale
 
             trace = Trace(mesh.device) if state.step + 1 == config.parallel.pipeline_trace else None
-            status = RankStatus(stop.requested, data.watch.complaint is not None, digest, *clock.due())
+            pairs = visible_pairs(micro_batches, config.batch.seq_len) * mesh.data_degree / mesh.world_size
+            status = RankStatus(stop.requested, data.watch.complaint is not None, digest, *clock.due(), pairs)
+            norms = norms_of_next(config, state.step, model)
             report = update(state.step + 1, micro_batches, scale_used, status, trace, ahead and ahead[0])
             if not report.sound:
                 saver.wait()  # an error would end the save under way
                 require_sound(data, mesh, first, state.step, digest)
             if state.step == first:
                 keep_memory(Path(config.run_dir), mesh, model, optimizer, tensors)
+            measured = norms.measure(model, report, config, mesh) if norms is not None else {}
             optimizer.zero_grad()
             if trace is not None:
                 keep_trace(trace, Path(config.run_dir) / "pipeline", mesh)
@@ -134,7 +138,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks) ->
 
             seconds = time.perf_counter() - started
             record = step_record(state, report, lr, scale_used, config, mesh, seconds, data_seconds)
-            record |= sparsity_record(sparsity, config, state.step)
+            record |= measured | sparsity_record(sparsity, config, state.step)
             record |= spike_record(state.spikes, state.step, spike, "skipped" if report.held else "recorded")
             if report.evaluate or config.eval.due(state.step, config.length):
                 record |= eval_record(config, mesh, model, data)

@@ -86,4 +86,5 @@ def may_begin_next(config: TrainConfig, step: int) -> bool:
     """Whether the step after `step` may be begun before `step` is known to be good: not where something else comes
     between them, or where it is to be traced as a whole."""
     between = config.eval.due(step, config.length) or config.checkpoint.due(step, config.length) or step == config.steps
+    between |= any(config.log.with_norms(one, config.length) for one in (step, step + 1))
     return config.parallel.post_validation and not between and step + 1 != config.parallel.pipeline_trace

@@ -8,8 +8,9 @@ gradient, is the same on every layout.
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -111,6 +112,18 @@ class Share:
 
     def of(self, batch: MicroBatch) -> MicroBatch:
         return batch if self.places is None else batch.at(self.places)
+
+
+def visible_pairs(batches: Sequence[MicroBatch], seq_len: int) -> int:
+    """How many pairs of a token and one that it sees, itself included, are in these whole sequences of `seq_len` tokens:
+    n (n + 1) / 2 in a document of n, or in a sequence whose attention does not stop at documents."""
+    pairs = 0
+    for batch in batches:
+        begins = batch.documents.begins if batch.documents is not None else ((0,),) * len(batch.inputs)
+        pairs += sum(
+            (end - begin) * (end - begin + 1) // 2 for row in begins for begin, end in pairwise((*row, seq_len))
+        )
+    return pairs
 
 
 def micro_batches(indices: np.ndarray, corpus: Corpus, micro_size: int) -> list[MicroBatch]:

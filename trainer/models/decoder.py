@@ -249,10 +249,15 @@ def parameter_count(config: ModelConfig) -> tuple[int, int]:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Forward and backward: 6 per multiplying parameter, and 12 layers H E S / 2 for causal attention
-    (Chowdhery et al., *PaLM*, appendix B, with the masked half left out)."""
+    """`flops_of` a token of a sequence of `seq_len`, all of whose earlier tokens are seen."""
+    return flops_of(config, 1, (seq_len + 1) / 2)
+
+
+def flops_of(config: ModelConfig, tokens: int, pairs: float) -> float:
+    """Forward and backward: 6 per multiplying parameter and token, and 12 layers H E per pair of a token and one that it sees
+    (Chowdhery et al., *PaLM*, appendix B, where every token is counted as seen by every other)."""
     _, multiplying = parameter_count(config)
-    return 6 * multiplying + 6 * config.layers * config.heads * config.head_size * seq_len
+    return 6 * multiplying * tokens + 12 * config.layers * config.heads * config.head_size * pairs
 
 
 def layer_flops(config: ModelConfig, seq_len: int) -> tuple[float, float, float]:
@@ -260,5 +265,5 @@ def layer_flops(config: ModelConfig, seq_len: int) -> tuple[float, float, float]
     matrix, and causal attention as in `flops_per_token`. A look-up costs none."""
     shapes = parameter_shapes(config)
     layer = sum(shape.numel() for name, shape in shapes.items() if name.startswith("blocks.0.") and len(shape) == 2)
-    attention = 2 * config.heads * config.head_size * seq_len
+    attention = 2 * config.heads * config.head_size * (seq_len + 1)
     return 0.0, 2.0 * layer + attention, 2.0 * config.vocab_size * config.dim
