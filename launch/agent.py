@@ -6,104 +6,67 @@ and in a step of Slurm with one task a machine the agents find each other.
 """
 
 import contextlib
-import logging
 import os
 import queue
 import signal
 import sys
-import tempfile
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Protocol
 
 import psutil
-import torch
 from omegaconf import OmegaConf
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from rowwise.launch.meeting import TOKEN, Meeting, address_towards, give_up_after
-from rowwise.launch.outcome import OUTCOME, Ended, Failed, Outcome, Refused, State, read_outcome, write_outcome
-from rowwise.launch.rendezvous import rendezvous, settings
-from rowwise.launch.workers import interfaces
+from rowwise.launch.job import Job
+from rowwise.launch.local import POLL_SECONDS, run_here
+from rowwise.launch.meeting import TOKEN, give_up_after, interfaces
+from rowwise.launch.outcome import (
+    OUTCOME,
+    Ended,
+    Failed,
+    Failure,
+    Outcome,
+    Refused,
+    State,
+    WorkersFailed,
+    read_outcome,
+    write_outcome,
+)
+from rowwise.launch.warm import Child, Warm, warmed
 from rowwise.trainer.files import DiskFull
 from rowwise.trainer.lock import is_held
 from rowwise.trainer.manifest import newest_sound, read_manifest
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.stop import ASKED, INTERRUPTED, SIGNALS, hearing
 
-POLL_SECONDS = 0.2
-LAST_SECONDS = 2.0  # that the host of the meeting stays after its own workers
-LEAVING_SECONDS = 60  # that workers are given when another has failed
 PATIENCE_SECONDS = 30.0  # for agents elsewhere, once the workers of this machine have left because they were asked to
 
 
-@dataclass(frozen=True)
-class Job:
-    """A run on this machine: its overrides, its folder, its last step (None: its workers find it), its workers.
-
-    `name`: jobs of the same wait until the other has left the folder; `log_dir`: what each worker says goes to files there,
-    and not to this one's streams; `timeout_seconds`: how long other machines are waited for.
-    """
-
-    overrides: tuple[str, ...]
-    run_dir: Path
-    steps: int | None
-    nproc: int
-    meeting: Meeting | None = None
-    name: str | None = None
-    timeout_seconds: float = 1800
-    max_restarts: int = 0
-    log_dir: Path | None = None
-
-
-def default_nproc() -> int:
-    """Workers of this machine where nproc is null: one a GPU, or one."""
-    return torch.cuda.device_count() or 1
-
-
-def require_ranks(nproc: int) -> None:
-    """Raises ValueError where this machine has GPUs, and fewer than `nproc`: NCCL gives each worker one of its own."""
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < nproc:
-        raise ValueError(f"nproc={nproc}: this machine has {gpus} GPUs; give nproc={gpus} at most, or more machines")
-
-
-def crowding(nproc: int) -> str | None:
+def crowding(nproc: int, gpus: int) -> str | None:
     """What is to be known of more workers than this machine has cores, which share them. With GPUs they need none."""
     cores = len(os.sched_getaffinity(0))
-    if torch.cuda.device_count() or nproc <= cores:
+    if gpus or nproc <= cores:
         return None
     return f"nproc={nproc} on {cores} cores: workers take turns, so that a step takes longer; nothing else changes"
 
 
-def run_workers(job: Job, relay: bool = False) -> Outcome:
+def run_workers(job: Job, warm: Warm | None = None, relay: bool = False) -> Outcome:
     """Starts the workers, restarts them where `job` allows it, and returns once they have ended. Writes outcome.json.
 
-    Call it in the main thread: signals come there. (torch's agent runs in another, where it does not handle them.)
+    Call it in the main thread: signals come there. `warm`: what forks the workers of one machine, where there is such already.
     `relay`: a signal that stopped them is raised once more for the handler of before.
     """
-    # How it ended is said here, in a word.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    if (warning := crowding(job.nproc)) is not None:
+    if (warning := crowding(job.nproc, job.gpus)) is not None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    began, ended = time.time(), queue.SimpleQueue[BaseException | None]()
-    forwarding = Forwarding()
+    began, forwarding, error = time.time(), Forwarding(), None
     with hearing(forwarding.receive), _environment(job):
-        threading.Thread(target=_agent, args=(job, ended), daemon=True).start()
-        while ended.empty() and not forwarding.abandoned:
-            time.sleep(POLL_SECONDS)
-            forwarding.pass_on()
-            if job.meeting is not None:
-                give_up_after(job.timeout_seconds)
-    error = None if ended.empty() else ended.get()
+        try:
+            _run_here(job, warm, forwarding) if job.meeting is None else _run_with_others(job, forwarding)
+        except Exception as what:
+            error = what
     outcome = _outcome(job, error, forwarding.requested is not None)
     if job.run_dir.is_dir() and not is_held(job.run_dir) and not _better_said(job.run_dir, outcome, began):
         try:
@@ -114,6 +77,30 @@ def run_workers(job: Job, relay: bool = False) -> Outcome:
     if relay and forwarding.requested is not None:
         signal.raise_signal(forwarding.requested)
     return outcome
+
+
+def _run_here(job: Job, warm: Warm | None, forwarding: "Forwarding") -> None:
+    def attend(workers: list[Child]) -> bool:
+        forwarding.pass_on(workers)
+        return forwarding.requested is not None
+
+    with warmed() if warm is None else contextlib.nullcontext(warm) as forks:
+        run_here(job, forks, attend)
+
+
+def _run_with_others(job: Job, forwarding: "Forwarding") -> None:
+    # torch, which takes seconds, and which the workers of one machine are forked with.
+    from rowwise.launch.elastic import run_agent
+
+    ended = queue.SimpleQueue[BaseException | None]()
+    threading.Thread(target=run_agent, args=(job, ended), daemon=True).start()
+    while ended.empty() and not forwarding.abandoned:
+        time.sleep(POLL_SECONDS)
+        forwarding.pass_on([child for child in psutil.Process().children() if _is_worker(child)])
+        give_up_after(job.timeout_seconds)
+    error = None if ended.empty() else ended.get()
+    if error is not None:
+        raise error
 
 
 @contextlib.contextmanager
@@ -140,48 +127,13 @@ def _threads(nproc: int) -> str:
     return "1" if nproc > 1 else str(len(os.sched_getaffinity(0)))
 
 
-def _agent(job: Job, ended: "queue.SimpleQueue[BaseException | None]") -> None:
-    try:
-        # Whoever gives up sooner than the workers do does so while they still may go on.
-        with rendezvous(job.meeting, max(60, job.timeout_seconds)) as make, _logs(job) as logs:
-            program = ("-m", "rowwise.launch.train", "--agent", *job.overrides)
-            elastic_launch(_launch_config(job, make, logs), sys.executable)(*program)
-            if job.meeting is not None and job.meeting.host:
-                time.sleep(LAST_SECONDS)  # for those that come last
-        ended.put(None)
-    except BaseException as error:
-        ended.put(error)
+class Worker(Protocol):
+    """A process that can be asked to stop."""
 
+    @property
+    def pid(self) -> int: ...
 
-@contextlib.contextmanager
-def _logs(job: Job) -> Iterator[DefaultLogsSpecs]:
-    """Where workers leave what they say, and why they failed. torch would leave a folder behind for each run."""
-    if job.log_dir is not None:
-        job.log_dir.mkdir(parents=True, exist_ok=True)
-        yield DefaultLogsSpecs(log_dir=str(job.log_dir), redirects=Std.ALL)
-        return
-    with tempfile.TemporaryDirectory(prefix="rowwise-", ignore_cleanup_errors=True) as folder:
-        yield DefaultLogsSpecs(log_dir=folder, redirects=Std.NONE)
-
-
-def _launch_config(
-    job: Job, make: Callable[[RendezvousParameters], RendezvousHandler], logs: DefaultLogsSpecs
-) -> LaunchConfig:
-    options: dict[str, Any] = {}
-    if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)):  # not in torch 2.11
-        options["shutdown_timeout"] = LEAVING_SECONDS
-    meeting = job.meeting
-    return LaunchConfig(
-        min_nodes=meeting.least if meeting else 1,
-        max_nodes=meeting.most if meeting else 1,
-        nproc_per_node=job.nproc,
-        run_id=meeting.job if meeting else job.name or uuid.uuid4().hex,
-        logs_specs=logs,
-        local_addr=address_towards(*meeting.address) if meeting else None,
-        max_restarts=job.max_restarts,
-        **settings(make),
-        **options,
-    )
+    def send_signal(self, sig: int, /) -> None: ...
 
 
 class Forwarding:
@@ -205,11 +157,10 @@ class Forwarding:
             print(ASKED, file=sys.stderr, flush=True)
         self.requested = number
 
-    def pass_on(self) -> None:
-        """To be called again and again."""
+    def pass_on(self, workers: Sequence[Worker]) -> None:
+        """To be called again and again, with those that are there."""
         if self.requested is None:
             return
-        workers = [child for child in psutil.Process().children() if _is_worker(child)]
         for worker in workers:
             if worker.pid not in self._told:
                 with contextlib.suppress(psutil.NoSuchProcess):  # it has just left
@@ -238,10 +189,10 @@ def _recorded_steps(run_dir: Path) -> int:
     return int(OmegaConf.load(run_dir / "config.yaml").steps)
 
 
-def _outcome(job: Job, error: BaseException | None, asked_to_stop: bool) -> Outcome:
+def _outcome(job: Job, error: Exception | None, asked_to_stop: bool) -> Outcome:
     step = _last_step(job.run_dir)
     # One that is asked before it hears, or when it no longer does, dies of it, and others for want of it.
-    failures = list(error.failures.values()) if isinstance(error, ChildFailedError) else []
+    failures = error.failures if isinstance(error, WorkersFailed) else []
     deaf = any(failure.exitcode == INTERRUPTED or -failure.exitcode in SIGNALS for failure in failures)
     if error is None or (asked_to_stop and deaf):
         saved = newest_sound(job.run_dir / "checkpoints")
@@ -257,10 +208,9 @@ def _outcome(job: Job, error: BaseException | None, asked_to_stop: bool) -> Outc
     return Outcome("failed", f"{type(error).__name__}: {error}", step)
 
 
-def _why(failure: ProcessFailure) -> tuple[State, str]:
-    """The state and the reason of a worker's end, from its exit code and what torch's `record` kept of its exception."""
-    message = failure.message
-    text = str(message.get("message", message) if isinstance(message, dict) else message)
+def _why(failure: Failure) -> tuple[State, str]:
+    """The state and the reason of a worker's end."""
+    text = failure.message
     for end in (Refused, Failed):
         if text.startswith(f"{end.__name__}: "):
             return end.state, text.removeprefix(f"{end.__name__}: ")

@@ -1,5 +1,6 @@
 """Where the agents of a run on several machines meet, what they must know there, and how long they wait for one that is gone."""
 
+import argparse
 import contextlib
 import os
 import socket
@@ -13,7 +14,9 @@ from rowwise.launch.gate import Secret
 from rowwise.trainer.files import full_path
 
 TOKEN = "ROWWISE_TOKEN"
+START = "ROWWISE_START"  # our own agent's name for this start of the workers, on every machine
 LEAST_BYTES = 16
+LAST_PORT = 65535
 MAKE_ONE = "(umask 077; head -c 32 /dev/urandom | base64 > FILE)"
 
 
@@ -151,3 +154,39 @@ def _bound(handle: int, seconds: float) -> None:
         if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * seconds))
+
+
+def meeting_of(options: argparse.Namespace) -> Meeting | None:
+    """Where this machine meets others: as the command line or Slurm says. Raises ValueError."""
+    meeting = asked_for(options) if options.nodes or options.rendezvous else slurm_meeting(options.token)
+    if meeting is None and options.token is not None:
+        raise ValueError(f"--token {options.token}: of machines that meet; give --rendezvous HOST:PORT too")
+    return meeting
+
+
+def asked_for(options: argparse.Namespace) -> Meeting | None:
+    """The meeting of --nodes and --rendezvous; None for one machine alone. Raises ValueError."""
+    least, _, most = (options.nodes or "1").partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+        raise ValueError(f"--nodes {options.nodes}: give a number of machines, or MIN:MAX")
+    if int(most or least) == 1 and not options.rendezvous:
+        return None
+    given = f"--rendezvous {options.rendezvous}" if options.rendezvous else f"--nodes {options.nodes}"
+    host, _, port = options.rendezvous.rpartition(":")
+    if not (host and port.isdecimal() and 1 <= int(port) <= LAST_PORT):
+        raise ValueError(
+            f"{given}: several machines meet at one of them; give --rendezvous HOST:PORT, the same on each, with a port "
+            f"of 1 to {LAST_PORT}"
+        )
+    token, here = token_of(options.token, given), is_here(host, int(port))
+    return Meeting(options.rendezvous, options.job or "rowwise", int(least), int(most or least), here, token)
+
+
+def interfaces() -> dict[str, str]:
+    """What tells gloo and NCCL to stay on this machine's loopback; they ask nobody who he is."""
+    loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
+    return {
+        f"{who}_SOCKET_IFNAME": f"{exactly}{name}"
+        for name in loopback
+        for who, exactly in (("GLOO", ""), ("NCCL", "="))
+    }

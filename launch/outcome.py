@@ -29,6 +29,22 @@ class Failed(Ended):
 
 
 @dataclass(frozen=True)
+class Failure:
+    """The end of a worker that failed: its exit code, below 0 a signal's, and what it, or who watched it, said of it."""
+
+    exitcode: int
+    message: str
+
+
+class WorkersFailed(Exception):
+    """Some worker of a run ended otherwise than with 0."""
+
+    def __init__(self, failures: list[Failure]):
+        super().__init__("; ".join(failure.message for failure in failures))
+        self.failures = failures
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How a run ended, and where it stood. `reason` begins with "out of memory", "not a number" or "disk full"
     where that is why."""

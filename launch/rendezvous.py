@@ -1,7 +1,7 @@
-"""How the agents of a run meet, and where their workers do: in a store that only they can reach.
+"""How the agents of a run on several machines meet, and where their workers do: in a store that only they can reach.
 
-On one machine the store listens on its loopback. On several it does so on the first of them, and the others come through
-launch.gate. torch's own rendezvous keeps its state as a pickle, which every agent would unpickle: here it is JSON.
+It listens on the loopback of the first machine, and the others come through launch.gate. torch's own rendezvous keeps its
+state as a pickle, which every agent would unpickle: here it is JSON.
 """
 
 import contextlib
@@ -34,20 +34,13 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from rowwise.launch.gate import LOOPBACK, Porter, Stranger
-from rowwise.launch.meeting import Meeting
+from rowwise.launch.meeting import START, Meeting
 from rowwise.launch.outcome import Failed, Refused
-from rowwise.launch.workers import START
+from rowwise.launch.workers import store_here
 
 BACKEND = "rowwise"
 LAST_CALL = datetime.timedelta(seconds=10)  # for further machines, once the least number is there
 _NOTHING = "null"
-
-
-def store_here() -> dist.TCPStore:
-    """Opens a store that this machine alone can reach. torch would have it listen on every address."""
-    listening = socket.create_server((LOOPBACK, 0))
-    port = listening.getsockname()[1]
-    return dist.TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def settings(make: Callable[[RendezvousParameters], RendezvousHandler]) -> dict[str, Any]:
@@ -62,7 +55,7 @@ def _made(parameters: RendezvousParameters) -> RendezvousHandler:
 
 @contextlib.contextmanager
 def rendezvous(
-    meeting: Meeting | None, patience_seconds: float
+    meeting: Meeting, patience_seconds: float
 ) -> Iterator[Callable[[RendezvousParameters], RendezvousHandler]]:
     """Gives what makes the handler of a run. The meeting lasts as long as the context of its host.
 
@@ -70,21 +63,16 @@ def rendezvous(
     nobody does.
     """
     before = os.environ.get(START)
+    porter = Porter()
     try:
-        if meeting is None:
-            yield lambda parameters: Alone(parameters.run_id)
-            return
-        porter = Porter()
-        try:
-            store = store_here() if meeting.host else None
-            if store is not None:
-                porter.keep_gate(_listen(meeting), store.port, meeting.secret)
-            with _said_in_a_line(meeting):
-                port = porter.keep_door(meeting.address, meeting.secret, patience_seconds)
-            yield lambda parameters: met(parameters, port, patience_seconds)
-        finally:
-            porter.close()
+        store = store_here() if meeting.host else None
+        if store is not None:
+            porter.keep_gate(_listen(meeting), store.port, meeting.secret)
+        with _said_in_a_line(meeting):
+            port = porter.keep_door(meeting.address, meeting.secret, patience_seconds)
+        yield lambda parameters: met(parameters, port, patience_seconds)
     finally:
+        porter.close()
         os.environ.pop(START, None)
         if before is not None:
             os.environ[START] = before
@@ -117,42 +105,6 @@ def _said_in_a_line(meeting: Meeting) -> Iterator[None]:
         ) from None
     except (OSError, EOFError) as error:
         raise Failed(f"no meeting at {meeting.endpoint}: {str(error) or type(error).__name__}") from None
-
-
-class Alone(RendezvousHandler):
-    """The rendezvous of one machine, which waits for no other. Each start of the workers has a store of its own."""
-
-    def __init__(self, job: str):
-        self._job, self._closed = job, False
-
-    def get_backend(self) -> str:
-        return BACKEND
-
-    def get_run_id(self) -> str:
-        return self._job
-
-    @property
-    def use_agent_store(self) -> bool:
-        return True
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        self._store = store_here()
-        os.environ[START] = uuid.uuid4().hex
-        here = RendezvousStoreInfo(LOOPBACK, self._store.port)
-        return RendezvousInfo(dist.PrefixStore("agent", self._store), 0, 1, here)
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def is_closed(self) -> bool:
-        return self._closed
-
-    def set_closed(self) -> None:
-        self._closed = True
-
-    def shutdown(self) -> bool:
-        self._closed = True
-        return True
 
 
 class Together(DynamicRendezvousHandler):

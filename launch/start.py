@@ -17,12 +17,19 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
 import argparse
+import contextlib
 from pathlib import Path
+from typing import Any
 
+from rowwise.launch import agent
 from rowwise.launch.compose import compose_tree
+from rowwise.launch.job import Job
+from rowwise.launch.meeting import Meeting, meeting_of
+from rowwise.launch.parent import follow
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.train import print_configuration
 from rowwise.launch.utf8 import insist_on_utf8
+from rowwise.launch.warm import Warm, WarmIsGone, warmed
 
 EXIT = {"complete": 0, "stopped": 0, "refused": 2, "failed": 1}
 
@@ -37,18 +44,20 @@ def _main(arguments: list[str] | None) -> int:
     options = parse(arguments)
     if options.cfg:
         return print_configuration(options.overrides)
+    if options.parent:
+        follow(options.parent)
     try:
-        tree = compose_tree(options.overrides)
-        # torch, which takes seconds: neither help nor a mistyped key waits for it.
-        from rowwise.launch import agent, job, workers
-
-        if options.parent:
-            workers.follow(options.parent)
-        asked = job.job_of(options, tree)
+        meeting = meeting_of(options)
+        # A warm process imports torch, which takes seconds, while this composes.
+        with contextlib.nullcontext() if meeting else warmed(options.warm) as warm:
+            asked = job_asked_for(options, compose_tree(options.overrides), meeting, warm)
+            outcome = agent.run_workers(asked, warm)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
-    outcome = agent.run_workers(asked)
+    except WarmIsGone as gone:
+        print(f"failed: {gone}", file=sys.stderr)
+        return 1
     if outcome.state == "refused":
         print(f"refused: {outcome.reason}", file=sys.stderr)
     elif outcome.state == "failed":
@@ -56,6 +65,21 @@ def _main(arguments: list[str] | None) -> int:
     elif outcome.state == "stopped" and not outcome.step:
         print("stopped before the first step: there was nothing to save", file=sys.stderr)
     return EXIT[outcome.state]
+
+
+def job_asked_for(options: argparse.Namespace, tree: dict[str, Any], meeting: Meeting | None, warm: Warm | None) -> Job:
+    """The job of a command line, whose overrides compose to `tree`. Raises ValueError."""
+    if warm is None:
+        # torch: neither help nor a mistyped key waits for it.
+        from rowwise.launch.ranks import job_of
+
+        return job_of(options, tree, meeting)
+    names = {"overrides": options.overrides, "job": options.job, "max_restarts": options.max_restarts, "log_dir": None}
+    told = warm.ask("rowwise.launch.ranks:tell_job", names, tree)
+    if "refused" in told:
+        raise ValueError(told["refused"])
+    told["run_dir"] = Path(told["run_dir"])
+    return Job(overrides=tuple(options.overrides), log_dir=options.log_dir, **told)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -70,6 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="of all workers, when one dies")
     parser.add_argument("--log-dir", type=Path, help="writes what each worker says there, not here")
     parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)  # a sweep, whose end is ours
+    parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)  # the file descriptor of what forks the workers
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     return parser.parse_intermixed_args(arguments)
 

@@ -23,6 +23,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.launch.outcome import Ended
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.utf8 import insist_on_utf8
+from rowwise.launch.warm import Telling, call_oneself, use_threads
 from rowwise.trainer.stop import INTERRUPTED, answering, end_now
 
 
@@ -73,13 +74,21 @@ def _interrupted(number: int, left: Callable[[float], bool]) -> None:
     end_now(left)
 
 
-def run() -> None:
+def work_as(tell: Telling, rank: int, arguments: list[str]) -> None:
+    """The process of a worker that was forked."""
+    tell.close()  # its end is what is heard of
+    call_oneself(f"rowwise rank {rank}")
+    use_threads()
+    run(arguments)
+
+
+def run(arguments: list[str] | None = None) -> None:
     """The process: ends with the exit code of `main`, at once where it failed."""
     insist_on_utf8()
     with patient_streams():
         try:
             with answering(_interrupted):
-                code = main()
+                code = main(arguments)
         except KeyboardInterrupt:
             code = INTERRUPTED
         except Exception:

@@ -11,10 +11,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from rowwise.launch.compose import compose_tree, one_line
 from rowwise.launch.outcome import Ended, Failed, Refused, clear_outcome, give_room, keep_room
+from rowwise.launch.parent import follow
 from rowwise.launch.workers import (
     announce,
     announce_end,
-    follow,
     hear,
     is_one_of_many_machines,
     job_id,

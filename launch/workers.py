@@ -9,9 +9,7 @@ import datetime
 import json
 import os
 import platform
-import signal
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,16 +20,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed import rendezvous
 
+from rowwise.launch.gate import LOOPBACK
+from rowwise.launch.meeting import START, interfaces
 from rowwise.launch.outcome import Ended, Failed, Refused
+from rowwise.launch.warm import Telling
 from rowwise.parallel.mesh import Workers
 
 MESSAGES_FILE = "collectives-rank-"  # and the rank's number
 _KEPT_MESSAGES = 2000
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-START = "ROWWISE_START"  # our own agent's name for this start of the workers, on every machine
 _KEY = "config"
-_END = "end"
 _WATCH_SECONDS = 1.0
+_END = "end"
 _MEET_SECONDS = 0.02
 _MEETING = datetime.timedelta(minutes=5)  # from the first worker's start to the last one's
 _LISTENING = datetime.timedelta(seconds=10)
@@ -62,14 +62,20 @@ def workers_from_environment() -> Workers:
     return Workers(rank, world_size, local_rank, local_world_size, store)
 
 
-def interfaces() -> dict[str, str]:
-    """What tells gloo and NCCL to stay on this machine's loopback; they ask nobody who he is."""
-    loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
-    return {
-        f"{who}_SOCKET_IFNAME": f"{exactly}{name}"
-        for name in loopback
-        for who, exactly in (("GLOO", ""), ("NCCL", "="))
-    }
+def store_here() -> dist.TCPStore:
+    """Opens a store that this machine alone can reach. torch would have it listen on every address."""
+    listening = socket.create_server((LOOPBACK, 0))
+    port = listening.getsockname()[1]
+    return dist.TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+def host_store(tell: Telling) -> None:
+    """Keeps a store for the workers of this machine, whose port it tells, as long as its parent is there."""
+    store, parent = store_here(), os.getppid()
+    tell(store.port)
+    tell.close()
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
 
 
 def _meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
@@ -102,22 +108,6 @@ def restarted() -> bool:
 def job_id() -> str | None:
     """What torchrun calls the job, on every machine and after every restart; None without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
-
-
-def follow(parent: int, patience_seconds: float | None = None) -> None:
-    """Asks this process to stop, as SIGTERM does, once `parent` is no longer its parent: torchrun was killed, and would
-    leave workers behind that go on for ever. After `patience_seconds` the process ends whatever it waits for."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_SECONDS)
-        if patience_seconds != 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if patience_seconds is not None:
-            time.sleep(patience_seconds)
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def is_one_of_many_machines() -> bool:

@@ -144,6 +144,21 @@ def test_what_refuses_a_run_waits_for_no_compiler_and_no_sharding():
     assert not modules & {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy"}
 
 
+TOUCHED = """
+import threading, torch
+touched = []
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init", "init"):
+    setattr(torch.cuda, name, lambda *given, name=name: touched.append(name))
+import rowwise.launch.ranks, rowwise.launch.worker
+print(touched, threading.active_count())
+"""
+
+
+def test_what_a_warm_process_imports_touches_no_device_and_starts_no_thread():
+    """A fork of it could use neither."""
+    assert in_a_process(TOUCHED).strip() == "[] 1"
+
+
 def test_no_path_of_a_machine_and_no_registry_host_in_the_repository():
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):

@@ -3,6 +3,7 @@
 On real file systems of a mebibyte, where this user may mount them (root); what does not need one runs everywhere.
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -207,8 +208,8 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path):
 def test_an_outcome_that_cannot_be_written_is_said(tmp_path, capsys, monkeypatch):
     """A folder stands where it belongs: the run has ended as it has."""
     (tmp_path / "run/outcome.json").mkdir(parents=True)
-    monkeypatch.setattr(agent, "_agent", lambda job, ended: ended.put(None))
-    monkeypatch.setattr(agent, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(agent, "warmed", contextlib.nullcontext)
+    monkeypatch.setattr(agent, "run_here", lambda job, warm, attend: None)
     assert agent.run_workers(agent.Job((), tmp_path / "run", 3, 1)).state == "stopped"
     assert "warning: how the run ended is not written down: " in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -16,12 +17,12 @@ from filelock import FileLock
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
-from commands import PATIENCE, await_steps, free_port, overrides_of, run, run_in_pool, start, workers_of
-from rowwise.launch import agent, cli
-from rowwise.launch import job as jobs
+from commands import PATIENCE, AtOnce, await_steps, free_port, overrides_of, run, run_in_pool, start, workers_of
+from rowwise.launch import agent, cli, ranks
 from rowwise.launch import meeting as meetings
 from rowwise.launch import start as launcher
-from rowwise.launch.agent import Job
+from rowwise.launch.elastic import failure_of
+from rowwise.launch.job import Job
 from rowwise.launch.meeting import TOKEN, Meeting, is_here, slurm_meeting
 from rowwise.launch.outcome import Outcome, read_outcome, write_outcome
 from rowwise.launch.utf8 import insist_on_utf8
@@ -102,6 +103,7 @@ REFUSED = {
 def test_refused_before_a_worker_is_started(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(agent, "run_workers", None)
+    monkeypatch.setattr(launcher, "warmed", lambda lent: nullcontext(AtOnce()))
     monkeypatch.setenv(TOKEN, "of this job and of no other")
     words, said = REFUSED[case]
     assert launcher.main(words) == 2
@@ -124,22 +126,24 @@ CROWDED = {
 def test_more_workers_than_cores_are_a_warning(case, monkeypatch, capsys):
     words, cores = CROWDED[case]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setattr(agent, "_agent", lambda job, ended: ended.put(None))
+    monkeypatch.setattr(launcher, "warmed", lambda lent: nullcontext(AtOnce()))
+    monkeypatch.setattr(agent, "run_here", lambda job, warm, attend: None)
     assert launcher.main(words) == 0
     warning, stopped = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {words[0]} on {cores} cores: ")
     assert stopped == "stopped before the first step: there was nothing to save"
-    assert agent.crowding(cores) is None
+    assert agent.crowding(cores, 0) is None
 
 
 def test_more_workers_than_gpus_are_refused(monkeypatch, capsys):
     """NCCL gives each a GPU of its own; cores do not matter."""
-    monkeypatch.setattr(agent.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launcher, "warmed", lambda lent: nullcontext(AtOnce()))
+    monkeypatch.setattr(ranks.torch.cuda, "device_count", lambda: 2)
     assert launcher.main(["nproc=3", "batch.global_size=24"]) == 2
     assert capsys.readouterr().err == (
         "refused: nproc=3: this machine has 2 GPUs; give nproc=2 at most, or more machines\n"
     )
-    assert agent.crowding(len(os.sched_getaffinity(0)) + 1) is None
+    assert agent.crowding(len(os.sched_getaffinity(0)) + 1, 2) is None
 
 
 def test_workers_that_are_fewer_than_nproc_are_refused(tmp_path):
@@ -182,7 +186,7 @@ def test_options_and_overrides_mix():
 def test_a_trial_in_a_step_of_many_machines_has_one(monkeypatch):
     for key in ("NODES", "TASKS"):
         monkeypatch.setenv(f"SLURM_STEP_NUM_{key}", "2")
-    assert jobs.meeting_of(launcher.parse(["--nodes=1"])) is None
+    assert meetings.meeting_of(launcher.parse(["--nodes=1"])) is None
 
 
 def test_threads_are_shared_out_and_forgotten(monkeypatch):
@@ -205,14 +209,12 @@ def test_the_token_is_no_worker_s(monkeypatch):
         assert os.environ[TOKEN] == "of this job and of no other", "of the next trial"
 
 
-def test_a_worker_that_leaves_as_it_is_asked_to_is_no_error(monkeypatch):
+def test_a_worker_that_leaves_as_it_is_asked_to_is_no_error():
     gone = psutil.Popen([sys.executable, "-c", ""])
     gone.wait()
-    monkeypatch.setattr(agent.psutil.Process, "children", lambda process: [gone])
-    monkeypatch.setattr(agent, "_is_worker", lambda process: True)
     forwarding = agent.Forwarding()
     forwarding.requested = signal.SIGTERM
-    forwarding.pass_on()
+    forwarding.pass_on([gone])
 
 
 def test_python_is_asked_for_utf8_once(monkeypatch):
@@ -257,7 +259,7 @@ def test_what_torch_says_where_memory_runs_out(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError) as found:
         torch.empty(10**15)
     ErrorHandler().record_exception(found.value)
-    state, reason = agent._why(ProcessFailure(0, os.getpid(), 1, str(tmp_path / "error.json")))
+    state, reason = agent._why(failure_of(ProcessFailure(0, os.getpid(), 1, str(tmp_path / "error.json"))))
     assert state == "failed"
     assert re.match("out of memory: .*can't allocate memory: you tried to allocate 4000000000000000 bytes", reason)
 

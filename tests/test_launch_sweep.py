@@ -211,7 +211,7 @@ def search_with_small_agents(folder: Path, parallel: int, machine: str = "here")
     socket.gethostname = lambda: machine
     search.ALIVE_SECONDS, search.DEAD_SECONDS = 0.5, 3.0
 
-    def start_trial(config, space, settings, number, trial, environment):
+    def start_trial(config, space, settings, number, trial, environment, warm):
         clear_outcome(trial)
         (trial / "agent.log").touch()
         return subprocess.Popen([sys.executable, "-S", "-c", AGENT, str(trial), settings["clip_norm"]]), 9

@@ -18,10 +18,13 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
 import argparse
+import contextlib
 from pathlib import Path
 
+from rowwise.launch.compose import key_of
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.sweep.config import keep_command, resolve
+from rowwise.launch.warm import Warm, warmed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,6 +42,13 @@ def _main(arguments: list[str] | None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUES")
     words = parser.parse_intermixed_args(arguments).overrides
+    # Trials that other machines or processes make begin with imports of their own.
+    elsewhere = any(key_of(word) == "hydra/launcher" for word in words)
+    with contextlib.nullcontext() if elsewhere else warmed() as warm:
+        return _sweep(words, warm)
+
+
+def _sweep(words: list[str], warm: Warm | None) -> int:
     try:
         config, space = resolve(words)
         folder = Path(config.folder).absolute()
@@ -47,11 +57,11 @@ def _main(arguments: list[str] | None) -> int:
         if config.search != "none":
             from rowwise.launch.sweep.search import search
 
-            trials = search(config, space)
+            trials = search(config, space, warm)
         else:
             from rowwise.launch.sweep.multirun import multirun
 
-            trials = multirun(config, space, words)
+            trials = multirun(config, space, words, warm)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2

@@ -8,22 +8,27 @@ from pathlib import Path
 from types import FrameType
 
 import hydra
+import torch
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rowwise.launch.agent import Job, default_nproc, require_ranks, run_workers
+from rowwise.launch.agent import run_workers
 from rowwise.launch.compose import key_of
+from rowwise.launch.job import Job
 from rowwise.launch.meeting import TOKEN, slurm_meeting
+from rowwise.launch.ranks import default_nproc, require_ranks
 from rowwise.launch.sweep.config import SweepConfig, is_basic, keep_plan
 from rowwise.launch.sweep.space import Space
 from rowwise.launch.sweep.trials import Trial, trial_words
+from rowwise.launch.warm import Warm
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.stop import hearing
 
 
-def multirun(config: SweepConfig, space: Space, words: list[str]) -> list[Trial]:
-    """Every combination, by Hydra's launcher. Raises ValueError where the folder is of another sweep, or in use."""
+def multirun(config: SweepConfig, space: Space, words: list[str], warm: Warm | None) -> list[Trial]:
+    """Every combination, by Hydra's launcher; `warm` forks the workers of trials that are made here. Raises ValueError where
+    the folder is of another sweep, or in use."""
     folder, grid = Path(config.folder).absolute(), list(space.grid())
     os.environ["PYTHONSAFEPATH"] = "1"  # jobs inherit it too: no module of the working directory is theirs
     os.environ.setdefault(TOKEN, secrets.token_hex(32))  # for jobs of several machines, which inherit it
@@ -31,7 +36,7 @@ def multirun(config: SweepConfig, space: Space, words: list[str]) -> list[Trial]
     try:
         with FileLock(folder / ".lock", timeout=0), hearing(_leave), contextlib.suppress(KeyboardInterrupt):
             keep_plan(folder, {"fixed": space.lasting, "trials": grid})
-            launch_multirun(words)
+            launch_multirun(words, warm)
     except Timeout:
         raise ValueError(f"{folder} is in use by another sweep; wait for it, or give another sweep.name") from None
     return [Trial(number, settings, folder / f"trial-{number}") for number, settings in enumerate(grid)]
@@ -42,16 +47,21 @@ def _leave(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def launch_multirun(words: list[str]) -> None:
+def launch_multirun(words: list[str], warm: Warm | None = None) -> None:
     """Hydra reads its command line from sys.argv."""
+
+    def run_forked(config: DictConfig) -> str:
+        return run_trial(config, warm)
+
+    task = run_trial if warm is None else run_forked  # which cannot be sent elsewhere
     before, sys.argv = sys.argv, ["rowwise sweep", "--multirun", *words]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://rowwise.conf", config_name="sweep")(run_trial)()
+        hydra.main(version_base="1.3", config_path="pkg://rowwise.conf", config_name="sweep")(task)()
     finally:
         sys.argv = before
 
 
-def run_trial(config: DictConfig) -> str:
+def run_trial(config: DictConfig, warm: Warm | None = None) -> str:
     """Runs the trial to its end, and returns its state. A failure is recorded, and is no error of the sweep's."""
     settings, sweep = HydraConfig.get(), config.sweep
     folder = Path(settings.runtime.output_dir)
@@ -65,11 +75,10 @@ def run_trial(config: DictConfig) -> str:
     name = f"{sweep.name}-{settings.job.num}"
     basic, patience = is_basic(settings.launcher), run.parallel.timeout_seconds
     meeting = None if basic else slurm_meeting()  # a step in which the whole sweep stands is none of the trial's
-    job = Job(
-        tuple(words), folder, run.known_steps, nproc, meeting, name, patience, sweep.max_restarts, folder / "logs"
-    )
+    steps, restarts, gpus = run.known_steps, sweep.max_restarts, torch.cuda.device_count()
+    job = Job(tuple(words), folder, steps, nproc, meeting, name, patience, restarts, folder / "logs", gpus)
     # A signal that stopped the trial then does to this process what it would have done: submitit queues it again.
-    outcome = run_workers(job, relay=not basic)
+    outcome = run_workers(job, warm, relay=not basic)
     if basic and outcome.state == "stopped":
         raise KeyboardInterrupt  # the other trials too
     return outcome.state

@@ -1,5 +1,6 @@
 """A trial of a search under way: its agent, what it measures, and how it ended."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from rowwise.launch.outcome import Outcome, clear_outcome, last_refusal, read_ou
 from rowwise.launch.sweep.config import SweepConfig
 from rowwise.launch.sweep.space import Space, overrides_of
 from rowwise.launch.sweep.trials import trial_words
+from rowwise.launch.warm import Warm
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.lock import is_held
 from rowwise.trainer.metrics import MetricsTail
@@ -68,8 +70,9 @@ def start_trial(
     number: int,
     folder: Path,
     environment: dict[str, str],
+    warm: Warm | None = None,
 ) -> tuple[subprocess.Popen, int]:
-    """The agent of a trial, which ends when this process does; and the trial's last step."""
+    """The agent of a trial, which ends when this process does, with workers that `warm` forks; and the trial's last step."""
     clear_outcome(folder)
     words = overrides_of(space.fixed, settings)
     run = config_from_tree(compose_tree(words))
@@ -77,10 +80,13 @@ def start_trial(
     # A step of Slurm on several machines is the search's: each trial has one.
     ours = ["--nodes=1", f"--job={config.name}-{number}", f"--max-restarts={config.max_restarts}"]
     ours += [f"--log-dir={folder / 'logs'}", f"--parent={os.getpid()}"]
-    with (folder / "agent.log").open("ab") as log:
+    with (folder / "agent.log").open("ab") as log, contextlib.ExitStack() as stack:
+        lent = [] if warm is None else [stack.enter_context(warm.lend()).fileno()]
+        ours += [f"--warm={number}" for number in lent]
         agent = subprocess.Popen(
             [sys.executable, "-P", "-m", "rowwise.launch.start", *ours, *words],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+            pass_fds=lent,
         )  # fmt: skip
     return agent, run.steps
 

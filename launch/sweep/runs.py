@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from rowwise.launch.agent import default_nproc, require_ranks
 from rowwise.launch.compose import compose_tree
+from rowwise.launch.ranks import default_nproc, require_ranks
 from rowwise.launch.sweep.config import Composed, SweepConfig, is_basic, naming
 from rowwise.launch.sweep.space import Space, overrides_of
 from rowwise.optim.lengths import read_length

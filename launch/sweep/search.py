@@ -21,6 +21,7 @@ from rowwise.launch.sweep.running import Running, outcome_of, slot_environment, 
 from rowwise.launch.sweep.runs import first_rung, largest_nproc
 from rowwise.launch.sweep.space import Choice, Interval, Space
 from rowwise.launch.sweep.trials import Trial, result
+from rowwise.launch.warm import Warm
 from rowwise.trainer.keys import without_password
 from rowwise.trainer.metrics import MetricsTail, number
 from rowwise.trainer.stop import hearing
@@ -32,14 +33,15 @@ DEAD_SECONDS = 120.0  # without one, on another machine
 UNNAMED_SECONDS = 5.0  # between the beginning of a trial and the name of its machine
 
 
-def search(config: SweepConfig, space: Space) -> list[Trial]:
+def search(config: SweepConfig, space: Space, warm: Warm | None = None) -> list[Trial]:
     """Searches until `config.trials` have ended, or until asked to stop. Returns all trials there are."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return Search(config, space).run()
+    return Search(config, space, warm).run()
 
 
 class Search:
-    def __init__(self, config: SweepConfig, space: Space):
+    def __init__(self, config: SweepConfig, space: Space, warm: Warm | None = None):
+        self.warm = warm
         self.config, self.space, self.nproc = config, space, largest_nproc(space)
         self.folder = Path(config.folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,7 @@ class Search:
             return
         slot = min(set(range(self.config.parallel)) - {running.slot for running in self.running})
         environment = slot_environment(slot, self.config.parallel, self.nproc)
-        process, steps = start_trial(self.config, self.space, settings, trial.number, folder, environment)
+        process, steps = start_trial(self.config, self.space, settings, trial.number, folder, environment, self.warm)
         told = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
         tail, now = MetricsTail(folder), time.monotonic()
         self.running.append(Running(trial, folder, slot, process, steps, lock, tail, now, told))

@@ -155,7 +155,7 @@ def test_random_configurations(schema, part, monkeypatch, tmp_path):
 def test_random_command_lines(schema, monkeypatch, tmp_path):
     """Through `rowwise train`, up to where workers would be started."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(agent, "run_workers", lambda job, relay=False: Outcome("complete", None, job.steps))
+    monkeypatch.setattr(agent, "run_workers", lambda job, warm=None, relay=False: Outcome("complete", None, job.steps))
     codes = []
     for number in range(COMMANDS):
         choices, given = some_case(random.Random(f"command {number}"), schema)

@@ -119,7 +119,7 @@ def test_a_machine_with_another_token_is_refused_and_the_meeting_goes_on(tmp_pat
     await_steps(tmp_path, 1, job)
     # The stranger believes that the meeting is elsewhere, as it would be.
     program = (
-        "import sys; from rowwise.launch import job, start; job.is_here = lambda *_: False; "
+        "import sys; from rowwise.launch import meeting, start; meeting.is_here = lambda *_: False; "
         "sys.exit(start.main(sys.argv[1:]))"
     )
     other = [*meeting, str(tokens[1]), *overrides, f"run_dir={tmp_path}/other-run"]

@@ -1,0 +1,306 @@
+"""A warm process: it has imported what workers need, and forks them, so that each begins at once.
+
+    a command, without torch <-- socket --> warm process -- fork --> worker, worker, ..., what they meet in
+
+It touches no device and starts no thread, which a fork would not survive, and waits for nothing but its clients: the command that
+started it, and those that command lends it to (the agents of a search's trials). A client sends {"call": "module:function", ...};
+the function is called in a fork, as `function(tell, *arguments)`, and the client hears {"pid"}, {"pid", "told"} for each thing that
+it tells, and {"pid", "ended"} with its exit code. Where a client is gone, what it started is asked to stop as by SIGTERM.
+"""
+
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rowwise.launch.meeting import TOKEN
+from rowwise.trainer.stop import SIGNALS
+
+BEFOREHAND = ("rowwise.launch.ranks", "rowwise.launch.worker")  # imported while there is nothing else to do
+LEAVING_SECONDS = 60  # that is given to what a client left behind
+_MESSAGE_BYTES = 1 << 17
+_NAME = 15  # of prctl: what `ps` and `top` show
+_NO_MORE = (BrokenPipeError, ConnectionResetError)
+
+
+class WarmIsGone(RuntimeError):
+    """The warm process has ended by itself, or was killed."""
+
+
+@dataclass
+class Child:
+    """What a warm process forked for this one. `code`: its exit code, once it has ended."""
+
+    pid: int
+    told: list[Any] = field(default_factory=list)
+    code: int | None = None
+
+    def send_signal(self, number: int) -> None:
+        """To it alone, where it is still there."""
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def end(self, number: int) -> None:
+        """Sends a signal to it and to what it started."""
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+
+class Warm:
+    """This process's way to a warm one. Start it early: it imports meanwhile."""
+
+    def __init__(self, control: socket.socket | None = None, beforehand: Sequence[str] = BEFOREHAND) -> None:
+        self._children: dict[int, Child] = {}
+        self._process: subprocess.Popen | None = None
+        if control is not None:
+            self._control = control
+            return
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "rowwise.launch.warm", str(theirs.fileno()), *beforehand],
+                pass_fds=[theirs.fileno()], env=_without_token(), start_new_session=True,
+            )  # fmt: skip
+
+    def lend(self) -> socket.socket:
+        """Another way to the same process, for a command that this one starts."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            socket.send_fds(self._control, [b'{"client": "another"}'], [theirs.fileno()])
+        return ours
+
+    def start(
+        self,
+        call: str,
+        *arguments: Any,
+        environment: dict[str, str] | None = None,
+        logs: tuple[Path, Path] | None = None,
+    ) -> Child:
+        """Forks `call` in this process's environment and `environment`; its streams go to `logs` where they are given."""
+        asked = {
+            "call": call,
+            "arguments": arguments,
+            "environment": {**_without_token(), **(environment or {})},
+            "logs": None if logs is None else [str(path.absolute()) for path in logs],
+        }
+        with contextlib.suppress(*_NO_MORE):  # which is heard below
+            self._control.send(json.dumps(asked).encode())
+        while True:
+            told = self._hear(None)
+            if told.keys() == {"pid"}:
+                return self._children[told["pid"]]
+
+    def ask(self, call: str, *arguments: Any) -> Any:
+        """What `call` tells. Raises RuntimeError where it ends without."""
+        return self.told_by(self.start(call, *arguments))
+
+    def told_by(self, child: Child) -> Any:
+        """The first thing that it tells. Raises RuntimeError where it ends without."""
+        while not child.told:
+            if child.code is not None:
+                raise RuntimeError(f"a process that was forked ended with {child.code}")
+            self._hear(None)
+        return child.told[0]
+
+    def watch(self, seconds: float) -> None:
+        """Waits so long for news of the children, and no longer than for the first."""
+        if select.select([self._control], [], [], seconds)[0]:
+            self._hear(0.0)
+
+    def _hear(self, seconds: float | None) -> dict[str, Any]:
+        """One message. Raises WarmIsGone."""
+        try:
+            message = self._control.recv(_MESSAGE_BYTES)
+        except _NO_MORE:
+            message = b""
+        if not message:
+            for child in self._children.values():
+                child.code = -signal.SIGKILL if child.code is None else child.code
+            raise WarmIsGone("the process that forks workers is gone; what it printed says why")
+        told = json.loads(message)
+        child = self._children.get(told["pid"])
+        if child is None or child.code is not None:  # its number is that of one before
+            child = self._children[told["pid"]] = Child(told["pid"])
+        if "told" in told:
+            child.told.append(told["told"])
+        if "ended" in told:
+            child.code = told["ended"]
+        return told
+
+    def close(self) -> None:
+        """Leaves it, and what it has forked for this one."""
+        self._control.close()
+        if self._process is not None:
+            if all(child.code is not None for child in self._children.values()):
+                self._process.kill()  # it may be importing
+            self._process.wait()
+
+
+@contextlib.contextmanager
+def warmed(lent: int | None = None) -> Iterator[Warm]:
+    """A warm process, which is left with the context: one of its own, or the one that `lent` (a file descriptor) leads to."""
+    warm = Warm(None if lent is None else socket.socket(fileno=lent))
+    try:
+        yield warm
+    finally:
+        warm.close()
+
+
+class Server:
+    """The warm process itself."""
+
+    def __init__(self, control: socket.socket, beforehand: Sequence[str]):
+        self._clients: dict[socket.socket, set[int]] = {control: set()}
+        self._left: dict[int, float] = {}  # children without a client, and until when they may stay
+        self._beforehand = list(beforehand)
+        self._woken, told = os.pipe()
+        for end in (self._woken, told):
+            os.set_blocking(end, False)
+        self._before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+
+    def serve(self) -> Callable[[], None] | None:
+        """Serves until nobody is there. In a fork: returns what it is to do."""
+        while self._clients or self._left:
+            waiting = 0.0 if self._beforehand else 1.0 if self._left else None
+            ends: list[socket.socket | int] = [*self._clients, self._woken]
+            heard = select.select(ends, [], [], waiting)[0]
+            if not heard and self._beforehand:
+                importlib.import_module(self._beforehand.pop(0))
+            if self._woken in heard:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._woken, 4096)
+            self._bury()
+            for client in [one for one in heard if isinstance(one, socket.socket)]:
+                if (task := self._answer(client)) is not None:
+                    return task
+        return None
+
+    def _answer(self, client: socket.socket) -> Callable[[], None] | None:
+        try:
+            message, fds, _, _ = socket.recv_fds(client, _MESSAGE_BYTES, 1)
+        except _NO_MORE:
+            message, fds = b"", []
+        if not message:
+            self._forget(client)
+            return None
+        asked = json.loads(message)
+        if "client" in asked:
+            self._clients[socket.socket(fileno=fds[0])] = set()
+            return None
+        module, _, name = asked["call"].partition(":")
+        function = getattr(importlib.import_module(module), name)
+        gc.collect()
+        gc.freeze()  # what is here stays as it is, and so shared with the forks
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, self._before
+        )  # none is lost between the fork and the child's own handlers
+        if (pid := os.fork()) == 0:
+            return self._become(client, function, asked)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
+        self._clients[client].add(pid)
+        _tell(client, {"pid": pid})
+        return None
+
+    def _become(self, client: socket.socket, function: Callable[..., Any], asked: dict[str, Any]) -> Callable[[], None]:
+        """In a fork: leaves everything of the warm process behind."""
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.setsid()
+        for other in self._clients.keys() - {client}:
+            other.close()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
+        os.environ.clear()
+        os.environ.update(asked["environment"])
+        for stream, path in zip((1, 2), asked["logs"] or (), strict=False):
+            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.dup2(log, stream)
+            os.close(log)
+        return lambda: function(Telling(client), *asked["arguments"])
+
+    def _bury(self) -> None:
+        """Tells of the children that have ended, and ends those that nobody waits for any more."""
+        for pid, until in self._left.items():
+            if time.monotonic() > until:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                pid, status = ended
+                self._left.pop(pid, None)
+                for client, children in self._clients.items():
+                    if pid in children:
+                        children.remove(pid)
+                        _tell(client, {"pid": pid, "ended": os.waitstatus_to_exitcode(status)})
+
+    def _forget(self, client: socket.socket) -> None:
+        for pid in self._clients.pop(client):
+            self._left[pid] = time.monotonic() + LEAVING_SECONDS
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGTERM)
+        client.close()
+
+
+class Telling:
+    """What a forked function tells its client with. One that lasts closes it, so that its client hears where the warm process is
+    gone."""
+
+    def __init__(self, client: socket.socket):
+        self._client = client
+
+    def __call__(self, value: Any) -> None:
+        _tell(self._client, {"pid": os.getpid(), "told": value})
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _tell(client: socket.socket, message: dict[str, Any]) -> None:
+    with contextlib.suppress(*_NO_MORE):
+        client.send(json.dumps(message).encode())
+
+
+def _without_token() -> dict[str, str]:
+    """The environment of this process for others, whose environment anybody of the user's may read."""
+    return {name: value for name, value in os.environ.items() if name != TOKEN}
+
+
+def call_oneself(name: str) -> None:
+    """Sets the name under which `ps` and `top` show this process, whose command line is the warm one's."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_NAME, name.encode()[:15], 0, 0, 0)
+
+
+def use_threads() -> None:
+    """Has torch use as many threads as OMP_NUM_THREADS says, which it read when it was imported."""
+    import torch
+
+    if (given := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(given) > 0:
+        torch.set_num_threads(int(given))
+
+
+if __name__ == "__main__":
+    call_oneself("rowwise warm")
+    task = Server(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:]).serve()
+    if task is not None:
+        task()
