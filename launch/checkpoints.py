@@ -51,7 +51,8 @@ def candidates_of(run: str | Path, choice: str | None, key: str = "checkpoint") 
     folder = Path(run).expanduser()
     found = find_checkpoints(folder)
     if not found:
-        others = sorted(str(p) for p in folder.parent.iterdir() if _holds_some(p)) if folder.parent.is_dir() else []
+        below = [folder.parent, Path("runs")] if folder.parent.is_dir() else [Path("runs")]
+        others = sorted({str(p) for parent in below if parent.is_dir() for p in parent.iterdir() if _holds_some(p)})
         hint = f"possible are {', '.join(others)}" if others else "give a folder that a training run wrote"
         raise ValueError(f"run={run}: there is no checkpoint; {hint}")
     if choice is None:

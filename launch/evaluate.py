@@ -25,7 +25,6 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +36,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rowwise.launch.checkpoints import Sound, candidates_of, choose_sound, examined
 from rowwise.launch.compose import compose_tree, key_of
 from rowwise.launch.runs import Run, open_run
-from rowwise.launch.settings import parse
+from rowwise.launch.settings import parse, read_words
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.data.corpus import Corpus
 from rowwise.trainer.data.open import Data, open_data
@@ -80,11 +79,7 @@ class Row:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="rowwise.launch.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    words = parser.parse_args(arguments).settings
+    words = read_words("rowwise evaluate", __doc__, sys.argv[1:] if arguments is None else arguments)
     data = [word for word in words if word.partition("=")[0].partition(".")[0] == "data"]
     try:
         config = parse(EvaluateConfig, [word for word in words if word not in data], "run=runs/NAME", also=("data",))

@@ -22,12 +22,11 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 from rowwise.launch.checkpoints import choose_sound
-from rowwise.launch.settings import parse
+from rowwise.launch.settings import parse, read_words
 from rowwise.trainer.models.config_json import FORMS
 
 POSSIBLE_DTYPES = ("fp32", "bf16", "fp16")
@@ -48,12 +47,9 @@ class ExportConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exports. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="rowwise.launch.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    words = read_words("rowwise export", __doc__, sys.argv[1:] if arguments is None else arguments)
     try:
-        print(export(parse(ExportConfig, parser.parse_args(arguments).settings, "run=runs/NAME to=DIR")))
+        print(export(parse(ExportConfig, words, "run=runs/NAME to=DIR")))
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@
     temperature=0.7      0: always the likeliest token
     top_k=0              of the likeliest tokens, how many may be drawn; 0: all
     top_p=1              of the likeliest tokens, those that have this share of the probability
-    seed=0               of what is drawn: the same text again
+    seed=0               of what is drawn: the same text again; of a person's second prompt seed + 1, and so on
     tokenizer=PATH       of a run that read tokens: the tokenizer.json that made them, or bytes; default: the run's own
     device=DEVICE        cpu, cuda or cuda:N; default: a GPU where there is one
 
@@ -25,18 +25,18 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
-import argparse
 import contextlib
 import itertools
+import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from rowwise.launch.runs import open_run
-from rowwise.launch.settings import parse
+from rowwise.launch.settings import parse, read_words
 
 if TYPE_CHECKING:
     from rowwise.trainer.generate import Writer
@@ -62,12 +62,9 @@ class GenerateConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="rowwise.launch.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    words = read_words("rowwise generate", __doc__, sys.argv[1:] if arguments is None else arguments)
     try:
-        config = parse(GenerateConfig, parser.parse_args(arguments).settings, "run=runs/NAME prompt=TEXT")
+        config = parse(GenerateConfig, words, "run=runs/NAME prompt=TEXT")
         generate(config)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
@@ -93,9 +90,9 @@ def generate(config: GenerateConfig) -> None:
         write(writer, prompt, config.max_tokens, sampling, shown=prompt)
         return
     print("a prompt a line; Ctrl-D ends", file=sys.stderr)
-    for line in asked():
+    for number, line in enumerate(asked()):
         try:
-            write(writer, line, config.max_tokens, sampling, shown="")
+            write(writer, line, config.max_tokens, replace(sampling, seed=config.seed + number), shown="")
         except ValueError as refusal:
             print(refusal, file=sys.stderr)
 
@@ -106,8 +103,15 @@ def write(writer: "Writer", prompt: str, most: int, sampling: "Sampling", shown:
         told = f"the prompt has {long:,} tokens, and the model looks back {writer.context:,} (batch.seq_len): it sees the last"
         print(told, file=sys.stderr)
     for piece in itertools.chain([shown], writer.write(prompt, most, sampling)):
-        print(piece, end="", flush=True)
+        print(harmless(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     print(flush=True)
+
+
+def harmless(text: str) -> str:
+    """The text without what a terminal would obey: control characters but line breaks and tabs are U+FFFD."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
+    )
 
 
 def given_prompt(config: GenerateConfig) -> str | None:

@@ -1,7 +1,9 @@
 """`key=value` arguments of the commands that are no run, as a dataclass. Needs no torch: what is mistyped is refused at once."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -9,6 +11,22 @@ from pydantic import TypeAdapter, ValidationError
 from rowwise.trainer.keys import unknown_key
 
 Keys = TypeVar("Keys")
+
+
+def read_words(prog: str, description: str | None, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command as KEY=VALUE: --max-tokens=9 and --max-tokens 9 are max_tokens=9. --help prints `description` and
+    leaves."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    words, left = list[str](), iter(arguments)
+    for word in left:
+        if word.startswith("--") and word != "--help":
+            key, given, value = word.removeprefix("--").partition("=")
+            word = f"{key.replace('-', '_')}={value if given else next(left, '')}"
+        words.append(word)
+    return parser.parse_args(words).settings
 
 
 def parse(kind: type[Keys], settings: Sequence[str], example: str, also: Sequence[str] = ()) -> Keys:
@@ -19,7 +37,7 @@ def parse(kind: type[Keys], settings: Sequence[str], example: str, also: Sequenc
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in known:
-            raise ValueError(unknown_key(key, [*known, *also]))
+            raise ValueError(unknown_key(key, [*known, *also]) + _advice(setting))
         if not value or key in given:
             raise ValueError(f"{setting}: give {key}=VALUE, once")
         given[key] = value
@@ -32,3 +50,10 @@ def parse(kind: type[Keys], settings: Sequence[str], example: str, also: Sequenc
         first = error.errors(include_url=False)[0]
         key, said = first["loc"][0], first["msg"].partition(",")[0]
         raise ValueError(f"{key}={first['input']}: {said[0].lower()}{said[1:]}") from None
+
+
+def _advice(setting: str) -> str:
+    """What is said of an argument without a key."""
+    if "=" in setting:
+        return ""
+    return f"; give run={setting}" if Path(setting).expanduser().is_dir() else "; an argument is KEY=VALUE"

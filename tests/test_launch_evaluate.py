@@ -51,6 +51,15 @@ def test_the_loss_is_the_recorded_one(ranks, tmp_path, case):
         assert row.perplexity == pytest.approx(math.exp(row.loss)) and row.bits_per_byte is None
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_of_one_process_is_recorded_to_the_last_bit(ranks, tmp_path, precision):
+    """The whole model computes as the run did, which in bf16 held a copy in float32."""
+    config = small_config(tmp_path, f"precision={precision}", "steps=2", "eval.every=1", "eval.batches=1")
+    ranks.run(run_train, 1, with_layout(config, 1))
+    (row,) = evaluate(EvaluateConfig(run=config.run_dir))
+    assert row.loss == row.recorded_loss == read_metrics(Path(config.run_dir))[1]["eval_loss"]
+
+
 @pytest.fixture(scope="module")
 def file_tokenizer(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"

@@ -14,7 +14,7 @@ from parity import small_config, with_layout
 from rowwise.kernels.attention import causal_attention
 from rowwise.launch import generate as generating
 from rowwise.launch.export import main as export
-from rowwise.launch.generate import main
+from rowwise.launch.generate import harmless, main
 from rowwise.launch.runs import open_run
 from rowwise.trainer import generate as writing
 from rowwise.trainer.config import TrainConfig
@@ -157,6 +157,10 @@ def test_a_prompt_comes_from_a_file_or_standard_input(staged_run, tmp_path, caps
     expected = said(capsys, *common, "prompt=Rows")
     (tmp_path / "prompt.txt").write_text("Rows\n")
     assert said(capsys, *common, f"prompt_file={tmp_path / 'prompt.txt'}") == expected
+    assert (
+        said(capsys, "--run", staged_run.run_dir, "--temperature=0", "--max-tokens", "5", "--prompt", "Rows")
+        == expected
+    )
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Rows\n")))
     assert said(capsys, *common) == expected
 
@@ -175,6 +179,26 @@ def test_a_person_is_asked_for_prompt_after_prompt(staged_run, capsys, monkeypat
     monkeypatch.setattr(generating.sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
     monkeypatch.setattr("builtins.input", typed)
     assert said(capsys, *common) == "".join(expected) + "\n"
+
+
+def test_a_terminal_is_told_nothing_that_it_would_obey():
+    assert (
+        harmless("a\x1b[2Jb\r\x07\n\té")
+        == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}\n\té"
+    )
+
+
+def test_a_model_that_the_memory_does_not_hold_is_refused(staged_run, monkeypatch, capsys):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    assert main([f"run={staged_run.run_dir}", "prompt=a", "device=cpu"]) == 2
+    assert "device=cpu: the weights take 0.0 GB, and 0.0 GB are free; give another device" in capsys.readouterr().err
+
+
+def test_the_name_of_a_run_alone_is_answered_with_its_folder(staged_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(staged_run.run_dir, tmp_path / "runs" / "first")
+    monkeypatch.chdir(tmp_path)
+    assert main(["run=first", "prompt=a"]) == 2
+    assert capsys.readouterr().err == "refused: run=first: there is no checkpoint; possible are runs/first\n"
 
 
 def test_a_prompt_longer_than_the_context_is_said_to_be(staged_run, capsys):
@@ -230,6 +254,10 @@ def test_refusals_say_what_was_given_and_what_is_possible(staged_run, tmp_path, 
     (tmp_path / "begun" / "metrics.jsonl").touch()
     for settings, parts in {
         (prompt,): ["run= is missing", "prompt=TEXT"],
+        (staged_run.run_dir, prompt): ["unknown key", f"; give run={staged_run.run_dir}"],
+        (run, "a row"): ["unknown key a row", "; an argument is KEY=VALUE"],
+        (run, "--promt", "a"): ["unknown key promt", "did you mean prompt?"],
+        (run, "--prompt"): ["prompt=: give prompt=VALUE"],
         (run, prompt, "temprature=0"): ["unknown key temprature", "did you mean temperature?"],
         (run, prompt, "temperature=hot"): ["temperature=hot", "valid number"],
         (run, prompt, "temperature=-1"): ["temperature=-1", "greater than or equal to 0"],

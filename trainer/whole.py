@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -68,12 +69,23 @@ def device_named(name: str | None) -> torch.device:
 
 def load_model(source: Source, device: torch.device, dtype: torch.dtype | None = None) -> Decoder:
     """The model of a checkpoint, whole, on `device`, to be evaluated and not to learn: its weights in `dtype`, by default
-    that in which the run computed. Raises ValueError where the checkpoint cannot be read."""
+    that in which the run computed. Raises ValueError where the checkpoint cannot be read, or the device has not
+    the memory."""
     with torch.device("meta"):
         model = Decoder(source.model).to(dtype or source.precision)
+    _require_room(model, device)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     fill_(model, source)
     return model
+
+
+def _require_room(model: Decoder, device: torch.device) -> None:
+    needed = sum(p.nbytes for p in model.parameters())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"device={device}: the weights take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; give another device="
+        )
 
 
 def fill_(model: Decoder, source: Source) -> None:
