@@ -47,8 +47,9 @@ def train(config: "TrainConfig") -> "TrainState":
     import torch.distributed as dist
 
     from rowwise.launch.outcome import Failed, Refused
+    from rowwise.launch.parent import follow
     from rowwise.launch.worker import LEAVING_SECONDS, prepared, run
-    from rowwise.launch.workers import follow, job_id, workers_from_environment
+    from rowwise.launch.workers import job_id, workers_from_environment
 
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(

@@ -157,7 +157,8 @@ class Text:
         if self.of_run is None or manifest["fingerprint"]["data"] != self.corpus.fingerprint:
             return False
         keys = (("eval", "batches"), ("batch", "global_size"), ("batch", "seq_len"))
-        return all(self.of_run[group][key] == manifest["config"][group][key] for group, key in keys)
+        theirs: Mapping[str, Any] = manifest["config"]
+        return all(self.of_run[group][key] == theirs[group][key] for group, key in keys)
 
     @property
     def told(self) -> str:
@@ -167,7 +168,8 @@ class Text:
 
 def open_text(config: EvaluateConfig, words: Sequence[str], manifest: Manifest) -> Text:
     """The text that the keys ask for, in the tokens of the run. Raises ValueError where it has none, or other tokens."""
-    ours, vocab_size = manifest["config"], manifest["config"]["model"]["vocab_size"]
+    ours: Mapping[str, Any] = manifest["config"]
+    vocab_size = ours["model"]["vocab_size"]
     source = source_of(ours["data"], words)
     seq_len = config.seq_len or ours["batch"]["seq_len"]
     try:

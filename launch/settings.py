@@ -22,10 +22,11 @@ def read_words(prog: str, description: str | None, arguments: Sequence[str]) -> 
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     words, left = list[str](), iter(arguments)
     for word in left:
-        if word.startswith("--") and word != "--help":
-            key, given, value = word.removeprefix("--").partition("=")
-            word = f"{key.replace('-', '_')}={value if given else next(left, '')}"
-        words.append(word)
+        if not word.startswith("--") or word == "--help":
+            words.append(word)
+            continue
+        key, given, value = word.removeprefix("--").partition("=")
+        words.append(f"{key.replace('-', '_')}={value if given else next(left, '')}")
     return parser.parse_args(words).settings
 
 
@@ -48,8 +49,8 @@ def parse(kind: type[Keys], settings: Sequence[str], example: str, also: Sequenc
         return TypeAdapter(kind).validate_python(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key, said = first["loc"][0], first["msg"].partition(",")[0]
-        raise ValueError(f"{key}={first['input']}: {said[0].lower()}{said[1:]}") from None
+        said = first["msg"].partition(",")[0]
+        raise ValueError(f"{first['loc'][0]}={first['input']}: {said[0].lower()}{said[1:]}") from None
 
 
 def _advice(setting: str) -> str:

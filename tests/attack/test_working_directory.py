@@ -73,7 +73,9 @@ def test_a_sweep_of_two_trials_imports_none_of_them(poisoned, tmp_path, search):
     assert [outcome.state for outcome in ended if outcome is not None] == ["complete"] * 2
 
 
-@pytest.mark.parametrize("name", ["train", "start", "cli", "sweep", "export", "report", "schedule", "slurm"])
+@pytest.mark.parametrize(
+    "name", ["train", "start", "cli", "sweep", "export", "generate", "evaluate", "report", "schedule", "slurm"]
+)
 def test_no_command_imports_one(poisoned, name):
     assert run(poisoned, [sys.executable, "-m", f"rowwise.launch.{name}", "--help"])[0] == 0
     assert imported(poisoned) == ""
