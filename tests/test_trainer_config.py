@@ -99,6 +99,8 @@ def test_every_config_file_is_composed_and_run(ranks, tmp_path, text, file):
         overrides += data_overrides(choice, text)
     if file == "tracker/wandb":
         overrides.append("tracker.mode=offline")
+    if file in ("tracker/mlflow", "tracker/trackio"):
+        return  # optional packages: test_trainer_trackers
     config = config_from_tree(compose_tree(overrides))
     world = math.prod(getattr(config.parallel, axis) for axis in DEGREES if axis != "shard")
     ranks.run(run_train, world, prepare(config, world))

@@ -21,6 +21,7 @@ from rowwise.trainer.models.decoder import check_model, parameter_shapes
 from rowwise.trainer.run_length import MOST_STEPS
 from rowwise.trainer.spike import check_spike
 from rowwise.trainer.stages import check_pipeline, splits_backward
+from rowwise.trainer.tracker import check_tracker
 
 MOST_WORKERS = 1024  # of a machine
 MOST_SAMPLED = 1_000_000
@@ -57,6 +58,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     range_test = isinstance(config.schedule, LrRange)
     check_spike(config.on_spike, config.spike, config.checkpoint.every, config.optim.in_backward, range_test)
     _check_sparsity(config, parallel)
+    check_tracker(config.tracker)
     return replace(config, parallel=parallel)
 
 

@@ -1,8 +1,17 @@
-"""Where metrics go beside metrics.jsonl: nowhere, Weights & Biases, or TensorBoard. Only rank 0 has one."""
+"""Where metrics go beside metrics.jsonl: nowhere, Weights & Biases, MLflow, trackio, or TensorBoard. Only rank 0 has one.
 
+A run is one run there over all resumes: its id is kept in its folder. What it records again, from the checkpoint that it goes on
+from, is sent again under the same step.
+"""
+
+import sys
+import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,11 +33,39 @@ class Wandb:
 
 
 @dataclass(frozen=True)
+class Mlflow:
+    """`uri`: of the server or database; null: what MLflow uses by itself (MLFLOW_TRACKING_URI). `group` becomes a tag."""
+
+    name: Literal["mlflow"] = "mlflow"
+    experiment: str = "rowwise"
+    uri: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Trackio:
+    """`space`: a Hugging Face Space that gets the metrics; null: files of this machine, which `trackio show` shows."""
+
+    name: Literal["trackio"] = "trackio"
+    project: str = "rowwise"
+    space: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
 class TensorBoard:
     name: Literal["tensorboard"] = "tensorboard"
 
 
-TrackerConfig = NoTracker | Wandb | TensorBoard
+TrackerConfig = NoTracker | Wandb | Mlflow | Trackio | TensorBoard
+
+PACKAGES = {
+    "wandb": "wandb",
+    "mlflow": "mlflow-skinny",
+    "trackio": "trackio",
+    "tensorboard": "tensorboard",
+}  # by module
+MOST_PARAMETERS, MOST_METRICS, LONGEST_PARAMETER = 100, 1000, 500  # that MLflow takes at a time; characters
 
 
 class Tracker(Protocol):
@@ -37,10 +74,23 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def check_tracker(config: TrackerConfig) -> None:
+    """Raises ValueError where its package is not there."""
+    package = PACKAGES.get(config.name)
+    if package is not None and find_spec(config.name) is None:
+        raise ValueError(
+            f"tracker={config.name}: its package is not installed; run pip install {package}, or give another tracker"
+        )
+
+
 def open_tracker(config: TrackerConfig, run_dir: Path, name: str, tree: dict[str, Any], step: int) -> Tracker | None:
-    """The tracker of a run that goes on after `step`; a resumed run continues the same wandb run."""
+    """The tracker of a run that goes on after `step`."""
     if isinstance(config, Wandb):
         return _WandbTracker(config, run_dir, name, tree)
+    if isinstance(config, Mlflow):
+        return _MlflowTracker(config, run_dir, name, tree)
+    if isinstance(config, Trackio):
+        return _TrackioTracker(config, run_dir, name, tree)
     if isinstance(config, TensorBoard):
         return _TensorBoardTracker(run_dir, step)
     return None
@@ -50,10 +100,6 @@ class _WandbTracker:
     def __init__(self, config: Wandb, run_dir: Path, name: str, tree: dict[str, Any]):
         import wandb
 
-        # The id makes a resumed run the same run; it is kept beside the metrics.
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,
@@ -61,22 +107,99 @@ class _WandbTracker:
             mode=config.mode,
             dir=run_dir,
             name=name,
-            id=id_file.read_text(),
+            id=_kept_id(run_dir / "wandb_id"),
             resume="allow",
             config=tree,
+            allow_val_change=True,
         )
+        # wandb's own count of steps takes none again, and after a rollback they are others.
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, record: dict[str, Any]) -> None:
-        self._run.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
+        self._run.log({key: value for key, value in record.items() if value is not None})
 
     def close(self) -> None:
         self._run.finish()
 
 
-def _flat(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What is kept by layer, as `key/layer`."""
-    for key, value in record.items():
-        yield from ((f"{key}/{name}", v) for name, v in value.items()) if isinstance(value, dict) else ((key, value),)
+class _MlflowTracker:
+    """Sends in a thread, as many numbers at a time as wait: a server that is slow or gone holds up no step."""
+
+    def __init__(self, config: Mlflow, run_dir: Path, name: str, tree: dict[str, Any]):
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient(config.uri)
+        self._run = self._begin(config, run_dir / "mlflow_run_id", name, tree)
+        self._waiting: deque[Any] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._sending: Future[None] | None = None
+        self._complaint: str | None = None
+
+    def _begin(self, config: Mlflow, kept: Path, name: str, tree: dict[str, Any]) -> str:
+        """The id of the run there: that which is kept, or of a new one."""
+        from mlflow.entities import Param
+
+        if kept.exists():
+            self._client.update_run(kept.read_text(), status="RUNNING")
+            return kept.read_text()
+        found = self._client.get_experiment_by_name(config.experiment)
+        experiment = self._client.create_experiment(config.experiment) if found is None else found.experiment_id
+        tags = {"group": config.group} if config.group is not None else {}
+        run: str = self._client.create_run(experiment, run_name=name, tags=tags).info.run_id
+        # MLflow lets no parameter change: they are those of the first start.
+        params = [Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in _flat(tree, ".")]
+        for begin in range(0, len(params), MOST_PARAMETERS):
+            self._client.log_batch(run, params=params[begin : begin + MOST_PARAMETERS])
+        kept.write_text(run)
+        return run
+
+    def log(self, record: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(key, value, now, record["step"]) for key, value in _numbers(record)]
+        if self._sending is None or self._sending.done():
+            self._sending = self._thread.submit(self._send)
+
+    def _send(self) -> None:
+        try:
+            while self._waiting:
+                some = [self._waiting.popleft() for _ in range(min(MOST_METRICS, len(self._waiting)))]
+                self._client.log_batch(self._run, metrics=some)
+        except Exception as error:  # whatever the network has: the run goes on, and metrics.jsonl has it all
+            self._complaint = str(error)
+
+    def close(self) -> None:
+        """Also sends what came as the thread was about to rest."""
+        self._thread.submit(self._send)
+        self._thread.shutdown()
+        try:
+            self._client.set_terminated(self._run)
+        except Exception as error:
+            self._complaint = str(error)
+        if self._complaint is not None:
+            print(f"warning: MLflow did not take all records: {self._complaint}", file=sys.stderr, flush=True)
+
+
+class _TrackioTracker:
+    def __init__(self, config: Trackio, run_dir: Path, name: str, tree: dict[str, Any]):
+        import trackio
+
+        self._run = trackio.init(
+            project=config.project,
+            name=f"{name}-{_kept_id(run_dir / 'trackio_id')}",  # it knows runs by their names
+            group=config.group,
+            space_id=config.space,
+            config=tree,
+            resume="allow",
+            embed=False,
+        )
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._run.log(dict(_numbers(record)), step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class _TensorBoardTracker:
@@ -87,9 +210,28 @@ class _TensorBoardTracker:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def log(self, record: dict[str, Any]) -> None:
-        for key, value in _flat(record):
-            if key != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(key, value, record["step"])
+        for key, value in _numbers(record):
+            self._writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _kept_id(path: Path) -> str:
+    """The id of a run, made at its first start."""
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:8])
+    return path.read_text()
+
+
+def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """What can be drawn of a record; what is kept by layer, as `key/layer`."""
+    return ((key, value) for key, value in _flat(record, "/") if key != "step" and isinstance(value, int | float))
+
+
+def _flat(tree: dict[str, Any], between: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}{between}{name}", inner) for name, inner in _flat(value, between))
+        else:
+            yield key, value

@@ -13,7 +13,7 @@ from rowwise.launch.compose import quoted
 from rowwise.launch.outcome import read_outcome
 from rowwise.trainer.files import write_whole
 from rowwise.trainer.metrics import number, read_metrics
-from rowwise.trainer.tracker import TrackerConfig, Wandb
+from rowwise.trainer.tracker import Mlflow, TrackerConfig, Trackio, Wandb
 
 PICTURE_SIZE = (11.0, 4.2)
 
@@ -49,9 +49,10 @@ def tell(trials: Sequence[Trial], folder: Path, goal: str) -> None:
 
 
 def trial_words(own: Sequence[str], tracker: TrackerConfig, sweep: str, number: int, folder: Path) -> list[str]:
-    """The command line of a trial: in its own folder, and in one group with the others where Weights & Biases is told."""
+    """The command line of a trial: in its own folder, and in one group with the others where a tracker has groups."""
     words = [*own, f"name={quoted(f'{sweep}-{number}')}", f"run_dir={quoted(str(folder))}"]
-    return [*words, f"tracker.group={quoted(sweep)}"] if isinstance(tracker, Wandb) and tracker.group is None else words
+    grouped = isinstance(tracker, Wandb | Mlflow | Trackio) and tracker.group is None
+    return [*words, f"tracker.group={quoted(sweep)}"] if grouped else words
 
 
 def row_of(trial: Trial, goal: str) -> dict[str, Any]:
