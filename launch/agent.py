@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from rowwise.launch.job import Job
 from rowwise.launch.local import POLL_SECONDS, run_here
-from rowwise.launch.meeting import TOKEN, give_up_after, interfaces
+from rowwise.launch.meeting import LOGGED, TOKEN, give_up_after, interfaces
 from rowwise.launch.outcome import (
     OUTCOME,
     Ended,
@@ -40,6 +40,8 @@ from rowwise.trainer.files import DiskFull
 from rowwise.trainer.lock import is_held
 from rowwise.trainer.manifest import newest_sound, read_manifest
 from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.runlog import keep_said
+from rowwise.trainer.screen import CLEAR, is_terminal
 from rowwise.trainer.stop import ASKED, INTERRUPTED, SIGNALS, hearing
 
 PATIENCE_SECONDS = 30.0  # for agents elsewhere, once the workers of this machine have left because they were asked to
@@ -61,7 +63,7 @@ def run_workers(job: Job, warm: Warm | None = None, relay: bool = False) -> Outc
     """
     if (warning := crowding(job.nproc, job.gpus)) is not None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    began, forwarding, error = time.time(), Forwarding(), None
+    began, forwarding, error = time.time(), Forwarding(job.run_dir), None
     with hearing(forwarding.receive), _environment(job):
         try:
             _run_here(job, warm, forwarding) if job.meeting is None else _run_with_others(job, forwarding)
@@ -111,6 +113,7 @@ def _environment(job: Job) -> Iterator[None]:
     given = {"PYTHONSAFEPATH": "1"}
     given |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _threads(job.nproc)}
     given |= {} if job.meeting else interfaces()
+    given |= {} if job.log_dir is None else {LOGGED: "1"}
     before = {name: os.environ.get(name) for name in (TOKEN, *given)}
     os.environ.update(given)
     os.environ.pop(TOKEN, None)
@@ -142,7 +145,8 @@ class Forwarding:
     `abandoned`: the workers have left, and agents elsewhere keep this one waiting.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path | None = None) -> None:
+        self._run_dir = run_dir
         self.requested: int | None = None
         self.abandoned = False
         self._told: set[int] = set()
@@ -154,7 +158,10 @@ class Forwarding:
             self._told.clear()  # Ctrl-C again: see trainer.stop
             self._twice = True
         elif self.requested is None:
-            print(ASKED, file=sys.stderr, flush=True)
+            # Over the bar of the worker that has the same terminal.
+            print(f"{CLEAR if is_terminal(sys.stderr) else ''}{ASKED}", file=sys.stderr, flush=True)
+            if self._run_dir is not None:
+                keep_said(self._run_dir, ASKED)
         self.requested = number
 
     def pass_on(self, workers: Sequence[Worker]) -> None:

@@ -14,6 +14,7 @@ from rowwise.launch.gate import Secret
 from rowwise.trainer.files import full_path
 
 TOKEN = "ROWWISE_TOKEN"
+LOGGED = "ROWWISE_WORKERS_LOGGED"  # our own agent's: it keeps what each worker says, where --log-dir has it
 START = "ROWWISE_START"  # our own agent's name for this start of the workers, on every machine
 LEAST_BYTES = 16
 LAST_PORT = 65535

@@ -17,7 +17,7 @@ from rowwise.trainer.files import from_json
 from rowwise.trainer.lock import JOB, LOCK, is_held
 from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import last_number, last_records, number
-from rowwise.trainer.next_steps import plain_setting, to_go_on
+from rowwise.trainer.next_steps import to_begin_again, to_go_on
 from rowwise.trainer.pace import WINDOW, Pace
 
 PLAN, TABLE, COMMAND, WATCHED = "sweep.json", "sweep.csv", "command.txt", ".watched"
@@ -205,7 +205,7 @@ def _command(folder: Path, state: str, steps: int | None, saved: int | None) -> 
     if saved is not None:
         return to_go_on(folder, 2 * steps if state == "complete" and steps else None)
     if (folder / "config.yaml").is_file():
-        return f"rowwise train {plain_setting('config', folder / 'config.yaml')}"
+        return to_begin_again(folder)
     return None
 
 

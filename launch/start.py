@@ -30,6 +30,10 @@ from rowwise.launch.streams import patient_streams
 from rowwise.launch.train import print_configuration
 from rowwise.launch.utf8 import insist_on_utf8
 from rowwise.launch.warm import Warm, WarmIsGone, warmed
+from rowwise.trainer.console import Console, labelled
+from rowwise.trainer.manifest import newest_sound
+from rowwise.trainer.next_steps import next_steps
+from rowwise.trainer.runlog import keep_said, logs_with_words
 
 EXIT = {"complete": 0, "stopped": 0, "refused": 2, "failed": 1}
 
@@ -61,7 +65,9 @@ def _main(arguments: list[str] | None) -> int:
     if outcome.state == "refused":
         print(f"refused: {outcome.reason}", file=sys.stderr)
     elif outcome.state == "failed":
-        print(f"failed at step {outcome.step}: {outcome.reason}", file=sys.stderr)
+        reason = f"failed at step {outcome.step}: {outcome.reason}"
+        print(reason, file=sys.stderr)
+        tell_of_failure(asked.run_dir, reason, outcome.step, asked.steps or outcome.step)
     elif outcome.state == "stopped" and not outcome.step:
         print("stopped before the first step: there was nothing to save", file=sys.stderr)
     return EXIT[outcome.state]
@@ -80,6 +86,17 @@ def job_asked_for(options: argparse.Namespace, tree: dict[str, Any], meeting: Me
         raise ValueError(told["refused"])
     told["run_dir"] = Path(told["run_dir"])
     return Job(overrides=tuple(options.overrides), log_dir=options.log_dir, **told)
+
+
+def tell_of_failure(run_dir: Path, reason: str, step: int, steps: int) -> None:
+    """Keeps the reason in the log of the run, and says in a box where more of it stands and how to go on."""
+    if not run_dir.is_dir():
+        return
+    keep_said(run_dir, reason)
+    saved = newest_sound(run_dir / "checkpoints") is not None
+    lines = [labelled("said", str(path)) for path in logs_with_words(run_dir)[:4]]
+    lines += [labelled(*row) for row in next_steps(run_dir, None, writes=False, saved=saved)]
+    Console(run_dir, step, steps, log_every=1).end(f"failed at step {step}", lines)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -12,9 +12,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from rowwise.launch.compose import compose_tree, one_line
 from rowwise.launch.outcome import Ended, Failed, Refused, clear_outcome, give_room, keep_room
 from rowwise.launch.parent import follow
+from rowwise.launch.streams import send_to
 from rowwise.launch.workers import (
     announce,
     announce_end,
+    are_logged,
     hear,
     is_one_of_many_machines,
     job_id,
@@ -33,6 +35,7 @@ from rowwise.trainer.lock import lock_run
 from rowwise.trainer.manifest import clear_interrupted, newest_sound
 from rowwise.trainer.metrics import RunMoved
 from rowwise.trainer.prepare import prepare
+from rowwise.trainer.runlog import rank_log
 from rowwise.trainer.spike import TooManySpikes
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.train import train
@@ -47,15 +50,18 @@ def work(overrides: list[str]) -> None:
     if job_id() is not None:
         # Where torchrun is killed on one of many machines, the others restart without it: nobody waits for this one.
         follow(os.getppid(), patience_seconds=0 if is_one_of_many_machines() else LEAVING_SECONDS)
-    run(lambda workers: resolve(overrides, workers), workers_from_environment())
+    run(lambda workers: resolve(overrides, workers), workers_from_environment(), apart=not are_logged())
 
 
-def run(resolve: Callable[[Workers], TrainConfig], workers: Workers) -> TrainState:
+def run(resolve: Callable[[Workers], TrainConfig], workers: Workers, apart: bool = False) -> TrainState:
     """Trains as one of `workers` what `resolve` makes of them on rank 0, and returns the numbers it ended with. Raises Refused
-    before anything is made, and Failed where the disk is full."""
+    before anything is made, and Failed where the disk is full. `apart`: what ranks other than 0 say goes to a file of each in the
+    folder of the run."""
     first = workers.rank == 0
     with begun(resolve, workers) if first else contextlib.nullcontext(config_from_tree(hear(workers))) as config:
         run_dir = Path(config.run_dir)
+        if apart and not first:
+            send_to(rank_log(run_dir, workers.rank))
         tell_gpu(run_dir)
         with told_of_known_ends(run_dir, workers):
             return train(config, workers)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed import rendezvous
 
 from rowwise.launch.gate import LOOPBACK
-from rowwise.launch.meeting import START, interfaces
+from rowwise.launch.meeting import LOGGED, START, interfaces
 from rowwise.launch.outcome import Ended, Failed, Refused
 from rowwise.launch.warm import Telling
 from rowwise.parallel.mesh import Workers
@@ -60,6 +60,11 @@ def workers_from_environment() -> Workers:
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Workers(rank, world_size, local_rank, local_world_size, store)
+
+
+def are_logged() -> bool:
+    """Whether the agent keeps what each worker says."""
+    return LOGGED in os.environ
 
 
 def store_here() -> dist.TCPStore:

@@ -27,11 +27,17 @@ def to_go_on(run_dir: str | Path, steps: int | None = None) -> str:
     return f"rowwise train {setting('resume', run_dir)}{longer}"
 
 
+def to_begin_again(run_dir: str | Path) -> str:
+    """The command that begins a run of which nothing was saved once more, as it was started."""
+    return f"rowwise train {plain_setting('config', Path(run_dir) / 'config.yaml')}"
+
+
 def next_steps(run_dir: str | Path, complete_at: int | None, writes: bool, saved: bool) -> list[tuple[str, str]]:
     """What is to be done with a run: what for, and the command. `complete_at`: its last step, where it has reached it; `writes`:
     whether text can be generated; `saved`: whether there is a checkpoint."""
     run = plain_setting("run", run_dir)
-    found = [("go on", to_go_on(run_dir, complete_at and 2 * complete_at)), ("look", f"rowwise report {run}")]
+    on = to_go_on(run_dir, complete_at and 2 * complete_at) if saved else to_begin_again(run_dir)
+    found = [("go on" if saved else "again", on), ("look", f"rowwise report {run}")]
     if saved and writes:
         found.append(("write", f"rowwise generate {run}"))
     if saved:
