@@ -124,15 +124,19 @@ def listed(found: Iterable[Standing], width: int | None) -> str:
         if columns(cells[0]) > sizes[0]:
             lines.append(cells[0])
             cells = ("", *cells[1:])
-        lines += _with_details(_line(cells, sizes), sum(sizes) + 2 * (len(sizes) - 1), _details(one), width)
+        lines += _with_details(_line(cells, sizes), sum(sizes) + 2 * (len(sizes) - 1), one, width)
     return "\n".join(lines)
 
 
-def _with_details(line: str, filled: int, details: Sequence[str], width: int | None) -> list[str]:
-    whole = "  ".join([padded(line, filled), *details]) if details else line
+def _with_details(line: str, filled: int, one: Standing, width: int | None) -> list[str]:
+    """The line, and the reason and the command behind it or below. A command is not wrapped: a terminal that breaks it by itself
+    still copies it whole."""
+    reason, command = _printable(one.reason or ""), _printable(one.goes_on or "")
+    whole = "  ".join(filter(None, [padded(line, filled), reason, command])) if reason or command else line
     if width is None or columns(whole) <= width:
         return [whole]
-    return [line, *(part for detail in details for part in wrapped(f"    {detail}", width, hanging=6))]
+    below = wrapped(f"    {reason}", width, hanging=6) if reason else []
+    return [line, *below, *([f"    {command}"] if command else [])]
 
 
 def _line(cells: Sequence[str], sizes: Sequence[int]) -> str:
@@ -154,10 +158,6 @@ def _cells(one: Standing) -> tuple[str, ...]:
         "" if one.seconds_left is None else clock(one.seconds_left),
         byte_count(one.bytes),
     )
-
-
-def _details(one: Standing) -> list[str]:
-    return [_printable(text) for text in (one.reason, one.goes_on) if text]
 
 
 def _form(value: float | None, form: str) -> str:

@@ -1,6 +1,7 @@
 """What a person sees of a run, on terminals of several widths, in a file, and beside another run."""
 
 import io
+import os
 import re
 import sys
 import textwrap
@@ -216,6 +217,21 @@ def test_the_screen_of_a_run(tmp_path, program, columns, patient):
         len([line for line in log if line.startswith("step 1/200  loss")]) == 1 and "warning: something is wrong" in log
     )
     assert not any("\x1b" in line or "░" in line for line in log)
+
+
+def test_a_command_is_copied_whole(tmp_path):
+    """Also one that is longer than the terminal: a line break in it would start half of it."""
+    with (
+        Terminal(40) as terminal,
+        os.fdopen(os.dup(terminal.slave), "w") as stream,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "stdout", stream)
+        Console(tmp_path, 0, 1, 1).end(
+            "complete", ["go on      " + "rowwise train resume=" + "long/" * 20 + " steps=9"]
+        )
+        terminal.read(0.2)
+    assert f"go on      rowwise train resume={'long/' * 20} steps=9\r\n" in terminal.raw.decode()
 
 
 def test_two_runs_in_one_terminal(tmp_path, program):

@@ -90,11 +90,11 @@ class Console:
             self._show("\n".join(self._wrapped(lines)))
 
     def end(self, title: str, lines: list[str]) -> None:
-        """The box at the end of a run, in place of the bar."""
+        """The box at the end of a run. Its lines are not wrapped: a terminal that breaks a command by itself still copies it whole."""
         name, rule = f"{self._run_dir.name}: {title}", "─" if holds(sys.stdout, "─") else "-"
         with self._lock:
             keep_said(self._run_dir, boxed(name, lines, FALLBACK_COLUMNS))
-            self._show(boxed(name, self._wrapped(lines), min(self._width, WIDEST_BOX), rule))
+            self._show(boxed(name, lines, min(self._width, WIDEST_BOX), rule))
 
     def close(self) -> None:
         """Takes the bar away, and says a line of the step at which it stood."""
