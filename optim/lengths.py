@@ -75,7 +75,7 @@ class RunLength:
 @functools.lru_cache(maxsize=256, typed=True)  # True is no 1
 def read_length(key: str, value: int | float | str, units: tuple[Unit, ...] = UNITS) -> Length:
     """What was said for `key`. Raises ValueError where it is no length, or in none of the `units` that are possible."""
-    length = _length(value)
+    length = parse_length(value)
     if length is None:
         raise ValueError(f"{key}={value}: give {_or([EXAMPLES[unit] for unit in units])}")
     if length.unit not in units:
@@ -103,7 +103,8 @@ def plain(length: Length, value: int | float | str) -> int | float | str:
     return value
 
 
-def _length(value: int | float | str) -> Length | None:
+def parse_length(value: int | float | str) -> Length | None:
+    """What was said; None where it is no length."""
     said = "" if isinstance(value, bool) else str(value).strip()
     if match := _STEPS.fullmatch(said):
         amount = _decimal(match[1])

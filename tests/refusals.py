@@ -69,6 +69,26 @@ REFUSED = {
         r"eval.every=100 tokens: less than a step, of 4,096 tokens; give at least that",
     ),
     "lines by time": (["log_every=10s"], r"log_every=10s: it cannot be said in time; give steps \(100\), a share"),
+    "masks by a clock": (
+        ["sparsity=rigl", "sparsity.update_every=10min"],
+        r"sparsity.update_every=10min: it cannot be said in time; give steps \(100\), a share of the run .* or tokens",
+    ),
+    "a warm-up by a clock": (
+        ["schedule=cosine", "schedule.warmup_steps=1h"],
+        r"schedule.warmup_steps=1h: it cannot be said in time; give steps \(100\) or tokens",
+    ),
+    "a share for steps": (
+        ["schedule=cosine", "schedule.warmup_steps=0.1"],
+        r"schedule.warmup_steps=0.1: a number of steps; for a share of the run give schedule.warmup=0.1",
+    ),
+    "tokens for a share": (
+        ["sparsity=rigl", "sparsity.stop=2M tokens"],
+        r"sparsity.stop=2M tokens: a share of the run, from 0 to 1; for steps or tokens give sparsity.stop_at=2M tokens",
+    ),
+    "a warm-up of less than a step": (
+        ["schedule=cosine", "schedule.warmup_steps=4k tokens"],
+        r"schedule.warmup_steps=4k tokens: less than a step, of 4,096 tokens",
+    ),
     "no lines": (["log_every=0"], r"log_every=0: it is at least 1 step"),
     "heads": (
         ["model.heads=3"],

@@ -116,6 +116,11 @@ REFUSED = {
     "trials that may not go on": (["seed=1,2", "resume=never"], "a sweep goes on with trials that were cut off"),
     "a checkpoint that is not there": (["seed=1,2", "resume=nowhere"], "resume=nowhere"),
     "a goal that is not measured": (["seed=1,2", "eval.every=0"], "nothing is evaluated"),
+    "trials that a clock evaluates": (
+        ["seed=1,2", "sweep.search=tpe", "eval.every=1min"], "eval.every=1min: trials are compared at the same steps"
+    ),
+    "trials whose rungs are not known": (["seed=1,2", "sweep.search=tpe", "epochs=1"], "epochs=1 with sweep.pruner=halving"),
+    "a length said twice": (["steps=3,4", "tokens=1e6"], "each says how long the run is"),
     "a storage that cannot be opened": (
         ["seed=1,2", "sweep.search=tpe", "sweep.storage=nowhere://x"], "sweep.storage=nowhere://x: "
     ),

@@ -15,11 +15,13 @@ from rowwise.launch import agent
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.curves import length as phase_length
 from rowwise.optim.lengths import A_YEAR, UNITS, Length, RunLength, plain, read_count, read_length
+from rowwise.optim.sparse.config import every
 from rowwise.trainer import resume
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.data.order import sample_indices
+from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.prepare import prepare
 from rowwise.trainer.run_length import MOST_STEPS, choose, settle, steps_of_epochs, steps_of_tokens
 from runs import final_tensors, named, records, run_said, run_train
@@ -150,6 +152,34 @@ def test_tokens_in_the_place_of_steps():
     assert composed("tokens=2B", "experiment=quick").steps == 2 * 10**9 // (16 * 128), "over a file's steps"
     assert composed("batch.global_tokens=8192").batch.global_size == 32
     assert composed("batch.global_tokens=8192", "tokens=1M").steps == 122
+
+
+def test_phases_and_masks_by_tokens_and_shares():
+    """Tokens become steps where a number of steps stands, shares stay shares; nothing of it goes by a clock."""
+    config = composed(
+        "schedule=wsd", "schedule.warmup=5%", "schedule.decay_steps=40960 tokens", "sparsity=rigl", "sparsity.stop=.5",
+        "sparsity.start_at=8ktokens", "sparsity.update_every=10%", "steps=100",
+    )  # fmt: skip
+    assert (config.schedule.warmup, config.schedule.decay_steps) == (0.05, 10)
+    assert (config.sparsity.start_at, config.sparsity.stop, config.sparsity.update_every) == (2, 0.5, 0.1)
+    assert [every(config.sparsity.update_every, steps) for steps in (100, 300, 3)] == [10, 30, 1], (
+        "it moves with the run"
+    )
+    check(config, 1)
+    assert config_from_tree(tree_of(config)) == config
+    assert composed("sparsity=st3", "sparsity.update_every=8192 tokens").sparsity.update_every == 2
+    assert composed("optim=galore", "optim.refresh_every=1e2").optim.refresh_every == 100
+
+
+def test_masks_by_a_share_of_the_run_are_those_by_steps(ranks, tmp_path):
+    """Law 2 and 3 hold, for it is the same run."""
+    options = ("sparsity=rigl", "steps=10", "sparsity.start_at=2", "eval.every=50%", "eval.batches=1")
+    runs = []
+    for name, said in (("steps", "2"), ("share", "0.2"), ("tokens", f"{2 * 24 * 13} tokens")):
+        config = named(small_config(tmp_path, *options, f"sparsity.update_every={said}"), tmp_path, name)
+        ranks.run(run_train, 2, prepare(replace(config, batch=replace(config.batch, micro_size=12)), 2))
+        runs.append((records(config.run_dir), [r["density"] for r in read_metrics(Path(config.run_dir))]))
+    assert runs[0] == runs[1] == runs[2] and len(set(runs[0][1])) > 1
 
 
 def test_what_was_given_wins_over_what_a_file_says():

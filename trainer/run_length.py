@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from rowwise.optim.lengths import Length, Unit, plain, read_count, read_length
+from rowwise.optim.lengths import Length, RunLength, Unit, parse_length, plain, read_count, read_length
 
 MOST_STEPS = 10**15  # and what a run of so many epochs has until the data is opened
 ALTERNATIVES = {
@@ -25,6 +25,21 @@ INTERVALS: dict[str, tuple[Unit, ...]] = {
     "checkpoint.every": (*BY_STEPS, "time"),
     "log_every": BY_STEPS,
     "log.norms_every": BY_STEPS,
+    "sparsity.update_every": BY_STEPS,
+}
+# Keys of a number of steps, and where the same is said as a share of the run. Tokens given for them become steps, which stay
+# as they are when the run is made longer.
+NUMBERS: dict[str, str | None] = {
+    "schedule.warmup_steps": "schedule.warmup",
+    "schedule.decay_steps": "schedule.decay_share",
+    "schedule.cooldown_steps": "schedule.cooldown_share",
+    "schedule.anneal_steps": None,
+    "schedule.anneal_at": None,
+    "schedule.rewarm_at": None,
+    "sparsity.start_at": "sparsity.start",
+    "sparsity.stop_at": "sparsity.stop",
+    "sparsity.account_every": None,
+    "optim.refresh_every": None,
 }
 
 Tree = dict[str, Any]
@@ -65,7 +80,7 @@ def settle(tree: Tree) -> Tree:
     for key, units in INTERVALS.items():
         if (value := _get(tree, key)) is not None and isinstance(value, bool | int | float | str):
             tree = _put(tree, key, plain(_interval(tree, key, value, units), value))
-    return tree
+    return _with_numbers(tree)
 
 
 def steps_of_tokens(tokens: int, global_size: int, seq_len: int) -> int:
@@ -102,6 +117,36 @@ def _with_global_size(tree: Tree) -> Tree:
             )
         tree = _put(tree, "batch.global_size", tokens // length)
     return _put(tree, "batch.global_tokens", tokens)
+
+
+def _with_numbers(tree: Tree) -> Tree:
+    """With steps where tokens stand in the place of a number of steps, and shares of percentages."""
+    for key, share_key in NUMBERS.items():
+        value = _get(tree, key)
+        if isinstance(value, float | str) and (length := parse_length(value)) is not None:
+            if length.unit == "share" and share_key is not None:
+                raise ValueError(f"{key}={value}: a number of steps; for a share of the run give {share_key}={value}")
+            if (steps := _in_steps(tree, _interval(tree, key, value, ("steps", "tokens")))) is not None:
+                tree = _put(tree, key, steps)
+        said = None if share_key is None else _get(tree, share_key)
+        if share_key is not None and isinstance(said, str) and (length := parse_length(said)) is not None:
+            if length.unit != "share":
+                raise ValueError(
+                    f"{share_key}={said}: a share of the run, from 0 to 1; for steps or tokens give {key}={said}"
+                )
+            tree = _put(tree, share_key, float(length.amount))
+    value = _get(tree, "sparsity.update_every")
+    if isinstance(value, str) and (steps := _in_steps(tree, read_length("sparsity.update_every", value))) is not None:
+        tree = _put(tree, "sparsity.update_every", steps)
+    return tree
+
+
+def _in_steps(tree: Tree, length: Length) -> int | None:
+    """Of steps or tokens; None where the tokens of a step are no number."""
+    if length.unit == "steps":
+        return int(length.amount)
+    step = _step_tokens(tree)
+    return None if step is None or length.unit != "tokens" else RunLength(0, step[0] * step[1]).in_steps(length)
 
 
 def _interval(tree: Tree, key: str, value: Any, units: tuple[Unit, ...]) -> Length:

@@ -30,7 +30,8 @@ def batch_in_words(config: TrainConfig) -> str:
     passes = batch.global_size // (ranks * batch.micro_size)
     shares = f"{ranks} ranks x " * (ranks > 1) + f"{passes} x {batch.micro_size}"
     tokens = batch.global_size * batch.seq_len
-    return f"{tokens:,} tokens a step = {shares} sequences of {batch.seq_len}; {config.steps:,} steps"
+    asked = f" (tokens={config.tokens:,})" if config.tokens else f" (epochs={config.epochs:g})" if config.epochs else ""
+    return f"{tokens:,} tokens a step = {shares} sequences of {batch.seq_len}; {config.steps:,} steps{asked}"
 
 
 def header(config: TrainConfig, world_size: int, device: str, data: str, state_bytes: int) -> list[str]:

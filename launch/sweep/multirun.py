@@ -23,6 +23,7 @@ from rowwise.launch.sweep.space import Space
 from rowwise.launch.sweep.trials import Trial, trial_words
 from rowwise.launch.warm import Warm
 from rowwise.trainer.config import config_from_tree
+from rowwise.trainer.run_length import choose
 from rowwise.trainer.stop import hearing
 
 
@@ -68,7 +69,8 @@ def run_trial(config: DictConfig, warm: Warm | None = None) -> str:
     own = [word for word in settings.overrides.task if not key_of(word).startswith("sweep.")]
     tree = OmegaConf.to_container(config, resolve=True)
     assert isinstance(tree, dict)
-    run = config_from_tree({str(key): value for key, value in tree.items() if key != "sweep"})
+    tree = {str(key): value for key, value in tree.items() if key != "sweep"}
+    run = config_from_tree(choose(tree, [key_of(word) for word in own]))
     words = trial_words(own, run.tracker, sweep.name, settings.job.num, folder)
     nproc = run.nproc or default_nproc()
     require_ranks(nproc)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rowwise.optim.sparse.config import NM, ST3, PDPBase, RigL, SparsityConfig, SRigL
+from rowwise.optim.sparse.config import NM, ST3, PDPBase, RigL, SparsityConfig, SRigL, every
 from rowwise.optim.sparse.layers import Layers
 from rowwise.optim.sparse.masks import count
 
@@ -75,5 +75,6 @@ def weights_multiplied(
     if isinstance(config, ST3 | NM):
         return some, some + everything
     if isinstance(config, RigL | SRigL) and config.first_step(steps) <= step < config.last_step(steps):
-        return some, some + (some * (config.update_every - 1) + everything) / config.update_every
+        gap = every(config.update_every, steps)
+        return some, some + (some * (gap - 1) + everything) / gap
     return some, 2 * some

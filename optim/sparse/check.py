@@ -18,6 +18,7 @@ from rowwise.optim.sparse.config import (
     SparsityConfig,
     SRigL,
     TimedBase,
+    every,
     sparse_layers,
 )
 
@@ -93,9 +94,9 @@ def _check_times(config: TimedBase, steps: int) -> None:
                 f"sparsity.{key}={share}: a share of the run, from 0 to 1; for a step give sparsity.{key}_at"
             )
     first, last = config.first_step(steps), config.last_step(steps)
-    every = getattr(config, "update_every", 1)
-    if every < 1:
-        raise ValueError(f"sparsity.update_every={every}: it is at least 1")
+    gap = every(getattr(config, "update_every", 1), steps)
+    if gap < 1:
+        raise ValueError(f"sparsity.update_every={gap}: it is at least 1")
     if last < 1:
         raise ValueError(f"sparsity.stop_at={last}: the step of the last change, at least 1")
     if last > steps:
@@ -106,9 +107,9 @@ def _check_times(config: TimedBase, steps: int) -> None:
             f"({_said(config, 'stop')}) of {steps}; give a start from 0 to the stop"
         )
     # Both at one step ask for a pruning and nothing after it.
-    if isinstance(config, EvolvingBase) and first + every >= last > first:
+    if isinstance(config, EvolvingBase) and first + gap >= last > first:
         raise ValueError(
-            f"sparsity.update_every={every}: no mask would ever change between step {first} and step {last}, the last "
+            f"sparsity.update_every={gap}: no mask would ever change between step {first} and step {last}, the last "
             f"({_said(config, 'stop')}); give at most {last - first - 1}, a later stop, or sparsity=static"
         )
 

@@ -24,6 +24,11 @@ class SparseBase:
     layers: list[str] = field(default_factory=lambda: ["*"])
 
 
+def every(value: int | float, steps: int) -> int:
+    """The steps between two updates, which are said as steps or as a share of the run."""
+    return value if isinstance(value, int) else max(1, length(value, None, 0.0, steps))
+
+
 @dataclass(frozen=True, kw_only=True)
 class TimedBase(SparseBase):
     """Masks change from one step to another, each said as a share of the run (`start`, `stop`) or as a step (`start_at`,
@@ -63,9 +68,10 @@ class Static(BudgetBase):
 @dataclass(frozen=True, kw_only=True)
 class EvolvingBase(BudgetBase, TimedBase):
     """Before its first step the model is dense; 0: it starts from a random mask. `replace`: the share of a mask that an
-    update at step 0 would replace; later ones, every `update_every` steps, replace less, along a cosine to the last."""
+    update at step 0 would replace; later ones, every `update_every` steps or shares of the run, replace less, along a cosine to
+    the last."""
 
-    update_every: int = 100
+    update_every: int | float = 100
     replace: float = 0.3
 
 
@@ -101,7 +107,7 @@ class CooledBase(TimedBase):
 
     density: float = 0.2
     distribution: Literal["global", "uniform", "er", "erk"] = "global"
-    update_every: int = 1
+    update_every: int | float = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +117,7 @@ class Gradual(CooledBase):
     START = 0.1
     name: Literal["gradual"] = "gradual"
     distribution: Literal["global", "uniform", "er", "erk"] = "uniform"
-    update_every: int = 10
+    update_every: int | float = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +149,7 @@ class PDP(PDPBase):
     name: Literal["pdp"] = "pdp"
     density: float = 0.2
     distribution: Literal["global", "uniform", "er", "erk"] = "global"
-    update_every: int = 1
+    update_every: int | float = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +158,7 @@ class PDPRows(PDPBase):
 
     name: Literal["pdp_rows"] = "pdp_rows"
     density: float = 0.5
-    update_every: int = 1
+    update_every: int | float = 1
     temperature: float = 1e-2
 
 

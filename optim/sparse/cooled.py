@@ -25,7 +25,7 @@ from rowwise.optim.select import Candidates, Cut, Groups, Problem, key_bits, mag
 from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse.account import Account, begin_account, take_account
 from rowwise.optim.sparse.budget import budgets, cooled_density, fallen, row_budgets
-from rowwise.optim.sparse.config import PDP, ST3, PDPBase, PDPGroups, PDPRows
+from rowwise.optim.sparse.config import PDP, ST3, PDPBase, PDPGroups, PDPRows, every
 from rowwise.optim.sparse.evolve import magnitudes
 from rowwise.optim.sparse.layers import Layer, Layers, candidates
 from rowwise.optim.sparse.masks import fill_, pack, portions, unpack, zero_outside_
@@ -128,8 +128,8 @@ class Cooled:
         arrives; None before the first."""
         if step < self._start:
             return None
-        every = 1 if isinstance(self.config, PDPGroups) else self.config.update_every
-        regular = self._start + (step - self._start) // every * every
+        gap = 1 if isinstance(self.config, PDPGroups) else every(self.config.update_every, self.steps)
+        regular = self._start + (step - self._start) // gap * gap
         return max(regular, self._stop) if step >= self._stop else regular
 
     def _density_after(self, step: int) -> float:

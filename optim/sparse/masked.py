@@ -16,7 +16,7 @@ from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse import evolve
 from rowwise.optim.sparse.account import Account, begin_account, take_account
 from rowwise.optim.sparse.budget import budgets, cooled_density, is_due, share_replaced
-from rowwise.optim.sparse.config import SET, EvolvingBase, Gradual, RigL, SRigL, Static, starts_at_random
+from rowwise.optim.sparse.config import SET, EvolvingBase, Gradual, RigL, SRigL, Static, every, starts_at_random
 from rowwise.optim.sparse.fan_in import evolve_fan_in, largest_fan_in, random_fan_in
 from rowwise.optim.sparse.layers import Layer, Layers
 from rowwise.optim.sparse.masks import portions, zero_outside_
@@ -106,7 +106,7 @@ class Masked:
         start, stop = config.first_step(self.steps), config.last_step(self.steps)
         # The last update of a mask that evolves would replace nothing, unless it is the first.
         last = stop if isinstance(config, Gradual) or start == stop else stop - 1
-        return is_due(step, config.update_every, start, stop) and 0 < step <= last
+        return is_due(step, every(config.update_every, self.steps), start, stop) and 0 < step <= last
 
     def _masks_after(self, step: int, dense: dict[str, Tensor]) -> list[Tensor]:
         config, layers = self.config, self.layers
