@@ -109,10 +109,10 @@ def test_what_the_clock_asks_for_stands_beside_any_number_of_stops(monkeypatch):
     for stops in (0, 1, 8191, 8192):
         for evaluate in (False, True):
             for save in (False, True):
-                first, other = torch.zeros(2, 4, dtype=torch.float64)
+                first, other = torch.zeros(2, 5, dtype=torch.float64)
                 RankStatus(stops > 0, False, 5, evaluate, save).put(first)
                 RankStatus(stops > 1, False, 5).put(other)
                 sums = first + other * max(1, stops - 1)
-                sums[2:] = torch.tensor([8192 * 5, 8192 * 25])
+                sums[2:4] = torch.tensor([8192 * 5, 8192 * 25])
                 said = {"stop": stops > 0, "sound": True, "evaluate": evaluate, "save": save}
-                assert told_by_all(*sums.tolist()) == said
+                assert told_by_all(*sums.tolist()).items() >= said.items()
