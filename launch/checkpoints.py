@@ -1,5 +1,6 @@
 """The checkpoint of a run that a command is to read: named by its step or path, or the newest that is sound. Needs no torch."""
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,9 @@ def candidates_of(run: str | Path, choice: str | None, key: str = "checkpoint") 
     folder = Path(run).expanduser()
     found = find_checkpoints(folder)
     if not found:
-        below = [folder.parent, Path("runs")] if folder.parent.is_dir() else [Path("runs")]
-        others = sorted({str(p) for parent in below if parent.is_dir() for p in parent.iterdir() if _holds_some(p)})
-        hint = f"possible are {', '.join(others)}" if others else "give a folder that a training run wrote"
+        near = (_runs_in(place) for place in (folder, folder.parent, Path("runs")))
+        others = next((runs for runs in near if runs), [])
+        hint = f"possible are {_some(others)}" if others else "give a folder that a training run wrote"
         raise ValueError(f"run={run}: there is no checkpoint; {hint}")
     if choice is None:
         return found
@@ -64,9 +65,21 @@ def candidates_of(run: str | Path, choice: str | None, key: str = "checkpoint") 
         path = Path(choice).expanduser().resolve()
         chosen = [checkpoint for checkpoint in found if checkpoint.resolve() == path]
     if not chosen:
-        possible = ", ".join(checkpoint.name for checkpoint in found)
+        possible = _some([checkpoint.name for checkpoint in found])
         raise ValueError(f"{key}={choice}: not one of run={run}; possible are {possible}")
     return chosen
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """What in a folder has checkpoints; nothing where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return sorted(str(path) for path in folder.iterdir() if _holds_some(path))
+    return []
+
+
+def _some(names: list[str]) -> str:
+    """At most ten of many."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _holds_some(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from test_trainer_models_decoder import CASES
 from parity import small_config, with_layout
 from rowwise.kernels.attention import causal_attention
 from rowwise.launch import generate as generating
+from rowwise.launch.api import train
 from rowwise.launch.export import main as export
 from rowwise.launch.generate import harmless, main
 from rowwise.launch.runs import open_run
@@ -152,6 +153,33 @@ def test_a_staged_run_writes_as_its_export_does_in_transformers(staged_run, tmp_
     assert said(capsys, run, f"prompt={prompt}", "temperature=0", "max_tokens=36", "step=1").startswith(prompt)
 
 
+def test_it_writes_what_the_run_wrote_at_its_end(tmp_path, capsys):
+    """The same numbers are drawn, before and after the context is full."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = [
+        "model.vocab_size=259",
+        "steps=1",
+        "sample.tokens=40",
+        "sample.prompt=Rows",
+        "sample.temperature=0.9",
+        "seed=5",
+    ]
+    config = replace(
+        small_config(tmp_path, *words, "batch.global_size=4"), data=Text(files=[str(tmp_path)], holdout=0.0)
+    )
+    train(config)
+    capsys.readouterr()
+    common = (f"run={config.run_dir}", "prompt=Rows", "max_tokens=40", "temperature=0.9")
+    log = (Path(config.run_dir) / "train.log").read_text(errors="replace")
+    text = said(capsys, *common, "seed=5")
+    assert _letters(text) in _letters(log) and _letters(said(capsys, *common, "seed=6")) not in _letters(log)
+
+
+def _letters(text: str) -> str:
+    """However a line was broken or marked."""
+    return "".join(c for c in text if c.isascii() and c.isalnum())
+
+
 def test_a_prompt_comes_from_a_file_or_standard_input(staged_run, tmp_path, capsys, monkeypatch):
     common = (f"run={staged_run.run_dir}", "temperature=0", "max_tokens=5")
     expected = said(capsys, *common, "prompt=Rows")
@@ -199,6 +227,12 @@ def test_the_name_of_a_run_alone_is_answered_with_its_folder(staged_run, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert main(["run=first", "prompt=a"]) == 2
     assert capsys.readouterr().err == "refused: run=first: there is no checkpoint; possible are runs/first\n"
+    assert main(["run=runs", "prompt=a"]) == 2, "a sweep, say"
+    assert capsys.readouterr().err == "refused: run=runs: there is no checkpoint; possible are runs/first\n"
+    for n in range(12):
+        (tmp_path / "runs" / "first" / "checkpoints" / f"step-{100 + n:08d}").mkdir()
+    assert main(["run=runs/first", "prompt=a", "step=7"]) == 2
+    assert capsys.readouterr().err.endswith("step-00000103, step-00000102 and 4 more\n")
 
 
 def test_a_prompt_longer_than_the_context_is_said_to_be(staged_run, capsys):
