@@ -32,6 +32,7 @@ from rowwise.launch.outcome import (
     Refused,
     State,
     WorkersFailed,
+    cause_of,
     read_outcome,
     write_outcome,
 )
@@ -223,11 +224,7 @@ def _why(failure: Failure) -> tuple[State, str]:
             return end.state, text.removeprefix(f"{end.__name__}: ")
     if failure.exitcode == -signal.SIGKILL:
         return "failed", "killed (SIGKILL), as the kernel does to a process when memory runs out"
-    if any(word in text for word in ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")):
-        return "failed", f"out of memory: {text}"
-    if "FloatingPointError" in text:
-        return "failed", f"not a number: {text.removeprefix('FloatingPointError: ')}"
-    return "failed", text
+    return "failed", cause_of(text)
 
 
 def _better_said(run_dir: Path, outcome: Outcome, began: float) -> bool:

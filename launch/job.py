@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rowwise.launch.meeting import Meeting
+from rowwise.trainer.starts import Report
 
 
 @dataclass(frozen=True)
@@ -11,7 +12,8 @@ class Job:
     """A run on this machine: its overrides, its folder, its last step (None: its workers find it), its workers.
 
     `name`: jobs of the same wait until the other has left the folder; `log_dir`: what each worker says goes to files there,
-    and not to this one's streams; `timeout_seconds`: how long other machines are waited for; `gpus`: what this machine has.
+    and not to this one's streams; `timeout_seconds`: how long other machines are waited for; `gpus`: what this machine has;
+    `report`: when the run leaves one.
     """
 
     overrides: tuple[str, ...]
@@ -24,3 +26,4 @@ class Job:
     max_restarts: int = 0
     log_dir: Path | None = None
     gpus: int = 0
+    report: Report = "never"

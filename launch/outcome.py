@@ -1,4 +1,5 @@
-"""outcome.json: how the run in a folder ended. Written by what started its workers, taken away by the next run there."""
+"""outcome.json: how the run in a folder ended. Written by what started its workers, or by rank 0 where that
+is not ours; taken away by the next run there."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +58,15 @@ class Outcome:
     def has_cause(self) -> bool:
         """Whether the reason is one of the run itself, and not that some other worker is gone."""
         return (self.reason or "").startswith(("out of memory", "not a number", "disk full"))
+
+
+def cause_of(text: str) -> str:
+    """What an exception of that text means for a run: it has no memory, or its numbers are none."""
+    if any(word in text for word in ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")):
+        return f"out of memory: {text}"
+    if "FloatingPointError" in text:
+        return f"not a number: {text.removeprefix('FloatingPointError: ')}"
+    return text
 
 
 _OUTCOME = TypeAdapter(Outcome)

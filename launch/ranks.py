@@ -46,6 +46,7 @@ def job_of(options: argparse.Namespace, tree: dict[str, Any], meeting: Meeting |
         options.max_restarts,
         options.log_dir,
         torch.cuda.device_count(),
+        config.report,
     )
 
 
@@ -56,5 +57,5 @@ def tell_job(tell: Telling, options: dict[str, Any], tree: dict[str, Any]) -> No
     except ValueError as refusal:
         tell({"refused": str(refusal)})
         return
-    names = ("run_dir", "steps", "nproc", "name", "timeout_seconds", "max_restarts", "gpus")
+    names = ("run_dir", "steps", "nproc", "name", "timeout_seconds", "max_restarts", "gpus", "report")
     tell({name: getattr(job, name) for name in names} | {"run_dir": str(job.run_dir)})

@@ -24,6 +24,7 @@ from typing import Any
 from rowwise.launch import agent
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.job import Job
+from rowwise.launch.leaving import leave_report
 from rowwise.launch.meeting import Meeting, meeting_of
 from rowwise.launch.parent import follow
 from rowwise.launch.streams import patient_streams
@@ -70,6 +71,8 @@ def _main(arguments: list[str] | None) -> int:
         tell_of_failure(asked.run_dir, reason, outcome.step, asked.steps or outcome.step)
     elif outcome.state == "stopped" and not outcome.step:
         print("stopped before the first step: there was nothing to save", file=sys.stderr)
+    if asked.meeting is None or asked.meeting.host:
+        leave_report(asked.run_dir, asked.report, outcome.state)
     return EXIT[outcome.state]
 
 

@@ -14,6 +14,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 
 import argparse
 import os
+import shlex
 import traceback
 from collections.abc import Callable
 
@@ -41,12 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
     from rowwise.launch.worker import work  # torch, which takes seconds, and help needs none
 
     try:
-        work(options.overrides)
+        work(options.overrides, command_of(options))
     except Ended as end:
         if _speaks() and not options.agent:
             print(f"{end.state}: {end}", file=sys.stderr, flush=True)
         return end.code
     return 0
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """What somebody types to make the same start, on one machine."""
+    starter = ["rowwise", "train"] if options.agent else ["python", "-m", "rowwise.launch.train"]
+    if not options.agent and "LOCAL_WORLD_SIZE" in os.environ:
+        starter = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "rowwise.launch.train"]
+    return shlex.join([*starter, *options.overrides])
 
 
 def print_configuration(overrides: list[str]) -> int:

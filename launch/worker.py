@@ -10,10 +10,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from rowwise.launch.compose import compose_tree, one_line
+from rowwise.launch.leaving import end_told
 from rowwise.launch.outcome import Ended, Failed, Refused, clear_outcome, give_room, keep_room
 from rowwise.launch.parent import follow
 from rowwise.launch.streams import send_to
 from rowwise.launch.workers import (
+    START,
     announce,
     announce_end,
     are_logged,
@@ -44,27 +46,30 @@ LEAVING_SECONDS = 60  # that a worker is given to save and leave
 
 
 @record
-def work(overrides: list[str]) -> None:
+def work(overrides: list[str], command: str | None = None) -> None:
     """Finds the other workers, and runs with them. Raises Refused or Failed, on every worker, where one line tells why."""
     keep_freed_memory()
     if job_id() is not None:
         # Where torchrun is killed on one of many machines, the others restart without it: nobody waits for this one.
         follow(os.getppid(), patience_seconds=0 if is_one_of_many_machines() else LEAVING_SECONDS)
-    run(lambda workers: resolve(overrides, workers), workers_from_environment(), apart=not are_logged())
+    run(lambda workers: resolve(overrides, workers), workers_from_environment(), command, apart=not are_logged())
 
 
-def run(resolve: Callable[[Workers], TrainConfig], workers: Workers, apart: bool = False) -> TrainState:
-    """Trains as one of `workers` what `resolve` makes of them on rank 0, and returns the numbers it ended with. Raises Refused
-    before anything is made, and Failed where the disk is full. `apart`: what ranks other than 0 say goes to a file of each in the
-    folder of the run."""
+def run(
+    resolve: Callable[[Workers], TrainConfig], workers: Workers, command: str | None = None, apart: bool = False
+) -> TrainState:
+    """Trains as one of `workers`, started by `command`, what `resolve` makes of them on rank 0, and returns the numbers it ended
+    with. Raises Refused before anything is made, and Failed where the disk is full. `apart`: what ranks other than 0 say goes to
+    a file of each in the folder of the run."""
     first = workers.rank == 0
     with begun(resolve, workers) if first else contextlib.nullcontext(config_from_tree(hear(workers))) as config:
         run_dir = Path(config.run_dir)
         if apart and not first:
             send_to(rank_log(run_dir, workers.rank))
         tell_gpu(run_dir)
-        with told_of_known_ends(run_dir, workers):
-            return train(config, workers)
+        alone = first and START not in os.environ
+        with end_told(config) if alone else contextlib.nullcontext(), told_of_known_ends(run_dir, workers):
+            return train(config, workers, command)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ def overrides_of(folder: Path, *more: str) -> list[str]:
         "eval.every=0",
         "sample.tokens=0",
         "log_every=1",
+        "report=never",  # 2 seconds each, which tests of reports alone are there for
     ]
     return [f"run_dir={folder}/run", *model, *data, *rest, *more]
 

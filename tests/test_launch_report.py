@@ -3,25 +3,33 @@
 import html
 import json
 import math
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from parity import small_config, with_layout
+from rowwise.launch.outcome import Outcome, write_outcome
+from rowwise.launch.pages.markup import rate, short
 from rowwise.launch.pages.page import SECTIONS
-from rowwise.launch.pages.records import POINTS, Curve, leaves, read_fields, smooth, stretches, thin
+from rowwise.launch.pages.page import page as make_page
+from rowwise.launch.pages.records import POINTS, Curve, leaves, read_fields, read_run, smooth, stretches, thin
 from rowwise.launch.report import main
 from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.starts import Sample, Start, keep_sample, keep_start
 from runs import named, run_train
 
 EVERY_PAGE = ["Summary", "Learning", "Speed", "Memory", "Configuration"]
-VOID = {"meta", "br", "line", "path", "use", "rect"}
+VOID = {"meta", "br", "wbr", "line", "path", "use", "rect"}
 
 
 class Page(HTMLParser):
@@ -69,6 +77,12 @@ class Page(HTMLParser):
         """The cells behind the first one of that name."""
         return next(row[row.index(name) + 1 :] for row in self.cells if name in row)
 
+    @property
+    def state(self) -> str:
+        """What stands on top."""
+        found = re.search('<p class="state.*?">(.*?)(<br>|</p>)', self.source)
+        return html.unescape(re.sub("<.*?>", "", found[1])) if found else ""
+
     def labels(self) -> list[str]:
         return [str(attributes.get("aria-label")) for tag, attributes in self.attributes if tag == "svg"]
 
@@ -84,7 +98,7 @@ def checked(path: Path) -> Page:
     page = Page(source)
     assert not re.search(r"https?:|<script|<link|@import|\bsrc=", re.sub(r' xmlns(:\w+)?="[^"]*"', "", source))
     ids = [attributes["id"] for _, attributes in page.attributes if "id" in attributes]
-    assert len(ids) == len(set(ids)) > 10
+    assert len(ids) == len(set(ids)) > (10 if "<svg" in source else 0)
     used = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"|aria-labelledby="([^"]+)"', source)
     assert {name for names in used for name in names if name} <= set(ids)
     for picture in re.findall(r"<svg .*?</svg>", source, re.DOTALL):
@@ -127,10 +141,12 @@ def test_a_dense_run(folder):
     page, records = checked(folder / "dense" / "report.html"), read_metrics(folder / "dense")
     assert page.headings["h1"] == ["dense"]
     assert page.headings["h2"] == EVERY_PAGE
-    assert page.row("step") == ["6 of 6"] and page.row("state") == ["complete"]
-    assert page.row("loss") == [f"{records[-1]['loss']:.4f}"]
-    assert page.row("held-out loss") == [f"{records[-1]['eval_loss']:.4f}"]
-    assert page.row("tokens") == [f"{records[-1]['tokens'] / 1000:g}k"]
+    assert page.row("step") == ["6 of 6"] and page.state == "complete"
+    for name, field in (("loss", "loss"), ("held-out loss", "eval_loss")):
+        assert page.row(name) == [f"{records[-1][field]:.3f} nats per token"]
+    assert page.row("peak memory")[0].endswith(" MiB on rank 0") and "per worker" in page.row("speed")[0]
+    assert page.row("started")[0].endswith(f"{socket.gethostname()}, 1 x cpu") and "torch 2" in page.row("versions")[0]
+    assert page.row("tokens") == [f"{records[-1]['tokens'] / 1000:.3g}k"]
     assert page.row("layout") == ["1 worker, ZeRO 1"]
     for title in (
         "Training loss",
@@ -187,14 +203,15 @@ def test_runs_side_by_side(folder, tmp_path):
     runs = [f"{folder}/{name}" for name in ("dense", "sparse", "piped")]
     page = write_page(*(f"run={run}" for run in runs), to=tmp_path / "page.html")
     assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Pipeline timeline", "Sparsity", "Configuration"]
-    head = page.row("state")
-    assert {"sparsity.name", "sparsity.density", "parallel.pipeline"} <= set(head)
-    assert not {"name", "run_dir", "seed", "optim.lr"} & set(head)
-    table = {run: dict(zip(head, page.row(run)[1:], strict=True)) for run in ("dense", "sparse", "piped")}
-    assert [row["parallel.pipeline"] for row in table.values()] == ["1", "1", "2"]
-    assert [row["sparsity.density"] for row in table.values()] == ["-", "0.3", "-"]
+    assert page.row("run") == ["dense", "sparse", "piped"]
+    assert page.row("parallel.pipeline") == ["1", "1", "2"]
+    assert page.row("sparsity.density") == ["-", "0.3", "-"]
+    assert not {"name", "run_dir", "seed", "optim.lr"} & {row[0] for row in page.cells}
     loss = next(label for label in page.labels() if label.startswith("Training loss"))
-    assert [name in loss for name in table] == [True] * 3
+    assert [name in loss for name in ("dense", "sparse", "piped")] == [True] * 3
+    titles = page.headings["strong"]
+    assert len(titles) == len(set(titles)), "no two cards bear the same title"
+    assert {"Time of a step: dense", "Memory by category: piped", "Density by matrix: sparse"} <= set(titles)
     assert page.source.count("<details>") == 3
     same = write_page(f"run={','.join(runs)}", to=tmp_path / "same.html")
     assert same.source == page.source, "a page depends on nothing but its runs"
@@ -230,12 +247,14 @@ def test_memory_by_category(tmp_path):
     run = write_run(tmp_path / "run", [record(1)])
     (run / "memory.json").write_text(json.dumps(MEMORY))
     page = write_page(f"run={run}", to=tmp_path / "page.html")
-    assert page.row("predicted") == ["1.00 GiB", "1.00 GiB", "2.00 GiB", "-", "-"]
-    assert page.row("rank 0") == ["1.00 GiB", "512.00 MiB", "2.00 GiB", "1.00 MiB", "4.00 GiB"]
-    assert "other, up to the peak 1.50 GiB" in page.text, "of the largest rank"
-    (run / "memory.json").write_text(json.dumps({**MEMORY, "device": "cpu", "predicted": None}))
+    assert page.row("predicted") == ["1 GiB", "1 GiB", "2 GiB", "-", "-", "-"]
+    assert page.row("rank 0") == ["1 GiB", "512 MiB", "2 GiB", "1 MiB", "511 MiB", "4 GiB"]
+    assert "activations and the rest 1.5 GiB" in page.text, "of the largest rank"
+    cpu = {"parameters": 8 * 2**20, "gradients": 8 * 2**20, "optimizer": 8 * 2**20, "masks": 0, "peak": 697 * 2**20}
+    (run / "memory.json").write_text(json.dumps({"device": "cpu", "ranks": [cpu], "predicted": None}))
     page = write_page(f"run={run}", to=tmp_path / "page.html")
-    assert "up to the peak" not in page.text and "predicted" not in page.text
+    assert page.row("rank 0") == ["8 MiB", "8 MiB", "8 MiB", "0 B", "673 MiB", "697 MiB"]
+    assert "activations and the rest 673 MiB" in page.text and "predicted" not in page.text
     for broken in ("{", "[]", '{"ranks": []}', '{"ranks": 3}'):
         (run / "memory.json").write_text(broken)
         page = write_page(f"run={run}", to=tmp_path / "page.html")
@@ -253,7 +272,7 @@ def test_nothing_recorded_is_invisible(tmp_path):
     assert {"router_z", "load", "counts", "many"} <= set(page.headings["strong"])
     assert not {"word", "gone", "mfu"} & set(page.headings["strong"])
     for told in (
-        "0.0002441 at step 12",
+        "0.000244 at step 12",
         "block 2 0.75",
         "0.0 12",
         "1.1 40",
@@ -267,14 +286,67 @@ def test_nothing_recorded_is_invisible(tmp_path):
 def test_what_the_launcher_says_of_the_end(tmp_path):
     run = write_run(tmp_path / "run", [record(step) for step in range(1, 9)])
     for outcome, told in (
-        (None, "under way, or cut off"),
+        (None, "killed: it left no word after step 8; nothing was saved"),
         ({"state": "stopped", "reason": "SIGTERM", "step": 8}, "stopped at step 8: SIGTERM"),
         ({"state": "failed", "reason": None, "step": 5}, "failed at step 5; the records reach step 8"),
         ({"state": "complete", "reason": None, "step": 8}, "complete"),
     ):
         if outcome:
             (run / "outcome.json").write_text(json.dumps(outcome))
-        assert write_page(f"run={run}", to=tmp_path / "page.html").row("state") == [told]
+        assert write_page(f"run={run}", to=tmp_path / "page.html").state == told
+
+
+def test_a_run_that_failed_before_its_first_step_says_why(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_outcome(run, Outcome("failed", "out of memory: 3 GiB", 0))
+    page = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert page.state == "failed before the first step: out of memory: 3 GiB"
+    assert "cannot be shown" not in page.text and "None" not in page.text and page.row("folder") == [str(run)]
+
+
+def test_a_run_under_way_says_how_long_it_takes_yet(tmp_path):
+    run = write_run(tmp_path / "run", [record(step) for step in range(1, 41)])
+    with FileLock(run / ".lock"):
+        page = write_page(f"run={run}", to=tmp_path / "page.html")
+        assert page.state == "running: step 40 of 100, about 2:00 left"
+        for name in ("metrics.jsonl", ".lock"):
+            os.utime(run / name, (0, 0))
+        page = write_page(f"run={run}", to=tmp_path / "page.html")
+        assert re.fullmatch("silent: step 40 of 100, .* left: no sign of life for [0-9]+ days", page.state)
+
+
+START = Start(0, 2, "cpu", 1234, "rowwise train 'a=<b>'", "2026-11-26T08:09:10+01:00", "host", {"torch": "2.13"})
+
+
+def test_where_a_run_was_resumed_is_marked(tmp_path):
+    run = write_run(tmp_path / "run", [record(step) for step in range(1, 41)])
+    plain = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert "dotted line" not in plain.text and ["command"] not in [cells[:1] for cells in plain.cells]
+    for step in (0, 10, 30, 30, 40):
+        keep_start(run, replace(START, step=step))
+    (run / "starts.jsonl").open("a").write('{"step": 5}\nno start\n')
+    keep_sample(run, Sample(40, "def <", "def <x>:\n  pass"))
+    page = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert "was resumed after step 10 and 30: a dotted line" in page.text
+    marked = [picture for picture in re.findall("<svg .*?</svg>", page.source, re.DOTALL) if "resumed-0-" in picture]
+    assert len(marked) == 6 and all(picture.count("-resumed-0-") == 2 for picture in marked)
+    assert page.row("command") == [START.command] and page.row("versions") == ["torch 2.13"]
+    assert page.row("started") == ["2026-11-26 08:09 on host, 2 x cpu"]
+    assert page.row("model")[0].endswith("1,234 parameters")
+    assert '<pre class="sample"><b>def &lt;</b>x&gt;:\n  pass</pre>' in page.source
+
+
+@pytest.mark.parametrize(("number", "told"), [(3e-4, "3e-4"), (0.00031622776601683794, "3.16e-4"), (1e-5, "1e-5"),
+                                              (0.01, "0.01"), (0.0015, "1.5e-3"), (0, "0")])  # fmt: skip
+def test_a_rate_is_written_as_people_write_it(number, told):
+    assert rate(number) == told
+
+
+@pytest.mark.parametrize(("number", "told"), [(12, "12"), (3.14159, "3.14"), (123_456, "123k"), (2e6, "2M"), (1e-5, "1e-5"),
+                                              (0.00024414, "0.000244"), (-0.5, "-0.5"), (1e20, "1e20"), (0, "0")])  # fmt: skip
+def test_three_digits_are_enough(number, told):
+    assert short(number) == told
 
 
 @pytest.mark.parametrize("n", [1, 2, 150])
@@ -433,12 +505,16 @@ def test_refusals_are_one_line_and_nothing_is_written(words, message, tmp_path, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_refusal_does_not_wait_for_matplotlib():
-    program = "import rowwise.launch.report, sys; print('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "False"
+def test_a_page_takes_no_torch_and_a_refusal_no_matplotlib():
+    program = (
+        "import rowwise.launch.report, sys; print('matplotlib' in sys.modules)\n"
+        "import rowwise.launch.pages.page; print('torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert said.split() == ["False", "False"]
 
 
-WIDTHS = (380, 1280)
+WIDTHS = (380, 500, 1280)
 # Each page stands in a frame of the width of a screen, which a window cannot be made as narrow as.
 MEASURE = """
 <body><script>
@@ -451,7 +527,9 @@ onload = () => {
     const outside = text.filter(t => { const a = box(t), b = box(t.closest("svg"));
       return a.left < b.left - 2 || a.right > b.right + 2 || a.top < b.top - 2 || a.bottom > b.bottom + 2; });
     const wide = [...page.querySelectorAll("body *")].filter(e => box(e).right > root.clientWidth && !e.closest(".scroll"));
-    return {frame: root.clientWidth, wide: wide.map(e => e.outerHTML.slice(0, 200)), scroll: root.scrollWidth,
+    const cut = [...page.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth && e.querySelector("table"));
+    return {frame: root.clientWidth, cut: cut.map(e => e.ariaLabel),
+      wide: wide.map(e => e.outerHTML.slice(0, 200)), scroll: root.scrollWidth,
       columns: new Set(figures.map(f => Math.round(box(f).left))).size,
       widths: figures.map(f => box(f).width),
       letters: Math.min(...text.map(t => box(t).height)), texts: text.length, outside: outside.map(t => t.textContent)};
@@ -480,18 +558,28 @@ def lay_out(pages: list[str], folder: Path) -> list[dict]:
 
 
 def test_a_browser_lays_it_out(folder, tmp_path):
-    """On a phone of 380 pixels one column and no scrolling sideways; on a large screen several columns; every letter can be
-    read, and none leaves its picture."""
+    """On a phone of 380 pixels one column and no scrolling sideways; on a large screen several columns; no table is cut;
+    every letter can be read, and none leaves its picture. Also of a run that failed, and of one that is under way."""
     long = write_run(tmp_path / ("long-name-" * 12), [record(s, loss=math.exp(-s)) for s in range(1, 40)], "name: x\n")
     (long / "memory.json").write_text(json.dumps({**MEMORY, "ranks": MEMORY["ranks"] * 32}))
+    failed = write_run(tmp_path / "failed", [record(s, loss=math.exp(s)) for s in range(1, 40)], "name: x\nsteps: 90\n")
+    write_outcome(
+        failed, Outcome("failed", f"not a number: step 40: the gradient norm is not a number; {'see/' * 40}", 39)
+    )
+    keep_start(failed, replace(START, command=f"rowwise train {'data.files=/a/long/path/to/some/corpus ' * 5}"))
+    going = write_run(tmp_path / "going", [record(s) for s in range(1, 40)], "name: x\nsteps: 90\n")
     choices = [["dense"], ["sparse"], ["piped"], ["dense", "sparse", "piped"]]
     words = [[f"run={folder}/{name}" for name in names] for names in choices] + [[f"run={long}"]]
-    pages = [write_page(*some, to=tmp_path / "page.html").source for some in words]
+    pages = [write_page(*some, to=tmp_path / "page.html").source for some in (*words, [f"run={failed}"])]
+    with FileLock(going / ".lock"):
+        pages.append(make_page([read_run(going, 0, "going")], reload_seconds=3600))
+    words += [["failed"], ["going"]]
     assert not any("cannot be shown" in page for page in pages)
     for i, found in enumerate(lay_out(pages, tmp_path)):
-        width = WIDTHS[i % 2]
+        width = WIDTHS[i % len(WIDTHS)]
         assert found["frame"] == width or found["frame"] >= width - 20, "a scroll bar takes the rest"
-        assert found["scroll"] <= found["frame"] <= width, f"{words[i // 2]} at {width}: {found['wide']}"
-        assert (found["columns"] == 1) if width == 380 else (found["columns"] >= 2)
+        assert found["scroll"] <= found["frame"] <= width, f"{words[i // len(WIDTHS)]} at {width}: {found['wide']}"
+        assert not found["cut"], f"{words[i // len(WIDTHS)]} at {width}"
+        assert (found["columns"] == 1) if width < 700 else (found["columns"] >= 2)
         assert min(found["widths"]) > 300
         assert found["texts"] > 40 and found["letters"] >= 9 and not found["outside"]

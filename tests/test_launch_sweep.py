@@ -29,6 +29,7 @@ from rowwise.launch.sweep.running import Running, outcome_of
 from rowwise.launch.sweep.space import Choice, Interval, parse_space
 from rowwise.launch.sweep.trials import Trial, curve, draw, row_of, trial_words, write_table
 from rowwise.trainer.metrics import MetricsTail, read_metrics
+from rowwise.trainer.starts import read_starts
 from rowwise.trainer.tracker import NoTracker, Wandb
 from runs import records
 
@@ -68,7 +69,7 @@ def test_a_grid_of_two_on_two_ranks_each(ranks, tmp_path):
 
 def test_trials_that_fail_are_recorded_and_stop_nothing(tmp_path):
     """One complete, one whose loss is no number; tests/test_launch_start.py has one that runs out of memory."""
-    words = trial_overrides(tmp_path, "steps=3", "eval.every=3", "nproc=1", "data.holdout=0.1")
+    words = trial_overrides(tmp_path, "steps=3", "eval.every=3", "nproc=1", "data.holdout=0.1", "report=failed")
     folder = tmp_path / "it's ${x}, [a]=b"  # every character that means something in an override
     folder.mkdir()
     sweep = ["sweep.search=grid", "sweep.parallel=2", "optim.lr=1e-3,1e30"]
@@ -79,6 +80,11 @@ def test_trials_that_fail_are_recorded_and_stop_nothing(tmp_path):
     assert [row["reason"][:13] for row in rows] == ["", "not a number:"]
     assert rows[1]["step"] in ("1", "2")
     assert len({row["folder"] for row in rows}) == 2
+    trials = [Path(row["folder"]) for row in rows]
+    assert [(trial / "report.html").exists() for trial in trials] == [False, True]
+    assert re.search("<strong>failed</strong> at step [12]: not a number:", (trials[1] / "report.html").read_text())
+    (start,) = read_starts(trials[0])
+    assert start.command.startswith("rowwise train model.layers=2 ") and start.step == 0
 
 
 REFUSED = {
@@ -186,10 +192,11 @@ def test_what_is_varied():
 
 
 def test_weights_and_biases_groups_the_trials_of_a_sweep():
-    words = ["seed=1", "name='lrs-3'", "run_dir='x'"]
+    words = ["seed=1", "name='lrs-3'", "run_dir='x'", "report=failed"]
     assert trial_words(["seed=1"], Wandb(), "lrs", 3, Path("x")) == [*words, "tracker.group='lrs'"]
     assert trial_words(["seed=1"], Wandb(group="mine"), "lrs", 3, Path("x")) == words
     assert trial_words(["seed=1"], NoTracker(), "lrs", 3, Path("x")) == words
+    assert trial_words(["report=never"], NoTracker(), "lrs", 3, Path("x")) == ["report=never", *words[1:3]]
 
 
 AGENT = """

@@ -7,15 +7,18 @@ import sys
 import pytest
 
 from commands import PATIENCE, await_steps, command, overrides_of, run, run_in_pool, start, workers_of
+from rowwise.launch.outcome import Outcome, read_outcome
 from rowwise.trainer.metrics import read_metrics
 from runs import SAME_EVERYWHERE, records
 
 
 def test_one_process_needs_no_torchrun(tmp_path):
     program = [sys.executable, "-m", "rowwise.launch.train"]
-    code, said = run(tmp_path, [*program, *overrides_of(tmp_path, "steps=3")])
+    code, said = run(tmp_path, [*program, *overrides_of(tmp_path, "steps=3", "report=always")])
     assert code == 0, said
     assert len(read_metrics(tmp_path / "run")) == 3
+    assert read_outcome(tmp_path / "run") == Outcome("complete", None, 3)
+    assert "<strong>complete</strong>" in (tmp_path / "run/report.html").read_text()
 
 
 FAILING = """

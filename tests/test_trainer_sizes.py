@@ -9,7 +9,8 @@ import torch
 
 from rowwise.launch.compose import compose_tree
 from rowwise.trainer.check import check
-from rowwise.trainer.config import config_from_tree, flat
+from rowwise.trainer.config import config_from_tree
+from rowwise.trainer.keys import flat
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, parameter_count, parameter_shapes
 from rowwise.trainer.prepare import check_room
 

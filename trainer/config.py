@@ -1,7 +1,6 @@
 """TrainConfig, composed from the dataclasses of the rooms, and what makes one of a plain tree and back."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
@@ -24,6 +23,7 @@ from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_c
 from rowwise.trainer.run_length import MOST_STEPS, settle
 from rowwise.trainer.sample import SampleConfig
 from rowwise.trainer.spike import OnSpike, SpikeConfig
+from rowwise.trainer.starts import Report
 from rowwise.trainer.tracker import TrackerConfig
 from rowwise.trainer.watching import LogConfig
 
@@ -46,6 +46,7 @@ class TrainConfig:
     resume: str
     compile: bool
     log_every: int | float | str
+    report: Report
     peak_flops: float | None
     on_spike: OnSpike
     batch: BatchConfig
@@ -112,14 +113,6 @@ def _with_rate_of_size(config: TrainConfig) -> TrainConfig:
 def tree_of(config: TrainConfig) -> dict[str, Any]:
     """The plain tree of a configuration: what `config_from_tree` reads back."""
     return asdict(config) | {"steps": config.known_steps}
-
-
-def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Key -> value, such as `optim.lr`, of a plain tree."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return found
 
 
 def schedule_of(tree: dict[str, Any]) -> ScheduleConfig:

@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 LONGEST_NAME = 200  # bytes: file systems take 255, of which a log's number, or `.incomplete`, needs some
@@ -36,6 +37,14 @@ def refuse_control_characters(tree: Any, path: str = "") -> None:
             raise ValueError(
                 f"{path}={_told(tree)} holds {what} (U+{ord(bad):04X}); give a string of one line without it"
             )
+
+
+def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Key -> value, such as `optim.lr`, of a plain tree."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
 
 
 def without_password(text: str) -> str:

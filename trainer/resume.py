@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rowwise.optim.sparse.config import TimedBase
-from rowwise.trainer.config import TrainConfig, flat, schedule_of, tree_of
+from rowwise.trainer.config import TrainConfig, schedule_of, tree_of
+from rowwise.trainer.keys import flat
 from rowwise.trainer.manifest import (
     Manifest,
     OtherVersion,
@@ -21,7 +22,7 @@ from rowwise.trainer.metrics import Recorded, read_metrics
 # What the facts were before they were kept.
 BEFORE: dict[str, Any] = {"optim.assign": [], "sparsity.name": "none", "model.stable_embedding": False}
 
-WHERE = ("name", "run_dir", "resume", "nproc")  # how a run is found and started, not what it does
+WHERE = ("name", "run_dir", "resume", "nproc", "report")  # how a run is found and started, not what it does
 
 MASK_FACTS = ("name", "layers", "density", "distribution", "growth", "n", "m")
 

@@ -28,13 +28,15 @@ from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import Prefetch, Share, holdout_batches, step_batches, step_digests, visible_pairs
 from rowwise.trainer.data.open import Data, told_of_data
 from rowwise.trainer.evaluate import evaluate
+from rowwise.trainer.files import DiskFull
 from rowwise.trainer.finite import not_finite, of_any_rank, told
 from rowwise.trainer.lr_range import RangeTest, points_of
 from rowwise.trainer.manifest import fingerprint, set_aside
 from rowwise.trainer.memory import keep_memory
 from rowwise.trainer.metrics import Recorded, read_metrics
-from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.models.decoder import Decoder, parameter_count
 from rowwise.trainer.norms import norms_of_next
+from rowwise.trainer.peaks import device_name
 from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
 from rowwise.trainer.record import number_or_none, sparsity_record, step_record
 from rowwise.trainer.report import open_reporter
@@ -44,14 +46,16 @@ from rowwise.trainer.same_data import require_same_data, require_sound, try_data
 from rowwise.trainer.sample import generate
 from rowwise.trainer.spike import after_step, spike_record
 from rowwise.trainer.spike import told_of as told_of_rollback
+from rowwise.trainer.starts import Sample, Start, keep_sample, keep_start
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import RankStatus, StepReport
 from rowwise.trainer.stop import StopRequest
 from rowwise.trainer.update import make_update, may_begin_next
 
 
-def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
-    """Runs `config` to its last step, or until asked to stop, and returns the numbers it ended with.
+def train(config: TrainConfig, workers: Workers | None = None, command: str | None = None) -> TrainState:
+    """Runs `config` to its last step, or until asked to stop, and returns the numbers it ended with. `command`: by which it
+    was started, for whoever reads its folder.
 
     Every worker calls it with the same configuration, checked and resolved by `trainer.prepare` on rank 0. Makes the
     process groups and takes them down. Raises FloatingPointError where the loss is no number, and DataDamaged.
@@ -62,17 +66,19 @@ def train(config: TrainConfig, workers: Workers | None = None) -> TrainState:
     data = require_same_data(opened, mesh)
     data.watch.share(workers.local_rank, workers.local_world_size)
     with data.watch:
-        end = _train(config, mesh, data, [])
+        end = _train(config, mesh, data, [], command)
         while not isinstance(end, TrainState):
             gc.collect()  # a model and its hooks are in circles, and there is no room for two
             own = replace(config, resume="auto") if config.resume == "never" else config
-            end = _train(own, mesh, data, end)
+            end = _train(own, mesh, data, end, command)
     # Not where it failed: taking down a group can wait for a peer that is gone.
     dist.destroy_process_group()
     return end
 
 
-def _train(config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks) -> TrainState | Rollbacks:
+def _train(
+    config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks, command: str | None
+) -> TrainState | Rollbacks:
     """From where the run stands to its end, or to a spike that it goes back from: what it goes back by is given to the next
     call."""
     model = build_model(config, mesh)
@@ -89,6 +95,7 @@ def _train(config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks) ->
         remarks = told_of_data(config.data, data) + warnings(config, data, mesh.device) + begun.remarks
         parts = of_every_stage(assignments(model, optimizer), mesh)
         reporter = stack.enter_context(open_reporter(config, mesh, state, begun.recorded, data, parts, remarks))
+        tell_start(config, mesh, state.step, command)
         test = range_test(config, mesh, state.step)
         saver = make_saver(config, mesh, spoilt_ends=test is None)
         stack.callback(saver.close)
@@ -206,6 +213,14 @@ def make_saver(config: TrainConfig, mesh: Mesh, spoilt_ends: bool) -> Saver:
     return Saver(checkpoints, mesh, choice.keep, choice.background, spoilt_ends, functools.partial(is_anchor, config))
 
 
+def tell_start(config: TrainConfig, mesh: Mesh, step: int, command: str | None) -> None:
+    """Rank 0 adds a line to starts.jsonl, unless there is nothing left to do. Raises DiskFull."""
+    if mesh.rank != 0 or step >= config.steps:
+        return
+    parameters, _ = parameter_count(config.model)
+    keep_start(Path(config.run_dir), Start(step, mesh.world_size, device_name(mesh.device), parameters, command))
+
+
 def range_test(config: TrainConfig, mesh: Mesh, step: int) -> RangeTest | None:
     """The learning-rate range test that a run is, with what its records up to `step` say; None where it is none. Rank 0 reads
     them for all: ranks that read otherwise would end at different steps."""
@@ -291,14 +306,20 @@ def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState, 
     }
 
 
-def sample(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data) -> str | None:
+def sample(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data, step: int) -> str | None:
     """What the model writes after the prompt; None where none is asked for."""
     choice = config.sample
     if not choice.tokens or data.tokenizer is None:
         return None
     prompt = data.tokenizer.encode_prompt(choice.prompt)
     tokens = generate(model, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh)
-    written = f"the model writes:\n{data.tokenizer.decode(tokens)}"
+    text = data.tokenizer.decode(tokens)
+    written = f"the model writes:\n{text}"
+    if mesh.rank == 0:
+        try:
+            keep_sample(Path(config.run_dir), Sample(step, choice.prompt, text))
+        except DiskFull as error:  # all else is saved
+            written += f"\nwhich is not kept: {error}"
     if len(tokens) < len(prompt) + choice.tokens:
         written += "\nand no more: its logits there are not finite"
     return written

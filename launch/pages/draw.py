@@ -72,6 +72,11 @@ def name_of(run: Run) -> Marked:
     return Marked(f"{swatch(color(run.order), dashes(run.order))}{text(run.label)}")
 
 
+def title_of(title: str, run: Run, runs: Sequence[Run]) -> str:
+    """The title of a picture of one run; it names the run where there are several."""
+    return f"{title}: {run.label}" if len(runs) > 1 else title
+
+
 def line_of(run: Run, runs: Sequence[Run], words: str) -> str:
     """A line of a caption (HTML); it names the run where there are several."""
     return f'<span class="run">{name_of(run)}: {words}</span>' if len(runs) > 1 else words
@@ -156,6 +161,8 @@ def curves(
     def paint(axes: "Axes") -> None:
         values = np.concatenate([curve.known.values for _, curve in lines])
         draw_lines(axes, lines, smoothed)
+        for run, _ in there:
+            mark_resumes(axes, run)
         dress(axes, unit, form if scale == 1 else short, log=values.min() > 0 and values.max() > decades * values.min())
         if values.min() == values.max():
             low, high = sorted([0, 2 * values[0] or 1])
@@ -177,6 +184,12 @@ def draw_lines(axes: "Axes", lines: Sequence[tuple[int, Curve]], smoothed: bool)
             axes.plot(mean.steps, mean.values, linewidth=1.8, **style)
         alone = _alone(raw)
         axes.plot(alone.steps, alone.values, "o", markersize=4, color=color(order))
+
+
+def mark_resumes(axes: "Axes", run: Run) -> None:
+    """A dotted line where the run was resumed."""
+    for step in run.resumed:
+        axes.axvline(step + 0.5, color=color(run.order), linewidth=1, linestyle=":", gid=f"resumed-{run.order}-{step}")
 
 
 def _alone(curve: Curve) -> Curve:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rowwise.launch.pages.draw import color, dress, line_of, picture
-from rowwise.launch.pages.markup import figure, grid, short, text
+from rowwise.launch.pages.draw import color, dress, line_of, picture, title_of
+from rowwise.launch.pages.markup import figure, grid, rate, text
 from rowwise.launch.pages.records import Curve, Run
 from rowwise.trainer.lr_range import averaged, find, points_of, verdict
 
@@ -39,11 +39,13 @@ def range_figure(run: Run, runs: Sequence[Run]) -> str:
         if finding is not None:
             axes.axvline(finding.suggested, color="#333333", linewidth=1, dashes=(4, 2))
             axes.annotate(
-                f"optim.lr={short(finding.suggested)}", (finding.suggested, 0.97), xycoords=axes.get_xaxis_transform(),
+                f"optim.lr={rate(finding.suggested)}", (finding.suggested, 0.97), xycoords=axes.get_xaxis_transform(),
                 xytext=(-4, 0), textcoords="offset points", ha="right", va="top", color="#333333",
             )  # fmt: skip
 
-    return figure("Loss over the learning rate", line_of(run, runs, text(words)), picture(spoken, paint))
+    return figure(
+        title_of("Loss over the learning rate", run, runs), line_of(run, runs, text(words)), picture(spoken, paint)
+    )
 
 
 def _records(run: Run) -> list[dict[str, float | None]]:

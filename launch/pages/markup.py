@@ -1,5 +1,7 @@
 """HTML in pieces. What comes from a run is text: it is escaped here, once."""
 
+import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -40,9 +42,11 @@ def grid(figures: Iterable[str]) -> list[str]:
 
 
 def table(name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table under its title, in a box of its own. The first cell of a row names it; what is HTML stands in a `Marked`."""
+    """A table under its title, in a box of its own. The first cell of a row names it; what is HTML stands in a `Marked`.
+    On a narrow screen a row is a block, and each of its cells stands behind the name of its column."""
     top = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
-    body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
+    columns = [_spoken(cell) for cell in head[1:]]
+    body = "".join(f"<tr>{_cells(row, columns)}</tr>" for row in rows)
     whole = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
     return f"<h3>{text(name)}</h3>{scroll(name, whole)}"
 
@@ -52,29 +56,68 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> str:
     return f"<dl>{''.join(f'<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>' for key, value in pairs)}</dl>"
 
 
-def _cells(row: Sequence[Any]) -> str:
+def _cells(row: Sequence[Any], columns: Sequence[str]) -> str:
     name, *others = map(text, row)
-    return f'<th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
+    cells = (f'<td data-of="{column}"><span>{cell}</span></td>' for column, cell in zip(columns, others, strict=True))
+    return f'<th scope="row">{name}</th>{"".join(cells)}'
 
 
-def short(number: float, digits: int = 4) -> str:
-    """Such as 12, 3.142, 1.5k, 2M or 1e-05."""
+def _spoken(value: Any) -> str:
+    """Its words, for an attribute."""
+    return re.sub("<[^>]*>", "", text(value))
+
+
+def short(number: float, digits: int = 3) -> str:
+    """Such as 12, 3.14, 1.5k, 2M or 1e-5."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size <= abs(number) < 1e15:
-            return f"{number / size:.{digits}g}{letter}"
-    return f"{number:.{digits}g}"
+            return f"{fixed(number / size, digits)}{letter}"
+    return (
+        _without_zeros(f"{number:.{digits}g}") if abs(number) >= 1e15 or abs(number) < 1e-4 else fixed(number, digits)
+    )
+
+
+def fixed(number: float, digits: int = 3) -> str:
+    """As many significant digits, without an exponent or zeros at the end: 697, 1.5, 0.0312."""
+    if not number or not math.isfinite(number):
+        return f"{number:g}"
+    behind = _behind(number, digits)
+    told = f"{number:.{behind}f}"
+    return told.rstrip("0").rstrip(".") if behind else told
+
+
+def _behind(number: float, digits: int) -> int:
+    """Digits behind the point."""
+    return max(0, digits - 1 - math.floor(math.log10(abs(number))))
+
+
+def rate(number: float) -> str:
+    """As people write a learning rate: 3e-4, 1.5e-3, 0.01."""
+    if not number or abs(number) >= 0.01:
+        return short(number)
+    mantissa, exponent = f"{number:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def loss(number: float) -> str:
+    """Four digits, of which two runs often share three: 2.780."""
+    return f"{number:.{_behind(number, 4)}f}" if 1e-4 < abs(number) < 1e3 else short(number, 4)
+
+
+def _without_zeros(told: str) -> str:
+    return re.sub(r"e\+?(-?)0*(\d)", r"e\1\2", told)
 
 
 def whole(number: float) -> str:
     """Such as 65,536."""
-    return f"{number:,.0f}" if number == round(number) else f"{number:,.4g}"
+    return f"{number:,.0f}" if number == round(number) else short(number)
 
 
 def size(number: float) -> str:
-    """Bytes, such as 1.50 GiB."""
+    """Bytes, such as 1.5 GiB."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if abs(number) >= unit:
-            return f"{number / unit:,.2f} {name}"
+            return f"{fixed(number / unit)} {name}"
     return f"{number:,.0f} B"
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rowwise.launch.pages.draw import COLORS, GREY, curves, dress, line_of, picture, shares
+from rowwise.launch.pages.draw import COLORS, GREY, curves, dress, line_of, picture, shares, title_of
 from rowwise.launch.pages.markup import figure, grid, size, table
 from rowwise.launch.pages.records import Run
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 FIELDS = frozenset({"peak_memory_bytes"})
 CATEGORIES = {"parameters": COLORS[0], "gradients": COLORS[5], "optimizer": COLORS[2], "masks": COLORS[3]}
-REST = "other, up to the peak"
+REST = "activations and the rest"
 MEBI, GIBI = 2**20, 2**30
 
 
@@ -38,17 +38,16 @@ def bars(document: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     return [("predicted", predicted), *found] if isinstance(predicted, dict) else found
 
 
-def parts(held: dict[str, float], device: Any) -> dict[str, float]:
-    """Bytes by category, and what the peak has beside them: activations and buffers. On a CPU the peak is the whole
-    process's, of which they are too little to be seen beside it."""
+def parts(held: dict[str, float]) -> dict[str, float]:
+    """Bytes by category, and what the peak has beside them: activations, buffers, and on a CPU, where the peak is the whole
+    process's, its libraries too."""
     known = {name: float(held.get(name) or 0) for name in CATEGORIES}
-    rest = 0.0 if device == "cpu" else max(0.0, (held.get("peak") or 0) - sum(known.values()))
-    return {**known, REST: rest}
+    return {**known, REST: max(0.0, (held.get("peak") or 0) - sum(known.values()))}
 
 
 def by_rank(run: Run, document: dict[str, Any], runs: Sequence[Run]) -> str:
     """A bar a rank, and what was predicted first."""
-    columns = [(name, parts(held, document.get("device"))) for name, held in bars(document)]
+    columns = [(name, parts(held)) for name, held in bars(document)]
     colors = {**CATEGORIES, REST: GREY}
     largest = max((held for name, held in columns if name != "predicted"), key=lambda held: sum(held.values()))
     unit, word = _unit(sum(largest.values()))
@@ -69,15 +68,17 @@ def by_rank(run: Run, document: dict[str, Any], runs: Sequence[Run]) -> str:
     legend = shares([(name, fill, size(largest[name])) for name, fill in colors.items() if largest[name]])
     spoken = ", ".join(f"{name} {size(held)}" for name, held in largest.items() if held)
     label = f"Memory of each rank of {run.label} by category; the largest: {spoken}"
-    return figure("Memory by category", line_of(run, runs, f"largest rank: {legend}"), picture(label, paint))
+    return figure(
+        title_of("Memory by category", run, runs), line_of(run, runs, f"largest rank: {legend}"), picture(label, paint)
+    )
 
 
 def numbers(run: Run, document: dict[str, Any]) -> str:
-    head = ["rank", *CATEGORIES, "peak"]
-    rows = [[name, *("-" if held.get(key) is None else size(held[key]) for key in head[1:])]
-            for name, held in bars(document)]  # fmt: skip
-    note = ", where the peak is the whole process's" if document.get("device") == "cpu" else ""
-    return table(f"Memory of {run.label} on {document.get('device', 'its device')}{note}", head, rows)
+    head = ["rank", *CATEGORIES, REST, "peak"]
+    columns = [(name, held | {REST: parts(held)[REST] if held.get("peak") else None}) for name, held in bars(document)]
+    rows = [[name, *("-" if held.get(key) is None else size(held[key]) for key in head[1:])] for name, held in columns]
+    note = "; the peak is the whole process's, with its libraries" if document.get("device") == "cpu" else ""
+    return table(f"Memory of {run.label} on {document.get('device', 'its device')} in the first step{note}", head, rows)
 
 
 def _unit(largest: float) -> tuple[int, str]:

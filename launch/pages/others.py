@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rowwise.launch.pages.draw import COLORS, color, curves, dress, line_of, picture, shares
+from rowwise.launch.pages.draw import COLORS, color, curves, dress, line_of, picture, shares, title_of
 from rowwise.launch.pages.markup import figure, grid, short, text
 from rowwise.launch.pages.records import Run
 
@@ -54,4 +54,4 @@ def of_table(run: Run, name: str, runs: Sequence[Run]) -> str:
         dress(axes, "as recorded" if few else "mean, least and largest")
 
     label = f"{name} of {run.label} over steps, {len(keys)} entries"
-    return figure(name, line_of(run, runs, caption), picture(label, paint))
+    return figure(title_of(name, run, runs), line_of(run, runs, caption), picture(label, paint))

@@ -17,8 +17,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rowwise.launch.outcome import OUTCOME
 from rowwise.trainer.files import from_json
 from rowwise.trainer.metrics import number, record_of, spans
+from rowwise.trainer.starts import Start, read_starts
 
 DEEP = 20  # of a tree in a record, at most
 POINTS = 1000  # of a curve in a picture, at most; records of a table
@@ -77,14 +79,21 @@ class Run:
     curves: dict[str, Curve]
     tables: dict[str, Tables]
     remarks: tuple[str, ...] = ()  # what is wrong with its files
+    starts: tuple[Start, ...] = ()
 
     @property
     def steps(self) -> np.ndarray:
-        return self.curves["step"].steps
+        return self.curves["step"].steps if "step" in self.curves else np.zeros(0)
 
     @property
     def last_step(self) -> int:
-        return int(self.steps[-1])
+        """0 where the run ended before its first step."""
+        return int(self.steps[-1]) if len(self.steps) else 0
+
+    @property
+    def resumed(self) -> list[int]:
+        """The steps after which a start went on."""
+        return sorted({start.step for start in self.starts if 0 < start.step < self.last_step})
 
     @property
     def seconds(self) -> float:
@@ -127,17 +136,17 @@ class Run:
 def read_run(folder: Path, order: int, label: str) -> Run:
     """The run in `folder`. Raises ValueError where there is none, or none with records."""
     metrics, settings = folder / "metrics.jsonl", folder / "config.yaml"
-    if not metrics.is_file() and not settings.is_file():
+    if not any(path.is_file() for path in (metrics, settings, folder / OUTCOME)):
         raise ValueError(f"run={folder}: there is no run; give a folder that rowwise.launch.train wrote, runs/NAME")
     curves, tables, bad = read_fields(metrics)
-    if not curves:
+    if not curves and not (folder / OUTCOME).is_file():  # one that failed before its first step says why
         lost = f"; none is in line {spans(bad)} of {metrics}" if bad else ""
         raise ValueError(f"run={folder}: the run has no records yet; wait for its first step{lost}")
     text = settings.read_text(errors="replace") if settings.is_file() else ""
     remarks = (
         (f"metrics.jsonl has no record of a later step in line {spans(bad)}, which is passed over",) if bad else ()
     )
-    return Run(order, label, folder, _tree(text, settings), text, curves, tables, remarks)
+    return Run(order, label, folder, _tree(text, settings), text, curves, tables, remarks, tuple(read_starts(folder)))
 
 
 def _tree(text: str, path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rowwise.launch.pages.draw import curves, line_of, picture
+from rowwise.launch.pages.draw import curves, line_of, picture, title_of
 from rowwise.launch.pages.markup import figure, grid, paragraph, percent, short, text, whole
 from rowwise.launch.pages.records import Run
 
@@ -67,7 +67,7 @@ def by_matrix(run: Run, runs: Sequence[Run]) -> str:
 
     label = f"Density of each matrix of {run.label}, {told}"
     return figure(
-        "Density by matrix",
+        title_of("Density by matrix", run, runs),
         line_of(run, runs, text(told)),
         picture(label, paint, height=max(150, 70 + 22 * len(kinds))),
     )

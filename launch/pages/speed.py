@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rowwise.launch.pages.draw import COLORS, curves, dress, line_of, median_of, name_of, picture, shares
+from rowwise.launch.pages.draw import (
+    COLORS,
+    curves,
+    dress,
+    line_of,
+    mark_resumes,
+    median_of,
+    name_of,
+    picture,
+    shares,
+    title_of,
+)
 from rowwise.launch.pages.markup import duration, figure, grid, percent, table
 from rowwise.launch.pages.records import Run, stretches
 
@@ -59,12 +70,13 @@ def step_time(run: Run, runs: Sequence[Run]) -> str:
         # The last stretch has a right edge too.
         axes.stackplot(edges, [np.append(h, h[-1]) for h in heights], colors=list(PARTS.values()), step="post")
         axes.set_xlim(edges[0], edges[-1])
+        mark_resumes(axes, run)
         axes.set_ylim(0, 1.06 * np.sum(heights, axis=0).max() or 1)
         dress(axes, "seconds a step")
 
     spoken = ", ".join(f"{name} {percent(part.sum() / whole)}" for name, part in parts.items())
     label = f"Time of a step of {run.label}, in parts: {spoken}"
-    return figure("Time of a step", line_of(run, runs, legend), picture(label, paint))
+    return figure(title_of("Time of a step", run, runs), line_of(run, runs, legend), picture(label, paint))
 
 
 def _row(run: Run) -> list[str]:

@@ -1,37 +1,49 @@
 """What the runs are, and where they stand."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from rowwise.launch.pages.draw import name_of
-from rowwise.launch.pages.markup import Marked, duration, facts, paragraph, short, table, text
+import numpy as np
+
+from rowwise.launch.pages.draw import Form, name_of
+from rowwise.launch.pages.markup import Marked, duration, facts, loss, paragraph, rate, short, size, table, text
 from rowwise.launch.pages.records import Run
-from rowwise.trainer.config import flat
+from rowwise.launch.pages.state import told_of
+from rowwise.launch.standing import of_run
+from rowwise.trainer.keys import flat
 from rowwise.trainer.metrics import number
-from rowwise.trainer.models.decoder import model_of, parameter_count
+from rowwise.trainer.starts import Start
 
 FIELDS = frozenset({"step", "tokens"})
 DEGREES = ("pipeline", "replicate", "shard", "ring", "ulysses")
 OWN = ("name", "run_dir")  # differ in any two runs
+ABREAST = 4  # runs that stand side by side as columns; more are rows
 
 
 def show(runs: Sequence[Run]) -> list[str]:
-    """One run: what is known of it. Several: a row each, with the settings in which they differ."""
+    """One run: what is known of it beside its state, which stands on top. Several: where each stands, with the settings in
+    which they differ."""
     if len(runs) == 1:
-        return [facts([*identity(runs[0]), *standing(runs[0])])]
+        return [facts([*standing(runs[0])[1:], *identity(runs[0]), *origin(runs[0])])]
     keys = differences(runs)
-    head = ["run", *(key for key, _ in standing(runs[0])), "parameters", *keys]
+    head = ["run", *(key for key, _ in standing(runs[0])), "parameters", *map(_breakable, keys)]
     rows = [
         [name_of(run), *(value for _, value in standing(run)), _parameters(run), *(_setting(run, key) for key in keys)]
         for run in runs
     ]
+    if len(runs) <= ABREAST:
+        head, *rows = map(list, zip(head, *rows, strict=True))
     told = "" if keys else "<p>The runs have the same settings.</p>"
     return [table("Where the runs stand, and the settings in which they differ", head, rows), told]
 
 
 def identity(run: Run) -> list[tuple[str, str]]:
-    """What the configuration says."""
+    """What the configuration says; of a run that failed before it wrote one, only where it is."""
+    if not run.config:
+        return [("folder", str(run.folder))]
     sparsity = run.setting("sparsity.name") or "none"
-    density, learning = run.setting("sparsity.density"), ("optim.name", "optim.lr", "schedule.name")
+    density, lr = run.setting("sparsity.density"), number(run.setting("optim.lr"))
+    learning = ("optim.name", "schedule.name")
     return [
         ("folder", str(run.folder)),
         ("model", f"{_setting(run, 'model.name')}, {_parameters(run)} parameters"),
@@ -41,7 +53,7 @@ def identity(run: Run) -> list[tuple[str, str]]:
         ),
         ("layout", layout(run)),
         ("precision", _setting(run, "precision.name")),
-        ("optimizer", "{}, lr {}, {}".format(*(_setting(run, key) for key in learning))),
+        ("optimizer", f", lr {'-' if lr is None else rate(lr)}, ".join(_setting(run, key) for key in learning)),
         ("sparsity", sparsity if density is None else f"{sparsity}, density {density}"),
     ]
 
@@ -49,36 +61,40 @@ def identity(run: Run) -> list[tuple[str, str]]:
 def standing(run: Run) -> list[tuple[str, str]]:
     """How far it is, in numbers."""
     return [
-        ("state", Marked(f'<span class="words">{text(state(run))}</span>')),
+        ("state", Marked(f'<span class="words">{text(told_of(run, of_run(run.folder)))}</span>')),
         ("step", f"{run.last_step:,} of {run.setting('steps') or '?'}"),
-        ("loss", _last(run, "loss")),
-        ("held-out loss", _last(run, "eval_loss")),
-        ("tokens", _last(run, "tokens", "")),
-        ("time in steps", duration(run.seconds)),
+        ("loss", _last(run, "loss", loss, " nats per token")),
+        ("held-out loss", _last(run, "eval_loss", loss, " nats per token")),
+        ("tokens", _last(run, "tokens", short)),
+        ("speed", _median(run, "tokens_per_second", " tokens per second per worker")),
+        ("peak memory", _last(run, "peak_memory_bytes", size, " on rank 0")),
+        ("time in steps", duration(run.seconds) if run.last_step else "-"),
     ]
+
+
+def origin(run: Run) -> list[tuple[str, Any]]:
+    """By which command, where, when and with what it was started, and where it went on."""
+    if not run.starts:
+        return []
+    last, first = run.starts[-1], run.starts[0]
+    again = [f"after step {start.step:,} ({when(start)}, {start.host})" for start in run.starts[1:] if start.step]
+    facts = [
+        ("command", Marked(f"<code>{text(last.command)}</code>") if last.command else "-"),
+        ("started", f"{when(first)} on {first.host}, {first.workers} x {first.device}"),
+        ("resumed", ", ".join(again)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in last.versions.items())),
+    ]
+    return [(key, value) for key, value in facts if value]
+
+
+def when(start: Start) -> str:
+    """To the minute, in the zone where it ran."""
+    return start.time[:16].replace("T", " ")
 
 
 def damage(runs: Sequence[Run]) -> list[str]:
     """What is wrong with the records of the runs."""
     return [paragraph(f"{run.label}: {remark}.") for run in runs for remark in run.remarks]
-
-
-def state(run: Run) -> str:
-    """What the launcher wrote when the run ended; without that, what the records show."""
-    try:
-        outcome = run.document("outcome.json")
-    except ValueError as error:
-        return f"not known: {error}"
-    if outcome is None:
-        steps = number(run.setting("steps"))
-        return "complete" if steps is not None and run.last_step >= steps else "under way, or cut off"
-    step, reason, told = outcome.get("step"), outcome.get("reason"), str(outcome.get("state"))
-    if isinstance(step, int) and told != "complete":
-        told += f" at step {step}"
-    told += f": {reason}" if reason else ""
-    if isinstance(step, int) and run.last_step > step:
-        told += f"; the records reach step {run.last_step:,}"
-    return told
 
 
 def layout(run: Run) -> str:
@@ -105,17 +121,31 @@ def _setting(run: Run, path: str) -> str:
     return "-" if value is None else str(value)
 
 
+def _breakable(key: str) -> Marked:
+    """A line may end at its dots and strokes."""
+    return Marked(text(key).replace(".", ".<wbr>").replace("_", "_<wbr>"))
+
+
 def _parameters(run: Run) -> str:
+    if run.starts:
+        return f"{run.starts[-1].parameters:,}"
+    from rowwise.trainer.models.decoder import model_of, parameter_count  # torch: of runs of an earlier release only
+
     try:
         return f"{parameter_count(model_of(run.config['model']))[0]:,}"
     except (KeyError, TypeError):  # of another release
         return "?"
 
 
-def _last(run: Run, field: str, digits: str = ".4f") -> str:
+def _median(run: Run, field: str, unit: str) -> str:
+    curve = run.curve(field)
+    return "-" if curve is None else f"{short(float(np.median(curve.known.values)))}{unit}"
+
+
+def _last(run: Run, field: str, form: Form, unit: str = "") -> str:
     curve = run.curve(field)
     if curve is None:
         return "-"
     value, step = curve.known.values[-1], int(curve.known.steps[-1])
-    told = format(value, digits) if digits else short(value)
+    told = f"{form(value)}{unit}"
     return told if step == run.last_step else f"{told} at step {step:,}"

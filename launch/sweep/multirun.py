@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from rowwise.launch.agent import run_workers
 from rowwise.launch.compose import key_of
 from rowwise.launch.job import Job
+from rowwise.launch.leaving import leave_report
 from rowwise.launch.meeting import TOKEN, slurm_meeting
 from rowwise.launch.ranks import default_nproc, require_ranks
 from rowwise.launch.sweep.config import SweepConfig, is_basic, keep_plan
 from rowwise.launch.sweep.space import Space
-from rowwise.launch.sweep.trials import Trial, trial_words
+from rowwise.launch.sweep.trials import LEAVES, Trial, trial_words
 from rowwise.launch.warm import Warm
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.run_length import choose
@@ -81,6 +82,7 @@ def run_trial(config: DictConfig, warm: Warm | None = None) -> str:
     job = Job(tuple(words), folder, steps, nproc, meeting, name, patience, restarts, folder / "logs", gpus)
     # A signal that stopped the trial then does to this process what it would have done: submitit queues it again.
     outcome = run_workers(job, warm, relay=not basic)
+    leave_report(folder, "failed" if LEAVES in words else run.report, outcome.state)
     if basic and outcome.state == "stopped":
         raise KeyboardInterrupt  # the other trials too
     return outcome.state

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rowwise.launch.compose import quoted
+from rowwise.launch.compose import key_of, quoted
 from rowwise.launch.outcome import read_outcome
 from rowwise.trainer.files import write_whole
 from rowwise.trainer.metrics import number, read_metrics
 from rowwise.trainer.tracker import Mlflow, TrackerConfig, Trackio, Wandb
 
+LEAVES = "report=failed"  # of hundreds of trials those are looked at one by one
 PICTURE_SIZE = (11.0, 4.2)
 
 
@@ -49,8 +50,10 @@ def tell(trials: Sequence[Trial], folder: Path, goal: str) -> None:
 
 
 def trial_words(own: Sequence[str], tracker: TrackerConfig, sweep: str, number: int, folder: Path) -> list[str]:
-    """The command line of a trial: in its own folder, and in one group with the others where a tracker has groups."""
+    """The command line of a trial: in its own folder, with a report only where it fails, unless `own` says otherwise, and in
+    one group with the others where a tracker has groups."""
     words = [*own, f"name={quoted(f'{sweep}-{number}')}", f"run_dir={quoted(str(folder))}"]
+    words += [] if any(key_of(word) == "report" for word in own) else [LEAVES]
     grouped = isinstance(tracker, Wandb | Mlflow | Trackio) and tracker.group is None
     return [*words, f"tracker.group={quoted(sweep)}"] if grouped else words
 

@@ -15,7 +15,8 @@ from rowwise.launch import agent, cli
 from rowwise.launch.compose import GROUPS, compose_tree, quoted
 from rowwise.launch.outcome import Outcome
 from rowwise.trainer.check import check
-from rowwise.trainer.config import config_from_tree, flat, tree_of
+from rowwise.trainer.config import config_from_tree, tree_of
+from rowwise.trainer.keys import flat
 
 pytestmark = pytest.mark.slow
 

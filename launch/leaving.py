@@ -1,0 +1,86 @@
+"""The page that a run leaves when it ends: report.html, with the reason on top. A run is over before it is made, and nothing
+that goes wrong with it is more than a line of warning.
+
+It is made in a process of its own, which imports neither torch nor the run: 2 seconds of one core. A signal ends the wait for
+it, and so do PATIENCE_SECONDS.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rowwise.launch.outcome import Ended, Outcome, State, cause_of, write_outcome
+from rowwise.trainer.config import Report, TrainConfig
+from rowwise.trainer.files import DiskFull
+from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.stop import answering, hearing
+
+PATIENCE_SECONDS = 30.0
+WRITER = (sys.executable, "-P", "-m", "rowwise.launch.report")
+
+
+def leave_report(run_dir: Path, asked: Report, state: State) -> None:
+    """Writes report.html into the folder of a run that has ended as `state`, where `asked` has it so. Call it in the main
+    thread, for signals."""
+    if asked == "never" or state == "refused" or (asked == "failed" and state != "failed") or not run_dir.is_dir():
+        return
+    why = _written(run_dir.absolute())
+    if why is not None:
+        again = f"`rowwise report run={run_dir}` makes it"
+        print(f"warning: no report.html: {why}; {again}", file=sys.stderr, flush=True)
+
+
+def _written(run_dir: Path) -> str | None:
+    """Why it is not; None where it is."""
+    try:
+        writer = subprocess.Popen(
+            [*WRITER, f"run={run_dir}"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    except OSError as error:
+        return f"{error.strerror}"
+    with hearing(lambda number, frame: writer.kill()), answering(lambda number, left: None):
+        try:
+            code = writer.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            writer.kill()  # and not waited for: one that hangs in the file system does not end of it
+            return f"it took more than {PATIENCE_SECONDS:g} seconds"
+    if code < 0:
+        return "it was interrupted"
+    assert writer.stderr is not None
+    said = writer.stderr.read().split("\n")
+    return None if code == 0 else ([line for line in said if line] or [f"it ended with {code}"])[-1]
+
+
+@contextlib.contextmanager
+def end_told(config: TrainConfig) -> Iterator[None]:
+    """On rank 0 of a run that no agent of ours sees to the end: writes down how it ends, as the agent does, and leaves the
+    report. Enter it where the folder is held."""
+    run_dir, outcome, asked = Path(config.run_dir), Outcome("stopped", "asked to stop"), config.report
+    try:
+        yield
+        if _last_step(run_dir) >= config.steps:
+            outcome = Outcome("complete")
+    except KeyboardInterrupt:  # Ctrl-C again: at once, without saving
+        asked = "never"
+        raise
+    except BaseException as error:
+        outcome = Outcome(
+            "failed", str(error) if isinstance(error, Ended) else cause_of(f"{type(error).__name__}: {error}")
+        )
+        raise
+    finally:
+        with contextlib.suppress(DiskFull, OSError):  # which most likely is the reason, and is told
+            write_outcome(run_dir, replace(outcome, step=_last_step(run_dir)))
+        leave_report(run_dir, asked, outcome.state)
+
+
+def _last_step(run_dir: Path) -> int:
+    """How far the records reach; 0 where they do not tell."""
+    with contextlib.suppress(OSError):
+        return max((record["step"] for record in read_metrics(run_dir)), default=0)
+    return 0
