@@ -38,7 +38,7 @@ def test_a_run_that_failed_leaves_its_reason(run, capfd):
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", ""), "where all goes well nothing is said"
     page = (run / "report.html").read_text()
-    assert re.search('<p class="state failed"><strong>failed</strong> at step 3: not a number: step 4<', page)
+    assert re.search('<p class="state bad"><strong>failed</strong> at step 3: not a number: step 4<', page)
     assert "http-equiv" not in page
 
 

@@ -171,7 +171,7 @@ def _train(
         if test is not None and (test.over or state.step == config.steps):
             reporter.say(test.told())
         else:
-            reporter.say(sample(config, mesh, model, data) if state.step >= config.steps else None)
+            reporter.say(sample(config, mesh, model, data, state.step) if state.step >= config.steps else None)
             reporter.end(state, writes=data.tokenizer is not None)
     return state
 

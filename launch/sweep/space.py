@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from rowwise.launch.compose import one_line
 
 MOST_VALUES = 10_000  # of a key
-MAY_CHANGE = ("nproc=", "parallel.", "parallel=", "checkpoint.", "tracker", "log_every=", "compile=")
+MAY_CHANGE = ("nproc=", "parallel.", "parallel=", "checkpoint.", "tracker", "log_every=", "compile=", "report=")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from rowwise.trainer.metrics import number, read_metrics
 from rowwise.trainer.tracker import Mlflow, TrackerConfig, Trackio, Wandb
 
 LEAVES = "report=failed"  # of hundreds of trials those are looked at one by one
-PICTURE_SIZE = (11.0, 4.2)
 
 
 @dataclass(frozen=True)
@@ -124,31 +123,20 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw(trials: Sequence[Trial], folder: Path, goal: str) -> Path:
-    """sweep.png: `goal` over steps for every trial, and where each ended, the best first."""
-    import matplotlib
+    """Writes sweep.png of the trials that have measured something, and returns where it is."""
+    from rowwise.launch.sweep.picture import Result  # matplotlib, which no trial waits for
+    from rowwise.launch.sweep.picture import draw as draw_results
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    ended = [(trial, points) for trial in trials if (points := curve(trial.folder, goal))]
-    ended.sort(key=lambda pair: pair[1][-1][1])
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=PICTURE_SIZE, layout="constrained")
-    colours = [plt.get_cmap("viridis")(i / max(1, len(ended) - 1)) for i in range(len(ended))]
-    for (_, points), colour in zip(ended, colours, strict=True):
-        marker = "." if len(points) < 30 else None
-        curves.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=1.2)
-    best = ended[:20]
-    bars.barh(range(len(best)), [points[-1][1] for _, points in best], color=colours[: len(best)])
-    bars.set_yticks(range(len(best)), [f"{trial.number}: {_short(trial.said)}" for trial, _ in best], fontsize=7)
-    bars.invert_yaxis()
-    if best and 0 < (low := best[0][1][-1][1] * 0.98) < (high := best[-1][1][-1][1] * 1.01):
-        bars.set_xlim(low, high)
-    curves.set_xlabel("step")
-    curves.set_ylabel(goal)
-    bars.set_xlabel(f"{goal} at the end" + (" (the best 20)" if len(ended) > len(best) else ""))
     path = folder / "sweep.png"
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    measured = [(trial, points) for trial in trials if (points := curve(trial.folder, goal))]
+    draw_results(
+        [
+            Result(trial.number, trial.settings, points, _ended(trial, records_of(trial.folder), goal)[0] == "complete")
+            for trial, points in measured
+        ],
+        path,
+        goal,
+    )
     return path
 
 
@@ -156,7 +144,3 @@ def curve(folder: Path, goal: str) -> list[tuple[int, float]]:
     """Steps and the values of `goal` there."""
     points = [(record["step"], number(record.get(goal))) for record in records_of(folder)]
     return [(step, value) for step, value in points if value is not None]
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 44 else f"{text[:41]}..."
