@@ -12,14 +12,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rowwise.launch.outcome import Ended, Outcome, State, cause_of, write_outcome
-from rowwise.trainer.config import Report, TrainConfig
+from rowwise.launch.outcome import Ended, Outcome, State, cause_of, read_outcome, write_outcome
 from rowwise.trainer.files import DiskFull
 from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.starts import Report
 from rowwise.trainer.stop import answering, hearing
 
+if TYPE_CHECKING:
+    from rowwise.trainer.config import TrainConfig
+
 PATIENCE_SECONDS = 30.0
+AT_ONCE = "interrupted by Ctrl-C, without saving"
 WRITER = (sys.executable, "-P", "-m", "rowwise.launch.report")
 
 
@@ -57,26 +62,31 @@ def _written(run_dir: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def end_told(config: TrainConfig) -> Iterator[None]:
-    """On rank 0 of a run that no agent of ours sees to the end: writes down how it ends, as the agent does, and leaves the
-    report. Enter it where the folder is held."""
-    run_dir, outcome, asked = Path(config.run_dir), Outcome("stopped", "asked to stop"), config.report
+def end_told(config: "TrainConfig") -> Iterator[None]:
+    """On rank 0 of a run that no agent of ours sees to the end: writes down how it ends, as the agent does. Enter it where the
+    folder is held, and call `leave_report_as_told` when it is no more."""
+    run_dir, outcome = Path(config.run_dir), Outcome("stopped", "asked to stop")
     try:
         yield
         if _last_step(run_dir) >= config.steps:
             outcome = Outcome("complete")
-    except KeyboardInterrupt:  # Ctrl-C again: at once, without saving
-        asked = "never"
+    except KeyboardInterrupt:
+        outcome = Outcome("stopped", AT_ONCE)
         raise
     except BaseException as error:
-        outcome = Outcome(
-            "failed", str(error) if isinstance(error, Ended) else cause_of(f"{type(error).__name__}: {error}")
-        )
+        told = str(error) if isinstance(error, Ended) else cause_of(f"{type(error).__name__}: {error}")
+        outcome = Outcome("failed", told)
         raise
     finally:
         with contextlib.suppress(DiskFull, OSError):  # which most likely is the reason, and is told
             write_outcome(run_dir, replace(outcome, step=_last_step(run_dir)))
-        leave_report(run_dir, asked, outcome.state)
+
+
+def leave_report_as_told(config: "TrainConfig") -> None:
+    """Leaves the report of a run whose end is written down; not where Ctrl-C asked for the end at once."""
+    outcome = read_outcome(Path(config.run_dir))
+    if outcome is not None and outcome.reason != AT_ONCE:
+        leave_report(Path(config.run_dir), config.report, outcome.state)
 
 
 def _last_step(run_dir: Path) -> int:

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from rowwise.launch.compose import compose_tree, one_line
-from rowwise.launch.leaving import end_told
+from rowwise.launch.leaving import end_told, leave_report_as_told
 from rowwise.launch.outcome import Ended, Failed, Refused, clear_outcome, give_room, keep_room
 from rowwise.launch.parent import follow
 from rowwise.launch.streams import send_to
@@ -67,8 +67,7 @@ def run(
         if apart and not first:
             send_to(rank_log(run_dir, workers.rank))
         tell_gpu(run_dir)
-        alone = first and START not in os.environ
-        with end_told(config) if alone else contextlib.nullcontext(), told_of_known_ends(run_dir, workers):
+        with told_of_known_ends(run_dir, workers):
             return train(config, workers, command)
 
 
@@ -78,7 +77,7 @@ def begun(resolve: Callable[[Workers], TrainConfig], workers: Workers) -> Iterat
 
     Raises Refused or Failed, which they are told instead.
     """
-    run_dir = None
+    run_dir, alone = None, START not in os.environ  # no agent of ours sees to the end
     try:
         config = resolve(workers)
         run_dir = Path(config.run_dir)
@@ -93,10 +92,13 @@ def begun(resolve: Callable[[Workers], TrainConfig], workers: Workers) -> Iterat
         raise end from None
     try:
         announce(workers, tree_of(config))
-        yield config
+        with end_told(config) if alone else contextlib.nullcontext():
+            yield config
     finally:
         lock.release()
         give_room(run_dir)
+        if alone:
+            leave_report_as_told(config)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def fill(disk: Path, room: int) -> None:
 def ended(workers: Workers, overrides: list[str]) -> tuple[str, str]:
     """One rank of a run, and how it ended there."""
     try:
-        worker.run(overrides, workers)
+        worker.run(lambda workers: worker.resolve(overrides, workers), workers)
     except Ended as end:
         return end.state, str(end)
     return "complete", ""
@@ -100,6 +100,8 @@ def test_a_disk_that_fills_up_during_a_run(ranks, tmp_path, disk, case):
         "metrics.jsonl",
         "memory.json",
         "starts.jsonl",
+        "train.log",
+        "parameters.txt",
         "checkpoints",
         saved.name,
     }

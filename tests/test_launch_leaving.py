@@ -14,7 +14,7 @@ from filelock import FileLock
 from parity import small_config
 from rowwise.launch import leaving
 from rowwise.launch import report as reports
-from rowwise.launch.leaving import end_told, leave_report
+from rowwise.launch.leaving import end_told, leave_report, leave_report_as_told
 from rowwise.launch.outcome import Failed, Outcome, read_outcome, write_outcome
 from rowwise.trainer.files import to_json
 
@@ -89,12 +89,12 @@ def test_a_signal_ends_the_wait_and_not_the_run(run, number, monkeypatch, capfd)
         (2, Failed("disk full: /"), Outcome("failed", "disk full: /", 2)),
         (2, FloatingPointError("step 3"), Outcome("failed", "not a number: step 3", 2)),
         (0, RuntimeError("no"), Outcome("failed", "RuntimeError: no", 0)),
-        (2, KeyboardInterrupt(), Outcome("stopped", "asked to stop", 2)),
+        (2, KeyboardInterrupt(), Outcome("stopped", leaving.AT_ONCE, 2)),
     ],
 )
 def test_rank_0_tells_the_end_where_nobody_else_does(steps, error, outcome, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(leaving, "leave_report", lambda run_dir, report, state: asked.append((report, state)))
+    monkeypatch.setattr(leaving, "leave_report", lambda run_dir, *words: asked.append(words))
     config = replace(small_config(tmp_path, "steps=3"), run_dir=str(tmp_path / "run"))
     with pytest.raises(type(error)) if error else end_told(config):
         write_records(tmp_path / "run", steps)
@@ -102,7 +102,8 @@ def test_rank_0_tells_the_end_where_nobody_else_does(steps, error, outcome, tmp_
             with end_told(config):
                 raise error
     assert read_outcome(tmp_path / "run") == outcome
-    assert asked == [("never" if isinstance(error, KeyboardInterrupt) else "always", outcome.state)]
+    leave_report_as_told(config)
+    assert asked == ([] if isinstance(error, KeyboardInterrupt) else [("always", outcome.state)])
 
 
 def test_a_page_that_is_watched_is_written_until_the_run_ends(tmp_path, monkeypatch, capsys):

@@ -121,7 +121,7 @@ def told(workers, overrides: list[str]) -> tuple[str, str, str]:
     """One rank of a run: how it ended, why, and what it said."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            worker.run(overrides, workers)
+            worker.run(lambda workers: worker.resolve(overrides, workers), workers)
             ended = "complete", ""
         except Ended as end:
             ended = end.state, str(end)
