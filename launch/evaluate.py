@@ -25,31 +25,24 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from rowwise.launch.checkpoints import Sound, candidates_of, choose_sound, examined
-from rowwise.launch.compose import compose_tree, key_of
+from rowwise.launch.evaluated import Amounts, Text, open_text
 from rowwise.launch.runs import Run, open_run
 from rowwise.launch.settings import parse, read_words
-from rowwise.trainer.data.config import DataConfig
-from rowwise.trainer.data.corpus import Corpus
-from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.files import to_json, write_whole
-from rowwise.trainer.manifest_form import Manifest
 from rowwise.trainer.metrics import number
 
 if TYPE_CHECKING:
     from rowwise.trainer.perplexity import Measured
 
-INHERITED = ("tokenizer", "end_of_text", "mask_documents", "separator", "dtype", "column")
 Count = Annotated[int, Field(ge=1)]
-_DATA: TypeAdapter[DataConfig] = TypeAdapter(Annotated[DataConfig, Field(discriminator="name")])
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ def evaluate(config: EvaluateConfig, words: Sequence[str] = ()) -> list[Row]:
     to = None if config.to is None else _file(Path(config.to).expanduser())
     run = open_run(config.run)
     sounds = chosen(run, config.steps)
-    text = open_text(config, words, sounds[-1].manifest)
+    text = open_text(words, Amounts(config.seq_len, config.micro_size, config.batches), sounds[-1].manifest)
     recorded = {record["step"]: record.get("eval_loss") for record in run.records}
     print(f"{config.run}: {text.told}", *text.remarks, f"{'step':>10}  {_HEAD}", sep="\n", flush=True)
     rows = []
@@ -135,113 +128,6 @@ def chosen(run: Run, steps: str | None) -> list[Sound]:
     for complaint in complaints:
         print(f"{complaint}; passed over", file=sys.stderr)
     return sound
-
-
-@dataclass(frozen=True)
-class Text:
-    """What is evaluated on: the `samples` first of `corpus`, `micro_size` in a forward. `sizes`: of each token the bytes of text that
-    it stands for; None where that cannot be said. `of_run`: the configuration of the run where it is what that held out; else None."""
-
-    config: DataConfig
-    data: Data
-    corpus: Corpus
-    held_out: bool
-    samples: int
-    micro_size: int
-    sizes: list[int] | None
-    of_run: Mapping[str, Any] | None
-    remarks: list[str]
-
-    def was_read_by(self, manifest: Manifest) -> bool:
-        """Whether the run evaluated itself on this when it wrote the checkpoint of `manifest`."""
-        if self.of_run is None or manifest["fingerprint"]["data"] != self.corpus.fingerprint:
-            return False
-        keys = (("eval", "batches"), ("batch", "global_size"), ("batch", "seq_len"))
-        theirs: Mapping[str, Any] = manifest["config"]
-        return all(self.of_run[group][key] == theirs[group][key] for group, key in keys)
-
-    @property
-    def told(self) -> str:
-        part = "held out" if self.held_out else "all of it"
-        return f"data={self.config.name}, {part}: {self.samples:,} of {self.corpus.samples:,} samples of {self.corpus.seq_len} tokens"
-
-
-def open_text(config: EvaluateConfig, words: Sequence[str], manifest: Manifest) -> Text:
-    """The text that the keys ask for, in the tokens of the run. Raises ValueError where it has none, or other tokens."""
-    ours: Mapping[str, Any] = manifest["config"]
-    vocab_size = ours["model"]["vocab_size"]
-    source = source_of(ours["data"], words)
-    seq_len = config.seq_len or ours["batch"]["seq_len"]
-    try:
-        data = open_data(source, seq_len, sys.maxsize)
-    except ValueError as error:
-        raise ValueError(str(error).replace("batch.seq_len", "seq_len")) from None
-    require_own_tokens(data, source, manifest)
-    corpus, held_out = data.holdout, not words or source.holdout > 0
-    if not held_out:
-        corpus = replace(data.train, streams=(*data.train.streams, *data.holdout.streams))
-    if not corpus.samples:
-        raise ValueError(
-            f"data.holdout={source.holdout} holds out no sample of {seq_len} tokens; give data= and data.files= of another text, "
-            "or a smaller seq_len"
-        )
-    batches = config.batches or ("all" if words else ours["eval"]["batches"])
-    samples = corpus.samples if batches == "all" else min(corpus.samples, batches * ours["batch"]["global_size"])
-    same = not words and config.seq_len is None and config.batches is None
-    sizes, why = sizes_of(data, vocab_size)
-    remarks = [] if sizes else [f"no bits per byte: {why}"]
-    if same and data.train.fingerprint != manifest["fingerprint"]["data"]:
-        remarks.append("the data has changed since the run read it: what it holds out now may have been trained on")
-    micro_size = config.micro_size or ours["batch"]["micro_size"]
-    corpus = replace(corpus, vocab_size=vocab_size)
-    return Text(source, data, corpus, held_out, samples, micro_size, sizes, ours if same else None, remarks)
-
-
-def source_of(own: Mapping[str, Any], words: Sequence[str]) -> DataConfig:
-    """The source that overrides name, with what they leave of the run's own; none: the run's own. Raises ValueError."""
-    tree, given = dict(own), {key_of(word): word.partition("=")[2] for word in words}
-    if words:
-        composed = compose_tree([f"data={given.pop('data', own['name'])}", *(w for w in words if key_of(w) != "data")])
-        inherited = [key for key in INHERITED if key in composed["data"] and own.get(key) is not None]
-        tree = composed["data"] | {key: own[key] for key in inherited if f"data.{key}" not in given}
-        if given.get("data.tokenizer") == "bytes" and "data.end_of_text" not in given:
-            tree["end_of_text"] = None
-        tree["holdout"] = tree["holdout"] if "data.holdout" in given else 0.0
-    try:
-        return _DATA.validate_json(json.dumps(tree), strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        raise ValueError(f"data.{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
-
-
-def require_own_tokens(data: Data, source: DataConfig, manifest: Manifest) -> None:
-    """Refuses tokens that the run's model does not know, and those of another tokenizer. Raises ValueError."""
-    vocab_size, own = manifest["config"]["model"]["vocab_size"], manifest["fingerprint"].get("tokenizer")
-    if data.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokens of data={source.name} go up to {data.vocab_size - 1}, and the model's vocab_size is {vocab_size}: they are "
-            "not those of this run; give the text in its tokens, or the data.tokenizer that made them"
-        )
-    # Behind the / stands what ends a document.
-    if data.tokenizer is not None and own is not None and own.split("/")[0] != data.tokenizer.fingerprint.split("/")[0]:
-        raise ValueError(
-            f"data.tokenizer={getattr(source, 'tokenizer', 'bytes')} is not the tokenizer of this run, whose tokens mean other text; "
-            f"leave it out, or give data.tokenizer={manifest['config']['data'].get('tokenizer', 'bytes')} as the run read it"
-        )
-
-
-def sizes_of(data: Data, vocab_size: int) -> tuple[list[int] | None, str]:
-    """The bytes of text that each token of the model stands for; None, and why, where that cannot be said."""
-    if data.tokenizer is None:
-        return None, "files of tokens do not say what text they stand for"
-    if data.left_out.total():
-        return None, "characters of the text have no token and are left out"
-    try:
-        sizes = data.tokenizer.text_bytes()
-    except ValueError as why:
-        return None, str(why)
-    return sizes + [0] * (vocab_size - len(sizes)), ""
 
 
 def measured(sounds: Sequence[Sound], text: Text, device: str | None) -> Iterator[tuple[Sound, "Measured"]]:
