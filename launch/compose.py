@@ -1,79 +1,196 @@
 """Hydra groups and command-line overrides -> a plain tree, with errors of one line."""
 
+import contextlib
 import copy
 import functools
 import json
-import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_module
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from rowwise.trainer.keys import refuse_control_characters, unknown_key
+from rowwise.launch.answers import unknown_choice, unknown_keys
+from rowwise.launch.choices import GROUPS, check_folder, choices_of
+from rowwise.launch.given import SEARCHPATH, parse, quoted, spelt
+from rowwise.trainer.keys import refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.models.config_json import read_shape, refuse_other_shape
 from rowwise.trainer.run_length import choose, settle
 
+__all__ = ["GROUPS", "compose_part", "compose_tree", "key_of", "one_line", "quoted"]
+
 Part = TypeVar("Part")
 
-GROUPS = (
-    "model", "data", "optim", "schedule", "parallel", "precision", "sparsity", "checkpoint", "tracker", "experiment",
-)  # fmt: skip
+YES = {"yes": True, "on": True, "1": True, "true": True, "no": False, "off": False, "0": False, "false": False}
 
 
-def compose_tree(overrides: list[str]) -> dict[str, Any]:
+def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     """The composed, resolved configuration. Raises ValueError with what was given, what is possible, what to change."""
-    _refuse_more_than_lines(overrides)
+    read = [parse(word) for word in overrides]
+    own = _own_folders(read)
+    choices = tuple(_choice(override, own) for override in read if override.key_or_group in (*GROUPS, SEARCHPATH))
+    values = [override for override in read if override.key_or_group not in (*GROUPS, SEARCHPATH)]
     with initialize_config_module("rowwise.conf", version_base="1.3", job_name="train"):
-        try:
-            config = _composed(overrides)
-            _take_shape_(config, overrides)
+        chosen, tree = _chosen(choices)
+        given = _checked(tree, values)
+        config = copy.deepcopy(chosen)
+        with _looked_up(values):
+            for key, value in given:
+                OmegaConf.update(config, key, value, merge=True)
+        _take_shape_(config, list(overrides))
+        with _looked_up(values):
             tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(_explain(error, overrides)) from None
     assert isinstance(tree, dict)
     given = [key_of(override) for override in overrides]
     return settle(choose({str(key): value for key, value in tree.items()}, given))
 
 
-def _composed(overrides: list[str]) -> DictConfig:
-    """What Hydra composes. It takes its time for the choices of groups: each is composed once in a process, and values are
-    put into a copy of it, for a sweep checks many trials of the same choices. What is no such value, and what is wrong, is
-    Hydra's to read."""
-    choices = tuple(override for override in overrides if override.partition("=")[0] in GROUPS)
+def _own_folders(overrides: Sequence[Override]) -> tuple[str, ...]:
+    """The folders of --config-dir. Raises ValueError for what is wrong in them, and for other settings of Hydra's own."""
+    found: list[str] = []
+    for override in overrides:
+        key, value = str(override.key_or_group), override.value()
+        if key == SEARCHPATH and isinstance(value, list) and all(str(one).startswith("file://") for one in value):
+            found += [str(one).removeprefix("file://") for one in value]
+        elif key.startswith(("hydra.", "hydra/")) or "/" in key:
+            raise ValueError(
+                f"{override.input_line}: a run sets what is Hydra's own itself; give run_dir for its folder, --config-dir DIR for "
+                "groups of your own, and leave this out"
+            )
+    for folder in dict.fromkeys(found):
+        check_folder(Path(folder))
+    return tuple(dict.fromkeys(found))
+
+
+def _choice(override: Override, own: tuple[str, ...]) -> str:
+    """A choice of a group that exists. Raises ValueError."""
+    group, value = str(override.key_or_group), override.value()
+    if group == SEARCHPATH:
+        return str(override.input_line)
+    if override.is_sweep_override():
+        raise ValueError(_of_a_sweep(override))
+    if isinstance(value, Mapping):
+        raise ValueError(f"{override.input_line}: give {group}=NAME, and each key by itself, such as {group}.KEY=VALUE")
+    name = override.get_value_element_as_str() if value is not None else "null"
+    name = value.text if isinstance(value, QuotedString) else name.strip("'\"")
+    if group == "experiment" and value is None:
+        return "experiment=null"
+    if name not in (possible := choices_of(group, own)):
+        raise ValueError(unknown_choice(group, name, possible))
+    return f"{group}={name}"
+
+
+def _of_a_sweep(override: Override) -> str:
+    line = str(override.input_line)
+    key, _, value = line.partition("=")
+    return f"{line}: several values are a sweep's, rowwise sweep {line}; a list is {key}=[{value}], and text {key}=\"'{value}'\""
+
+
+def _checked(tree: dict[str, Any], values: Sequence[Override]) -> list[tuple[str, Any]]:
+    """Keys and values of overrides, for the composed `tree`. Raises ValueError for keys that it does not have."""
+    found: list[tuple[str, Any]] = []
+    unknown: list[tuple[str, str]] = []
+    for override in values:
+        key = str(override.key_or_group)
+        if override.is_sweep_override():
+            raise ValueError(_of_a_sweep(override))
+        value, default = override.value(), _at(tree, key)
+        if _has(tree, key) and isinstance(value, dict) and isinstance(default, dict):
+            found += [(f"{key}.{inner}", leaf) for inner, leaf in value.items() if inner in default]
+            unknown += [(f"{key}.{inner}", str(leaf)) for inner, leaf in value.items() if inner not in default]
+        elif _has(tree, key):
+            found.append((key, _fitting(key, override, default)))
+        else:
+            unknown.append((key, str(override.input_line).partition("=")[2]))
+    if unknown:
+        known = copy.deepcopy(tree)
+        for key, value in found:
+            *path, last = key.split(".")
+            _at(known, ".".join(path))[last] = value
+        raise ValueError(unknown_keys(unknown, known))
+    return found
+
+
+def _has(config: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in filter(None, key.split(".")):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _fitting(key: str, override: Override, default: Any) -> Any:
+    """The value, as what it can only mean. Raises ValueError where it is nothing of the kind that stands there."""
+    value = override.value()
+    text = str(override.input_line).partition("=")[2]
+    if isinstance(default, dict) and "." not in key and not isinstance(value, dict):
+        inner = ", ".join(f"{key}.{name}" for name in default)
+        raise ValueError(f"{key}={text}: these are the keys of {key}: {inner}; give one of them a value")
+    group = key.removesuffix(".name")
+    if group != key and group in GROUPS and group != "model" and value != default:
+        if (name := text.strip("'\"")) not in choices_of(group):
+            raise ValueError(unknown_choice(group, name, choices_of(group)))
+        raise ValueError(f"{key}={text}: a choice brings its own keys with it; write {group}={name}")
+    if isinstance(default, bool) and not isinstance(value, bool):
+        if (meant := YES.get(text.strip("'\"").lower())) is None:
+            raise ValueError(f"{key}={text}: give true or false")
+        return meant
+    if isinstance(default, list) and isinstance(value, dict):
+        raise ValueError(f"{key}={text}: give a list, such as [a,b]")
+    if text == "None" and not isinstance(default, str):
+        return None
+    number = isinstance(default, int | float) and not isinstance(default, bool)
+    if number and isinstance(value, str) and not any(letter.isdigit() for letter in value):
+        raise ValueError(f"{key}={text}: give a {'whole ' if isinstance(default, int) else ''}number")
+    return value
+
+
+@contextlib.contextmanager
+def _looked_up(values: Sequence[Override]) -> Iterator[None]:
+    """Raises ValueError for a ${KEY} that leads nowhere."""
     try:
-        values = OverridesParser.create().parse_overrides([word for word in overrides if word not in choices])
-        if all(_is_value(override) for override in values):
-            config = copy.deepcopy(_chosen(choices))
-            for override in values:
-                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
-            return config
-    except (HydraException, OmegaConfBaseException):
-        pass
-    return compose("train", overrides=overrides)
-
-
-def _is_value(override: Override) -> bool:
-    plain = override.type == OverrideType.CHANGE and override.package is None and not override.is_sweep_override()
-    return plain and not override.key_or_group.startswith(("hydra.", "hydra/"))
+        yield
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "")
+        lines = {str(one.key_or_group): str(one.input_line) for one in values if "${" in str(one.input_line)}
+        word = lines.get(key) or next(iter(lines.values()), key or "the configuration")
+        raise ValueError(
+            f"{word}: what stands in ${{...}} is not there; give a key of the configuration, ${{oc.env:NAME}} of a variable that "
+            "is set, or \\${ for the characters themselves"
+        ) from None
 
 
 @functools.cache
-def _chosen(choices: tuple[str, ...]) -> DictConfig:
-    return compose("train", overrides=list(choices))
+def _chosen(choices: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
+    """What Hydra composes of choices, for which it takes its time: once in a process, for a sweep checks many trials of the
+    same; and that as a plain tree. Raises ValueError."""
+    try:
+        config = compose("train", overrides=list(choices))
+        tree: Any = OmegaConf.to_container(config)
+        return config, tree
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"{' '.join(choices) or 'conf/'}: these cannot be composed: {_first_line(error)}") from None
 
 
 def _take_shape_(config: DictConfig, overrides: list[str]) -> None:
     """Where `model.init_from` names a folder, the folder says the model's shape, and its name is the model's: what stands
     in conf/ as a default gives way, and what was given (`model=`, `model.*`, an experiment's) must agree. Raises
     ValueError."""
-    source = OmegaConf.select(config, "model.init_from")
+    source = OmegaConf.select(config, "model.init_from", throw_on_resolution_failure=False)
     if not isinstance(source, str):
         return
     folder, words = Path(source).expanduser(), {key_of(override) for override in overrides}
@@ -91,17 +208,21 @@ def _take_shape_(config: DictConfig, overrides: list[str]) -> None:
 def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Part, DictConfig]:
     """What stands below `name` in conf/NAME.yaml with these overrides, as the dataclass `kind`, strictly; and Hydra's own
     settings there. Raises ValueError."""
-    _refuse_more_than_lines(overrides)
-    for override in overrides:
-        key, names = key_of(override), [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    read = [parse(word) for word in overrides]
+    for override in read:
+        key = str(override.key_or_group)
         if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in names:
             raise ValueError(unknown_key(key, names))
+        if override.is_sweep_override():
+            raise ValueError(f"{override.input_line}: {key} has one value, not several")
     with initialize_config_module("rowwise.conf", version_base="1.3", job_name=name):
+        _refuse_unknown_choices(read)
         try:
-            composed = compose(name, overrides=overrides, return_hydra_config=True)
+            composed = compose(name, overrides=[spelt(one) for one in read], return_hydra_config=True)
             tree = OmegaConf.to_container(composed[name], resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(one_line(error)) from None
+            raise ValueError(_explain(error, name, read)) from None
     refuse_control_characters(tree, name)
     try:
         # As JSON, because strict validation of Python objects would ask for instances instead of trees.
@@ -109,43 +230,40 @@ def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Par
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join([name, *map(str, first["loc"])])
-        raise ValueError(f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise ValueError(f"{where}={first['input']!r}: {told_of_type(first)}") from None
 
 
-def _refuse_more_than_lines(overrides: list[str]) -> None:
+def _refuse_unknown_choices(overrides: Sequence[Override]) -> None:
+    """Of Hydra's own groups, such as hydra/launcher, of which plugins bring choices."""
+    loader: ConfigLoader = GlobalHydra.instance().config_loader()
     for override in overrides:
-        key, _, value = override.partition("=")
-        refuse_control_characters({key: value})
+        group, value = str(override.key_or_group), override.value()
+        if "/" in group and value not in (possible := loader.get_group_options(group)):
+            raise ValueError(unknown_choice(group, str(value), possible))
 
 
 def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def quoted(value: str) -> str:
-    """As the value of an override that means these characters and nothing else."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
-    return "'" + escaped.replace("${", "\\${") + "'"
-
-
 def one_line(error: BaseException) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
-def _explain(error: BaseException, overrides: list[str]) -> str:
+def _explain(error: BaseException, name: str, overrides: Sequence[Override]) -> str:
     """One line out of Hydra's many. Unknown keys get the message that unknown keys get everywhere."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if (key := getattr(cause, "full_key", None)) and "not in struct" in str(cause):
-            return unknown_key(key, _siblings(key, overrides))
-        cause = cause.__cause__
-    return one_line(error)
+    for override in overrides:
+        key = str(override.key_or_group)
+        if "/" not in key and f"'{key.rpartition('.')[2]}'" in str(error).replace(key, key.rpartition(".")[2]):
+            choices = [spelt(one) for one in overrides if "/" in str(one.key_or_group)]
+            node: Any = compose(name, overrides=choices, return_hydra_config=True)
+            for part in key.split(".")[:-1]:
+                node = node.get(part) if isinstance(node, DictConfig) and part in node else None
+            return unknown_key(
+                key, [str(one) for one in node] if isinstance(node, DictConfig) else ["nothing below it"]
+            )
+    return f"{' '.join(spelt(one) for one in overrides)}: {_first_line(error)}"
 
 
-def _siblings(key: str, overrides: list[str]) -> list[str]:
-    """The keys that stand where `key` was looked for, under the choices of groups that were made."""
-    chosen = [override for override in overrides if override.partition("=")[0] in GROUPS]
-    node: Any = compose("train", overrides=chosen)
-    for part in key.split(".")[:-1]:
-        node = node[part] if OmegaConf.is_config(node) else None
-    return [str(name) for name in node] if OmegaConf.is_config(node) else ["nothing below it"]
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].removesuffix(".") if str(error) else type(error).__name__

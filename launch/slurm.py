@@ -17,7 +17,6 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
-import argparse
 import re
 import shlex
 import subprocess
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BeforeValidator
 
 from rowwise.launch.compose import compose_part, compose_tree, key_of
+from rowwise.launch.given import Arguments, gather
 from rowwise.launch.meeting import TOKEN
 from rowwise.launch.sweep.config import SweepConfig
 from rowwise.launch.sweep.config import resolve as resolve_sweep
@@ -67,14 +67,12 @@ class SlurmConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints, writes or submits the script. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="rowwise slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("rowwise slurm", __doc__)
     parser.add_argument("program", choices=list(PROGRAMS))
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_intermixed_args(arguments)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.read(arguments, sys.argv[1:])
     try:
-        print(hand_out(options.program, options.words))
+        print(hand_out(options.program, options.overrides))
     except (ValueError, OSError) as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
@@ -84,11 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
 def hand_out(program: str, words: list[str]) -> str:
     """Does with the script what `words` ask; returns what there is to print. Raises ValueError."""
     own = [word for word in words if word.startswith(("to=", "submit="))]
-    ours = [word for word in words if key_of(word).startswith("slurm.")]
     ways = dict(word.split("=", 1) for word in own)
     if len(ways) < len(own) or "" in ways.values() or ways.get("submit") not in ("true", "false", None):
         raise ValueError(f"{' '.join(own)}: give to=FILE and submit=true, each once")
-    overrides = [word for word in words if word not in own + ours]
+    given = gather([word for word in words if word not in own], program)
+    ours = [word for word in given if key_of(word).startswith("slurm.")]
+    overrides = [word for word in given if word not in ours]
     config, command = resolve(program, overrides, compose_slurm(ours))
     text = script(config, command)
     if "to" in ways:

@@ -1,6 +1,9 @@
 """torchrun for you: starts the workers of a run on this machine, and watches them.
 
     rowwise train nproc=8 model=llama_1b batch.global_size=128 parallel.zero=3 steps=1000
+    rowwise train config=my.yaml steps=1000                a YAML of KEY: VALUE, or a run's config.yaml; what stands behind wins
+    rowwise train resume=runs/NAME steps=2000              goes on with all that the run was started with, but for steps
+    rowwise train --config-dir DIR optim=mine              DIR/optim/mine.yaml is one more choice
     rowwise train --max-restarts 3 nproc=8 ...             begins again from the newest checkpoint when a worker dies
     rowwise train --nodes 2 --rendezvous host1:29400 --token FILE nproc=8 ...      the same command on each of two machines
     rowwise train --nodes 1:4 --rendezvous host1:29400 --token FILE --job big ...  goes on with fewer when machines are lost
@@ -23,6 +26,7 @@ from typing import Any
 
 from rowwise.launch import agent
 from rowwise.launch.compose import compose_tree
+from rowwise.launch.given import Arguments, gather
 from rowwise.launch.job import Job
 from rowwise.launch.leaving import leave_report
 from rowwise.launch.meeting import Meeting, meeting_of
@@ -52,6 +56,7 @@ def _main(arguments: list[str] | None) -> int:
     if options.parent:
         follow(options.parent)
     try:
+        options.overrides = gather(options.overrides)
         meeting = meeting_of(options)
         # A warm process imports torch, which takes seconds, while this composes.
         with contextlib.nullcontext() if meeting else warmed(options.warm) as warm:
@@ -103,9 +108,7 @@ def tell_of_failure(run_dir: Path, reason: str, step: int, steps: int) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="rowwise train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("rowwise train", __doc__)
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and leave")
     parser.add_argument("--nodes", default="", metavar="N | MIN:MAX", help="machines of the run (default: 1)")
     parser.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="where they meet: one of them")
@@ -116,7 +119,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)  # a sweep, whose end is ours
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)  # the file descriptor of what forks the workers
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    return parser.parse_intermixed_args(arguments)
+    return parser.read(arguments, sys.argv[1:])
 
 
 if __name__ == "__main__":

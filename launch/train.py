@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 8 -m rowwise.launch.train model=llama_1b batch.global_size=128 parallel.zero=3
     python -m rowwise.launch.train                        a run of one process
 
-Arguments are Hydra overrides (`key=value`, `group=choice`, `experiment=name`); --cfg prints the configuration and leaves.
+Arguments are Hydra overrides (`key=value`, `group=choice`, `experiment=name`) and config=FILE, of more of them; --cfg prints
+the configuration and leaves.
 Exit code 2: the run was refused before it began; 1: it failed; 0: it is complete, or was asked to stop and saved.
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from omegaconf import OmegaConf
 
 from rowwise.launch.compose import compose_tree
+from rowwise.launch.given import Arguments, gather
 from rowwise.launch.outcome import Ended
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.utf8 import insist_on_utf8
@@ -30,15 +32,13 @@ from rowwise.trainer.stop import INTERRUPTED, answering, end_now
 
 def main(arguments: list[str] | None = None) -> int:
     """Composes, checks and trains. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="rowwise.launch.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("rowwise.launch.train", __doc__)
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and leave")
     parser.add_argument("--agent", action="store_true", help=argparse.SUPPRESS)  # which says how the run ended
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.read(arguments, sys.argv[1:])
     if options.cfg:
-        return print_configuration(options.overrides)
+        return print_configuration(options.overrides, "worker")
     from rowwise.launch.worker import work  # torch, which takes seconds, and help needs none
 
     try:
@@ -58,9 +58,9 @@ def command_of(options: argparse.Namespace) -> str:
     return shlex.join([*starter, *options.overrides])
 
 
-def print_configuration(overrides: list[str]) -> int:
+def print_configuration(overrides: list[str], of: str = "train") -> int:
     try:
-        tree = compose_tree(overrides)
+        tree = compose_tree(gather(overrides, of))
         from rowwise.trainer.config import config_from_tree, tree_of  # torch, which no mistyped key waits for
 
         config = config_from_tree(tree)

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from rowwise.launch.compose import compose_tree, one_line
+from rowwise.launch.given import gather
 from rowwise.launch.leaving import end_told, leave_report_as_told
 from rowwise.launch.outcome import Ended, Failed, Refused, clear_outcome, give_room, keep_room
 from rowwise.launch.parent import follow
@@ -146,7 +147,7 @@ def _told(full: BaseException, run_dir: Path | None) -> str:
 def resolve(overrides: list[str], workers: Workers) -> TrainConfig:
     """On rank 0: overrides to a checked configuration. Raises ValueError."""
     pick_device(workers.local_world_size - 1)
-    return prepared(config_from_tree(compose_tree(overrides)), workers)
+    return prepared(config_from_tree(compose_tree(gather(overrides, "worker"))), workers)
 
 
 def prepared(config: TrainConfig, workers: Workers) -> TrainConfig:

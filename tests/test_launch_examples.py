@@ -9,6 +9,7 @@ import pytest
 
 from rowwise.launch.cli import COMMANDS, EXAMPLES
 from rowwise.launch.compose import compose_tree
+from rowwise.launch.given import gather
 from rowwise.launch.slurm import compose_slurm
 from rowwise.launch.slurm import resolve as resolve_script
 from rowwise.launch.start import parse
@@ -43,21 +44,30 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Those that the examples name."""
+    (tmp_path / "my.yaml").write_text("optim: lion\n")
+    (tmp_path / "DIR" / "optim").mkdir(parents=True)
+    (tmp_path / "DIR" / "optim" / "mine.yaml").write_text("defaults: [lion]\nlr: 1e-4\n")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(("where", "line"), CASES, ids=[f"{where}: {line}" for where, line in CASES])
-def test_an_example_is_not_refused(where, line):
+def test_an_example_is_not_refused(where, line, files):
     program, *words = shlex.split(line)
     if program == "rowwise":
         command, *words = words
         if command == "sweep":
             here = [] if any(word.startswith("nproc=") for word in words) else ["nproc=1"]
-            resolve_sweep([*words, *here], here=False)
+            resolve_sweep(gather([*words, *here], "sweep"), here=False)
         elif command == "slurm":
             ours = [word for word in words if word.startswith("slurm.")]
             rest = [word for word in words[1:] if word not in ours and not word.startswith(("to=", "submit="))]
             resolve_script(words[0], rest, compose_slurm(ours))
         elif command == "train":
             options = parse(words)
-            config = config_from_tree(compose_tree(options.overrides))
+            config = config_from_tree(compose_tree(gather(options.overrides)))
             for nodes in (options.nodes or "1").split(":"):
                 check(config, int(nodes) * (config.nproc or 1))
         return

@@ -198,7 +198,7 @@ def test_nothing_starts_where_the_setup_fails(slurm, tmp_path):
 REFUSED = {
     "unknown key": (["slurm.node=2"], r"unknown key slurm.node: slurm has account, .*did you mean slurm.nodes\?"),
     "added key": (["+slurm.array=2"], r"unknown key slurm.array"),
-    "wrong type": (["slurm.nodes=many"], r"slurm.nodes='many': .*integer"),
+    "wrong type": (["slurm.nodes=many"], r"slurm.nodes='many': give a whole number"),
     "not a list": (["slurm.setup=module load cuda"], r"slurm.setup='module load cuda': .*(array|list)"),
     "no nodes": (["slurm.nodes=0"], r"slurm.nodes=0: it is at least 1"),
     "minutes": (["slurm.time=90"], r"slurm.time=90: give D-HH:MM:SS or HH:MM:SS, such as 1-12:00:00"),

@@ -125,8 +125,7 @@ ONCE = {
     "values": ["steps=7", "name='a b'", "optim.betas=[0.8,0.9]", "model.rope_scaling={factor:4.0}", "optim.lr=1e-3"],
     "choices and values": ["optim=dct", "optim.rank=4", "schedule=wsd", "run_dir=there/${name}"],
     "an experiment": ["experiment=long_context", "batch.seq_len=64"],
-    "a key that is added": ["+optim.more=1"],
-    "a key that is taken away": ["~log_every"],
+    "signs of Hydra's": ["experiment=quick", "++steps=7"],
 }
 
 

@@ -1,5 +1,7 @@
 """TrainConfig, composed from the dataclasses of the rooms, and what makes one of a plain tree and back."""
 
+import copy
+import functools
 import json
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
@@ -17,7 +19,7 @@ from rowwise.trainer.data.batches import BatchConfig
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.evaluate import EvalConfig
 from rowwise.trainer.files import full_path
-from rowwise.trainer.keys import refuse_control_characters, unknown_key
+from rowwise.trainer.keys import refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.manifest import CheckpointConfig
 from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_count
 from rowwise.trainer.run_length import MOST_STEPS, settle
@@ -91,7 +93,7 @@ def config_from_tree(tree: dict[str, Any]) -> TrainConfig:
         tree = {**tree, "optim": {**tree["optim"], "lr": 1.0}}
     try:
         # As JSON, because strict validation of Python objects would ask for instances instead of trees.
-        config = _ADAPTER.validate_json(json.dumps(tree), strict=True)
+        config = _validated(tree)
     except ValidationError as error:
         raise ValueError(_explain(error, tree)) from None
     _refuse_unknown(tree, asdict(config), "")
@@ -132,18 +134,40 @@ def _refuse_unknown(tree: dict[str, Any], known: dict[str, Any], path: str) -> N
                 _refuse_unknown(inner, inner_known, inner_path)
 
 
+def _validated(tree: dict[str, Any]) -> TrainConfig:
+    """As the types have it: 10.0 for a whole number is 10, and a name of digits is text."""
+    try:
+        return _ADAPTER.validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        meant = copy.deepcopy(tree)
+        for one in error.errors(include_url=False):
+            *path, last = _path(one, tree)
+            node: Any = functools.reduce(lambda inner, part: inner[part], path, meant)
+            given = one["input"]
+            if one["type"] == "int_type" and isinstance(given, float) and given.is_integer():
+                node[last] = int(given)
+            elif one["type"] == "string_type" and type(given) is int:
+                node[last] = str(given)
+        return _ADAPTER.validate_json(json.dumps(meant), strict=True)
+
+
+def _path(error: Mapping[str, Any], tree: dict[str, Any]) -> list[Any]:
+    """The keys that lead to what is wrong: a union's choice stands in the location as if it were one."""
+    path: list[Any] = []
+    node: Any = tree
+    for part in error["loc"]:
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
+        if inside:
+            path.append(part)
+            node = node[part]
+    return [*path, error["loc"][-1]] if error["type"] == "missing" else path
+
+
 def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
     first = error.errors(include_url=False)[0]
-    path: list[str] = []
-    node: Any = tree
-    for part in first["loc"]:
-        # A union's choice stands in the location as if it were a key.
-        if isinstance(node, dict) and part not in node and first["type"] != "missing":
-            continue
-        path.append(str(part))
-        node = node[part] if isinstance(node, dict) and part in node else None
+    path = ".".join(map(str, _path(first, tree)))
     if first["type"] == "union_tag_invalid":
-        return f"{'.'.join(path)}.name={node['name']!r}: possible are {first['ctx']['expected_tags']}"
-    if first["type"] == "missing":
-        return f"{'.'.join(path)} is missing"
-    return f"{'.'.join(path)}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        return f"{path}.name={first['ctx']['tag']!r}: possible are {first['ctx']['expected_tags']}"
+    if first["type"] in ("missing", "union_tag_not_found"):
+        return f"{path}{'' if first['type'] == 'missing' else '.name'} is missing"
+    return f"{path}={first['input']!r}: {told_of_type(first)}"

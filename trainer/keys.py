@@ -20,6 +20,26 @@ def unknown_key(path: str, possible: list[str]) -> str:
     return f"unknown key {path}: {where} has {', '.join(sorted(possible))}{hint}"
 
 
+_WANTED = {
+    "int_type": "give a whole number",
+    "int_from_float": "give a whole number",
+    "float_type": "give a number",
+    "bool_type": "give true or false",
+    "string_type": "give text, in quotes of its own where it looks like something else",
+    "list_type": "give a list, such as [a,b]",
+    "tuple_type": "give a list, such as [a,b]",
+    "dict_type": "give a table, such as {a: 1}",
+    "dataclass_type": "give a table, such as {a: 1}",
+}
+
+
+def told_of_type(error: Mapping[str, Any]) -> str:
+    """What is said of a value of the wrong type, from how its validation went."""
+    if error["type"] == "literal_error":
+        return f"possible are {error['ctx']['expected']}"
+    return _WANTED.get(error["type"], "a value of another kind stands there")
+
+
 def refuse_control_characters(tree: Any, path: str = "") -> None:
     """Raises ValueError where a key or a string of a plain tree holds a control character or a line break: names go into batch
     scripts, records and terminals, line by line; or half a character (of bytes that are no UTF-8), which no file can hold."""

@@ -17,11 +17,11 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
-import argparse
 import contextlib
 from pathlib import Path
 
 from rowwise.launch.compose import key_of
+from rowwise.launch.given import Arguments, gather
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.sweep.config import keep_command, resolve
 from rowwise.launch.warm import Warm, warmed
@@ -34,14 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str] | None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="rowwise sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("rowwise sweep", __doc__)
     parser.add_argument(
         "-m", "--multirun", action="store_true", help="as Hydra's other commands have it; it is always on"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUES")
-    words = parser.parse_intermixed_args(arguments).overrides
+    words = parser.read(arguments, sys.argv[1:]).overrides
     # Trials that other machines or processes make begin with imports of their own.
     elsewhere = any(key_of(word) == "hydra/launcher" for word in words)
     with contextlib.nullcontext() if elsewhere else warmed() as warm:
@@ -50,9 +48,10 @@ def _main(arguments: list[str] | None) -> int:
 
 def _sweep(words: list[str], warm: Warm | None) -> int:
     try:
+        given, words = words, gather(words, "sweep")
         config, space = resolve(words)
         folder = Path(config.folder).absolute()
-        keep_command(folder, words, anew=False)
+        keep_command(folder, given, anew=False)
         # What makes the trials imports torch, or Optuna; neither help nor a mistyped key waits for them.
         if config.search != "none":
             from rowwise.launch.sweep.search import search
@@ -67,7 +66,7 @@ def _sweep(words: list[str], warm: Warm | None) -> int:
         return 2
     from rowwise.launch.sweep.trials import tell
 
-    keep_command(folder, words, anew=True)
+    keep_command(folder, given, anew=True)
     tell(trials, folder, config.goal)
     return 0
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from rowwise.launch.compose import compose_part, compose_tree, key_of
+from rowwise.launch.given import SEARCHPATH
 from rowwise.launch.sweep.space import Space, overrides_of, parse_space
 from rowwise.trainer.files import from_json, to_json, write_whole
 from rowwise.trainer.keys import check_folder_name
@@ -40,7 +41,7 @@ class SweepConfig:
 def resolve(words: list[str], here: bool = True) -> tuple[SweepConfig, Space]:
     """The sweep, and what is varied: all checked, also against this machine where trials run `here`. Raises ValueError."""
     keys = {word: key_of(word) for word in words}
-    own = [word for word, key in keys.items() if key.startswith(("sweep.", "hydra.", "hydra/"))]
+    own = [word for word, key in keys.items() if key.startswith(("sweep.", "hydra.", "hydra/")) and key != SEARCHPATH]
     for word, key in keys.items():
         if key in OWN:
             raise ValueError(f"{word}: a sweep gives every trial its own; give sweep.name, or sweep.folder")

@@ -11,10 +11,11 @@ import hydra
 import torch
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from rowwise.launch.agent import run_workers
-from rowwise.launch.compose import key_of
+from rowwise.launch.compose import compose_tree, key_of
+from rowwise.launch.given import SEARCHPATH
 from rowwise.launch.job import Job
 from rowwise.launch.leaving import leave_report
 from rowwise.launch.meeting import TOKEN, slurm_meeting
@@ -68,10 +69,9 @@ def run_trial(config: DictConfig, warm: Warm | None = None) -> str:
     settings, sweep = HydraConfig.get(), config.sweep
     folder = Path(settings.runtime.output_dir)
     own = [word for word in settings.overrides.task if not key_of(word).startswith("sweep.")]
-    tree = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(tree, dict)
-    tree = {str(key): value for key, value in tree.items() if key != "sweep"}
-    run = config_from_tree(choose(tree, [key_of(word) for word in own]))
+    own += [word for word in settings.overrides.hydra if key_of(word) == SEARCHPATH]
+    # Not what Hydra has composed for its launcher: a value is read here as everywhere.
+    run = config_from_tree(compose_tree(own))
     words = trial_words(own, run.tracker, sweep.name, settings.job.num, folder)
     nproc = run.nproc or default_nproc()
     require_ranks(nproc)

@@ -11,11 +11,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
-from hydra.errors import HydraException
 
-from rowwise.launch.compose import one_line
+from rowwise.launch.given import parse
 
 MOST_VALUES = 10_000  # of a key
 MAY_CHANGE = ("nproc=", "parallel.", "parallel=", "checkpoint.", "tracker", "log_every=", "compile=", "report=")
@@ -85,10 +83,7 @@ def overrides_of(fixed: Sequence[str], settings: dict[str, str]) -> list[str]:
 
 def parse_space(arguments: Sequence[str]) -> Space:
     """Raises ValueError."""
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(arguments))
-    except HydraException as error:
-        raise ValueError(one_line(error)) from None
+    overrides = [parse(word) for word in arguments]
     fixed: dict[str, str] = {}
     varied: dict[str, Choice | Interval] = {}
     for override in overrides:
