@@ -119,8 +119,6 @@ def numbers(tree: Mapping[str, Any], value: str) -> dict[str, str]:
         "accumulation": _accumulation(size, micro, ranks),
         "size_of_accumulation": _whole(number, lambda n: n * micro * ranks),
         "steps_of_samples": _whole(number, lambda n: math.ceil(n / size)),
-        "steps_of_tokens": _whole(number, lambda n: math.ceil(n / (size * length))),
-        "size_of_tokens": _whole(number, lambda n: max(1, n // length)),
         "seconds_of_minutes": _whole(number, lambda n: 60 * n),
         "floor": f"{number / rate:.3g}" if known and isinstance(rate, float) and rate > 0 else "SHARE",
         "power": f"{2.0**number:.0f}" if known and number < 100 else "N",

@@ -30,9 +30,10 @@ def compose(overrides: Sequence[str] = ()) -> "TrainConfig":
     if isinstance(overrides, str):
         raise ValueError(f"compose({overrides!r}): give a list of words, such as [{overrides!r}]")
     from rowwise.launch.compose import compose_tree
+    from rowwise.launch.given import gather
     from rowwise.trainer.config import config_from_tree
 
-    return config_from_tree(compose_tree(list(overrides)))
+    return config_from_tree(compose_tree(gather(list(overrides))))
 
 
 def train(config: "TrainConfig") -> "TrainState":

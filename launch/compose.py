@@ -23,7 +23,7 @@ from rowwise.launch.choices import GROUPS, check_folder, choices_of
 from rowwise.launch.given import SEARCHPATH, parse, quoted, spelt
 from rowwise.trainer.keys import refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.models.config_json import read_shape, refuse_other_shape
-from rowwise.trainer.run_length import choose, settle
+from rowwise.trainer.run_length import INTERVALS, choose, settle
 
 __all__ = ["GROUPS", "compose_part", "compose_tree", "key_of", "one_line", "quoted"]
 
@@ -40,10 +40,10 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     values = [override for override in read if override.key_or_group not in (*GROUPS, SEARCHPATH)]
     with initialize_config_module("rowwise.conf", version_base="1.3", job_name="train"):
         chosen, tree = _chosen(choices)
-        given = _checked(tree, values)
+        fitting = _checked(tree, values)
         config = copy.deepcopy(chosen)
         with _looked_up(values):
-            for key, value in given:
+            for key, value in fitting:
                 OmegaConf.update(config, key, value, merge=True)
         _take_shape_(config, list(overrides))
         with _looked_up(values):
@@ -154,7 +154,7 @@ def _fitting(key: str, override: Override, default: Any) -> Any:
     if text == "None" and not isinstance(default, str):
         return None
     number = isinstance(default, int | float) and not isinstance(default, bool)
-    if number and isinstance(value, str) and not any(letter.isdigit() for letter in value):
+    if number and key not in INTERVALS and isinstance(value, str) and not any(letter.isdigit() for letter in value):
         raise ValueError(f"{key}={text}: give a {'whole ' if isinstance(default, int) else ''}number")
     return value
 

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rowwise.launch.choices import GROUPS, choices_of, sections
 from rowwise.trainer.keys import refuse_control_characters
+from rowwise.trainer.run_length import ALTERNATIVES
 
 SEARCHPATH = "hydra.searchpath"  # how --config-dir stands in a list of overrides
 WHOLE = {"name", "run_dir", "steps", "batch", "model", "data", "optim", "schedule", "parallel", "precision"}
@@ -123,8 +124,12 @@ class _Item:
 
 
 def _lasting(items: list[_Item]) -> Iterable[_Item]:
-    """Without what a file says below a group of which something behind it makes another choice."""
+    """Without what a file says below a group of which something behind it makes another choice, or by another key that
+    something behind it says otherwise (steps, tokens and epochs)."""
     for number, item in enumerate(items):
+        same = next((keys for keys in ALTERNATIVES.values() if item.key in keys), ())
+        if item.file is not None and any(other.key in same and other.key != item.key for other in items[number + 1 :]):
+            continue
         group = item.key.partition(".")[0]
         later = [other for other in items[number + 1 :] if other.key == group and group in GROUPS]
         if item.file is not None and any(other.file != item.file for other in later):
@@ -242,8 +247,23 @@ def _as_started(tree: dict[str, Any], of: str) -> dict[str, Any]:
         tree["parallel"] = tree["parallel"] | {"shard": -1}
     if tree["run_dir"] == f"runs/{tree['name']}":
         del tree["run_dir"]
+    tree = _as_asked(tree)
     left_out = {"sweep": ("name", "run_dir", "resume"), "worker": ("nproc",)}.get(of, ())
     return {key: value for key, value in tree.items() if key not in left_out}
+
+
+def _as_asked(tree: dict[str, Any]) -> dict[str, Any]:
+    """Without what a length that was asked in tokens or epochs came to, which stands beside it."""
+    for keys in ALTERNATIVES.values():
+        section, _, _ = keys[0].rpartition(".")
+        node = tree[section] if section else tree
+        if not isinstance(node, dict):
+            continue
+        first, *others = (key.rpartition(".")[2] for key in keys)
+        asked = [key for key in others if node.get(key) is not None]
+        node = {key: value for key, value in node.items() if key not in (first, *others) or key in (asked or [first])}
+        tree = tree | {section: node} if section else node
+    return tree
 
 
 def read_settings(path: Path, what: str) -> dict[str, Any]:

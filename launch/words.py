@@ -38,13 +38,13 @@ WORDS = (
     Word("train_samples", "steps={steps_of_samples}", "a step takes batch.global_size={global_size} sequences"),
     Word(
         "num_train_epochs num_epochs max_epochs",
-        "steps=N",
-        "the length of a run is counted in steps, of {tokens} tokens each; passes over the data follow one another",
+        "epochs={value}",
+        "in the place of steps: times that the run reads the data",
     ),
     Word(
         "max_tokens train_tokens num_tokens training.num_tokens",
-        "steps={steps_of_tokens}",
-        "a step takes batch.global_size x batch.seq_len = {tokens} tokens",
+        "tokens={value}",
+        "in the place of steps: all that the run reads; a step takes {tokens}",
     ),
     Word(
         "per_device_train_batch_size train_micro_batch_size_per_gpu micro_batch_size local_batch_size "
@@ -64,8 +64,8 @@ WORDS = (
     ),
     Word(
         "num_tokens_per_train_step training.num_tokens_per_train_step",
-        "batch.global_size={size_of_tokens}",
-        "a step takes batch.global_size x batch.seq_len tokens: now {tokens}",
+        "batch.global_tokens={value}",
+        "in the place of batch.global_size: the tokens of a step, now {tokens}",
     ),
     Word(
         "seq_length sequence_len sequence_length max_seq_length max_seq_len block_size seq_len training.seq_len "
@@ -656,6 +656,16 @@ WORDS = (
         "use_mlflow mlflow_experiment_name use_comet use_trackio comet_project_name",
         "tracker=wandb",
         "or tensorboard; metrics.jsonl is always written",
+    ),
+    Word(
+        "log_params_norm log_grad_norms watch_gradients wandb_watch",
+        "log.norms_every=100",
+        "norms of every parameter, gradient and update",
+    ),
+    Word(
+        "loss_watchdog_threshold loss_watchdog_patience skip_bad_steps",
+        "on_spike=skip",
+        "or rollback; spike.threshold says how far above is a spike",
     ),
     Word(
         "profiling.enable_profiling enable_profiling profiler use_pytorch_profiler profile_step_start "

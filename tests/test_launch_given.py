@@ -120,6 +120,16 @@ def test_resume_alone_goes_on_with_what_the_run_was_started_with(here):
     assert (again.resume, again.run_dir, again.name) == ("auto", "runs/a", "a")
 
 
+def test_a_run_whose_length_was_asked_in_tokens_goes_on_so_and_can_be_given_steps(here):
+    whole("runs/a", "name=a", "tokens=1e6", "batch.global_tokens=8192")
+    again = taken("resume=runs/a")
+    assert (again["tokens"], again["steps"], again["batch"]["global_size"]) == (1_000_000, 122, 32)
+    longer = taken("resume=runs/a", "steps=400", "batch.global_size=64")
+    assert (longer["tokens"], longer["steps"], longer["batch"]["global_size"]) == (None, 400, 64)
+    whole("runs/b", "name=b", "steps=9")
+    assert (taken("resume=runs/b", "tokens=1e6")["steps"], taken("resume=runs/b")["steps"]) == (244, 9)
+
+
 def test_a_run_that_was_moved_goes_on_where_it_is(here):
     whole("runs/a", *RUN)
     Path("runs/a").rename("kept")

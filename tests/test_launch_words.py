@@ -113,9 +113,7 @@ def test_the_numbers_of_an_answer_are_those_of_the_configuration():
         "unknown key gradient_accumulation_steps: write batch.global_size=32 (gradient accumulation is batch.global_size / "
         "(batch.micro_size x data ranks): now 64 / (2 x 2) = 16)"
     )
-    assert "write steps=62 (a step takes batch.global_size x batch.seq_len = 4,096 tokens)" in refused(
-        ["max_tokens=250_000"]
-    )
+    assert "write steps=7 (a step takes batch.global_size=16 sequences)" in refused(["train_samples=100"])
 
 
 def test_several_unknown_keys_are_answered_at_once():
