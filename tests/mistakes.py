@@ -31,6 +31,7 @@ MISTAKES = {
         ("--logging_steps 10", "log_every=10"),
         ("--report_to wandb", "tracker=wandb"),
         ("--report_to tensorboard", "tracker=tensorboard"),
+        ("--report_to mlflow", "tracker=mlflow"),
         ("--run_name first", "name=first"),
         ("--output_dir out", "run_dir=out"),
         ("--resume_from_checkpoint runs/a", "resume=runs/a"),

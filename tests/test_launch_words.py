@@ -139,7 +139,7 @@ ANSWERED = {
     "optim@x=lion": "optim@x is no key",
     "llama_1b": "such as model=llama_1b",
     "optim.betas=[0.9": "the value cannot be read",
-    "tracker=mlflow": "metrics.jsonl is always written",
+    "tracker=comet_ml": "metrics.jsonl is always written",
     "parallel=fsdp": "give parallel.zero=3",
     "model=llama-7b": "possible are",
 }

@@ -25,7 +25,6 @@ from rowwise.launch.sweep.space import Space
 from rowwise.launch.sweep.trials import LEAVES, Trial, trial_words
 from rowwise.launch.warm import Warm
 from rowwise.trainer.config import config_from_tree
-from rowwise.trainer.run_length import choose
 from rowwise.trainer.stop import hearing
 
 
