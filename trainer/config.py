@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
@@ -141,7 +142,9 @@ def _validated(tree: dict[str, Any]) -> TrainConfig:
     except ValidationError as error:
         meant = copy.deepcopy(tree)
         for one in error.errors(include_url=False):
-            *path, last = _path(one, tree)
+            if not (keys := _path(one, tree)):
+                continue
+            *path, last = keys
             node: Any = functools.reduce(lambda inner, part: inner[part], path, meant)
             given = one["input"]
             if one["type"] == "int_type" and isinstance(given, float) and given.is_integer():
