@@ -14,6 +14,7 @@ from rowwise.trainer.stop import INTERRUPTED
 
 COMMANDS = {
     "train": ("rowwise.launch.start", "start the workers of a run: torchrun for you"),
+    "check": ("rowwise.launch.look", "what a run would be, and what refuses it, without starting it"),
     "sweep": ("rowwise.launch.sweep.__main__", "many runs with varied settings, or a search"),
     "runs": ("rowwise.launch.listing", "every run and sweep below a folder: how it stands, and what goes on with it"),
     "report": ("rowwise.launch.report", "one page about one or several runs"),
@@ -25,6 +26,7 @@ COMMANDS = {
 }
 EXAMPLES = """\
   rowwise train nproc=8 model=llama_1b batch.global_size=128 optim=adamw8bit parallel.zero=3 steps=1000
+  rowwise check model=llama_1b batch.global_size=128 parallel.zero=3 world_size=64
   rowwise sweep nproc=2 optim=adamw,adamw8bit optim.lr=1e-3,3e-3
   rowwise sweep sweep.search=tpe sweep.parallel=4 nproc=2 'optim.lr=tag(log,interval(1e-4,1e-2))'
   rowwise slurm train nproc=8 slurm.nodes=4 slurm.time=24:00:00 model=llama3_8b batch.global_size=256 submit=true

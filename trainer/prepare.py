@@ -28,12 +28,13 @@ def prepare(config: TrainConfig, world_size: int) -> TrainConfig:
     return config
 
 
-def examine(config: TrainConfig, world_size: int) -> TrainConfig:
+def examine(config: TrainConfig, world_size: int, here: bool = True) -> TrainConfig:
     """Checks the configuration against the world, the data, the files it names and the checkpoints; returns it with
-    degrees and defaults filled in. Raises ValueError."""
+    degrees and defaults filled in. `here`: also against the devices and the memory of this machine. Raises ValueError."""
     config = check(config, world_size)
-    check_semi_structured(config, pick_device(0))
-    check_room(config, *_memory())
+    if here:
+        check_semi_structured(config, pick_device(0))
+        check_room(config, *_memory())
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     if config.epochs is not None:
         steps = steps_of_epochs(config.epochs, data.train.samples, config.batch.global_size)
