@@ -132,8 +132,8 @@ class Warm:
         except _NO_MORE:
             message = b""
         if not message:
-            for child in self._children.values():
-                child.code = -signal.SIGKILL if child.code is None else child.code
+            for left in self._children.values():
+                left.code = -signal.SIGKILL if left.code is None else left.code
             raise WarmIsGone("the process that forks workers is gone; what it printed says why")
         told = json.loads(message)
         child = self._children.get(told["pid"])
