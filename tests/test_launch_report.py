@@ -140,7 +140,7 @@ def test_a_dense_run(folder):
     assert main([f"run={folder}/dense"]) == 0
     page, records = checked(folder / "dense" / "report.html"), read_metrics(folder / "dense")
     assert page.headings["h1"] == ["dense"]
-    assert page.headings["h2"] == EVERY_PAGE
+    assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Log", "Configuration"]
     assert page.row("step") == ["6 of 6"] and page.state == "complete"
     for name, field in (("loss", "loss"), ("held-out loss", "eval_loss")):
         assert page.row(name) == [f"{records[-1][field]:.3f} nats per token"]
@@ -166,7 +166,7 @@ def test_a_dense_run(folder):
 def test_a_sparse_run(folder, tmp_path):
     page = write_page(f"run={folder}/sparse", to=tmp_path / "page.html")
     last = [r for r in read_metrics(folder / "sparse") if "density_by_layer" in r][-1]
-    assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Sparsity", "Configuration"]
+    assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Sparsity", "Log", "Configuration"]
     assert page.row("sparsity") == ["rigl, density 0.3"]
     by_layer, step = last["density_by_layer"], last["step"]
     low, high = (choose(by_layer, key=by_layer.__getitem__) for choose in (min, max))
@@ -187,7 +187,7 @@ def test_a_sparse_run(folder, tmp_path):
 
 def test_a_traced_pipeline(folder, tmp_path):
     page = write_page(f"run={folder}/piped", to=tmp_path / "page.html")
-    assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Pipeline timeline", "Configuration"]
+    assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Pipeline timeline", "Log", "Configuration"]
     assert page.row("layout") == ["2 workers, pipeline 2 (zb_h1), ZeRO 1"]
     assert "piped, step 3" in page.headings["strong"]
     assert all(name in page.texts for name in ("predicted", "measured", "time (seconds)"))
@@ -202,8 +202,9 @@ def test_a_traced_pipeline(folder, tmp_path):
 def test_runs_side_by_side(folder, tmp_path):
     runs = [f"{folder}/{name}" for name in ("dense", "sparse", "piped")]
     page = write_page(*(f"run={run}" for run in runs), to=tmp_path / "page.html")
-    assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Pipeline timeline", "Sparsity", "Configuration"]
-    assert page.row("run") == ["dense", "sparse", "piped"]
+    assert page.headings["h2"] == [*EVERY_PAGE[:-1], "Pipeline timeline", "Sparsity", "Log", "Configuration"]
+    assert page.row("run") == ["dense", "sparse", "piped"] and page.row("state") == ["complete"] * 3
+    assert all(cell.count(".") == 1 for cell in page.row("loss (nats per token)"))
     assert page.row("parallel.pipeline") == ["1", "1", "2"]
     assert page.row("sparsity.density") == ["-", "0.3", "-"]
     assert not {"name", "run_dir", "seed", "optim.lr"} & {row[0] for row in page.cells}
@@ -212,7 +213,7 @@ def test_runs_side_by_side(folder, tmp_path):
     titles = page.headings["strong"]
     assert len(titles) == len(set(titles)), "no two cards bear the same title"
     assert {"Time of a step: dense", "Memory by category: piped", "Density by matrix: sparse"} <= set(titles)
-    assert page.source.count("<details>") == 3
+    assert page.source.count("<details>") == 6
     same = write_page(f"run={','.join(runs)}", to=tmp_path / "same.html")
     assert same.source == page.source, "a page depends on nothing but its runs"
     globbed = write_page(f"run={folder}/*", to=tmp_path / "all.html")  # a corpus lies there too
@@ -328,13 +329,29 @@ def test_where_a_run_was_resumed_is_marked(tmp_path):
     (run / "starts.jsonl").open("a").write('{"step": 5}\nno start\n')
     keep_sample(run, Sample(40, "def <", "def <x>:\n  pass"))
     page = write_page(f"run={run}", to=tmp_path / "page.html")
-    assert "was resumed after step 10 and 30: a dotted line" in page.text
+    assert "Resumed: run after step 10 and 30 (a dotted line" in page.text
     marked = [picture for picture in re.findall("<svg .*?</svg>", page.source, re.DOTALL) if "resumed-0-" in picture]
     assert len(marked) == 6 and all(picture.count("-resumed-0-") == 2 for picture in marked)
     assert page.row("command") == [START.command] and page.row("versions") == ["torch 2.13"]
     assert page.row("started") == ["2026-11-26 08:09 on host, 2 x cpu"]
-    assert page.row("model")[0].endswith("1,234 parameters")
+    assert page.row("model")[0].endswith("1.23k parameters")
     assert '<pre class="sample"><b>def &lt;</b>x&gt;:\n  pass</pre>' in page.source
+
+
+def test_what_a_run_said_last_is_on_its_page(tmp_path):
+    run = write_run(tmp_path / "run", [record(1)])
+    (run / "train.log").write_text("".join(f"line {n} <b>\n" for n in range(20_000)))
+    (run / "log").mkdir()
+    (run / "log/rank-1.log").write_text("only this, without an end")
+    (run / "log/rank-2.log").touch()
+    write_outcome(run, Outcome("complete", None, 1))
+    assert write_page(f"run={run}", to=tmp_path / "page.html").source.count("<details>") == 3
+    write_outcome(run, Outcome("failed", "no", 1))
+    page = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert page.source.count("<details open>") == 2 and "Log" in page.headings["h2"]
+    shown = next(text for text in page.texts if "line 19999 <b>" in text).split("\n")
+    assert shown == [f"line {n} <b>" for n in range(19_960, 20_000)]
+    assert "only this, without an end" in page.texts and "rank-2" not in page.text
 
 
 @pytest.mark.parametrize(("number", "told"), [(3e-4, "3e-4"), (0.00031622776601683794, "3.16e-4"), (1e-5, "1e-5"),
@@ -356,7 +373,7 @@ def test_a_run_without_a_single_loss(n, tmp_path):
     page = write_page(f"run={run}", to=tmp_path / "page.html")
     assert f"no step has a loss yet; all {n} overflowed" in page.text
     assert {"Loss scale of fp16", "Steps passed over"} <= set(page.headings["strong"])
-    assert "Training loss" not in page.headings["strong"] and page.row("loss") == ["-"]
+    assert "Training loss" not in page.headings["strong"] and "loss" not in {row[0] for row in page.cells}
 
 
 def test_a_run_under_way_and_without_configuration(tmp_path):

@@ -146,10 +146,11 @@ def curves(
     smoothed: bool = False,
     decades: float = 100,
     scale: float = 1,
+    ticks: Form | None = None,
 ) -> str:
     """The figure of a field over steps, a line a run; nothing where no run has it. `form` writes a number, `tell` what the
     caption says of a curve, of several curves its first phrase. `smoothed`: the records thin, their means thick. The axis is
-    of powers of ten where the numbers span a factor of more than `decades`, and of numbers divided by `scale`."""
+    of powers of ten where the numbers span a factor of more than `decades`, and of numbers divided by `scale`, written by `ticks`."""
     there = [(run, curve.known) for run in runs if (curve := run.curve(field)) is not None]
     if not there:
         return ""
@@ -163,7 +164,12 @@ def curves(
         draw_lines(axes, lines, smoothed)
         for run, _ in there:
             mark_resumes(axes, run)
-        dress(axes, unit, form if scale == 1 else short, log=values.min() > 0 and values.max() > decades * values.min())
+        dress(
+            axes,
+            unit,
+            ticks or (form if scale == 1 else short),
+            log=values.min() > 0 and values.max() > decades * values.min(),
+        )
         if values.min() == values.max():
             low, high = sorted([0, 2 * values[0] or 1])
             axes.set_ylim(low, high)

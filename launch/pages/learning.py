@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from rowwise.launch.pages.draw import curves
-from rowwise.launch.pages.markup import grid, loss, paragraph, rate, whole
+from rowwise.launch.pages.markup import grid, loss, paragraph, rate, short, whole
 from rowwise.launch.pages.records import Run
 
 FIELDS = frozenset({"loss", "eval_loss", "lr", "grad_norm", "loss_scale", "skipped_steps"})
@@ -12,8 +12,8 @@ FIELDS = frozenset({"loss", "eval_loss", "lr", "grad_norm", "loss_scale", "skipp
 
 def show(runs: Sequence[Run]) -> list[str]:
     figures = [
-        curves(runs, "loss", "Training loss", "nats per token", form=loss, smoothed=True),
-        curves(runs, "eval_loss", "Held-out loss", "nats per token", form=loss),
+        curves(runs, "loss", "Training loss", "nats per token", form=loss, smoothed=True, ticks=fine),
+        curves(runs, "eval_loss", "Held-out loss", "nats per token", form=loss, ticks=fine),
         curves(runs, "lr", "Learning rate", "by the schedule", form=rate, decades=math.inf),
         curves(runs, "grad_norm", "Gradient norm", "before clipping", smoothed=True),
         curves(runs, "loss_scale", "Loss scale of fp16", "factor", form=whole, decades=8),
@@ -21,18 +21,23 @@ def show(runs: Sequence[Run]) -> list[str]:
     ]
     mute = [run for run in runs if run.last_step and run.curve("loss") is None]
     return [
-        *(paragraph(told) for run in runs if (told := resumes(run, runs))),
+        *resumes(runs),
         *(paragraph(f"{run.label}: no step has a loss yet; all {len(run.steps):,} {_why(run)}.") for run in mute),
         *grid(figures),
     ]
 
 
-def resumes(run: Run, runs: Sequence[Run]) -> str:
+def resumes(runs: Sequence[Run]) -> list[str]:
     """What the dotted lines are; nothing where there are none."""
-    if not run.resumed:
-        return ""
-    which = f"{run.label} was" if len(runs) > 1 else "The run was"
-    return f"{which} resumed after step {' and '.join(f'{step:,}' for step in run.resumed)}: a dotted line in each picture over steps."
+    told = [
+        f"{run.label} after step {' and '.join(f'{step:,}' for step in run.resumed)}" for run in runs if run.resumed
+    ]
+    return [paragraph(f"Resumed: {'; '.join(told)} (a dotted line in each picture over steps).")] if told else []
+
+
+def fine(number: float) -> str:
+    """A loss beside an axis, where it needs no zeros at its end."""
+    return short(number, 4)
 
 
 def _why(run: Run) -> str:

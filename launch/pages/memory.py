@@ -75,7 +75,7 @@ def by_rank(run: Run, document: dict[str, Any], runs: Sequence[Run]) -> str:
 
 def numbers(run: Run, document: dict[str, Any]) -> str:
     head = ["rank", *CATEGORIES, REST, "peak"]
-    columns = [(name, held | {REST: parts(held)[REST] if held.get("peak") else None}) for name, held in bars(document)]
+    columns = [(name, held | ({REST: parts(held)[REST]} if held.get("peak") else {})) for name, held in bars(document)]
     rows = [[name, *("-" if held.get(key) is None else size(held[key]) for key in head[1:])] for name, held in columns]
     note = "; the peak is the whole process's, with its libraries" if document.get("device") == "cpu" else ""
     return table(f"Memory of {run.label} on {document.get('device', 'its device')} in the first step{note}", head, rows)

@@ -1,15 +1,27 @@
 """The page: its sections in order, and its style.
 
 A section is a title, the fields of metrics.jsonl that it shows, and a function from the runs to blocks of HTML, none where
-it has no data. To add one, write that function and an entry here. A field that no section names stands in the last but
-two, "Other measurements".
+it has no data. To add one, write that function and an entry here. A field that no section names stands
+in "Other measurements", before LAST.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from rowwise.launch.pages import learning, lr_range, memory, others, sample, settings, sparse, speed, summary, timeline
+from rowwise.launch.pages import (
+    learning,
+    log,
+    lr_range,
+    memory,
+    others,
+    sample,
+    settings,
+    sparse,
+    speed,
+    summary,
+    timeline,
+)
 from rowwise.launch.pages.markup import paragraph, text
 from rowwise.launch.pages.records import Run
 from rowwise.launch.pages.state import banner
@@ -33,6 +45,7 @@ SECTIONS = (
 )
 LAST = (
     Section("Sample", sample.FIELDS, sample.show),
+    Section("Log", log.FIELDS, log.show),
     Section("Configuration", settings.FIELDS, settings.show),
 )
 
@@ -65,14 +78,14 @@ code, pre { font-family: ui-monospace, monospace; } code { font-size: .875em; }
 table { border-collapse: collapse; font-size: .875rem; overflow-wrap: normal; }
 th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: bottom; }
 th:first-child { text-align: left; position: sticky; left: 0; background: #fff; max-width: 22em; overflow-wrap: anywhere; }
-td .words { display: inline-block; min-width: 9em; } td { overflow-wrap: break-word; max-width: 22em; } thead th { font-weight: 500; }
+td { overflow-wrap: break-word; max-width: 22em; } thead th { font-weight: 500; }
 tbody th { font-weight: 400; } thead th { color: var(--soft); min-width: 5em; }
 pre { margin: 0; font-size: .8125rem; line-height: 1.35; overflow-wrap: normal; }
 summary { cursor: pointer; padding: 4px 0; }
 @media (max-width: 640px) { table, tbody, tr, tbody th, td { display: block; } thead { display: none; }
   tr { padding: 6px 0; border-bottom: 1px solid var(--line); } tbody th, td { border: 0; padding: 1px 0; max-width: none; }
   tbody th { font-weight: 600; overflow-wrap: anywhere; } td { display: flex; justify-content: space-between; gap: 1em; }
-  td::before { content: attr(data-of); color: var(--soft); text-align: left; overflow-wrap: anywhere; }
+  td::before { content: attr(data-of); flex: 0 0 auto; max-width: 45%; color: var(--soft); text-align: left; overflow-wrap: anywhere; }
   td span { min-width: 0; overflow-wrap: anywhere; } }
 @media print { body { max-width: none; font-size: 11pt; } nav { display: none; } figure, tr { break-inside: avoid; }
   .scroll { overflow: visible; } h2, h3 { break-after: avoid; } }

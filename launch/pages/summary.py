@@ -1,14 +1,13 @@
 """What the runs are, and where they stand."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rowwise.launch.pages.draw import Form, name_of
 from rowwise.launch.pages.markup import Marked, duration, facts, loss, paragraph, rate, short, size, table, text
 from rowwise.launch.pages.records import Run
-from rowwise.launch.pages.state import told_of
 from rowwise.launch.standing import of_run
 from rowwise.trainer.keys import flat
 from rowwise.trainer.metrics import number
@@ -17,20 +16,25 @@ from rowwise.trainer.starts import Start
 FIELDS = frozenset({"step", "tokens"})
 DEGREES = ("pipeline", "replicate", "shard", "ring", "ulysses")
 OWN = ("name", "run_dir")  # differ in any two runs
-ABREAST = 4  # runs that stand side by side as columns; more are rows
+ABREAST = 7  # runs that stand side by side as columns; more are rows
 
 
 def show(runs: Sequence[Run]) -> list[str]:
     """One run: what is known of it beside its state, which stands on top. Several: where each stands, with the settings in
     which they differ."""
     if len(runs) == 1:
-        return [facts([*standing(runs[0])[1:], *identity(runs[0]), *origin(runs[0])])]
-    keys = differences(runs)
-    head = ["run", *(key for key, _ in standing(runs[0])), "parameters", *map(_breakable, keys)]
+        found = [(fact.name, " ".join(filter(None, fact[1:]))) for fact in standing(runs[0]) if fact.value]
+        return [facts([*found, *identity(runs[0]), *origin(runs[0])])]
+    keys, measured = differences(runs), [standing(run) for run in runs]
+    names = [f"{fact.name} ({fact.unit})" if fact.unit else fact.name for fact in measured[0]]
+    head = ["run", "state", *names, "parameters", *map(_breakable, keys)]
     rows = [
-        [name_of(run), *(value for _, value in standing(run)), _parameters(run), *(_setting(run, key) for key in keys)]
-        for run in runs
-    ]
+        [
+            name_of(run), of_run(run.folder).state, *(f"{fact.value} {fact.at}".strip() or "-" for fact in numbers), _parameters(run),
+            *(_setting(run, key) for key in keys),
+        ]
+        for run, numbers in zip(runs, measured, strict=True)
+    ]  # fmt: skip
     if len(runs) <= ABREAST:
         head, *rows = map(list, zip(head, *rows, strict=True))
     told = "" if keys else "<p>The runs have the same settings.</p>"
@@ -58,17 +62,25 @@ def identity(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def standing(run: Run) -> list[tuple[str, str]]:
+class Fact(NamedTuple):
+    """What is known of a run under a name; no value where it is not. `at`: the step, where that is not the last."""
+
+    name: str
+    value: str
+    unit: str = ""
+    at: str = ""
+
+
+def standing(run: Run) -> list[Fact]:
     """How far it is, in numbers."""
     return [
-        ("state", Marked(f'<span class="words">{text(told_of(run, of_run(run.folder)))}</span>')),
-        ("step", f"{run.last_step:,} of {run.setting('steps') or '?'}"),
-        ("loss", _last(run, "loss", loss, " nats per token")),
-        ("held-out loss", _last(run, "eval_loss", loss, " nats per token")),
-        ("tokens", _last(run, "tokens", short)),
-        ("speed", _median(run, "tokens_per_second", " tokens per second per worker")),
-        ("peak memory", _last(run, "peak_memory_bytes", size, " on rank 0")),
-        ("time in steps", duration(run.seconds) if run.last_step else "-"),
+        Fact("step", f"{run.last_step:,} of {run.setting('steps') or '?'}"),
+        _last(run, "loss", "loss", loss, "nats per token"),
+        _last(run, "held-out loss", "eval_loss", loss, "nats per token"),
+        _last(run, "tokens", "tokens", short),
+        Fact("speed", _median(run, "tokens_per_second"), "tokens per second per worker"),
+        _last(run, "peak memory", "peak_memory_bytes", size, "on rank 0"),
+        Fact("time in steps", duration(run.seconds) if run.last_step else ""),
     ]
 
 
@@ -128,24 +140,24 @@ def _breakable(key: str) -> Marked:
 
 def _parameters(run: Run) -> str:
     if run.starts:
-        return f"{run.starts[-1].parameters:,}"
+        return short(run.starts[-1].parameters)
     from rowwise.trainer.models.decoder import model_of, parameter_count  # torch: of runs of an earlier release only
 
     try:
-        return f"{parameter_count(model_of(run.config['model']))[0]:,}"
+        return short(parameter_count(model_of(run.config["model"]))[0])
     except (KeyError, TypeError):  # of another release
         return "?"
 
 
-def _median(run: Run, field: str, unit: str) -> str:
+def _median(run: Run, field: str) -> str:
     curve = run.curve(field)
-    return "-" if curve is None else f"{short(float(np.median(curve.known.values)))}{unit}"
+    return "" if curve is None else short(float(np.median(curve.known.values)))
 
 
-def _last(run: Run, field: str, form: Form, unit: str = "") -> str:
+def _last(run: Run, name: str, field: str, form: Form, unit: str = "") -> Fact:
+    """The last number of a field."""
     curve = run.curve(field)
     if curve is None:
-        return "-"
+        return Fact(name, "", unit)
     value, step = curve.known.values[-1], int(curve.known.steps[-1])
-    told = f"{form(value)}{unit}"
-    return told if step == run.last_step else f"{told} at step {step:,}"
+    return Fact(name, form(value), unit, "" if step == run.last_step else f"at step {step:,}")
