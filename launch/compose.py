@@ -38,7 +38,7 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     own = _own_folders(read)
     choices = tuple(_choice(override, own) for override in read if override.key_or_group in (*GROUPS, SEARCHPATH))
     values = [override for override in read if override.key_or_group not in (*GROUPS, SEARCHPATH)]
-    with initialize_config_module("rowwise.conf", version_base="1.3", job_name="train"):
+    with _conf("train"):
         chosen, tree = _chosen(choices)
         fitting = _checked(tree, values)
         config = copy.deepcopy(chosen)
@@ -51,6 +51,19 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     assert isinstance(tree, dict)
     given = [key_of(override) for override in overrides]
     return settle(choose({str(key): value for key, value in tree.items()}, given))
+
+
+@contextlib.contextmanager
+def _conf(name: str) -> Iterator[None]:
+    """conf/ as what Hydra composes of; also inside a trial of its multirun, of which it then knows again."""
+    known = GlobalHydra.instance()
+    outer = known.hydra
+    known.clear()
+    try:
+        with initialize_config_module("rowwise.conf", version_base="1.3", job_name=name):
+            yield
+    finally:
+        known.hydra = outer
 
 
 def _own_folders(overrides: Sequence[Override]) -> tuple[str, ...]:
@@ -216,7 +229,7 @@ def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Par
             raise ValueError(unknown_key(key, names))
         if override.is_sweep_override():
             raise ValueError(f"{override.input_line}: {key} has one value, not several")
-    with initialize_config_module("rowwise.conf", version_base="1.3", job_name=name):
+    with _conf(name):
         _refuse_unknown_choices(read)
         try:
             composed = compose(name, overrides=[spelt(one) for one in read], return_hydra_config=True)

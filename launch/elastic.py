@@ -36,7 +36,7 @@ def run_agent(job: Job, ended: "queue.SimpleQueue[BaseException | None]") -> Non
         # Whoever gives up sooner than the workers do does so while they still may go on.
         assert job.meeting is not None
         with rendezvous(job.meeting, max(60, job.timeout_seconds)) as make, _logs(job) as logs:
-            program = ("-m", "rowwise.launch.train", "--agent", *job.overrides)
+            program = ("-m", "rowwise.launch.train", *job.arguments)
             elastic_launch(_launch_config(job, make, logs), sys.executable)(*program)
             if job.meeting.host:
                 time.sleep(LAST_SECONDS)  # for those that come last

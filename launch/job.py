@@ -13,7 +13,7 @@ class Job:
 
     `name`: jobs of the same wait until the other has left the folder; `log_dir`: what each worker says goes to files there,
     and not to this one's streams; `timeout_seconds`: how long other machines are waited for; `gpus`: what this machine has;
-    `report`: when the run leaves one.
+    `report`: when the run leaves one; `command`: what was typed, where the overrides are more than that (files were read).
     """
 
     overrides: tuple[str, ...]
@@ -27,3 +27,9 @@ class Job:
     log_dir: Path | None = None
     gpus: int = 0
     report: Report = "never"
+    command: str | None = None
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of each worker's `rowwise.launch.train`."""
+        return ["--agent", *([] if self.command is None else ["--command", self.command]), *self.overrides]

@@ -21,6 +21,8 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 
 import argparse
 import contextlib
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +58,13 @@ def _main(arguments: list[str] | None) -> int:
     if options.parent:
         follow(options.parent)
     try:
-        options.overrides = gather(options.overrides)
+        typed, options.overrides = options.overrides, gather(options.overrides)
         meeting = meeting_of(options)
         # A warm process imports torch, which takes seconds, while this composes.
         with contextlib.nullcontext() if meeting else warmed(options.warm) as warm:
             asked = job_asked_for(options, compose_tree(options.overrides), meeting, warm)
+            if typed != options.overrides:
+                asked = replace(asked, command=shlex.join(["rowwise", "train", *typed]))
             outcome = agent.run_workers(asked, warm)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)

@@ -32,11 +32,7 @@ from rowwise.trainer.stop import INTERRUPTED, answering, end_now
 
 def main(arguments: list[str] | None = None) -> int:
     """Composes, checks and trains. Returns the exit code."""
-    parser = Arguments("rowwise.launch.train", __doc__)
-    parser.add_argument("--cfg", action="store_true", help="print the composed configuration and leave")
-    parser.add_argument("--agent", action="store_true", help=argparse.SUPPRESS)  # which says how the run ended
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.read(arguments, sys.argv[1:])
+    options = parse(arguments)
     if options.cfg:
         return print_configuration(options.overrides, "worker")
     from rowwise.launch.worker import work  # torch, which takes seconds, and help needs none
@@ -50,8 +46,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Arguments("rowwise.launch.train", __doc__)
+    parser.add_argument("--cfg", action="store_true", help="print the composed configuration and leave")
+    parser.add_argument("--agent", action="store_true", help=argparse.SUPPRESS)  # which says how the run ended
+    parser.add_argument("--command", help=argparse.SUPPRESS)  # that the agent was started by
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    return parser.read(arguments, sys.argv[1:])
+
+
 def command_of(options: argparse.Namespace) -> str:
     """What somebody types to make the same start, on one machine."""
+    if options.command is not None:
+        return options.command
     starter = ["rowwise", "train"] if options.agent else ["python", "-m", "rowwise.launch.train"]
     if not options.agent and "LOCAL_WORLD_SIZE" in os.environ:
         starter = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "rowwise.launch.train"]

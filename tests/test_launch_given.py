@@ -1,13 +1,15 @@
 """A file of one's own, a run to go on with, and a folder of choices, as one list of overrides."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from rowwise.launch import start
+from rowwise.launch import start, train
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.given import gather, quoted, read_settings
+from rowwise.launch.job import Job
 from rowwise.launch.sweep.config import resolve
 from rowwise.trainer.config import config_from_tree, tree_of
 
@@ -159,6 +161,15 @@ def test_what_somebody_else_decides_is_not_taken_from_a_run(here):
     swept = gather(["config=runs/a/config.yaml", "seed=1,2"], "sweep")
     assert not [word for word in swept if word.startswith(("name=", "run_dir=", "resume="))]
     assert "seed=1,2" in swept and "model.layers=2" in swept
+
+
+def test_the_command_that_is_kept_of_a_run_is_what_was_typed(here):
+    words = ("name=a b", "steps=3")
+    job = Job(words, Path("runs/a"), 3, nproc=1)
+    assert train.command_of(train.parse(job.arguments)) == "rowwise train 'name=a b' steps=3"
+    job = replace(job, command="rowwise train config=my.yaml steps=3")
+    options = train.parse(job.arguments)
+    assert (train.command_of(options), options.overrides) == (job.command, list(words))
 
 
 def test_a_sweep_reads_files(here):
