@@ -15,6 +15,7 @@ from rowwise.trainer.stop import INTERRUPTED
 COMMANDS = {
     "train": ("rowwise.launch.start", "start the workers of a run: torchrun for you"),
     "check": ("rowwise.launch.look", "what a run would be, and what refuses it, without starting it"),
+    "doctor": ("rowwise.launch.doctor", "what this machine has of what runs need, and what mends what is amiss"),
     "sweep": ("rowwise.launch.sweep.__main__", "many runs with varied settings, or a search"),
     "runs": ("rowwise.launch.listing", "every run and sweep below a folder: how it stands, and what goes on with it"),
     "report": ("rowwise.launch.report", "one page about one or several runs"),
@@ -27,6 +28,7 @@ COMMANDS = {
 EXAMPLES = """\
   rowwise train nproc=8 model=llama_1b batch.global_size=128 optim=adamw8bit parallel.zero=3 steps=1000
   rowwise check model=llama_1b batch.global_size=128 parallel.zero=3 world_size=64
+  rowwise doctor to=doctor.txt
   rowwise sweep nproc=2 optim=adamw,adamw8bit optim.lr=1e-3,3e-3
   rowwise sweep sweep.search=tpe sweep.parallel=4 nproc=2 'optim.lr=tag(log,interval(1e-4,1e-2))'
   rowwise slurm train nproc=8 slurm.nodes=4 slurm.time=24:00:00 model=llama3_8b batch.global_size=256 submit=true
@@ -46,6 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print(described())
+        return 0
+    if words[0] == "--version":
+        from rowwise.launch.doctor import versions_told  # what it stands beside is not small
+
+        print(versions_told())
         return 0
     if words[0] not in COMMANDS:
         print(f"refused: {words[0]} is no command: possible are {', '.join(COMMANDS)}", file=sys.stderr)

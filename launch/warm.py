@@ -155,9 +155,9 @@ class Warm:
 
 
 @contextlib.contextmanager
-def warmed(lent: int | None = None) -> Iterator[Warm]:
+def warmed(lent: int | None = None, beforehand: Sequence[str] = BEFOREHAND) -> Iterator[Warm]:
     """A warm process, which is left with the context: one of its own, or the one that `lent` (a file descriptor) leads to."""
-    warm = Warm(None if lent is None else socket.socket(fileno=lent))
+    warm = Warm(None if lent is None else socket.socket(fileno=lent), beforehand)
     try:
         yield warm
     finally:
