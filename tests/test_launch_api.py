@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from commands import free_port
 from parity import small_config
+from rowwise.launch import leaving
 from rowwise.launch.api import compose, open_run, train
 from rowwise.parallel.mesh import Workers
 from rowwise.trainer.config import TrainConfig
@@ -27,6 +28,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 def test_every_block_of_the_page_runs(tmp_path, monkeypatch, capsys):
     """In one process, as in a notebook: two runs, one after the other."""
     monkeypatch.chdir(tmp_path)
+    left: list[Path] = []
+    monkeypatch.setattr(leaving, "_written", left.append)  # a process of its own, and tested elsewhere
     names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 7
@@ -34,6 +37,7 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch, capsys):
         exec(compile(block, str(PAGE), "exec"), names)
     assert [record["step"] for record in names["run"].records] == [1, 2, 3, 4, 5, 6]
     assert names["run"].standing.state == "complete" and not dist.is_initialized()
+    assert [folder.name for folder in left] == ["first", "first"], "a run leaves no report"
     assert "complete" in capsys.readouterr().out
 
 
@@ -52,7 +56,7 @@ def trained(workers: Workers, config: TrainConfig, port: int) -> int:
 
 def test_a_script_of_two_processes_is_the_run_of_one(ranks, tmp_path):
     """In float64; the configuration is resolved by rank 0 alone."""
-    more = ["eval.every=1", "eval.batches=1", "checkpoint.every=2"]
+    more = ["report=never", "eval.every=1", "eval.batches=1", "checkpoint.every=2"]
     config = small_config(tmp_path, *more)
     assert ranks.run(trained, 2, named(config, tmp_path, "two"), free_port()) == [3, 3]
     assert train(named(config, tmp_path, "one")).step == 3
@@ -79,11 +83,11 @@ def test_what_is_refused_is_a_value_error_of_one_line(tmp_path):
 
 
 def test_a_run_that_fails_says_why_and_leaves_the_process_as_it_was(tmp_path):
-    config = small_config(tmp_path, "clip_norm=0", "optim.lr=1e300", "steps=3", "checkpoint.every=1")
+    config = small_config(tmp_path, "report=never", "clip_norm=0", "optim.lr=1e300", "steps=3", "checkpoint.every=1")
     with pytest.raises(RuntimeError, match="not a number: "):
         train(config)
     assert not dist.is_initialized()
-    assert train(small_config(tmp_path, f"run_dir={tmp_path}/next", "steps=1")).step == 1
+    assert train(small_config(tmp_path, "report=never", f"run_dir={tmp_path}/next", "steps=1")).step == 1
 
 
 def test_only_the_main_thread_trains(tmp_path):
