@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from rowwise.launch.compose import compose_tree
 from rowwise.trainer import console as consoles
 from rowwise.trainer import screen
-from rowwise.trainer.console import Console, bar_lines
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree
+from rowwise.trainer.console import Console, bar_lines, forecast
 from rowwise.trainer.next_steps import next_steps, setting
 from rowwise.trainer.pace import Pace
 from rowwise.trainer.runlog import TRAIN_LOG, keep_said
+from rowwise.trainer.summary import header, layout_in_words
 from terminals import Terminal
 
 RECORD = {
@@ -69,6 +73,34 @@ def test_an_overflow_and_a_step_without_valid_tokens(tmp_path, capsys):
     assert "loss overflow  grad norm overflow" in lines[0]
     assert "loss none (no valid token)  grad norm 0.000" in lines[1]
     assert lines[2] == "step 2/3  held-out loss none (no valid token)"
+
+
+HEADERS = {
+    "the default": (["nproc=2"], 2, "cpu", 7),
+    "as many words as there may be": (
+        ["model=llama3_8b", "batch.global_size=256", "batch.seq_len=8192", "parallel.pipeline=4", "parallel.virtual_stages=2",
+         "parallel.pipeline_schedule=interleaved_1f1b", "parallel.ring=2", "parallel.ulysses=2", "parallel.replicate=2",
+         "parallel.zero=2", "batch.micro_size=4", "optim=adamw8bit", "precision=bf16", "steps=1000000"], 128, "H100 80GB HBM3", 8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_the_header_has_at_most_eight_lines(case):
+    """With the forecast, in 80 columns."""
+    words, workers, device, lines = HEADERS[case]
+    config = check(config_from_tree(compose_tree(words)), workers)
+    told = header(config, workers, device, "text: 345 B tokens, 12,345 files", 0.00988, 2_160_000_000)
+    told.append(forecast(Pace([RECORD]), config.steps) or "")
+    shown = [part for line in told for part in screen.wrapped(line, 79, hanging=consoles.LABEL)]
+    assert len(shown) <= lines and all(screen.columns(line) <= 79 for line in shown)
+    said = "\n".join(told)
+    batch, model = config.batch, config.model
+    for word in (f"{batch.global_size * batch.seq_len:,} tokens a step", model.name, f"precision {config.precision.name}", device,
+                 f"{config.optim.name} keeps", " bytes a parameter", config.run_dir, f"{config.steps:,} steps = 0.00988 epochs",
+                 "time       about "):  # fmt: skip
+        assert word in said
+    assert layout_in_words(config.parallel, workers, device) in said
 
 
 def test_speed_and_time_left_are_moving_means():
@@ -138,8 +170,6 @@ def test_numbers_as_people_read_them():
 def test_the_commands_of_the_box_mean_what_they_say(path):
     """A shell and Hydra read them back as they were meant."""
     import shlex
-
-    from rowwise.launch.compose import compose_tree
 
     assert compose_tree(shlex.split(setting("resume", path)))["resume"] == path
     for what, command in next_steps(path, 200, writes=True, saved=True):

@@ -147,7 +147,7 @@ def labelled(label: str, text: str) -> str:
 def forecast(pace: Pace, steps: int) -> str | None:
     """How long `steps` more take; None where no step was timed."""
     left = pace.seconds_for(steps)
-    return None if left is None else labelled("time", f"about {clock(left)} for the {steps:,} steps to come")
+    return None if left is None else labelled("time", f"about {clock(left)} for {steps:,} more steps")
 
 
 def plain_fields(record: dict[str, Any], pace: Pace, steps: int, workers: int) -> list[str]:

@@ -90,8 +90,9 @@ class RankZeroReporter(Reporter):
         """Says what the run is, and writes parameters.txt. Raises DiskFull."""
         config = self._config
         write_whole(self._run_dir / "parameters.txt", assignment_table(assigned) + "\n")
-        read = data_in_words(config.data, data, config.steps * config.batch.global_size)
-        lines = header(config, mesh.world_size, device_name(mesh.device), read, state_bytes(assigned))
+        read = data_in_words(config.data, data)
+        epochs = config.steps * config.batch.global_size / data.train.samples
+        lines = header(config, mesh.world_size, device_name(mesh.device), read, epochs, state_bytes(assigned))
         before = last_records(self._run_dir, WINDOW)
         if (
             before

@@ -1,6 +1,7 @@
 """What a run is, in a header of a few lines, and what came of it, in a box at its end: pure functions of what is known then."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rowwise.parallel.mesh import ParallelConfig
@@ -30,31 +31,36 @@ def batch_in_words(config: TrainConfig) -> str:
     passes = batch.global_size // (ranks * batch.micro_size)
     shares = f"{ranks} ranks x " * (ranks > 1) + f"{passes} x {batch.micro_size}"
     tokens = batch.global_size * batch.seq_len
+    return f"{tokens:,} tokens a step = {shares} sequences of {batch.seq_len}"
+
+
+def length_in_words(config: TrainConfig, epochs: float) -> str:
+    """How long the run is, and what said so; `epochs`: how often it goes through its data."""
     asked = f" (tokens={config.tokens:,})" if config.tokens else f" (epochs={config.epochs:g})" if config.epochs else ""
-    return f"{tokens:,} tokens a step = {shares} sequences of {batch.seq_len}; {config.steps:,} steps{asked}"
+    return f"{config.steps:,} steps{asked} = {epochs:.3g} epochs"
 
 
-def header(config: TrainConfig, world_size: int, device: str, data: str, state_bytes: int) -> list[str]:
-    """The run in six lines; `config` must be resolved. `data`: what it reads, in words; `state_bytes`: what the optimizer keeps,
-    over all ranks."""
+def header(config: TrainConfig, world_size: int, device: str, data: str, epochs: float, state_bytes: int) -> list[str]:
+    """The run in six lines; `config` must be resolved. `data`: what it reads, in words, and `epochs` how often; `state_bytes`: what
+    the optimizer keeps, over all ranks."""
     model, (parameters, _) = config.model, parameter_count(config.model)
     shape = f"{model.layers} layers of width {model.dim}"
     return [
-        labelled("model", f"{model.name}: {count(parameters)} parameters, {shape}, {model.vocab_size:,} tokens"),
+        labelled("model", f"{model.name}: {count(parameters)} parameters, {shape}"),
         labelled("layout", layout_in_words(config.parallel, world_size, device)),
         labelled("batch", batch_in_words(config)),
         labelled(
             "numbers",
             f"precision {config.precision.name}; {config.optim.name} keeps {state_bytes / parameters:.2f} bytes a parameter, "
-            f"{byte_count(state_bytes)} in all",
+            f"{byte_count(state_bytes)}",
         ),
-        labelled("data", data),
-        labelled("files", f"{config.run_dir}: metrics.jsonl, train.log, parameters.txt, checkpoints"),
+        labelled("data", f"{data}; {length_in_words(config, epochs)}"),
+        labelled("files", f"{config.run_dir} (train.log, parameters.txt)"),
     ]
 
 
 def ending(
-    config: TrainConfig, step: int, last: dict[str, Any], seconds: float, saved: str | None, writes: bool
+    config: TrainConfig, step: int, last: dict[str, Any], seconds: float, saved: Path | None, writes: bool
 ) -> tuple[str, list[str]]:
     """The title and the lines of the box at the end of a run that stands at `step`: what came out, and the commands to go on with.
     `last`: its last record, with the last held-out loss; `saved`: its newest checkpoint; `writes`: whether it has a tokenizer."""
@@ -67,6 +73,6 @@ def ending(
         results.append(f"at most {byte_count(memory)} a rank")
     lines = [labelled("result", ", ".join(results))]
     if saved is not None:
-        lines.append(labelled("saved", saved))
+        lines.append(labelled("saved", str(saved)))
     commands = next_steps(config.run_dir, config.steps if done else None, writes, saved is not None)
     return title, lines + [labelled(what, command) for what, command in commands]

@@ -18,6 +18,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
 import contextlib
+import shlex
 from pathlib import Path
 
 from rowwise.launch.compose import key_of
@@ -52,6 +53,7 @@ def _sweep(words: list[str], warm: Warm | None) -> int:
         config, space = resolve(words)
         folder = Path(config.folder).absolute()
         keep_command(folder, given, anew=False)
+        print(f"how the trials stand: rowwise runs {shlex.quote(config.folder)} watch=true", flush=True)
         # What makes the trials imports torch, or Optuna; neither help nor a mistyped key waits for them.
         if config.search != "none":
             from rowwise.launch.sweep.search import search

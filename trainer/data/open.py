@@ -14,7 +14,7 @@ from rowwise.trainer.data.store import cached_store
 from rowwise.trainer.data.tokenizer import Tokenizer, open_tokenizer
 from rowwise.trainer.data.tokens import open_folder, open_tokens, split_streams, token_files, token_range
 from rowwise.trainer.data.watch import Watch
-from rowwise.trainer.screen import byte_count, count
+from rowwise.trainer.screen import count
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,10 @@ def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
     return replace(data, train=train, holdout=holdout)
 
 
-def data_in_words(config: DataConfig, data: Data, samples: int) -> str:
-    """The corpus, and how often a run that reads `samples` in all goes through it."""
+def data_in_words(config: DataConfig, data: Data) -> str:
+    """The corpus of a run: its kind, tokens and files."""
     files = len(data.found.files)
-    size = f", {byte_count(data.found.bytes)}" if data.found.bytes else ""
-    return (
-        f"{config.name}: {files:,} file{'s' * (files > 1)}{size}, {count(data.tokens)} tokens, {data.holdout.samples:,} samples held "
-        f"out; {samples / data.train.samples:.3g} epochs"
-    )
+    return f"{config.name}: {count(data.tokens)} tokens, {files:,} file{'s' * (files > 1)}"
 
 
 def told_of_data(config: DataConfig, data: Data) -> list[str]:
