@@ -64,6 +64,12 @@ def test_a_script_of_two_processes_is_the_run_of_one(ranks, tmp_path):
     assert open_run(tmp_path / "two").settings["parallel"]["shard"] == 2
 
 
+def test_words_are_those_of_the_command(tmp_path):
+    (tmp_path / "mine.yaml").write_text("steps: 7\nclip_norm: 0.5\n")
+    config = compose([f"config={tmp_path / 'mine.yaml'}", "optim=lion", "steps=9"])
+    assert (config.optim.name, config.clip_norm, config.steps) == ("lion", 0.5, 9)
+
+
 def test_what_is_refused_is_a_value_error_of_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"unknown key optim.learning"):
         compose(["optim.learning=1"])
