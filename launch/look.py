@@ -20,11 +20,11 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
-import argparse
 import re
 from dataclasses import dataclass, fields
 
 from rowwise.launch.compose import compose_tree, key_of
+from rowwise.launch.given import Arguments, gather
 from rowwise.launch.settings import parse
 from rowwise.trainer.screen import columns, flowed, holds, is_terminal, width_of, wrapped
 
@@ -42,17 +42,15 @@ class Settings:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints, and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="rowwise check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
-    words = parser.parse_intermixed_args(arguments).words
+    parser = Arguments("rowwise check", __doc__)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    words = parser.read(arguments, sys.argv[1:]).overrides
     own = [field.name for field in fields(Settings)]
     try:
         settings = parse(Settings, [word for word in words if key_of(word) in own], "world_size=64")
         if settings.world_size is not None and settings.world_size < 1:
             raise ValueError(f"world_size={settings.world_size}: give the number of workers, 1 or more")
-        overrides = [word for word in words if key_of(word) not in own]
+        overrides = gather([word for word in words if key_of(word) not in own])
         tree = compose_tree(overrides)
         from rowwise.launch.looking import looked  # torch, which no mistyped key waits for
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from rowwise.trainer.keys import unknown_key
+from rowwise.trainer.keys import told_of_type, unknown_key
 
 Keys = TypeVar("Keys")
 
@@ -49,8 +49,7 @@ def parse(kind: type[Keys], settings: Sequence[str], example: str, also: Sequenc
         return TypeAdapter(kind).validate_python(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        said = first["msg"].partition(",")[0]
-        raise ValueError(f"{first['loc'][0]}={first['input']}: {said[0].lower()}{said[1:]}") from None
+        raise ValueError(f"{first['loc'][0]}={first['input']}: {told_of_type(first)}") from None
 
 
 def _advice(setting: str) -> str:

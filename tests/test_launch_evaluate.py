@@ -228,7 +228,7 @@ def test_refusals_say_what_was_given_and_what_is_possible(text_run, tmp_path, ca
         (run, "steps=7"): ["steps=7: not one of run=", "possible are step-00000002, step-00000001"],
         (run, "steps=1,7"): ["steps=7: not one of run="],
         (run, "steps=last"): ["steps=last: give steps with commas between, such as 10,20, or all"],
-        (run, "seq_len=0"): ["seq_len=0", "greater than or equal to 1"],
+        (run, "seq_len=0"): ["seq_len=0", "give at least 1"],
         (run, "batches=few"): ["batches=few"],
         (run, "device=tpu"): ["device=tpu: possible are cpu"],
         (run, "to=table.txt"): ["to=table.txt", ".json"],

@@ -22,14 +22,22 @@ def unknown_key(path: str, possible: list[str]) -> str:
 
 _WANTED = {
     "int_type": "give a whole number",
+    "int_parsing": "give a whole number",
     "int_from_float": "give a whole number",
     "float_type": "give a number",
+    "float_parsing": "give a number",
     "bool_type": "give true or false",
+    "bool_parsing": "give true or false",
     "string_type": "give text, in quotes of its own where it looks like something else",
     "list_type": "give a list, such as [a,b]",
     "tuple_type": "give a list, such as [a,b]",
-    "dict_type": "give a table, such as {a: 1}",
-    "dataclass_type": "give a table, such as {a: 1}",
+    "dict_type": "give a table, such as {{a: 1}}",
+    "dataclass_type": "give a table, such as {{a: 1}}",
+    "finite_number": "give a finite number",
+    "greater_than": "give more than {gt}",
+    "greater_than_equal": "give at least {ge}",
+    "less_than": "give less than {lt}",
+    "less_than_equal": "give at most {le}",
 }
 
 
@@ -37,7 +45,8 @@ def told_of_type(error: Mapping[str, Any]) -> str:
     """What is said of a value of the wrong type, from how its validation went."""
     if error["type"] == "literal_error":
         return f"possible are {error['ctx']['expected']}"
-    return _WANTED.get(error["type"], "a value of another kind stands there")
+    wanted = _WANTED.get(error["type"], "a value of another kind stands there")
+    return wanted.format_map(error.get("ctx", {}))
 
 
 def refuse_control_characters(tree: Any, path: str = "") -> None:
