@@ -17,11 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from rowwise.launch.checkpoints import candidates_of, choose_sound
+from rowwise.launch.given import read_settings
 from rowwise.launch.standing import Standing, of_run
 from rowwise.trainer.data.own_tokenizer import tokenizer_of_run
 from rowwise.trainer.manifest import complete_checkpoints, find_checkpoints
@@ -62,13 +59,7 @@ class Run:
         path = self.folder / CONFIG
         if not path.is_file():  # a checkpoint that stands alone
             return dict(choose_sound(self.given, None).manifest["config"])
-        try:
-            tree = OmegaConf.to_container(OmegaConf.load(path))
-        except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no configuration ({str(error).splitlines()[0]})") from None
-        if not isinstance(tree, dict):
-            raise ValueError(f"{path} is no configuration")
-        return {str(key): value for key, value in tree.items()}
+        return read_settings(path, str(path))
 
     @property
     def config(self) -> "TrainConfig":

@@ -1,6 +1,7 @@
 """`rowwise generate`: text from a run's model, whole on one process."""
 
 import io
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,13 @@ from rowwise.launch.api import train
 from rowwise.launch.export import main as export
 from rowwise.launch.generate import harmless, main
 from rowwise.launch.runs import open_run
+from rowwise.parallel.precision import DTYPES
 from rowwise.trainer import generate as writing
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.config import Text
 from rowwise.trainer.data.tokenizer import ByteTokenizer, FileTokenizer
 from rowwise.trainer.generate import Writer, pieces
+from rowwise.trainer.manifest import fingerprint
 from rowwise.trainer.models.decoder import Decoder, ModelConfig
 from rowwise.trainer.sample import Sampling, shares
 from runs import run_train
@@ -216,6 +219,17 @@ def test_a_terminal_is_told_nothing_that_it_would_obey():
     )
 
 
+def test_a_shape_that_no_machine_holds_is_refused_before_it_is_built(tmp_path, capsys):
+    run = saved_run(tmp_path, BYTES, random_weights(BYTES))
+    manifest = run / "checkpoints" / "step-00000001" / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    tree["config"]["model"]["layers"] = 10**9
+    del tree["checksum"]
+    manifest.write_text(json.dumps({**tree, "checksum": fingerprint(tree)}))
+    assert main([f"run={run}", "prompt=a", "tokenizer=bytes"]) == 2
+    assert "refused: model.layers=1000000000: it is at least 1" in capsys.readouterr().err
+
+
 def test_a_model_that_the_memory_does_not_hold_is_refused(staged_run, monkeypatch, capsys):
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     assert main([f"run={staged_run.run_dir}", "prompt=a", "device=cpu"]) == 2
@@ -250,7 +264,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(staged_run, tmp_path, cap
     assert capsys.readouterr().err.startswith(f"refused: {newest} is damaged: __0_0.distcp has 0 bytes")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_weights_that_prune_as_they_compute_write_pruned(tmp_path, precision):
     """n:m, chosen in the precision of the run; and a tokenizer for a run over tokens."""
     weights = random_weights(BYTES)
@@ -262,7 +276,7 @@ def test_weights_that_prune_as_they_compute_write_pruned(tmp_path, precision):
     )
     assert torch.equal(model.head.weight, weights["head.weight"])
     writer = open_run(run).writer(tokenizer="bytes", device="cpu")
-    assert writer.model.head.weight.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert writer.model.head.weight.dtype == DTYPES[precision]
     text = "".join(writer.write("a row", 8, GREEDY))
     assert text == "".join(writer.write("a row", 8, GREEDY)) and text
 

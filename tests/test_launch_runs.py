@@ -75,9 +75,10 @@ def test_how_a_run_stands(run):
 def test_what_is_no_run_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match=r"runx: there is no checkpoint; possible are .*run"):
         open_run(f"{run.folder}x")
-    (tmp_path / "config.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match=r"config.yaml is no configuration"):
-        _ = open_run(tmp_path).settings
+    for text, why in (("a: [", "is no YAML"), ("a: &b 1\nc: *b", "an anchor of YAML is not read")):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=rf"config.yaml.*{why}"):
+            _ = open_run(tmp_path).settings
     with pytest.raises(ValueError, match="there is no checkpoint"):
         open_run(tmp_path).model()
 

@@ -22,7 +22,7 @@ from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.files import behind
 from rowwise.trainer.manifest_form import Manifest
 from rowwise.trainer.metadata import Reader
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, model_of, parameter_shapes
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, model_of, parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class Source:
 
     @property
     def model(self) -> ModelConfig:
-        """The shape of the model. Raises ValueError for one of another release."""
+        """The shape of the model. Raises ValueError for one of another release, or that no machine holds."""
         try:
-            return model_of(self.config["model"])
+            model = model_of(self.config["model"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"the run is of another release of Rowwise ({error}); use that one for it") from None
+        check_model(model)
+        return model
 
     @property
     def precision(self) -> torch.dtype:
