@@ -52,6 +52,8 @@ REFUSED = {
         ["tokens=4000"],
         r"tokens=4000: less than a step, which is batch.global_size=16 x batch.seq_len=256 = 4,096 tokens; give at least",
     ),
+    "tokens of no batch": (["tokens=2e6", "batch.seq_len=0"], r"batch.seq_len=0: it is at least 1"),
+    "a batch of no sequence": (["batch.global_tokens=4096", "batch.seq_len=0"], r"batch.seq_len=0: it is at least 1"),
     "half a token": (["tokens=0.5"], r"tokens=0.5: give a whole number of tokens, such as 2000000, 2e6 or 2M"),
     "no epochs": (["epochs=0"], r"epochs=0: how often the run reads the data, above 0"),
     "too little of an epoch": (

@@ -68,9 +68,9 @@ def settle(tree: Tree) -> Tree:
     tree = _with_global_size(tree)
     if (tokens := tree.get("tokens")) is not None:
         tokens = read_count("tokens", tokens, "tokens")
-        tree = {**tree, "tokens": tokens}
-        if (step_tokens := _step_tokens(tree)) is not None:
-            tree["steps"] = steps_of_tokens(tokens, *step_tokens)
+        step = _step_tokens(tree)
+        # Where the batch is none, that is what will be refused.
+        tree = {**tree, "tokens": tokens, "steps": steps_of_tokens(tokens, *step) if step else MOST_STEPS}
     elif isinstance(epochs := tree.get("epochs"), int | float) and not 0 < epochs < math.inf:
         raise ValueError(f"epochs={epochs}: how often the run reads the data, above 0 (1, or 0.5)")
     elif epochs is not None and tree.get("steps") is None:
@@ -98,7 +98,7 @@ def steps_of_epochs(epochs: float, samples: int, global_size: int) -> int:
     if not (steps := int(Fraction(repr(epochs)) * samples) // global_size):
         raise ValueError(
             f"epochs={epochs:g}: less than a step: the data has {samples:,} samples and a step takes batch.global_size="
-            f"{global_size}; give epochs={global_size / samples:.3g} or more, or a smaller batch"
+            f"{global_size}; give epochs={math.ceil(1000 * global_size / samples) / 1000:g} or more, or a smaller batch"
         )
     return steps
 
@@ -108,14 +108,15 @@ def _with_global_size(tree: Tree) -> Tree:
     if (tokens := _get(tree, "batch.global_tokens")) is None:
         return tree
     tokens, length = read_count("batch.global_tokens", tokens, "tokens"), tree["batch"].get("seq_len")
-    if _is_number(length):
-        if tokens % length:
-            near = sorted({max(1, tokens // length) * length, -(-tokens // length) * length})
-            raise ValueError(
-                f"batch.global_tokens={tokens} is no whole number of sequences of batch.seq_len={length} tokens; the nearest "
-                f"that are {near}"
-            )
-        tree = _put(tree, "batch.global_size", tokens // length)
+    if not _is_number(length):  # which is what will be refused
+        return _put(_put(tree, "batch.global_size", 1), "batch.global_tokens", tokens)
+    if tokens % length:
+        near = sorted({max(1, tokens // length) * length, -(-tokens // length) * length})
+        raise ValueError(
+            f"batch.global_tokens={tokens} is no whole number of sequences of batch.seq_len={length} tokens; the nearest "
+            f"that are {near}"
+        )
+    tree = _put(tree, "batch.global_size", tokens // length)
     return _put(tree, "batch.global_tokens", tokens)
 
 
