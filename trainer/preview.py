@@ -30,8 +30,9 @@ def preview(
     """(what the run is, what is to be known of it), a line each. `config`: as `trainer.prepare.examine` returns it; `device`: the
     kind that would compute, which is called `name`."""
     rows = assigned_without_memory(config)
-    read = data_in_words(config.data, data, config.steps * config.batch.global_size)
-    lines = header(config, world_size, name, read, state_bytes(rows))
+    read = data_in_words(config.data, data)
+    epochs = config.steps * config.batch.global_size / data.train.samples
+    lines = header(config, world_size, name, read, epochs, state_bytes(rows))
     lines += [
         labelled("reads" * (not n), share) for n, share in enumerate(shares_in_words(config.batch, config.parallel))
     ]
