@@ -385,6 +385,12 @@ REFUSED = {
         ["log.norms_every=10", "optim.in_backward=true", "clip_norm=0", "batch.micro_size=8"],
         r"log.norms_every=10 with optim.in_backward: .*give log.norms_every=0, or optim.in_backward=false",
     ),
+    "one step to profile": (["profile.steps=[20]"], r"profile.steps=\[20\]: give the first step and the last"),
+    "steps backwards": (["profile.steps=[5,3]"], r"profile.steps=\[5, 3\]: give the first step and the last"),
+    "too long a profile": (["profile.steps=[1,200]"], r"profile.steps=\[1, 200\]: .*at most 100"),
+    "a profile beyond the end": (["profile.steps=[199,201]"], r"profile.steps=\[199, 201\]: the run has 200 steps"),
+    "a rank that there is not": (["profile.ranks=[2]"], r"profile.ranks=\[2\]: give some of 0 to 1, or null"),
+    "nobody to profile": (["profile.ranks=[]"], r"profile.ranks=\[\]: give some of 0 to 1, or null"),
     "norms by the clock": (["log.norms_every=20min"], r"log.norms_every=20min: .*give steps"),
     "a skip in the backward": (
         ["on_spike=skip", "optim.in_backward=true", "clip_norm=0"],

@@ -1,5 +1,8 @@
 """What is watched of a run beside its losses: norms of parameters and the operations of a step, alike on every layout."""
 
+import gzip
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -7,11 +10,15 @@ import torch
 
 from parity import TOLERANCE, global_batch, plain_model, run_plain, small_config, with_layout
 from rowwise.kernels.visible import Documents
+from rowwise.launch.pages import watched
+from rowwise.launch.report import read_runs
 from rowwise.trainer.data.batches import MicroBatch, visible_pairs
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import ModelConfig, flops_of, flops_per_token, parameter_count
 from rowwise.trainer.norms import KINDS
+from rowwise.trainer.profile import KINDS as PROFILED
+from rowwise.trainer.profile import Event, parts_of, slowest
 from runs import named, run_train
 
 LAYOUTS = {
@@ -104,3 +111,93 @@ def test_operations_of_a_whole_sequence_are_those_of_its_tokens():
     # A token alone: two operations a weight forward, four backward; of attention, q k and p v of one pair, thrice.
     attention = 3 * (2 * 2) * config.layers * config.heads * config.head_size
     assert flops_of(config, 1, 1) == 6 * multiplying + attention
+
+
+def test_the_seconds_of_a_step_are_parted_by_what_is_at_work():
+    def event(name, start, end, device=False):
+        return Event(name, start, end, device)
+
+    host = [
+        event("aten::mm", 0, 10),
+        event("aten::linear", 0, 12),  # around the product
+        event("_PackedAttention", 20, 50),
+        event("aten::mm", 25, 30),
+        event("gloo:all_reduce", 40, 70),
+        event("aten::add_", 60, 65),
+        event("c10d::allreduce_", 39, 41),  # which hands it over
+        event("aten::mul", 95, 130),  # cut at the end
+    ]
+    parts = {kind: round(1e9 * seconds) for kind, seconds in parts_of(host, 0, 100).items()}
+    assert parts == {"products": 10, "attention": 5, "elementwise": 2 + 5 + 5, "messages": 25, "idle": 100 - 52}
+    # Where a GPU is at work, what the host does is not counted.
+    device = [event("void cutlass_gemm", 5, 25, True), event("flash_fwd_kernel", 20, 40, True),
+              event("ncclDevKernel_AllGather_RING_LL(int)", 0, 60, True), event("vectorized_add", 50, 55, True)]  # fmt: skip
+    parts = {kind: round(1e9 * seconds) for kind, seconds in parts_of(host + device, 0, 100).items()}
+    assert parts == {"attention": 20, "products": 15, "elementwise": 5, "messages": 20, "idle": 40}
+    assert set(parts_of([], 0, 7).values()) == {0.0, 7e-9}
+
+
+def test_a_report_says_what_was_done_about_spikes(tmp_path):
+    made = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 9.0, "spike": "skipped", "spike_score": 7.25},
+            {"step": 3, "loss": None, "spike": "skipped", "spike_score": None},
+            {"step": 4, "loss": 1.0, "spike": "rolled back", "spike_score": 8.0, "spike_step": 6}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
+    (tmp_path / "config.yaml").write_text("on_spike: rollback\n")
+    (run,) = read_runs([tmp_path])[0]
+    assert [row[1:] for row in watched.spikes_of(run)] == [
+        ["2", "7.2", "its update was not made: there was nothing to go back to yet"],
+        ["3", "no number", "its update was not made: there was nothing to go back to yet"],
+        ["6", "8.0", "the run went back to step 3"],
+    ]
+    assert "the run went back to step 3" in watched.spikes([run])[0]
+
+
+def test_the_slowest_rank_is_named_beside_the_median():
+    expected = {"slowest_rank": 2, "slowest_rank_seconds": 5.0, "median_rank_seconds": 1.5}
+    assert slowest([1.0, 2.0, 5.0, 1.5]) == expected
+    assert slowest([3.0]) == {"slowest_rank": 0, "slowest_rank_seconds": 3.0, "median_rank_seconds": 3.0}
+
+
+def slow_last_rank(workers, config):
+    """A run whose last rank takes 0.4 seconds longer for every forward."""
+    from rowwise.trainer import step
+
+    original = step.summed_loss
+
+    def late(*arguments):
+        if workers.rank == workers.world_size - 1:
+            time.sleep(0.4)
+        return original(*arguments)
+
+    step.summed_loss = late
+    try:
+        return run_train(workers, config)
+    finally:
+        step.summed_loss = original
+
+
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.full), 3])
+def test_steps_are_profiled_and_the_slowest_rank_is_found(ranks, folder, zero):
+    options = ("steps=4", "profile.steps=[2,3]", "profile.ranks=[1]", "log.ranks_every=1", "batch.micro_size=12")
+    config = named(with_layout(small_config(folder, *options), 2, zero=zero), folder, f"profiled-{zero}")
+    ranks.run(slow_last_rank, 2, config)
+    # Steps 2 and 3 are traced, by rank 1. In the first, each rank begins to profile, which takes a while.
+    *others, last = read_metrics(Path(config.run_dir))
+    assert ["slowest_rank" in record for record in others] == [True, False, False]
+    assert last["slowest_rank"] == 1
+    assert 0.25 < last["slowest_rank_seconds"] - last["median_rank_seconds"] < last["step_seconds"]
+    kept = Path(config.run_dir) / "profile"
+    assert sorted(path.name for path in kept.iterdir()) == ["rank-1.json", "rank-1.trace.json.gz"]
+    summary = json.loads((kept / "rank-1.json").read_text())
+    assert (summary["rank"], summary["device"], summary["steps"]) == (1, "cpu", [2, 3])
+    assert sum(summary["parts"].values()) == pytest.approx(summary["seconds"])
+    assert all(summary["parts"][kind] > 0 for kind in PROFILED)
+    assert summary["parts"]["idle"] > 0.4  # it sleeps
+    names = {
+        event["name"]
+        for event in json.loads(gzip.decompress((kept / "rank-1.trace.json.gz").read_bytes()))["traceEvents"]
+    }
+    assert "aten::mm" in names
+    content = "".join(watched.show(read_runs([Path(config.run_dir)])[0]))
+    assert "Where the time of profiled steps goes" in content and "2 to 3" in content
+    assert "was the slowest in" in content and "than the median rank" in content

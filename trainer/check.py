@@ -22,6 +22,7 @@ from rowwise.trainer.run_length import MOST_STEPS
 from rowwise.trainer.spike import check_spike
 from rowwise.trainer.stages import check_pipeline, splits_backward
 from rowwise.trainer.tracker import check_tracker
+from rowwise.trainer.watching import check_profile
 
 MOST_WORKERS = 1024  # of a machine
 MOST_SAMPLED = 1_000_000
@@ -58,6 +59,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     range_test = isinstance(config.schedule, LrRange)
     check_spike(config.on_spike, config.spike, config.checkpoint.every, config.optim.in_backward, range_test)
     _check_sparsity(config, parallel)
+    check_profile(config.profile, config.known_steps, world_size)
     check_tracker(config.tracker)
     return replace(config, parallel=parallel)
 

@@ -28,7 +28,7 @@ from rowwise.trainer.sample import SampleConfig
 from rowwise.trainer.spike import OnSpike, SpikeConfig
 from rowwise.trainer.starts import Report
 from rowwise.trainer.tracker import TrackerConfig
-from rowwise.trainer.watching import LogConfig
+from rowwise.trainer.watching import LogConfig, ProfileConfig
 
 _BY_NAME = Field(discriminator="name")
 
@@ -55,6 +55,7 @@ class TrainConfig:
     batch: BatchConfig
     spike: SpikeConfig
     log: LogConfig
+    profile: ProfileConfig
     eval: EvalConfig
     sample: SampleConfig
     model: ModelConfig

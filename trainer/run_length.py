@@ -25,6 +25,7 @@ INTERVALS: dict[str, tuple[Unit, ...]] = {
     "checkpoint.every": (*BY_STEPS, "time"),
     "log_every": BY_STEPS,
     "log.norms_every": BY_STEPS,
+    "log.ranks_every": BY_STEPS,
     "sparsity.update_every": BY_STEPS,
 }
 # Keys of a number of steps, and where the same is said as a share of the run. Tokens given for them become steps, which stay

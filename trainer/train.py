@@ -38,6 +38,7 @@ from rowwise.trainer.models.decoder import Decoder, parameter_count
 from rowwise.trainer.norms import norms_of_next
 from rowwise.trainer.peaks import device_name
 from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
+from rowwise.trainer.profile import Profiler
 from rowwise.trainer.record import number_or_none, sparsity_record, step_record
 from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import changes, data_facts, find_resume, model_facts, recorded_by, state_facts, told_of
@@ -106,8 +107,10 @@ def _train(
         clock = Clock(config, mesh.rank, begun.manifest)
         stop, stopping, first, ahead = StopRequest(reporter.say), test is not None and test.over, state.step, None
         stack.enter_context(stop.heard())
+        profiler = stack.enter_context(Profiler(config, mesh))
         saved: dict[str, float] = {}
         while state.step < config.steps and not stopping:
+            profiler.begin(state.step + 1)
             started = time.perf_counter()
             micro_batches, digest = next(batches) if ahead is None else ahead
             ahead = next(batches) if may_begin_next(config, state.step + 1) else None
@@ -144,6 +147,7 @@ def _train(
             stopping = report.stop
 
             seconds = time.perf_counter() - started
+            measured |= profiler.end(state.step)
             record = step_record(state, report, lr, scale_used, config, mesh, seconds, data_seconds)
             record |= measured | sparsity_record(sparsity, config, state.step)
             record |= spike_record(state.spikes, state.step, spike, "skipped" if report.held else "recorded")

@@ -21,6 +21,7 @@ from rowwise.launch.pages import (
     speed,
     summary,
     timeline,
+    watched,
 )
 from rowwise.launch.pages.markup import paragraph, text
 from rowwise.launch.pages.records import Run
@@ -39,6 +40,8 @@ SECTIONS = (
     Section("Learning-rate range test", lr_range.FIELDS, lr_range.show),
     Section("Learning", learning.FIELDS, learning.show),
     Section("Speed", speed.FIELDS, speed.show),
+    Section("Spikes", watched.SPIKE_FIELDS, watched.spikes),
+    Section("Profile", watched.FIELDS, watched.show),
     Section("Memory", memory.FIELDS, memory.show),
     Section("Pipeline timeline", timeline.FIELDS, timeline.show),
     Section("Sparsity", sparse.FIELDS, sparse.show),
