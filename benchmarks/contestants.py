@@ -235,7 +235,7 @@ def rowwise(job: Job, folder: Path) -> float | None:
     from rowwise.launch.train import main
 
     run_dir = folder / "run"
-    code = main([*job.overrides, f"run_dir={run_dir}", f"steps={job.last_step}"])
+    code = main([*job.overrides, f"run_dir={run_dir}", f"steps={job.last_step}", "report=never"])
     if code != 0:
         raise SystemExit(code)
     if os.environ["RANK"] != "0":

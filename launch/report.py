@@ -119,13 +119,13 @@ def watch(settings: Settings) -> str:
             if time.monotonic() - alive_at >= GRACE_SECONDS:
                 break
             if time.monotonic() >= due and (now := _sizes(settings.folders)) != written:
-                began = time.monotonic()
+                began = time.process_time()
                 with contextlib.suppress(ValueError):  # no records yet
                     told = report(settings, every)
                     if not written:
                         print(f"{told}; written again while the run goes on, Ctrl-C ends that", flush=True)
                     written = now
-                every = max(RELOAD_SECONDS, round(SHARE * (time.monotonic() - began)))
+                every = max(RELOAD_SECONDS, round(SHARE * (time.process_time() - began)))
                 due = time.monotonic() + every
             time.sleep(POLL_SECONDS)
     return report(settings)

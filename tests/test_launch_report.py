@@ -229,8 +229,8 @@ def test_where_the_time_goes(tmp_path):
     row = next(cells for cells in page.cells if cells[0] == "run" and len(cells) == 7)
     found = dict(zip(row[1:], page.cells[page.cells.index(row) + 1][1:], strict=True))
     assert found == {
-        "all steps": "12 s", "a step": "3 s", "compute and communication": "1.5 s, 50 %", "data": "0.5 s, 16.7 %",
-        "evaluation": "0.875 s, 29.2 %", "save": "0.125 s, 4.17 %",
+        "all steps": "12 s", "a step": "3 s", "compute and communication": "1.5 s, 50 %", "data": "500 ms, 16.7 %",
+        "evaluation": "875 ms, 29.2 %", "save": "125 ms, 4.17 %",
     }  # fmt: skip
 
 

@@ -126,5 +126,8 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as 3:07, 1:02:07 or, where it is short, 7.1 s."""
+    """Such as 3:07, 1:02:07 or, where it is short, 7.1 s and 2.85 ms."""
+    for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if unit <= seconds < 60:
+            return f"{fixed(seconds / unit)} {name}"
     return f"{seconds:.3g} s" if seconds < 60 else clock(round(seconds))
