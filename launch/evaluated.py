@@ -12,6 +12,7 @@ from rowwise.launch.compose import compose_tree, key_of
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.data.corpus import Corpus
 from rowwise.trainer.data.open import Data, open_data
+from rowwise.trainer.keys import told_of_type
 from rowwise.trainer.manifest_form import Manifest
 
 INHERITED = ("tokenizer", "end_of_text", "mask_documents", "separator", "dtype", "column")
@@ -106,8 +107,7 @@ def source_of(own: Mapping[str, Any], words: Sequence[str]) -> DataConfig:
         return _DATA.validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        raise ValueError(f"data.{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise ValueError(f"data.{first['loc'][1]}={first['input']}: {told_of_type(first)}") from None
 
 
 def require_own_tokens(data: Data, source: DataConfig, manifest: Manifest) -> None:

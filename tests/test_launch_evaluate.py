@@ -237,6 +237,7 @@ def test_refusals_say_what_was_given_and_what_is_possible(text_run, tmp_path, ca
         (run, "data=text", "data.file=x"): ["unknown key data.file", "did you mean data.files?"],
         (run, "data=text", "data.files=/nowhere"): ["data.files: /nowhere names no file"],
         (run, "data=text", files, "data.holdout=much"): ["data.holdout=much", "number"],
+        (run, "data=text", "data.files=3"): ["data.files=3: give text"],
         (run, "data=text", files, "seq_len=5000"): ["has 44 tokens", "a smaller seq_len"],
         (run, "data=text", files, "data.tokenizer=bytes"): ["data.tokenizer=bytes is not the tokenizer of this run"],
         (run, "data=tokens", f"data.files={tmp_path / 'other.bin'}"): ["go up to 399", "vocab_size is 300"],
