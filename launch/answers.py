@@ -10,7 +10,7 @@ from rowwise.launch.choices import GROUPS, keys_of
 from rowwise.launch.words import CHOICES, MISSING, WORDS, Word
 from rowwise.trainer.keys import unknown_key
 
-MOST_ANSWERS = 8  # in the one line of a refusal
+MOST_ANSWERS = 30  # in the one line of a refusal
 
 
 def unknown_keys(given: Sequence[tuple[str, str]], tree: Mapping[str, Any]) -> str:
@@ -109,8 +109,7 @@ def numbers(tree: Mapping[str, Any], value: str) -> dict[str, str]:
     size, micro, length = batch["global_size"], batch["micro_size"], batch["seq_len"]
     ranks = _data_ranks(tree.get("nproc"), parallel)
     number, rate = _number(value), optim.get("lr")
-    known = number is not None and number > 0
-    assert not known or number is not None
+    known = number or 0.0
     beta1, beta2 = (optim.get("betas") or [0.9, 0.95])[:2]
     return {
         "global_size": str(size),
@@ -120,9 +119,9 @@ def numbers(tree: Mapping[str, Any], value: str) -> dict[str, str]:
         "size_of_accumulation": _whole(number, lambda n: n * micro * ranks),
         "steps_of_samples": _whole(number, lambda n: math.ceil(n / size)),
         "seconds_of_minutes": _whole(number, lambda n: 60 * n),
-        "floor": f"{number / rate:.3g}" if known and isinstance(rate, float) and rate > 0 else "SHARE",
-        "power": f"{2.0**number:.0f}" if known and number < 100 else "N",
-        "rest": f"{1 - number:.6g}" if known and number < 1 else "SHARE",
+        "floor": f"{known / rate:.3g}" if known > 0 and isinstance(rate, float) and rate > 0 else "SHARE",
+        "power": f"{2.0**known:.0f}" if 0 < known < 100 else "N",
+        "rest": f"{1 - known:.6g}" if 0 < known < 1 else "SHARE",
         "beta1": str(beta1),
         "beta2": str(beta2),
         "heads": str(tree["model"]["heads"]),

@@ -58,9 +58,13 @@ def _check_choice(path: Path, group: str) -> None:
         raise ValueError(f"{path}: {group}={path.stem} is one of ours; give the file another name")
     try:
         text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.TagToken | yaml.AnchorToken) for token in yaml.scan(text, yaml.SafeLoader)):
+            raise ValueError(f"{path} holds a tag or an anchor of YAML, which are not read; write the value out")
         tree = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         raise ValueError(f"{path} cannot be read as YAML") from None
+    if re.search(r"\$\{[^}]*:", text):
+        raise ValueError(f"{path}: a file looks nothing up but keys of the configuration; give it on the command line")
     package = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
     if (package and package[1] not in ("_global_", "_group_", group)) or _names_code(tree):
         raise ValueError(

@@ -47,10 +47,9 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
                 OmegaConf.update(config, key, value, merge=True)
         _take_shape_(config, list(overrides))
         with _looked_up(values):
-            tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(tree, dict)
+            resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     given = [key_of(override) for override in overrides]
-    return settle(choose({str(key): value for key, value in tree.items()}, given))
+    return settle(choose({str(key): value for key, value in resolved.items()}, given))
 
 
 @contextlib.contextmanager

@@ -63,6 +63,14 @@ def test_a_file_of_overrides_is_what_they_are_on_the_command_line(here):
     assert taken("config=my.yaml")["run_dir"] == "out/mine" and taken("config=my.yaml", "name=b")["run_dir"] == "out/b"
 
 
+def test_the_file_that_the_readme_shows_is_taken(here):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    write("my.yaml", readme.partition("```yaml\n")[2].partition("```")[0])
+    tree = taken("config=my.yaml")
+    assert (tree["optim"]["name"], tree["optim"]["lr"], tree["schedule"]["warmup"]) == ("adamw8bit", 3e-4, 0.05)
+    assert (tree["run_dir"], tree["data"]["files"]) == ("out/first", ["corpus/"])
+
+
 def test_what_stands_behind_wins(here):
     write("a.yaml", "steps: 10\nseed: 1\nbatch: {seq_len: 64}\n")
     write("b.yaml", "steps: 20\nbatch.micro_size: 2\n")
@@ -272,7 +280,9 @@ FOLDERS = {
     ),
     "Hydra's package": ({"experiment/x.yaml": "# @package hydra.launcher\na: 1\n"}, "Hydra's own"),
     "Hydra's groups": ({"experiment/x.yaml": "defaults: [{override /hydra/launcher: joblib}]\n"}, "Hydra's own"),
-    "a tag": ({"optim/x.yaml": "a: !!python/object/apply:os.system [touch ran]\n"}, "cannot be read as YAML"),
+    "a tag": ({"optim/x.yaml": "a: !!python/object/apply:os.system [touch ran]\n"}, "holds a tag or an anchor"),
+    "a resolver": ({"optim/x.yaml": "defaults: [adamw]\nlr: ${oc.env:LR}\n"}, "looks nothing up"),
+    "an anchor": ({"optim/x.yaml": "a: &a [1]\nb: *a\n"}, "holds a tag or an anchor"),
     "a module": ({"optim/x.py": "open('ran', 'w')\n"}, "is no .yaml file"),
 }
 
