@@ -1,14 +1,18 @@
 """A run read as a value: `rowwise.launch.runs`."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 
 from parity import small_config, with_layout
+from rowwise.launch import runs as reading
+from rowwise.launch.checkpoints import Sound, choose_sound
 from rowwise.launch.runs import Run, open_run
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.metrics import read_metrics
@@ -57,6 +61,21 @@ def test_the_model_of_a_step_is_whole(run):
             assert torch.equal(p, saved[f"model.{name}"]) and not p.requires_grad
     assert not torch.equal(run.model(2, "cpu").head.weight, saved["model.head.weight"])
     assert run.model(device="cpu", dtype=torch.bfloat16).head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("what", [".metadata", "__1_0.distcp"])
+def test_a_checkpoint_that_goes_while_it_is_read_is_named(run, tmp_path, monkeypatch, what):
+    """As a run that goes on removes its oldest."""
+    copy = open_run(shutil.copytree(run.folder, tmp_path / "run"))
+
+    def then_gone(*words: Any) -> Sound:
+        sound = choose_sound(*words)
+        (sound.path / what).unlink()
+        return sound
+
+    monkeypatch.setattr(reading, "choose_sound", then_gone)
+    with pytest.raises(ValueError, match=r"step-00000003.*No such file or directory"):
+        copy.model(device="cpu")
 
 
 def test_a_checkpoint_is_its_run(run, config):

@@ -21,7 +21,7 @@ from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.files import behind
 from rowwise.trainer.manifest_form import Manifest
-from rowwise.trainer.metadata import Reader
+from rowwise.trainer.metadata import Reader, read_metadata
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, model_of, parameter_shapes
 
 
@@ -91,7 +91,8 @@ def _require_room(model: Decoder, device: torch.device) -> None:
 
 
 def fill_(model: Decoder, source: Source) -> None:
-    """Gives a whole model the weights of another checkpoint of its run."""
+    """Gives a whole model the weights of a checkpoint of its shape. Raises ValueError where that cannot be read."""
+    read_metadata(source.checkpoint)  # whose refusals torch would wrap
     reader(source, parameter_shapes(source.model))({name: p.detach() for name, p in model.named_parameters()})
 
 
