@@ -119,7 +119,7 @@ assert len(CASES) >= 150
 
 def told(workers, overrides: list[str]) -> tuple[str, str, str]:
     """One rank of a run: how it ended, why, and what it said."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         try:
             worker.run(lambda workers: worker.resolve(overrides, workers), workers)
             ended = "complete", ""

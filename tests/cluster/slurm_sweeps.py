@@ -95,7 +95,7 @@ def test_a_trial_that_is_signalled_before_its_limit_is_queued_again(cluster, ran
     cluster.run("scancel", "--signal=USR2", array)
     assert sweep.wait(PATIENCE) == 0, (tmp_path / "said").read_text()
     assert [row["state"] for row in rows_of(trial.parent)] == ["complete", "complete"]
-    logs = "".join(path.read_text() for path in trial.rglob("stderr.log"))
+    logs = "".join(path.read_text() for path in trial.rglob("std*.log"))
     assert logs.count("asked to stop: saved step") == 1
     assert logs.count("resumed from") == 1
     alone = [*overrides_of(tmp_path), *words[:-1], "nproc=null", f"run_dir={tmp_path}/alone", "optim.lr=1e-3"]
