@@ -211,11 +211,12 @@ class Server:
         function = getattr(importlib.import_module(module), name)
         gc.collect()
         gc.freeze()  # what is here stays as it is, and so shared with the forks
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, self._before
-        )  # none is lost between the fork and the child's own handlers
+        # No signal is lost between the fork and the child's own handlers, nor one to its group.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
         if (pid := os.fork()) == 0:
             return self._become(client, function, asked)
+        with contextlib.suppress(OSError):  # it has done so itself, or has left
+            os.setpgid(pid, pid)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         self._clients[client].add(pid)
         _tell(client, {"pid": pid})
@@ -226,7 +227,7 @@ class Server:
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        os.setsid()
+        os.setpgid(0, 0)
         for other in self._clients.keys() - {client}:
             other.close()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
