@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rowwise.launch.meeting import Meeting
 from rowwise.trainer.starts import Report
@@ -13,7 +14,8 @@ class Job:
 
     `name`: jobs of the same wait until the other has left the folder; `log_dir`: what each worker says goes to files there,
     and not to this one's streams; `timeout_seconds`: how long other machines are waited for; `gpus`: what this machine has;
-    `report`: when the run leaves one; `command`: what was typed, where the overrides are more than that (files were read).
+    `report`: when the run leaves one; `command`: what was typed, where the overrides are more than that (files were read);
+    `tree`: what the overrides compose to, where that is known.
     """
 
     overrides: tuple[str, ...]
@@ -28,6 +30,7 @@ class Job:
     gpus: int = 0
     report: Report = "never"
     command: str | None = None
+    tree: dict[str, Any] | None = None
 
     @property
     def arguments(self) -> list[str]:

@@ -84,7 +84,7 @@ def _run_once(job: Job, warm: Warm, attend: Callable[[list[Child]], bool], start
             logs.mkdir(parents=True)
             workers.append(
                 warm.start(
-                    "rowwise.launch.train:work_as", rank, job.arguments,
+                    "rowwise.launch.train:work_as", rank, job.arguments, job.tree,
                     environment=start.environment(job, rank, port),
                     logs=None if job.log_dir is None else (logs / "stdout.log", logs / "stderr.log"),
                 )

@@ -62,7 +62,8 @@ def _main(arguments: list[str] | None) -> int:
         meeting = meeting_of(options)
         # A warm process imports torch, which takes seconds, while this composes.
         with contextlib.nullcontext() if meeting else warmed(options.warm) as warm:
-            asked = job_asked_for(options, compose_tree(options.overrides), meeting, warm)
+            tree = compose_tree(options.overrides)
+            asked = replace(job_asked_for(options, tree, meeting, warm), tree=tree)
             if typed != options.overrides:
                 asked = replace(asked, command=shlex.join(["rowwise", "train", *typed]))
             outcome = agent.run_workers(asked, warm)

@@ -18,6 +18,7 @@ import os
 import shlex
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -30,15 +31,15 @@ from rowwise.launch.warm import Telling, call_oneself, use_threads
 from rowwise.trainer.stop import INTERRUPTED, answering, end_now
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Composes, checks and trains. Returns the exit code."""
+def main(arguments: list[str] | None = None, tree: dict[str, Any] | None = None) -> int:
+    """Composes, checks and trains. Returns the exit code. `tree`: what the overrides compose to, where that is known."""
     options = parse(arguments)
     if options.cfg:
         return print_configuration(options.overrides, "worker")
     from rowwise.launch.worker import work  # torch, which takes seconds, and help needs none
 
     try:
-        work(options.overrides, command_of(options))
+        work(options.overrides, command_of(options), tree)
     except Ended as end:
         if _speaks() and not options.agent:
             print(f"{end.state}: {end}", file=sys.stderr, flush=True)
@@ -90,21 +91,21 @@ def _interrupted(number: int, left: Callable[[float], bool]) -> None:
     end_now(left)
 
 
-def work_as(tell: Telling, rank: int, arguments: list[str]) -> None:
+def work_as(tell: Telling, rank: int, arguments: list[str], tree: dict[str, Any] | None = None) -> None:
     """The process of a worker that was forked."""
     tell.close()  # its end is what is heard of
     call_oneself(f"rowwise rank {rank}")
     use_threads()
-    run(arguments)
+    run(arguments, tree)
 
 
-def run(arguments: list[str] | None = None) -> None:
+def run(arguments: list[str] | None = None, tree: dict[str, Any] | None = None) -> None:
     """The process: ends with the exit code of `main`, at once where it failed."""
     insist_on_utf8()
     with patient_streams():
         try:
             with answering(_interrupted):
-                code = main(arguments)
+                code = main(arguments, tree)
         except KeyboardInterrupt:
             code = INTERRUPTED
         except Exception:

@@ -15,7 +15,6 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 
 import contextlib
 import ctypes
-import gc
 import importlib
 import json
 import os
@@ -32,7 +31,8 @@ from typing import Any
 from rowwise.launch.meeting import TOKEN
 from rowwise.trainer.stop import SIGNALS
 
-BEFOREHAND = ("rowwise.launch.ranks", "rowwise.launch.worker")  # imported while there is nothing else to do
+# Imported while there is nothing else to do. torch's optimizers import its compiler when they are made, in every worker else.
+BEFOREHAND = ("rowwise.launch.ranks", "rowwise.launch.worker", "torch._dynamo")
 LEAVING_SECONDS = 60  # that is given to what a client left behind
 _MESSAGE_BYTES = 1 << 17
 _NAME = 15  # of prctl: what `ps` and `top` show
@@ -170,7 +170,7 @@ class Server:
     def __init__(self, control: socket.socket, beforehand: Sequence[str]):
         self._clients: dict[socket.socket, set[int]] = {control: set()}
         self._left: dict[int, float] = {}  # children without a client, and until when they may stay
-        self._beforehand = list(beforehand)
+        self._beforehand, self._imported = list(beforehand), list[str]()
         self._woken, told = os.pipe()
         for end in (self._woken, told):
             os.set_blocking(end, False)
@@ -185,7 +185,7 @@ class Server:
             ends: list[socket.socket | int] = [*self._clients, self._woken]
             heard = select.select(ends, [], [], waiting)[0]
             if not heard and self._beforehand:
-                importlib.import_module(self._beforehand.pop(0))
+                self._import_next()
             if self._woken in heard:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._woken, 4096)
@@ -208,9 +208,8 @@ class Server:
             self._clients[socket.socket(fileno=fds[0])] = set()
             return None
         module, _, name = asked["call"].partition(":")
+        self._import_for(module)
         function = getattr(importlib.import_module(module), name)
-        gc.collect()
-        gc.freeze()  # what is here stays as it is, and so shared with the forks
         # No signal is lost between the fork and the child's own handlers, nor one to its group.
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
         if (pid := os.fork()) == 0:
@@ -221,6 +220,15 @@ class Server:
         self._clients[client].add(pid)
         _tell(client, {"pid": pid})
         return None
+
+    def _import_for(self, module: str) -> None:
+        """What is to be there before `module` is called: what comes up to it, or, where it is none of these, all."""
+        while self._beforehand and (module in self._beforehand or module not in self._imported):
+            self._import_next()
+
+    def _import_next(self) -> None:
+        self._imported.append(self._beforehand.pop(0))
+        importlib.import_module(self._imported[-1])
 
     def _become(self, client: socket.socket, function: Callable[..., Any], asked: dict[str, Any]) -> Callable[[], None]:
         """In a fork: leaves everything of the warm process behind."""

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -47,13 +48,14 @@ LEAVING_SECONDS = 60  # that a worker is given to save and leave
 
 
 @record
-def work(overrides: list[str], command: str | None = None) -> None:
-    """Finds the other workers, and runs with them. Raises Refused or Failed, on every worker, where one line tells why."""
+def work(overrides: list[str], command: str | None = None, tree: dict[str, Any] | None = None) -> None:
+    """Finds the other workers, and runs with them what the overrides compose to: `tree`, where that is known. Raises Refused or
+    Failed, on every worker, where one line tells why."""
     keep_freed_memory()
     if job_id() is not None:
         # Where torchrun is killed on one of many machines, the others restart without it: nobody waits for this one.
         follow(os.getppid(), patience_seconds=0 if is_one_of_many_machines() else LEAVING_SECONDS)
-    run(lambda workers: resolve(overrides, workers), workers_from_environment(), command, apart=not are_logged())
+    run(lambda workers: resolve(overrides, workers, tree), workers_from_environment(), command, apart=not are_logged())
 
 
 def run(
@@ -144,10 +146,10 @@ def _told(full: BaseException, run_dir: Path | None) -> str:
     return f"{said}; the newest sound checkpoint is {saved}: with room there, the same command goes on from it"
 
 
-def resolve(overrides: list[str], workers: Workers) -> TrainConfig:
+def resolve(overrides: list[str], workers: Workers, tree: dict[str, Any] | None = None) -> TrainConfig:
     """On rank 0: overrides to a checked configuration. Raises ValueError."""
     pick_device(workers.local_world_size - 1)
-    return prepared(config_from_tree(compose_tree(gather(overrides, "worker"))), workers)
+    return prepared(config_from_tree(tree or compose_tree(gather(overrides, "worker"))), workers)
 
 
 def prepared(config: TrainConfig, workers: Workers) -> TrainConfig:

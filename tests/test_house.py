@@ -147,11 +147,13 @@ def test_what_refuses_a_run_waits_for_no_compiler_and_no_sharding():
 
 
 TOUCHED = """
-import threading, torch
+import importlib, threading, torch
+import rowwise.launch.warm
 touched = []
 for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init", "init"):
     setattr(torch.cuda, name, lambda *given, name=name: touched.append(name))
-import rowwise.launch.ranks, rowwise.launch.worker
+for module in rowwise.launch.warm.BEFOREHAND:
+    importlib.import_module(module)
 print(touched, threading.active_count())
 """
 
