@@ -1,4 +1,4 @@
-# make train | make test | make test-slow | make test-slurm | make lint: each sets up all that it needs, then does it.
+# make train | make test | make test-slow | make test-slurm | make test-walk | make lint: each sets up all that it needs, then does it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ ARGS ?=
 # Optimizers that tests hold ours against: their classes are plain Python, and what else they ask for is not needed.
 AUTHORS := galore-torch apollo-torch fira ista-daslab-optimizers
 
-.PHONY: train test test-slow test-slurm lint setup chromium slurm clean
+.PHONY: train test test-slow test-slurm test-walk lint setup chromium slurm clean
 
 setup: $(READY)
 
@@ -43,6 +43,10 @@ test-slow: $(READY)
 # A Slurm of its own and hosts with a network between them, on this machine; as root only.
 test-slurm: $(READY) slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster/*.py $(ARGS)
+
+# docs/first-hour.md, typed from a fresh clone of what is committed.
+test-walk: $(READY)
+	$(BIN)/python -m pytest tests/walk/*.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -47,7 +47,9 @@ def listening(job) -> set[tuple[str, int]]:
 
 
 def test_a_run_on_one_machine_listens_on_its_loopback_alone(tmp_path, monkeypatch):
-    """The store, gloo and the agent; also where the environment would have gloo elsewhere."""
+    """The store, gloo and the agent; also where the environment would have gloo elsewhere. It leaves no temporary file."""
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     elsewhere = next((name for name in psutil.net_if_addrs() if name != "lo"), None)
     if elsewhere is not None:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", elsewhere)
@@ -61,6 +63,7 @@ def test_a_run_on_one_machine_listens_on_its_loopback_alone(tmp_path, monkeypatc
             assert all(one.laddr.ip.removeprefix("::ffff:") == LOOPBACK for one in process.net_connections("inet"))
     job.terminate()
     assert job.wait(60) == 0
+    assert not list(temporary.iterdir())
 
 
 def test_strangers_at_the_port_of_a_run_that_meets_others(tmp_path):
