@@ -360,6 +360,17 @@ def test_a_rate_is_written_as_people_write_it(number, told):
     assert rate(number) == told
 
 
+def test_settings_that_differ_look_different(tmp_path):
+    rates = {"a": 0.001, "b": 0.0010004, "c": 0.00031622776601683794}
+    runs = [write_run(tmp_path / name, [record(1)], f"optim: {{lr: {lr}}}\n") for name, lr in rates.items()]
+    page = write_page(*(f"run={run}" for run in runs), to=tmp_path / "page.html")
+    assert page.row("optim.lr") == ["1e-3", "1.0004e-3", "3.16228e-4"]
+    many = [write_run(tmp_path / f"many-{n}", [record(1)], f"seed: {n}\n") for n in range(9)]
+    page = write_page(*(f"run={run}" for run in many), to=tmp_path / "page.html")
+    assert [row[-1] for row in page.cells if row[0].startswith("many-")][:9] == [str(n) for n in range(9)], "rows"
+    assert '<table class="broad">' in page.source
+
+
 @pytest.mark.parametrize(("number", "told"), [(12, "12"), (3.14159, "3.14"), (123_456, "123k"), (2e6, "2M"), (1e-5, "1e-5"),
                                               (0.00024414, "0.000244"), (-0.5, "-0.5"), (1e20, "1e20"), (0, "0")])  # fmt: skip
 def test_three_digits_are_enough(number, told):

@@ -8,6 +8,8 @@ from typing import Any
 
 from rowwise.trainer.console import clock
 
+BROAD = 8  # columns, of which more need a large screen
+
 
 class Marked(str):
     """HTML already."""
@@ -47,7 +49,8 @@ def table(name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     top = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
     columns = [_spoken(cell) for cell in head[1:]]
     body = "".join(f"<tr>{_cells(row, columns)}</tr>" for row in rows)
-    whole = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    broad = ' class="broad"' if len(head) > BROAD else ""
+    whole = f"<table{broad}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
     return f"<h3>{text(name)}</h3>{scroll(name, whole)}"
 
 
@@ -91,11 +94,11 @@ def _behind(number: float, digits: int) -> int:
     return max(0, digits - 1 - math.floor(math.log10(abs(number))))
 
 
-def rate(number: float) -> str:
+def rate(number: float, digits: int = 3) -> str:
     """As people write a learning rate: 3e-4, 1.5e-3, 0.01."""
     if not number or abs(number) >= 0.01:
-        return short(number)
-    mantissa, exponent = f"{number:.2e}".split("e")
+        return short(number, digits)
+    mantissa, exponent = f"{number:.{digits - 1}e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 

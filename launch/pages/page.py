@@ -52,6 +52,14 @@ LAST = (
     Section("Configuration", settings.FIELDS, settings.show),
 )
 
+# A row becomes a block, with each cell behind the name of its column.
+STACKED = """  TABLE, TABLE tbody, TABLE tr, TABLE tbody th, TABLE td { display: block; } TABLE thead { display: none; }
+  TABLE tr { padding: 6px 0; border-bottom: 1px solid var(--line); }
+  TABLE tbody th, TABLE td { border: 0; padding: 1px 0; max-width: none; overflow-wrap: anywhere; }
+  TABLE tbody th { font-weight: 600; } TABLE td { display: flex; justify-content: space-between; gap: 1em; }
+  TABLE td::before { content: attr(data-of); flex: 0 0 auto; max-width: 45%; color: var(--soft); text-align: left; }
+  TABLE td span { min-width: 0; }
+"""
 STYLE = """
 :root { color-scheme: light; --line: #d8d8d8; --soft: #555; }
 * { box-sizing: border-box; }
@@ -85,14 +93,11 @@ td { overflow-wrap: break-word; max-width: 22em; } thead th { font-weight: 500; 
 tbody th { font-weight: 400; } thead th { color: var(--soft); min-width: 5em; }
 pre { margin: 0; font-size: .8125rem; line-height: 1.35; overflow-wrap: normal; }
 summary { cursor: pointer; padding: 4px 0; }
-@media (max-width: 640px) { table, tbody, tr, tbody th, td { display: block; } thead { display: none; }
-  tr { padding: 6px 0; border-bottom: 1px solid var(--line); } tbody th, td { border: 0; padding: 1px 0; max-width: none; }
-  tbody th { font-weight: 600; overflow-wrap: anywhere; } td { display: flex; justify-content: space-between; gap: 1em; }
-  td::before { content: attr(data-of); flex: 0 0 auto; max-width: 45%; color: var(--soft); text-align: left; overflow-wrap: anywhere; }
-  td span { min-width: 0; overflow-wrap: anywhere; } }
 @media print { body { max-width: none; font-size: 11pt; } nav { display: none; } figure, tr { break-inside: avoid; }
   .scroll { overflow: visible; } h2, h3 { break-after: avoid; } }
 """
+STYLE += f"@media (max-width: 640px) {{\n{STACKED.replace('TABLE', 'table')}}}\n"
+STYLE += f"@media (max-width: 1100px) {{\n{STACKED.replace('TABLE', 'table.broad')}}}\n"
 
 
 def page(runs: Sequence[Run], reload_seconds: int | None = None) -> str:

@@ -1,5 +1,6 @@
 """What the runs are, and where they stand."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -130,6 +131,8 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 def _setting(run: Run, path: str) -> str:
     value = run.setting(path)
+    if isinstance(value, float) and math.isfinite(value):
+        return rate(value, 3 if f"{value:.3g}" == f"{value:.6g}" else 6)  # what differs is to look different
     return "-" if value is None else str(value)
 
 
