@@ -408,7 +408,7 @@ REFUSED = {
         ["on_spike=skip", "schedule=lr_range"],
         r"on_spike=skip with schedule=lr_range: .*give on_spike=record",
     ),
-    "a window of spikes": (["spike.window=19"], r"spike.window=19: .*20 to 10,000"),
+    "a window of spikes": (["spike.window=19"], r"spike.window=19: .*20 to 1,000"),
     "no spread": (["spike.threshold=0"], r"spike.threshold=0.0 spike.most=10: .*above 0"),
     "another answer to spikes": (["on_spike=ignore"], r"on_spike='ignore': .*'record', 'skip' or 'rollback'"),
     "tracker": (["tracker=wandb", "tracker.mode=on"], r"tracker.mode=.*'online' or 'offline'"),

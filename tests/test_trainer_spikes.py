@@ -12,6 +12,7 @@ import torch
 import parity
 from parity import TOLERANCE, plain_model, relative_error, run_plain, small_config, with_layout, write_tokens
 from ranks import RankFailure
+from rowwise.launch.worker import _reason
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.data.order import sample_indices
 from rowwise.trainer.manifest import begin, commit, complete_checkpoints, prune, read_manifest, set_aside, step_of
@@ -22,10 +23,12 @@ from rowwise.trainer.spike import (
     Spikes,
     TooManySpikes,
     after_step,
+    in_words,
     newest_anchor,
     require_few,
     score,
     spike_of,
+    told_of,
 )
 from rowwise.trainer.state import TrainState
 from runs import assert_same_run, final_tensors, manifest_at, named, records, run_train, run_until
@@ -148,10 +151,15 @@ def test_there_is_an_end_to_skips_and_rollbacks():
     seen = after_step(after_step(Spikes(), 9.0, 9.0, True, config), 9.0, math.inf, True, config)
     assert seen.skipped == 2
     assert after_step(seen, 1.0, 1.0, False, config).skipped == 0
+    assert in_words(9, math.inf) == "step 9 is a spike (no number)"
+    assert told_of(Rollback(9, 5, 10, 2000, 6.25)) == (
+        "step 9 is a spike (6.2 spreads above the steps before): rolled back to step 5, and past samples 10 to 1,999"
+    )
     with pytest.raises(
         TooManySpikes, match=r"2 steps in a row were skipped \(spike.most\), and the next has a loss of 9"
     ):
         after_step(seen, 9.0, 9.0, True, config)
+    assert _reason(TooManySpikes("spikes: so many"), Path("run")) == "spikes: so many"  # the run's one line
     back = Rollback(9, 5, 10, 20, None)
     require_few(Spikes(rollbacks=[back]), 9, config)
     with pytest.raises(TooManySpikes, match=r"step 12 is one, and the run was rolled back 2 times \(spike.most\)"):
@@ -297,6 +305,8 @@ def test_gradients_that_are_no_numbers_are_spikes_and_not_for_ever(ranks, folder
     base = config_of(folder, "on_spike=skip", "spike.most=2", "steps=6", "spike.threshold=1e9")
     config = named(with_layout(base, 2), folder, "nan")
     states = ranks.run(spoilt_gradient, 2, config, {1, 2})
+    told = (folder / "nan/train.log").read_text()
+    assert "warning: step 1 is a spike (no number): its update is skipped" in told
     assert spikes_in(config) == {1: "skipped", 2: "skipped"}
     assert states[0].updates == 4 and all(t.isfinite().all() for t in final_tensors(config.run_dir).values())
     with pytest.raises(RankFailure, match=r"TooManySpikes: spikes: 2 steps in a row were skipped"):

@@ -29,7 +29,7 @@ from rowwise.trainer.manifest import complete_checkpoints, step_of
 OnSpike = Literal["record", "skip", "rollback"]
 
 FEWEST = 20  # steps, of which a spread says enough
-LARGEST_WINDOW = 10_000
+LARGEST_WINDOW = 1_000
 FLAT = 1e-3  # of the median: a spread below it is one of a loss that does not move
 
 
@@ -170,8 +170,11 @@ def spike_record(seen: Spikes, step: int, found: float | None, done: str) -> dic
 
 def told_of(back: Rollback) -> str:
     """A line of a rollback."""
-    score = "no number" if back.score is None else f"{back.score:.1f} spreads above the steps before"
-    return (
-        f"step {back.step} was a spike ({score}): rolled back to step {back.to}, and past samples {back.first:,} to "
-        f"{back.after - 1:,}"
-    )
+    found = math.inf if back.score is None else back.score
+    return f"{in_words(back.step, found)}: rolled back to step {back.to}, and past samples {back.first:,} to {back.after - 1:,}"
+
+
+def in_words(step: int, found: float) -> str:
+    """What a spike is."""
+    away = f"{found:.1f} spreads above the steps before" if math.isfinite(found) else "no number"
+    return f"step {step} is a spike ({away})"

@@ -45,7 +45,7 @@ from rowwise.trainer.resume import changes, data_facts, find_resume, model_facts
 from rowwise.trainer.rollback import Rollbacks, go_back, holds, is_anchor, pass_over, spike_at
 from rowwise.trainer.same_data import require_same_data, require_sound, try_data
 from rowwise.trainer.sample import generate
-from rowwise.trainer.spike import after_step, spike_record
+from rowwise.trainer.spike import after_step, in_words, spike_record
 from rowwise.trainer.spike import told_of as told_of_rollback
 from rowwise.trainer.starts import Sample, Start, keep_sample, keep_start
 from rowwise.trainer.state import TrainState
@@ -139,6 +139,8 @@ def _train(
                     if report.stop:
                         reporter.say(f"asked to stop in a spike: step {back[-1].to} is saved; resume=auto goes on")
                     return state if report.stop else back
+            if spike is not None and report.held:
+                reporter.warn(f"{in_words(state.step + 1, spike)}: its update is skipped")
             if not report.applied:
                 saver.wait()  # an error would end the save under way
                 if test is None and not report.finite and not report.held:
