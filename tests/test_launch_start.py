@@ -283,7 +283,7 @@ def test_the_command_says_what_there_is(capsys):
         assert leaving.value.code == 0
         assert name in capsys.readouterr().out
     assert cli.main(["trian"]) == 2
-    assert "possible are train, sweep" in capsys.readouterr().err
+    assert "possible are train, check" in capsys.readouterr().err
 
 
 def test_an_outcome_survives_the_disk(tmp_path: Path):
