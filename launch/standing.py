@@ -30,7 +30,8 @@ class Standing:
     """A run, or a sweep (`trials`: how many it has), as it stands. What is not known is None; `bytes` is on disk.
 
     `state`: running, silent (it holds its lock, and has made no step for long), complete, stopped, killed (it left no word), failed,
-    refused, pruned, not begun, or unreadable. `tokens_per_second` is of a worker. `goes_on`: the command that continues it."""
+    refused, pruned, not begun, or unreadable. `tokens_per_second` is of a worker. `goes_on`: the command that continues it;
+    of a trial its sweep's does."""
 
     folder: Path
     state: str
@@ -65,7 +66,7 @@ def _below(folder: Path, met: set[tuple[int, int]]) -> Iterator[Standing]:
         return
     if PLAN in names:
         trials = [t for name in _in_order(names) if names[name] for t in _below(folder / name, met) if t.trials is None]
-        trials = _as_the_search_says(folder, [replace(trial, sweep=folder) for trial in trials])
+        trials = _as_the_search_says(folder, [replace(trial, sweep=folder, goes_on=None) for trial in trials])
         yield of_sweep(folder, trials)
         yield from trials
     elif _OF_A_RUN & names.keys():
@@ -193,9 +194,7 @@ def _as_the_search_says(folder: Path, trials: list[Standing]) -> list[Standing]:
         told = {f"trial-{row.get('trial')}": row.get("state") or "" for row in csv.DictReader(file)}
     pruned = {name for name, state in told.items() if state == "pruned"}
     return [
-        replace(trial, state="pruned", goes_on=None)
-        if trial.state == "stopped" and trial.folder.name in pruned
-        else trial
+        replace(trial, state="pruned") if trial.state == "stopped" and trial.folder.name in pruned else trial
         for trial in trials
     ]
 

@@ -166,15 +166,13 @@ class Foot:
         self._stream, self._lines = stream, list[str]()
 
     def paint(self, lines: list[str]) -> None:
+        """These lines in place of those before; none, and the foot is free."""
         self._lines = lines
         self._write("")
 
     def say(self, text: str) -> None:
         """Text above the lines."""
         self._write(f"{text}\n")
-
-    def remove(self) -> None:
-        self.paint([])
 
     def _write(self, above: str) -> None:
         painted = "\n".join(f"{line}\x1b[K" for line in self._lines) + "\x1b[J"
