@@ -30,6 +30,7 @@ from rowwise.trainer.spike import (
     spike_of,
     told_of,
 )
+from rowwise.trainer.starts import read_starts
 from rowwise.trainer.state import TrainState
 from runs import assert_same_run, final_tensors, manifest_at, named, records, run_train, run_until
 
@@ -217,6 +218,7 @@ def test_a_rollback_goes_past_what_was_read_on_every_layout(ranks, folder, monke
     assert TrainState.from_tree(manifest["state"]) == states[0]
     assert spikes_in(config) == {ANCHOR + 1: "rolled back"}
     assert [record["step"] for record in read_metrics(Path(config.run_dir))] == list(range(1, STEPS + 1))
+    assert len(read_starts(Path(config.run_dir))) == 1  # a rollback is none
     batch = parity.global_batch
     monkeypatch.setattr(parity, "global_batch", lambda c, d, s: batch(c, d, s + (AT - ANCHOR) * (s >= ANCHOR)))
     assert_is(config, run_plain(config, STEPS))

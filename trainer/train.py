@@ -96,7 +96,8 @@ def _train(
         remarks = told_of_data(config.data, data) + warnings(config, data, mesh.device) + begun.remarks
         parts = of_every_stage(assignments(model, optimizer), mesh)
         reporter = stack.enter_context(open_reporter(config, mesh, state, begun.recorded, data, parts, remarks))
-        tell_start(config, mesh, state.step, command)
+        if not rollbacks:
+            tell_start(config, mesh, state.step, command)
         test = range_test(config, mesh, state.step)
         saver = make_saver(config, mesh, spoilt_ends=test is None)
         stack.callback(saver.close)
