@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from rowwise.launch.answers import unknown_choice, unknown_keys
-from rowwise.launch.choices import GROUPS, check_folder, choices_of
+from rowwise.launch.choices import GROUPS, check_folder, choices_of, tree_of_files
 from rowwise.launch.given import SEARCHPATH, parse, quoted, spelt
 from rowwise.trainer.keys import refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.models.config_json import read_shape, refuse_other_shape
@@ -36,8 +36,10 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     """The composed, resolved configuration. Raises ValueError with what was given, what is possible, what to change."""
     read = [parse(word) for word in overrides]
     own = _own_folders(read)
-    choices = tuple(_choice(override, own) for override in read if override.key_or_group in (*GROUPS, SEARCHPATH))
+    choices = tuple(filter(None, (_choice(one, own) for one in read if one.key_or_group in (*GROUPS, SEARCHPATH))))
     values = [override for override in read if override.key_or_group not in (*GROUPS, SEARCHPATH)]
+    if (tree := tree_of_files(choices)) is not None:
+        _checked(tree, values)  # what is mistyped does not wait for Hydra
     with _conf("train"):
         chosen, tree = _chosen(choices)
         fitting = _checked(tree, values)
@@ -83,7 +85,7 @@ def _own_folders(overrides: Sequence[Override]) -> tuple[str, ...]:
 
 
 def _choice(override: Override, own: tuple[str, ...]) -> str:
-    """A choice of a group that exists. Raises ValueError."""
+    """A choice of a group that exists; empty for no experiment. Raises ValueError."""
     group, value = str(override.key_or_group), override.value()
     if group == SEARCHPATH:
         return str(override.input_line)
@@ -94,7 +96,7 @@ def _choice(override: Override, own: tuple[str, ...]) -> str:
     name = override.get_value_element_as_str() if value is not None else "null"
     name = value.text if isinstance(value, QuotedString) else name.strip("'\"")
     if group == "experiment" and value is None:
-        return "experiment=null"
+        return ""
     if name not in (possible := choices_of(group, own)):
         raise ValueError(unknown_choice(group, name, possible))
     return f"{group}={name}"

@@ -29,6 +29,7 @@ from rowwise.trainer.run_length import ALTERNATIVES
 
 SEARCHPATH = "hydra.searchpath"  # how --config-dir stands in a list of overrides
 WHOLE = {"name", "run_dir", "steps", "batch", "model", "data", "optim", "schedule", "parallel", "precision"}
+OF_A_TRIAL = ("name", "run_dir", "resume")
 LARGEST_BYTES = 1_000_000  # of a file of settings
 _KEY = re.compile(r"[A-Za-z_][\w.]*")
 _PLAIN = re.compile(r"""(?!=)[^\[\]{}()'"$,\\]*""")  # no character that means something in a value
@@ -90,8 +91,8 @@ def _underscored(option: str) -> str:
 def gather(words: Sequence[str], of: str = "train") -> list[str]:
     """The overrides of a command line, files read and put in their places. Raises ValueError.
 
-    `of`: `sweep` gives every trial a name and a folder of its own, and `worker` was started by somebody else: a whole
-    configuration does not say there what is theirs.
+    `of`: a `sweep` gives every trial a name and a folder of its own, which a file does not say there; a `worker` was started by
+    somebody else, who said how many, and not a run's whole configuration.
     """
     items: list[_Item] = []
     for word in words:
@@ -164,6 +165,17 @@ def parse(word: str) -> Override:
     )
 
 
+def as_typed(words: Sequence[str]) -> list[str]:
+    """The words of a command line, --config-dir as it is written there."""
+    found: list[str] = []
+    for word in words:
+        folders = parse(word).value() if word.startswith(f"{SEARCHPATH}=") else None
+        found += (
+            [part for one in folders for part in ("--config-dir", one.removeprefix("file://"))] if folders else [word]
+        )
+    return found
+
+
 def _no_pair(word: str) -> str:
     if word.endswith((".yaml", ".yml", ".json")):
         return f"{word}: an argument is KEY=VALUE; give config={word}"
@@ -212,6 +224,8 @@ def _of_file(path: str, number: str, of: str) -> list[_Item]:
     whole = tree.keys() >= WHOLE
     if whole:
         tree = _as_started(tree, of)
+    if of == "sweep":
+        tree = {key: value for key, value in tree.items() if key not in OF_A_TRIAL}
     return [_Item(key, text, number, f"config={path}", whole) for key, text in _flat(tree, f"config={path}", not whole)]
 
 
@@ -248,8 +262,9 @@ def _as_started(tree: dict[str, Any], of: str) -> dict[str, Any]:
     if tree["run_dir"] == f"runs/{tree['name']}":
         del tree["run_dir"]
     tree = _as_asked(tree)
-    left_out = {"sweep": ("name", "run_dir", "resume"), "worker": ("nproc",)}.get(of, ())
-    return {key: value for key, value in tree.items() if key not in left_out}
+    if of == "worker":
+        tree.pop("nproc", None)
+    return tree
 
 
 def _as_asked(tree: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from typing import Any
 
 from rowwise.launch import agent
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.given import Arguments, gather
+from rowwise.launch.given import Arguments, as_typed, gather
 from rowwise.launch.job import Job
 from rowwise.launch.leaving import leave_report
 from rowwise.launch.meeting import Meeting, meeting_of
@@ -64,8 +64,8 @@ def _main(arguments: list[str] | None) -> int:
         with contextlib.nullcontext() if meeting else warmed(options.warm) as warm:
             tree = compose_tree(options.overrides)
             asked = replace(job_asked_for(options, tree, meeting, warm), tree=tree)
-            if typed != options.overrides:
-                asked = replace(asked, command=shlex.join(["rowwise", "train", *typed]))
+            if (said := as_typed(typed)) != options.overrides:
+                asked = replace(asked, command=shlex.join(["rowwise", "train", *said]))
             outcome = agent.run_workers(asked, warm)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)

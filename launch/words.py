@@ -673,10 +673,15 @@ WORDS = (
         "or rollback; spike.threshold says how far above is a spike",
     ),
     Word(
-        "profiling.enable_profiling enable_profiling profiler use_pytorch_profiler profile_step_start "
-        "profiler_steps wall_clock_breakdown profiler.enable_profiling profiling.profile_freq",
-        "parallel.pipeline_trace=STEP",
-        "the timeline of a pipeline's step; a record says how long data, step, evaluation and saving took",
+        "profiling.enable_profiling enable_profiling use_pytorch_profiler profiler.enable_profiling profiling.profile_freq "
+        "profile_step_start profile_step_end profiler_steps profiler_steps_start",
+        "profile.steps=[20,25]",
+        "the first and the last step that are profiled; profile.ranks says where",
+    ),
+    Word(
+        "wall_clock_breakdown log_throughput timing_log_level log_straggler",
+        "log.ranks_every=100",
+        "which rank holds up the others; a record says how long data, step, evaluation and saving took",
     ),
     Word(
         "log_level logging_first_step disable_tqdm logging_strategy log_level_replica metrics.disable_color_printing "

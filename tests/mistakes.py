@@ -85,7 +85,7 @@ MISTAKES = {
         ("--job.config_file train.toml", "config=train.toml"),
         ("--job.dump_folder out", "run_dir=out"),
         ("--compile.enable", "compile=true"),
-        ("--profiling.enable_profiling", "parallel.pipeline_trace=STEP"),
+        ("--profiling.enable_profiling", "profile.steps=[20,25]"),
     ],
     "DeepSpeed": [
         ("train_micro_batch_size_per_gpu=4", "batch.micro_size=4"),

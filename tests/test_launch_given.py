@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from rowwise.launch import start, train
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.given import gather, quoted, read_settings
+from rowwise.launch.given import as_typed, gather, quoted, read_settings
 from rowwise.launch.job import Job
 from rowwise.launch.sweep.config import resolve
 from rowwise.trainer.config import config_from_tree, tree_of
@@ -181,7 +181,7 @@ def test_the_command_that_is_kept_of_a_run_is_what_was_typed(here):
 
 
 def test_a_sweep_reads_files(here):
-    write("my.yaml", "steps: 4\nmodel: {layers: 2}\nsweep: {name: first}\n")
+    write("my.yaml", "name: mine\nrun_dir: out\nsteps: 4\nmodel: {layers: 2}\nsweep: {name: first}\n")
     config, space = resolve(gather(["config=my.yaml", "optim.lr=1e-3,3e-3"], "sweep"))
     assert config.name == "first" and {"steps=4", "model.layers=2"} <= set(space.fixed)
 
@@ -295,6 +295,11 @@ def test_what_is_wrong_in_a_folder_is_one_line_and_nothing_of_it_runs(case, here
     with pytest.raises(ValueError, match=said) as refusal:
         with_folder("optim=adamw" if case != "code" else "optim=x")
     assert "\n" not in str(refusal.value) and not Path("ran").exists()
+
+
+def test_a_folder_is_said_as_it_was_typed(here):
+    words = start.parse(["optim=slow", "--config-dir", "mine"]).overrides
+    assert as_typed(words) == ["optim=slow", "--config-dir", f"{here}/mine"]
 
 
 def test_a_sweep_takes_choices_of_a_folder(here):

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_module
 from mistakes import MISTAKES
+from omegaconf import OmegaConf
 
 from rowwise.launch import start
 from rowwise.launch.answers import numbers
-from rowwise.launch.choices import choices_of, keys_of
+from rowwise.launch.choices import choices_of, keys_of, tree_of_files
 from rowwise.launch.compose import compose_part, compose_tree
-from rowwise.launch.given import gather
+from rowwise.launch.given import SEARCHPATH, gather
 from rowwise.launch.slurm import SlurmConfig
 from rowwise.launch.sweep.space import parse_space
 from rowwise.launch.words import CHOICES, MISSING, WORDS
@@ -166,6 +168,7 @@ SAME = {
     "name=7": "name='7'",
     "+experiment=quick": "experiment=quick",
     "++seed=3": "seed=3",
+    "experiment=null": "seed=0",
     "run_dir=~/x": "run_dir='~/x'",
     "run_dir=a#b": "run_dir='a#b'",
     "--parallel.timeout-seconds 60": "parallel.timeout_seconds=60",
@@ -217,6 +220,19 @@ def test_sweeps_and_scripts_speak_so_too():
         with pytest.raises(ValueError) as refusal:
             made()
         assert "\n" not in str(refusal.value) and not [leak for leak in LEAKS if leak in str(refusal.value).lower()]
+
+
+CHOSEN = [(), ("optim=dct", "schedule=wsd", "model=llama3_8b"), ("sparsity=srigl", "data=hf")]
+
+
+@pytest.mark.parametrize("choices", CHOSEN)
+def test_files_read_by_themselves_are_what_hydra_composes(choices):
+    with initialize_config_module("rowwise.conf", version_base="1.3"):
+        theirs = OmegaConf.to_container(compose("train", overrides=list(choices)))
+    assert tree_of_files(choices) == theirs
+    assert (
+        tree_of_files((*choices, "experiment=quick")) is None and tree_of_files((*choices, f"{SEARCHPATH}=[]")) is None
+    )
 
 
 def test_choices_are_the_files_of_conf():

@@ -3,6 +3,7 @@
     rowwise sweep nproc=2 optim=adamw,adamw8bit optim.lr=1e-3,3e-3                 every combination, one after the other
     rowwise sweep sweep.search=grid sweep.parallel=4 nproc=2 optim.lr=1e-3,3e-3    four at a time, the hopeless ended early
     rowwise sweep sweep.search=tpe sweep.trials=50 'optim.lr=tag(log,interval(1e-4,1e-2))'         a search by Optuna
+    rowwise sweep config=my.yaml optim.lr=1e-3,3e-3     what a file says, but for its name and run_dir, which a trial has of its own
     rowwise sweep hydra/launcher=slurm nproc=8 batch.global_size=64 optim.lr=1e-3,3e-3             a job of Slurm a trial
 
 Several values are A,B or range(...); a search also takes interval(LOW,HIGH) and tag(log,interval(LOW,HIGH)). Everything else
