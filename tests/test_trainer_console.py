@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rowwise.launch.cli import COMMANDS
 from rowwise.launch.compose import compose_tree
 from rowwise.trainer import console as consoles
 from rowwise.trainer import screen
@@ -174,7 +175,7 @@ def test_the_commands_of_the_box_mean_what_they_say(path):
     assert compose_tree(shlex.split(setting("resume", path)))["resume"] == path
     for what, command in next_steps(path, 200, writes=True, saved=True):
         words = shlex.split(command)
-        assert words[0] == "rowwise" and (what != "go on" or words[3:] == ["steps=400"])
+        assert words[0] == "rowwise" and words[1] in COMMANDS and (what != "go on" or words[3:] == ["steps=400"])
         assert what == "go on" or words[2] == f"run={path}"
 
 
