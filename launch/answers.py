@@ -8,14 +8,14 @@ from typing import Any
 
 from rowwise.launch.choices import GROUPS, keys_of
 from rowwise.launch.words import CHOICES, MISSING, WORDS, Word
-from rowwise.trainer.keys import unknown_key
+from rowwise.trainer.keys import unknown_key, without_password
 
 MOST_ANSWERS = 30  # in the one line of a refusal
 
 
 def unknown_keys(given: Sequence[tuple[str, str]], tree: Mapping[str, Any]) -> str:
     """What is said of overrides (key, value) whose keys do not exist in the configuration `tree`."""
-    told = [_unknown(key, value, tree) for key, value in given[:MOST_ANSWERS]]
+    told = [_unknown(key, without_password(value), tree) for key, value in given[:MOST_ANSWERS]]
     more = [f"and {len(given) - MOST_ANSWERS} more"] if len(given) > MOST_ANSWERS else []
     return "; ".join([*told, *more])
 
@@ -39,7 +39,7 @@ def _unknown(key: str, value: str, tree: Mapping[str, Any]) -> str:
 
 def unknown_choice(group: str, name: str, possible: Sequence[str]) -> str:
     """What is said of a choice that a group does not have."""
-    said = f"{group}={name}: possible are {', '.join(possible)}"
+    said = f"{group}={without_password(name)}: possible are {', '.join(possible)}"
     if (missing := MISSING.get(group, {}).get(_plain(name))) is not None:
         return f"{said}; {missing}"
     if (near := _choice(group, name, possible)) is not None:

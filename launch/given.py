@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rowwise.launch.choices import GROUPS, choices_of, sections
-from rowwise.trainer.keys import refuse_control_characters
+from rowwise.trainer.keys import refuse_control_characters, without_password
 from rowwise.trainer.run_length import ALTERNATIVES
 
 SEARCHPATH = "hydra.searchpath"  # how --config-dir stands in a list of overrides
@@ -144,13 +144,13 @@ def parse(word: str) -> Override:
     """An override as Hydra reads it; text that Hydra's grammar has no room for, such as ~/folder, is text. Raises ValueError."""
     key, equals, value = word.partition("=")
     refuse_control_characters({key: value})
-    bare = key.lstrip("+")
+    bare, told = key.lstrip("+"), without_password(word)
     if key.startswith("~"):
-        raise ValueError(f"{word}: no key can be taken away; leave it as it is, or give it another value")
+        raise ValueError(f"{told}: no key can be taken away; leave it as it is, or give it another value")
     if not equals:
         raise ValueError(_no_pair(word))
     if not re.fullmatch(r"[A-Za-z_][\w./-]*", bare):
-        raise ValueError(f"{word}: {bare or 'nothing'} is no key; give KEY=VALUE, such as optim.lr=1e-3")
+        raise ValueError(f"{told}: {bare or 'nothing'} is no key; give KEY=VALUE, such as optim.lr=1e-3")
     parser = OverridesParser.create()
     for text in (value, quoted(value)) if _PLAIN.fullmatch(value) else (value,):
         try:
@@ -160,7 +160,7 @@ def parse(word: str) -> Override:
         except HydraException:
             continue
     raise ValueError(
-        f"{word}: the value cannot be read; a list is [a,b], a table {{a: 1}}, and text that holds one of []{{}}()'\"$, stands "
+        f"{told}: the value cannot be read; a list is [a,b], a table {{a: 1}}, and text that holds one of []{{}}()'\"$, stands "
         f"in quotes of its own: \"{bare}='...'\""
     )
 
@@ -169,10 +169,12 @@ def as_typed(words: Sequence[str]) -> list[str]:
     """The words of a command line, --config-dir as it is written there."""
     found: list[str] = []
     for word in words:
-        folders = parse(word).value() if word.startswith(f"{SEARCHPATH}=") else None
-        found += (
-            [part for one in folders for part in ("--config-dir", one.removeprefix("file://"))] if folders else [word]
-        )
+        if not word.startswith(f"{SEARCHPATH}=["):
+            found.append(word)
+            continue
+        folders: Any = parse(word).value()
+        for folder in folders:
+            found += ["--config-dir", str(folder).removeprefix("file://")]
     return found
 
 

@@ -118,6 +118,12 @@ def test_the_numbers_of_an_answer_are_those_of_the_configuration():
     assert "write steps=7 (a step takes batch.global_size=16 sequences)" in refused(["train_samples=100"])
 
 
+@pytest.mark.parametrize("word", ["mlflow_tracking_uri=postgresql://me:hidden@host/a", "sweep.storage=postgresql://me:hidden@host/[",
+                                  "tracker=postgresql://me:hidden@host"])  # fmt: skip
+def test_no_password_is_in_an_answer(word):
+    assert "hidden" not in refused([word])
+
+
 def test_several_unknown_keys_are_answered_at_once():
     said = refused(["lr=1e-3", "hidden_size=64", "optim.lrr=3"])
     assert "write optim.lr=1e-3" in said and "write model.dim=64" in said and "did you mean optim.lr?" in said

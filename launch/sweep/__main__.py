@@ -23,7 +23,7 @@ import shlex
 from pathlib import Path
 
 from rowwise.launch.compose import key_of
-from rowwise.launch.given import Arguments, gather
+from rowwise.launch.given import Arguments, as_typed, gather
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.sweep.config import keep_command, resolve
 from rowwise.launch.warm import Warm, warmed
@@ -53,7 +53,7 @@ def _sweep(words: list[str], warm: Warm | None) -> int:
         given, words = words, gather(words, "sweep")
         config, space = resolve(words)
         folder = Path(config.folder).absolute()
-        keep_command(folder, given, anew=False)
+        keep_command(folder, as_typed(given), anew=False)
         print(f"how the trials stand: rowwise runs {shlex.quote(config.folder)} watch=true", flush=True)
         # What makes the trials imports torch, or Optuna; neither help nor a mistyped key waits for them.
         if config.search != "none":
@@ -69,7 +69,7 @@ def _sweep(words: list[str], warm: Warm | None) -> int:
         return 2
     from rowwise.launch.sweep.trials import tell
 
-    keep_command(folder, given, anew=True)
+    keep_command(folder, as_typed(given), anew=True)
     tell(trials, folder, config.goal)
     return 0
 
