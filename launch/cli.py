@@ -29,6 +29,8 @@ EXAMPLES = """\
   rowwise train nproc=8 model=llama_1b batch.global_size=128 optim=adamw8bit parallel.zero=3 steps=1000
   rowwise check model=llama_1b batch.global_size=128 parallel.zero=3 world_size=64
   rowwise doctor to=doctor.txt
+  rowwise train config=my.yaml steps=1000
+  rowwise train resume=runs/NAME steps=2000
   rowwise sweep nproc=2 optim=adamw,adamw8bit optim.lr=1e-3,3e-3
   rowwise sweep sweep.search=tpe sweep.parallel=4 nproc=2 'optim.lr=tag(log,interval(1e-4,1e-2))'
   rowwise slurm train nproc=8 slurm.nodes=4 slurm.time=24:00:00 model=llama3_8b batch.global_size=256 submit=true

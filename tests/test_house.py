@@ -83,7 +83,16 @@ def test_a_workers_import_is_light():
 
 REFUSED_AT_ONCE = {
     "rowwise": [["trian"]],
-    "train": [["optim.lrr=3"], ["--cfg", "optim.lrr=3"], ["model.init_from=/nowhere"]],
+    "train": [
+        ["--lr", "3"],
+        ["optim=adam"],
+        ["steps=ten"],
+        ["config=/nowhere.yaml"],
+        ["-x"],
+        ["optim.lrr=3"],
+        ["--cfg", "optim.lrr=3"],
+        ["model.init_from=/nowhere"],
+    ],
     "check": [["optim.lrr=3"], ["world_sise=3"], ["world_size=0"], ["picture=perhaps"]],
     "doctor": [["too=here"], ["to="]],
     "sweep": [["sweep.serch=tpe"], ["optim.lrr=1,2"], ["steps=2"], ["optim.lr=1e-3,3e-3", "model.init_from=/nowhere"]],
