@@ -1,5 +1,8 @@
 """Trackers: a run is one run there over all resumes, and what is sent again is sent under the same step."""
 
+import time
+from pathlib import Path
+
 import pytest
 
 from rowwise.trainer import tracker as trackers
@@ -56,28 +59,33 @@ def pieces_of(content: bytes):
             place += room
             continue
         length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        if place + 7 + length > len(content):
+            return  # it is being written
         whole, place = whole + content[place + 7 : place + 7 + length], place + 7 + length
         if kind in (1, 4):
             yield whole
             whole = b""
 
 
-def test_wandb_has_one_run_in_which_every_record_is(tmp_path):
+def wandb_records(run_dir: Path) -> list:
+    """What stands in the files of all starts."""
     from wandb.proto.wandb_internal_pb2 import Record
 
+    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    return [Record.FromString(data) for file in files for data in pieces_of(file.read_bytes())]
+
+
+def test_wandb_has_one_run_in_which_every_record_is(tmp_path):
     send(Wandb(mode="offline"), tmp_path)
-    made, ids, axes = [], set(), set()
-    for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
-        for data in pieces_of(file.read_bytes()):
-            record = Record()
-            record.ParseFromString(data)
-            ids |= {record.run.run_id} - {""}
-            axes |= {record.metric.step_metric} - {""}
-            found = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
-            made += [(int(found["step"]), float(found["loss"]))] if "loss" in found else []
-    assert sorted(made) == sorted((s, 1 / s + start) for start, steps in enumerate(STARTS) for s in steps)
-    assert ids == {(tmp_path / "wandb_id").read_text()}
-    assert axes == {"step"}
+    sent = sorted((s, 1 / s + start) for start, steps in enumerate(STARTS) for s in steps)
+    made, found, deadline = [], [], time.monotonic() + 20
+    while len(made) < len(sent) and time.monotonic() < deadline:  # wandb writes on once it has finished
+        found = wandb_records(tmp_path)
+        items = [{item.key or item.nested_key[0]: item.value_json for item in one.history.item} for one in found]
+        made = sorted((int(item["step"]), float(item["loss"])) for item in items if "loss" in item)
+    assert made == sent
+    assert {one.run.run_id for one in found} - {""} == {(tmp_path / "wandb_id").read_text()}
+    assert {one.metric.step_metric for one in found} - {""} == {"step"}
 
 
 def test_mlflow_has_one_run_over_resumes(tmp_path, monkeypatch):
