@@ -145,7 +145,8 @@ def test_a_report_onto_a_full_disk(tmp_path, disk, capsys):
 def test_rowwise_train_on_a_full_disk(tmp_path, disk, case):
     room, more, written = FULL[case]
     train = [sys.executable, "-m", "rowwise.launch.cli", "train", *small(tmp_path, disk, "nproc=2", "log_every=1000")]
-    assert run(tmp_path, [*train, "steps=4"])[0] == 0
+    code, said = run(tmp_path, [*train, "steps=4"])
+    assert code == 0, said
     fill(disk, room)
     code, said = run(tmp_path, [*train, "steps=400", *more])
     *_, line = said.splitlines()

@@ -63,7 +63,10 @@ def test_a_run_on_one_machine_listens_on_its_loopback_alone(tmp_path, monkeypatc
             assert all(one.laddr.ip.removeprefix("::ffff:") == LOOPBACK for one in process.net_connections("inet"))
     job.terminate()
     assert job.wait(60) == 0
-    assert not list(temporary.iterdir())
+    ours = [
+        path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")
+    ]  # made where it is imported
+    assert not ours
 
 
 def test_strangers_at_the_port_of_a_run_that_meets_others(tmp_path):
