@@ -110,7 +110,10 @@ class Warm:
 
     def ask(self, call: str, *arguments: Any) -> Any:
         """What `call` tells. Raises RuntimeError where it ends without."""
-        return self.told_by(self.start(call, *arguments))
+        child = self.start(call, *arguments)
+        told = self.told_by(child)
+        self._children.pop(child.pid)  # nobody waits for its end
+        return told
 
     def told_by(self, child: Child) -> Any:
         """The first thing that it tells. Raises RuntimeError where it ends without."""

@@ -60,6 +60,16 @@ def test_what_is_left_behind_is_asked_to_stop(warm, tmp_path):
     assert psutil.Process(parent).name() == "rowwise warm"
 
 
+def test_who_was_answered_waits_for_no_import(monkeypatch):
+    """A refusal, say: what it would have been for is of no use any more."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    warm = Warm(beforehand=("forked", "slow_to_import"))
+    warm.ask("forked:tell_oneself", "PATH")
+    began = time.monotonic()
+    warm.close()
+    assert time.monotonic() - began < 20
+
+
 def test_signals_to_all_processes_do_not_end_it(warm):
     """Slurm sends them to every process of a step: how workers ended has to be heard of."""
     parent = warm.ask("forked:tell_oneself", "PATH")["parent"]
