@@ -27,7 +27,7 @@ from record import write_record
 ROOT = Path(__file__).parents[1]
 ROOMS = ("conf", "kernels", "launch", "optim", "parallel", "trainer")
 ONE_STEP = ["steps=1", "schedule=constant", "schedule.warmup_steps=0", "eval.every=0", "sample.tokens=0", "run_dir=run"]
-SWEPT = ["steps=40", "eval.every=0", "sample.tokens=0", "sweep.goal=loss", "sweep.folder=sweep", "nproc=1"]
+SWEPT = ["steps=4", "eval.every=0", "sample.tokens=0", "sweep.goal=loss", "sweep.folder=sweep", "nproc=1"]
 GRID = ["optim.lr=1e-3,3e-3", "seed=1,2"]
 TRAIN = ["-m", "rowwise.launch.cli", "train"]
 

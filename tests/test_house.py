@@ -149,9 +149,19 @@ def test_schedules_need_no_torch():
     assert in_a_process("import rowwise.optim.schedules, sys; print('torch' in sys.modules)").strip() == "False"
 
 
+CHECKED = """
+import sys
+from rowwise.launch.compose import compose_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree
+check(config_from_tree(compose_tree(["parallel.zero=3"])), 2)
+print(*sys.modules)
+"""
+
+
 def test_what_refuses_a_run_waits_for_no_compiler_and_no_sharding():
     """They take as long to import as torch itself, and only a run needs them."""
-    modules = set(in_a_process("import rowwise.trainer.check, sys; print(*sys.modules)").split())
+    modules = set(in_a_process(CHECKED).split())
     assert not modules & {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy"}
 
 

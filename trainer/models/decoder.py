@@ -161,8 +161,8 @@ class StableEmbedding(nn.Embedding):
     that is tied to it multiplies by the matrix alone.
     """
 
-    def __init__(self, vocab_size: int, dim: int):
-        super().__init__(vocab_size, dim)
+    def __init__(self, vocab_size: int, dim: int, _weight: Tensor | None = None):
+        super().__init__(vocab_size, dim, _weight=_weight)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class Decoder(nn.Module):
         self.config, self.attend = config, attend
         first, last = layers.start == 0, layers.stop == config.layers
         embedding = StableEmbedding if config.stable_embedding else nn.Embedding
-        self.embed = embedding(config.vocab_size, config.dim) if first else None
+        self.embed = embedding(config.vocab_size, config.dim, _weight=_normal(config)) if first else None
         self.blocks = nn.ModuleDict({str(layer): Block(config) for layer in layers})
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if last else None
         needs_head = last and not (first and config.tie_embeddings)
@@ -220,6 +220,12 @@ class Decoder(nn.Module):
         ]
         blocks: list[list[nn.Module]] = [[block] for block in self.blocks.values()]
         return [part for part in [ends[0], *blocks, [] if tied else [*ends[1], *ends[2]]] if part]
+
+
+def _normal(config: ModelConfig) -> Tensor:
+    """What torch's embedding begins with. On the meta device it would import the compiler for that, which takes a second."""
+    weight = torch.empty(config.vocab_size, config.dim)
+    return weight if weight.is_meta else nn.init.normal_(weight)
 
 
 @functools.cache
