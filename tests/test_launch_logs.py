@@ -60,7 +60,7 @@ def test_a_failed_run_says_where_more_stands_and_how_to_go_on(tmp_path, capsys, 
     if saved:
         commit(begin(folder / "checkpoints", 4), {**manifest_at(4), "files": {}})
     monkeypatch.setattr(agent, "run_workers", lambda job, warm: Outcome("failed", "not a number: x", 7))
-    assert start.main([f"run_dir={folder}", "nproc=1", "steps=9"]) == 1
+    assert start.main([f"run_dir={folder}", "nproc=1", "steps=9", "report=never"]) == 1
     said = capsys.readouterr()
     assert said.err == "failed at step 7: not a number: x\n", "what is wrong, in a line"
     box = said.out.splitlines()
