@@ -18,14 +18,14 @@ from rowwise.launch.gate import LOOPBACK
 from rowwise.launch.job import Job
 from rowwise.launch.meeting import START
 from rowwise.launch.outcome import Failure, Refused, WorkersFailed
-from rowwise.launch.warm import Child, Warm
+from rowwise.launch.warm import Child, Warm, WarmIsGone
 
 POLL_SECONDS = 0.2
 LEAVING_SECONDS = 60  # that workers are given when another has failed
 
 
 def run_here(job: Job, warm: Warm, attend: Callable[[list[Child]], bool]) -> None:
-    """Starts the workers, and returns once they have left. Raises WorkersFailed.
+    """Starts the workers, and returns once they have left. Raises WorkersFailed, or WarmIsGone.
 
     `attend` is called again and again with those that are there, and says whether they were asked to stop: then, and where the
     run was refused, none is started again.
@@ -33,7 +33,12 @@ def run_here(job: Job, warm: Warm, attend: Callable[[list[Child]], bool]) -> Non
     name = job.name or uuid.uuid4().hex
     with _logs(job, name) as folder:
         for attempt in range(job.max_restarts + 1):
-            failures = _run_once(job, warm, attend, _Start(name, folder / f"attempt_{attempt}", attempt))
+            try:
+                failures = _run_once(job, warm, attend, _Start(name, folder / f"attempt_{attempt}", attempt))
+            except WarmIsGone:
+                if attempt == job.max_restarts or attend([]):
+                    raise
+                continue
             if not failures or attend([]) or any(failure.exitcode == Refused.code for failure in failures):
                 break
     if failures:
@@ -99,8 +104,25 @@ def _run_once(job: Job, warm: Warm, attend: Callable[[list[Child]], bool], start
             if until is not None and time.monotonic() > until:
                 _end(workers, signal.SIGKILL)
         return [_failure(worker, start.error_file(rank)) for rank, worker in enumerate(workers) if worker.code]
+    except WarmIsGone:
+        _await_end(workers, attend)
+        _end([store], signal.SIGKILL)  # what they met in, until they have saved
+        while store.is_there():
+            time.sleep(POLL_SECONDS / 10)
+        raise
     finally:
         _end([store, *workers], signal.SIGKILL)
+
+
+def _await_end(workers: list[Child], attend: Callable[[list[Child]], bool]) -> None:
+    """Has workers save and leave of whose end nobody will tell."""
+    until = time.monotonic() + LEAVING_SECONDS
+    _end(workers, signal.SIGTERM)
+    while there := [worker for worker in workers if worker.is_there()]:
+        time.sleep(POLL_SECONDS)
+        attend(there)
+        if time.monotonic() > until:
+            _end(there, signal.SIGKILL)
 
 
 def _end(children: list[Child], number: int) -> None:

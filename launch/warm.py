@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rowwise.launch.meeting import TOKEN
 from rowwise.trainer.stop import SIGNALS
 
@@ -42,49 +44,83 @@ _NO_MORE = (BrokenPipeError, ConnectionResetError)
 class WarmIsGone(RuntimeError):
     """The warm process has ended by itself, or was killed."""
 
+    def __init__(self) -> None:
+        super().__init__("the process that forks workers is gone: it was killed, or what it printed says why")
+
 
 @dataclass
 class Child:
-    """What a warm process forked for this one. `code`: its exit code, once it has ended."""
+    """What a warm process forked for this one. `code`: its exit code, once its end was heard of."""
 
     pid: int
     told: list[Any] = field(default_factory=list)
     code: int | None = None
+    process: psutil.Process | None = None  # which tells it from a later one of the same number
+
+    def __post_init__(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it was short
+            self.process = psutil.Process(self.pid)
+
+    def is_there(self) -> bool:
+        """Whether it runs, also where nobody is left who would tell of its end."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = self.process if self.code is None else None
+            return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return False
 
     def send_signal(self, number: int) -> None:
         """To it alone, where it is still there."""
-        if self.code is None:
+        if self.is_there():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def end(self, number: int) -> None:
         """Sends a signal to it and to what it started."""
-        if self.code is None:
+        if self.is_there():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
 
 
 class Warm:
-    """This process's way to a warm one. Start it early: it imports meanwhile."""
+    """This process's way to a warm one. Start it early: it imports meanwhile. Where it was killed and nothing of it runs any
+    more, another takes its place when one is needed."""
 
     def __init__(self, control: socket.socket | None = None, beforehand: Sequence[str] = BEFOREHAND) -> None:
         self._children: dict[int, Child] = {}
         self._process: subprocess.Popen | None = None
+        self._beforehand = beforehand
         if control is not None:
             self._control = control
-            return
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rowwise.launch.warm", str(theirs.fileno()), *beforehand],
+                [sys.executable, "-P", "-m", "rowwise.launch.warm", str(theirs.fileno()), *self._beforehand],
                 pass_fds=[theirs.fileno()], env=_without_token(), start_new_session=True,
             )  # fmt: skip
 
+    def _begin_again(self) -> None:
+        """Raises WarmIsGone where something of the old one runs, or where it was not killed: a new one would end as it did."""
+        if any(child.is_there() for child in self._children.values()):
+            raise WarmIsGone
+        if self._process is not None and self._process.wait() >= 0:
+            raise WarmIsGone
+        self._children.clear()
+        self._control.close()
+        self._begin()
+
     def lend(self) -> socket.socket:
-        """Another way to the same process, for a command that this one starts."""
+        """Another way to the same process, for a command that this one starts. Raises WarmIsGone."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            socket.send_fds(self._control, [b'{"client": "another"}'], [theirs.fileno()])
+            try:
+                socket.send_fds(self._control, [b'{"client": "another"}'], [theirs.fileno()])
+            except _NO_MORE:
+                self._begin_again()
+                socket.send_fds(self._control, [b'{"client": "another"}'], [theirs.fileno()])
         return ours
 
     def start(
@@ -94,17 +130,25 @@ class Warm:
         environment: dict[str, str] | None = None,
         logs: tuple[Path, Path] | None = None,
     ) -> Child:
-        """Forks `call` in this process's environment and `environment`; its streams go to `logs` where they are given."""
+        """Forks `call` in this process's environment and `environment`; its streams go to `logs` where they are given. Raises
+        WarmIsGone."""
         asked = {
             "call": call,
             "arguments": arguments,
             "environment": {**_without_token(), **(environment or {})},
             "logs": None if logs is None else [str(path.absolute()) for path in logs],
         }
+        try:
+            return self._start(asked)
+        except WarmIsGone:
+            self._begin_again()
+            return self._start(asked)
+
+    def _start(self, asked: dict[str, Any]) -> Child:
         with contextlib.suppress(*_NO_MORE):  # which is heard below
             self._control.send(json.dumps(asked).encode())
         while True:
-            told = self._hear(None)
+            told = self._hear()
             if told.keys() == {"pid"}:
                 return self._children[told["pid"]]
 
@@ -120,24 +164,22 @@ class Warm:
         while not child.told:
             if child.code is not None:
                 raise RuntimeError(f"a process that was forked ended with {child.code}")
-            self._hear(None)
+            self._hear()
         return child.told[0]
 
     def watch(self, seconds: float) -> None:
         """Waits so long for news of the children, and no longer than for the first."""
         if select.select([self._control], [], [], seconds)[0]:
-            self._hear(0.0)
+            self._hear()
 
-    def _hear(self, seconds: float | None) -> dict[str, Any]:
+    def _hear(self) -> dict[str, Any]:
         """One message. Raises WarmIsGone."""
         try:
             message = self._control.recv(_MESSAGE_BYTES)
         except _NO_MORE:
             message = b""
         if not message:
-            for left in self._children.values():
-                left.code = -signal.SIGKILL if left.code is None else left.code
-            raise WarmIsGone("the process that forks workers is gone; what it printed says why")
+            raise WarmIsGone
         told = json.loads(message)
         child = self._children.get(told["pid"])
         if child is None or child.code is not None:  # its number is that of one before

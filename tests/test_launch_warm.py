@@ -1,5 +1,6 @@
 """A warm process forks what it is asked for, in the environment of who asks, and ends what nobody waits for any more."""
 
+import contextlib
 import os
 import signal
 import time
@@ -9,8 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rowwise.launch import local
+from rowwise.launch.job import Job
 from rowwise.launch.meeting import TOKEN
-from rowwise.launch.warm import Warm
+from rowwise.launch.warm import Child, Warm, WarmIsGone
 
 
 @pytest.fixture
@@ -78,14 +81,75 @@ def test_signals_to_all_processes_do_not_end_it(warm):
     assert warm.ask("forked:tell_oneself", "PATH")["parent"] == parent
 
 
-def test_one_that_is_gone_is_an_error(warm, tmp_path):
+def test_one_that_is_gone_is_an_error_while_something_of_it_runs(warm, tmp_path):
     held = warm.start("forked:hold", str(tmp_path / "asked"))
-    os.kill(warm.ask("forked:tell_oneself", "PATH")["parent"], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="is gone"):
+    warm.told_by(held)
+    first = kill(warm)
+    with pytest.raises(WarmIsGone):
         while True:
             warm.watch(1.0)
-    assert held.code == -signal.SIGKILL
-    os.kill(held.pid, signal.SIGKILL)
+    with pytest.raises(WarmIsGone):
+        warm.start("forked:leave", 0)
+    assert held.code is None and held.is_there(), "nobody knows how it will end"
+    held.end(signal.SIGKILL)
+    while held.is_there():
+        time.sleep(0.01)
+    assert warm.ask("forked:tell_oneself", "PATH")["parent"] != first
+
+
+def test_one_that_was_killed_is_followed_by_another(warm):
+    """For the next trial of a search."""
+    kill(warm)
+    other = Warm(warm.lend())
+    assert other.ask("forked:tell_oneself", "SHAPE")["SHAPE"] is None
+    other.close()
+
+
+def test_one_that_cannot_begin_is_not_begun_for_ever(capfd):
+    for use in (lambda warm: warm.start("forked:leave", 0), Warm.lend):
+        warm = Warm(beforehand=("no_such_module",))
+        assert warm._process is not None
+        warm._process.wait()
+        with pytest.raises(WarmIsGone, match="what it printed says why"):
+            use(warm)
+        warm.close()
+    assert capfd.readouterr().err.count("No module named 'no_such_module'") == 2
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_workers_save_and_leave_where_it_is_killed(warm, restarts, tmp_path, monkeypatch):
+    """They hold their run's folder, and nobody else would ask them to stop; then they are started again, where that is allowed."""
+    started: list[Child] = []
+    start = warm.start
+
+    def start_in_place(call: str, rank: int | None = None, *given, **options) -> Child:
+        if rank is None:
+            return start("forked:hold", "/dev/null")
+        again = len(started) >= 2
+        started.append(start("forked:leave", 0) if again else start("forked:hold", str(tmp_path / f"asked-{rank}")))
+        return started[-1]
+
+    def attend(there: list[Child]) -> bool:
+        if len(started) == 2 and all(child.told for child in started):
+            kill(warm)
+        return False
+
+    monkeypatch.setattr(warm, "start", start_in_place)
+    monkeypatch.setattr(local, "POLL_SECONDS", 0.02)
+    job = Job((), tmp_path / "run", nproc=2, max_restarts=restarts, steps=1)
+    with contextlib.nullcontext() if restarts else pytest.raises(WarmIsGone):
+        local.run_here(job, warm, attend)
+    assert [(tmp_path / f"asked-{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2
+    assert len(started) == 2 + 2 * restarts
+    assert not any(child.is_there() for child in started)
+
+
+def kill(warm: Warm) -> int:
+    """Kills the process, and says which it was."""
+    assert warm._process is not None
+    warm._process.kill()
+    warm._process.wait()
+    return warm._process.pid
 
 
 def await_end(warm: Warm, child) -> None:

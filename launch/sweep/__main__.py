@@ -26,7 +26,7 @@ from rowwise.launch.compose import key_of
 from rowwise.launch.given import Arguments, as_typed, gather
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.sweep.config import keep_command, resolve
-from rowwise.launch.warm import Warm, warmed
+from rowwise.launch.warm import Warm, WarmIsGone, warmed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,6 +67,9 @@ def _sweep(words: list[str], warm: Warm | None) -> int:
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
+    except WarmIsGone as gone:
+        print(f"failed: {gone}", file=sys.stderr)
+        return 1
     from rowwise.launch.sweep.trials import tell
 
     keep_command(folder, as_typed(given), anew=True)
