@@ -19,6 +19,7 @@ from rowwise.trainer.models.decoder import ModelConfig, flops_of, flops_per_toke
 from rowwise.trainer.norms import KINDS
 from rowwise.trainer.profile import KINDS as PROFILED
 from rowwise.trainer.profile import Event, parts_of, slowest
+from rowwise.trainer.update import may_begin_next
 from runs import named, run_train
 
 LAYOUTS = {
@@ -156,6 +157,23 @@ def test_the_slowest_rank_is_named_beside_the_median():
     expected = {"slowest_rank": 2, "slowest_rank_seconds": 5.0, "median_rank_seconds": 1.5}
     assert slowest([1.0, 2.0, 5.0, 1.5]) == expected
     assert slowest([3.0]) == {"slowest_rank": 0, "slowest_rank_seconds": 3.0, "median_rank_seconds": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("option", "begun"),
+    [
+        ("steps=10", [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ("profile.steps=[4,6]", [1, 2, 7, 8, 9]),
+        ("log.ranks_every=5", [1, 2, 3, 6, 7, 8]),
+        ("log.norms_every=5", [1, 2, 3, 6, 7, 8]),
+    ],
+)
+def test_no_step_is_begun_before_one_that_is_watched_or_in_it(tmp_path, option, begun):
+    """Whichever ranks profile."""
+    layout = {"pipeline": 2, "pipeline_schedule": "zb_h1", "post_validation": True}
+    quiet = ("steps=10", "batch.micro_size=4", "eval.every=0", "checkpoint.every=0", "profile.ranks=[1]")
+    config = with_layout(small_config(tmp_path, *quiet, option), 2, **layout)
+    assert [step for step in range(1, 11) if may_begin_next(config, step)] == begun
 
 
 def slow_last_rank(workers, config):

@@ -9,10 +9,11 @@
 A number x of a step is `threshold` spreads above the centre of those of the last `window` steps:
 
     rule=median    (x - median) / (1.4826 MAD)    Hampel's identifier: a spike in the window moves neither
-    rule=mean      |x - mean| / std               as OLMo 2 has it; far below is a spike too
+    rule=mean      (x - mean) / std               as OLMo-core's optimizers that skip steps
 
-Only numbers that all ranks have already go into it, so all decide alike and nothing is sent. It asks first once `window` is
-half full, and holds at least 20 steps with the one at hand, as OLMo 2's. What it remembers is in `TrainState`, so a run that
+What is far below is no spike. Only numbers that all ranks have already go into it, so all decide alike and nothing is sent. It
+asks first once `window` is half full, with the step at hand, as OLMo-core does, and holds at least 20 steps, where that asks
+from 2 on: a spread of so few says little. What it remembers is in `TrainState`, so a run that
 is stopped, or rolled back, decides as one that is not: data order is a function of the step and of what was rolled back.
 """
 
@@ -104,11 +105,11 @@ def check_spike(
 
 
 def score(before: list[float], x: float, rule: str) -> float:
-    """How many spreads `x` is away from those `before`; infinite where it is no number."""
+    """How many spreads `x` is above those `before`, below them where it is negative; infinite where it is no number."""
     if not math.isfinite(x):
         return math.inf
     if rule == "mean":
-        spread, away = statistics.stdev(before), abs(x - statistics.fmean(before))
+        spread, away = statistics.stdev(before), x - statistics.fmean(before)
     else:
         middle = statistics.median(before)
         spread, away = 1.4826 * statistics.median(abs(one - middle) for one in before), x - middle

@@ -162,9 +162,10 @@ def step_at_once(
         model.abandon()
     if before is not None and (not report.applied or factor < 1):
         optimizer.undo(before)
-    if report.applied and factor < 1:
-        scale_(shards, factor)
-        optimizer.step()
+    if report.finite and factor < 1:
+        scale_(shards, factor)  # also where they are only looked at
+        if report.applied:
+            optimizer.step()
     return report
 
 

@@ -86,5 +86,8 @@ def may_begin_next(config: TrainConfig, step: int) -> bool:
     """Whether the step after `step` may be begun before `step` is known to be good: not where something else comes
     between them, or where it is to be traced as a whole."""
     between = config.eval.due(step, config.length) or config.checkpoint.due(step, config.length) or step == config.steps
-    between |= any(config.log.with_norms(one, config.length) for one in (step, step + 1))
+    # A profile begins and ends between two steps, where nothing may be under way: it can end the process. On all ranks alike.
+    watched = (config.log.with_norms, config.log.with_ranks)
+    for one in (step, step + 1):
+        between |= any(asked(one, config.length) for asked in watched) or config.profile.of(one)
     return config.parallel.post_validation and not between and step + 1 != config.parallel.pipeline_trace
