@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BeforeValidator
 
 from rowwise.launch.compose import compose_part, compose_tree, key_of
-from rowwise.launch.given import Arguments, gather
+from rowwise.launch.given import SEARCHPATH, Arguments, gather
 from rowwise.launch.meeting import TOKEN
 from rowwise.launch.sweep.config import SweepConfig
 from rowwise.launch.sweep.config import resolve as resolve_sweep
@@ -137,10 +137,13 @@ def resolve(program: str, overrides: list[str], config: SlurmConfig) -> tuple[Sl
     the run, or a trial of the sweep, would refuse on its nodes, as far as that can be known here."""
     for word in overrides:
         if (told := without_password(word)) != word:
-            raise ValueError(
-                f"{told}: others can read a batch script, and this would hold a password; give {key_of(word)}='${{oc.env:NAME}}', "
-                "which is looked up on the node"
+            key = key_of(word)
+            way = (
+                "leave it out, and have slurm.setup give the URI as MLFLOW_TRACKING_URI, from a file that you alone can read"
+                if key == "tracker.uri"  # what the run would look up stands in its config.yaml
+                else f"give {key}='${{oc.env:NAME}}', which is looked up on the node"
             )
+            raise ValueError(f"{told}: others can read a batch script, and this would hold a password; {way}")
     if program == "train" and config.workers > 1:
         raise ValueError(f"slurm.workers={config.workers}: jobs join a sweep, not a run; give slurm.nodes")
     at_once = trials_at_once(overrides, config) if program == "sweep" else 1
@@ -173,7 +176,7 @@ def trials_at_once(overrides: list[str], config: SlurmConfig) -> int:
     """On a node. Raises ValueError for a sweep that these jobs cannot make."""
     keys = {word: key_of(word) for word in overrides}
     for word, key in keys.items():
-        if key.startswith("hydra"):
+        if key.startswith("hydra") and key != SEARCHPATH:
             raise ValueError(f"{word}: these jobs make the trials themselves; leave Hydra's launcher out")
     sweep, _ = compose_part("sweep", SweepConfig, [word for word, key in keys.items() if key.startswith("sweep.")])
     if config.nodes > 1:

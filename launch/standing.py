@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rowwise.launch.outcome import OUTCOME, Outcome, read_outcome
 from rowwise.trainer.files import from_json
+from rowwise.trainer.keys import without_password
 from rowwise.trainer.lock import JOB, LOCK, is_held
 from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import last_number, last_records, number
@@ -221,7 +222,7 @@ def _whole(pattern: bytes, text: bytes) -> int | None:
 
 def _said(path: Path) -> str | None:
     with contextlib.suppress(OSError):
-        return path.read_text(errors="replace").strip() or None
+        return without_password(path.read_text(errors="replace").strip()) or None
     return None
 
 

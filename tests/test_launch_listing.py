@@ -201,6 +201,15 @@ def test_a_sweep_s_command_is_not_lost_to_another(tmp_path):
     assert (tmp_path / "command.txt").read_text() == "rowwise sweep optim.lr=1,2\n"
 
 
+def test_a_sweep_s_command_tells_no_password(tmp_path):
+    keep_command(tmp_path, ["sweep.storage=postgresql://me:hidden@host/db"], anew=True)
+    told = "rowwise sweep 'sweep.storage=postgresql://me:***@host/db'"
+    assert (tmp_path / "command.txt").read_text() == f"{told}\n"
+    (tmp_path / "command.txt").write_text("rowwise sweep sweep.storage=postgresql://me:hidden@host/db\n")  # of before
+    (tmp_path / "sweep.json").write_text("{}")
+    assert next(standings([tmp_path])).goes_on == told.replace("'", "")
+
+
 FOUND = [
     Standing(Path("runs/tiny"), "running", None, 123, 200, 1.6543, 1.7025, 2099.4, 194.0, 10_700_000),
     Standing(Path("runs/漢字漢字 of a name that is much longer than its column"), "failed", "out of memory: " + "too much, " * 12,

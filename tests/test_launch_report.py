@@ -338,6 +338,16 @@ def test_where_a_run_was_resumed_is_marked(tmp_path):
     assert '<pre class="sample"><b>def &lt;</b>x&gt;:\n  pass</pre>' in page.source
 
 
+def test_no_password_is_on_a_page(tmp_path):
+    config = "name: made\nsteps: 100\ntracker:\n  name: mlflow\n  uri: postgresql://me:hunter2@host/\n"
+    run = write_run(tmp_path / "run", [record(1)], config)
+    keep_start(run, replace(START, command="rowwise train tracker.uri=postgresql://me:hunter2@host/"))
+    assert "hunter2" not in (run / "starts.jsonl").read_text()
+    (run / "starts.jsonl").write_text((run / "starts.jsonl").read_text().replace("***", "hunter2"))  # of before
+    page = write_page(f"run={run}", to=tmp_path / "page.html")
+    assert "hunter2" not in page.source and page.source.count("//me:***@host/") == 3
+
+
 def test_what_a_run_said_last_is_on_its_page(tmp_path):
     run = write_run(tmp_path / "run", [record(1)])
     (run / "train.log").write_text("".join(f"line {n} <b>\n" for n in range(20_000)))

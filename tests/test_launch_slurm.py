@@ -4,6 +4,7 @@ With a real Slurm: `make test-slurm`."""
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -248,6 +249,10 @@ REFUSED_SWEEPS = {
         ["sweep.search=tpe", "sweep.storage=postgresql://me:a/se@cret@x/db"],
         r"^refused: sweep.storage=postgresql://me:\*\*\*@x/db: .* give sweep.storage='\$\{oc.env:NAME\}'",
     ),
+    "a password of a tracker": (
+        ["tracker=mlflow", "tracker.uri=http://me:hunter2@x/"],
+        r"^refused: tracker.uri=http://me:\*\*\*@x/: .* slurm.setup give the URI as MLFLOW_TRACKING_URI",
+    ),
     "more workers than GPUs": (
         ["sweep.search=grid", "sweep.parallel=2", "slurm.gpus_per_node=1"],
         r"nproc=1 and sweep.parallel=2 with slurm.gpus_per_node=1: .*or more GPUs",
@@ -260,6 +265,17 @@ def test_what_is_refused_of_a_sweep(name, capsys):
     words, message = REFUSED_SWEEPS[name]
     assert main(["sweep", "nproc=1", "optim.lr=1e-3,3e-3", *words]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_jobs_of_a_sweep_have_choices_of_a_folder(tmp_path, capsys):
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim/mine.yaml").write_text("name: adamw\nlr: 0.002\n")
+    words = ["nproc=1", "optim=mine,lion", "--config-dir", str(tmp_path)]
+    assert main(["sweep", *words]) == 0
+    text = capsys.readouterr().out
+    assert f"hydra.searchpath=['file://{tmp_path}']" in " ".join(shlex.split(text.split("srun --", 1)[1].split("&")[0]))
+    assert main(["sweep", *words, "hydra/launcher=slurm"]) == 2
+    assert "leave Hydra's launcher out" in capsys.readouterr().err
 
 
 def test_the_script_is_written_and_submitted(capsys, monkeypatch, tmp_path):

@@ -68,11 +68,13 @@ def test_a_grid_of_two_on_two_ranks_each(ranks, tmp_path):
 
 
 def test_trials_that_fail_are_recorded_and_stop_nothing(tmp_path):
-    """One complete, one whose loss is no number; tests/test_launch_start.py has one that runs out of memory."""
+    """One complete, one whose loss is no number; tests/test_launch_start.py has one that runs out of memory. No file of theirs
+    tells the password of the storage."""
     words = trial_overrides(tmp_path, "steps=3", "eval.every=3", "nproc=1", "data.holdout=0.1", "report=failed")
     folder = tmp_path / "it's ${x}, [a]=b"  # every character that means something in an override
     folder.mkdir()
-    sweep = ["sweep.search=grid", "sweep.parallel=2", "optim.lr=1e-3,1e30"]
+    storage = f"sweep.storage=sqlite:///file:{tmp_path}/all.db?uri=true&password="
+    sweep = ["sweep.search=grid", "sweep.parallel=2", "optim.lr=1e-3,1e30", f"{storage}hunter2"]
     code, said = run(folder, [sys.executable, "-m", "rowwise.launch.sweep", *sweep, *words])
     assert code == 0, said
     rows = rows_of(folder / "sweeps/default")
@@ -85,6 +87,10 @@ def test_trials_that_fail_are_recorded_and_stop_nothing(tmp_path):
     assert re.search("<strong>failed</strong> at step [12]: not a number:", (trials[1] / "report.html").read_text())
     (start,) = read_starts(trials[0])
     assert start.command.startswith("rowwise train model.layers=2 ") and start.step == 0
+    assert f"{storage}***" in (folder / "sweeps/default/command.txt").read_text() and (tmp_path / "all.db").exists()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(files) > 20 and not [path for path, content in files.items() if b"hunter2" in content]
+    assert "hunter2" not in said
 
 
 REFUSED = {

@@ -50,6 +50,13 @@ def test_a_package_that_is_not_there_is_named_with_the_command_that_gets_it(monk
     check_tracker(NoTracker())
 
 
+def test_no_password_gets_into_the_files_of_a_run():
+    with pytest.raises(
+        ValueError, match=r"^tracker.uri=http://me:\*\*\*@host/: .* MLFLOW_TRACKING_URI, which MLflow reads$"
+    ):
+        check_tracker(Mlflow(uri="http://me:hidden@host/"))
+
+
 def pieces_of(content: bytes):
     """The records of a LevelDB log behind wandb's 7 bytes, in blocks of 32 KiB: a checksum (4), a length (2), and whether the
     piece is whole (1), a first (2), a middle (3) or a last one (4)."""

@@ -7,7 +7,7 @@ a reader sees which steps came after a resume.
 import contextlib
 import platform
 import socket
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from rowwise.trainer.files import to_json, write_whole, writing
+from rowwise.trainer.keys import without_password
 
 Report = Literal["always", "failed", "never"]  # when a run that has ended leaves its report.html
 STARTS, SAMPLE = "starts.jsonl", "sample.json"
@@ -57,10 +58,10 @@ def versions() -> dict[str, str]:
 
 
 def keep_start(run_dir: Path, start: Start) -> None:
-    """Adds a line. Raises DiskFull."""
+    """Adds a line, with stars for a password. Raises DiskFull."""
     path = run_dir / STARTS
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(to_json(asdict(start)) + "\n")
+        file.write(to_json(asdict(_shown(start))) + "\n")
 
 
 def read_starts(run_dir: Path) -> list[Start]:
@@ -69,8 +70,12 @@ def read_starts(run_dir: Path) -> list[Start]:
     with contextlib.suppress(OSError):
         for line in (run_dir / STARTS).read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError):
-                found.append(_START.validate_json(line, strict=True))
+                found.append(_shown(_START.validate_json(line, strict=True)))
     return found
+
+
+def _shown(start: Start) -> Start:
+    return start if start.command is None else replace(start, command=without_password(start.command))
 
 
 def keep_sample(run_dir: Path, sample: Sample) -> None:

@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from rowwise.trainer.keys import without_password
+
 
 @dataclass(frozen=True)
 class NoTracker:
@@ -75,7 +77,12 @@ class Tracker(Protocol):
 
 
 def check_tracker(config: TrackerConfig) -> None:
-    """Raises ValueError where its package is not there."""
+    """Raises ValueError where its package is not there, and for a password, which the files of the run would tell."""
+    if isinstance(config, Mlflow) and config.uri is not None and (shown := without_password(config.uri)) != config.uri:
+        raise ValueError(
+            f"tracker.uri={shown}: the run's config.yaml would hold this password; leave tracker.uri out, and give the URI as "
+            "the variable MLFLOW_TRACKING_URI, which MLflow reads"
+        )
     package = PACKAGES.get(config.name)
     if package is not None and find_spec(config.name) is None:
         raise ValueError(

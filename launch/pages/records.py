@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rowwise.launch.outcome import OUTCOME
 from rowwise.trainer.files import from_json
+from rowwise.trainer.keys import without_password
 from rowwise.trainer.metrics import number, record_of, spans
 from rowwise.trainer.starts import Start, read_starts
 
@@ -146,7 +147,8 @@ def read_run(folder: Path, order: int, label: str) -> Run:
     remarks = (
         (f"metrics.jsonl has no record of a later step in line {spans(bad)}, which is passed over",) if bad else ()
     )
-    return Run(order, label, folder, _tree(text, settings), text, curves, tables, remarks, tuple(read_starts(folder)))
+    tree, shown = _tree(text, settings), without_password(text)
+    return Run(order, label, folder, tree, shown, curves, tables, remarks, tuple(read_starts(folder)))
 
 
 def _tree(text: str, path: Path) -> dict[str, Any]:

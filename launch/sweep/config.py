@@ -13,7 +13,7 @@ from rowwise.launch.compose import compose_part, compose_tree, key_of
 from rowwise.launch.given import SEARCHPATH
 from rowwise.launch.sweep.space import Space, overrides_of, parse_space
 from rowwise.trainer.files import from_json, to_json, write_whole
-from rowwise.trainer.keys import check_folder_name
+from rowwise.trainer.keys import check_folder_name, without_password
 
 OWN = ("run_dir", "name")
 HYDRAS = ("hydra/launcher", "hydra.launcher", "hydra.verbose", "hydra/hydra_logging", "hydra/job_logging")
@@ -121,8 +121,8 @@ def keep_plan(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def keep_command(folder: Path, words: list[str], anew: bool) -> None:
-    """Writes the command line that goes on with the sweep to command.txt. Not `anew`: only where no sweep is there yet, for it
-    might be another, which this one will be refused for."""
+    """Writes the command line that goes on with the sweep to command.txt, with stars for a password. Not `anew`: only where
+    no sweep is there yet, for it might be another, which this one will be refused for."""
     if anew or not (folder / "sweep.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "command.txt", shlex.join(["rowwise", "sweep", *words]) + "\n")
+        write_whole(folder / "command.txt", shlex.join(["rowwise", "sweep", *map(without_password, words)]) + "\n")
