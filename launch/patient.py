@@ -46,7 +46,7 @@ def exchange(tell: Telling, rank: int, backend: str, store: str) -> None:
         began = time.perf_counter()
         dist.all_reduce(numbers)
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream(device).synchronize()
         seconds.append(time.perf_counter() - began)
     if numbers[0].item() != 2.0**ROUNDS:
         raise RuntimeError(f"the sum is {numbers[0].item()}, and not {2.0**ROUNDS}")

@@ -181,9 +181,9 @@ class Profiler:
 
 
 def now_ns(device: torch.device) -> int:
-    """By the profiler's clock, once the device has done what it was given."""
+    """By the profiler's clock, once the stream of the step has done what it was given."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
     return time.time_ns()
 
 
