@@ -3,7 +3,8 @@
     a command, without torch <-- socket --> warm process -- fork --> worker, worker, ..., what they meet in
 
 It touches no device and starts no thread, which a fork would not survive, and waits for nothing but its clients: the command that
-started it, and those that command lends it to (the agents of a search's trials). A client sends {"call": "module:function", ...};
+started it, and those that command lends it to (the agents of a search's trials). Messages are JSON of any length, each in a file
+in memory whose descriptor is sent. A client sends {"call": "module:function", ...};
 the function is called in a fork, as `function(tell, *arguments)`, and the client hears {"pid"}, {"pid", "told"} for each thing that
 it tells, and {"pid", "ended"} with its exit code. Where a client is gone, what it started is asked to stop as by SIGTERM.
 """
@@ -36,7 +37,7 @@ from rowwise.trainer.stop import SIGNALS
 # Imported while there is nothing else to do. torch's optimizers import its compiler when they are made, in every worker else.
 BEFOREHAND = ("rowwise.launch.ranks", "rowwise.launch.worker", "torch._dynamo")
 LEAVING_SECONDS = 60  # that is given to what a client left behind
-_MESSAGE_BYTES = 1 << 17
+_MESSAGE, _CLIENT = b"message", b"client"  # what a file descriptor that is sent leads to
 _NAME = 15  # of prctl: what `ps` and `top` show
 _NO_MORE = (BrokenPipeError, ConnectionResetError)
 
@@ -117,10 +118,10 @@ class Warm:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                socket.send_fds(self._control, [b'{"client": "another"}'], [theirs.fileno()])
+                socket.send_fds(self._control, [_CLIENT], [theirs.fileno()])
             except _NO_MORE:
                 self._begin_again()
-                socket.send_fds(self._control, [b'{"client": "another"}'], [theirs.fileno()])
+                socket.send_fds(self._control, [_CLIENT], [theirs.fileno()])
         return ours
 
     def start(
@@ -146,7 +147,7 @@ class Warm:
 
     def _start(self, asked: dict[str, Any]) -> Child:
         with contextlib.suppress(*_NO_MORE):  # which is heard below
-            self._control.send(json.dumps(asked).encode())
+            _send(self._control, asked)
         while True:
             told = self._hear()
             if told.keys() == {"pid"}:
@@ -175,12 +176,9 @@ class Warm:
     def _hear(self) -> dict[str, Any]:
         """One message. Raises WarmIsGone."""
         try:
-            message = self._control.recv(_MESSAGE_BYTES)
+            told = _received(*socket.recv_fds(self._control, len(_MESSAGE), 1)[:2])
         except _NO_MORE:
-            message = b""
-        if not message:
-            raise WarmIsGone
-        told = json.loads(message)
+            raise WarmIsGone from None
         child = self._children.get(told["pid"])
         if child is None or child.code is not None:  # its number is that of one before
             child = self._children[told["pid"]] = Child(told["pid"])
@@ -242,15 +240,13 @@ class Server:
 
     def _answer(self, client: socket.socket) -> Callable[[], None] | None:
         try:
-            message, fds, _, _ = socket.recv_fds(client, _MESSAGE_BYTES, 1)
+            word, fds, _, _ = socket.recv_fds(client, len(_MESSAGE), 1)
+            if word == _CLIENT:
+                self._clients[socket.socket(fileno=fds[0])] = set()
+                return None
+            asked = _received(word, fds)
         except _NO_MORE:
-            message, fds = b"", []
-        if not message:
             self._forget(client)
-            return None
-        asked = json.loads(message)
-        if "client" in asked:
-            self._clients[socket.socket(fileno=fds[0])] = set()
             return None
         module, _, name = asked["call"].partition(":")
         self._import_for(module)
@@ -331,7 +327,24 @@ class Telling:
 
 def _tell(client: socket.socket, message: dict[str, Any]) -> None:
     with contextlib.suppress(*_NO_MORE):
-        client.send(json.dumps(message).encode())
+        _send(client, message)
+
+
+def _send(to: socket.socket, message: dict[str, Any]) -> None:
+    """Not through the socket itself, which takes 200 kB at most: an environment and a list of files are more."""
+    with os.fdopen(os.memfd_create("message"), "wb") as file:
+        file.write(json.dumps(message).encode())
+        file.flush()
+        socket.send_fds(to, [_MESSAGE], [file.fileno()])
+
+
+def _received(word: bytes, fds: list[int]) -> dict[str, Any]:
+    """Raises ConnectionResetError where nobody is there to send."""
+    if not word:
+        raise ConnectionResetError
+    with os.fdopen(fds[0], "rb") as file:
+        file.seek(0)
+        return json.load(file)
 
 
 def _without_token() -> dict[str, str]:

@@ -19,6 +19,10 @@ def environment_at_birth(tell: Any) -> None:
     tell(Path("/proc/self/environ").read_bytes().decode().split("\0"))
 
 
+def tell_again(tell: Any, *arguments: Any) -> None:
+    tell([*arguments, os.environ.get("LONG_2")])
+
+
 def leave(tell: Any, code: int) -> None:
     sys.exit(code)
 

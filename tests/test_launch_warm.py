@@ -38,6 +38,18 @@ def test_a_fork_has_the_environment_of_who_asks_and_no_token(warm, monkeypatch, 
     assert (tmp_path / "out").read_text() == f"said by {first.pid}\n"
 
 
+def test_what_is_asked_and_told_may_be_long(warm, monkeypatch):
+    """A socket takes 200 kB, and a list of files may be as long as the disk has them."""
+    for number in range(3):
+        monkeypatch.setenv(f"LONG_{number}", "x" * 100_000)
+    files = {
+        "data": {
+            "files": [f"/a/folder/of/some/depth/shard-of-the-corpus-number-{number:05d}.txt" for number in range(2000)]
+        }
+    }
+    assert warm.ask("forked:tell_again", files, list(files)) == [files, list(files), "x" * 100_000]
+
+
 def test_how_a_fork_ends_is_heard(warm):
     left, failed, killed = (
         warm.start("forked:leave", 7), warm.start("forked:fail"), warm.start("forked:hold", "/dev/null")
