@@ -81,7 +81,8 @@ class _Start:
 
 
 def _run_once(job: Job, warm: Warm, attend: Callable[[list[Child]], bool], start: _Start) -> list[Failure]:
-    store, workers = warm.start("rowwise.launch.workers:host_store"), list[Child]()
+    store = warm.start("rowwise.launch.workers:host_store", os.getpid(), outlasts=True)
+    workers = list[Child]()
     try:
         port = warm.told_by(store)
         for rank in range(job.nproc):

@@ -130,13 +130,16 @@ class Warm:
         *arguments: Any,
         environment: dict[str, str] | None = None,
         logs: tuple[Path, Path] | None = None,
+        outlasts: bool = False,
     ) -> Child:
-        """Forks `call` in this process's environment and `environment`; its streams go to `logs` where they are given. Raises
-        WarmIsGone."""
+        """Forks `call` in this process's environment and `environment`; its streams go to `logs` where they are given. One that
+        `outlasts` the others is deaf to the signals that ask for a stop, and killed once they have left where this process is
+        gone. Raises WarmIsGone."""
         asked = {
             "call": call,
             "arguments": arguments,
             "environment": {**_without_token(), **(environment or {})},
+            "outlasts": outlasts,
             "logs": None if logs is None else [str(path.absolute()) for path in logs],
         }
         try:
@@ -213,6 +216,8 @@ class Server:
     def __init__(self, control: socket.socket, beforehand: Sequence[str]):
         self._clients: dict[socket.socket, set[int]] = {control: set()}
         self._left: dict[int, float] = {}  # children without a client, and until when they may stay
+        self._outlasting: set[int] = set()
+        self._needed: dict[int, set[int]] = {}  # those of them that outlast others, and which
         self._beforehand, self._imported = list(beforehand), list[str]()
         self._woken, told = os.pipe()
         for end in (self._woken, told):
@@ -259,6 +264,7 @@ class Server:
             os.setpgid(pid, pid)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         self._clients[client].add(pid)
+        self._outlasting |= {pid} if asked["outlasts"] else set()
         _tell(client, {"pid": pid})
         return None
 
@@ -275,7 +281,8 @@ class Server:
         """In a fork: leaves everything of the warm process behind."""
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if number not in SIGNALS or not asked["outlasts"]:
+                signal.signal(number, handler)
         os.setpgid(0, 0)
         for other in self._clients.keys() - {client}:
             other.close()
@@ -298,13 +305,22 @@ class Server:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 pid, status = ended
                 self._left.pop(pid, None)
+                self._outlasting.discard(pid)
                 for client, children in self._clients.items():
                     if pid in children:
                         children.remove(pid)
                         _tell(client, {"pid": pid, "ended": os.waitstatus_to_exitcode(status)})
 
+        for pid, others in list(self._needed.items()):
+            if not others & self._left.keys():
+                del self._needed[pid]
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+
     def _forget(self, client: socket.socket) -> None:
-        for pid in self._clients.pop(client):
+        children = self._clients.pop(client)
+        self._needed |= dict.fromkeys(children & self._outlasting, children - self._outlasting)
+        for pid in children:
             self._left[pid] = time.monotonic() + LEAVING_SECONDS
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGTERM)

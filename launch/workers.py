@@ -23,7 +23,7 @@ from torch.distributed import rendezvous
 from rowwise.launch.gate import LOOPBACK
 from rowwise.launch.meeting import LOGGED, START, interfaces
 from rowwise.launch.outcome import Ended, Failed, Refused
-from rowwise.launch.warm import Telling
+from rowwise.launch.warm import Child, Telling
 from rowwise.parallel.mesh import Workers
 
 MESSAGES_FILE = "collectives-rank-"  # and the rank's number
@@ -74,12 +74,13 @@ def store_here() -> dist.TCPStore:
     return dist.TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
-def host_store(tell: Telling) -> None:
-    """Keeps a store for the workers of this machine, whose port it tells, as long as its parent is there."""
-    store, parent = store_here(), os.getppid()
+def host_store(tell: Telling, client: int) -> None:
+    """Keeps a store for the workers of this machine, whose port it tells, until one of those ends it that see the workers
+    leave: its client, or its parent where that is gone. Where both are, it leaves."""
+    store, parent, asking = store_here(), os.getppid(), Child(client)
     tell(store.port)
     tell.close()
-    while os.getppid() == parent:
+    while os.getppid() == parent or asking.is_there():
         time.sleep(_WATCH_SECONDS)
 
 

@@ -31,11 +31,20 @@ def fail(tell: Any) -> None:
     raise ValueError("of its own making")
 
 
-def hold(tell: Any, path: str) -> None:
-    """Leaves a word when it is asked to stop, and does not otherwise."""
+def stay(tell: Any) -> None:
+    tell(os.getpid())
+    tell.close()
+    while True:
+        time.sleep(0.01)
+
+
+def hold(tell: Any, path: str, saved: str | None = None) -> None:
+    """Leaves a word when it is asked to stop, and leaves once `saved` is there; does not otherwise."""
 
     def asked(number: int, frame: object) -> None:
         Path(path).write_text(signal.Signals(number).name)
+        while saved is not None and not Path(saved).exists():
+            time.sleep(0.01)
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, asked)

@@ -14,6 +14,7 @@ from rowwise.launch import local
 from rowwise.launch.job import Job
 from rowwise.launch.meeting import TOKEN
 from rowwise.launch.warm import Child, Warm, WarmIsGone
+from rowwise.trainer.stop import SIGNALS
 
 
 @pytest.fixture
@@ -86,11 +87,31 @@ def test_who_was_answered_waits_for_no_import(monkeypatch):
 
 
 def test_signals_to_all_processes_do_not_end_it(warm):
-    """Slurm sends them to every process of a step: how workers ended has to be heard of."""
+    """Slurm sends them to every process of a step: how workers ended has to be heard of, and what they meet in is needed until
+    they have saved."""
     parent = warm.ask("forked:tell_oneself", "PATH")["parent"]
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        os.kill(parent, number)
+    host, worker = warm.start("forked:stay", outlasts=True), warm.start("forked:stay")
+    for number in SIGNALS:
+        for process in (parent, host.pid, worker.pid):
+            os.kill(process, number)
+    await_end(warm, worker)
+    assert -worker.code in SIGNALS
     assert warm.ask("forked:tell_oneself", "PATH")["parent"] == parent
+    assert host.is_there()
+
+
+def test_what_outlasts_others_leaves_after_them(warm, tmp_path):
+    other = Warm(warm.lend())
+    host, alone = other.start("forked:stay", outlasts=True), Warm(warm.lend())
+    other.told_by(other.start("forked:hold", str(tmp_path / "asked"), str(tmp_path / "saved")))
+    of_nobody = alone.start("forked:stay", outlasts=True)
+    other.close()
+    alone.close()
+    await_file(tmp_path / "asked")
+    await_leaving(of_nobody)
+    assert host.is_there(), "one that saves needs it"
+    (tmp_path / "saved").write_text("by now")
+    await_leaving(host)
 
 
 def test_one_that_is_gone_is_an_error_while_something_of_it_runs(warm, tmp_path):
@@ -134,9 +155,9 @@ def test_workers_save_and_leave_where_it_is_killed(warm, restarts, tmp_path, mon
     started: list[Child] = []
     start = warm.start
 
-    def start_in_place(call: str, rank: int | None = None, *given, **options) -> Child:
-        if rank is None:
-            return start("forked:hold", "/dev/null")
+    def start_in_place(call: str, rank: int, *given, outlasts: bool = False, **options) -> Child:
+        if call == "rowwise.launch.workers:host_store":
+            return start("forked:stay", outlasts=outlasts)
         again = len(started) >= 2
         started.append(start("forked:leave", 0) if again else start("forked:hold", str(tmp_path / f"asked-{rank}")))
         return started[-1]
@@ -167,6 +188,13 @@ def kill(warm: Warm) -> int:
 def await_end(warm: Warm, child) -> None:
     while child.code is None:
         warm.watch(1.0)
+
+
+def await_leaving(child: Child) -> None:
+    deadline = time.monotonic() + 30
+    while child.is_there():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def await_file(path: Path) -> None:
