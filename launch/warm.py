@@ -36,6 +36,7 @@ from rowwise.trainer.stop import SIGNALS
 
 # Imported while there is nothing else to do. torch's optimizers import its compiler when they are made, in every worker else.
 BEFOREHAND = ("rowwise.launch.ranks", "rowwise.launch.worker", "torch._dynamo")
+QUIET = {"OPENBLAS_NUM_THREADS": "1"}  # numpy would start threads when it is imported
 LEAVING_SECONDS = 60  # that is given to what a client left behind
 _MESSAGE, _CLIENT = b"message", b"client"  # what a file descriptor that is sent leads to
 _NAME = 15  # of prctl: what `ps` and `top` show
@@ -100,7 +101,7 @@ class Warm:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "rowwise.launch.warm", str(theirs.fileno()), *self._beforehand],
-                pass_fds=[theirs.fileno()], env=_without_token(), start_new_session=True,
+                pass_fds=[theirs.fileno()], env=_without_token() | QUIET, start_new_session=True,
             )  # fmt: skip
 
     def _begin_again(self) -> None:
