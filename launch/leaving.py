@@ -9,10 +9,11 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from rowwise.launch.outcome import Ended, Outcome, State, cause_of, read_outcome, write_outcome
 from rowwise.trainer.files import DiskFull
@@ -42,12 +43,17 @@ def leave_report(run_dir: Path, asked: Report, state: State) -> None:
 def _written(run_dir: Path) -> str | None:
     """Why it is not; None where it is."""
     try:
-        writer = subprocess.Popen(
-            [*WRITER, f"run={run_dir}"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        with tempfile.TemporaryFile() as said:  # not a pipe, which holds it up once it is full
+            return _written_by([*WRITER, f"run={run_dir}"], said)
     except OSError as error:
         return f"{error.strerror}"
+
+
+def _written_by(command: list[str], said: IO[bytes]) -> str | None:
+    writer = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     with hearing(lambda number, frame: writer.kill()), answering(lambda number, left: None):
         try:
             code = writer.wait(PATIENCE_SECONDS)
@@ -56,9 +62,9 @@ def _written(run_dir: Path) -> str | None:
             return f"it took more than {PATIENCE_SECONDS:g} seconds"
     if code < 0:
         return "it was interrupted"
-    assert writer.stderr is not None
-    said = writer.stderr.read().split("\n")
-    return None if code == 0 else ([line for line in said if line] or [f"it ended with {code}"])[-1]
+    said.seek(0)
+    lines = said.read().decode(errors="replace").splitlines()
+    return None if code == 0 else ([line for line in lines if line] or [f"it ended with {code}"])[-1]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from rowwise.launch.gate import LOOPBACK
 from rowwise.launch.job import Job
 from rowwise.launch.meeting import START
 from rowwise.launch.outcome import Failure, Refused, WorkersFailed
-from rowwise.launch.warm import Child, Warm, WarmIsGone
+from rowwise.launch.warm import Child, Warm, WarmIsGone, ended_by
 
 POLL_SECONDS = 0.2
 LEAVING_SECONDS = 60  # that workers are given when another has failed
@@ -137,6 +137,4 @@ def _failure(worker: Child, error_file: Path) -> Failure:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         message = json.loads(error_file.read_bytes())["message"]
         return Failure(code, str(message["message"] if isinstance(message, dict) else message))
-    if code < 0:
-        return Failure(code, f"ended by signal {-code} ({signal.strsignal(-code)})")
-    return Failure(code, f"ended with exit code {code}; what it printed says why")
+    return Failure(code, ended_by(code))

@@ -36,7 +36,7 @@ from rowwise.launch.parent import follow
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.train import print_configuration
 from rowwise.launch.utf8 import insist_on_utf8
-from rowwise.launch.warm import Warm, WarmIsGone, warmed
+from rowwise.launch.warm import Unanswered, Warm, WarmIsGone, warmed
 from rowwise.trainer.console import Console, labelled
 from rowwise.trainer.manifest import newest_sound
 from rowwise.trainer.next_steps import next_steps
@@ -70,7 +70,7 @@ def _main(arguments: list[str] | None) -> int:
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
-    except WarmIsGone as gone:
+    except (Unanswered, WarmIsGone) as gone:
         print(f"failed: {gone}", file=sys.stderr)
         return 1
     if outcome.state == "refused":

@@ -50,6 +50,10 @@ class WarmIsGone(RuntimeError):
         super().__init__("the process that forks workers is gone: it was killed, or what it printed says why")
 
 
+class Unanswered(RuntimeError):
+    """A fork ended before it had told what it was asked for."""
+
+
 @dataclass
 class Child:
     """What a warm process forked for this one. `code`: its exit code, once its end was heard of."""
@@ -158,17 +162,17 @@ class Warm:
                 return self._children[told["pid"]]
 
     def ask(self, call: str, *arguments: Any) -> Any:
-        """What `call` tells. Raises RuntimeError where it ends without."""
+        """What `call` tells. Raises Unanswered where it ends without, and WarmIsGone."""
         child = self.start(call, *arguments)
         told = self.told_by(child)
         self._children.pop(child.pid)  # nobody waits for its end
         return told
 
     def told_by(self, child: Child) -> Any:
-        """The first thing that it tells. Raises RuntimeError where it ends without."""
+        """The first thing that it tells. Raises Unanswered where it ends without, and WarmIsGone."""
         while not child.told:
             if child.code is not None:
-                raise RuntimeError(f"a process that was forked ended with {child.code}")
+                raise Unanswered(f"a process that was forked {ended_by(child.code)}")
             self._hear()
         return child.told[0]
 
@@ -367,6 +371,13 @@ def _received(word: bytes, fds: list[int]) -> dict[str, Any]:
 def _without_token() -> dict[str, str]:
     """The environment of this process for others, whose environment anybody of the user's may read."""
     return {name: value for name, value in os.environ.items() if name != TOKEN}
+
+
+def ended_by(code: int) -> str:
+    """An exit code, below 0 a signal's, in words."""
+    if code < 0:
+        return f"ended by signal {-code} ({signal.strsignal(-code)})"
+    return f"ended with exit code {code}; what it printed says why"
 
 
 def call_oneself(name: str) -> None:

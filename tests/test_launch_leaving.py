@@ -56,6 +56,7 @@ def test_a_run_leaves_none_where_none_is_asked_for(run, asked, state, monkeypatc
     [
         ("import sys; sys.exit('first\\n\\nrefused: the page is a file')", "refused: the page is a file"),
         ("raise KeyError('x')", "KeyError: 'x'"),
+        ("import sys; sys.exit('more than a pipe holds\\n' * 9000 + 'why')", "why"),
         ("import os; os._exit(3)", "it ended with 3"),
         ("import time; time.sleep(60)", "it took more than 1 seconds"),
         (None, "No such file or directory"),

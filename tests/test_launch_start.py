@@ -26,6 +26,7 @@ from rowwise.launch.job import Job
 from rowwise.launch.meeting import TOKEN, Meeting, is_here, slurm_meeting
 from rowwise.launch.outcome import Outcome, read_outcome, write_outcome
 from rowwise.launch.utf8 import insist_on_utf8
+from rowwise.launch.warm import Unanswered
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.stop import ASKED
 from runs import records
@@ -112,6 +113,19 @@ def test_refused_before_a_worker_is_started(case, tmp_path, monkeypatch, capsys)
     assert said in told
     assert told.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+class KilledFork:
+    """A warm process whose fork was killed."""
+
+    def ask(self, call: str, *arguments: object) -> None:
+        raise Unanswered("a process that was forked ended by signal 9 (Killed)")
+
+
+def test_a_fork_that_is_killed_before_it_answers_is_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "warmed", lambda lent: nullcontext(KilledFork()))
+    assert launcher.main(["nproc=1"]) == 1
+    assert capsys.readouterr().err == "failed: a process that was forked ended by signal 9 (Killed)\n"
 
 
 CROWDED = {

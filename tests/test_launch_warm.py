@@ -13,7 +13,7 @@ import pytest
 from rowwise.launch import local
 from rowwise.launch.job import Job
 from rowwise.launch.meeting import TOKEN
-from rowwise.launch.warm import Child, Warm, WarmIsGone
+from rowwise.launch.warm import Child, Unanswered, Warm, WarmIsGone
 from rowwise.trainer.stop import SIGNALS
 
 
@@ -60,7 +60,7 @@ def test_how_a_fork_ends_is_heard(warm):
     for child in (left, failed, killed):
         await_end(warm, child)
     assert [left.code, failed.code, killed.code] == [7, 1, -signal.SIGKILL]
-    with pytest.raises(RuntimeError, match="ended with 7"):
+    with pytest.raises(Unanswered, match="ended with exit code 7"):
         warm.ask("forked:leave", 7)
 
 
