@@ -2,6 +2,9 @@
 samples of a token that was rare before."""
 
 import math
+import os
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.data.order import sample_indices
 from rowwise.trainer.manifest import begin, commit, complete_checkpoints, prune, read_manifest, set_aside, step_of
 from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.resume import find_resume
 from rowwise.trainer.spike import (
     Rollback,
     SpikeConfig,
@@ -249,6 +253,50 @@ def test_a_rolled_back_run_that_was_stopped_is_the_same_to_the_last_bit(ranks, f
     assert spikes_in(stopped) == spikes_in(whole) == {ANCHOR + 1: "rolled back"}
     theirs = final_tensors(whole.run_dir)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in final_tensors(stopped.run_dir).items())
+
+
+def stopped_while(workers, config, calling):
+    """A run that is asked to stop while it goes back: as it calls `calling` of train.py for the last time."""
+    from rowwise.trainer import train
+
+    original, calls = getattr(train, calling), iter(range(2))
+
+    def called(*arguments):
+        if next(calls) == (calling == "resume"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    setattr(train, calling, called)
+    try:
+        return run_train(workers, config)
+    finally:
+        setattr(train, calling, original)
+
+
+@pytest.mark.parametrize("calling", ["go_back", "resume"])
+def test_a_run_that_is_asked_to_stop_while_it_goes_back_stops(ranks, folder, calling):
+    config = named(with_layout(config_of(folder, "on_spike=rollback"), 1), folder, f"stopped-in-{calling}")
+    (state,) = ranks.run(stopped_while, 1, config, calling)
+    assert state.step == ANCHOR + 1
+    assert [back.step for back in state.spikes.rollbacks] == [AT]
+
+
+def test_a_run_that_was_given_its_own_checkpoint_goes_back_beyond_it(ranks, folder):
+    """Which is gone then: the same command goes on."""
+    config = named(with_layout(config_of(folder, "on_spike=rollback"), 1), folder, "own")
+    ranks.run(run_until, 1, config, ANCHOR + 1)
+    given = replace(config, resume=f"{config.run_dir}/checkpoints/step-{ANCHOR + 1:08}")
+    (state,) = ranks.run(stopped_while, 1, given, "resume")
+    assert (state.step, Path(given.resume).exists()) == (ANCHOR + 1, True)  # by the same name again
+    ranks.run(run_train, 1, given)
+    assert spikes_in(config) == {ANCHOR + 1: "rolled back"}
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    for beyond in complete_checkpoints(checkpoints):
+        if step_of(beyond) > ANCHOR:
+            shutil.rmtree(beyond)  # as where it was killed before it saved
+    assert find_resume(given, "data")[0].name == f"step-{ANCHOR:08}"
+    with pytest.raises(ValueError, match=r"resume=.*step-00000007: no checkpoint there"):
+        find_resume(replace(given, resume=f"{checkpoints}/step-00000007"), "data")
 
 
 @pytest.mark.parametrize("what", [pytest.param("skip", marks=pytest.mark.full), "rollback"])

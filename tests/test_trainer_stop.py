@@ -30,8 +30,9 @@ def busy(seconds: float) -> None:
 def test_ctrl_c_is_answered_while_a_step_is_made(number, monkeypatch):
     monkeypatch.setattr(stopping, "PATIENCE_SECONDS", 60.0)
     said: list[tuple[str, float]] = []
-    stop = StopRequest(lambda text: said.append((text, time.monotonic())))
-    with stop.heard():
+    with StopRequest() as stop:
+        stop.hear(lambda _: said.append(("to another", 0.0)))
+        stop.hear(lambda text: said.append((text, time.monotonic())))
         threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
         busy(1.5)
         returned = time.monotonic()
@@ -55,14 +56,15 @@ for delay in (0.3, 0.4, 1.0):  # the second comes too soon to be meant
     threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
 def say(text):
     print(text, file=sys.stderr, flush=True)
-with stop.StopRequest(say).heard():
+with stop.StopRequest() as request:
+    request.hear(say)
     {BUSY.format(10**9)}
 """
 BEFORE_TRAINING = """
 import hashlib, os, signal, sys, threading, time, types
 from rowwise.trainer import stop
 stop.PATIENCE_SECONDS = 0.3
-def work(overrides):
+def work(*given):
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     %s
 sys.modules["rowwise.launch.worker"] = types.SimpleNamespace(work=work)

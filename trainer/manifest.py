@@ -202,6 +202,11 @@ def set_aside(checkpoints: Path, beyond: int, why: Literal["damaged", "rolled-ba
             _put_aside(later, why)
 
 
+def is_rolled_back(checkpoint: Path) -> bool:
+    """Whether there was a checkpoint by this name, and it was put aside by a rollback."""
+    return not os.path.lexists(checkpoint) and os.path.lexists(checkpoint.with_name(f"{checkpoint.name}.rolled-back"))
+
+
 def _put_aside(checkpoint: Path, why: str = "damaged") -> None:
     aside = checkpoint.with_name(f"{checkpoint.name}.{why}")
     checkpoint.rename(free_name(aside) if os.path.lexists(aside) else aside)

@@ -14,6 +14,7 @@ from rowwise.trainer.manifest import (
     damage,
     find_checkpoints,
     had_checkpoints,
+    is_rolled_back,
     read_manifest,
 )
 from rowwise.trainer.metadata import METADATA, read_metadata
@@ -55,8 +56,9 @@ def data_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
     }
 
 
-def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
-    """The checkpoints to try, the newest first; empty: start from nothing.
+def find_resume(config: TrainConfig, data_fingerprint: str, rolled_back: bool = False) -> list[Path]:
+    """The checkpoints to try, the newest first; empty: start from nothing. `rolled_back`: the run's own, whatever `resume`
+    names, for it goes back within itself.
 
     Raises ValueError where `resume` names none, where the run folder has checkpoints that `resume` would pass over, where all
     of its checkpoints are lost, where a checkpoint is of another model, and where `resume=auto` would go on in a run whose data
@@ -64,7 +66,8 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
     """
     run_dir = Path(config.run_dir)
     own, records = find_checkpoints(run_dir), read_metrics(run_dir)
-    if config.resume == "never" and (own or records):
+    begins = config.resume == "never" and not rolled_back
+    if begins and (own or records):
         raise ValueError(
             f"resume=never, but run_dir={config.run_dir} already holds a run, which would be lost; "
             "give resume=auto to go on with it, or another name"
@@ -74,11 +77,11 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> list[Path]:
             f"run_dir={config.run_dir} has records up to step {max(r['step'] for r in records)}, and its checkpoints are gone: "
             "bring them back, or give another name to begin anew"
         )
-    if config.resume == "never":
+    if begins:
         return []
     # A run that has begun goes on with its own, also when its command, started again, names where it began.
     auto = config.resume == "auto" or _began_from(own, config.resume)
-    found = own if auto else _given(config, own)
+    found = own if auto or rolled_back or _went_back_from(own, config.resume) else _given(config, own)
     complaints = []
     for checkpoint in found:
         try:
@@ -140,7 +143,7 @@ def none_left(complaints: list[str]) -> str:
 
 def told_of(checkpoint: Path, config: TrainConfig) -> str:
     """What is said of a run that goes on from `checkpoint`: also that it is not the one that `resume` names."""
-    again = config.resume != "auto" and checkpoint in find_checkpoints(Path(config.run_dir))
+    again = config.resume not in ("auto", "never") and checkpoint in find_checkpoints(Path(config.run_dir))
     began = f"; the run began from resume={config.resume}, and goes on with its own" if again else ""
     return f"resumed from {checkpoint}{began}"
 
@@ -211,6 +214,12 @@ def _began_from(own: list[Path], path: str) -> bool:
         except ValueError:
             continue
     return False
+
+
+def _went_back_from(own: list[Path], path: str) -> bool:
+    """Whether `path` was a checkpoint of the run, beyond the one that a spike sent it back to."""
+    named = Path(path).expanduser()
+    return bool(own) and named.parent.resolve() == own[0].parent.resolve() and is_rolled_back(named)
 
 
 def _refuse_second_source(checkpoint: Path, manifest: Manifest, config: TrainConfig) -> None:

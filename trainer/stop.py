@@ -69,21 +69,33 @@ def end_now(left: Callable[[float], bool]) -> None:
 
 
 class StopRequest:
-    """The first signal that is received sets `requested`, and, where it is SIGINT (Ctrl-C), is acknowledged through `say`.
-    More of them change nothing: a cluster's signal often comes twice, from the scheduler and through torchrun. A later
-    SIGINT (Ctrl-C again) ends the process."""
+    """The first signal that is received sets `requested`, and, where it is SIGINT (Ctrl-C), is acknowledged. More of them
+    change nothing: a cluster's signal often comes twice, from the scheduler and through torchrun. A later SIGINT (Ctrl-C
+    again) ends the process. As a context, it is closed."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.requested = False
-        self._say = say
+        self._say: Callable[[str], None] | None = None
+        self._hearing = contextlib.ExitStack()
         self._since: float | None = None
         self._answered_since: float | None = None
 
-    @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """While entered, signals reach it."""
-        with hearing(self._receive), answering(self._answer):
-            yield
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def hear(self, say: Callable[[str], None]) -> None:
+        """From here on, until it is closed, signals reach it, and are acknowledged through the `say` that was given last."""
+        heard, self._say = self._say is not None, say
+        if not heard:
+            self._hearing.enter_context(hearing(self._receive))
+            self._hearing.enter_context(answering(self._answer))
+
+    def close(self) -> None:
+        """From here on signals do what they did before."""
+        self._hearing.close()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
@@ -92,6 +104,7 @@ class StopRequest:
         self._since = self._since or time.monotonic()
 
     def _answer(self, number: int, left: Callable[[float], bool]) -> None:
+        assert self._say is not None
         if _is_again(number, self._answered_since):
             self._say(ENDED)
             end_now(left)

@@ -5,7 +5,7 @@ import gc
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,22 +66,21 @@ def train(config: TrainConfig, workers: Workers | None = None, command: str | No
     mesh = make_mesh(config.parallel, workers)
     data = require_same_data(opened, mesh)
     data.watch.share(workers.local_rank, workers.local_world_size)
-    with data.watch:
-        end = _train(config, mesh, data, [], command)
+    with data.watch, StopRequest() as stop:
+        end = _train(config, mesh, data, [], command, stop)
         while not isinstance(end, TrainState):
             gc.collect()  # a model and its hooks are in circles, and there is no room for two
-            own = replace(config, resume="auto") if config.resume == "never" else config
-            end = _train(own, mesh, data, end, command)
+            end = _train(config, mesh, data, end, command, stop)
     # Not where it failed: taking down a group can wait for a peer that is gone.
     dist.destroy_process_group()
     return end
 
 
 def _train(
-    config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks, command: str | None
+    config: TrainConfig, mesh: Mesh, data: Data, rollbacks: Rollbacks, command: str | None, stop: StopRequest
 ) -> TrainState | Rollbacks:
     """From where the run stands to its end, or to a spike that it goes back from: what it goes back by is given to the next
-    call."""
+    call, which heeds a `stop` that was asked for meanwhile."""
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
     sparsity = build_masks(config, mesh, model)
@@ -106,8 +105,10 @@ def _train(
             Prefetch(zip(train_batches(config, mesh, data, state.position), digests, strict=True))
         )
         clock = Clock(config, mesh.rank, begun.manifest)
-        stop, stopping, first, ahead = StopRequest(reporter.say), test is not None and test.over, state.step, None
-        stack.enter_context(stop.heard())
+        back: Rollbacks = []
+        stopping, first, ahead = test is not None and test.over, state.step, None
+        stop.hear(reporter.say)
+        stack.callback(lambda: None if back else stop.close())
         profiler = stack.enter_context(Profiler(config, mesh))
         saved: dict[str, float] = {}
         while state.step < config.steps and not stopping:
@@ -195,9 +196,9 @@ class Begun:
 
 
 def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor], rollbacks: Rollbacks) -> Begun:
-    """Loads the newest sound checkpoint that `config.resume` allows into `tensors`. Says what was passed over as damaged,
-    where it goes on, what changes, and what it was rolled back by."""
-    here = find_resume(config, data.train.fingerprint) if mesh.rank == 0 else []
+    """Loads the newest sound checkpoint that `config.resume` allows into `tensors`; of a run that was rolled back, its own.
+    Says what was passed over as damaged, where it goes on, what changes, and what it was rolled back by."""
+    here = find_resume(config, data.train.fingerprint, bool(rollbacks)) if mesh.rank == 0 else []
     found = from_rank_0(here, mesh.save_group)
     if not found:
         return Begun(TrainState(loss_scale=initial_loss_scale(config.precision)), Recorded(), [])
