@@ -11,6 +11,7 @@ Nothing here needs torch, and nothing of a file is run: no tag of YAML, no resol
 import argparse
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from rowwise.trainer.run_length import ALTERNATIVES
 
 SEARCHPATH = "hydra.searchpath"  # how --config-dir stands in a list of overrides
 WHOLE = {"name", "run_dir", "steps", "batch", "model", "data", "optim", "schedule", "parallel", "precision"}
-OF_A_TRIAL = ("name", "run_dir", "resume")
+OF_A_TRIAL = ("name", "run_dir")
 LARGEST_BYTES = 1_000_000  # of a file of settings
 _KEY = re.compile(r"[A-Za-z_][\w.]*")
 _PLAIN = re.compile(r"""(?!=)[^\[\]{}()'"$,\\]*""")  # no character that means something in a value
@@ -91,7 +92,7 @@ def _underscored(option: str) -> str:
 def gather(words: Sequence[str], of: str = "train") -> list[str]:
     """The overrides of a command line, files read and put in their places. Raises ValueError.
 
-    `of`: a `sweep` gives every trial a name and a folder of its own, which a file does not say there; a `worker` was started by
+    `of`: a `sweep` gives every trial a name and a folder of its own, and those of a file are left out; a `worker` was started by
     somebody else, who said how many, and not a run's whole configuration.
     """
     items: list[_Item] = []
@@ -227,8 +228,18 @@ def _of_file(path: str, number: str, of: str) -> list[_Item]:
     if whole:
         tree = _as_started(tree, of)
     if of == "sweep":
-        tree = {key: value for key, value in tree.items() if key not in OF_A_TRIAL}
+        tree = _of_every_trial(tree, path, whole)
     return [_Item(key, text, number, f"config={path}", whole) for key, text in _flat(tree, f"config={path}", not whole)]
+
+
+def _of_every_trial(tree: dict[str, Any], path: str, whole: bool) -> dict[str, Any]:
+    """Without what a trial has of its own, and what a run that is no trial began from; says so of what somebody wrote."""
+    own = [key for key in OF_A_TRIAL if key in tree]
+    if own and not whole:
+        told = f"config={path}: its {' and '.join(own)} {'are' if own[1:] else 'is'} left out"
+        print(f"{told}; a sweep gives every trial its own", file=sys.stderr)
+    left = {*own, "resume"} if whole or tree.get("resume") == "auto" else {*own}
+    return {key: value for key, value in tree.items() if key not in left}
 
 
 def _run_of(items: list[_Item]) -> Path | None:

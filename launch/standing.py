@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from rowwise.launch.outcome import OUTCOME, Outcome, read_outcome
 from rowwise.trainer.files import from_json
@@ -21,7 +22,7 @@ from rowwise.trainer.metrics import last_number, last_records, number
 from rowwise.trainer.next_steps import to_begin_again, to_go_on
 from rowwise.trainer.pace import WINDOW, Pace
 
-PLAN, TABLE, COMMAND, WATCHED = "sweep.json", "sweep.csv", "command.txt", ".watched"
+PLAN, ASKED, TABLE, COMMAND, WATCHED = "sweep.json", "asked.json", "sweep.csv", "command.txt", ".watched"
 _OF_A_RUN = {"metrics.jsonl", OUTCOME, JOB, WATCHED}
 SILENT_SECONDS, SILENT_STEPS = 120.0, 20.0  # without a sign of life, after which a run that holds its lock may hang
 
@@ -159,18 +160,17 @@ def _duration(seconds: float) -> str:
 
 
 def of_sweep(folder: Path, trials: Sequence[Standing]) -> Standing:
-    """How a sweep stands, from its trials: `step` of `steps` are those that have ended."""
+    """How a sweep stands, from its trials: `step` of `steps` are those that have ended. Where nobody wrote how many there are to be,
+    none is complete."""
     under_way = [trial for trial in trials if trial.state in ("running", "silent")]
     ended = [trial for trial in trials if trial.state in ("complete", "pruned", "failed", "refused")]
-    planned = len(trials)
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        planned = max(planned, len(from_json((folder / PLAN).read_bytes()).get("trials", ())))
-    state = "running" if under_way or is_held(folder) else "complete" if len(ended) == planned > 0 else "stopped"
+    planned, goal = _asked(folder)
+    complete = planned is not None and len(ended) >= planned > 0
+    state = "running" if under_way or is_held(folder) else "complete" if complete else "stopped"
     counts = [f"{n} {name}" for name in dict.fromkeys(trial.state for trial in trials)
               if (n := sum(trial.state == name for trial in trials))]  # fmt: skip
-    best = min(
-        (trial for trial in trials if trial.eval_loss is not None), key=lambda t: t.eval_loss or 0.0, default=None
-    )
+    measured = [(value, n) for n, trial in enumerate(trials) if (value := getattr(trial, goal)) is not None]
+    best = trials[min(measured)[1]] if measured else None
     lefts = [trial.seconds_left for trial in under_way if trial.seconds_left is not None]
     command = _said(folder / COMMAND)
     return Standing(
@@ -179,13 +179,24 @@ def of_sweep(folder: Path, trials: Sequence[Standing]) -> Standing:
         ", ".join(counts) + (f"; best {best.folder.name}" if best else "") or None,
         step=len(ended),
         steps=planned,
-        loss=None,
+        loss=best.loss if best and goal == "loss" else None,
         eval_loss=best.eval_loss if best else None,
         seconds_left=max(lefts, default=None) if len(ended) + len(under_way) == planned else None,
         bytes=sum(trial.bytes for trial in trials) + _bytes(folder, deep=False),
         goes_on=None if state in ("running", "complete") else command,
         trials=len(trials),
     )
+
+
+def _asked(folder: Path) -> tuple[int | None, Literal["loss", "eval_loss"]]:
+    """How many trials a sweep was asked for, None where nobody wrote it, and by what they are compared."""
+    for name in (ASKED, PLAN):  # of a grid the plan tells its trials too
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            told = from_json((folder / name).read_bytes())
+            trials, goal = told.get("trials"), told.get("goal")
+            if isinstance(trials, list | int):
+                return trials if isinstance(trials, int) else len(trials), "loss" if goal == "loss" else "eval_loss"
+    return None, "eval_loss"
 
 
 def _as_the_search_says(folder: Path, trials: list[Standing]) -> list[Standing]:

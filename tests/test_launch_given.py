@@ -180,10 +180,28 @@ def test_the_command_that_is_kept_of_a_run_is_what_was_typed(here):
     assert (train.command_of(options), options.overrides) == (job.command, list(words))
 
 
-def test_a_sweep_reads_files(here):
+def test_a_sweep_reads_files(here, capsys):
     write("my.yaml", "name: mine\nrun_dir: out\nsteps: 4\nmodel: {layers: 2}\nsweep: {name: first}\n")
     config, space = resolve(gather(["config=my.yaml", "optim.lr=1e-3,3e-3"], "sweep"))
     assert config.name == "first" and {"steps=4", "model.layers=2"} <= set(space.fixed)
+    said = "config=my.yaml: its name and run_dir are left out; a sweep gives every trial its own\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_sweep_takes_from_a_file_what_its_trials_begin_from(here, capsys):
+    """Not in silence from nothing. Of a run's own file that is what the run began from, as its name is the run's."""
+    for resume, kept in (("runs/a", ["resume='runs/a'"]), ("auto", []), ("never", ["resume='never'"])):
+        write("my.yaml", f"resume: {resume}\n")
+        assert gather(["config=my.yaml", "seed=1,2"], "sweep") == [*kept, "seed=1,2"]
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"^resume=never: a sweep goes on"):
+        resolve(gather(["config=my.yaml", "seed=1,2"], "sweep"))
+    write("my.yaml", "resume: nowhere\n")
+    with pytest.raises(ValueError, match="resume=nowhere"):
+        resolve(gather(["config=my.yaml", "seed=1,2"], "sweep"))
+    whole("runs/b", *RUN, "resume=runs/before")
+    assert not [w for w in gather(["config=runs/b/config.yaml", "seed=1,2"], "sweep") if w.startswith("resume=")]
+    assert not capsys.readouterr().err
 
 
 WRONG = {

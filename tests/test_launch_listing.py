@@ -16,7 +16,7 @@ from parity import small_config, with_layout
 from rowwise.launch import cli, listing
 from rowwise.launch.outcome import Outcome, write_outcome
 from rowwise.launch.standing import Standing, of_run, standings, state_of
-from rowwise.launch.sweep.config import keep_command
+from rowwise.launch.sweep.config import keep_asked, keep_command
 from rowwise.trainer import screen
 from rowwise.trainer.files import to_json
 from rowwise.trainer.lock import lock_run
@@ -199,6 +199,21 @@ def test_a_sweep_s_command_is_not_lost_to_another(tmp_path):
     (tmp_path / "sweep.json").write_text("{}")
     keep_command(tmp_path, ["optim.lr=3,4"], anew=False)
     assert (tmp_path / "command.txt").read_text() == "rowwise sweep optim.lr=1,2\n"
+
+
+def test_a_search_is_complete_when_it_has_all_the_trials_it_was_asked_for(tmp_path):
+    """Its plan does not say how many: more are no other search."""
+    (tmp_path / "sweep.json").write_text(to_json({"search": "tpe", "goal": "loss"}))
+    keep_command(tmp_path, ["sweep.search=tpe"], anew=True)
+    for number, loss in enumerate((2.5, 1.5)):
+        folder = make_run(tmp_path / f"trial-{number}", step=10, saved=(10,), loss=loss, eval_loss=2.0 + number)
+        write_outcome(folder, Outcome("complete", None, 10))
+    for asked, state, goes_on in ((None, "stopped", True), (3, "stopped", True), (2, "complete", False)):
+        if asked is not None:
+            keep_asked(tmp_path, asked, "loss")
+        found = next(standings([tmp_path]))
+        assert (found.state, found.step, found.steps, found.goes_on is not None) == (state, 2, asked, goes_on)
+    assert found.reason == "2 complete; best trial-1" and (found.loss, found.eval_loss) == (1.5, 3.0)
 
 
 def test_a_sweep_s_command_tells_no_password(tmp_path):

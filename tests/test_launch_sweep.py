@@ -163,12 +163,17 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch, caps
 def test_a_name_that_another_search_has_in_the_storage_is_refused(tmp_path, monkeypatch, capsys):
     """Here from another folder; the same may be on another layout."""
     words = ["sweep.search=random", f"sweep.storage=sqlite:///{tmp_path}/all.db", "seed=1,2", "sweep.trials=2"]
-    for folder, more, refused in (("a", [], False), ("b", ["steps=7"], True), ("a", ["nproc=1"], False)):
+    for folder, more, refused in (
+        ("a", [], False),
+        ("b", ["steps=7"], True),
+        ("a", ["nproc=1", "sweep.trials=3"], False),
+    ):
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
         config, space = resolve([*words, *more])
         with pytest.raises(ValueError, match="another search called default") if refused else contextlib.nullcontext():
             search.Search(config, space)
+    assert json.loads((tmp_path / "a/sweeps/default/asked.json").read_text()) == {"trials": 3, "goal": "eval_loss"}
 
 
 def test_a_journal_that_is_damaged_is_named(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from rowwise.launch.compose import compose_part, compose_tree, key_of
-from rowwise.launch.given import SEARCHPATH
+from rowwise.launch.given import SEARCHPATH, parse
 from rowwise.launch.sweep.space import Space, overrides_of, parse_space
 from rowwise.trainer.files import from_json, to_json, write_whole
 from rowwise.trainer.keys import check_folder_name, without_password
@@ -45,7 +45,7 @@ def resolve(words: list[str], here: bool = True) -> tuple[SweepConfig, Space]:
     for word, key in keys.items():
         if key in OWN:
             raise ValueError(f"{word}: a sweep gives every trial its own; give sweep.name, or sweep.folder")
-        if word == "resume=never":
+        if key == "resume" and parse(word).value() == "never":
             raise ValueError("resume=never: a sweep goes on with trials that were cut off; leave it out")
         if word in own and not key.startswith(("sweep.", *HYDRAS)):
             raise ValueError(f"{word}: a sweep sets this itself; of Hydra's own, {', '.join(HYDRAS)} are possible")
@@ -118,6 +118,12 @@ def keep_plan(folder: Path, plan: dict[str, Any]) -> None:
             raise ValueError(f"{folder} holds another sweep ({changed} differ); give the same, or another sweep.name")
     else:
         write_whole(path, to_json(plan, indent=1) + "\n")
+
+
+def keep_asked(folder: Path, trials: int, goal: str) -> None:
+    """Writes to asked.json what a sweep that goes on need not agree in, and a reader must know: how many trials end it, and by
+    what they are compared."""
+    write_whole(folder / "asked.json", to_json({"trials": trials, "goal": goal}) + "\n")
 
 
 def keep_command(folder: Path, words: list[str], anew: bool) -> None:

@@ -20,7 +20,7 @@ from rowwise.launch.job import Job
 from rowwise.launch.leaving import leave_report
 from rowwise.launch.meeting import TOKEN, slurm_meeting
 from rowwise.launch.ranks import default_nproc, require_ranks
-from rowwise.launch.sweep.config import SweepConfig, is_basic, keep_plan
+from rowwise.launch.sweep.config import SweepConfig, is_basic, keep_asked, keep_plan
 from rowwise.launch.sweep.space import Space
 from rowwise.launch.sweep.trials import LEAVES, Trial, trial_words
 from rowwise.launch.warm import Warm
@@ -38,6 +38,7 @@ def multirun(config: SweepConfig, space: Space, words: list[str], warm: Warm | N
     try:
         with FileLock(folder / ".lock", timeout=0), hearing(_leave), contextlib.suppress(KeyboardInterrupt):
             keep_plan(folder, {"fixed": space.lasting, "trials": grid})
+            keep_asked(folder, len(grid), config.goal)
             launch_multirun(words, warm)
     except Timeout:
         raise ValueError(f"{folder} is in use by another sweep; wait for it, or give another sweep.name") from None

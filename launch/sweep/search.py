@@ -16,7 +16,7 @@ import optuna.storages.journal
 from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
-from rowwise.launch.sweep.config import SweepConfig, keep_plan
+from rowwise.launch.sweep.config import SweepConfig, keep_asked, keep_plan
 from rowwise.launch.sweep.running import Running, outcome_of, slot_environment, start_trial
 from rowwise.launch.sweep.runs import first_rung, largest_nproc
 from rowwise.launch.sweep.space import Choice, Interval, Space
@@ -56,6 +56,7 @@ class Search:
             self.study.set_user_attr("plan", plan)
         self.grid = list(space.grid()) if config.search == "grid" else []
         self.limit = len(self.grid) or config.trials
+        keep_asked(self.folder, self.limit, config.goal)
         self.running: list[Running] = []
         self.asked_to_stop, self.busy_at = False, time.monotonic()
 
