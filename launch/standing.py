@@ -20,7 +20,7 @@ from rowwise.trainer.lock import JOB, LOCK, is_held
 from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import last_number, last_records, number
 from rowwise.trainer.next_steps import to_begin_again, to_go_on
-from rowwise.trainer.pace import WINDOW, Pace
+from rowwise.trainer.pace import WINDOW, Pace, recent_pace
 
 PLAN, ASKED, TABLE, COMMAND, WATCHED = "sweep.json", "asked.json", "sweep.csv", "command.txt", ".watched"
 _OF_A_RUN = {"metrics.jsonl", OUTCOME, JOB, WATCHED}
@@ -104,6 +104,7 @@ def _of_run(folder: Path, now: float) -> Standing:
         is_held(folder), read_outcome(folder), step, steps, saved, now - _last_sign(folder), pace.seconds_for(1) or 0.0
     )
     under_way = state in ("running", "silent")
+    ahead = steps - step if under_way and steps and step else None
     evaluated = next((record["eval_loss"] for record in reversed(records) if "eval_loss" in record), None)
     if (
         evaluated is None
@@ -120,7 +121,7 @@ def _of_run(folder: Path, now: float) -> Standing:
         loss=number(last.get("loss")),
         eval_loss=number(evaluated),
         tokens_per_second=pace.mean("tokens_per_second"),
-        seconds_left=pace.seconds_for(steps - step) if under_way and steps and step else None,
+        seconds_left=None if ahead is None else recent_pace(folder).seconds_for(ahead),
         bytes=_bytes(folder),
         goes_on=None if under_way else _command(folder, state, steps, saved),
     )

@@ -73,6 +73,20 @@ def test_a_run_under_way_that_is_killed(tmp_path):
     assert (found.seconds_left, found.goes_on) == (None, f"rowwise train resume={folder}")
 
 
+def test_time_left_is_of_evaluations_as_far_apart_as_they_are(tmp_path):
+    """Every 200 steps, of which the last 50 have one, or none."""
+    folder = make_run(tmp_path / "run", steps=2000)
+    lines = [RECORD | {"step": at} | ({"eval_seconds": 100.0} if at % 200 == 0 else {}) for at in range(1, 1191)]
+    holder = hold(folder)
+    try:
+        for made in (1000, 1190):
+            (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines[:made]))
+            assert of_run(folder).seconds_left == pytest.approx((2000 - made) * (2.0 + 0.5))
+    finally:
+        holder.kill()
+        holder.wait()
+
+
 def test_who_looks_whether_a_run_is_under_way_is_in_no_run_s_way(tmp_path, monkeypatch):
     """The run that begins just then waits for the look to end, and others may look at the same time."""
     import fcntl

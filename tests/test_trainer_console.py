@@ -116,6 +116,12 @@ def test_speed_and_time_left_are_moving_means():
     assert pace.mean("tokens_per_second") == pytest.approx(1000)
     pace.add(RECORD | {"step_seconds": 0.1, "eval_seconds": 9.3, "save_seconds": 1.0})
     assert pace.seconds_for(103) == pytest.approx(103 * 0.2 + 10.3), "evaluations and saves come again"
+    for _ in range(2):
+        for step in range(1, 201):
+            pace.add(RECORD | {"step_seconds": 0.1} | ({"eval_seconds": 10.0} if step == 200 else {}))
+    for _ in range(150):
+        pace.add(RECORD | {"step_seconds": 0.1})
+    assert pace.seconds_for(200) == pytest.approx(20 + 10 + 200 / 550), "every 200 steps, and one save in 550"
     assert Pace().seconds_for(1) is None and pace.mean("mfu") is None
     assert Pace([{"step": 1, "step_seconds": "x", "eval_seconds": None}]).seconds_for(3) is None
 

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,12 +171,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [record for line in content.split(b"\n")[:-1] if (record := record_of(line)) is not None]
 
 
-def last_records(run_dir: Path, most: int) -> list[dict[str, Any]]:
-    """At most `most` of a run's last records, out of the end of its file alone; none where it cannot be read."""
+def last_records(run_dir: Path, most: int, rooms: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """At most `most` of a run's last records, out of the end of its file alone, which has as many bytes as the last of `rooms`
+    or as it takes; none where it cannot be read."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             end = file.seek(0, os.SEEK_END)
-            for room in (1 << 14, 1 << 18, end):  # a record of many layers is long
+            for room in rooms or (1 << 14, 1 << 18, end):  # a record of many layers is long
                 file.seek(max(0, end - room))
                 lines = file.read(room).split(b"\n")[:-1]
                 lines = lines[1:] if end > room else lines  # the first began before

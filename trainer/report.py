@@ -17,7 +17,7 @@ from rowwise.trainer.data.open import Data, data_in_words
 from rowwise.trainer.files import write_whole
 from rowwise.trainer.manifest import newest_sound
 from rowwise.trainer.metrics import MetricsLog, Recorded, last_records
-from rowwise.trainer.pace import WINDOW, Pace
+from rowwise.trainer.pace import recent_pace
 from rowwise.trainer.peaks import device_name
 from rowwise.trainer.runlog import keep_said
 from rowwise.trainer.state import TrainState
@@ -93,10 +93,10 @@ class RankZeroReporter(Reporter):
         read = data_in_words(config.data, data)
         epochs = config.steps * config.batch.global_size / data.train.samples
         lines = header(config, mesh.world_size, device_name(mesh.device), read, epochs, state_bytes(assigned))
-        before = last_records(self._run_dir, WINDOW)
+        before = last_records(self._run_dir, 1)
         if (
             before
-            and (told := forecast(Pace(before), config.steps - before[-1]["step"]))
+            and (told := forecast(recent_pace(self._run_dir), config.steps - before[-1]["step"]))
             and config.steps > before[-1]["step"]
         ):
             lines.append(told)
