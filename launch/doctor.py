@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = read_words("rowwise doctor", __doc__, sys.argv[1:] if arguments is None else arguments)
     try:
         settings = parse(Settings, words, "to=FILE")
+        to = _file(settings.to) if settings.to else None
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
@@ -63,9 +64,17 @@ def main(arguments: list[str] | None = None) -> int:
     lines = [health.without_home(line, str(Path.home())) for line in health.report(findings)]
     for line in lines:
         print("\n".join(_fitted(line)))
-    if settings.to:
-        write_whole(Path(settings.to).expanduser(), "\n".join(lines) + "\n")
+    if to is not None:
+        write_whole(to, "\n".join(lines) + "\n")
     return int(any(one.state == "amiss" for one in findings))
+
+
+def _file(name: str) -> Path:
+    """Raises ValueError where nothing can be written there."""
+    path = Path(name).expanduser()
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"to={name}: give the name of a file, in a folder that is there and that you may write in")
+    return path
 
 
 def _fitted(line: str) -> list[str]:
@@ -135,7 +144,11 @@ def required_packages() -> dict[str, str | None]:
 def of_torch(warm: Warm, began: float) -> tuple[list[Finding], int]:
     """What torch is and what it sees, and the GPUs that it sees."""
     try:
-        told = warm.ask("rowwise.launch.patient:tell_devices")
+        told = told_in_time(warm, "rowwise.launch.patient:tell_devices")
+    except TimeoutError as error:
+        return [
+            Finding("torch", str(error), "amiss", "dmesg and nvidia-smi, of which one may hang too, tell of a driver")
+        ], 0
     except RuntimeError as error:
         return [Finding("torch", f"it cannot be imported: {error}", "amiss", "python -c 'import torch' says why")], 0
     parts = [f"torch {told['torch']}", f"CUDA {told['cuda']}" if told["cuda"] else "for a CPU", *told["libraries"]]
@@ -143,6 +156,22 @@ def of_torch(warm: Warm, began: float) -> tuple[list[Finding], int]:
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     devices = health.of_devices(len(told["gpus"]), told["gpus"], driver, told["cuda"])
     return [line, *devices], len(told["gpus"])
+
+
+def told_in_time(warm: Warm, call: str, *arguments: Any) -> Any:
+    """What `call` tells in a fork. Raises RuntimeError where it ends without, and TimeoutError where it does neither in time."""
+    child, deadline = warm.start(call, *arguments), time.monotonic() + PATIENCE_SECONDS
+    while not child.told and child.code is None and time.monotonic() < deadline:
+        warm.watch(0.1)
+    if not child.told and child.code is None:
+        child.end(9)
+        child.code = -9  # whether it heard or not: one that waits for a driver never does, and nobody waits for it
+        raise TimeoutError(
+            f"no word of it and its devices in {PATIENCE_SECONDS:.0f} s: a driver hangs, or the disk it is read from"
+        )
+    told = warm.told_by(child)
+    child.code = 0  # nobody waits for its end
+    return told
 
 
 def of_links(gpus: int) -> list[Finding]:

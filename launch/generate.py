@@ -126,6 +126,8 @@ def given_prompt(config: GenerateConfig) -> str | None:
             return _text(path.read_bytes(), f"prompt_file={path}")
         except OSError as error:
             raise ValueError(f"prompt_file={path} cannot be read ({error.strerror})") from None
+    if sys.stdin is None:  # closed by who started this
+        return _text(b"", "standard input")
     return None if sys.stdin.isatty() else _text(sys.stdin.buffer.read(), "standard input")
 
 

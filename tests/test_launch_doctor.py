@@ -4,6 +4,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,30 @@ def test_the_whole_of_it_on_a_machine_where_something_is_amiss(tmp_path):
     assert (tmp_path / "told.txt").read_text() == done.stdout
     assert platform.node() not in done.stdout.replace("localhost", "")
     assert [path.name for path in tmp_path.iterdir()] == ["told.txt"]
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "examined", lambda folder: pytest.fail("it has looked before"))
+    for to in (tmp_path / "nowhere/told.txt", tmp_path):
+        assert doctor.main([f"to={to}"]) == 2
+        assert capsys.readouterr().err.startswith(f"refused: to={to}: give the name of a file, in a folder")
+
+
+def test_devices_that_never_answer_are_amiss(tmp_path, monkeypatch):
+    """Here a rank whose other never comes."""
+    monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.2)
+    with warmed(beforehand=()) as warm:
+        with pytest.raises(TimeoutError, match="no word of it and its devices in 0 s"):
+            doctor.told_in_time(warm, "rowwise.launch.patient:exchange", 0, "gloo", str(tmp_path / "store"))
+        monkeypatch.setattr(doctor, "told_in_time", lambda *asked: raised(TimeoutError("a driver hangs")))
+        (found,), gpus = doctor.of_torch(warm, 0.0)
+        began = time.monotonic()
+    assert (found.state, found.text, gpus) == ("amiss", "a driver hangs", 0) and found.mend
+    assert time.monotonic() - began < 10, "nobody waits for what hangs"
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 def test_a_home_is_not_told():

@@ -330,3 +330,10 @@ def test_refusals_say_what_was_given_and_what_is_possible(staged_run, tmp_path, 
         refusal = capsys.readouterr().err
         assert refusal.startswith("refused: ") and refusal.count("\n") == 1, refusal
         assert all(part in refusal for part in parts), refusal
+
+
+def test_no_standard_input_is_an_empty_one(monkeypatch):
+    """As `<&-` leaves it."""
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match=r"^standard input is empty; give prompt=TEXT$"):
+        generating.given_prompt(generating.GenerateConfig("runs/a"))
