@@ -36,7 +36,7 @@ from rowwise.launch.outcome import (
     read_outcome,
     write_outcome,
 )
-from rowwise.launch.warm import Child, Warm, warmed
+from rowwise.launch.warm import Child, Warm, WarmIsGone, warmed
 from rowwise.trainer.files import DiskFull
 from rowwise.trainer.lock import is_held
 from rowwise.trainer.manifest import newest_sound, read_manifest
@@ -213,6 +213,8 @@ def _outcome(job: Job, error: Exception | None, asked_to_stop: bool) -> Outcome:
         return max(told, key=lambda outcome: outcome.has_cause)
     if isinstance(error, Ended):
         return Outcome(error.state, str(error), step)
+    if isinstance(error, WarmIsGone):
+        return Outcome("failed", str(error), step)
     return Outcome("failed", f"{type(error).__name__}: {error}", step)
 
 

@@ -104,7 +104,8 @@ def _run_once(job: Job, warm: Warm, attend: Callable[[list[Child]], bool], start
                 _end(workers, signal.SIGTERM)
             if until is not None and time.monotonic() > until:
                 _end(workers, signal.SIGKILL)
-        return [_failure(worker, start.error_file(rank)) for rank, worker in enumerate(workers) if worker.code]
+        failed = [(worker, start.error_file(rank)) for rank, worker in enumerate(workers) if worker.code]
+        return [_failure(*one) for one in sorted(failed, key=_is_consequence)]
     except WarmIsGone:
         _await_end(workers, attend)
         _end([store], signal.SIGKILL)  # what they met in, until they have saved
@@ -129,6 +130,12 @@ def _await_end(workers: list[Child], attend: Callable[[list[Child]], bool]) -> N
 def _end(children: list[Child], number: int) -> None:
     for child in children:
         child.end(number)
+
+
+def _is_consequence(failed: tuple[Child, Path]) -> tuple[bool, float]:
+    """Where one worker fails, others fail for want of it: what was killed from outside is the cause, or who failed first."""
+    worker, _ = failed
+    return not worker.was_killed, worker.ended_at
 
 
 def _failure(worker: Child, error_file: Path) -> Failure:

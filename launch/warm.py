@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import math
 import os
 import select
 import signal
@@ -56,11 +57,14 @@ class Unanswered(RuntimeError):
 
 @dataclass
 class Child:
-    """What a warm process forked for this one. `code`: its exit code, once its end was heard of."""
+    """What a warm process forked for this one. `code`: its exit code, once its end was heard of, which was at `ended_at`;
+    `sent`: the signals that it got from here."""
 
     pid: int
     told: list[Any] = field(default_factory=list)
     code: int | None = None
+    ended_at: float = math.inf
+    sent: set[int] = field(default_factory=set)
     process: psutil.Process | None = None  # which tells it from a later one of the same number
 
     def __post_init__(self) -> None:
@@ -74,15 +78,22 @@ class Child:
             return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         return False
 
+    @property
+    def was_killed(self) -> bool:
+        """By a signal that is none of ours."""
+        return self.code is not None and self.code < 0 and -self.code not in self.sent
+
     def send_signal(self, number: int) -> None:
         """To it alone, where it is still there."""
         if self.is_there():
+            self.sent.add(number)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def end(self, number: int) -> None:
         """Sends a signal to it and to what it started."""
         if self.is_there():
+            self.sent.add(number)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
 
@@ -193,7 +204,7 @@ class Warm:
         if "told" in told:
             child.told.append(told["told"])
         if "ended" in told:
-            child.code = told["ended"]
+            child.code, child.ended_at = told["ended"], time.monotonic()
         return told
 
     def close(self) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rowwise.launch import local
+from rowwise.launch import agent, local
 from rowwise.launch.job import Job
 from rowwise.launch.meeting import TOKEN
+from rowwise.launch.outcome import Outcome, WorkersFailed, read_outcome
 from rowwise.launch.warm import Child, Unanswered, Warm, WarmIsGone
 from rowwise.trainer.stop import SIGNALS
 
@@ -175,6 +176,38 @@ def test_workers_save_and_leave_where_it_is_killed(warm, restarts, tmp_path, mon
     assert [(tmp_path / f"asked-{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2
     assert len(started) == 2 + 2 * restarts
     assert not any(child.is_there() for child in started)
+
+
+@pytest.mark.parametrize(("killed", "codes"), [(False, [7, -signal.SIGTERM]), (True, [-signal.SIGKILL, 7])])
+def test_the_cause_of_a_failure_comes_before_its_consequences(warm, killed, codes, tmp_path, monkeypatch):
+    """Not the lowest rank; and one that the kernel kills is the cause, though others are heard of before."""
+    started: list[Child] = []
+    start = warm.start
+
+    def start_in_place(call: str, rank: int, *given, **options) -> Child:
+        started.append(start("forked:leave", 7) if len(started) == 2 else start("forked:stay"))
+        return started[-1]
+
+    def attend(there: list[Child]) -> bool:
+        if killed and started[2].code and not started[1].sent:
+            os.kill(started[1].pid, signal.SIGKILL)
+        return False
+
+    monkeypatch.setattr(warm, "start", start_in_place)
+    with pytest.raises(WorkersFailed) as failed:
+        local.run_here(Job((), tmp_path / "run", nproc=2, steps=1), warm, attend)
+    assert [failure.exitcode for failure in failed.value.failures] == codes
+
+
+def test_its_death_is_the_reason_that_is_written(warm, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+
+    def die(*given: object) -> None:
+        raise WarmIsGone
+
+    monkeypatch.setattr(agent, "run_here", die)
+    outcome = agent.run_workers(Job((), tmp_path / "run", nproc=1, steps=1), warm)
+    assert outcome == read_outcome(tmp_path / "run") == Outcome("failed", str(WarmIsGone()))
 
 
 def kill(warm: Warm) -> int:
