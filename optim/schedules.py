@@ -7,6 +7,7 @@ run (`warmup=0.02`) or in steps (`warmup_steps=500`), one of the two; in steps i
 longer. The fields of each choice are a dataclass of its own, so that a field of another schedule is an error.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -205,8 +206,8 @@ ScheduleConfig = Constant | Cosine | Linear | OneCycle | Wsd | Infinite | LrRang
 PHASES = {"warmup": "warmup_steps", "decay_share": "decay_steps", "cooldown_share": "cooldown_steps"}
 
 
-def check_schedule(config: ScheduleConfig, steps: int) -> None:
-    """Refuses what a schedule of `steps` steps cannot mean. Raises ValueError."""
+def check_schedule(config: ScheduleConfig, steps: int | None) -> None:
+    """Refuses what a schedule of `steps` steps cannot mean, or of any number where they are not known yet. Raises ValueError."""
     for key, value in vars(config).items():
         if key.endswith("_steps") and value is not None and value < 0:
             raise ValueError(f"schedule.{key}={value}: a number of steps is at least 0")
@@ -216,9 +217,9 @@ def check_schedule(config: ScheduleConfig, steps: int) -> None:
             )
         if key in ("floor", "constant") and not 0 <= value <= 1:
             raise ValueError(f"schedule.{key}={value}: it is a share of optim.lr, from 0 to 1")
-        if key in ("rewarm_at", "anneal_at") and value is not None and not 0 < value < steps:
+        if key in ("rewarm_at", "anneal_at") and value is not None and not 0 < value < (steps or math.inf):
             raise ValueError(
-                f"schedule.{key}={value}: a step after the first, and before the end of the run, steps={steps}"
+                f"schedule.{key}={value}: a step after the first, and before the end of the run, steps={steps or 'those of epochs'}"
             )
         if key == "start" and not 0 < value < 1:
             raise ValueError(
@@ -233,7 +234,7 @@ def check_schedule(config: ScheduleConfig, steps: int) -> None:
             )
     if isinstance(config, OneCycle):
         _check_one_cycle(config)
-    if isinstance(config, WarmedUp):
+    if isinstance(config, WarmedUp) and steps is not None:
         _check_phases(config, steps)
     if isinstance(config, Wsd):
         _check_shape("decay", config.decay, "floor", config.floor)

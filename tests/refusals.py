@@ -398,11 +398,15 @@ REFUSED = {
     ),
     "nothing to go back to": (
         ["on_spike=rollback", "checkpoint.every=0"],
-        r"on_spike=rollback with checkpoint.every=0: .*give checkpoint.every=100, say, or on_spike=skip",
+        r"on_spike=rollback with checkpoint.every=0: .*give checkpoint.every=10%, say, or on_spike=skip",
+    ),
+    "nothing to go back to before the end": (
+        ["on_spike=rollback", "steps=100"],
+        r"on_spike=rollback with checkpoint.every=100: there is nothing to go back to before the end .* steps=100; give",
     ),
     "a clock that says where to go back to": (
         ["on_spike=rollback", "checkpoint.every=20min"],
-        r"on_spike=rollback with checkpoint.every=20min: a clock .*give checkpoint.every=100",
+        r"on_spike=rollback with checkpoint.every=20min: a clock .*give checkpoint.every=10%",
     ),
     "a test that skips what it looks for": (
         ["on_spike=skip", "schedule=lr_range"],
@@ -472,6 +476,10 @@ REFUSED = {
     "2:4 without the hardware": (
         ["sparsity=nm", "sparsity.semi_structured=true", "precision=bf16"],
         r"sparsity.semi_structured: .*; give sparsity.semi_structured=false",
+    ),
+    "masks that change once": (
+        ["sparsity=gradual", "sparsity.update_every=100%"],
+        r"sparsity.update_every=100%: masks would not change within the run; give a share below it \(10%\) or steps",
     ),
     "no updates": (["sparsity=set", "sparsity.update_every=0"], r"sparsity.update_every=0: it is at least 1"),
     "everything replaced": (["sparsity=set", "sparsity.replace=1.0"], r"sparsity.replace=1.0: .* above 0 and below 1"),

@@ -144,6 +144,16 @@ def test_what_a_resume_changes_is_told_with_both_rates(tmp_path):
         "the learning rate goes from 0.00232 at step 4 to 0.0055 at step 5",
     ]
     assert changed(short, short, 2) == []
+    tree = tree_of(short)
+    for new in ("on_spike", "spike", "log", "profile", "tokens", "epochs", "peak_flops"):
+        del tree[new]
+    del tree["parallel"]["ring_order"]
+    assert changes({"config": tree, "step": 2}, short) == [], "what an earlier release did not know is as it was"
+    spiky = replace(short, on_spike="skip", spike=replace(short.spike, window=64))
+    assert (
+        changes({"config": tree, "step": 2}, spiky)[0]
+        == "changed since: on_spike record -> skip, spike.window 128 -> 64"
+    )
     assert changed(short, replace(short, name="other", run_dir="/there", resume="runs/x", nproc=3), 2) == []
     assert changed(long, short, 4) == ["changed since: steps 8 -> 4"], "no step is left"
 

@@ -212,6 +212,25 @@ def test_an_epoch_is_every_sample_once(tmp_path):
         prepare(late, 1)
 
 
+@pytest.mark.parametrize(
+    ("options", "shorter"),
+    [
+        (("sparsity=rigl", "sparsity.start=0.1", "sparsity.stop_at=100", "sparsity.update_every=10"), 99),
+        (("sparsity=rigl", "sparsity.update_every=5%", "sparsity.stop_at=100"), 99),
+        (("schedule=cosine", "schedule.rewarm_at=50", "schedule.warmup=0.02"), 50),
+        (("schedule=wsd", "schedule.decay_share=0.99", "schedule.warmup_steps=2"), 100),
+    ],
+    ids=["start", "gap", "rewarmed", "decay"],
+)
+def test_shares_and_steps_go_together_in_a_run_of_epochs(options, shorter):
+    """What they come to is known, and refused where it is nothing, once the data is opened."""
+    config = check(composed("epochs=1", "schedule=constant", *options), 1)
+    assert config.known_steps is None
+    check(replace(config, steps=200), 1)
+    with pytest.raises(ValueError, match=r"^(schedule|sparsity)[.=]"):
+        check(replace(config, steps=shorter), 1)
+
+
 def test_resumed_with_other_tokens_as_with_other_steps(ranks, tmp_path):
     base = tree_of(small_config(tmp_path, "eval.every=25%"))
     step = 24 * 13

@@ -10,6 +10,7 @@ from rowwise.optim.sparse.masks import count, unpack
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import flops_per_token, parameter_shapes
 from rowwise.trainer.prepare import prepare
+from rowwise.trainer.resume import state_facts
 from runs import assert_resumes_to_the_last_bit, assert_same_run, final_tensors, named, run_train, run_until
 
 SHAPE = (
@@ -151,6 +152,7 @@ def test_a_checkpoint_with_other_masks_is_refused(ranks, folder):
         ): r"holds other optimizer states: sparsity.density=0.2 there and 0.3 here",
         (*METHODS["rigl"], "sparsity.distribution=uniform"): r"sparsity.distribution=erk there and uniform here",
         (*METHODS["rigl"], "sparsity.stop_at=12"): r"sparsity.stop_at=9 there and 12 here",
+        (*METHODS["rigl"], "sparsity.update_every=0.25"): r"sparsity.update_every=2 there and 3 here; give the same",
         (*METHODS["rigl"], "steps=40"): r"sparsity.stop_at=9 there and 30 here; give the same",
     }
     for overrides, message in cases.items():
@@ -161,3 +163,6 @@ def test_a_checkpoint_with_other_masks_is_refused(ranks, folder):
         prepare(dense, 1)
     longer = replace(config, steps=40, sparsity=replace(config.sparsity, stop_at=9))
     assert prepare(longer, 1).steps == 40
+    by_share = replace(longer, sparsity=replace(longer.sparsity, update_every=0.05))
+    assert prepare(by_share, 1).steps == 40, "which are 2 steps too"
+    assert state_facts(by_share) != state_facts(replace(by_share, steps=80)), "longer, they are 4"

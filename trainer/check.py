@@ -19,7 +19,7 @@ from rowwise.trainer.keys import check_folder_name
 from rowwise.trainer.manifest import check_checkpoint
 from rowwise.trainer.models.decoder import check_model, parameter_shapes
 from rowwise.trainer.run_length import MOST_STEPS
-from rowwise.trainer.spike import check_spike
+from rowwise.trainer.spike import check_spike, check_way_back
 from rowwise.trainer.stages import check_pipeline, splits_backward
 from rowwise.trainer.tracker import check_tracker
 from rowwise.trainer.watching import check_profile
@@ -40,11 +40,11 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_model(config.model)
     check_optimizer(config.optim, parameter_shapes(config.model))
     _check_stable_embedding(config)
-    check_schedule(config.schedule, config.steps)
+    check_schedule(config.schedule, config.known_steps)
     _check_momentum(config)
     _check_range_test(config)
     check_precision(config.precision)
-    check_sparsity(config.sparsity, parameter_shapes(config.model), config.steps)
+    check_sparsity(config.sparsity, parameter_shapes(config.model), config.known_steps)
     check_checkpoint(config.checkpoint)
     _check_eval(config)
     parallel = resolve_degrees(config.parallel, world_size)
@@ -57,7 +57,9 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     _check_param_dtype(config, parallel, micro_batches)
     _check_in_backward(config, parallel, micro_batches)
     range_test = isinstance(config.schedule, LrRange)
-    check_spike(config.on_spike, config.spike, config.checkpoint.every, config.optim.in_backward, range_test)
+    check_spike(config.on_spike, config.spike, config.optim.in_backward, range_test)
+    if config.on_spike == "rollback":
+        check_way_back(config.checkpoint.every, config.length if config.known_steps else None)
     _check_sparsity(config, parallel)
     check_profile(config.profile, config.known_steps, world_size)
     check_tracker(config.tracker)

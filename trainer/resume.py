@@ -2,10 +2,11 @@
 before any process group exists."""
 
 from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rowwise.optim.sparse.config import TimedBase
+from rowwise.optim.sparse.config import TimedBase, every
 from rowwise.trainer.config import TrainConfig, schedule_of, tree_of
 from rowwise.trainer.keys import flat
 from rowwise.trainer.manifest import (
@@ -21,7 +22,12 @@ from rowwise.trainer.metadata import METADATA, read_metadata
 from rowwise.trainer.metrics import Recorded, read_metrics
 
 # What the facts were before they were kept.
-BEFORE: dict[str, Any] = {"optim.assign": [], "sparsity.name": "none", "model.stable_embedding": False}
+BEFORE: dict[str, Any] = {
+    "optim.assign": [],
+    "sparsity.name": "none",
+    "model.stable_embedding": False,
+    "on_spike": "record",
+}
 
 WHERE = ("name", "run_dir", "resume", "nproc", "report")  # how a run is found and started, not what it does
 
@@ -43,6 +49,8 @@ def state_facts(config: TrainConfig) -> dict[str, Any]:
         # Times that moved with `steps` would change masks that were meant to stay.
         facts["sparsity.start_at"] = config.sparsity.first_step(config.steps)
         facts["sparsity.stop_at"] = config.sparsity.last_step(config.steps)
+        if isinstance(gap := getattr(config.sparsity, "update_every", None), float):
+            facts["sparsity.update_every"] = every(gap, config.steps)
     return facts
 
 
@@ -95,7 +103,7 @@ def find_resume(config: TrainConfig, data_fingerprint: str, rolled_back: bool = 
             read_metadata(checkpoint)  # refused here, where one line can say why
         advice = "give the same, or another name"
         _refuse_difference(checkpoint, manifest["model"], model_facts(config), "is of another model", advice)
-        states = {**manifest["model"], **manifest.get("states", {})}
+        states = {**_gap(manifest), **manifest["model"], **manifest.get("states", {})}
         _refuse_difference(checkpoint, states, state_facts(config), "holds other optimizer states", advice)
         _refuse_second_source(checkpoint, manifest, config)
         if auto:
@@ -159,6 +167,7 @@ def changes(manifest: Manifest, config: TrainConfig) -> list[str]:
     """What a run that goes on from the checkpoint of `manifest` does otherwise from here on: every key that differs, and the
     learning rate of the step before and of the step after."""
     before, now = flat(manifest["config"]), flat(tree_of(config))
+    before = {key: value for key, value in (BEFORE | _defaults(config, before)).items() if key in now} | before
     keys = [key for key in before | now if key not in WHERE and before.get(key) != now.get(key)]
     if not keys:
         return []
@@ -173,6 +182,19 @@ def changes(manifest: Manifest, config: TrainConfig) -> list[str]:
         old = "an unknown one" if was is None else f"{was:.3g}"
         lines.append(f"the learning rate goes from {old} at step {step} to {becomes:.3g} at step {step + 1}")
     return lines
+
+
+def _defaults(config: TrainConfig, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Of keys in groups of which there is the same choice as `before`: what a release did that did not know them."""
+    found: dict[str, Any] = {}
+    for group, choice in vars(config).items():
+        same = is_dataclass(choice) and before.get(f"{group}.name") == getattr(choice, "name", None)
+        for key in fields(choice) if same else ():
+            if key.default is not MISSING:
+                found[f"{group}.{key.name}"] = key.default
+            elif key.default_factory is not MISSING:
+                found[f"{group}.{key.name}"] = key.default_factory()
+    return found
 
 
 def _rate_then(tree: Mapping[str, Any], step: int) -> float | None:
@@ -220,6 +242,12 @@ def _went_back_from(own: list[Path], path: str) -> bool:
     """Whether `path` was a checkpoint of the run, beyond the one that a spike sent it back to."""
     named = Path(path).expanduser()
     return bool(own) and named.parent.resolve() == own[0].parent.resolve() and is_rolled_back(named)
+
+
+def _gap(manifest: Manifest) -> dict[str, Any]:
+    """The steps between two changes of masks, which are no fact where they were said as steps: a later run may change those."""
+    gap = flat(manifest["config"]).get("sparsity.update_every")
+    return {} if gap is None else {"sparsity.update_every": every(gap, manifest["config"]["steps"])}
 
 
 def _refuse_second_source(checkpoint: Path, manifest: Manifest, config: TrainConfig) -> None:

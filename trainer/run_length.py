@@ -2,7 +2,8 @@
 
 `steps`, or `tokens` or `epochs` in its place: as many whole steps as read no more than that. An epoch is every sample of
 the data once, as `data.order` deals them out: every whole window of `batch.seq_len` tokens of every packed stream (a stream's
-last tokens, fewer than a window, are in none), so that `epochs=1` reads no sample twice. `batch.global_tokens` in the place
+last tokens, fewer than a window, are in none), so that `epochs=1` reads no sample twice; a run
+that goes back from a spike passes over what it read, and reads as many at the end anew. `batch.global_tokens` in the place
 of `batch.global_size`: the tokens of a step. What was asked stays in the configuration beside what it came to. Needs no torch.
 """
 
@@ -137,9 +138,15 @@ def _with_numbers(tree: Tree) -> Tree:
                     f"{share_key}={said}: a share of the run, from 0 to 1; for steps or tokens give {key}={said}"
                 )
             tree = _put(tree, share_key, float(length.amount))
-    value = _get(tree, "sparsity.update_every")
-    if isinstance(value, str) and (steps := _in_steps(tree, read_length("sparsity.update_every", value))) is not None:
-        tree = _put(tree, "sparsity.update_every", steps)
+    key = "sparsity.update_every"
+    if isinstance(value := _get(tree, key), str):
+        length = read_length(key, value)
+        if length.unit == "share":  # those below stand there as numbers
+            raise ValueError(
+                f"{key}={value}: masks would not change within the run; give a share below it (10%) or steps"
+            )
+        if (steps := _in_steps(tree, length)) is not None:
+            tree = _put(tree, key, steps)
     return tree
 
 

@@ -1,10 +1,12 @@
 """Spikes: steps whose loss or gradient norm is far above that of the steps before, and what is done about them.
 
     record      the update is made, and the record of the step says `spike`
-    skip        the update is not made, as after an overflow of fp16: weights, states and masks stay; the step counts, so the
-                learning rate's schedule and the place in the data go on (OLMo 2's skip-step optimizers)
+    skip        the update is not made, as after an overflow of fp16: weights, their states and masks that would grow by its
+                gradient stay (masks that follow from weights alone change when they are due); the step counts, so the learning
+                rate's schedule and the place in the data go on (OLMo 2's skip-step optimizers)
     rollback    the run goes back to the newest checkpoint that `checkpoint.every` made, on disk, and past all data that it
-                has read since (Chowdhery et al., *PaLM*, section 5.1); where there is none yet, it skips
+                has read since (Chowdhery et al., *PaLM*, section 5.1); where there is none yet, it skips; or records, where the
+                update was made in the backward (optim.in_backward)
 
 A number x of a step is `threshold` spreads above the centre of those of the last `window` steps:
 
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rowwise.optim.lengths import read_length
+from rowwise.optim.lengths import RunLength, read_length
 from rowwise.trainer.manifest import complete_checkpoints, step_of
 
 OnSpike = Literal["record", "skip", "rollback"]
@@ -74,10 +76,8 @@ class Spikes:
         return cls(**{**tree, "rollbacks": [Rollback(**one) for one in tree["rollbacks"]]})
 
 
-def check_spike(
-    on_spike: OnSpike, config: SpikeConfig, every: int | float | str, in_backward: bool, range_test: bool
-) -> None:
-    """Raises ValueError. `every`: of checkpoints."""
+def check_spike(on_spike: OnSpike, config: SpikeConfig, in_backward: bool, range_test: bool) -> None:
+    """Raises ValueError."""
     if not FEWEST <= config.window <= LARGEST_WINDOW:
         raise ValueError(
             f"spike.window={config.window}: steps that a step is held against, {FEWEST} to {LARGEST_WINDOW:,}"
@@ -92,16 +92,27 @@ def check_spike(
             "on_spike=skip with optim.in_backward: parameters have changed when the norm is known; give on_spike=rollback, "
             "which goes back to a checkpoint, or on_spike=record"
         )
-    interval = read_length("checkpoint.every", every)
-    if on_spike == "rollback" and (interval.unit == "time" or interval.amount == 0):
-        why = "a clock would say where it goes back to" if interval.amount else "there is nothing to go back to"
-        raise ValueError(
-            f"on_spike=rollback with checkpoint.every={every}: {why}; give checkpoint.every=100, say, or on_spike=skip"
-        )
     if on_spike != "record" and range_test:
         raise ValueError(
             f"on_spike={on_spike} with schedule=lr_range: a test ends where the loss blows up; give on_spike=record"
         )
+
+
+def check_way_back(every: int | float | str, run: RunLength | None) -> None:
+    """Refuses a rollback of a run that saves a checkpoint `every` so often where it has none to go back to. `run`: where its
+    steps are known. Raises ValueError."""
+    interval = read_length("checkpoint.every", every)
+    if interval.unit == "time":
+        why = "a clock would say where it goes back to"
+    elif interval.amount == 0:
+        why = "there is nothing to go back to"
+    elif run is not None and run.in_steps(interval) >= run.steps:
+        why = f"there is nothing to go back to before the end of the run, steps={run.steps}"
+    else:
+        return
+    raise ValueError(
+        f"on_spike=rollback with checkpoint.every={every}: {why}; give checkpoint.every=10%, say, or on_spike=skip"
+    )
 
 
 def score(before: list[float], x: float, rule: str) -> float:

@@ -23,8 +23,8 @@ from rowwise.optim.sparse.config import (
 )
 
 
-def check_sparsity(config: SparsityConfig, shapes: dict[str, torch.Size], steps: int) -> None:
-    """Refuses what cannot be. `shapes`: of every parameter. Raises ValueError."""
+def check_sparsity(config: SparsityConfig, shapes: dict[str, torch.Size], steps: int | None) -> None:
+    """Refuses what cannot be. `shapes`: of every parameter; `steps`: of the run, where they are known. Raises ValueError."""
     if isinstance(config, NoSparsity):
         return
     hidden = [name for name, shape in shapes.items() if kind_of(name, shape) == "hidden"]
@@ -42,7 +42,7 @@ def check_sparsity(config: SparsityConfig, shapes: dict[str, torch.Size], steps:
         _check_rows(config, matrices)
     else:
         _check_budget(config, matrices)
-    if isinstance(config, TimedBase):
+    if isinstance(config, TimedBase) and steps is not None:
         _check_times(config, steps)
     if isinstance(config, EvolvingBase) and not 0 < config.replace < 1:
         raise ValueError(f"sparsity.replace={config.replace}: a share of the mask, above 0 and below 1")
