@@ -44,7 +44,7 @@ test-slow: $(READY)
 test-slurm: $(READY) slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster/*.py $(ARGS)
 
-# docs/first-hour.md, typed from a fresh clone of what is committed.
+# docs/first-hour.md, typed from a fresh clone; about ten minutes.
 test-walk: $(READY)
 	$(BIN)/python -m pytest tests/walk/*.py $(ARGS)
 

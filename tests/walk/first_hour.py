@@ -8,6 +8,7 @@ every other line is found in what the command prints, with other numbers in it. 
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -62,11 +63,15 @@ class Shell:
     """One shell: where a command leaves its folder and its environment, the next begins."""
 
     def __init__(self, home: Path):
-        self._state, self.folder = home / "state", home
+        self._state, self._origin, self.folder = home / "state", home / "origin", home
         self._state.write_text("")
+        shutil.copytree(ROOT, self._origin, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build"))
+        git = ["git", "-C", str(self._origin), "-c", "user.name=walk", "-c", "user.email=walk"]
+        for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "as it stands here"]):
+            subprocess.run([*git, *words], check=True)
 
     def run(self, command: Command) -> tuple[int, str]:
-        text = CLONED.sub(str(ROOT), command.text)
+        text = CLONED.sub(str(self._origin), command.text)
         kept = f"code=$?; {{ export -p; echo cd \"'$PWD'\"; }} > {self._state}.new; mv {self._state}.new {self._state}; exit $code"
         script = f"cd {self.folder}; . {self._state}; {text}\n{kept}"
         environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | ENVIRONMENT
