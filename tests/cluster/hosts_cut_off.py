@@ -31,8 +31,9 @@ STEPS = 60
 TIMEOUT, LAST_CALL, READ = 8, 2, 8
 KEEP_ALIVE_INTERVAL, KEEP_ALIVE_ATTEMPTS = 2, 3
 KEEP_ALIVE = KEEP_ALIVE_INTERVAL * KEEP_ALIVE_ATTEMPTS
-# The first after 0.2 s, then each after twice as long. The kernel gives up at the last of them or at the next.
-TCP_RETRIES, TCP_SECONDS = 4, 0.2 * (2**6 - 1)
+# The first after 0.2 s, or up to 0.3 where answers had taken unequally long on a busy machine; then each after twice as long. The
+# kernel gives up at the last of them or at the next.
+TCP_RETRIES, TCP_SECONDS = 4, 0.3 * (2**6 - 1)
 POLL = 3  # the rendezvous is looked at once a second, by each of three steps: leaving it, joining it, closing it
 ALONE = max(TIMEOUT, READ, TCP_SECONDS) + POLL  # that a host has which has lost the rendezvous
 FOLLOW = 2  # that workers have whose torchrun was killed
