@@ -40,7 +40,7 @@ from rowwise.launch.warm import Child, Warm, WarmIsGone, warmed
 from rowwise.trainer.files import DiskFull
 from rowwise.trainer.lock import is_held
 from rowwise.trainer.manifest import newest_sound, read_manifest
-from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.metrics import last_step
 from rowwise.trainer.runlog import keep_said
 from rowwise.trainer.screen import CLEAR, is_terminal
 from rowwise.trainer.stop import ASKED, INTERRUPTED, SIGNALS, hearing
@@ -185,20 +185,13 @@ def _is_worker(process: psutil.Process) -> bool:
         return False
 
 
-def _last_step(run_dir: Path) -> int:
-    """How far the records reach; 0 where they do not tell."""
-    with contextlib.suppress(OSError):
-        return max((record["step"] for record in read_metrics(run_dir)), default=0)
-    return 0
-
-
 def _recorded_steps(run_dir: Path) -> int:
     """The steps of the run, which its workers have written beside what they were asked for."""
     return int(OmegaConf.load(run_dir / "config.yaml").steps)
 
 
 def _outcome(job: Job, error: Exception | None, asked_to_stop: bool) -> Outcome:
-    step = _last_step(job.run_dir)
+    step = last_step(job.run_dir)
     # One that is asked before it hears, or when it no longer does, dies of it, and others for want of it.
     failures = error.failures if isinstance(error, WorkersFailed) else []
     deaf = any(failure.exitcode == INTERRUPTED or -failure.exitcode in SIGNALS for failure in failures)

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 from rowwise.launch.outcome import Ended, Outcome, State, cause_of, read_outcome, write_outcome
 from rowwise.trainer.files import DiskFull
-from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.metrics import last_step
 from rowwise.trainer.starts import Report
 from rowwise.trainer.stop import answering, hearing
 
@@ -74,7 +74,7 @@ def end_told(config: "TrainConfig") -> Iterator[None]:
     run_dir, outcome = Path(config.run_dir), Outcome("stopped", "asked to stop")
     try:
         yield
-        if _last_step(run_dir) >= config.steps:
+        if last_step(run_dir) >= config.steps:
             outcome = Outcome("complete")
     except KeyboardInterrupt:
         outcome = Outcome("stopped", AT_ONCE)
@@ -85,7 +85,7 @@ def end_told(config: "TrainConfig") -> Iterator[None]:
         raise
     finally:
         with contextlib.suppress(DiskFull, OSError):  # which most likely is the reason, and is told
-            write_outcome(run_dir, replace(outcome, step=_last_step(run_dir)))
+            write_outcome(run_dir, replace(outcome, step=last_step(run_dir)))
 
 
 def leave_report_as_told(config: "TrainConfig") -> None:
@@ -93,10 +93,3 @@ def leave_report_as_told(config: "TrainConfig") -> None:
     outcome = read_outcome(Path(config.run_dir))
     if outcome is not None and outcome.reason != AT_ONCE:
         leave_report(Path(config.run_dir), config.report, outcome.state)
-
-
-def _last_step(run_dir: Path) -> int:
-    """How far the records reach; 0 where they do not tell."""
-    with contextlib.suppress(OSError):
-        return max((record["step"] for record in read_metrics(run_dir)), default=0)
-    return 0

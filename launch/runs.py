@@ -21,7 +21,7 @@ from rowwise.launch.checkpoints import candidates_of, choose_sound
 from rowwise.launch.given import read_settings
 from rowwise.launch.standing import Standing, of_run
 from rowwise.trainer.data.own_tokenizer import tokenizer_of_run
-from rowwise.trainer.manifest import complete_checkpoints, find_checkpoints
+from rowwise.trainer.manifest import complete_checkpoints, find_checkpoints, step_of
 from rowwise.trainer.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Run:
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The complete checkpoints, the oldest first."""
         found = complete_checkpoints(self.folder / "checkpoints")
-        return tuple(Checkpoint(int(path.name.split("-")[1]), path) for path in reversed(found))
+        return tuple(Checkpoint(step_of(path), path) for path in reversed(found))
 
     def model(
         self, step: int | None = None, device: str | None = None, dtype: "torch.dtype | None" = None

@@ -17,7 +17,7 @@ from rowwise.launch.outcome import OUTCOME, Outcome, read_outcome
 from rowwise.trainer.files import from_json
 from rowwise.trainer.keys import without_password
 from rowwise.trainer.lock import JOB, LOCK, is_held
-from rowwise.trainer.manifest import complete_checkpoints
+from rowwise.trainer.manifest import complete_checkpoints, step_of
 from rowwise.trainer.metrics import last_number, last_records, number
 from rowwise.trainer.next_steps import to_begin_again, to_go_on
 from rowwise.trainer.pace import WINDOW, Pace, recent_pace
@@ -241,9 +241,7 @@ def _said(path: Path) -> str | None:
 def _newest_saved(folder: Path) -> int | None:
     """The step of the newest checkpoint; its files are not looked into."""
     with contextlib.suppress(ValueError, OSError):
-        return next(
-            (int(path.name.removeprefix("step-")) for path in complete_checkpoints(folder / "checkpoints")), None
-        )
+        return next((step_of(path) for path in complete_checkpoints(folder / "checkpoints")), None)
     return None
 
 

@@ -171,6 +171,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [record for line in content.split(b"\n")[:-1] if (record := record_of(line)) is not None]
 
 
+def last_step(run_dir: Path) -> int:
+    """How far the records of a run reach; 0 where they do not tell."""
+    with contextlib.suppress(OSError):
+        return max((record["step"] for record in read_metrics(run_dir)), default=0)
+    return 0
+
+
 def last_records(run_dir: Path, most: int, rooms: Sequence[int] = ()) -> list[dict[str, Any]]:
     """At most `most` of a run's last records, out of the end of its file alone, which has as many bytes as the last of `rooms`
     or as it takes; none where it cannot be read."""
