@@ -126,6 +126,7 @@ def overrides(folder: Path) -> list[str]:
     return overrides_of(
         folder, f"steps={STEPS}", "precision=fp64", "batch.global_size=24", "checkpoint.every=10",
         f"parallel.timeout_seconds={TIMEOUT}", "parallel.zero=2",
+        "report=never",  # a worker that ends would make one, in 2 s of a core, before it is gone
     )  # fmt: skip
 
 
