@@ -1,1 +1,1 @@
-"""What a run is: Hydra groups. This file only lets Hydra find the YAML beside it in an editable install."""
+"""What a run is: Hydra groups, and what an option says of itself. This file lets Hydra find the YAML beside it."""

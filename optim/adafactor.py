@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rowwise.conf.option import Fixed, MayChange
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase
 from rowwise.optim.rule import Batch, all_reduce_, pick, row_slices, rows_like
@@ -26,9 +27,9 @@ TINY = 1e-30
 class AdafactorConfig(OptimBase):
     """`decay`: the second moment forgets with 1 - t^-decay. `clip_threshold`: the largest root mean square of an update."""
 
-    name: Literal["adafactor"] = "adafactor"
-    decay: float = 0.8
-    clip_threshold: float = 1.0
+    name: Fixed[Literal["adafactor"]] = "adafactor"
+    decay: MayChange[float] = 0.8
+    clip_threshold: MayChange[float] = 1.0
 
     def check(self) -> None:
         super().check()

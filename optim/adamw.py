@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rowwise.conf.option import Fixed
 from rowwise.kernels.adamw import adamw_
 from rowwise.optim.common import AdamBase
 from rowwise.optim.rule import Batch, pick
@@ -19,7 +20,7 @@ from rowwise.optim.rule import Batch, pick
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig(AdamBase):
-    name: Literal["adamw"] = "adamw"
+    name: Fixed[Literal["adamw"]] = "adamw"
 
 
 class AdamW:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rowwise.conf.option import Ask, Fixed, MayChange
+
 
 @dataclass(frozen=True)
 class Assign:
@@ -19,11 +21,11 @@ class OptimBase:
     rule's own table. `param_dtype=bf16` keeps no float32 parameters and rounds stochastically. `in_backward` steps each
     parameter as soon as its gradient is complete, and frees the gradient."""
 
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    param_dtype: Literal["bf16"] | None = None
-    in_backward: bool = False
-    assign: list[Assign] = field(default_factory=list)
+    lr: MayChange[float] = 1e-3
+    weight_decay: MayChange[float] = 0.1
+    param_dtype: Ask[Literal["bf16"] | None] = None
+    in_backward: MayChange[bool] = False
+    assign: Fixed[list[Assign]] = field(default_factory=list)
 
     def check(self) -> None:
         """Refuses numbers that the rule cannot use. Raises ValueError."""
@@ -37,8 +39,8 @@ class OptimBase:
 class AdamBase(OptimBase):
     """What every rule with Adam's two moments has; rules without fall back on it for other parameters."""
 
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
+    betas: MayChange[list[float]] = field(default_factory=lambda: [0.9, 0.95])
+    eps: MayChange[float] = 1e-8
 
     def check(self) -> None:
         super().check()

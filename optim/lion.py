@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rowwise.conf.option import Fixed, MayChange
 from rowwise.kernels.lion import lion_
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase, check_betas
@@ -24,12 +25,12 @@ class LionConfig(OptimBase):
     """`kappa`: the norm whose gradient hidden matrices follow (`optim.lion_kappa`), l1 for Lion itself; `delta`: of huber,
     the size from which on a number counts only by its sign."""
 
-    name: Literal["lion"] = "lion"
-    lr: float = 1e-3
-    weight_decay: float = 0.3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    kappa: Kappa = "l1"
-    delta: float | None = None
+    name: Fixed[Literal["lion"]] = "lion"
+    lr: MayChange[float] = 1e-3
+    weight_decay: MayChange[float] = 0.3
+    betas: MayChange[list[float]] = field(default_factory=lambda: [0.9, 0.99])
+    kappa: MayChange[Kappa] = "l1"
+    delta: MayChange[float | None] = None
 
     def check(self) -> None:
         super().check()

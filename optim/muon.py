@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rowwise.conf.option import Fixed, MayChange
 from rowwise.kernels.products import product
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import AdamBase
@@ -40,8 +41,8 @@ AS_ADAMW = 0.2  # about the root mean square of an AdamW update
 class MuonConfig(AdamBase):
     """Hidden matrices follow Muon, everything else AdamW with the same learning rate."""
 
-    name: Literal["muon"] = "muon"
-    momentum: float = 0.95
+    name: Fixed[Literal["muon"]] = "muon"
+    momentum: MayChange[float] = 0.95
 
     def check(self) -> None:
         super().check()

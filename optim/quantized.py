@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rowwise.conf.option import Fixed, MayChange
 from rowwise.kernels.adamw8bit import adamw8bit_
 from rowwise.kernels.blockwise import blocks_per_row, code_book
 from rowwise.kernels.lion8bit import lion8bit_
@@ -27,15 +28,15 @@ SMALLEST = 4096  # elements of the logical matrix; below it 8 bits save nothing 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW8bitConfig(AdamBase):
-    name: Literal["adamw8bit"] = "adamw8bit"
+    name: Fixed[Literal["adamw8bit"]] = "adamw8bit"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lion8bitConfig(OptimBase):
-    name: Literal["lion8bit"] = "lion8bit"
-    lr: float = 1e-3
-    weight_decay: float = 0.3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    name: Fixed[Literal["lion8bit"]] = "lion8bit"
+    lr: MayChange[float] = 1e-3
+    weight_decay: MayChange[float] = 0.3
+    betas: MayChange[list[float]] = field(default_factory=lambda: [0.9, 0.99])
 
     def check(self) -> None:
         super().check()

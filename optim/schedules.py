@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from rowwise.conf.option import MayChange
 from rowwise.optim.curves import DECAYS, DecayName, climb, cosine, length, linear, warmup
 
 WARMUP = 0.02  # of the run, where neither a share nor a number of steps is given
@@ -21,8 +22,8 @@ WARMUP = 0.02  # of the run, where neither a share nor a number of steps is give
 class WarmedUp:
     """`warmup`: the share of the run that warms up; or `warmup_steps`, a number of steps. Neither: 0.02 of the run."""
 
-    warmup: float | None = None
-    warmup_steps: int | None = None
+    warmup: MayChange[float | None] = None
+    warmup_steps: MayChange[int | None] = None
 
     def warmup_length(self, steps: int) -> int:
         return length(self.warmup, self.warmup_steps, WARMUP, steps)
@@ -44,7 +45,7 @@ class WarmedUp:
 class Constant(WarmedUp):
     """Full rate after the warm-up."""
 
-    name: Literal["constant"] = "constant"
+    name: MayChange[Literal["constant"]] = "constant"
 
     def factor(self, step: int, steps: int) -> float:
         return warmup(step, self.warmup_length(steps))
@@ -58,9 +59,9 @@ class Cosine(WarmedUp):
     over what is left: continual pre-training on new data (Gupta et al., *How to (re)warm your model?*).
     """
 
-    name: Literal["cosine"] = "cosine"
-    floor: float = 0.1
-    rewarm_at: int | None = None
+    name: MayChange[Literal["cosine"]] = "cosine"
+    floor: MayChange[float] = 0.1
+    rewarm_at: MayChange[int | None] = None
 
     def factor(self, step: int, steps: int) -> float:
         return self.rewarmed(self._once, self.rewarm_at, step, steps)
@@ -74,8 +75,8 @@ class Cosine(WarmedUp):
 class Linear(WarmedUp):
     """Warm up, then a straight line to `floor`."""
 
-    name: Literal["linear"] = "linear"
-    floor: float = 0.0
+    name: MayChange[Literal["linear"]] = "linear"
+    floor: MayChange[float] = 0.0
 
     def factor(self, step: int, steps: int) -> float:
         start = self.warmup_length(steps)
@@ -91,11 +92,11 @@ class OneCycle:
     the same cosines (Smith, *A Disciplined Approach*, of SGD's momentum; torch's OneCycleLR, of Adam's beta1).
     """
 
-    name: Literal["one_cycle"] = "one_cycle"
-    rise: float = 0.3
-    start_div: float = 25.0
-    end_div: float = 1e4
-    momentum: list[float] | None = None
+    name: MayChange[Literal["one_cycle"]] = "one_cycle"
+    rise: MayChange[float] = 0.3
+    start_div: MayChange[float] = 25.0
+    end_div: MayChange[float] = 1e4
+    momentum: MayChange[list[float] | None] = None
 
     def factor(self, step: int, steps: int) -> float:
         rising, progress = self._phase(step, steps)
@@ -121,11 +122,11 @@ class Wsd(WarmedUp):
     """Warm-up, stable, decay (Hu et al., *MiniCPM*): full rate until the last `decay_share` of the run or `decay_steps`
     (neither: 0.2 of it, as Haegele et al.), which fall to `floor`."""
 
-    name: Literal["wsd"] = "wsd"
-    decay_share: float | None = None
-    decay_steps: int | None = None
-    decay: DecayName = "sqrt"
-    floor: float = 0.0
+    name: MayChange[Literal["wsd"]] = "wsd"
+    decay_share: MayChange[float | None] = None
+    decay_steps: MayChange[int | None] = None
+    decay: MayChange[DecayName] = "sqrt"
+    floor: MayChange[float] = 0.0
 
     def decay_length(self, steps: int) -> int:
         return length(self.decay_share, self.decay_steps, 0.2, steps)
@@ -148,16 +149,16 @@ class Infinite(WarmedUp):
     `rewarm_at` starts the whole schedule again at that step: the factor climbs from where it stood.
     """
 
-    name: Literal["infinite"] = "infinite"
-    cooldown_share: float | None = None
-    cooldown_steps: int | None = None
-    cooldown: DecayName = "cosine"
-    constant: float = 0.5
-    anneal_at: int | None = None
-    anneal_steps: int | None = None
-    anneal: DecayName = "exponential"
-    floor: float = 0.1
-    rewarm_at: int | None = None
+    name: MayChange[Literal["infinite"]] = "infinite"
+    cooldown_share: MayChange[float | None] = None
+    cooldown_steps: MayChange[int | None] = None
+    cooldown: MayChange[DecayName] = "cosine"
+    constant: MayChange[float] = 0.5
+    anneal_at: MayChange[int | None] = None
+    anneal_steps: MayChange[int | None] = None
+    anneal: MayChange[DecayName] = "exponential"
+    floor: MayChange[float] = 0.1
+    rewarm_at: MayChange[int | None] = None
 
     def cooldown_length(self, steps: int) -> int:
         return length(self.cooldown_share, self.cooldown_steps, 0.2, steps)
@@ -190,9 +191,9 @@ class LrRange:
     all of it at the last step, by equal factors or, with growth=linear, by equal differences. The run ends where the loss
     blows up."""
 
-    name: Literal["lr_range"] = "lr_range"
-    start: float = 1e-5
-    growth: Literal["exponential", "linear"] = "exponential"
+    name: MayChange[Literal["lr_range"]] = "lr_range"
+    start: MayChange[float] = 1e-5
+    growth: MayChange[Literal["exponential", "linear"]] = "exponential"
 
     def factor(self, step: int, steps: int) -> float:
         progress = step / max(1, steps - 1)

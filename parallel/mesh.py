@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from rowwise.conf.option import MayChange
 from rowwise.parallel.lanes import Axis, connect, neighbours, open_lanes
 
 DEGREES = ("pipeline", "replicate", "shard", "ring", "ulysses")  # the slowest first
@@ -40,23 +41,23 @@ class ParallelConfig:
     `timeout_seconds`: a rank whose message waits longer for another gives up, which ends the job or, under torchrun with
     restarts, begins it again from its newest checkpoint. It bounds how long a machine that was cut off is waited for."""
 
-    replicate: int = 1
-    shard: int = -1
-    zero: int = 1
-    pipeline: int = 1
-    pipeline_schedule: str = "1f1b"
-    virtual_stages: int = 1
-    pipeline_unit: int | None = None
-    pipeline_gather: GATHERING | None = None
-    pipeline_memory: float = 1.0
-    pipeline_costs: str | None = None
-    pipeline_trace: int = 0
-    post_validation: bool = False
-    ulysses: int = 1
-    ring: int = 1
-    ring_order: RING_ORDER | None = None
-    timeout_seconds: int = 1800
-    backend: Literal["torch"] = "torch"
+    replicate: MayChange[int] = 1
+    shard: MayChange[int] = -1
+    zero: MayChange[int] = 1
+    pipeline: MayChange[int] = 1
+    pipeline_schedule: MayChange[str] = "1f1b"
+    virtual_stages: MayChange[int] = 1
+    pipeline_unit: MayChange[int | None] = None
+    pipeline_gather: MayChange[GATHERING | None] = None
+    pipeline_memory: MayChange[float] = 1.0
+    pipeline_costs: MayChange[str | None] = None
+    pipeline_trace: MayChange[int] = 0
+    post_validation: MayChange[bool] = False
+    ulysses: MayChange[int] = 1
+    ring: MayChange[int] = 1
+    ring_order: MayChange[RING_ORDER | None] = None
+    timeout_seconds: MayChange[int] = 1800
+    backend: MayChange[Literal["torch"]] = "torch"
 
     @property
     def data_degree(self) -> int:

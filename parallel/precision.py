@@ -14,12 +14,14 @@ from typing import Literal
 
 import torch
 
+from rowwise.conf.option import MayChange
+
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Fp64:
-    name: Literal["fp64"] = "fp64"
+    name: MayChange[Literal["fp64"]] = "fp64"
 
 
 @dataclass(frozen=True)
@@ -27,25 +29,25 @@ class Fp32:
     """`tf32`: a GPU multiplies by its tensor cores, which round the operands to 11 bits; false: in full, several times
     slower."""
 
-    name: Literal["fp32"] = "fp32"
-    tf32: bool = True
+    name: MayChange[Literal["fp32"]] = "fp32"
+    tf32: MayChange[bool] = True
 
 
 @dataclass(frozen=True)
 class Bf16:
     """`reduce`: the dtype in which gradients are summed over ranks."""
 
-    name: Literal["bf16"] = "bf16"
-    reduce: Literal["fp32", "bf16"] = "fp32"
+    name: MayChange[Literal["bf16"]] = "bf16"
+    reduce: MayChange[Literal["fp32", "bf16"]] = "fp32"
 
 
 @dataclass(frozen=True)
 class Fp16:
     """The loss scale starts at `initial_scale`, halves at an overflow, and doubles after `growth_every` good steps."""
 
-    name: Literal["fp16"] = "fp16"
-    initial_scale: float = 65536.0
-    growth_every: int = 2000
+    name: MayChange[Literal["fp16"]] = "fp16"
+    initial_scale: MayChange[float] = 65536.0
+    growth_every: MayChange[int] = 2000
 
 
 PrecisionConfig = Fp64 | Fp32 | Bf16 | Fp16

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from rowwise.conf.option import Apart, Ask, MayChange
 from rowwise.optim.build import OptimConfig
 from rowwise.optim.lengths import RunLength
 from rowwise.optim.rates import SHARES, rate_of_size
@@ -38,20 +39,20 @@ class TrainConfig:
     """A run. Every key is read by the room whose dataclass it stands in. `tokens`, `epochs`: what was asked where that was not
     `steps`, which is what it came to."""
 
-    name: str
-    run_dir: str
-    nproc: int | None
-    seed: int
-    steps: int
-    tokens: int | None
-    epochs: float | None
-    clip_norm: float
-    resume: str
-    compile: bool
-    log_every: int | float | str
-    report: Report
-    peak_flops: float | None
-    on_spike: OnSpike
+    name: Apart[str]
+    run_dir: Apart[str]
+    nproc: Apart[int | None]
+    seed: Ask[int]
+    steps: MayChange[int]
+    tokens: MayChange[int | None]
+    epochs: MayChange[float | None]
+    clip_norm: MayChange[float]
+    resume: Apart[str]
+    compile: MayChange[bool]
+    log_every: MayChange[int | float | str]
+    report: Apart[Report]
+    peak_flops: MayChange[float | None]
+    on_spike: MayChange[OnSpike]
     batch: BatchConfig
     spike: SpikeConfig
     log: LogConfig

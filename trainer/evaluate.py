@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rowwise.conf.option import MayChange
 from rowwise.optim.lengths import RunLength
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import release_gathered
@@ -20,8 +21,8 @@ class EvalConfig:
     """`every`: how often (see `optim.lengths`; 0 = off; the last step is always evaluated otherwise). `batches`: global
     batches of held-out text, or as many as there are."""
 
-    every: int | float | str = 100
-    batches: int = 8
+    every: MayChange[int | float | str] = 100
+    batches: MayChange[int] = 8
 
     def due(self, step: int, run: RunLength) -> bool:
         """Whether the step alone says so; where `every` is a time, rank 0's clock may too."""

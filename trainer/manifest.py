@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from rowwise.conf.option import MayChange
 from rowwise.optim.lengths import RunLength
 from rowwise.trainer.files import free_name, from_json, remove, to_json, write_whole
 from rowwise.trainer.manifest_form import VERSION, FileFacts, Manifest
@@ -42,9 +43,9 @@ class CheckpointConfig:
     """`every`: how often it is saved (see `optim.lengths`; 0 = only at the end and when asked to stop); `keep`: how many of the
     newest stay (0 = all); `background`: write while training goes on."""
 
-    every: int | float | str = 100
-    keep: int = 2
-    background: bool = True
+    every: MayChange[int | float | str] = 100
+    keep: MayChange[int] = 2
+    background: MayChange[bool] = True
 
     def due(self, step: int, run: RunLength) -> bool:
         """Whether the step alone says so; where `every` is a time, rank 0's clock may too."""

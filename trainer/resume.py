@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from rowwise.conf.option import Resume, keys_that
 from rowwise.optim.sparse.config import TimedBase, every
 from rowwise.trainer.config import TrainConfig, schedule_of, tree_of
 from rowwise.trainer.keys import flat
@@ -29,22 +30,17 @@ BEFORE: dict[str, Any] = {
     "on_spike": "record",
 }
 
-WHERE = ("name", "run_dir", "resume", "nproc", "report")  # how a run is found and started, not what it does
-
-MASK_FACTS = ("name", "layers", "density", "distribution", "growth", "n", "m")
-
 
 def model_facts(config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint must agree in: the shape of the model."""
-    shape = {k: v for k, v in tree_of(config)["model"].items() if k not in ("name", "init_std", "init_from")}
-    return {f"model.{key}": value for key, value in shape.items()}
+    return _facts("fixed", config, "model")
 
 
 def state_facts(config: TrainConfig) -> dict[str, Any]:
     """What the optimizer's states and the masks are made of; a checkpoint must agree in it too."""
-    optim, sparsity = tree_of(config)["optim"], tree_of(config)["sparsity"]
-    facts = {f"optim.{key}": optim[key] for key in ("name", "rank", "state_bits", "assign") if key in optim}
-    facts |= {f"sparsity.{key}": sparsity[key] for key in MASK_FACTS if key in sparsity}
+    facts = _facts("fixed", config, "optim")
+    facts["optim.assign"] = facts.pop("optim.assign")  # the last, as in every manifest
+    facts |= _facts("fixed", config, "sparsity")
     if isinstance(config.sparsity, TimedBase):
         # Times that moved with `steps` would change masks that were meant to stay.
         facts["sparsity.start_at"] = config.sparsity.first_step(config.steps)
@@ -56,12 +52,14 @@ def state_facts(config: TrainConfig) -> dict[str, Any]:
 
 def data_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
     """What the order of the data is made of."""
-    return {
-        "seed": config.seed,
-        "batch.seq_len": config.batch.seq_len,
-        "data.mask_documents": config.data.mask_documents,
-        "the data": data_fingerprint,
-    }
+    asked = _facts("ask", config) | _facts("ask", config, "batch") | _facts("ask", config, "data")
+    return asked | {"the data": data_fingerprint}
+
+
+def _facts(say: Resume, config: TrainConfig, group: str = "") -> dict[str, Any]:
+    """Key -> value of the fields of a group, or of the run itself, that say so."""
+    part, tree = (getattr(config, group), tree_of(config)[group]) if group else (config, tree_of(config))
+    return {f"{group}.{key}" if group else key: tree[key] for key in keys_that(say, part)}
 
 
 def find_resume(config: TrainConfig, data_fingerprint: str, rolled_back: bool = False) -> list[Path]:
@@ -108,8 +106,8 @@ def find_resume(config: TrainConfig, data_fingerprint: str, rolled_back: bool = 
         _refuse_second_source(checkpoint, manifest, config)
         if auto:
             advice = f"to go on with it on purpose, give another name and resume={checkpoint}"
-            kept = {"optim.param_dtype": manifest["config"]["optim"].get("param_dtype")}
-            now = {"optim.param_dtype": config.optim.param_dtype}
+            kept = {f"optim.{key}": value for key, value in manifest["config"]["optim"].items()}
+            now = _facts("ask", config, "optim")
             _refuse_difference(checkpoint, kept, now, "keeps its parameters otherwise", advice)
             _refuse_difference(
                 checkpoint, manifest["data"], data_facts(config, data_fingerprint), "read other data", advice
@@ -168,7 +166,8 @@ def changes(manifest: Manifest, config: TrainConfig) -> list[str]:
     learning rate of the step before and of the step after."""
     before, now = flat(manifest["config"]), flat(tree_of(config))
     before = {key: value for key, value in (BEFORE | _defaults(config, before)).items() if key in now} | before
-    keys = [key for key in before | now if key not in WHERE and before.get(key) != now.get(key)]
+    apart = keys_that("apart", config)
+    keys = [key for key in before | now if key not in apart and before.get(key) != now.get(key)]
     if not keys:
         return []
     told = ", ".join(f"{key} {_short(before.get(key))} -> {_short(now.get(key))}" for key in keys)

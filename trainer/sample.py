@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rowwise.conf.option import MayChange
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import places_on
 from rowwise.parallel.shard import release_gathered
@@ -20,9 +21,9 @@ class SampleConfig:
     """`tokens`: how many to write at the end of a run (0 = off; null: 160 where the data has a tokenizer), after
     `prompt`."""
 
-    tokens: int | None = None
-    prompt: str = "\n"
-    temperature: float = 0.7
+    tokens: MayChange[int | None] = None
+    prompt: MayChange[str] = "\n"
+    temperature: MayChange[float] = 0.7
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rowwise.conf.option import MayChange
 from rowwise.optim.lengths import RunLength, read_length
 from rowwise.trainer.manifest import complete_checkpoints, step_of
 
@@ -44,10 +45,10 @@ class TooManySpikes(Exception):
 class SpikeConfig:
     """`most`: so many skips one after another, or rollbacks in all, and the run ends."""
 
-    rule: Literal["median", "mean"] = "median"
-    window: int = 128
-    threshold: float = 6.0
-    most: int = 10
+    rule: MayChange[Literal["median", "mean"]] = "median"
+    window: MayChange[int] = 128
+    threshold: MayChange[float] = 6.0
+    most: MayChange[int] = 10
 
 
 @dataclass(frozen=True)

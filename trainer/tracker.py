@@ -15,48 +15,49 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from rowwise.conf.option import MayChange
 from rowwise.trainer.keys import without_password
 
 
 @dataclass(frozen=True)
 class NoTracker:
-    name: Literal["none"] = "none"
+    name: MayChange[Literal["none"]] = "none"
 
 
 @dataclass(frozen=True)
 class Wandb:
     """`mode=offline` writes below the run directory; `wandb sync` sends it later."""
 
-    name: Literal["wandb"] = "wandb"
-    project: str = "rowwise"
-    entity: str | None = None
-    group: str | None = None
-    mode: Literal["online", "offline"] = "online"
+    name: MayChange[Literal["wandb"]] = "wandb"
+    project: MayChange[str] = "rowwise"
+    entity: MayChange[str | None] = None
+    group: MayChange[str | None] = None
+    mode: MayChange[Literal["online", "offline"]] = "online"
 
 
 @dataclass(frozen=True)
 class Mlflow:
     """`uri`: of the server or database; null: what MLflow uses by itself (MLFLOW_TRACKING_URI). `group` becomes a tag."""
 
-    name: Literal["mlflow"] = "mlflow"
-    experiment: str = "rowwise"
-    uri: str | None = None
-    group: str | None = None
+    name: MayChange[Literal["mlflow"]] = "mlflow"
+    experiment: MayChange[str] = "rowwise"
+    uri: MayChange[str | None] = None
+    group: MayChange[str | None] = None
 
 
 @dataclass(frozen=True)
 class Trackio:
     """`space`: a Hugging Face Space that gets the metrics; null: files of this machine, which `trackio show` shows."""
 
-    name: Literal["trackio"] = "trackio"
-    project: str = "rowwise"
-    space: str | None = None
-    group: str | None = None
+    name: MayChange[Literal["trackio"]] = "trackio"
+    project: MayChange[str] = "rowwise"
+    space: MayChange[str | None] = None
+    group: MayChange[str | None] = None
 
 
 @dataclass(frozen=True)
 class TensorBoard:
-    name: Literal["tensorboard"] = "tensorboard"
+    name: MayChange[Literal["tensorboard"]] = "tensorboard"
 
 
 TrackerConfig = NoTracker | Wandb | Mlflow | Trackio | TensorBoard

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from rowwise.conf.option import MayChange
 from rowwise.optim.lengths import RunLength
 
 
@@ -10,8 +11,8 @@ class LogConfig:
     """`norms_every`: how often a record has norms of every parameter (see `norms`); `ranks_every`: how often it names the
     slowest rank (see `profile`). 0 = never."""
 
-    norms_every: int | float | str = 0
-    ranks_every: int | float | str = 0
+    norms_every: MayChange[int | float | str] = 0
+    ranks_every: MayChange[int | float | str] = 0
 
     def with_norms(self, step: int, run: RunLength) -> bool:
         """Whether the record of this step has norms."""
@@ -29,8 +30,8 @@ MOST_PROFILED = 100  # steps: a trace has megabytes of each
 class ProfileConfig:
     """`steps`: the first and the last that are profiled (empty: none); `ranks`: which ranks profile theirs (null: all)."""
 
-    steps: list[int] = field(default_factory=list)
-    ranks: list[int] | None = field(default_factory=lambda: [0])
+    steps: MayChange[list[int]] = field(default_factory=list)
+    ranks: MayChange[list[int] | None] = field(default_factory=lambda: [0])
 
     def of(self, step: int) -> bool:
         """Whether this step is one of them."""

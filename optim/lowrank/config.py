@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from rowwise.conf.option import Fixed, MayChange
 from rowwise.optim.common import AdamBase
 
 
@@ -12,11 +13,11 @@ class ProjectedBase(AdamBase):
     wide matrix is projected, `right` (its columns, so that nothing crosses ranks) or `short` (its rows, as the papers do).
     """
 
-    lr: float = 1e-2
-    weight_decay: float = 0.0
-    refresh_every: int = 200
-    scale: float = 1.0
-    side: Literal["right", "short"] = "right"
+    lr: MayChange[float] = 1e-2
+    weight_decay: MayChange[float] = 0.0
+    refresh_every: MayChange[int] = 200
+    scale: MayChange[float] = 1.0
+    side: MayChange[Literal["right", "short"]] = "right"
 
     def check(self) -> None:
         super().check()
@@ -29,8 +30,8 @@ class LowRankBase(ProjectedBase):
     """`rank`: r of the projected gradient (m, r); None: a quarter of the model's width, or the narrow side of a matrix
     where that is less. `state_bits`: 32, or 8 for block-wise quantised moments."""
 
-    rank: int | None = None
-    state_bits: Literal[8, 32] = 32
+    rank: Fixed[int | None] = None
+    state_bits: Fixed[Literal[8, 32]] = 32
 
     def check(self) -> None:
         super().check()
@@ -43,7 +44,7 @@ class LimitedBase(ProjectedBase):
     """`growth`: by how much the norm of a matrix's update (in Fira, of what is outside the subspace) may grow in a step;
     None: without limit."""
 
-    growth: float | None = 1.01
+    growth: MayChange[float | None] = 1.01
 
     def check(self) -> None:
         super().check()
@@ -55,8 +56,8 @@ class LimitedBase(ProjectedBase):
 
 @dataclass(frozen=True, kw_only=True)
 class GaLoreConfig(LowRankBase):
-    name: Literal["galore"] = "galore"
-    scale: float = 0.25
+    name: Fixed[Literal["galore"]] = "galore"
+    scale: MayChange[float] = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +65,23 @@ class DCTConfig(LowRankBase):
     """Columns of the DCT-II, ranked by sums of squares. The authors' DCTAdamW has the DCT-II with sim_type=makhoul and its
     transpose, the DCT-III, by default; it ranks by sums of absolute values."""
 
-    name: Literal["dct"] = "dct"
+    name: Fixed[Literal["dct"]] = "dct"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FiraConfig(LimitedBase, LowRankBase):
     """`form`: the rule of its authors' `code`, or Algorithm 1 of their `paper`, which is another."""
 
-    name: Literal["fira"] = "fira"
-    scale: float = 0.25
-    form: Literal["code", "paper"] = "code"
+    name: Fixed[Literal["fira"]] = "fira"
+    scale: MayChange[float] = 0.25
+    form: MayChange[Literal["code", "paper"]] = "code"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApolloConfig(LimitedBase, LowRankBase):
     """`scale` is the square of what stands before the update, as in its authors' code."""
 
-    name: Literal["apollo"] = "apollo"
+    name: Fixed[Literal["apollo"]] = "apollo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,5 +89,5 @@ class ApolloMiniConfig(LimitedBase):
     """Rank 1, whose moments are too short for 8-bit blocks, and one factor a matrix. `scale` is the square of what stands
     before the update, as in its authors' code."""
 
-    name: Literal["apollo_mini"] = "apollo_mini"
-    scale: float = 128.0
+    name: Fixed[Literal["apollo_mini"]] = "apollo_mini"
+    scale: MayChange[float] = 128.0

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from rowwise.conf.option import Fixed, FixedAsSteps, MayChange
 from rowwise.optim.build import kind_of
 from rowwise.optim.curves import length
 
@@ -14,14 +15,14 @@ from rowwise.optim.curves import length
 class NoSparsity:
     """Every matrix is dense."""
 
-    name: Literal["none"] = "none"
+    name: Fixed[Literal["none"]] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseBase:
     """`layers`: shell patterns of parameter names; the hidden matrices that match one are sparse."""
 
-    layers: list[str] = field(default_factory=lambda: ["*"])
+    layers: Fixed[list[str]] = field(default_factory=lambda: ["*"])
 
 
 def every(value: int | float, steps: int) -> int:
@@ -36,10 +37,10 @@ class TimedBase(SparseBase):
 
     START: ClassVar[float] = 0.0
     STOP: ClassVar[float] = 0.75
-    start: float | None = None
-    start_at: int | None = None
-    stop: float | None = None
-    stop_at: int | None = None
+    start: FixedAsSteps[float | None] = None
+    start_at: FixedAsSteps[int | None] = None
+    stop: FixedAsSteps[float | None] = None
+    stop_at: FixedAsSteps[int | None] = None
 
     def first_step(self, steps: int) -> int:
         """Of a run of `steps` steps, the one after which the first masks are found; 0: before the run."""
@@ -54,15 +55,15 @@ class TimedBase(SparseBase):
 class BudgetBase(SparseBase):
     """`density`: the share of all their weights that is kept; `distribution`: how it is spread over matrices."""
 
-    density: float = 0.2
-    distribution: Literal["uniform", "er", "erk"] = "erk"
+    density: Fixed[float] = 0.2
+    distribution: Fixed[Literal["uniform", "er", "erk"]] = "erk"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Static(BudgetBase):
     """A random mask that stays as it is: what every other method must beat."""
 
-    name: Literal["static"] = "static"
+    name: Fixed[Literal["static"]] = "static"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +72,23 @@ class EvolvingBase(BudgetBase, TimedBase):
     update at step 0 would replace; later ones, every `update_every` steps or shares of the run, replace less, along a cosine to
     the last."""
 
-    update_every: int | float = 100
-    replace: float = 0.3
+    update_every: FixedAsSteps[int | float] = 100
+    replace: MayChange[float] = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class SET(EvolvingBase):
     """`redistribute`: see `optim.sparse.evolve`. `growth`: `unfired` prefers weights that no mask has had yet."""
 
-    name: Literal["set"] = "set"
-    redistribute: bool = False
-    growth: Literal["random", "unfired"] = "random"
+    name: Fixed[Literal["set"]] = "set"
+    redistribute: MayChange[bool] = False
+    growth: Fixed[Literal["random", "unfired"]] = "random"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RigL(EvolvingBase):
-    name: Literal["rigl"] = "rigl"
-    redistribute: bool = False
+    name: Fixed[Literal["rigl"]] = "rigl"
+    redistribute: MayChange[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +96,9 @@ class SRigL(EvolvingBase):
     """`ablate_below`: a neuron with fewer salient weights than this share of the fan-in is left out; 0: none ever is. As
     its authors have it for transformers; for convolutions they have 0.3 and erk."""
 
-    name: Literal["srigl"] = "srigl"
-    distribution: Literal["uniform", "er", "erk"] = "uniform"
-    ablate_below: float = 0.95
+    name: Fixed[Literal["srigl"]] = "srigl"
+    distribution: Fixed[Literal["uniform", "er", "erk"]] = "uniform"
+    ablate_below: MayChange[float] = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +106,9 @@ class CooledBase(TimedBase):
     """Dense until its first step; then the density falls with a cube to `density` at its last. `distribution`: `global`
     lets all matrices compete."""
 
-    density: float = 0.2
-    distribution: Literal["global", "uniform", "er", "erk"] = "global"
-    update_every: int | float = 1
+    density: Fixed[float] = 0.2
+    distribution: Fixed[Literal["global", "uniform", "er", "erk"]] = "global"
+    update_every: FixedAsSteps[int | float] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +116,9 @@ class Gradual(CooledBase):
     """Zhu & Gupta, *To Prune, or Not to Prune*, who prune a model that has learned something."""
 
     START = 0.1
-    name: Literal["gradual"] = "gradual"
-    distribution: Literal["global", "uniform", "er", "erk"] = "uniform"
-    update_every: int | float = 10
+    name: Fixed[Literal["gradual"]] = "gradual"
+    distribution: Fixed[Literal["global", "uniform", "er", "erk"]] = "uniform"
+    update_every: FixedAsSteps[int | float] = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +127,9 @@ class ST3(CooledBase):
     `account_every`: steps between counts of what the mask does; it changes at every update."""
 
     START, STOP = 0.05, 0.5
-    name: Literal["st3"] = "st3"
-    rescale: bool = True
-    account_every: int = 100
+    name: Fixed[Literal["st3"]] = "st3"
+    rescale: MayChange[bool] = True
+    account_every: MayChange[int] = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +138,8 @@ class PDPBase(TimedBase):
     `temperature`: of the soft mask, in units of squared weights (of rows: of squared norms)."""
 
     START, STOP = 0.16, 0.83
-    temperature: float = 1e-4
-    account_every: int = 100
+    temperature: MayChange[float] = 1e-4
+    account_every: MayChange[int] = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,29 +147,29 @@ class PDP(PDPBase):
     """Single weights. `distribution`: `global` lets all matrices compete at the first step, once; from there each goes along
     a line to its own share."""
 
-    name: Literal["pdp"] = "pdp"
-    density: float = 0.2
-    distribution: Literal["global", "uniform", "er", "erk"] = "global"
-    update_every: int | float = 1
+    name: Fixed[Literal["pdp"]] = "pdp"
+    density: Fixed[float] = 0.2
+    distribution: Fixed[Literal["global", "uniform", "er", "erk"]] = "global"
+    update_every: FixedAsSteps[int | float] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class PDPRows(PDPBase):
     """Whole rows, which are output channels, by their norms: `density` of each matrix's rows, along a line."""
 
-    name: Literal["pdp_rows"] = "pdp_rows"
-    density: float = 0.5
-    update_every: int | float = 1
-    temperature: float = 1e-2
+    name: Fixed[Literal["pdp_rows"]] = "pdp_rows"
+    density: Fixed[float] = 0.5
+    update_every: FixedAsSteps[int | float] = 1
+    temperature: MayChange[float] = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
 class PDPGroups(PDPBase):
     """`n` of `m` neighbours along the row."""
 
-    name: Literal["pdp_nm"] = "pdp_nm"
-    n: int = 2
-    m: int = 4
+    name: Fixed[Literal["pdp_nm"]] = "pdp_nm"
+    n: Fixed[int] = 2
+    m: Fixed[int] = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,13 +178,13 @@ class NM(SparseBase):
     `row` is SR-STE. `decay`: SR-STE's, see `optim.sparse.grouped` for its unit. `semi_structured`: multiply by the
     hardware's 2:4 form, where it is measured to be faster."""
 
-    name: Literal["nm"] = "nm"
-    n: int = 2
-    m: int = 4
-    backward: Literal["column", "row"] = "column"
-    decay: float = 2e-4
-    semi_structured: bool = False
-    account_every: int = 100
+    name: Fixed[Literal["nm"]] = "nm"
+    n: Fixed[int] = 2
+    m: Fixed[int] = 4
+    backward: MayChange[Literal["column", "row"]] = "column"
+    decay: MayChange[float] = 2e-4
+    semi_structured: MayChange[bool] = False
+    account_every: MayChange[int] = 100
 
 
 SparsityConfig = NoSparsity | Static | SET | RigL | SRigL | Gradual | ST3 | PDP | PDPRows | PDPGroups | NM

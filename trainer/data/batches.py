@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rowwise.conf.option import Ask, MayChange
 from rowwise.kernels.visible import Documents
 from rowwise.trainer.data.corpus import IGNORE, Corpus, Sample, padding
 from rowwise.trainer.data.order import sample_indices
@@ -29,10 +30,10 @@ class BatchConfig:
     """`global_size`: sequences per optimizer step over all ranks; `global_tokens`: its tokens, where they were asked for in its
     place; `micro_size`: sequences per forward; `seq_len`: tokens."""
 
-    global_size: int = 16
-    global_tokens: int | None = None
-    micro_size: int = 8
-    seq_len: int = 256
+    global_size: MayChange[int] = 16
+    global_tokens: MayChange[int | None] = None
+    micro_size: MayChange[int] = 8
+    seq_len: Ask[int] = 256
 
 
 @dataclass(frozen=True)

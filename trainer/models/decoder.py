@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rowwise.conf.option import Fixed, MayChange
 from rowwise.kernels.attention import causal_attention
 from rowwise.kernels.visible import Documents
 from rowwise.trainer.models.rope import RopeScaling, rope_tables, rotate
@@ -26,22 +27,22 @@ class ModelConfig:
     """The shape of a decoder. `head_dim` null means dim / heads. `init_from` names a Hugging Face folder to start from.
     `stable_embedding` puts a layer norm after the embedding, which starts Xavier-uniform and keeps 32-bit states."""
 
-    name: str = "tiny"
-    layers: int = 4
-    dim: int = 256
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int | None = None
-    ffn_dim: int = 704
-    vocab_size: int = 256
-    tie_embeddings: bool = False
-    stable_embedding: bool = False
-    qk_norm: bool = False
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    init_std: float = 0.02
-    init_from: str | None = None
+    name: MayChange[str] = "tiny"
+    layers: Fixed[int] = 4
+    dim: Fixed[int] = 256
+    heads: Fixed[int] = 4
+    kv_heads: Fixed[int] = 2
+    head_dim: Fixed[int | None] = None
+    ffn_dim: Fixed[int] = 704
+    vocab_size: Fixed[int] = 256
+    tie_embeddings: Fixed[bool] = False
+    stable_embedding: Fixed[bool] = False
+    qk_norm: Fixed[bool] = False
+    norm_eps: Fixed[float] = 1e-5
+    rope_theta: Fixed[float] = 10_000.0
+    rope_scaling: Fixed[RopeScaling | None] = None
+    init_std: MayChange[float] = 0.02
+    init_from: MayChange[str | None] = None  # to null alone: `trainer.resume` refuses another source
 
     @property
     def head_size(self) -> int:
