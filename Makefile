@@ -33,8 +33,10 @@ slurm:
 	@[ "$$(id -u)" = 0 ] || { echo "make test-slurm needs root: it starts Slurm's daemons and makes network namespaces" >&2; exit 1; }
 	@command -v slurmctld > /dev/null && command -v ip > /dev/null || { $(INSTALL) slurm-wlm munge iproute2; }
 
+# Side by side, each taking the next file that no other has: while one waits, another computes. One alone where they see GPUs.
+PROCESSES ?= $(if $(findstring --nccl,$(ARGS)),0,2)
 test: $(READY) chromium
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
 
 # Every preset trains the tiny model (twenty minutes on one core), and what strangers, kills and disks do to runs (tests/attack).
 test-slow: $(READY)

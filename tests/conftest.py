@@ -1,13 +1,18 @@
-"""What every test shares: the pool of ranks, a world that is left as it was found, and no GPU unless --nccl."""
+"""What every test shares: the pool of ranks, a world that is left as it was found, no GPU unless --nccl, and the seconds of
+each file, printed at the end."""
 
+import contextlib
+import itertools
 import os
 import sys
 import threading
+from collections import Counter
 
 # Before torch looks, and for every process that a test starts: a test means the same on any machine.
 if "--nccl" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,9 +35,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--nccl") and "--nccl" not in sys.argv:
-        raise pytest.UsageError("--nccl was read too late to leave GPUs visible; give it on the command line")
+        raise pytest.UsageError(
+            "--nccl was read too late to leave GPUs visible; give it on the command line, without -n"
+        )
     config.addinivalue_line("markers", "full: a case for which another stands, unless --full")
     config.addinivalue_line("markers", "slow: a case that trains for minutes, unless --slow")
+    config.pluginmanager.register(FileSeconds())
 
 
 def pytest_collection_modifyitems(config, items):
@@ -40,6 +48,47 @@ def pytest_collection_modifyitems(config, items):
     left = [item for item in items if any(mark.name in hidden for mark in item.iter_markers())]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
+
+
+class FileSeconds:
+    """Prints what each file took: its seconds, and those that processors computed for it, in pytest's process and all below.
+
+    A file that computes less than it takes waits: beside it, another may compute. The figures travel with the reports of
+    tests, so that they arrive from pytest-xdist's workers too."""
+
+    COMPUTED = "seconds computed for this file"
+
+    def pytest_collection_finish(self):
+        self.computed = computed_seconds()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item, nextitem):
+        try:
+            return (yield)
+        finally:
+            if nextitem is None or nextitem.path != item.path:
+                before, self.computed = self.computed, computed_seconds()
+                item.user_properties.append((self.COMPUTED, self.computed - before))
+
+    def pytest_terminal_summary(self, terminalreporter):
+        took, computed = Counter(), Counter()
+        for report in itertools.chain(*terminalreporter.stats.values()):
+            if isinstance(report, pytest.TestReport):
+                file = report.nodeid.partition("::")[0]
+                took[file] += report.duration
+                computed[file] += dict(report.user_properties).get(self.COMPUTED, 0) if report.when == "teardown" else 0
+        terminalreporter.section("seconds of each file, and those computed")
+        for file, seconds in took.most_common():
+            terminalreporter.write_line(f"{seconds:8.1f} {computed[file]:8.1f}  {file}")
+
+
+def computed_seconds() -> float:
+    """The processor seconds of this process and all below it, those that have ended included."""
+    seconds = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            seconds += sum(process.cpu_times()[:4])  # user, system, and both of its children
+    return seconds
 
 
 @pytest.fixture(scope="session")

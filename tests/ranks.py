@@ -142,6 +142,7 @@ def _work(pipe: Connection, port: int, sees_gpus: bool) -> None:
 
     torch.set_num_threads(1)
     store = dist.TCPStore("localhost", port)
+    modules = 0
     while True:
         try:
             file, name, rank, world_size, call, arguments = pickle.loads(pipe.recv_bytes())
@@ -155,6 +156,10 @@ def _work(pipe: Connection, port: int, sees_gpus: bool) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         _forget_groups()
+        if len(sys.modules) > modules:
+            # Modules stay: a look through all of torch's after every call would take longer than many a call.
+            gc.freeze()
+            modules = len(sys.modules)
         pipe.send_bytes(pickle.dumps(answer))
 
 
@@ -180,8 +185,6 @@ def _load(file: str, name: str) -> Callable[..., Any]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
         spec.loader.exec_module(module)
-        # Modules stay: a look through all of torch's after every call would take longer than many a call.
-        gc.freeze()
     found: Any = sys.modules[module_name]
     for part in name.split("."):
         found = getattr(found, part)
