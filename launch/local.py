@@ -85,6 +85,8 @@ def _run_once(job: Job, warm: Warm, attend: Callable[[list[Child]], bool], start
     workers = list[Child]()
     try:
         port = warm.told_by(store)
+        # Where parameters are split, every worker would import torch's compiler for itself.
+        needs = ("torch._dynamo",) if job.nproc > 1 else ()
         for rank in range(job.nproc):
             logs = start.error_file(rank).parent
             logs.mkdir(parents=True)
@@ -93,6 +95,7 @@ def _run_once(job: Job, warm: Warm, attend: Callable[[list[Child]], bool], start
                     "rowwise.launch.train:work_as", rank, job.arguments, job.tree,
                     environment=start.environment(job, rank, port),
                     logs=None if job.log_dir is None else (logs / "stdout.log", logs / "stderr.log"),
+                    needs=needs,
                 )
             )  # fmt: skip
         until = None

@@ -21,28 +21,14 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 
 import argparse
 import contextlib
-import shlex
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from rowwise.launch import agent
-from rowwise.launch.compose import compose_tree
-from rowwise.launch.given import Arguments, as_typed, gather
-from rowwise.launch.job import Job
-from rowwise.launch.leaving import leave_report
-from rowwise.launch.meeting import Meeting, meeting_of
+from rowwise.launch.given import Arguments, gather
+from rowwise.launch.meeting import meeting_of
 from rowwise.launch.parent import follow
 from rowwise.launch.streams import patient_streams
-from rowwise.launch.train import print_configuration
 from rowwise.launch.utf8 import insist_on_utf8
-from rowwise.launch.warm import Unanswered, Warm, WarmIsGone, warmed
-from rowwise.trainer.console import Console, labelled
-from rowwise.trainer.manifest import newest_sound
-from rowwise.trainer.next_steps import next_steps
-from rowwise.trainer.runlog import keep_said, logs_with_words
-
-EXIT = {"complete": 0, "stopped": 0, "refused": 2, "failed": 1}
+from rowwise.launch.warm import Unanswered, WarmIsGone, warmed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,62 +40,25 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str] | None) -> int:
     options = parse(arguments)
     if options.cfg:
+        from rowwise.launch.train import print_configuration
+
         return print_configuration(options.overrides)
     if options.parent:
         follow(options.parent)
     try:
         typed, options.overrides = options.overrides, gather(options.overrides)
         meeting = meeting_of(options)
-        # A warm process imports torch, which takes seconds, while this composes.
+        # A warm process imports torch, which takes seconds, while this one imports the rest and composes.
         with contextlib.nullcontext() if meeting else warmed(options.warm) as warm:
-            tree = compose_tree(options.overrides)
-            asked = replace(job_asked_for(options, tree, meeting, warm), tree=tree)
-            if (said := as_typed(typed)) != options.overrides:
-                asked = replace(asked, command=shlex.join(["rowwise", "train", *said]))
-            outcome = agent.run_workers(asked, warm)
+            from rowwise.launch.carry_out import carry_out
+
+            return carry_out(options, typed, meeting, warm)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
     except (Unanswered, WarmIsGone) as gone:
         print(f"failed: {gone}", file=sys.stderr)
         return 1
-    if outcome.state == "refused":
-        print(f"refused: {outcome.reason}", file=sys.stderr)
-    elif outcome.state == "failed":
-        reason = f"failed at step {outcome.step}: {outcome.reason}"
-        print(reason, file=sys.stderr)
-        tell_of_failure(asked.run_dir, reason, outcome.step, asked.steps or outcome.step)
-    elif outcome.state == "stopped" and not outcome.step:
-        print("stopped before the first step: there was nothing to save", file=sys.stderr)
-    if asked.meeting is None or asked.meeting.host:
-        leave_report(asked.run_dir, asked.report, outcome.state)
-    return EXIT[outcome.state]
-
-
-def job_asked_for(options: argparse.Namespace, tree: dict[str, Any], meeting: Meeting | None, warm: Warm | None) -> Job:
-    """The job of a command line, whose overrides compose to `tree`. Raises ValueError."""
-    if warm is None:
-        # torch: neither help nor a mistyped key waits for it.
-        from rowwise.launch.ranks import job_of
-
-        return job_of(options, tree, meeting)
-    names = {"overrides": options.overrides, "job": options.job, "max_restarts": options.max_restarts, "log_dir": None}
-    told = warm.ask("rowwise.launch.ranks:tell_job", names, tree)
-    if "refused" in told:
-        raise ValueError(told["refused"])
-    told["run_dir"] = Path(told["run_dir"])
-    return Job(overrides=tuple(options.overrides), log_dir=options.log_dir, **told)
-
-
-def tell_of_failure(run_dir: Path, reason: str, step: int, steps: int) -> None:
-    """Keeps the reason in the log of the run, and says in a box where more of it stands and how to go on."""
-    if not run_dir.is_dir():
-        return
-    keep_said(run_dir, reason)
-    saved = newest_sound(run_dir / "checkpoints") is not None
-    lines = [labelled("said", str(path)) for path in logs_with_words(run_dir)[:4]]
-    lines += [labelled(*row) for row in next_steps(run_dir, None, writes=False, saved=saved)]
-    Console(run_dir, step, steps, log_every=1).end(f"failed at step {step}", lines)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

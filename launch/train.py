@@ -14,6 +14,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
 import argparse
+import gc
 import os
 import shlex
 import traceback
@@ -36,8 +37,7 @@ def main(arguments: list[str] | None = None, tree: dict[str, Any] | None = None)
     options = parse(arguments)
     if options.cfg:
         return print_configuration(options.overrides, "worker")
-    from rowwise.launch.worker import work  # torch, which takes seconds, and help needs none
-
+    work = imported_work()
     try:
         work(options.overrides, command_of(options), tree)
     except Ended as end:
@@ -45,6 +45,18 @@ def main(arguments: list[str] | None = None, tree: dict[str, Any] | None = None)
             print(f"{end.state}: {end}", file=sys.stderr, flush=True)
         return end.code
     return 0
+
+
+def imported_work() -> Callable[..., None]:
+    """What a worker does. It imports torch, which takes seconds, and help needs none."""
+    looks = gc.isenabled()
+    gc.disable()  # which takes a tenth of the imports, and finds nothing
+    from rowwise.launch.worker import work
+
+    if looks:
+        gc.freeze()
+        gc.enable()
+    return work
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -16,6 +16,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import math
@@ -35,8 +36,7 @@ import psutil
 from rowwise.launch.meeting import TOKEN
 from rowwise.trainer.stop import SIGNALS
 
-# Imported while there is nothing else to do. torch's optimizers import its compiler when they are made, in every worker else.
-BEFOREHAND = ("rowwise.launch.ranks", "rowwise.launch.worker", "torch._dynamo")
+BEFOREHAND = ("rowwise.launch.ranks", "rowwise.launch.worker")  # imported while there is nothing else to do
 QUIET = {"OPENBLAS_NUM_THREADS": "1"}  # numpy would start threads when it is imported
 LEAVING_SECONDS = 60  # that is given to what a client left behind
 _MESSAGE, _CLIENT = b"message", b"client"  # what a file descriptor that is sent leads to
@@ -146,15 +146,17 @@ class Warm:
         *arguments: Any,
         environment: dict[str, str] | None = None,
         logs: tuple[Path, Path] | None = None,
+        needs: Sequence[str] = (),
         outlasts: bool = False,
     ) -> Child:
-        """Forks `call` in this process's environment and `environment`; its streams go to `logs` where they are given. One that
-        `outlasts` the others is deaf to the signals that ask for a stop, and killed once they have left where this process is
-        gone. Raises WarmIsGone."""
+        """Forks `call` in this process's environment and `environment`, once the modules that it `needs` are imported; its streams
+        go to `logs` where they are given. One that `outlasts` the others is deaf to the signals that ask for a stop, and killed
+        once they have left where this process is gone. Raises WarmIsGone."""
         asked = {
             "call": call,
             "arguments": arguments,
             "environment": {**_without_token(), **(environment or {})},
+            "needs": needs,
             "outlasts": outlasts,
             "logs": None if logs is None else [str(path.absolute()) for path in logs],
         }
@@ -271,7 +273,10 @@ class Server:
             return None
         module, _, name = asked["call"].partition(":")
         self._import_for(module)
+        for other in asked["needs"]:
+            importlib.import_module(other)
         function = getattr(importlib.import_module(module), name)
+        gc.freeze()  # nobody looks for rubbish among what was imported
         # No signal is lost between the fork and the child's own handlers, nor one to its group.
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
         if (pid := os.fork()) == 0:
@@ -295,6 +300,7 @@ class Server:
 
     def _become(self, client: socket.socket, function: Callable[..., Any], asked: dict[str, Any]) -> Callable[[], None]:
         """In a fork: leaves everything of the warm process behind."""
+        gc.enable()
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             if number not in SIGNALS or not asked["outlasts"]:
@@ -407,6 +413,7 @@ def use_threads() -> None:
 
 if __name__ == "__main__":
     call_oneself("rowwise warm")
+    gc.disable()  # which takes a tenth of the imports, and finds nothing
     task = Server(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:]).serve()
     if task is not None:
         task()
