@@ -1,4 +1,4 @@
-"""What the README and the commands' own help tell people to type is what would run."""
+"""What the README, docs/ and the commands' own help tell people to type is what would run."""
 
 import importlib
 import re
@@ -17,8 +17,10 @@ from rowwise.launch.sweep.config import resolve as resolve_sweep
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
 
+ROOT = Path(__file__).parents[1]
 TEXTS = {
-    "README.md": (Path(__file__).parents[1] / "README.md").read_text(),
+    "README.md": (ROOT / "README.md").read_text(),
+    **{f"docs/{page.name}": page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))},
     "rowwise --help": EXAMPLES,
     **{
         f"rowwise {name} --help": importlib.import_module(module).__doc__ or ""
@@ -30,9 +32,8 @@ TEXTS = {
 def commands_of(text: str) -> list[str]:
     """Its command lines, without what is said of them two spaces further on."""
     joined = re.sub(r"\\\n\s*", "", text)
-    lines = re.findall(
-        r"^ *(?:srun [^\n]*?)?((?:rowwise|torchrun|python -m rowwise\.launch\.train) [^\n]*)$", joined, re.M
-    )
+    begins = r"rowwise|torchrun(?= [^\n]*-m rowwise)|python -m rowwise\.launch\.train"
+    lines = re.findall(rf"^ *(?:srun [^\n]*?)?((?:{begins}) [^\n]*)$", joined, re.M)
     return [re.split(r" {2,}", line)[0] for line in lines]
 
 
@@ -77,5 +78,5 @@ def test_an_example_is_not_refused(where, line, files):
 
 def test_there_are_examples():
     assert len(CASES) >= 25
-    assert {where for where, _ in CASES} >= {"README.md", "rowwise --help"}
+    assert {where for where, _ in CASES} >= {"README.md", "docs/launching.md", "rowwise --help"}
     assert {f"rowwise {name} --help" for name in ("train", "sweep", "slurm")} <= {where for where, _ in CASES}

@@ -63,9 +63,9 @@ def test_a_file_of_overrides_is_what_they_are_on_the_command_line(here):
     assert taken("config=my.yaml")["run_dir"] == "out/mine" and taken("config=my.yaml", "name=b")["run_dir"] == "out/b"
 
 
-def test_the_file_that_the_readme_shows_is_taken(here):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    write("my.yaml", readme.partition("```yaml\n")[2].partition("```")[0])
+def test_the_file_that_the_documents_show_is_taken(here):
+    page = (Path(__file__).parents[1] / "docs/configuration.md").read_text()
+    write("my.yaml", page.partition("```yaml\n")[2].partition("```")[0])
     tree = taken("config=my.yaml")
     assert (tree["optim"]["name"], tree["optim"]["lr"], tree["schedule"]["warmup"]) == ("adamw8bit", 3e-4, 0.05)
     assert (tree["run_dir"], tree["data"]["files"]) == ("out/first", ["corpus/"])

@@ -584,7 +584,7 @@ FLAGS = [
 def lay_out(pages: list[str], folder: Path) -> list[dict]:
     """How chromium lays out each page at each of WIDTHS."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert browser, "there is no chromium to lay pages out: run `make test-browser`, which installs it"
+    assert browser, "there is no chromium to lay pages out: run `make chromium`, which installs it"
     frames = "".join(f'<iframe width={w} height=900 style="border: 0" srcdoc="{html.escape(page)}"></iframe>'
                      for page in pages for w in WIDTHS)  # fmt: skip
     (folder / "frames.html").write_text(MEASURE.replace("FRAMES", frames))

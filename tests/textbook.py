@@ -258,7 +258,7 @@ PLAIN = {"adamw": adam, "lion": lion, "adafactor": adafactor, "muon": muon, "lio
 
 
 def rule_of(name: str, shape: Any, config: Any) -> str:
-    """The table of the README, written once more."""
+    """The table of docs/optimizers.md, written once more."""
     special = name.startswith(("embed", "head")) or len(shape) == 1
     eight = len(shape) == 2 and math.prod(shape) >= 4096
     if config.name == "adamw8bit":
