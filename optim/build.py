@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.optim.adafactor import Adafactor, AdafactorConfig
 from rowwise.optim.adamw import AdamW, AdamWConfig
 from rowwise.optim.lion import Lion, LionConfig
@@ -109,6 +110,41 @@ def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Opt
         groups[key]["params"].append(p)
         groups[key]["names"].append(name)
     return Optimizer(list(groups.values()), config.lr, seed)
+
+
+MOMENTUM_CYCLE: Refusals = (
+    Refusal(
+        ("schedule.momentum", "optim.name"),
+        lambda run: (
+            isinstance(run.schedule, OneCycle) and run.schedule.momentum is not None and run.optim.name not in CYCLED
+        ),
+        "schedule.momentum={schedule.momentum} with optim={optim.name}: its matrices have no beta1 to cycle; possible are "
+        f"{', '.join(CYCLED)}, or schedule.momentum=null",
+    ),
+)
+STEP_BACK: Refusals = (
+    Refusal(
+        ("parallel.post_validation", "optim.name", "optim.kappa"),
+        lambda run: run.parallel.post_validation and not is_elementwise(run.optim),
+        lambda run: (
+            f"parallel.post_validation with optim={run.optim.name}"
+            f"{f' optim.kappa={run.optim.kappa}' if isinstance(run.optim, LionConfig) else ''}: its step exchanges messages or "
+            f"draws on a basis that one rank cannot take back alone; possible are {', '.join(ELEMENTWISE)} (lion with "
+            "optim.kappa=l1, rows or huber), or parallel.post_validation=false"
+        ),
+    ),
+)
+STABLE_EMBEDDING: Refusals = (
+    Refusal(
+        ("model.stable_embedding", "optim.assign"),
+        lambda run: run.model.stable_embedding and assigned("embed.weight", run.optim).endswith("8bit"),
+        lambda run: (
+            "model.stable_embedding=true keeps the embedding's states in 32 bits, and optim.assign gives it "
+            f"{assigned('embed.weight', run.optim)}; give it {assigned('embed.weight', run.optim).removesuffix('8bit')} or own, or "
+            "model.stable_embedding=false"
+        ),
+    ),
+)
 
 
 def is_elementwise(config: OptimConfig) -> bool:

@@ -2,17 +2,69 @@
 the gradient is freed, so that never more than a few gradients live at once.
 
 A global gradient norm is known only when no gradient is left to clip, and a second micro-batch would meet changed
-parameters: clipping and accumulation are refused.
+parameters: these and what else it does not go with are refused by the rules below.
 """
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.rows import local
+from rowwise.optim.lengths import read_length
 from rowwise.optim.shell import Optimizer
+
+IN_BACKWARD: Refusals = (
+    Refusal(
+        ("optim.in_backward", "log.norms_every"),
+        lambda run: run.optim.in_backward and read_length("log.norms_every", run.log.norms_every).amount,
+        "log.norms_every={log.norms_every} with optim.in_backward: no gradient is left when the step is over; give "
+        "log.norms_every=0, or optim.in_backward=false",
+    ),
+    Refusal(
+        ("optim.in_backward", "parallel.pipeline"),
+        lambda run: run.optim.in_backward and run.parallel.pipeline > 1,
+        "optim.in_backward with parallel.pipeline={parallel.pipeline}: a stage's gradient is complete only after the "
+        "last of many micro-batches; give parallel.pipeline=1, or optim.in_backward=false",
+    ),
+    Refusal(
+        ("optim.in_backward", "clip_norm"),
+        lambda run: run.optim.in_backward and run.clip_norm,
+        "optim.in_backward with clip_norm={clip_norm}: the global norm is known only when every gradient "
+        "has been used; give clip_norm=0, or optim.in_backward=false",
+    ),
+    Refusal(
+        ("optim.in_backward", "batch.global_size", "batch.micro_size"),
+        lambda run: run.optim.in_backward and run.micro_batches > 1,
+        lambda run: (
+            f"optim.in_backward with {run.micro_batches} micro-batches a step: the second would meet changed "
+            f"parameters; give batch.micro_size={run.batch.micro_size * run.micro_batches} or "
+            f"batch.global_size={run.batch.global_size // run.micro_batches}, or optim.in_backward=false"
+        ),
+    ),
+    Refusal(
+        ("optim.in_backward", "precision.name"),
+        lambda run: run.optim.in_backward and run.precision.name == "fp16",
+        "optim.in_backward with precision=fp16: an overflow is known only when parameters have changed; "
+        "give precision=bf16, or optim.in_backward=false",
+    ),
+    Refusal(
+        ("optim.in_backward", "parallel.zero", "parallel.replicate", "precision.name"),
+        lambda run: run.optim.in_backward and _sums_at_the_end(run.parallel, run.precision.name),
+        "optim.in_backward with parallel.replicate={parallel.replicate} parallel.zero={parallel.zero}: gradients "
+        "that FSDP2 sums over replicas stay until the backward ends; give parallel.replicate=1 and parallel.zero=1 "
+        "to 3, or optim.in_backward=false",
+    ),
+)
+
+
+def _sums_at_the_end(parallel: Any, precision: str) -> bool:
+    """Whether FSDP2 holds the parameters, and the sums of their gradients over replicas until the backward is over."""
+    split = parallel.state_degree if parallel.zero > 0 else 1
+    return parallel.replicate * parallel.state_degree > split and (split > 1 or precision == "bf16")
 
 
 class InBackward:

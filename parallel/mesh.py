@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rowwise.conf.option import MayChange
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.parallel.lanes import Axis, connect, neighbours, open_lanes
 
 DEGREES = ("pipeline", "replicate", "shard", "ring", "ulysses")  # the slowest first
@@ -60,14 +61,29 @@ class ParallelConfig:
     backend: MayChange[Literal["torch"]] = "torch"
 
     @property
+    def world_size(self) -> int:
+        """How many workers the degrees make. Degrees must be resolved, here and below."""
+        return math.prod(getattr(self, key) for key in DEGREES)
+
+    @property
     def data_degree(self) -> int:
-        """Into how many shares a global batch is split. Degrees must be resolved, here and below."""
+        """Into how many shares a global batch is split."""
         return self.replicate * self.shard
 
     @property
     def state_degree(self) -> int:
         """Into how many shards a state is split, at stages that split it."""
         return self.shard * self.ring * self.ulysses
+
+
+A_YEAR = 365 * 24 * 3600
+TIMEOUT: Refusals = (
+    Refusal(
+        ("parallel.timeout_seconds",),
+        lambda run: not 1 <= run.parallel.timeout_seconds <= A_YEAR,
+        f"parallel.timeout_seconds={{parallel.timeout_seconds}}: give 1 to {A_YEAR}, a year",
+    ),
+)
 
 
 @dataclass(frozen=True)

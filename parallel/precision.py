@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from rowwise.conf.option import MayChange
+from rowwise.conf.refusal import Refusal, Refusals
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,11 +53,39 @@ class Fp16:
 
 PrecisionConfig = Fp64 | Fp32 | Bf16 | Fp16
 
-
-def check_precision(config: PrecisionConfig) -> None:
-    """Refuses a loss scale that cannot work. Raises ValueError."""
-    if isinstance(config, Fp16) and not (1 <= config.initial_scale < math.inf and config.growth_every >= 1):
-        raise ValueError("precision=fp16: precision.initial_scale (finite) and precision.growth_every are at least 1")
+LOSS_SCALE: Refusals = (
+    Refusal(
+        ("precision.initial_scale", "precision.growth_every"),
+        lambda run: (
+            isinstance(run.precision, Fp16)
+            and not (1 <= run.precision.initial_scale < math.inf and run.precision.growth_every >= 1)
+        ),
+        "precision=fp16: precision.initial_scale (finite) and precision.growth_every are at least 1",
+    ),
+)
+BF16_PARAMETERS: Refusals = (
+    Refusal(
+        ("optim.param_dtype", "precision.name"),
+        lambda run: run.optim.param_dtype is not None and run.precision.name != "bf16",
+        "optim.param_dtype=bf16 with precision={precision.name}: parameters kept in bf16 compute in bf16; "
+        "give precision=bf16, or leave optim.param_dtype=null",
+    ),
+    # A pipeline adds up whole gradients in 32 bits and splits them once.
+    Refusal(
+        ("optim.param_dtype", "parallel.zero", "batch.global_size", "batch.micro_size"),
+        lambda run: (
+            run.optim.param_dtype is not None
+            and run.parallel.zero >= 2
+            and run.micro_batches > 1
+            and run.parallel.pipeline == 1
+        ),
+        lambda run: (
+            f"optim.param_dtype=bf16 with parallel.zero={run.parallel.zero} and {run.micro_batches} micro-batches a "
+            "step: split gradients would be added up in bf16; give parallel.zero=1, or "
+            f"batch.micro_size={run.batch.micro_size * run.micro_batches}"
+        ),
+    ),
+)
 
 
 def master_dtype(config: PrecisionConfig) -> torch.dtype:

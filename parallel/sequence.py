@@ -27,20 +27,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
 from rowwise.kernels.attention_block import Attended, repeat_heads
 from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.parallel.collectives import Passing, all_to_all
 from rowwise.parallel.mesh import RING_ORDER, Axis, Mesh, SequenceAxes, divisors
 
-
-def check_heads(heads: int, ulysses: int) -> None:
-    """Refuses heads that the ranks of an all-to-all cannot share. Raises ValueError."""
-    if heads % ulysses:
-        raise ValueError(
-            f"parallel.ulysses={ulysses} with model.heads={heads}: its ranks take equal shares of the heads; possible "
-            f"are {divisors(heads)}, and parallel.ring for more ranks"
-        )
+HEADS: Refusals = (
+    Refusal(
+        ("parallel.ulysses", "model.heads"),
+        lambda run: run.model.heads % run.parallel.ulysses,
+        lambda run: (
+            f"parallel.ulysses={run.parallel.ulysses} with model.heads={run.model.heads}: its ranks take equal shares of "
+            f"the heads; possible are {divisors(run.model.heads)}, and parallel.ring for more ranks"
+        ),
+    ),
+)
 
 
 def padded_length(length: int, order: RING_ORDER, ring: int, ulysses: int) -> int:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rowwise.conf.option import Apart, Ask, MayChange
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.optim.build import OptimConfig
 from rowwise.optim.lengths import RunLength
 from rowwise.optim.rates import SHARES, rate_of_size
@@ -79,6 +80,43 @@ class TrainConfig:
         """What shares of the run and intervals in tokens are of."""
         return RunLength(self.steps, self.batch.global_size * self.batch.seq_len)
 
+    @property
+    def micro_batches(self) -> int:
+        """Of a rank, in a step. The degrees of the mesh must be resolved."""
+        return self.batch.global_size // self.batch.micro_size // self.parallel.data_degree
+
+
+MOST_WORKERS = 1024  # of a machine
+LENGTH: Refusals = (
+    Refusal(
+        ("steps",),
+        lambda run: not 1 <= run.steps <= MOST_STEPS,
+        f"steps={{steps}}: a run has at least 1 step, and at most {MOST_STEPS:,}",
+    ),
+    Refusal(
+        ("clip_norm",),
+        lambda run: run.clip_norm < 0,
+        "clip_norm={clip_norm}: the largest gradient norm, or 0 for off",
+    ),
+    Refusal(
+        ("nproc",),
+        lambda run: run.nproc is not None and not 1 <= run.nproc <= MOST_WORKERS,
+        f"nproc={{nproc}}: a machine has 1 to {MOST_WORKERS} workers; null is one a GPU, or one",
+    ),
+)
+LINES: Refusals = (
+    Refusal(("log_every",), lambda run: not run.log_every, "log_every=0: it is at least 1 step"),
+    Refusal(
+        ("peak_flops",),
+        lambda run: run.peak_flops is not None and run.peak_flops <= 0,
+        "peak_flops={peak_flops}: FLOP/s of one device, 989e12 say; null: by its name",
+    ),
+)
+FOLDER: Refusals = (
+    Refusal(
+        ("run_dir",), lambda run: not run.run_dir, "run_dir is empty: give the folder of the run, such as runs/NAME"
+    ),
+)
 
 _ADAPTER = TypeAdapter(TrainConfig)
 _SCHEDULES: TypeAdapter[ScheduleConfig] = TypeAdapter(Annotated[ScheduleConfig, _BY_NAME])

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rowwise.conf.option import MayChange
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.optim.lengths import RunLength
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import release_gathered
@@ -27,6 +28,20 @@ class EvalConfig:
     def due(self, step: int, run: RunLength) -> bool:
         """Whether the step alone says so; where `every` is a time, rank 0's clock may too."""
         return bool(self.every) and (step == run.steps or run.due(self.every, step))
+
+
+EVALUATION: Refusals = (
+    Refusal(
+        ("eval.batches",),
+        lambda run: run.eval.batches < 1,
+        "eval.batches={eval.batches}: evaluate over at least 1 batch; eval.every=0 is off",
+    ),
+    Refusal(
+        ("eval.every", "data.holdout"),
+        lambda run: run.eval.every and run.data.holdout == 0,
+        "eval.every is on and data.holdout=0 holds nothing out; give data.holdout a share, or eval.every=0",
+    ),
+)
 
 
 @torch.no_grad()

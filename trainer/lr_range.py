@@ -10,10 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.trainer.metrics import number
 
 KEPT = 0.8  # of the average, at each step
 FIRST = 5  # steps, of which an average says too little
+
+RANGE_TEST: Refusals = (
+    Refusal(
+        ("schedule.name", "parallel.post_validation"),
+        lambda run: run.schedule.name == "lr_range" and run.parallel.post_validation,
+        "schedule=lr_range with parallel.post_validation: a test ends after a step whose loss blew up, when the next has "
+        "begun; give parallel.post_validation=false",
+    ),
+)
 
 Point = tuple[float, float]  # a learning rate, and the loss of its step: infinite where that was no number
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from rowwise.conf.option import MayChange
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.optim.lengths import RunLength
 from rowwise.trainer.files import free_name, from_json, remove, to_json, write_whole
 from rowwise.trainer.manifest_form import VERSION, FileFacts, Manifest
@@ -52,10 +53,13 @@ class CheckpointConfig:
         return step == run.steps or run.due(self.every, step)
 
 
-def check_checkpoint(config: CheckpointConfig) -> None:
-    """Raises ValueError for a number below 0."""
-    if config.keep < 0:
-        raise ValueError(f"checkpoint.keep={config.keep}: how many of the newest checkpoints stay (0 = all)")
+CHECKPOINTS: Refusals = (
+    Refusal(
+        ("checkpoint.keep",),
+        lambda run: run.checkpoint.keep < 0,
+        "checkpoint.keep={checkpoint.keep}: how many of the newest checkpoints stay (0 = all)",
+    ),
+)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

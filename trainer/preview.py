@@ -124,7 +124,7 @@ def pipeline_picture(config: TrainConfig, width: int) -> list[str]:
         return []
     if parallel.pipeline_schedule == "auto":
         return ["pipeline: auto finds its order from times that the run measures: there is no picture before"]
-    micro_batches = config.batch.global_size // config.batch.micro_size // parallel.data_degree
+    micro_batches = config.micro_batches
     plan = plan_pipeline(parallel, config.model, config.batch.seq_len, micro_batches, None)
     timeline = simulate(plan.schedule, uniform_costs(plan.schedule.stages))
     head = (

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rowwise.conf.option import MayChange
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import places_on
 from rowwise.parallel.shard import release_gathered
@@ -24,6 +25,21 @@ class SampleConfig:
     tokens: MayChange[int | None] = None
     prompt: MayChange[str] = "\n"
     temperature: MayChange[float] = 0.7
+
+
+MOST_SAMPLED = 1_000_000
+SAMPLES: Refusals = (
+    Refusal(
+        ("sample.tokens", "sample.temperature"),
+        lambda run: (run.sample.tokens or 0) < 0 or run.sample.temperature < 0,
+        "sample.tokens and sample.temperature are at least 0",
+    ),
+    Refusal(
+        ("sample.tokens",),
+        lambda run: (run.sample.tokens or 0) > MOST_SAMPLED,
+        f"sample.tokens={{sample.tokens}}: each takes a forward; give at most {MOST_SAMPLED:,}",
+    ),
+)
 
 
 @dataclass(frozen=True)

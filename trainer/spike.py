@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rowwise.conf.option import MayChange
-from rowwise.optim.lengths import RunLength, read_length
+from rowwise.conf.refusal import Refusal, Refusals
+from rowwise.optim.lengths import read_length
 from rowwise.trainer.manifest import complete_checkpoints, step_of
 
 OnSpike = Literal["record", "skip", "rollback"]
@@ -77,43 +78,50 @@ class Spikes:
         return cls(**{**tree, "rollbacks": [Rollback(**one) for one in tree["rollbacks"]]})
 
 
-def check_spike(on_spike: OnSpike, config: SpikeConfig, in_backward: bool, range_test: bool) -> None:
-    """Raises ValueError."""
-    if not FEWEST <= config.window <= LARGEST_WINDOW:
-        raise ValueError(
-            f"spike.window={config.window}: steps that a step is held against, {FEWEST} to {LARGEST_WINDOW:,}"
-        )
-    if config.threshold <= 0 or config.most < 1:
-        raise ValueError(
-            f"spike.threshold={config.threshold} spike.most={config.most}: spreads above the middle, above 0 (6 say), and how "
-            "many skips in a row or rollbacks are made, at least 1"
-        )
-    if on_spike == "skip" and in_backward:
-        raise ValueError(
-            "on_spike=skip with optim.in_backward: parameters have changed when the norm is known; give on_spike=rollback, "
-            "which goes back to a checkpoint, or on_spike=record"
-        )
-    if on_spike != "record" and range_test:
-        raise ValueError(
-            f"on_spike={on_spike} with schedule=lr_range: a test ends where the loss blows up; give on_spike=record"
-        )
+SPIKES: Refusals = (
+    Refusal(
+        ("spike.window",),
+        lambda run: not FEWEST <= run.spike.window <= LARGEST_WINDOW,
+        f"spike.window={{spike.window}}: steps that a step is held against, {FEWEST} to {LARGEST_WINDOW:,}",
+    ),
+    Refusal(
+        ("spike.threshold", "spike.most"),
+        lambda run: run.spike.threshold <= 0 or run.spike.most < 1,
+        "spike.threshold={spike.threshold} spike.most={spike.most}: spreads above the middle, above 0 (6 say), and how "
+        "many skips in a row or rollbacks are made, at least 1",
+    ),
+    Refusal(
+        ("on_spike", "optim.in_backward"),
+        lambda run: run.on_spike == "skip" and run.optim.in_backward,
+        "on_spike=skip with optim.in_backward: parameters have changed when the norm is known; give on_spike=rollback, "
+        "which goes back to a checkpoint, or on_spike=record",
+    ),
+    Refusal(
+        ("on_spike", "schedule.name"),
+        lambda run: run.on_spike != "record" and run.schedule.name == "lr_range",
+        "on_spike={on_spike} with schedule=lr_range: a test ends where the loss blows up; give on_spike=record",
+    ),
+    Refusal(
+        ("on_spike", "checkpoint.every", "steps"),
+        lambda run: run.on_spike == "rollback" and _no_way_back(run),
+        lambda run: (
+            f"on_spike=rollback with checkpoint.every={run.checkpoint.every}: {_no_way_back(run)}; give "
+            "checkpoint.every=10%, say, or on_spike=skip"
+        ),
+    ),
+)
 
 
-def check_way_back(every: int | float | str, run: RunLength | None) -> None:
-    """Refuses a rollback of a run that saves a checkpoint `every` so often where it has none to go back to. `run`: where its
-    steps are known. Raises ValueError."""
-    interval = read_length("checkpoint.every", every)
+def _no_way_back(run: Any) -> str | None:
+    """Why a run, by how often it saves a checkpoint, has none to go back to."""
+    interval = read_length("checkpoint.every", run.checkpoint.every)
     if interval.unit == "time":
-        why = "a clock would say where it goes back to"
-    elif interval.amount == 0:
-        why = "there is nothing to go back to"
-    elif run is not None and run.in_steps(interval) >= run.steps:
-        why = f"there is nothing to go back to before the end of the run, steps={run.steps}"
-    else:
-        return
-    raise ValueError(
-        f"on_spike=rollback with checkpoint.every={every}: {why}; give checkpoint.every=10%, say, or on_spike=skip"
-    )
+        return "a clock would say where it goes back to"
+    if interval.amount == 0:
+        return "there is nothing to go back to"
+    if run.known_steps and run.length.in_steps(interval) >= run.steps:
+        return f"there is nothing to go back to before the end of the run, steps={run.steps}"
+    return None
 
 
 def score(before: list[float], x: float, rule: str) -> float:

@@ -2,13 +2,15 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.parallel.mesh import ParallelConfig
 from rowwise.parallel.schedule.check import check_schedule
-from rowwise.parallel.schedule.cut import balance, check_stages
+from rowwise.parallel.schedule.cut import balance
 from rowwise.parallel.schedule.generate import GENERATORS, Shape, check_shape, make_schedule
 from rowwise.parallel.schedule.order import Schedule, loop_placement, parse_action, read_csv, v_placement
 from rowwise.parallel.schedule.search import find_schedule
@@ -40,37 +42,83 @@ class Plan:
     how: str = ""
 
 
-def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int, steps: int) -> None:
-    """Refuses a pipeline that cannot be. Raises ValueError."""
-    if config.virtual_stages < 1:
-        raise ValueError(f"parallel.virtual_stages={config.virtual_stages}: it is at least 1")
-    if config.pipeline == 1:
-        _refuse_without_pipeline(config)
-        return
-    check_stages(layers, config.pipeline * config.virtual_stages)
-    missing = ["parallel.zero=3"] * (config.zero != 3) + ["parallel.shard, ring or ulysses above 1"] * (
-        config.state_degree == 1
+_PLAIN = ParallelConfig()
+
+
+def _has(key: str) -> Callable[[Any], bool]:
+    """Whether a run has another value of `parallel.KEY` than the one that means nothing."""
+    return lambda run: getattr(run.parallel, key) != getattr(_PLAIN, key)
+
+
+def _without_pipeline(key: str) -> Refusal:
+    return Refusal(
+        (f"parallel.{key}", "parallel.pipeline"),
+        lambda run: run.parallel.pipeline == 1 and _has(key)(run),
+        f"parallel.{key}={{parallel.{key}}} with parallel.pipeline=1: there is no pipeline; give parallel.pipeline, or leave "
+        f"parallel.{key}={getattr(_PLAIN, key)}",
     )
-    if config.pipeline_gather is not None and missing:
-        raise ValueError(
-            f"parallel.pipeline_gather={config.pipeline_gather} with parallel.zero={config.zero}, split over shard x ring x "
-            f"ulysses = {config.state_degree}: below stage 3 weights are gathered once a step, and where one rank has them "
-            f"all not at all; leave it null, or give {' and '.join(missing)}"
-        )
+
+
+def _for_auto_alone(key: str) -> Refusal:
+    return Refusal(
+        (f"parallel.{key}", "parallel.pipeline_schedule"),
+        lambda run: run.parallel.pipeline_schedule != "auto" and _has(key)(run),
+        f"parallel.{key}={{parallel.{key}}} with {{parallel.pipeline_schedule}}: only auto looks at it; give "
+        "parallel.pipeline_schedule=auto",
+    )
+
+
+WITHOUT_PIPELINE: Refusals = (
+    Refusal(
+        ("parallel.virtual_stages",),
+        lambda run: run.parallel.virtual_stages < 1,
+        "parallel.virtual_stages={parallel.virtual_stages}: it is at least 1",
+    ),
+    *map(_without_pipeline, PIPELINE_KEYS),
+)
+PIPELINED: Refusals = (
+    Refusal(
+        ("parallel.pipeline_gather", "parallel.zero", "parallel.shard", "parallel.ring", "parallel.ulysses"),
+        lambda run: run.parallel.pipeline_gather is not None and _for_gathering(run.parallel),
+        lambda run: (
+            f"parallel.pipeline_gather={run.parallel.pipeline_gather} with parallel.zero={run.parallel.zero}, split "
+            f"over shard x ring x ulysses = {run.parallel.state_degree}: below stage 3 weights are gathered once a step, and "
+            "where one rank has them all not at all; leave it null, or give "
+            f"{' and '.join(_for_gathering(run.parallel))}"
+        ),
+    ),
+    *map(_for_auto_alone, ("pipeline_memory", "pipeline_costs")),
+    Refusal(
+        ("parallel.pipeline_trace", "steps"),
+        lambda run: not 0 <= run.parallel.pipeline_trace <= run.steps,
+        "parallel.pipeline_trace={parallel.pipeline_trace}: a step of the {steps}, counted from 1, or 0 for none",
+    ),
+    Refusal(
+        ("parallel.pipeline_unit", "parallel.pipeline_schedule"),
+        lambda run: run.parallel.pipeline_unit is not None and run.parallel.pipeline_schedule != "blockwise",
+        "parallel.pipeline_unit={parallel.pipeline_unit} with {parallel.pipeline_schedule}: only blockwise has units; leave "
+        "it null",
+    ),
+)
+COMPILED_STAGES: Refusals = (
+    Refusal(
+        ("compile", "parallel.pipeline_schedule"),
+        lambda run: run.compile and run.parallel.pipeline > 1 and splits_backward(run.parallel, run.micro_batches),
+        "compile=true with parallel.pipeline_schedule={parallel.pipeline_schedule}: a compiled block computes its "
+        "input and weight gradients together; give compile=false, or gpipe, 1f1b or interleaved_1f1b",
+    ),
+)
+
+
+def _for_gathering(config: ParallelConfig) -> list[str]:
+    """What a pipeline lacks for weights to be gathered as it goes."""
+    split = [] if config.state_degree > 1 else ["parallel.shard, ring or ulysses above 1"]
+    return ["parallel.zero=3"] * (config.zero != 3) + split
+
+
+def check_pipeline(config: ParallelConfig, micro_batches: int) -> None:
+    """Refuses a schedule that there is not, or that cannot be carried out. Raises ValueError."""
     name = config.pipeline_schedule
-    for key in ("pipeline_memory", "pipeline_costs"):
-        if name != "auto" and (given := getattr(config, key)) != getattr(ParallelConfig(), key):
-            raise ValueError(
-                f"parallel.{key}={given} with {name}: only auto looks at it; give parallel.pipeline_schedule=auto"
-            )
-    if not 0 <= config.pipeline_trace <= steps:
-        raise ValueError(
-            f"parallel.pipeline_trace={config.pipeline_trace}: a step of the {steps}, counted from 1, or 0 for none"
-        )
-    if config.pipeline_unit is not None and name != "blockwise":
-        raise ValueError(
-            f"parallel.pipeline_unit={config.pipeline_unit} with {name}: only blockwise has units; leave it null"
-        )
     if name in GENERATORS:
         check_shape(name, shape_of(config, micro_batches))
     elif name == "auto":
@@ -105,16 +153,6 @@ def _check_auto(config: ParallelConfig, micro_batches: int) -> None:
 
 def _path(given: str) -> Path:
     return Path(given).expanduser()
-
-
-def _refuse_without_pipeline(config: ParallelConfig) -> None:
-    plain = ParallelConfig()
-    for key in PIPELINE_KEYS:
-        if (given := getattr(config, key)) != getattr(plain, key):
-            raise ValueError(
-                f"parallel.{key}={given} with parallel.pipeline=1: there is no pipeline; give parallel.pipeline, or leave "
-                f"parallel.{key}={getattr(plain, key)}"
-            )
 
 
 def shape_of(config: ParallelConfig, micro_batches: int) -> Shape:

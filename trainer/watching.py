@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from rowwise.conf.option import MayChange
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.optim.lengths import RunLength
 
 
@@ -38,18 +39,32 @@ class ProfileConfig:
         return bool(self.steps) and self.steps[0] <= step <= self.steps[-1]
 
 
-def check_profile(config: ProfileConfig, steps: int | None, world_size: int) -> None:
-    """Raises ValueError. `steps`: of the run, where they are known."""
-    if config.steps and not (len(config.steps) == 2 and 1 <= config.steps[0] <= config.steps[1]):
-        raise ValueError(
-            f"profile.steps={config.steps}: give the first step and the last, such as [20,25], or [] for none"
-        )
-    if config.steps and config.steps[1] - config.steps[0] >= MOST_PROFILED:
-        raise ValueError(
-            f"profile.steps={config.steps}: a trace has megabytes of each step; give at most {MOST_PROFILED} of them"
-        )
-    if config.steps and steps is not None and config.steps[1] > steps:
-        raise ValueError(f"profile.steps={config.steps}: the run has {steps} steps, counted from 1; give some of those")
-    wrong = [rank for rank in config.ranks or [] if not 0 <= rank < world_size]
-    if wrong or config.ranks == []:
-        raise ValueError(f"profile.ranks={config.ranks}: give some of 0 to {world_size - 1}, or null for all")
+PROFILE: Refusals = (
+    Refusal(
+        ("profile.steps",),
+        lambda run: (
+            run.profile.steps
+            and not (len(run.profile.steps) == 2 and 1 <= run.profile.steps[0] <= run.profile.steps[1])
+        ),
+        "profile.steps={profile.steps}: give the first step and the last, such as [20,25], or [] for none",
+    ),
+    Refusal(
+        ("profile.steps",),
+        lambda run: run.profile.steps and run.profile.steps[1] - run.profile.steps[0] >= MOST_PROFILED,
+        f"profile.steps={{profile.steps}}: a trace has megabytes of each step; give at most {MOST_PROFILED} of them",
+    ),
+    Refusal(
+        ("profile.steps", "steps"),
+        lambda run: run.profile.steps and run.known_steps is not None and run.profile.steps[1] > run.steps,
+        "profile.steps={profile.steps}: the run has {steps} steps, counted from 1; give some of those",
+    ),
+    Refusal(
+        ("profile.ranks",),
+        lambda run: (
+            run.profile.ranks == [] or not all(0 <= r < run.parallel.world_size for r in run.profile.ranks or [])
+        ),
+        lambda run: (
+            f"profile.ranks={run.profile.ranks}: give some of 0 to {run.parallel.world_size - 1}, or null for all"
+        ),
+    ),
+)

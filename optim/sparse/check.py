@@ -4,6 +4,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.optim.build import fold, kind_of
 from rowwise.optim.sparse.budget import budgets, row_budgets
 from rowwise.optim.sparse.config import (
@@ -20,6 +21,37 @@ from rowwise.optim.sparse.config import (
     TimedBase,
     every,
     sparse_layers,
+    starts_at_random,
+)
+
+MASKED: Refusals = (
+    Refusal(
+        ("sparsity.name", "optim.in_backward"),
+        lambda run: run.sparsity.name != "none" and run.optim.in_backward,
+        "optim.in_backward with sparsity={sparsity.name}: masks cut every gradient before the step; give "
+        "optim.in_backward=false",
+    ),
+    Refusal(
+        ("sparsity.name", "parallel.post_validation"),
+        lambda run: run.sparsity.name != "none" and run.parallel.post_validation,
+        "parallel.post_validation with sparsity={sparsity.name}: a change of masks is not undone; give "
+        "parallel.post_validation=false",
+    ),
+    Refusal(
+        ("sparsity.name", "sparsity.start_at", "model.init_from"),
+        lambda run: run.model.init_from is not None and starts_at_random(run.sparsity, run.steps),
+        "sparsity={sparsity.name} with model.init_from={model.init_from}: a random mask would throw away most of what it "
+        "learned; give sparsity.start_at=1 or later, which keeps the largest weights, or gradual, st3, pdp, pdp_rows, "
+        "pdp_nm or nm",
+    ),
+    Refusal(
+        ("sparsity.semi_structured", "precision.name"),
+        lambda run: (
+            isinstance(run.sparsity, NM) and run.sparsity.semi_structured and run.precision.name not in ("bf16", "fp16")
+        ),
+        "sparsity.semi_structured with precision={precision.name}: the hardware multiplies 16-bit numbers; give "
+        "precision=bf16 or fp16, or sparsity.semi_structured=false",
+    ),
 )
 
 
