@@ -17,9 +17,11 @@ class Assign:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimBase:
-    """`weight_decay` acts on matrices and not on vectors. `assign`: the first pattern that matches wins, before the
-    rule's own table. `param_dtype=bf16` keeps no float32 parameters and rounds stochastically. `in_backward` steps each
-    parameter as soon as its gradient is complete, and frees the gradient."""
+    """`lr`: the peak learning rate; null: it follows from the model's size (`optim.rates`), for rules that have a share
+    there. `weight_decay`: acts on matrices and not on vectors. `param_dtype`: `bf16` keeps no float32 parameters and rounds
+    stochastically (with `precision=bf16`). `in_backward`: each parameter changes as soon as its gradient is complete, and
+    the gradient is freed (without clipping and accumulation). `assign`: other rules for parameters by pattern, [{match:
+    "embed.*", rule: adamw8bit}]; the first that matches wins, before the rule's own table."""
 
     lr: MayChange[float] = 1e-3
     weight_decay: MayChange[float] = 0.1
@@ -37,7 +39,8 @@ class OptimBase:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamBase(OptimBase):
-    """What every rule with Adam's two moments has; rules without fall back on it for other parameters."""
+    """What every rule with Adam's two moments has; rules without fall back on it for other parameters. `betas`: how much of
+    the first and of the second moment a step keeps. `eps`: stands beside the root of the second."""
 
     betas: MayChange[list[float]] = field(default_factory=lambda: [0.9, 0.95])
     eps: MayChange[float] = 1e-8

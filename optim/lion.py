@@ -22,8 +22,8 @@ from rowwise.optim.rule import Batch, pick, row_slices
 
 @dataclass(frozen=True, kw_only=True)
 class LionConfig(OptimBase):
-    """`kappa`: the norm whose gradient hidden matrices follow (`optim.lion_kappa`), l1 for Lion itself; `delta`: of huber,
-    the size from which on a number counts only by its sign."""
+    """`betas`: of the sign's mixture and of the momentum. `kappa`: the norm whose gradient hidden matrices follow
+    (`optim.lion_kappa`), l1 for Lion itself. `delta`: of huber, the size from which on a number counts only by its sign."""
 
     name: Fixed[Literal["lion"]] = "lion"
     lr: MayChange[float] = 1e-3

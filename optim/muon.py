@@ -39,7 +39,8 @@ AS_ADAMW = 0.2  # about the root mean square of an AdamW update
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig(AdamBase):
-    """Hidden matrices follow Muon, everything else AdamW with the same learning rate."""
+    """Hidden matrices follow Muon, everything else AdamW with the same learning rate. `momentum`: how much of it a step
+    keeps."""
 
     name: Fixed[Literal["muon"]] = "muon"
     momentum: MayChange[float] = 0.95

@@ -33,6 +33,8 @@ class AdamW8bitConfig(AdamBase):
 
 @dataclass(frozen=True, kw_only=True)
 class Lion8bitConfig(OptimBase):
+    """`betas`: of the sign's mixture and of the momentum."""
+
     name: Fixed[Literal["lion8bit"]] = "lion8bit"
     lr: MayChange[float] = 1e-3
     weight_decay: MayChange[float] = 0.3

@@ -20,7 +20,8 @@ WARMUP = 0.02  # of the run, where neither a share nor a number of steps is give
 
 @dataclass(frozen=True, kw_only=True)
 class WarmedUp:
-    """`warmup`: the share of the run that warms up; or `warmup_steps`, a number of steps. Neither: 0.02 of the run."""
+    """`warmup`: the share of the run that warms up; null: `warmup_steps`, or 0.02. `warmup_steps`: a number of steps or
+    tokens in its place."""
 
     warmup: MayChange[float | None] = None
     warmup_steps: MayChange[int | None] = None
@@ -55,9 +56,9 @@ class Constant(WarmedUp):
 class Cosine(WarmedUp):
     """Warm up, then half a cosine to `floor`.
 
-    `rewarm_at`: the run was one of that many steps; from there a second one climbs from where the first ended, and decays
-    over what is left: continual pre-training on new data (Gupta et al., *How to (re)warm your model?*).
-    """
+    `floor`: the share of `optim.lr` that it ends at. `rewarm_at`: the step from which a second warm-up climbs from where
+    the first ended, and decays over what is left, the run before it being one of that many steps: continual pre-training on
+    new data (Gupta et al., *How to (re)warm your model?*)."""
 
     name: MayChange[Literal["cosine"]] = "cosine"
     floor: MayChange[float] = 0.1
@@ -73,7 +74,7 @@ class Cosine(WarmedUp):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(WarmedUp):
-    """Warm up, then a straight line to `floor`."""
+    """Warm up, then a straight line to `floor`. `floor`: the share of `optim.lr` that it ends at."""
 
     name: MayChange[Literal["linear"]] = "linear"
     floor: MayChange[float] = 0.0
@@ -85,12 +86,13 @@ class Linear(WarmedUp):
 
 @dataclass(frozen=True, kw_only=True)
 class OneCycle:
-    """One-cycle (Smith & Topin, *Super-Convergence*): cosine from 1/start_div up to 1 over the first `rise` of the
-    steps, then cosine down to 1 / (start_div * end_div).
+    """One-cycle (Smith & Topin, *Super-Convergence*): cosine from 1/start_div up to 1 over the first `rise` of the steps,
+    then cosine down to 1 / (start_div * end_div).
 
-    `momentum`: [high, low], the cycle against it: beta1 falls from high to low while the rate climbs, and climbs back, along
-    the same cosines (Smith, *A Disciplined Approach*, of SGD's momentum; torch's OneCycleLR, of Adam's beta1).
-    """
+    `rise`: the share of the steps that climb. `start_div`: `optim.lr` over this is where it starts. `end_div`: and this
+    much lower is where it ends. `momentum`: [high, low], the cycle against it: beta1 falls from high to low while the rate
+    climbs, and climbs back, along the same cosines (Smith, *A Disciplined Approach*, of SGD's momentum; torch's OneCycleLR,
+    of Adam's beta1); null: none."""
 
     name: MayChange[Literal["one_cycle"]] = "one_cycle"
     rise: MayChange[float] = 0.3
@@ -119,8 +121,9 @@ class OneCycle:
 
 @dataclass(frozen=True, kw_only=True)
 class Wsd(WarmedUp):
-    """Warm-up, stable, decay (Hu et al., *MiniCPM*): full rate until the last `decay_share` of the run or `decay_steps`
-    (neither: 0.2 of it, as Haegele et al.), which fall to `floor`."""
+    """Warm-up, stable, decay (Hu et al., *MiniCPM*): full rate until the last part of the run, which falls to `floor`.
+    `decay_share`: how much of the run that is; null: `decay_steps`, or 0.2 (as Haegele et al.). `decay_steps`: a number of
+    steps or tokens in its place. `decay`: its curve. `floor`: the share of `optim.lr` that it ends at."""
 
     name: MayChange[Literal["wsd"]] = "wsd"
     decay_share: MayChange[float | None] = None
@@ -141,13 +144,14 @@ class Wsd(WarmedUp):
 @dataclass(frozen=True, kw_only=True)
 class Infinite(WarmedUp):
     """The infinite schedule (Ibrahim et al., *Simple and Scalable Strategies to Continually Pre-train*; Singh et al.,
-    *Beyond Cosine Decay*): warm up, cool over `cooldown_share` of the run or `cooldown_steps` (neither: 0.2 of it) to the
-    constant `constant`, hold for ever, and, once `anneal_at` is given, anneal over `anneal_steps` (null: what is left) to
-    `floor`. Both are shares of `optim.lr`.
+    *Beyond Cosine Decay*): warm up, cool to a constant, hold for ever, and, once `anneal_at` is given, anneal to a floor. A
+    checkpoint of the constant part can be annealed (resume it with `anneal_at`) and trained on as well.
 
-    A checkpoint of the constant part can be annealed (resume it with `anneal_at`) and trained on as well.
-    `rewarm_at` starts the whole schedule again at that step: the factor climbs from where it stood.
-    """
+    `cooldown_share`: the share of the run that cools; null: `cooldown_steps`, or 0.2. `cooldown_steps`: a number of steps
+    or tokens in its place. `cooldown`: its curve. `constant`: the share of `optim.lr` that is held. `anneal_at`: the step
+    at which annealing begins; null: it does not. `anneal_steps`: how long it takes; null: what is left of the run.
+    `anneal`: its curve. `floor`: the share of `optim.lr` that it ends at. `rewarm_at`: the step at which the whole schedule
+    starts again: the factor climbs from where it stood."""
 
     name: MayChange[Literal["infinite"]] = "infinite"
     cooldown_share: MayChange[float | None] = None
@@ -187,9 +191,9 @@ class Infinite(WarmedUp):
 
 @dataclass(frozen=True)
 class LrRange:
-    """The learning-rate range test (Smith, *Cyclical Learning Rates*): the rate rises from `start`, a share of `optim.lr`, to
-    all of it at the last step, by equal factors or, with growth=linear, by equal differences. The run ends where the loss
-    blows up."""
+    """The learning-rate range test (Smith, *Cyclical Learning Rates*): the rate rises to all of `optim.lr` at the last
+    step, and the run ends where the loss blows up. `start`: the share of `optim.lr` that it begins with. `growth`: by equal
+    factors (`exponential`) or by equal differences (`linear`)."""
 
     name: MayChange[Literal["lr_range"]] = "lr_range"
     start: MayChange[float] = 1e-5

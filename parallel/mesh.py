@@ -27,20 +27,26 @@ GATHERING = Literal["micro_batch", "run"]
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of the axes; `shard=-1` takes what the others leave. `zero`: what is split over the shard axis and the ranks
-    that share sequences (0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters). `ulysses` ranks share the heads
-    of attention, `ring` ranks its keys; `ring_order`: which tokens each has (null: zigzag); see `parallel.sequence`.
+    """Degrees of the axes, and how they are used.
 
-    `pipeline_schedule`: a name, `auto`, or the path of a CSV; `virtual_stages`: stages a rank; `pipeline_unit`: the
-    micro-batches of a unit of `blockwise` (null: as many as ranks). `pipeline_gather`: at stage 3, whether blocks are
-    gathered for each micro-batch (`micro_batch`, least memory) or a rank's stage for a run of its actions (`run`, fewest
-    messages; null: `run` for blockwise). For `auto`, `pipeline_memory` is how many times the activations of 1f1b a rank
-    may hold, and `pipeline_costs` a JSON file of measured times (null: they are measured). `pipeline_trace`: the step
-    whose timeline is kept (0: none). `post_validation`: ranks step without waiting for the global norm, and undo it where
-    that was wrong.
+    `replicate`: copies of what is split; each has data of its own. `shard`: ranks that split states; each has data of its
+    own; -1: what the others leave. `zero`: what is split over the shard axis and the ranks that share sequences: 0 nothing,
+    1 optimizer states, 2 and gradients, 3 and parameters. `ulysses`: ranks that share every sequence, and the heads of
+    attention over it. `ring`: ranks that share every sequence, and round which keys and values travel. `ring_order`: which
+    tokens a rank of the ring has; null: zigzag; see `parallel.sequence`.
 
-    `timeout_seconds`: a rank whose message waits longer for another gives up, which ends the job or, under torchrun with
-    restarts, begins it again from its newest checkpoint. It bounds how long a machine that was cut off is waited for."""
+    `pipeline`: ranks that share the layers. `pipeline_schedule`: `gpipe`, `1f1b`, `interleaved_1f1b`, `zb_h1`, `zb_h2`,
+    `zb_v`, `blockwise`, `auto`, or the path of a CSV. `virtual_stages`: stages a rank. `pipeline_unit`: the micro-batches
+    of a unit of `blockwise`; null: as many as ranks. `pipeline_gather`: at `zero=3`, whether blocks are gathered for each
+    micro-batch (`micro_batch`, least memory) or a rank's stage for a run of its actions (`run`, fewest messages); null:
+    `run` for blockwise. `pipeline_memory`: of `auto`, how many times the activations of 1f1b a rank may hold.
+    `pipeline_costs`: of `auto`, a JSON file of times; null: they are measured. `pipeline_trace`: the step whose timeline is
+    kept; 0: none. `post_validation`: ranks step, and begin the next step, without waiting for the global norm, and undo
+    both where that was wrong.
+
+    `timeout_seconds`: how long a rank waits for a message of another before it gives up, which ends the job or, under
+    torchrun with restarts, begins it again from its newest checkpoint; it bounds how long a machine that was cut off is
+    waited for. `backend`: what carries it out."""
 
     replicate: MayChange[int] = 1
     shard: MayChange[int] = -1

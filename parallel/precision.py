@@ -44,7 +44,8 @@ class Bf16:
 
 @dataclass(frozen=True)
 class Fp16:
-    """The loss scale starts at `initial_scale`, halves at an overflow, and doubles after `growth_every` good steps."""
+    """`initial_scale`: the loss scale at the start; it halves at an overflow. `growth_every`: good steps after which it
+    doubles."""
 
     name: MayChange[Literal["fp16"]] = "fp16"
     initial_scale: MayChange[float] = 65536.0

@@ -1,7 +1,9 @@
 """The README and docs/: links that lead somewhere, and pages that say what the code says."""
 
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -48,3 +50,40 @@ def test_a_measured_claim_has_its_results_file():
     table = (ROOT / "README.md").read_text().partition("| claim | measured | results |")[2]
     rows = re.findall(r"^\| .* \| `(.+)` \|$", table, re.MULTILINE)
     assert len(rows) >= 8 and all((ROOT / "benchmarks/results" / name).exists() for name in rows)
+
+
+@pytest.fixture(scope="module")
+def configuration() -> ModuleType:
+    """docs/configuration.py, which makes the tables of its page."""
+    spec = importlib.util.spec_from_file_location("docs_configuration", ROOT / "docs/configuration.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_the_configuration_are_those_of_the_dataclasses(configuration):
+    assert configuration.PAGE.read_text() == configuration.page(), "run `python docs/configuration.py`"
+
+
+def test_every_key_of_every_choice_has_a_meaning_and_a_default(configuration):
+    """Whatever a file of conf/ has is a row, and says something of itself."""
+    rows = re.findall(r"^\| `([\w.]+)`(?: \(of [^)]*\))? \| ([^|]+) \| ([^|]+) \| ([^|]*) \| ([^|]+) \|$",
+                      configuration.PAGE.read_text().partition(configuration.MARK)[2], re.MULTILINE)  # fmt: skip
+    assert [key for key, _, _, meaning, _ in rows if not meaning.strip()] == []
+    told = {key for key, *_ in rows}
+    for name, _, choices in configuration.sections():
+        for choice, (_, path) in choices.items():
+            tree = configuration.yaml.safe_load(path.read_text())
+            keys = tree.get(name, {}) if name and not choice else tree
+            keys = {key for key, value in keys.items() if name or not isinstance(value, dict | list)} - {
+                "name",
+                "experiment",
+            }
+            assert {f"{name}.{key}" if name else key for key in keys} <= told
+
+
+def test_a_clause_of_a_docstring_is_of_the_fields_that_begin_it(configuration):
+    spike = configuration.meanings(configuration.TrainConfig.__annotations__["spike"])
+    assert spike["most"] == "so many skips one after another, or rollbacks in all, and the run ends"
+    assert spike["window"] == "how many of the last steps they are of"

@@ -37,8 +37,21 @@ _BY_NAME = Field(discriminator="name")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run. Every key is read by the room whose dataclass it stands in. `tokens`, `epochs`: what was asked where that was not
-    `steps`, which is what it came to."""
+    """A run. Every key is read by the room whose dataclass it stands in.
+
+    `name`: of the run; the model's where nothing is said. `run_dir`: the folder that it leaves. `nproc`: workers a machine,
+    for what starts them (`rowwise train`, a sweep); null: one a GPU, or one; more than a CPU's cores take turns, with a
+    warning. `seed`: of the initial parameters, the order of the data and all else that is drawn. `steps`: how long the run
+    is, or one of the next two in its place. `tokens`: all that the run reads, such as 2e9 or 2B, as many whole steps as
+    read no more; null where steps were asked for. `epochs`: times that it reads the data, likewise. `clip_norm`: the
+    largest global gradient norm; 0: off. `resume`: `auto` goes on with the newest checkpoint of the run's folder, `never`
+    does not, and the path of a run or checkpoint begins there (then data and seed may differ); that of a run alone brings
+    its whole configuration. `compile`: torch.compile each block. `log_every`: how often a line is said where there is no
+    terminal (an interval). `report`: when a run that has ended leaves its report.html; a sweep's trials only where they
+    failed, unless it is given. `peak_flops`: dense 16-bit FLOP/s of a device, what `mfu` is a share of; null: known by the
+    GPU's name. `on_spike`: what is done about a loss or gradient norm far above those before: `record` it, `skip` the
+    update, or `rollback` to the newest checkpoint of `checkpoint.every` and past the data since (before the first, it
+    skips; with `optim.in_backward` it records); the same on every rank and layout."""
 
     name: Apart[str]
     run_dir: Apart[str]

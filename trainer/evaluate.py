@@ -19,8 +19,8 @@ from rowwise.trainer.pipeline import StagedDecoder
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """`every`: how often (see `optim.lengths`; 0 = off; the last step is always evaluated otherwise). `batches`: global
-    batches of held-out text, or as many as there are."""
+    """`every`: how often the held-out loss is measured (an interval, also of time; 0: off; else also after the last step).
+    `batches`: over how many global batches of held-out text, or as many as there are."""
 
     every: MayChange[int | float | str] = 100
     batches: MayChange[int] = 8

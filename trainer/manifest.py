@@ -41,8 +41,8 @@ class OtherVersion(ValueError):
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`every`: how often it is saved (see `optim.lengths`; 0 = only at the end and when asked to stop); `keep`: how many of the
-    newest stay (0 = all); `background`: write while training goes on."""
+    """`every`: how often it is saved (an interval, also of time; 0: only at the end and when asked to stop). `keep`: how
+    many of the newest stay (0: all). `background`: write while training goes on."""
 
     every: MayChange[int | float | str] = 100
     keep: MayChange[int] = 2

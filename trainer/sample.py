@@ -19,8 +19,8 @@ SAMPLED = 160  # tokens, where nothing is said
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """`tokens`: how many to write at the end of a run (0 = off; null: 160 where the data has a tokenizer), after
-    `prompt`."""
+    """What the model writes at the end of a run. `tokens`: how many (0: off; null: 160, and 0 where the data has no
+    tokenizer). `prompt`: what it begins with. `temperature`: of the draw; 0 takes the likeliest."""
 
     tokens: MayChange[int | None] = None
     prompt: MayChange[str] = "\n"

@@ -44,7 +44,9 @@ class TooManySpikes(Exception):
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """`most`: so many skips one after another, or rollbacks in all, and the run ends."""
+    """What is far above the steps before. `rule`: spreads are `median` absolute deviations from the median, or standard
+    deviations from the `mean`. `window`: how many of the last steps they are of. `threshold`: so many spreads are far.
+    `most`: so many skips one after another, or rollbacks in all, and the run ends."""
 
     rule: MayChange[Literal["median", "mean"]] = "median"
     window: MayChange[int] = 128

@@ -26,7 +26,8 @@ class NoTracker:
 
 @dataclass(frozen=True)
 class Wandb:
-    """`mode=offline` writes below the run directory; `wandb sync` sends it later."""
+    """`project`: in which the run is shown. `entity`: whose project; null: the user's own. `group`: of runs that belong
+    together; null: none. `mode=offline` writes below the run directory; `wandb sync` sends it later."""
 
     name: MayChange[Literal["wandb"]] = "wandb"
     project: MayChange[str] = "rowwise"
@@ -37,7 +38,8 @@ class Wandb:
 
 @dataclass(frozen=True)
 class Mlflow:
-    """`uri`: of the server or database; null: what MLflow uses by itself (MLFLOW_TRACKING_URI). `group` becomes a tag."""
+    """`experiment`: in which the run is shown. `uri`: of the server or database; null: what MLflow uses by itself
+    (MLFLOW_TRACKING_URI). `group`: becomes a tag; null: none."""
 
     name: MayChange[Literal["mlflow"]] = "mlflow"
     experiment: MayChange[str] = "rowwise"
@@ -47,7 +49,8 @@ class Mlflow:
 
 @dataclass(frozen=True)
 class Trackio:
-    """`space`: a Hugging Face Space that gets the metrics; null: files of this machine, which `trackio show` shows."""
+    """`project`: in which the run is shown. `space`: a Hugging Face Space that gets the metrics; null: files of this
+    machine, which `trackio show` shows. `group`: of runs that belong together; null: none."""
 
     name: MayChange[Literal["trackio"]] = "trackio"
     project: MayChange[str] = "rowwise"

@@ -9,8 +9,9 @@ from rowwise.optim.lengths import RunLength
 
 @dataclass(frozen=True)
 class LogConfig:
-    """`norms_every`: how often a record has norms of every parameter (see `norms`); `ranks_every`: how often it names the
-    slowest rank (see `profile`). 0 = never."""
+    """`norms_every`: how often a record has the norm of every parameter, gradient and update (an interval; 0: never).
+    `ranks_every`: how often a record names the slowest rank and its own seconds beside the median rank's (an interval; 0:
+    never); such a step is profiled, and takes longer."""
 
     norms_every: MayChange[int | float | str] = 0
     ranks_every: MayChange[int | float | str] = 0
@@ -29,7 +30,8 @@ MOST_PROFILED = 100  # steps: a trace has megabytes of each
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """`steps`: the first and the last that are profiled (empty: none); `ranks`: which ranks profile theirs (null: all)."""
+    """`steps`: the first and the last whose time is traced into `runs/NAME/profile`, such as [20,25] (empty: none).
+    `ranks`: which ranks trace theirs (null: all)."""
 
     steps: MayChange[list[int]] = field(default_factory=list)
     ranks: MayChange[list[int] | None] = field(default_factory=lambda: [0])

@@ -9,9 +9,9 @@ from rowwise.optim.common import AdamBase
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectedBase(AdamBase):
-    """`refresh_every`: steps between renewals of the projection. `scale` stands before the update. `side`: which side of a
-    wide matrix is projected, `right` (its columns, so that nothing crosses ranks) or `short` (its rows, as the papers do).
-    """
+    """`refresh_every`: steps between renewals of the projection. `scale`: stands before the update. `side`: which side of a
+    wide matrix is projected, `right` (its columns, so that nothing crosses ranks) or `short` (its rows, as the papers do,
+    by an all-to-all there and back)."""
 
     lr: MayChange[float] = 1e-2
     weight_decay: MayChange[float] = 0.0
@@ -27,7 +27,7 @@ class ProjectedBase(AdamBase):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankBase(ProjectedBase):
-    """`rank`: r of the projected gradient (m, r); None: a quarter of the model's width, or the narrow side of a matrix
+    """`rank`: r of the projected gradient (m, r); null: a quarter of the model's width, or the narrow side of a matrix
     where that is less. `state_bits`: 32, or 8 for block-wise quantised moments."""
 
     rank: Fixed[int | None] = None
@@ -42,7 +42,7 @@ class LowRankBase(ProjectedBase):
 @dataclass(frozen=True, kw_only=True)
 class LimitedBase(ProjectedBase):
     """`growth`: by how much the norm of a matrix's update (in Fira, of what is outside the subspace) may grow in a step;
-    None: without limit."""
+    null: without limit."""
 
     growth: MayChange[float | None] = 1.01
 
@@ -79,14 +79,14 @@ class FiraConfig(LimitedBase, LowRankBase):
 
 @dataclass(frozen=True, kw_only=True)
 class ApolloConfig(LimitedBase, LowRankBase):
-    """`scale` is the square of what stands before the update, as in its authors' code."""
+    """`scale`: the square of what stands before the update, as in its authors' code."""
 
     name: Fixed[Literal["apollo"]] = "apollo"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApolloMiniConfig(LimitedBase):
-    """Rank 1, whose moments are too short for 8-bit blocks, and one factor a matrix. `scale` is the square of what stands
+    """Rank 1, whose moments are too short for 8-bit blocks, and one factor a matrix. `scale`: the square of what stands
     before the update, as in its authors' code."""
 
     name: Fixed[Literal["apollo_mini"]] = "apollo_mini"

@@ -32,8 +32,9 @@ def every(value: int | float, steps: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TimedBase(SparseBase):
-    """Masks change from one step to another, each said as a share of the run (`start`, `stop`) or as a step (`start_at`,
-    `stop_at`); neither: the share that its method has, START or STOP."""
+    """Masks change from one step to another. `start`: the share of the run at which they begin to, dense or by their first
+    mask until then; null: `start_at`, or what the method has. `start_at`: the step, in its place. `stop`: the share of the
+    run at the last change; null: `stop_at`, or what the method has. `stop_at`: the step, in its place."""
 
     START: ClassVar[float] = 0.0
     STOP: ClassVar[float] = 0.75
@@ -53,7 +54,8 @@ class TimedBase(SparseBase):
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetBase(SparseBase):
-    """`density`: the share of all their weights that is kept; `distribution`: how it is spread over matrices."""
+    """`density`: the share of all their weights that is kept. `distribution`: how it is spread over matrices, evenly
+    (`uniform`) or by their sizes (`er`, `erk`)."""
 
     density: Fixed[float] = 0.2
     distribution: Fixed[Literal["uniform", "er", "erk"]] = "erk"
@@ -68,9 +70,9 @@ class Static(BudgetBase):
 
 @dataclass(frozen=True, kw_only=True)
 class EvolvingBase(BudgetBase, TimedBase):
-    """Before its first step the model is dense; 0: it starts from a random mask. `replace`: the share of a mask that an
-    update at step 0 would replace; later ones, every `update_every` steps or shares of the run, replace less, along a cosine to
-    the last."""
+    """Before its first step the model is dense; 0: it starts from a random mask. `update_every`: steps between changes, a
+    share of the run, or tokens. `replace`: the share of a mask that an update at step 0 would replace; later ones replace
+    less, along a cosine to the last."""
 
     update_every: FixedAsSteps[int | float] = 100
     replace: MayChange[float] = 0.3
@@ -78,7 +80,8 @@ class EvolvingBase(BudgetBase, TimedBase):
 
 @dataclass(frozen=True, kw_only=True)
 class SET(EvolvingBase):
-    """`redistribute`: see `optim.sparse.evolve`. `growth`: `unfired` prefers weights that no mask has had yet."""
+    """`redistribute`: matrices compete for what is dropped, at a fixed total (`optim.sparse.evolve`). `growth`: `unfired`
+    prefers weights that no mask has had yet."""
 
     name: Fixed[Literal["set"]] = "set"
     redistribute: MayChange[bool] = False
@@ -87,6 +90,8 @@ class SET(EvolvingBase):
 
 @dataclass(frozen=True, kw_only=True)
 class RigL(EvolvingBase):
+    """`redistribute`: matrices compete for what is dropped, at a fixed total (`optim.sparse.evolve`)."""
+
     name: Fixed[Literal["rigl"]] = "rigl"
     redistribute: MayChange[bool] = False
 
@@ -103,8 +108,9 @@ class SRigL(EvolvingBase):
 
 @dataclass(frozen=True, kw_only=True)
 class CooledBase(TimedBase):
-    """Dense until its first step; then the density falls with a cube to `density` at its last. `distribution`: `global`
-    lets all matrices compete."""
+    """Dense until its first step; then the density falls with a cube. `density`: what is kept at the last step.
+    `distribution`: `global` lets all matrices compete; else as for masks that evolve. `update_every`: steps between
+    changes, a share of the run, or tokens."""
 
     density: Fixed[float] = 0.2
     distribution: Fixed[Literal["global", "uniform", "er", "erk"]] = "global"
@@ -124,7 +130,7 @@ class Gradual(CooledBase):
 @dataclass(frozen=True, kw_only=True)
 class ST3(CooledBase):
     """From 5 % to 50 % of the run, as its authors' code. `rescale`: rows grow by what their masks leave out.
-    `account_every`: steps between counts of what the mask does; it changes at every update."""
+    `account_every`: steps between counts of what masks do; they change at every update."""
 
     START, STOP = 0.05, 0.5
     name: Fixed[Literal["st3"]] = "st3"
@@ -134,8 +140,9 @@ class ST3(CooledBase):
 
 @dataclass(frozen=True, kw_only=True)
 class PDPBase(TimedBase):
-    """Dense until its first step, then soft masks, hard from its last on: 16 and 83 of the 100 epochs that the paper trains.
-    `temperature`: of the soft mask, in units of squared weights (of rows: of squared norms)."""
+    """Dense until its first step, then soft masks, hard from its last on: 16 and 83 of the 100 epochs that the paper
+    trains. `temperature`: of the soft mask, in units of squared weights (of rows: of squared norms). `account_every`: steps
+    between counts of what masks do."""
 
     START, STOP = 0.16, 0.83
     temperature: MayChange[float] = 1e-4
@@ -144,8 +151,9 @@ class PDPBase(TimedBase):
 
 @dataclass(frozen=True, kw_only=True)
 class PDP(PDPBase):
-    """Single weights. `distribution`: `global` lets all matrices compete at the first step, once; from there each goes along
-    a line to its own share."""
+    """Single weights. `density`: what is kept at the end. `distribution`: `global` lets all matrices compete at the first
+    step, once; from there each goes along a line to its own share. `update_every`: steps between changes, a share of the
+    run, or tokens."""
 
     name: Fixed[Literal["pdp"]] = "pdp"
     density: Fixed[float] = 0.2
@@ -155,7 +163,8 @@ class PDP(PDPBase):
 
 @dataclass(frozen=True, kw_only=True)
 class PDPRows(PDPBase):
-    """Whole rows, which are output channels, by their norms: `density` of each matrix's rows, along a line."""
+    """Whole rows, which are output channels, by their norms. `density`: of each matrix's rows, what is kept at the end,
+    along a line. `update_every`: steps between changes, a share of the run, or tokens."""
 
     name: Fixed[Literal["pdp_rows"]] = "pdp_rows"
     density: Fixed[float] = 0.5
@@ -165,7 +174,7 @@ class PDPRows(PDPBase):
 
 @dataclass(frozen=True, kw_only=True)
 class PDPGroups(PDPBase):
-    """`n` of `m` neighbours along the row."""
+    """`n`: of `m` neighbours along the row, how many are kept. `m`: how many neighbours are one group."""
 
     name: Fixed[Literal["pdp_nm"]] = "pdp_nm"
     n: Fixed[int] = 2
@@ -174,9 +183,10 @@ class PDPGroups(PDPBase):
 
 @dataclass(frozen=True, kw_only=True)
 class NM(SparseBase):
-    """`n` of `m` neighbours along the row. `backward`: `column` prunes along the column for the input gradient (BDWP),
-    `row` is SR-STE. `decay`: SR-STE's, see `optim.sparse.grouped` for its unit. `semi_structured`: multiply by the
-    hardware's 2:4 form, where it is measured to be faster."""
+    """`n`: of `m` neighbours along the row, how many are kept. `m`: how many neighbours are one group. `backward`: `column`
+    prunes along the column for the input gradient (BDWP), `row` is SR-STE. `decay`: SR-STE's, times the weight added to the
+    gradient of what is pruned, before the rule (`optim.sparse.grouped`). `semi_structured`: multiply by the hardware's 2:4
+    form, where it is measured to be faster. `account_every`: steps between counts of what masks do."""
 
     name: Fixed[Literal["nm"]] = "nm"
     n: Fixed[int] = 2

@@ -27,8 +27,8 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """`global_size`: sequences per optimizer step over all ranks; `global_tokens`: its tokens, where they were asked for in its
-    place; `micro_size`: sequences per forward; `seq_len`: tokens."""
+    """`global_size`: sequences per optimizer step over all ranks. `global_tokens`: its tokens, where they were asked for in
+    its place. `micro_size`: sequences per forward. `seq_len`: tokens of a sequence."""
 
     global_size: MayChange[int] = 16
     global_tokens: MayChange[int | None] = None

@@ -10,7 +10,9 @@ TokenDtype = Literal["uint8", "uint16", "uint32", "int32", "int64"]
 
 @dataclass(frozen=True)
 class Stdlib:
-    """The Python standard library's own source files, read byte by byte: real text that every machine has."""
+    """The Python standard library's own source files, read byte by byte: real text that every machine has.
+    `mask_documents`: attention stays inside a document. `holdout`: the share of the tokens that is held out, 0 to below 1.
+    `cache_dir`: where its tokens are kept; null: the user's cache folder."""
 
     name: MayChange[Literal["stdlib"]] = "stdlib"
     mask_documents: Ask[bool] = False
@@ -21,7 +23,9 @@ class Stdlib:
 @dataclass(frozen=True)
 class Text:
     """Text files. `files`: paths, folders (searched for .txt and .md) or globs. `tokenizer`: `bytes`, or the path of a
-    tokenizer.json. `end_of_text`: the tokenizer's token that ends a document; none by default."""
+    tokenizer.json. `end_of_text`: the tokenizer's token that ends a document; null: none. `mask_documents`: attention stays
+    inside a document. `holdout`: the share of the tokens that is held out, 0 to below 1. `cache_dir`: where its tokens are
+    kept; null: the user's cache folder."""
 
     name: MayChange[Literal["text"]] = "text"
     files: MayChange[str | list[str]] = field(default_factory=list)
@@ -34,9 +38,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Files of tokens, mapped, never copied: raw files of `dtype` (null: what an index of Megatron beside them says, else
-    uint16), files that say it themselves (.npy, llm.c's .bin), or folders that Rowwise wrote. `separator`: the token that
-    ends a document in a file."""
+    """Files of tokens, mapped, never copied: raw ones, ones that say what they hold (.npy, llm.c's .bin), or folders that
+    Rowwise wrote. `files`: paths, folders or globs. `dtype`: of raw files; null: what an index of Megatron beside them
+    says, else uint16. `separator`: the token that ends a document in a file; null: none. `mask_documents`: attention stays
+    inside a document. `holdout`: the share of the tokens that is held out, 0 to below 1."""
 
     name: MayChange[Literal["tokens"]] = "tokens"
     files: MayChange[str | list[str]] = field(default_factory=list)
@@ -48,7 +53,11 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Hf:
-    """A local Hugging Face dataset folder: .parquet, .arrow, .jsonl or .jsonl.gz files with the text in `column`."""
+    """A local Hugging Face dataset folder. `files`: .parquet, .arrow, .jsonl or .jsonl.gz files, folders of them, or globs.
+    `column`: the one that holds the text. `tokenizer`: `bytes`, or the path of a tokenizer.json. `end_of_text`: the
+    tokenizer's token that ends a document; null: none. `mask_documents`: attention stays inside a document. `holdout`: the
+    share of the tokens that is held out, 0 to below 1. `cache_dir`: where its tokens are kept; null: the user's cache
+    folder."""
 
     name: MayChange[Literal["hf"]] = "hf"
     files: MayChange[str | list[str]] = field(default_factory=list)

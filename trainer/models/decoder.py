@@ -24,8 +24,14 @@ Attend = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder. `head_dim` null means dim / heads. `init_from` names a Hugging Face folder to start from.
-    `stable_embedding` puts a layer norm after the embedding, which starts Xavier-uniform and keeps 32-bit states."""
+    """The shape of a decoder. `name`: of the model. `layers`: how many blocks. `dim`: the width. `heads`: of queries.
+    `kv_heads`: of keys and values; it divides `heads`. `head_dim`: the width of a head; null: dim / heads. `ffn_dim`: the
+    inner width of the feed-forward. `vocab_size`: how many tokens there are. `tie_embeddings`: the head is the embedding's
+    own matrix. `stable_embedding`: a layer norm after the embedding, which starts Xavier-uniform and keeps 32-bit states.
+    `qk_norm`: queries and keys are RMS-normalised. `norm_eps`: of the norms. `rope_theta`: the base of the rotary
+    frequencies. `rope_scaling`: Llama 3's, with `factor`, `low_freq_factor`, `high_freq_factor` and `original_length`;
+    null: none. `init_std`: of the initial matrices. `init_from`: a Hugging Face folder to start from, which says the
+    model's shape and name; null: none."""
 
     name: MayChange[str] = "tiny"
     layers: Fixed[int] = 4
