@@ -1,32 +1,51 @@
 """Where tokens come from: one dataclass a source, so that a key of another source is an error."""
 
+import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from rowwise.conf.option import Ask, MayChange
+from rowwise.trainer.data.documents import Found, rows_of, stdlib_files
+from rowwise.trainer.data.kinds import check_rows
+from rowwise.trainer.data.pieces import Document
+from rowwise.trainer.data.source import TextSource
+from rowwise.trainer.data.tokenizer import Tokenizer, open_tokenizer
 
 TokenDtype = Literal["uint8", "uint16", "uint32", "int32", "int64"]
 
 
 @dataclass(frozen=True)
-class Stdlib:
+class Stdlib(TextSource):
     """The Python standard library's own source files, read byte by byte: real text that every machine has.
     `mask_documents`: attention stays inside a document. `holdout`: the share of the tokens that is held out, 0 to below 1.
     `cache_dir`: where its tokens are kept; null: the user's cache folder."""
 
+    ENDINGS = (".py",)
     name: MayChange[Literal["stdlib"]] = "stdlib"
     mask_documents: Ask[bool] = False
     holdout: MayChange[float] = 0.02
     cache_dir: MayChange[str | None] = None
 
+    def find(self) -> Found:
+        return Found(tuple(stdlib_files(Path(sysconfig.get_paths()["stdlib"]))))
+
+    def check(self, path: Path) -> None:
+        """Takes them all: that they are Python's own is enough."""
+
+    def open_tokenizer(self) -> Tokenizer:
+        return open_tokenizer("bytes")
+
 
 @dataclass(frozen=True)
-class Text:
+class Text(TextSource):
     """Text files. `files`: paths, folders (searched for .txt and .md) or globs. `tokenizer`: `bytes`, or the path of a
     tokenizer.json. `end_of_text`: the tokenizer's token that ends a document; null: none. `mask_documents`: attention stays
     inside a document. `holdout`: the share of the tokens that is held out, 0 to below 1. `cache_dir`: where its tokens are
     kept; null: the user's cache folder."""
 
+    ENDINGS = (".txt", ".md")
     name: MayChange[Literal["text"]] = "text"
     files: MayChange[str | list[str]] = field(default_factory=list)
     tokenizer: MayChange[str] = "bytes"
@@ -43,6 +62,7 @@ class Tokens:
     says, else uint16. `separator`: the token that ends a document in a file; null: none. `mask_documents`: attention stays
     inside a document. `holdout`: the share of the tokens that is held out, 0 to below 1."""
 
+    ENDINGS: ClassVar[tuple[str, ...]] = (".bin", ".npy")
     name: MayChange[Literal["tokens"]] = "tokens"
     files: MayChange[str | list[str]] = field(default_factory=list)
     dtype: MayChange[TokenDtype | None] = None
@@ -52,13 +72,15 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Hf:
+class Hf(TextSource):
     """A local Hugging Face dataset folder. `files`: .parquet, .arrow, .jsonl or .jsonl.gz files, folders of them, or globs.
     `column`: the one that holds the text. `tokenizer`: `bytes`, or the path of a tokenizer.json. `end_of_text`: the
     tokenizer's token that ends a document; null: none. `mask_documents`: attention stays inside a document. `holdout`: the
     share of the tokens that is held out, 0 to below 1. `cache_dir`: where its tokens are kept; null: the user's cache
     folder."""
 
+    # Not .json: such files of a saved dataset describe it.
+    ENDINGS, AS_LARGE = (".parquet", ".arrow", ".jsonl", ".jsonl.gz"), False
     name: MayChange[Literal["hf"]] = "hf"
     files: MayChange[str | list[str]] = field(default_factory=list)
     column: MayChange[str] = "text"
@@ -67,6 +89,12 @@ class Hf:
     mask_documents: Ask[bool] = False
     holdout: MayChange[float] = 0.005
     cache_dir: MayChange[str | None] = None
+
+    def check(self, path: Path) -> None:
+        check_rows(path)
+
+    def documents(self, path: Path, folder: Path) -> Iterator[Document]:
+        yield from rows_of(path, self.column, folder)
 
 
 DataConfig = Stdlib | Text | Tokens | Hf

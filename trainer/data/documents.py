@@ -1,11 +1,10 @@
-"""Documents, out of files: the standard library, text files, Hugging Face dataset folders."""
+"""Files by name, and documents out of them: whole files, and rows of datasets."""
 
 import codecs
 import glob
 import gzip
 import json
 import os
-import sysconfig
 import tempfile
 import zlib
 from collections import Counter
@@ -14,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rowwise.trainer.data.config import DataConfig, Hf, Stdlib, Text
-from rowwise.trainer.data.kinds import ARROW_STREAM, GZIP, PARQUET, Kind, check_rows, check_text
+from rowwise.trainer.data.kinds import ARROW_STREAM, GZIP, PARQUET, Kind, check_rows
 from rowwise.trainer.data.long_lines import LongLine, encoded
 from rowwise.trainer.data.pieces import LONG_BYTES, Document, Stretch
 from rowwise.trainer.files import want_of_room
@@ -24,8 +22,6 @@ _LINE_BYTES = 4 << 20  # of JSON that is parsed at once
 _BATCH_BYTES = 4 << 20
 _NOT_UTF8 = "not UTF-8 (the byte 0x{:02x}); write it again as UTF-8"
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-# Not .json: such files of a saved dataset describe it.
-_DATASET_ENDINGS = (".parquet", ".arrow", ".jsonl", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -42,20 +38,6 @@ class Found:
     @property
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files if path.is_file())
-
-
-def list_files(config: Stdlib | Text | Hf) -> Found:
-    """The files of a source, in a fixed order. Raises ValueError where there are none."""
-    if isinstance(config, Stdlib):
-        return Found(tuple(stdlib_files(Path(sysconfig.get_paths()["stdlib"]))))
-    return find_files(config.files, endings_of(config))
-
-
-def endings_of(config: DataConfig) -> tuple[str, ...]:
-    """The files that a source takes out of a folder."""
-    return {"text": (".txt", ".md"), "hf": _DATASET_ENDINGS, "tokens": (".bin", ".npy"), "stdlib": (".py",)}[
-        config.name
-    ]
 
 
 def stdlib_files(root: Path) -> list[Path]:
@@ -126,25 +108,15 @@ def _each_once(paths: Iterable[Path]) -> Iterable[Path]:
     return found.values()
 
 
-def check_files(files: Iterable[Path], config: Stdlib | Text | Hf) -> None:
-    """Refuses files that are of another kind than the source reads. Raises ValueError."""
-    check = check_rows if isinstance(config, Hf) else check_text
-    for path in files if not isinstance(config, Stdlib) else ():
-        check(path)
-
-
-def read_documents(path: Path, config: Stdlib | Text | Hf, folder: Path) -> Iterator[Document]:
-    """The documents of one file: a text file is one document, a row of a dataset is one. A byte-order mark at the beginning
-    of a file is none of its text. Long texts of rows pass through files in `folder`."""
-    if not isinstance(config, Hf):
-        yield _whole_file(path)
-        return
+def rows_of(path: Path, column: str, folder: Path) -> Iterator[Document]:
+    """Reads the rows of a dataset's file, each a document. Long ones pass through files in `folder`. Raises ValueError."""
     kind = check_rows(path)
     read = _json_lines if kind in (None, GZIP) else _columns
-    yield from read(path, kind, config.column, folder)
+    yield from read(path, kind, column, folder)
 
 
-def _whole_file(path: Path) -> Document:
+def whole_file(path: Path) -> Document:
+    """Takes a file as one document. A byte-order mark at its beginning is none of its text."""
     size = path.stat().st_size
     with path.open("rb") as file:
         begun = file.read(LONG_BYTES)

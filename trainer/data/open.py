@@ -6,12 +6,13 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rowwise.trainer.data.config import DataConfig, Hf, Stdlib, Text, Tokens
+from rowwise.trainer.data.config import DataConfig, Tokens
 from rowwise.trainer.data.corpus import Corpus
-from rowwise.trainer.data.documents import Found, endings_of, list_files
+from rowwise.trainer.data.documents import Found
 from rowwise.trainer.data.integrity import FILES, file_fingerprint
+from rowwise.trainer.data.source import TextSource
 from rowwise.trainer.data.store import cached_store
-from rowwise.trainer.data.tokenizer import Tokenizer, open_tokenizer
+from rowwise.trainer.data.tokenizer import Tokenizer
 from rowwise.trainer.data.tokens import open_folder, open_tokens, split_streams, token_files, token_range
 from rowwise.trainer.data.watch import Watch
 from rowwise.trainer.screen import count
@@ -71,7 +72,7 @@ def told_of_data(config: DataConfig, data: Data) -> list[str]:
         kinds = ", ".join(f"{number:,} {ending}" for ending, number in data.found.passed_over.most_common(5))
         told.append(
             f"{count:,} file{'s' * (count > 1)} passed over ({kinds}{', ...' * (len(data.found.passed_over) > 5)}): out of a "
-            f"folder data={config.name} takes {', '.join(endings_of(config))}"
+            f"folder data={config.name} takes {', '.join(config.ENDINGS)}"
         )
     if data.short:
         told.append(
@@ -93,7 +94,7 @@ def told_of_data(config: DataConfig, data: Data) -> list[str]:
 def _no_samples(config: DataConfig, data: Data, seq_len: int) -> str:
     """Why there is nothing to train on."""
     needed = f"one sample takes batch.seq_len + 1 = {seq_len + 1}"
-    if data.holdout.samples or (isinstance(config, Text | Hf | Stdlib) and data.tokens > seq_len):
+    if data.holdout.samples or (isinstance(config, TextSource) and data.tokens > seq_len):
         return (
             f"data={config.name} has {data.tokens:,} tokens, and data.holdout={config.holdout} leaves {data.train.tokens:,} of "
             f"them to train on, where {needed}; give data.holdout=0 (with eval.every=0), more data or a smaller batch.seq_len"
@@ -104,11 +105,8 @@ def _no_samples(config: DataConfig, data: Data, seq_len: int) -> str:
     )
 
 
-def _open_text(config: Stdlib | Text | Hf, seq_len: int) -> Data:
-    tokenizer = (
-        open_tokenizer("bytes") if isinstance(config, Stdlib) else open_tokenizer(config.tokenizer, config.end_of_text)
-    )
-    found = list_files(config)
+def _open_text(config: TextSource, seq_len: int) -> Data:
+    tokenizer, found = config.open_tokenizer(), config.find()
     store = cached_store(config, found.files, tokenizer)
     train, holdout = (
         Corpus((stream,), seq_len, config.mask_documents, store.record.fingerprint) for stream in store.streams()

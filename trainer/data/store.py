@@ -16,9 +16,7 @@ import numpy as np
 from filelock import FileLock
 from platformdirs import user_cache_dir
 
-from rowwise.trainer.data.config import Hf, Stdlib, Text
 from rowwise.trainer.data.corpus import Store, open_store
-from rowwise.trainer.data.documents import check_files, read_documents
 from rowwise.trainer.data.integrity import (
     END_OF_DOCUMENT,
     SPLITS,
@@ -29,6 +27,7 @@ from rowwise.trainer.data.integrity import (
     write_record,
 )
 from rowwise.trainer.data.pieces import PIECE_BYTES, Document, Piece, pieces
+from rowwise.trainer.data.source import TextSource
 from rowwise.trainer.data.tokenizer import Tokenizer
 from rowwise.trainer.files import writing
 
@@ -37,7 +36,7 @@ _SAY_SECONDS = 5.0
 _FORMAT = 5
 
 
-def cached_store(config: Stdlib | Text | Hf, files: Sequence[Path], tokenizer: Tokenizer) -> Store:
+def cached_store(config: TextSource, files: Sequence[Path], tokenizer: Tokenizer) -> Store:
     """The corpus of a source's files: built now, or found in the cache; one that is found damaged is made anew, and said to be.
     Raises ValueError for empty data, and for files of another kind than the source reads."""
     root = Path(config.cache_dir or user_cache_dir("rowwise")).expanduser()
@@ -71,26 +70,25 @@ def _found(folder: Path, aloud: bool = False) -> Store | None:
         return None
 
 
-def _cache_key(config: Stdlib | Text | Hf, files: Sequence[Path], tokenizer: Tokenizer) -> str:
+def _cache_key(config: TextSource, files: Sequence[Path], tokenizer: Tokenizer) -> str:
     """Changes when a file is added, removed, resized or touched, or when it would be read in another way."""
-    digest = hashlib.sha256(
-        f"{_FORMAT} {config.holdout} {getattr(config, 'column', '')} {tokenizer.fingerprint}".encode()
-    )
+    digest = hashlib.sha256(f"{_FORMAT} {config.holdout} {config.reading()} {tokenizer.fingerprint}".encode())
     for path in files:
         facts = path.stat()
         digest.update(f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
     return f"{config.name}-{digest.hexdigest()[:24]}"
 
 
-def _build(folder: Path, config: Stdlib | Text | Hf, files: Sequence[Path], tokenizer: Tokenizer) -> None:
-    check_files(files, config)
+def _build(folder: Path, config: TextSource, files: Sequence[Path], tokenizer: Tokenizer) -> None:
+    for file in files:
+        config.check(file)
     partial = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         with writing(folder):
-            documents = itertools.chain.from_iterable(read_documents(file, config, partial) for file in files)
-            total = None if isinstance(config, Hf) else sum(file.stat().st_size for file in files)
+            documents = itertools.chain.from_iterable(config.documents(file, partial) for file in files)
+            total = sum(file.stat().st_size for file in files) if config.AS_LARGE else None
             write_store(partial, documents, tokenizer, config.holdout, Progress(f"data={config.name}", total))
         if folder.name != _cache_key(config, files, tokenizer):
             raise ValueError(

@@ -21,7 +21,7 @@ from rowwise.trainer.data.corpus import (
     split_stream,
     with_documents,
 )
-from rowwise.trainer.data.documents import Found, endings_of, find_files
+from rowwise.trainer.data.documents import Found, find_files
 from rowwise.trainer.data.earlier import record_of_earlier
 from rowwise.trainer.data.integrity import DataDamaged
 from rowwise.trainer.data.kinds import LLM_C, NPY, check_tokens
@@ -47,7 +47,7 @@ def token_files(config: Tokens) -> Found:
                     )
             found += Found((path,))
         else:
-            found += find_files(pattern, endings_of(config))
+            found += find_files(pattern, config.ENDINGS)
     for path in found.files:
         if path.is_file() and is_corpus(path.parent):
             raise ValueError(f"{path} is a part of a corpus folder; give data.files={path.parent}")
