@@ -127,7 +127,7 @@ class Objective(nn.Module):
         with torch.device("meta"):
             self.decoder = Decoder(job.model)
         self.decoder.to_empty(device="cpu")
-        fill_ = random_rows(job.model, job.seed)
+        fill_ = random_rows(self.decoder.parameter_specs(), job.seed)
         with torch.no_grad():
             for name, p in self.decoder.named_parameters():
                 fill_(name, p, 0, p.size(0))

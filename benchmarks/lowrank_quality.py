@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from record import write_record
 from torch import nn
 
+from rowwise.kernels.spec import specs_of
 from rowwise.launch.compose import compose_tree
-from rowwise.optim.build import build_optimizer, kind_of
+from rowwise.optim.build import build_optimizer
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.batches import MicroBatch, micro_batches
 from rowwise.trainer.data.open import Data, open_data
@@ -69,8 +70,9 @@ def authors(rule: str, model: nn.Module, config: TrainConfig) -> list[torch.opti
     """Their optimizer of the hidden matrices, and AdamW for the rest. Raises ModuleNotFoundError."""
     o: Any = config.optim
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    specs = specs_of(model)
     for name, p in model.named_parameters():
-        groups[kind_of(name, p.shape) == "hidden"].append(p)
+        groups[specs[name].role == "hidden"].append(p)
     adam = {"lr": o.lr, "betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
     rest = torch.optim.AdamW(groups[False], **adam)
     rank = getattr(o, "rank", 1) or config.model.dim // 4
@@ -129,7 +131,7 @@ def train_once(job: tuple[str, str, int, int]) -> float | None:
     config = config_of(rule, "right" if way == "authors" else way, steps)
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = Decoder(config.model)
-    fill_ = random_rows(config.model, seed)
+    fill_ = random_rows(model.parameter_specs(), seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             fill_(name, p, 0, p.size(0))

@@ -19,8 +19,9 @@ import torch
 from record import write_record
 from torch import Tensor, nn
 
+from rowwise.kernels.spec import specs_of
 from rowwise.launch.compose import compose_tree
-from rowwise.optim.build import LOW_RANK, OptimConfig, build_optimizer, kind_of, rule_name
+from rowwise.optim.build import LOW_RANK, OptimConfig, build_optimizer, rule_name
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
 
@@ -103,12 +104,13 @@ def count_rule(name: str, model: nn.Module, rank: int) -> dict[str, Any]:
     """Bytes per parameter of one rule, in hidden matrices and in all: counted, and by the formula."""
     config = optim_config(name, rank)
     optimizer = build_optimizer(model, config)
+    specs = specs_of(model)
     sums = {"hidden": [0, 0, 0], "all": [0, 0, 0]}
     for key, p in model.named_parameters():
-        rule = rule_name(key, p.shape, config)
+        rule = rule_name(key, specs[key], config)
         expected = formula_bytes(rule, p.shape, rank, getattr(config, "state_bits", 32))
         row = (p.numel(), storage_bytes(optimizer.state[p].values()), expected)
-        for where in ("hidden", "all") if kind_of(key, p.shape) == "hidden" else ("all",):
+        for where in ("hidden", "all") if specs[key].role == "hidden" else ("all",):
             sums[where] = [a + b for a, b in zip(sums[where], row, strict=True)]
     found = {
         where: {"counted": bytes_ / numel, "formula": expected / numel, "bytes": bytes_, "parameters": numel}

@@ -16,7 +16,8 @@ import torch
 from optimizer_bytes import LOW_RANK, optim_config, storage_bytes
 from torch import Tensor, nn
 
-from rowwise.optim.build import build_optimizer, kind_of, set_step
+from rowwise.kernels.spec import specs_of
+from rowwise.optim.build import build_optimizer, set_step
 
 REFRESH_EVERY = 200
 ADAM = {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-8}  # small, so that parameters stay near where they were
@@ -69,9 +70,9 @@ def ours(rule: str, model: nn.Module, rank: int, device: torch.device) -> Contes
 
 def peer(name: str, model: nn.Module, rank: int, device: torch.device) -> Contestant:
     """Raises whatever it raises where it is not installed or does not run here."""
-    hidden, matrices, vectors = ([], [], [])
+    specs, (hidden, matrices, vectors) = specs_of(model), ([], [], [])
     for key, p in model.named_parameters():
-        {"hidden": hidden, "vector": vectors}.get(kind_of(key, p.shape), matrices).append(p)
+        {"hidden": hidden, "vector": vectors}.get(specs[key].role, matrices).append(p)
     groups = [{"params": hidden + matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
     if name == "torch":
         return Contestant(torch.optim.AdamW(groups, **ADAM, fused=True), device)

@@ -39,7 +39,7 @@ from torch import Tensor
 from rowwise.kernels.adamw8bit import adamw8bit_
 from rowwise.kernels.blockwise import quantise
 from rowwise.kernels.dct import dct_columns
-from rowwise.optim.build import kind_of
+from rowwise.kernels.spec import specs_of
 from rowwise.optim.lowrank.projection import dct_choices, subspace_bases
 from rowwise.trainer.models.decoder import Decoder
 
@@ -136,7 +136,9 @@ def time_bandwidth(model: str, device: torch.device, rounds: int = 20) -> dict[s
     """Bytes a second of a copy, and what share of it fused adamw8bit reaches: on one large matrix, where the kernel is
     alone, and on the hidden matrices of the model, where each is a launch of its own."""
     found: dict[str, Any] = {"copy_bytes_per_second": copied_bytes_per_second(device, rounds)}
-    hidden = [p for key, p in make_model(model, None, device).named_parameters() if kind_of(key, p.shape) == "hidden"]
+    whole = make_model(model, None, device)
+    specs = specs_of(whole)
+    hidden = [p for key, p in whole.named_parameters() if specs[key].role == "hidden"]
     for name, params in (("kernel", [torch.randn(1 << 14, 1 << 14, device=device)]), ("model", hidden)):
         for dtype in (torch.float32, torch.bfloat16):
             moved, seconds = time_adamw8bit([p.detach().to(dtype) for p in params], rounds)

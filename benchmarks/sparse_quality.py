@@ -30,7 +30,7 @@ from rowwise.optim.sparse.account import weights_multiplied
 from rowwise.optim.sparse.budget import cooled_density
 from rowwise.optim.sparse.config import NM, CooledBase, NoSparsity, PDPBase, PDPGroups, sparse_layers
 from rowwise.trainer.config import TrainConfig, config_from_tree
-from rowwise.trainer.models.decoder import flops_per_token, parameter_shapes
+from rowwise.trainer.models.decoder import flops_per_token, parameter_specs
 
 METHODS = ("none", "static", "set", "rigl", "srigl", "nm", "pdp_nm", "pdp_rows", "st3", "pdp", "gradual")
 OF_GROUPS = ("nm", "pdp_nm")  # 2:4 has a density of its own
@@ -62,10 +62,10 @@ def overrides_of(run: Run, options: argparse.Namespace) -> tuple[str, ...]:
 
 def training_share(config: TrainConfig) -> float:
     """Floating-point operations of a run over those of the dense one."""
-    choice, shapes = config.sparsity, parameter_shapes(config.model)
+    choice, specs = config.sparsity, parameter_specs(config.model)
     if isinstance(choice, NoSparsity):
         return 1.0
-    sizes = [shapes[name].numel() for name in sparse_layers(choice, shapes)]
+    sizes = [specs[name].shape.numel() for name in sparse_layers(choice, specs)]
     dense, total = flops_per_token(config.model, config.batch.seq_len), 0.0
     for step in range(1, config.steps + 1):
         density = choice.n / choice.m if isinstance(choice, NM | PDPGroups) else choice.density

@@ -1,4 +1,4 @@
-"""Parameter names -> kinds -> rules -> optimizer; and the table that says where every parameter went."""
+"""Parameters -> roles -> rules -> optimizer; and the table that says where every parameter went."""
 
 import re
 from fnmatch import fnmatchcase
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rowwise.conf.refusal import Refusal, Refusals
+from rowwise.kernels.spec import ParameterSpec, Specs, specs_of
 from rowwise.optim.adafactor import Adafactor, AdafactorConfig
 from rowwise.optim.adamw import AdamW, AdamWConfig
 from rowwise.optim.lion import Lion, LionConfig
@@ -37,7 +38,7 @@ CYCLED = ("adamw", "adamw8bit", "lion", "lion8bit", *LOW_RANK)  # all that they 
 ELEMENTWISE = ("adamw", "adamw8bit", "lion", "lion8bit")  # and so are all that they fall back on
 LION_KAPPA = "lion_kappa"  # of hidden matrices, where optim.kappa is not l1
 MATRICES_ONLY = {"adamw8bit", "lion8bit"}  # of what optim.assign can name
-# What `own` means: rule -> kind -> rule; a kind that is not named has the rule itself.
+# What `own` means: rule -> role -> rule; a role that is not named has the rule itself.
 HIDDEN_ONLY = {"embedding": "adamw", "head": "adamw", "vector": "adamw"}
 FALLBACKS = {
     "adamw8bit": {"embedding": "adamw", "vector": "adamw"},
@@ -45,37 +46,29 @@ FALLBACKS = {
 } | dict.fromkeys(("muon", *LOW_RANK), HIDDEN_ONLY)
 
 
-def kind_of(name: str, shape: torch.Size) -> str:
-    """`hidden`, `embedding`, `head` or `vector`."""
-    if len(shape) < 2:
-        return "vector"
-    return {"embed": "embedding", "head": "head"}.get(name.split(".")[0], "hidden")
-
-
 def assigned(name: str, config: OptimConfig) -> str:
     """What the first pattern of `optim.assign` that matches says of a parameter; `own` where none does."""
     return next((a.rule for a in config.assign if fnmatchcase(name, a.match)), "own")
 
 
-def rule_name(name: str, shape: torch.Size, config: OptimConfig) -> str:
+def rule_name(name: str, spec: ParameterSpec, config: OptimConfig) -> str:
     """The rule of a parameter: the first pattern of `optim.assign` that matches, else the rule's own table. An 8-bit
     rule keeps a matrix that is too small for 8 bits in 32."""
-    kind = kind_of(name, shape)
-    own = FALLBACKS.get(config.name, {}).get(kind, config.name)
-    if isinstance(config, LionConfig) and config.kappa != "l1" and kind == "hidden":
+    own = FALLBACKS.get(config.name, {}).get(spec.role, config.name)
+    if isinstance(config, LionConfig) and config.kappa != "l1" and spec.role == "hidden":
         own = LION_KAPPA
     chosen = assigned(name, config)
     # What a pattern asks for by name goes past the table: 8 bits for an embedding, say.
     found = own if chosen == "own" else chosen
-    return found.removesuffix("8bit") if found.endswith("8bit") and not is_quantisable(shape) else found
+    return found.removesuffix("8bit") if found.endswith("8bit") and not is_quantisable(spec.matrix) else found
 
 
-def rank_of(config: OptimConfig, shapes: dict[str, torch.Size]) -> int:
+def rank_of(config: OptimConfig, specs: Specs) -> int:
     """The rank of low-rank rules: what `config` says, else a quarter of the model's width, which is the widest narrow side
     of its hidden matrices, so that every stage of a pipeline finds the same."""
     if not isinstance(config, LowRankBase):
         return 1
-    sides = [min(shape) for name, shape in shapes.items() if kind_of(name, shape) == "hidden"]
+    sides = [min(spec.matrix) for spec in specs.values() if spec.role == "hidden"]
     return config.rank or max(1, max(sides, default=1) // 4)
 
 
@@ -98,15 +91,21 @@ def new_rule(name: str, config: Any, rank: int = 1) -> Rule:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Optimizer:
-    """The optimizer of `config` over the model's (sharded) parameters. Matrices decay, vectors do not; `seed` is that
-    of random projections and of stochastic rounding."""
-    groups: dict[tuple[str, int], dict[str, Any]] = {}
-    rank = rank_of(config, {name: p.shape for name, p in model.named_parameters()})
+    """Makes the optimizer of `config` over the model's (sharded) parameters. Matrices decay, vectors do not; `seed` is that
+    of random projections and of stochastic rounding. Raises ValueError for a parameter that the model's specs lack."""
+    groups: dict[tuple[str, bool, bool, str], dict[str, Any]] = {}
+    specs = specs_of(model)
+    rank = rank_of(config, specs)
     for name, p in model.named_parameters():
-        key = rule_name(name, p.shape, config), p.ndim
+        if name not in specs:
+            raise ValueError(f"{name} is not among the model's parameter_specs(); say there what it is")
+        spec = specs[name]
+        # What is in one group exchanges its messages together, over the ranks that one view splits rows over.
+        key = rule_name(name, spec, config), spec.role == "vector", spec.batched, spec.view
         if key not in groups:
-            decay = config.weight_decay if p.ndim >= 2 else 0.0
-            groups[key] = {"params": [], "names": [], "rule": new_rule(key[0], config, rank), "weight_decay": decay}
+            decay = 0.0 if spec.role == "vector" else config.weight_decay
+            rule = new_rule(key[0], config, rank)
+            groups[key] = {"params": [], "names": [], "rule": rule, "batched": spec.batched, "weight_decay": decay}
         groups[key]["params"].append(p)
         groups[key]["names"].append(name)
     return Optimizer(list(groups.values()), config.lr, seed)
@@ -134,17 +133,6 @@ STEP_BACK: Refusals = (
         ),
     ),
 )
-STABLE_EMBEDDING: Refusals = (
-    Refusal(
-        ("model.stable_embedding", "optim.assign"),
-        lambda run: run.model.stable_embedding and assigned("embed.weight", run.optim).endswith("8bit"),
-        lambda run: (
-            "model.stable_embedding=true keeps the embedding's states in 32 bits, and optim.assign gives it "
-            f"{assigned('embed.weight', run.optim)}; give it {assigned('embed.weight', run.optim).removesuffix('8bit')} or own, or "
-            "model.stable_embedding=false"
-        ),
-    ),
-)
 
 
 def is_elementwise(config: OptimConfig) -> bool:
@@ -153,28 +141,28 @@ def is_elementwise(config: OptimConfig) -> bool:
     return config.name in ELEMENTWISE and kappa in ("l1", "rows", "huber")
 
 
-def check_optimizer(config: OptimConfig, shapes: dict[str, torch.Size]) -> None:
-    """Refuses numbers that no optimizer can use, and what the parameters `shapes` do not admit. Raises ValueError."""
+def check_optimizer(config: OptimConfig, specs: Specs) -> None:
+    """Refuses numbers that no optimizer can use, and what the parameters do not admit. Raises ValueError."""
     config.check()
     for i, assign in enumerate(config.assign):
-        left = [n for n in shapes if not any(fnmatchcase(n, earlier.match) for earlier in config.assign[:i])]
+        left = [n for n in specs if not any(fnmatchcase(n, earlier.match) for earlier in config.assign[:i])]
         if not any(fnmatchcase(name, assign.match) for name in left):
             raise ValueError(
                 f"optim.assign: no parameter matches {assign.match!r}"
                 f"{' that no earlier pattern takes' if i else ''}; there are {', '.join(sorted(fold(left)))}"
             )
-    for name, shape in shapes.items():
-        _check_parameter(name, shape, config)
+    for name, spec in specs.items():
+        _check_parameter(name, spec, config)
 
 
-def _check_parameter(name: str, shape: torch.Size, config: OptimConfig) -> None:
-    chosen = assigned(name, config)
+def _check_parameter(name: str, spec: ParameterSpec, config: OptimConfig) -> None:
+    chosen, shape = assigned(name, config), spec.matrix
     if chosen in MATRICES_ONLY and len(shape) != 2:
         raise ValueError(
             f"optim.assign: {chosen} is for matrices, and {name} has the shape {tuple(shape)}; "
             "give a pattern that matches matrices only, or rule: adamw"
         )
-    rank = config.rank if isinstance(config, LowRankBase) and rule_name(name, shape, config) == config.name else None
+    rank = config.rank if isinstance(config, LowRankBase) and rule_name(name, spec, config) == config.name else None
     if rank is not None and rank > min(shape):
         raise ValueError(
             f"optim.rank={rank} is above the narrow side of {name}, {tuple(shape)}; give at most {min(shape)}, "
@@ -186,16 +174,18 @@ Assignments = dict[tuple[str, ...], list[int]]
 
 
 def assignments(model: nn.Module, optimizer: Optimizer) -> Assignments:
-    """(parameter, shape, kind, rule, dtypes of its state) -> (how many, their numbers, bytes of their states over all
+    """(parameter, shape, role, rule, dtypes of its state) -> (how many, their numbers, bytes of their states over all
     ranks). Layers that are alike are one entry."""
     names = {p: name for name, p in model.named_parameters()}
+    specs = specs_of(model)
     rows: Assignments = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
             dtypes = " ".join(dict.fromkeys(_short(t.dtype) for t in state.values()))
             shape = " x ".join(map(str, p.shape))
-            row = (_folded(names[p]), shape, kind_of(names[p], p.shape), _described(group["rule"], p.shape), dtypes)
+            spec = specs[names[p]]
+            row = (_folded(names[p]), shape, spec.role, _described(group["rule"], spec.matrix), dtypes)
             counts = rows.setdefault(row, [0, 0, 0])
             counts[0] += 1
             counts[1] += p.numel()

@@ -66,14 +66,24 @@ def row_length(shape: Sequence[int]) -> int:
 
 
 def rows_like(p: Tensor, columns: int | None, dtype: torch.dtype) -> Tensor:
-    """Zeros with the rows of `p` and `columns` columns (None: a vector of one number a row), split as `p` is."""
+    """Makes zeros with the rows of `p` and `columns` columns (None: a vector of one number a row), split as `p` is."""
     tail = () if columns is None else (columns,)
-    zeros = torch.zeros(local(p).size(0), *tail, dtype=dtype, device=p.device)
+    return _laid_like(p, torch.zeros(local(p).size(0), *tail, dtype=dtype, device=p.device))
+
+
+def each_of(p: Tensor, one: Tensor) -> Tensor:
+    """Makes copies of `one`, one for each entry of dim 0 of `p`, split as `p` is."""
+    return _laid_like(p, one.expand(local(p).size(0), *one.shape).contiguous())
+
+
+def _laid_like(p: Tensor, rows: Tensor) -> Tensor:
+    """This rank's rows of a tensor that is split as `p` is."""
     if not isinstance(p, tensors.DTensor):
-        return zeros
+        return rows
+    tail = rows.shape[1:]
+    stride = tuple(torch.Size(tail[dim:]).numel() for dim in range(len(tail) + 1))
     shape = torch.Size((p.size(0), *tail))
-    stride = (1,) if columns is None else (columns, 1)
-    return tensors.DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
+    return tensors.DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
 
 def shard_group(p: Tensor) -> dist.ProcessGroup | None:

@@ -1,7 +1,11 @@
-"""The optimizer: groups of parameters, each with its rule; hands every rule the local rows of what it has."""
+"""The optimizer: groups of parameters, each with its rule; hands every rule the local rows of what it has.
+
+A rule works on matrices. A parameter that is a batch of them, split by the batch, is as many as this rank has: each is
+there whole, so that its rule has nothing to ask other ranks, whatever it asks for matrices whose rows are split.
+"""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,13 +14,15 @@ from torch import Tensor
 from rowwise.kernels.products import float32_products
 from rowwise.kernels.rounding import round_bf16_
 from rowwise.kernels.rows import local, row_offset
-from rowwise.optim.rule import Batch, Rule, shard_group
+from rowwise.optim.rule import Batch, Rule, each_of, shard_group
 
 PORTION_BYTES = 16 << 20  # of float32 parameters that a rule is given at a time: its temporaries are a few times that
+Piece = tuple[str, Tensor, Tensor, dict[str, Tensor], torch.Size, int]  # an entry of each list of a `Batch`
 
 
 class Optimizer(torch.optim.Optimizer):
-    """`groups`: dicts of `params`, their `names`, `rule` and `weight_decay`. State: what the rules keep, tensors only.
+    """`groups`: dicts of `params`, their `names`, `rule` and `weight_decay`, and whether they are `batched`. State: what the
+    rules keep, tensors only.
 
     The number of updates made is a plain number of each group (`step`), the same for all.
     """
@@ -35,7 +41,7 @@ class Optimizer(torch.optim.Optimizer):
         }
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p] = group["rule"].new_state(p.detach())
+                self.state[p] = _new_state(group, p.detach())
         # Both stay what they are: a checkpoint is read into the tensors that exist.
         self._offsets = {p: row_offset(p) for p in self._places}
         self._local_states = {p: {key: local(t) for key, t in self.state[p].items()} for p in self._places}
@@ -47,7 +53,7 @@ class Optimizer(torch.optim.Optimizer):
         self.begin_step()
         for group in self.param_groups:
             live = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
-            for some in _portions(live, group["rule"]):
+            for some in _portions(live, group["rule"], group["batched"]):
                 self._apply(group, some)
 
     def begin_step(self) -> None:
@@ -84,17 +90,19 @@ class Optimizer(torch.optim.Optimizer):
         return [t for p in self._places for t in (local(p.detach()), *self._local_states[p].values())]
 
     def _apply(self, group: dict[str, Any], named: list[tuple[str, Tensor]]) -> None:
-        params = [local(p) for _, p in named]
-        grads = [local(p.grad) for _, p in named if p.grad is not None]
+        pieces = [piece for name, p in named for piece in self._pieces(group, name, p)]
+        if not pieces:
+            return  # of a batch of matrices this rank may have none
+        names, params, grads, states, shapes, offsets = map(list, zip(*pieces, strict=True))
         narrow = params[0].dtype == torch.bfloat16 and not group["rule"].rounds
         batch = Batch(
-            names=[name for name, _ in named],
+            names=names,
             params=[p.float() for p in params] if narrow else params,
             grads=[g.float() for g in grads] if narrow else grads,
-            states=[self._local_states[p] for _, p in named],
-            shapes=[p.shape for _, p in named],
-            offsets=[self._offsets[p] for _, p in named],
-            group=shard_group(named[0][1]),
+            states=states,
+            shapes=shapes,
+            offsets=offsets,
+            group=None if group["batched"] else shard_group(named[0][1]),
             step=group["step"],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
@@ -106,8 +114,26 @@ class Optimizer(torch.optim.Optimizer):
             for p, wide, (key, start) in zip(params, batch.params, batch.rounding(), strict=True):
                 round_bf16_(wide, p, key, start)
 
+    def _pieces(self, group: dict[str, Any], name: str, p: Tensor) -> Iterator[Piece]:
+        """The entries of a `Batch` for one parameter: one, or one for each matrix of a batch."""
+        assert p.grad is not None
+        param, grad, state, offset = local(p), local(p.grad), self._local_states[p], self._offsets[p]
+        if not group["batched"]:
+            yield name, param, grad, state, p.shape, offset
+            return
+        for i in range(len(param)):
+            one = {key: t[i] for key, t in state.items()}
+            yield f"{name}[{offset + i}]", param[i], grad[i], one, p.shape[1:], 0
 
-def _portions(live: list[tuple[str, Tensor]], rule: Rule) -> Iterable[list[tuple[str, Tensor]]]:
+
+def _new_state(group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+    if not group["batched"]:
+        return group["rule"].new_state(p)
+    one = group["rule"].new_state(local(p).new_empty(p.shape[1:]))
+    return {key: each_of(p, t) for key, t in one.items()}
+
+
+def _portions(live: list[tuple[str, Tensor]], rule: Rule, batched: bool) -> Iterable[list[tuple[str, Tensor]]]:
     """PORTION_BYTES at a time, or a larger parameter alone (a `shared` rule: at least as many as ranks hold their rows); all
     at once where that takes no memory.
 
@@ -117,7 +143,7 @@ def _portions(live: list[tuple[str, Tensor]], rule: Rule) -> Iterable[list[tuple
         return []
     if rule.fused and (rule.rounds or live[0][1].dtype != torch.bfloat16):
         return [live]
-    group = shard_group(live[0][1]) if rule.shared else None
+    group = shard_group(live[0][1]) if rule.shared and not batched else None
     least = group.size() if group else 1
     portions: list[list[tuple[str, Tensor]]] = [[]]
     held = 0

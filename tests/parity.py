@@ -248,7 +248,7 @@ def textbook_update(
 def plain_model(config: TrainConfig) -> Decoder:
     """The whole model on one process, in float64, with the run's initial numbers."""
     model = Decoder(config.model, attend=attention).double()
-    fill_ = random_rows(config.model, config.seed)
+    fill_ = random_rows(model.parameter_specs(), config.seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             fill_(name, p, 0, p.size(0))

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -41,6 +42,39 @@ def test_a_room_imports_only_rooms_below_it(path):
         assert parts[0] not in BELOW, f"{path}: bare import of {name}"
         if parts[0] == "rowwise":
             assert parts[1] == room or parts[1] in BELOW[room], f"{path}: {room} imports {name}"
+
+
+# What a model calls its parts. Its own files name them; all others read what a parameter is in its spec.
+PART = re.compile(
+    r"(^|[.*])(embed(_\w+)?|head|norm|(q|k|attention|feed_forward)_norm|blocks|feed_forward|lm_head|\w+_proj|w[qkvo123]|bias)([.*]|$)"
+)
+OF_A_ROLE = {"kernels/spec.py", "optim/build.py"}  # where `head` is a role, and which rule it has
+
+
+def parts_named(source: str) -> list[str]:
+    """Strings in code that name, or begin or end to name, a parameter: `embed`, `.head.weight`, `*.w1.*`."""
+    strings = [n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return [text for text in strings if re.fullmatch(r"[\w.*]+", text) and PART.search(text)]
+
+
+def test_what_a_parameter_is_is_read_in_its_spec_and_not_in_its_name():
+    others = [path.relative_to(ROOT) for path in FILES if ROOT / "trainer/models" not in path.parents]
+    named = {path.as_posix(): parts_named((ROOT / path).read_text()) for path in others if path.parts[0] != "launch"}
+    found = {path: set(parts) - ({"head"} if path in OF_A_ROLE else set()) for path, parts in named.items()}
+    assert len(found) > 100 and not any(found.values()), {path: parts for path, parts in found.items() if parts}
+
+
+@pytest.mark.parametrize(
+    "guess",
+    [
+        'name.split(".")[0] == "embed"',
+        '"norm" in name',
+        'name.endswith((".bias", "wo.weight"))',
+        'match(name, "*.w1.*")',
+    ],
+)
+def test_a_guess_from_a_name_would_be_found(guess):
+    assert parts_named(guess)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -25,7 +25,7 @@ from rowwise.trainer import whole as reading
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.config import Text
 from rowwise.trainer.data.tokenizer import ByteTokenizer
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes, parameter_specs
 from rowwise.trainer.models.huggingface import INDEX, check_source, rows_from
 from rowwise.trainer.prepare import examine
 from rowwise.trainer.train import train
@@ -103,7 +103,7 @@ def test_an_exported_run_has_its_logits_in_transformers(run_of, tmp_path, capsys
     assert relative_error(their_logits(theirs, tokens), our_logits(ours, tokens)) <= TOLERANCE
 
     check_source(to, config.model)
-    fill_ = rows_from(to)
+    fill_ = rows_from(to, parameter_specs(config.model))
     for name, p in ours.named_parameters():
         fill_(name, back := torch.empty_like(p), 0, p.size(0))
         assert torch.equal(back, p), f"{name} is not bit-equal after the round trip"

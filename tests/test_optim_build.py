@@ -30,7 +30,7 @@ def decoder():
 
 def rules(*overrides):
     config = optim(*overrides)
-    return {name: rule_name(name, p.shape, config) for name, p in decoder().named_parameters()}
+    return {name: rule_name(name, spec, config) for name, spec in decoder().parameter_specs().items()}
 
 
 @pytest.mark.parametrize(

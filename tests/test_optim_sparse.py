@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from messages import Messages
 from rowwise.kernels.nm import nm_mask
+from rowwise.kernels.spec import specs_of
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer
 from rowwise.optim.select import BINS
@@ -162,7 +163,7 @@ def sent_by_update(workers, overrides, rows):
         model.register_parameter(name, nn.Parameter(distribute_tensor(torch.randn(shape), line, [Shard(0)])))
     config = config_from_tree(compose_tree([*overrides, "steps=8"]))
     optimizer = build_optimizer(model, config.optim)
-    sparsity = build_sparsity(model, config.sparsity, shapes, 0, config.steps, None, torch.float32)
+    sparsity = build_sparsity(model, config.sparsity, specs_of(model), 0, config.steps, None, torch.float32)
     for p in model.parameters():
         p.grad = distribute_tensor(torch.randn(p.shape), line, [Shard(0)])
     with Messages() as messages:
@@ -222,7 +223,7 @@ def test_as_many_rows_live_as_with_the_authors_class():
     optim = ["optim=adamw", "optim.lr=0.003", "optim.weight_decay=0", "steps=200"]
     config = config_from_tree(compose_tree([*overrides, *optim]))
     optimizer = build_optimizer(model, config.optim)
-    sparsity = build_sparsity(model, config.sparsity, {"blocks": shape}, 0, config.steps, None, torch.float64)
+    sparsity = build_sparsity(model, config.sparsity, specs_of(model), 0, config.steps, None, torch.float64)
     sparsity.named_state()["blocks.mask"].copy_(pack(mask))
     living = []
     with torch.no_grad():

@@ -31,7 +31,7 @@ from rowwise.trainer.lock import lock_run
 from rowwise.trainer.manifest import CheckpointConfig, fingerprint
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.config_json import their_config
-from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
+from rowwise.trainer.models.decoder import ModelConfig, parameter_specs
 from rowwise.trainer.models.huggingface import write_folder
 from rowwise.trainer.prepare import prepare
 from rowwise.trainer.tracker import TrackerConfig
@@ -256,7 +256,7 @@ def _write_source(folder: Path, model: ModelConfig) -> None:
     folder.mkdir()
     read_ = lambda tensors: [tensor.fill_(0.1) for tensor in tensors.values()]  # noqa: E731
     values = their_config(model, torch.float32, 128, None)
-    write_folder(folder, values, parameter_shapes(model), read_, torch.float32, 10**9)
+    write_folder(folder, values, parameter_specs(model), read_, torch.float32, 10**9)
 
 
 def test_a_checkpoint_of_the_first_version_goes_on(ranks, tmp_path):

@@ -14,8 +14,7 @@ from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.data.batches import micro_batches
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.models.config_json import their_config
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, parameter_count, parameter_shapes
-from rowwise.trainer.models.huggingface import their_name
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, parameter_count, parameter_specs
 from rowwise.trainer.models.rope import RopeScaling, rope_frequencies, rope_tables
 
 TOLERANCE = 1e-5
@@ -107,17 +106,20 @@ def test_logits_and_gradients_equal_those_of_transformers(case):
     theirs = transformers_model(config)
     names = dict(theirs.named_parameters())
     ours = Decoder(config)
-    assert {their_name(name): p.shape for name, p in ours.named_parameters()} == {n: p.shape for n, p in names.items()}
+    specs = ours.parameter_specs()
+    assert {specs[name].theirs: p.shape for name, p in ours.named_parameters()} == {
+        n: p.shape for n, p in names.items()
+    }
     with torch.no_grad():
         for name, p in ours.named_parameters():
-            p.copy_(names[their_name(name)])
+            p.copy_(names[specs[name].theirs])
     tokens = some_tokens(config)
     positions = torch.arange(tokens.size(1)).expand_as(tokens)
     (logits := ours(tokens, positions)).square().mean().backward()
     (reference := theirs(tokens).logits).square().mean().backward()
     assert relative_error(logits.detach(), reference.detach()) <= TOLERANCE
     for name, p in ours.named_parameters():
-        assert relative_error(p.grad, names[their_name(name)].grad) <= 10 * TOLERANCE, name
+        assert relative_error(p.grad, names[specs[name].theirs].grad) <= 10 * TOLERANCE, name
 
 
 def test_scaled_frequencies_equal_those_of_transformers():
@@ -200,7 +202,7 @@ def test_presets_have_the_tensors_of_transformers(name):
     values = their_config(config, torch.float32, 4096, None)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    ours = {their_name(name): shape for name, shape in parameter_shapes(config).items()}
+    ours = {spec.theirs: spec.shape for spec in parameter_specs(config).values()}
     assert ours == {name: p.shape for name, p in theirs.named_parameters()}
 
 

@@ -30,13 +30,12 @@ from rowwise.trainer.build import build_model
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.models import huggingface
 from rowwise.trainer.models.config_json import their_config
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes, parameter_specs
 from rowwise.trainer.models.huggingface import (
     INDEX,
     SINGLE,
     check_source,
     rows_from,
-    their_name,
     write_folder,
 )
 from rowwise.trainer.prepare import prepare
@@ -63,7 +62,7 @@ def sources(tmp_path_factory):
 def loaded(folder: Path, config: ModelConfig) -> Decoder:
     """Our whole model, from a folder that was checked."""
     check_source(folder, config)
-    model, fill_ = Decoder(config), rows_from(folder)
+    model, fill_ = Decoder(config), rows_from(folder, parameter_specs(config))
     with torch.no_grad():
         for name, p in model.named_parameters():
             fill_(name, p.fill_(torch.nan), 0, p.size(0))
@@ -116,7 +115,8 @@ def sharded(workers: Workers, config: TrainConfig, tokens: Tensor) -> tuple[Tens
     read: list[tuple[str, int, int]] = []
     with patch.object(huggingface, "safe_open", lambda path, framework: SpiedFile(path, read)):
         model = build_model(config, mesh)
-    mine = [(their_name(name), row_offset(p), row_offset(p) + len(local(p))) for name, p in model.named_parameters()]
+    specs = parameter_specs(config.model)
+    mine = [(specs[name].theirs, row_offset(p), row_offset(p) + len(local(p))) for name, p in model.named_parameters()]
     return our_logits(model, tokens), read, mine
 
 
@@ -181,7 +181,7 @@ def write(folder: Path, model: Decoder, dtype: torch.dtype = torch.float32, max_
             tensor.copy_(parameters[name].detach())
 
     values = their_config(model.config, dtype, 128, None)
-    return write_folder(folder, values, parameter_shapes(model.config), read_, dtype, max_file_bytes)
+    return write_folder(folder, values, parameter_specs(model.config), read_, dtype, max_file_bytes)
 
 
 def test_writing_holds_one_file_at_a_time(tmp_path):
@@ -197,8 +197,8 @@ def test_writing_holds_one_file_at_a_time(tmp_path):
         for tensor in tensors.values():
             tensor.zero_()
 
-    shapes = parameter_shapes(CASES["qwen3"])
-    files = write_folder(tmp_path, config_of("qwen3"), shapes, read_, torch.float32, limit)
+    specs = parameter_specs(CASES["qwen3"])
+    files = write_folder(tmp_path, config_of("qwen3"), specs, read_, torch.float32, limit)
     assert len(held) == len(files) > 2
     assert max(held) <= limit
     assert sum(held) == json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"]
@@ -429,7 +429,7 @@ def test_rows_of_a_tensor_that_does_not_fit_are_not_given(sources, tmp_path):
     """On a rank whose folder is not the one that rank 0 checked."""
     shutil.copytree(sources("llama")[0], tmp_path, dirs_exist_ok=True)
     change_tensors(tmp_path, lambda t: (t.pop("lm_head.weight"), t.update({WQ: torch.cat((t[WQ], t[WQ]))})))
-    fill_ = rows_from(tmp_path)
+    fill_ = rows_from(tmp_path, parameter_specs(CASES["llama"]))
     with pytest.raises(ValueError, match=r"no tensor lm_head\.weight"):
         fill_("head.weight", torch.empty(5, 30), 10, 61)
     with pytest.raises(ValueError, match=r"has the shape \[60, 30\]"):

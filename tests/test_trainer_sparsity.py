@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from parity import Trace, assert_all_same, run_layouts, run_plain, small_config, textbook_update, with_layout
 from rowwise.kernels.blockwise import code_book
 from rowwise.kernels.rows import local
+from rowwise.kernels.spec import specs_of
 from rowwise.optim.build import build_optimizer
 from rowwise.optim.sparse.budget import budgets as product_budgets
 from rowwise.optim.sparse.build import build_sparsity
@@ -269,8 +270,8 @@ def split_edges(line, config: TrainConfig, zero: bool, skipped: tuple[int, ...])
     for name, p in list(model.named_parameters()):
         setattr(model, name, nn.Parameter(distribute_tensor(p.data, line, [Shard(0)])))
     optimizer = build_optimizer(model, config.optim)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    sparsity = build_sparsity(model, config.sparsity, shapes, 0, config.steps, None, torch.float64)
+    specs = specs_of(model)
+    sparsity = build_sparsity(model, config.sparsity, specs, 0, config.steps, None, torch.float64)
     for t in range(1, STEPS + 1):
         for i, p in enumerate(model.parameters()):
             whole_gradient = torch.zeros(p.shape).double() if zero else few_values(p.shape, t, i)
@@ -279,7 +280,7 @@ def split_edges(line, config: TrainConfig, zero: bool, skipped: tuple[int, ...])
         sparsity.step(optimizer, t, t not in skipped)
         masks = {n.removesuffix(".mask"): local(m) for n, m in sparsity.named_state().items() if n.endswith(".mask")}
         weights = {name: local(p.detach()).clone() for name, p in model.named_parameters()}
-        steps.append(({n: unpack(m, shapes[n][1]) for n, m in masks.items()}, weights))
+        steps.append(({n: unpack(m, specs[n].shape[1]) for n, m in masks.items()}, weights))
     return steps
 
 

@@ -12,7 +12,14 @@ from rowwise.launch.export import ExportConfig, export
 from rowwise.optim.build import build_optimizer
 from rowwise.optim.quantized import AdamW8bitConfig
 from rowwise.trainer.check import check
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, StableEmbedding, parameter_count, parameter_shapes
+from rowwise.trainer.models.decoder import (
+    Decoder,
+    ModelConfig,
+    StableEmbedding,
+    parameter_count,
+    parameter_shapes,
+    parameter_specs,
+)
 from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.resume import BEFORE, model_facts
 from runs import run_train
@@ -58,7 +65,7 @@ def test_its_norm_is_made_in_float32():
 
 
 def test_it_starts_xavier_uniform_wherever_its_rows_are():
-    fill_, whole = random_rows(CONFIG, 3), torch.empty(96, 64)
+    fill_, whole = random_rows(parameter_specs(CONFIG), 3), torch.empty(96, 64)
     fill_("embed.weight", whole, 0, 96)
     half = math.sqrt(6 / (96 + 64))
     assert 0.99 * half < whole.abs().max() <= half and whole.mean().abs() < 0.02 * half

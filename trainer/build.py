@@ -11,7 +11,7 @@ from rowwise.parallel.replicate import replicate_model
 from rowwise.parallel.sequence import attention_on
 from rowwise.parallel.shard import is_split, materialize, merge_parts, policy, shard_model
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.models.decoder import Decoder, parameter_shapes
+from rowwise.trainer.models.decoder import Decoder, parameter_specs
 from rowwise.trainer.models.huggingface import rows_from
 from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.pipeline import StagedDecoder, connect_stages, make_plan
@@ -40,8 +40,8 @@ def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:
             block.compile()
         if split:
             shard_model(stage, merge_parts(stage.parts(), zero), mesh, zero, mixed)
-    source = config.model.init_from
-    rows = random_rows(config.model, config.seed) if source is None else rows_from(Path(source).expanduser())
+    source, specs = config.model.init_from, parameter_specs(config.model)
+    rows = random_rows(specs, config.seed) if source is None else rows_from(Path(source).expanduser(), specs)
     materialize(model, mesh.device, rows)
     for stage in stages if not split and not config.optim.in_backward else []:
         replicate_model(stage, mesh)
@@ -54,5 +54,5 @@ def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:
 def build_masks(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder) -> Sparsity | None:
     """What keeps the weights of `model` sparse; None where none are."""
     stages = None if mesh.pipeline is None else mesh.pipeline.group
-    shapes, dtype = parameter_shapes(config.model), compute_dtype(config.precision)
-    return build_sparsity(model, config.sparsity, shapes, config.seed, config.steps, stages, dtype)
+    specs, dtype = parameter_specs(config.model), compute_dtype(config.precision)
+    return build_sparsity(model, config.sparsity, specs, config.seed, config.steps, stages, dtype)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from rowwise.conf.refusal import Refusals, refuse
-from rowwise.optim.build import MOMENTUM_CYCLE, STABLE_EMBEDDING, STEP_BACK, check_optimizer
+from rowwise.optim.build import MOMENTUM_CYCLE, STEP_BACK, check_optimizer
 from rowwise.optim.in_backward import IN_BACKWARD
 from rowwise.optim.schedules import check_schedule
 from rowwise.optim.sparse.check import MASKED, check_sparsity
@@ -19,7 +19,8 @@ from rowwise.trainer.evaluate import EVALUATION
 from rowwise.trainer.keys import check_folder_name
 from rowwise.trainer.lr_range import RANGE_TEST
 from rowwise.trainer.manifest import CHECKPOINTS
-from rowwise.trainer.models.decoder import check_model, parameter_shapes
+from rowwise.trainer.models.decoder import check_model, parameter_specs
+from rowwise.trainer.models.specs import STABLE_EMBEDDING
 from rowwise.trainer.sample import SAMPLES
 from rowwise.trainer.spike import SPIKES
 from rowwise.trainer.stages import COMPILED_STAGES, PIPELINED, WITHOUT_PIPELINE, check_pipeline
@@ -39,12 +40,12 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_folder_name("name", config.name)
     refuse(config, FOLDER)
     check_model(config.model)
-    shapes = parameter_shapes(config.model)
-    check_optimizer(config.optim, shapes)
+    specs = parameter_specs(config.model)
+    check_optimizer(config.optim, specs)
     refuse(config, STABLE_EMBEDDING)
     check_schedule(config.schedule, config.known_steps)
     refuse(config, (*MOMENTUM_CYCLE, *RANGE_TEST, *LOSS_SCALE))
-    check_sparsity(config.sparsity, shapes, config.known_steps)
+    check_sparsity(config.sparsity, specs, config.known_steps)
     refuse(config, (*CHECKPOINTS, *EVALUATION, *SAMPLES))
     config = replace(config, parallel=resolve_degrees(config.parallel, world_size))
     check_batch(config.batch, config.parallel.data_degree)

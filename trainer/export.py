@@ -12,7 +12,7 @@ from rowwise.trainer.data.own_tokenizer import tokenizer_of_run
 from rowwise.trainer.data.tokenizer import byte_tokenizer_json
 from rowwise.trainer.metadata import read_metadata
 from rowwise.trainer.models.config_json import their_config, with_form
-from rowwise.trainer.models.decoder import parameter_shapes
+from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.models.forms import in_form
 from rowwise.trainer.models.huggingface import their_name, write_folder
 from rowwise.trainer.whole import Source, reader
@@ -39,21 +39,21 @@ def write(source: Source, target: Target) -> str:
             f"{source.checkpoint} has model.stable_embedding=true, and no model of transformers has a norm after its "
             "embedding; possible are runs with model.stable_embedding=false: train one"
         )
-    shapes, scaling, seq_len = parameter_shapes(model), model.rope_scaling, source.config["batch"]["seq_len"]
+    specs, scaling, seq_len = parameter_specs(model), model.rope_scaling, source.config["batch"]["seq_len"]
     tokenizer, end_token = tokenizer_of(source, target.tokenizer)
     positions = seq_len if scaling is None else max(seq_len, round(scaling.original_length * scaling.factor))
     config_json = with_form(their_config(model, dtype, positions, end_token), target.form)
     changed: list[str] = []
 
     def form(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        tensors = in_form(target.form, name, tensor)
-        changed.extend([name] if their_name(name) not in tensors else [])
+        tensors = in_form(target.form, name, specs[name], tensor)
+        changed.extend([name] if their_name(name, specs[name]) not in tensors else [])
         return tensors
 
     partial = _begin(target.folder)
     try:
-        read = reader(source, shapes)
-        files = write_folder(partial, config_json, shapes, read, dtype, target.max_file_bytes, form)
+        read = reader(source, specs)
+        files = write_folder(partial, config_json, specs, read, dtype, target.max_file_bytes, form)
         if target.form != "dense" and not changed:
             raise ValueError(f"form={target.form}: every hidden weight would be larger than dense; give form=dense")
         for name, content in tokenizer.items():
@@ -61,7 +61,7 @@ def write(source: Source, target: Target) -> str:
         partial.rename(target.folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    parameters = sum(shape.numel() for shape in shapes.values())
+    parameters = sum(spec.shape.numel() for spec in specs.values())
     told = f"{source.checkpoint} -> {target.folder}: {parameters:,} parameters in {target.dtype}, files: {len(files)}"
     return f"{told}, {target.form} matrices: {len(changed)}" if changed else told
 

@@ -13,7 +13,7 @@ from rowwise.parallel.objects import from_rank_0
 from rowwise.parallel.precision import compute_dtype
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.files import from_json, to_json, write_whole
-from rowwise.trainer.models.decoder import Decoder, parameter_shapes
+from rowwise.trainer.models.decoder import Decoder, parameter_specs
 from rowwise.trainer.models.nm import use_nm
 
 GAINS_FILE = "semi_structured.json"
@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 
 def prune_groups(stages: list[Decoder], config: TrainConfig, mesh: Mesh) -> None:
     """Makes the layers that N:M sparsity names prune their weights as they compute."""
-    choice, shapes = config.sparsity, parameter_shapes(config.model)
+    choice, specs = config.sparsity, parameter_specs(config.model)
     if not isinstance(choice, NM):
         return
-    names = sparse_layers(choice, shapes)
+    names = sparse_layers(choice, specs)
     fast = faster_shapes(config, mesh) if choice.semi_structured else set()
     for semi_structured in (False, True):
-        some = {name for name in names if (shapes[name] in fast) == semi_structured}
+        some = {name for name in names if (specs[name].shape in fast) == semi_structured}
         for stage in stages:
             use_nm(stage, some, choice.n, choice.m, choice.backward, semi_structured)
 
@@ -45,8 +45,8 @@ def check_semi_structured(config: TrainConfig, device: torch.device) -> None:
 
 def shapes_of(config: TrainConfig) -> list[torch.Size]:
     """Of the sparse matrices, each once."""
-    shapes = parameter_shapes(config.model)
-    return sorted({shapes[name] for name in sparse_layers(config.sparsity, shapes)})
+    specs = parameter_specs(config.model)
+    return sorted({specs[name].shape for name in sparse_layers(config.sparsity, specs)})
 
 
 def faster_shapes(config: TrainConfig, mesh: Mesh) -> set[torch.Size]:

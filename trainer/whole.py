@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rowwise.kernels.nm import nm_mask
+from rowwise.kernels.spec import Specs
 from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.files import behind
 from rowwise.trainer.manifest_form import Manifest
 from rowwise.trainer.metadata import Reader, read_metadata
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, model_of, parameter_shapes
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, model_of, parameter_specs
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _require_room(model: Decoder, device: torch.device) -> None:
 def fill_(model: Decoder, source: Source) -> None:
     """Gives a whole model the weights of a checkpoint of its shape. Raises ValueError where that cannot be read."""
     read_metadata(source.checkpoint)  # whose refusals torch would wrap
-    reader(source, parameter_shapes(source.model))({name: p.detach() for name, p in model.named_parameters()})
+    reader(source, parameter_specs(source.model))({name: p.detach() for name, p in model.named_parameters()})
 
 
 def read_(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
@@ -114,19 +115,19 @@ def read_(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{checkpoint} cannot be read ({missing[0].strerror}); give another step") from None
 
 
-def reader(source: Source, shapes: dict[str, torch.Size]) -> Callable[[dict[str, Tensor]], None]:
+def reader(source: Source, specs: Specs) -> Callable[[dict[str, Tensor]], None]:
     """A function that fills tensors (our parameters by name) with what the run computed with. After sparsity=nm that is
     its matrices pruned, chosen in the run's own precision; a checkpoint has the dense ones, which learn."""
     sparsity, own = source.config.get("sparsity", {"name": "none"}), source.precision
     pruned: set[str] = set()
     if sparsity["name"] == "nm":
-        pruned = set(sparse_layers(NM(layers=sparsity["layers"]), shapes))
+        pruned = set(sparse_layers(NM(layers=sparsity["layers"]), specs))
 
     def fill_(tensors: dict[str, Tensor]) -> None:
         if as_they_are := {name: tensor for name, tensor in tensors.items() if name not in pruned}:
             read_(source.checkpoint, as_they_are)
         for name in tensors.keys() & pruned:
-            w = torch.empty(shapes[name], dtype=torch.promote_types(own, torch.float32))
+            w = torch.empty(specs[name].shape, dtype=torch.promote_types(own, torch.float32))
             read_(source.checkpoint, {name: w})
             kept = nm_mask(w.to(own), sparsity["n"], sparsity["m"])
             tensors[name].copy_(w.masked_fill_(~kept, 0))

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rowwise.kernels.spec import Specs
 from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse.account import Account
 from rowwise.optim.sparse.config import NM, ST3, NoSparsity, PDPBase, SparsityConfig, sparse_layers
@@ -38,19 +39,19 @@ class Sparsity(Protocol):
 def build_sparsity(
     model: nn.Module,
     config: SparsityConfig,
-    shapes: dict[str, torch.Size],
+    specs: Specs,
     seed: int,
     steps: int,
     stages: dist.ProcessGroup | None,
     compute_dtype: torch.dtype,
 ) -> Sparsity | None:
     """The masks of the (sharded) parameters of `model`, which is the whole or this rank's stages of a model whose
-    parameters have these `shapes`; None where nothing is sparse. Cuts the initial weights. `stages`: the ranks that hold
+    parameters are these; None where nothing is sparse. Cuts the initial weights. `stages`: the ranks that hold
     the other stages; `compute_dtype`: of forwards and backwards. All ranks call it."""
     if isinstance(config, NoSparsity):
         return None
-    names = sparse_layers(config, shapes)
-    layers = find_layers(model, names, [shapes[name] for name in names], stages)
+    names = sparse_layers(config, specs)
+    layers = find_layers(model, names, [specs[name].shape for name in names], stages)
     if isinstance(config, NM):
         return Grouped(config, layers, compute_dtype)
     if isinstance(config, ST3 | PDPBase):

@@ -5,7 +5,8 @@ from fnmatch import fnmatchcase
 import torch
 
 from rowwise.conf.refusal import Refusal, Refusals
-from rowwise.optim.build import fold, kind_of
+from rowwise.kernels.spec import Specs
+from rowwise.optim.build import fold
 from rowwise.optim.sparse.budget import budgets, row_budgets
 from rowwise.optim.sparse.config import (
     NM,
@@ -55,11 +56,11 @@ MASKED: Refusals = (
 )
 
 
-def check_sparsity(config: SparsityConfig, shapes: dict[str, torch.Size], steps: int | None) -> None:
-    """Refuses what cannot be. `shapes`: of every parameter; `steps`: of the run, where they are known. Raises ValueError."""
+def check_sparsity(config: SparsityConfig, specs: Specs, steps: int | None) -> None:
+    """Refuses what cannot be. `specs`: of every parameter; `steps`: of the run, where they are known. Raises ValueError."""
     if isinstance(config, NoSparsity):
         return
-    hidden = [name for name, shape in shapes.items() if kind_of(name, shape) == "hidden"]
+    hidden = [name for name, spec in specs.items() if spec.role == "hidden"]
     for pattern in config.layers:
         if not any(fnmatchcase(name, pattern) for name in hidden):
             raise ValueError(
@@ -67,7 +68,13 @@ def check_sparsity(config: SparsityConfig, shapes: dict[str, torch.Size], steps:
             )
     if not config.layers:
         raise ValueError('sparsity.layers is empty; give patterns such as ["*"], or sparsity=none')
-    matrices = {name: shapes[name] for name in sparse_layers(config, shapes)}
+    for name in sparse_layers(config, specs):
+        if specs[name].batched:
+            raise ValueError(
+                f"sparsity.layers: {name}, {tuple(specs[name].shape)}, is a batch of matrices, and masks are of single "
+                "ones; leave it out of sparsity.layers, or give sparsity=none"
+            )
+    matrices = {name: specs[name].shape for name in sparse_layers(config, specs)}
     if isinstance(config, NM | PDPGroups):
         _check_groups(config, matrices)
     elif isinstance(config, PDPRows):

@@ -4,10 +4,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
-import torch
-
 from rowwise.conf.option import Fixed, FixedAsSteps, MayChange
-from rowwise.optim.build import kind_of
+from rowwise.kernels.spec import Specs
 from rowwise.optim.curves import length
 
 
@@ -201,11 +199,11 @@ SparsityConfig = NoSparsity | Static | SET | RigL | SRigL | Gradual | ST3 | PDP 
 Budgeted = Static | SET | RigL | SRigL | Gradual | ST3 | PDP
 
 
-def sparse_layers(config: SparsityConfig, shapes: dict[str, torch.Size]) -> list[str]:
+def sparse_layers(config: SparsityConfig, specs: Specs) -> list[str]:
     """The names of the sparse matrices, in the order of the model."""
     if isinstance(config, NoSparsity):
         return []
-    hidden = [name for name, shape in shapes.items() if kind_of(name, shape) == "hidden"]
+    hidden = [name for name, spec in specs.items() if spec.role == "hidden"]
     return [name for name in hidden if any(fnmatchcase(name, pattern) for pattern in config.layers)]
 
 

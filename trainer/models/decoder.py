@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from rowwise.conf.option import Fixed, MayChange
 from rowwise.kernels.attention import causal_attention
+from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.kernels.visible import Documents
 from rowwise.trainer.models.rope import RopeScaling, rope_tables, rotate
+from rowwise.trainer.models.specs import decoder_specs
 
 # What looks from queries (B, S, H, E) at keys and values (B, S, K, E), each inside its document: `causal_attention`, or
 # what does the same where a sequence is shared.
@@ -219,6 +221,10 @@ class Decoder(nn.Module):
         assert self.embed is not None
         return F.linear(x_BSD, self.embed.weight)
 
+    def parameter_specs(self) -> Specs:
+        """Gives the spec of every parameter of the whole model, whichever stage of it this is."""
+        return parameter_specs(self.config)
+
     def parts(self) -> list[list[nn.Module]]:
         """What is used together, in forward order. An embedding that is used first and last belongs to the whole."""
         tied = self.embed is not None and self.norm is not None and self.head is None
@@ -236,18 +242,18 @@ def _normal(config: ModelConfig) -> Tensor:
 
 
 @functools.cache
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """The shape of every parameter, by name, without building the model."""
+def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """Gives the spec of every parameter, by name and in order, without building the model: layers are alike, and to build a
+    thousand takes seconds."""
     with torch.device("meta"):
-        one = {name: p.shape for name, p in Decoder(replace(config, layers=1)).named_parameters()}
-    # Layers are alike, and to build a thousand takes seconds.
-    block = {name.removeprefix("blocks.0."): shape for name, shape in one.items() if name.startswith("blocks.0.")}
-    before, after = (
-        {name: shape for name, shape in one.items() if "blocks" not in name and (name.startswith("embed")) == first}
-        for first in (True, False)
-    )
-    layers = {f"blocks.{n}.{name}": shape for n in range(config.layers) for name, shape in block.items()}
-    return before | layers | after
+        one = Decoder(replace(config, layers=1))
+    return decoder_specs(config, {name: p.shape for name, p in one.named_parameters()})
+
+
+@functools.cache
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Gives the shape of every parameter, by name and in order."""
+    return {name: spec.shape for name, spec in parameter_specs(config).items()}
 
 
 def parameter_count(config: ModelConfig) -> tuple[int, int]:
@@ -276,7 +282,7 @@ def flops_of(config: ModelConfig, tokens: int, pairs: float) -> float:
 def layer_flops(config: ModelConfig, seq_len: int) -> tuple[float, float, float]:
     """Forward operations per token of (what comes before the layers, one layer, what comes after): 2 per weight of a
     matrix, and causal attention as in `flops_per_token`. A look-up costs none."""
-    shapes = parameter_shapes(config)
-    layer = sum(shape.numel() for name, shape in shapes.items() if name.startswith("blocks.0.") and len(shape) == 2)
+    one = parameter_specs(replace(config, layers=1)).values()
+    layer = sum(spec.shape.numel() for spec in one if spec.role == "hidden")
     attention = 2 * config.heads * config.head_size * (seq_len + 1)
     return 0.0, 2.0 * layer + attention, 2.0 * config.vocab_size * config.dim

@@ -19,7 +19,7 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from rowwise.kernels.condensed import condense, condensed
-from rowwise.optim.build import kind_of
+from rowwise.kernels.spec import ParameterSpec
 from rowwise.trainer.models.condensed import CondensedLinear
 from rowwise.trainer.models.config_json import FORM, FORMS, our_keys, read_config, without_form
 from rowwise.trainer.models.decoder import Decoder, model_of
@@ -29,14 +29,14 @@ SEMI_STRUCTURED_DTYPES = (torch.bfloat16, torch.float16)
 _ROWS, _COLUMNS = 32, 64  # of which 2:4 matrices of 16-bit numbers are multiples
 
 
-def in_form(form: str, name: str, w: Tensor) -> dict[str, Tensor]:
+def in_form(form: str, name: str, spec: ParameterSpec, w: Tensor) -> dict[str, Tensor]:
     """The tensors that stand for our parameter `name`, by their names: one where it stays dense.
 
     Raises ValueError for a hidden weight that is sparse enough for `form` but has not its pattern or shape.
     """
-    stem = their_name(name).removesuffix("weight")
+    stem = their_name(name, spec).removesuffix("weight")
     dense = {f"{stem}weight": w}
-    if form == "dense" or kind_of(name, w.shape) != "hidden":
+    if form == "dense" or spec.role != "hidden":
         return dense
     nonzeros = int(w.count_nonzero())
     if form == "semi_structured":
@@ -117,8 +117,9 @@ def _fill(model: Decoder, folder: Path, device: torch.device) -> None:
             for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
                 stem, _, part = name.rpartition(".")
                 parts[stem][part] = file.get_tensor(name).to(device)
+    specs = model.parameter_specs()
     for name, p in list(model.named_parameters()):
-        stem = their_name(name).removesuffix(".weight")
+        stem = their_name(name, specs[name]).removesuffix(".weight")
         if stem not in parts:
             raise ValueError(f"it has no tensor of {stem}, which the model needs; export it again")
         _set(model, name.removesuffix(".weight"), p.shape, parts.pop(stem))

@@ -5,7 +5,6 @@ loading reads just the rows of a shard, exporting holds one output file at a tim
 """
 
 import json
-import re
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -19,24 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.trainer.models.config_json import our_keys, read_config, read_object, refuse_other_shape, refusing
-from rowwise.trainer.models.decoder import ModelConfig, parameter_shapes
+from rowwise.trainer.models.decoder import ModelConfig, parameter_specs
 
-_LAYER_NAMES = {
-    "attention_norm": "input_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "feed_forward.w2": "mlp.down_proj",
-}
-_OUTER_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROWS_AT_A_TIME = 4096
 Read = Callable[[dict[str, Tensor]], None]  # fills tensors, by our names
@@ -44,12 +29,11 @@ Form = Callable[[str, Tensor], dict[str, Tensor]]  # our name and tensor -> tens
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def their_name(name: str) -> str:
-    """The Hugging Face name of one of our parameters."""
-    stem = name.removesuffix(".weight")
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", stem):
-        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"
-    return f"{_OUTER_NAMES[stem]}.weight"
+def their_name(name: str, spec: ParameterSpec) -> str:
+    """Gives the name of our parameter `name` in a folder. Raises ValueError for one that no folder has."""
+    if spec.theirs is None:
+        raise ValueError(f"{name} has no counterpart in a folder of Hugging Face")
+    return spec.theirs
 
 
 def check_source(folder: Path, config: ModelConfig) -> None:
@@ -66,44 +50,46 @@ def check_source(folder: Path, config: ModelConfig) -> None:
 
 
 def _check_tensors(folder: Path, config: ModelConfig) -> None:
-    shapes = {their_name(name): shape for name, shape in parameter_shapes(config).items()}
+    specs = parameter_specs(config)
+    shapes = {their_name(name, spec): spec.shape for name, spec in specs.items()}
+    copies = {copy: their_name(name, spec) for name, spec in specs.items() for copy in spec.copies}
     files = weight_files(folder)
     for name in shapes:
         if name not in files:
             raise ValueError(f"it has no tensor {name}, which the model needs")
     names_of_files = defaultdict(list)
     for name, path in files.items():
-        # A tied head may stand in the files; releases before 2024 hold the frequencies of RoPE.
-        tied_head = name == _HEAD and config.tie_embeddings
-        if name not in shapes and not tied_head and not name.endswith("rotary_emb.inv_freq"):
+        # Releases before 2024 hold the frequencies of RoPE.
+        if name not in shapes and name not in copies and not name.endswith("rotary_emb.inv_freq"):
             raise ValueError(f"it has a tensor {name}, which the model does not have")
         names_of_files[path].append(name)
     for path, names in names_of_files.items():
         with opened(path) as file:
             for name in shapes.keys() & names:
                 _sliced(file, path, name, shapes[name])
-    if config.tie_embeddings and _HEAD in files:
-        _check_tied(files, shapes[_EMBED])
+    for copy, name in copies.items():
+        if copy in files:
+            _check_tied(files, copy, name, shapes[name])
 
 
-def _check_tied(files: dict[str, Path], shape: torch.Size) -> None:
-    with opened(files[_EMBED]) as embed_file, opened(files[_HEAD]) as head_file:
-        embed = _sliced(embed_file, files[_EMBED], _EMBED, shape)
-        head = _sliced(head_file, files[_HEAD], _HEAD, shape)
+def _check_tied(files: dict[str, Path], copy: str, name: str, shape: torch.Size) -> None:
+    with opened(files[name]) as embed_file, opened(files[copy]) as head_file:
+        embed = _sliced(embed_file, files[name], name, shape)
+        head = _sliced(head_file, files[copy], copy, shape)
         for start in range(0, shape[0], _ROWS_AT_A_TIME):
             rows = slice(start, start + _ROWS_AT_A_TIME)
             if (embed[rows] != head[rows]).any():
-                raise ValueError(f"its config.json ties the embeddings, but {_HEAD} differs from {_EMBED}")
+                raise ValueError(f"its config.json ties the embeddings, but {copy} differs from {name}")
 
 
-def rows_from(folder: Path) -> Callable[[str, Tensor, int, int], None]:
+def rows_from(folder: Path, specs: Specs) -> Callable[[str, Tensor, int, int], None]:
     """A function that fills rows of a parameter from the folder's safetensors and reads no others; see
     `parallel.shard.materialize`. Raises ValueError for a tensor that `check_source` would have refused."""
     files = weight_files(folder)
     open_ = cache(opened)
 
     def fill_(name: str, rows: Tensor, start: int, size: int) -> None:
-        theirs = their_name(name)
+        theirs = their_name(name, specs[name])
         if theirs not in files:
             raise ValueError(f"{folder} has no tensor {theirs}, which the model needs")
         source = _sliced(open_(files[theirs]), files[theirs], theirs, torch.Size((size, *rows.shape[1:])))
@@ -145,17 +131,19 @@ def _sliced(file: Any, path: Path, name: str, shape: torch.Size) -> Any:
 def write_folder(
     folder: Path,
     config_json: dict[str, Any],
-    shapes: dict[str, torch.Size],
+    specs: Specs,
     read_: Read,
     dtype: torch.dtype,
     max_file_bytes: int,
-    form: Form = lambda name, tensor: {their_name(name): tensor},
+    form: Form | None = None,
 ) -> list[Path]:
     """Writes config.json and the safetensors files, one at a time, into an existing folder. Returns the latter.
 
-    `shapes` are those of our parameters; `read_(tensors)` fills those of one file, by our names, in place; `form` gives
-    the tensors to write for one of them. Raises ValueError for numbers that `dtype` cannot hold.
+    `specs` are those of our parameters; `read_(tensors)` fills those of one file, by our names, in place; `form` gives
+    the tensors to write for one of them (None: itself). Raises ValueError for numbers that `dtype` cannot hold.
     """
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    form = form or (lambda name, tensor: {their_name(name, specs[name]): tensor})
     groups = list(_pack(shapes, dtype.itemsize, max_file_bytes))
     (folder / "config.json").write_text(json.dumps(config_json, indent=1))
     weight_map: dict[str, str] = {}

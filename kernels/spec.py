@@ -1,0 +1,87 @@
+"""What a parameter is. A model says it of each of its own, in one table by name; whoever needs to know reads it there.
+
+Optimizers read the role and the logical matrix (which rule it follows, in which shape, and whether it decays), initialisation
+what it begins as, masks which matrices may be sparse, the mesh which of its views it is laid over, folders of Hugging Face
+what it is called in them. A name says nothing of that.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+Role = Literal["hidden", "embedding", "head", "vector"]
+DENSE = "dense"  # the view of the mesh that every run has: see `parallel.mesh`
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal numbers around 0."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform numbers from -bound to bound."""
+
+    bound: float
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One number everywhere."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter. `shape`: logical, of the whole. `role`: a `hidden` matrix, the `embedding`, the `head`, or a `vector`, which
+    is anything whose numbers form no matrix. `init`: what it begins as (None: its model never begins at random).
+    `batched`: dim 0 counts, and each entry is a matrix, or a vector, of its own. `view`: of the mesh, over which its rows are
+    split and repeated. `theirs`: its name in a folder of Hugging Face (None: there it has none), `copies`: names under which
+    the folder may hold it once more."""
+
+    shape: torch.Size
+    role: Role
+    init: Normal | Uniform | Constant | None = None
+    batched: bool = False
+    view: str = DENSE
+    theirs: str | None = None
+    copies: tuple[str, ...] = ()
+
+    @property
+    def matrix(self) -> torch.Size:
+        """The shape of what rules work on: the matrix or vector that the parameter is, or each that it holds."""
+        return self.shape[1:] if self.batched else self.shape
+
+
+Specs = Mapping[str, ParameterSpec]
+
+
+@runtime_checkable
+class Specified(Protocol):
+    """A model that says what its parameters are."""
+
+    def parameter_specs(self) -> Specs:
+        """Gives the spec of every parameter, by name; a part of a model may give those of the whole."""
+
+
+def specs_of(model: nn.Module) -> Specs:
+    """Reads what a model says of its parameters. Of one that says nothing, matrices are hidden ones, and what has fewer dims are
+    vectors. Raises ValueError for a parameter of more dims that nothing is said of."""
+    if isinstance(model, Specified):
+        return model.parameter_specs()
+    return {name: _plain(name, p.shape) for name, p in model.named_parameters()}
+
+
+def _plain(name: str, shape: torch.Size) -> ParameterSpec:
+    if len(shape) > 2:
+        raise ValueError(
+            f"{name} has the shape {tuple(shape)}, which may be a batch of matrices or one: give the model a method "
+            "parameter_specs() that says so"
+        )
+    return ParameterSpec(shape, "hidden" if len(shape) == 2 else "vector")

@@ -1,0 +1,116 @@
+"""What the parameters of a decoder are, as a table: role, what they begin as, and the name of each in a folder of Hugging Face
+(Llama's and Qwen3's), where those of layer n begin with `model.layers.n.`
+
+Initialisation: every matrix is normal with standard deviation `init_std`; those that write into the residual stream are
+smaller by sqrt(2 layers), so that its variance does not grow with depth (Radford et al., *GPT-2*). Norms are 1, and what they
+add is 0. A stable embedding is uniform in +-sqrt(6 / (vocab_size + dim)) (Glorot & Bengio).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+
+from rowwise.conf.refusal import Refusal, Refusals
+from rowwise.kernels.spec import Constant, Normal, ParameterSpec, Role, Uniform
+from rowwise.optim.build import assigned
+
+Begins = Literal["normal", "residual", "embedding", "ones", "zeros"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter, or one of every layer; `begins`: which of the initialisations above."""
+
+    role: Role
+    begins: Begins
+    theirs: str | None
+
+
+EMBEDDING = "embed.weight"
+FIRST = {
+    EMBEDDING: Entry("embedding", "embedding", "model.embed_tokens.weight"),
+    "embed.norm.weight": Entry("vector", "ones", None),
+    "embed.norm.bias": Entry("vector", "zeros", None),
+}
+LAYER = {
+    "attention_norm.weight": Entry("vector", "ones", "input_layernorm.weight"),
+    "attention.wq.weight": Entry("hidden", "normal", "self_attn.q_proj.weight"),
+    "attention.wk.weight": Entry("hidden", "normal", "self_attn.k_proj.weight"),
+    "attention.wv.weight": Entry("hidden", "normal", "self_attn.v_proj.weight"),
+    "attention.wo.weight": Entry("hidden", "residual", "self_attn.o_proj.weight"),
+    "attention.q_norm.weight": Entry("vector", "ones", "self_attn.q_norm.weight"),
+    "attention.k_norm.weight": Entry("vector", "ones", "self_attn.k_norm.weight"),
+    "feed_forward_norm.weight": Entry("vector", "ones", "post_attention_layernorm.weight"),
+    "feed_forward.w1.weight": Entry("hidden", "normal", "mlp.gate_proj.weight"),
+    "feed_forward.w3.weight": Entry("hidden", "normal", "mlp.up_proj.weight"),
+    "feed_forward.w2.weight": Entry("hidden", "residual", "mlp.down_proj.weight"),
+}
+TIED = "lm_head.weight"  # which a folder may hold beside the embedding that it is
+LAST = {
+    "norm.weight": Entry("vector", "ones", "model.norm.weight"),
+    "head.weight": Entry("head", "normal", TIED),
+}
+STABLE_EMBEDDING: Refusals = (
+    Refusal(
+        ("model.stable_embedding", "optim.assign"),
+        lambda run: run.model.stable_embedding and assigned(EMBEDDING, run.optim).endswith("8bit"),
+        lambda run: (
+            "model.stable_embedding=true keeps the embedding's states in 32 bits, and optim.assign gives it "
+            f"{assigned(EMBEDDING, run.optim)}; give it {assigned(EMBEDDING, run.optim).removesuffix('8bit')} or own, or "
+            "model.stable_embedding=false"
+        ),
+    ),
+)
+
+
+class Sizes(Protocol):
+    """What of a decoder's configuration its table needs."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def tie_embeddings(self) -> bool: ...
+    @property
+    def stable_embedding(self) -> bool: ...
+    @property
+    def init_std(self) -> float: ...
+
+
+def decoder_specs(config: Sizes, shapes: dict[str, torch.Size]) -> dict[str, ParameterSpec]:
+    """Makes the table of a decoder, by name and in order. `shapes`: of the parameters of one that has a single layer."""
+    begins = _initialisations(config)
+
+    def some(table: dict[str, Entry], path: str = "") -> dict[str, ParameterSpec]:
+        return {
+            name: ParameterSpec(shapes[path + name], entry.role, begins[entry.begins], theirs=entry.theirs)
+            for name, entry in table.items()
+            if path + name in shapes
+        }
+
+    first, layer, last = some(FIRST), some(LAYER, "blocks.0."), some(LAST)
+    assert len(first) + len(layer) + len(last) == len(shapes), "the table lacks a parameter"
+    if config.tie_embeddings:
+        first[EMBEDDING] = replace(first[EMBEDDING], copies=(TIED,))
+    layers = {
+        f"blocks.{n}.{name}": replace(spec, theirs=f"model.layers.{n}.{spec.theirs}")
+        for n in range(config.layers)
+        for name, spec in layer.items()
+    }
+    return first | layers | last
+
+
+def _initialisations(config: Sizes) -> dict[Begins, Normal | Uniform | Constant]:
+    normal = Normal(config.init_std)
+    return {
+        "normal": normal,
+        "residual": Normal(config.init_std / math.sqrt(2 * config.layers)),
+        "embedding": Uniform(math.sqrt(6 / (config.vocab_size + config.dim))) if config.stable_embedding else normal,
+        "ones": Constant(1.0),
+        "zeros": Constant(0.0),
+    }
