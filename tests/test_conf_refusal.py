@@ -1,4 +1,4 @@
-"""Refusals as data: what they say of a run, and that none which a room states is forgotten where they are gathered."""
+"""Refusals as data: what they say of a run, and that none which a room states is forgotten where they are gathered. (Law 5.)"""
 
 import ast
 from pathlib import Path

@@ -1,5 +1,6 @@
 """The README and docs/: links that lead somewhere, and pages that say what the code says."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -50,6 +51,23 @@ def test_a_measured_claim_has_its_results_file():
     table = (ROOT / "README.md").read_text().partition("| claim | measured | results |")[2]
     rows = re.findall(r"^\| .* \| `(.+)` \|$", table, re.MULTILINE)
     assert len(rows) >= 8 and all((ROOT / "benchmarks/results" / name).exists() for name in rows)
+
+
+def laws_named_in(path: Path) -> set[str]:
+    """The numbers behind "Law" in its docstring."""
+    told = re.findall(r"[Ll]aws? (\d(?:(?:, | and )\d)*)", ast.get_docstring(ast.parse(path.read_text())) or "")
+    return set(re.findall(r"\d", " ".join(told)))
+
+
+def test_a_law_is_named_where_it_is_tested():
+    """And every file that names one is among those that hold it."""
+    parts = re.split(r"^## Law (\d)", (ROOT / "docs/laws.md").read_text(), flags=re.MULTILINE)[1:]
+    held = {number: set(re.findall(r"`(tests/(?:\w+/)?test_\w+\.py)`", text.partition("\nHeld by ")[2].partition(". That")[0]))
+            for number, text in zip(parts[::2], parts[1::2], strict=True)}  # fmt: skip
+    assert [*held] == [*"1234567"] and all(held.values())
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    named = {number: {str(f.relative_to(ROOT)) for f in files if number in laws_named_in(f)} for number in held}
+    assert named == held
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""AdamW on 8-bit moments: against the formula with the public rounding, at every shape, dtype and portion."""
+"""AdamW on 8-bit moments: against the formula with the public rounding, at every shape, dtype and portion. (Law 1.)"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Attention by blocks: each device operator against plain torch, areas against a mask made token by token."""
+"""Attention by blocks: each device operator against plain torch, areas against a mask made token by token. (Law 1.)"""
 
 import random
 from collections import Counter

@@ -1,4 +1,4 @@
-"""8-bit codes: the book against the paper, the codes against a search through all of them, Triton against torch."""
+"""8-bit codes: the book against the paper, the codes against a search through all of them, Triton against torch. (Law 1.)"""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Layers of constant fan-in: condensed and expanded again, multiplied as dense ones are, Triton as torch."""
+"""Layers of constant fan-in: condensed and expanded again, multiplied as dense ones are, Triton as torch. (Law 1.)"""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""The cosine transform: against the dense matrix in float64, orthonormal, accurate at any width, Triton as torch."""
+"""The cosine transform: against the dense matrix in float64, orthonormal, accurate at any width, Triton as torch. (Law 1.)"""
 
 import math
 

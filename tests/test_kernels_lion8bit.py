@@ -1,4 +1,4 @@
-"""Lion on an 8-bit moment: against the formula with the public quantiser, at every shape, dtype and portion."""
+"""Lion on an 8-bit moment: against the formula with the public quantiser, at every shape, dtype and portion. (Law 1.)"""
 
 from itertools import pairwise
 

@@ -1,5 +1,5 @@
 """Adam's moments in 8 bits: no step is larger than 32-bit AdamW's on the same gradients, whatever they are; the codes
-against a search, Triton against torch."""
+against a search, Triton against torch. (Law 1.)"""
 
 import math
 

@@ -1,4 +1,4 @@
-"""N:M sparsity: pruning against a sort, Triton as torch, the layer's gradients as textbooks write them, now or later."""
+"""N:M sparsity: pruning against a sort, Triton as torch, the layer's gradients as textbooks write them, now or later. (Law 1.)"""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""Stochastic rounding: only the two neighbours, unbiased, the same wherever a row lives, Triton as torch."""
+"""Stochastic rounding: only the two neighbours, unbiased, the same wherever a row lives, Triton as torch. (Law 1.)"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rows scaled by a quotient of norms: against the formula, in every dtype and shape, Triton as torch."""
+"""Rows scaled by a quotient of norms: against the formula, in every dtype and shape, Triton as torch. (Law 1.)"""
 
 import pytest
 import torch

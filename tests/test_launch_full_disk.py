@@ -1,6 +1,6 @@
 """A full disk ends a run with one line, which names what is full and where the run goes on; it leaves nothing half behind.
 
-On real file systems of a mebibyte, where this user may mount them (root); what does not need one runs everywhere.
+On real file systems of a mebibyte, where this user may mount them (root); what does not need one runs everywhere. (Law 6.)
 """
 
 import contextlib

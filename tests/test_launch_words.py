@@ -1,4 +1,4 @@
-"""Words of other frameworks are answered with ours, and every refusal is one line in our own words."""
+"""Words of other frameworks are answered with ours, and every refusal is one line in our own words. (Law 5.)"""
 
 import random
 import re

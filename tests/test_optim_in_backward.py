@@ -1,4 +1,4 @@
-"""The optimizer inside the backward: the same run, with gradients that do not stay."""
+"""The optimizer inside the backward: the same run, with gradients that do not stay. (Law 2.)"""
 
 import functools
 from contextlib import nullcontext

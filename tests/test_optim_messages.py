@@ -1,5 +1,5 @@
 """What every rule sends, counted while it steps, against the table of the design: nothing, or numbers that do not grow
-with the rows of a matrix. No rule ever sends a gradient or a weight."""
+with the rows of a matrix. No rule ever sends a gradient or a weight. (Law 4.)"""
 
 import pytest
 import torch

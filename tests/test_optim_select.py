@@ -1,4 +1,4 @@
-"""The k largest over ranks are those that a sort of the whole finds, ties by logical position, however rows are split."""
+"""The k largest over ranks are those that a sort of the whole finds, ties by logical position, however rows are split. (Law 7.)"""
 
 import pytest
 import torch

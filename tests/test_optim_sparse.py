@@ -1,4 +1,4 @@
-"""How many weights are kept, of what and when; masks in bits; what an update sends; what is counted."""
+"""How many weights are kept, of what and when; masks in bits; what an update sends; what is counted. (Law 7.)"""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""What a pipeline holds and sends, counted while it runs: activations as the checker says, gathers as the plan says."""
+"""What a pipeline holds and sends, counted while it runs: activations as the checker says, gathers as the plan says. (Law 4.)"""
 
 import itertools
 from statistics import median

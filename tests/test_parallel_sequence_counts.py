@@ -1,4 +1,4 @@
-"""What sharing sequences costs and saves, counted on real ranks: scores computed, bytes sent, activations held."""
+"""What sharing sequences costs and saves, counted on real ranks: scores computed, bytes sent, activations held. (Law 4.)"""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""What each ZeRO stage holds on a rank: measured after every operation of a step, against the stated formula."""
+"""What each ZeRO stage holds on a rank: measured after every operation of a step, against the stated formula. (Law 4.)"""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Intervals by time: rank 0's clock decides, all ranks do the same, and the numbers of the run stay what they are."""
+"""Intervals by time: rank 0's clock decides, all ranks do the same, and the numbers of the run stay what they are. (Law 2.)"""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every configuration file is composed and run; every wrong one is refused with a line that helps."""
+"""Every configuration file is composed and run; every wrong one is refused with a line that helps. (Law 5.)"""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Damage to what a run reads: named and mended before it begins, and while it runs on every rank, whichever rank has it."""
+"""Damage to what a run reads: named and mended before it begins, and while it runs on every rank, whichever rank has it. (Law 6.)"""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""Files of other kinds than a source reads: known by their first bytes and refused; what says itself how it is to be read is."""
+"""Files of other kinds than a source reads: known by their first bytes and refused; what says itself how it is to be read is.
+(Law 5.)"""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Lengths as people say them: steps, shares, tokens, time; what they come to, on every layout and after every resume."""
+"""Lengths as people say them: steps, shares, tokens, time; what they come to, on every layout and after every resume. (Law 3.)"""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""The learning-rate range test: what a curve shows, when it is over, and a run that ends by itself, on every layout."""
+"""The learning-rate range test: what a curve shows, when it is over, and a run that ends by itself, on every layout. (Law 2.)"""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Whole runs on pipelines: moved between layouts, evaluated, sampled, traced, planned by measurement, validated late."""
+"""Whole runs on pipelines: moved between layouts, evaluated, sampled, traced, planned by measurement, validated late. (Law 3.)"""
 
 import json
 import time

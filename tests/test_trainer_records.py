@@ -1,5 +1,5 @@
 """The records of a run and the checkpoints they belong to, when files of them were lost, damaged or cannot be read: what is
-wrong is named, what is sound is gone on with, and nothing begins anew in silence."""
+wrong is named, what is sound is gone on with, and nothing begins anew in silence. (Law 6.)"""
 
 import errno
 import json

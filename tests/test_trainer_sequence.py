@@ -1,4 +1,4 @@
-"""Whole runs over shared sequences: moved between layouts, evaluated, sampled, compiled, in 16 bits, with other savings."""
+"""Whole runs over shared sequences: moved between layouts, evaluated, sampled, compiled, in 16 bits, with other savings. (Law 3.)"""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Sizes that cannot be are refused by arithmetic: at once, whichever integer of the configuration it is."""
+"""Sizes that cannot be are refused by arithmetic: at once, whichever integer of the configuration it is. (Law 5.)"""
 
 import time
 from dataclasses import replace

@@ -1,5 +1,5 @@
 """Law 2 for sparse training: every method on every kind of layout equals one process that sorts whole matrices; masks are
-the same to the last place after every step, and keep exactly what they are to keep."""
+the same to the last place after every step, and keep exactly what they are to keep. (Law 7.)"""
 
 import functools
 from fractions import Fraction

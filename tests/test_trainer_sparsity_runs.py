@@ -1,4 +1,4 @@
-"""Whole sparse runs: moved between layouts, stopped and resumed, counted in metrics.jsonl, and what a resume refuses."""
+"""Whole sparse runs: moved between layouts, stopped and resumed, counted in metrics.jsonl, and what a resume refuses. (Law 3.)"""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What is watched of a run beside its losses: norms of parameters and the operations of a step, alike on every layout."""
+"""What is watched of a run beside its losses: norms of parameters and the operations of a step, alike on every layout. (Law 2.)"""
 
 import gzip
 import json

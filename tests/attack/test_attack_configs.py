@@ -1,5 +1,5 @@
 """Configurations of a stranger: what is accepted is found in the configuration as it was given, what is refused is refused in
-one line, and nothing else happens."""
+one line, and nothing else happens. (Law 5.)"""
 
 import contextlib
 import io

@@ -1,5 +1,5 @@
 """Damage of every file of a run's folder: the next start names it in one line, or ends as the run that was not damaged. No
-traceback, no hang, and no record that is lost in silence."""
+traceback, no hang, and no record that is lost in silence. (Law 6.)"""
 
 import contextlib
 import io

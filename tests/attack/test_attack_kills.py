@@ -1,4 +1,5 @@
-"""A storm of kills: whatever layout a run has when it is killed, and on whatever it goes on, it ends as the one never killed."""
+"""A storm of kills: whatever layout a run has when it is killed, and on whatever it goes on, it ends as the one never killed.
+(Law 6.)"""
 
 import random
 import time
