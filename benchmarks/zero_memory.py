@@ -35,7 +35,7 @@ def one_rank(rank: int, ranks: int, port: int, config: TrainConfig) -> dict:
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = build_model(config, mesh)
     parameters = sum(p.numel() for p in model.parameters())
-    parts = count_parts(merge_parts(model.parts(), config.parallel.zero), mesh.states["shard"].size())
+    parts = count_parts(merge_parts(model.parts(), config.parallel.zero))
     optimizer = build_optimizer(model, config.optim)
     batches = next(train_batches(config, mesh, data, position=0))
     with PeakStates(model, optimizer) as states:

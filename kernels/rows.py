@@ -1,5 +1,7 @@
 """The rows of a logical tensor that this rank holds: every rule and every kernel works on whole rows."""
 
+import math
+
 from torch import Tensor
 
 from rowwise.kernels.later import Later
@@ -20,3 +22,12 @@ def row_offset(tensor: Tensor) -> int:
     _, offset = _places.compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     # A rank beyond the last row has none, and its offset is not defined.
     return offset[0] if tensor.to_local().numel() else tensor.size(0)
+
+
+def padded_rows(tensor: Tensor) -> int:
+    """The rows of a tensor, made up to as many on each of the ranks that they are split over."""
+    if not isinstance(tensor, tensors.DTensor):
+        return tensor.size(0)
+    split = [dim for dim, place in enumerate(tensor.placements) if isinstance(place, tensors.Shard)]
+    degree = math.prod(tensor.device_mesh.size(dim) for dim in split)
+    return -(-tensor.size(0) // degree) * degree

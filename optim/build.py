@@ -105,7 +105,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Opt
         if key not in groups:
             decay = 0.0 if spec.role == "vector" else config.weight_decay
             rule = new_rule(key[0], config, rank)
-            groups[key] = {"params": [], "names": [], "rule": rule, "batched": spec.batched, "weight_decay": decay}
+            said = {"batched": spec.batched, "view": spec.view, "weight_decay": decay}
+            groups[key] = {"params": [], "names": [], "rule": rule, **said}
         groups[key]["params"].append(p)
         groups[key]["names"].append(name)
     return Optimizer(list(groups.values()), config.lr, seed)

@@ -73,7 +73,7 @@ class InBackward:
 
     def __init__(self, optimizer: Optimizer, complete: Callable[[Tensor], None]):
         self._optimizer, self._complete = optimizer, complete
-        self._norms: list[Tensor] = []
+        self._norms: dict[str, list[Tensor]] = {}
         ours = weakref.ref(self)  # a parameter that held its own optimizer would keep it for ever
 
         def take(p: Tensor) -> None:
@@ -86,18 +86,20 @@ class InBackward:
 
     def begin(self) -> None:
         """Before the backward of a step."""
-        self._norms = []
+        self._norms = {}
         self._optimizer.begin_step()
 
-    def squared_norm(self) -> Tensor:
-        """The sum of squares of all the gradients of this rank that were used, a float64 scalar."""
-        return torch.stack(self._norms).square().sum() if self._norms else torch.zeros((), dtype=torch.float64)
+    def squares(self) -> dict[str, Tensor]:
+        """Sums the squares of this rank's rows of all the gradients that were used, by the view of the mesh that they are laid
+        over: float64 scalars."""
+        return {view: torch.stack(norms).square().sum() for view, norms in self._norms.items()}
 
     @torch.no_grad()
     def _take(self, p: Tensor) -> None:
         assert p.grad is not None
         self._complete(p.grad)
         if local(p.grad).numel():
-            self._norms.append(torch.linalg.vector_norm(local(p.grad), dtype=torch.float64))
+            norm = torch.linalg.vector_norm(local(p.grad), dtype=torch.float64)
+            self._norms.setdefault(self._optimizer.view_of(p), []).append(norm)
         self._optimizer.step_one(p)
         p.grad = None

@@ -61,6 +61,10 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] += 1
 
+    def view_of(self, p: Tensor) -> str:
+        """Names the view of the mesh that a parameter is laid over."""
+        return self._places[p][0]["view"]
+
     def step_one(self, p: Tensor) -> None:
         """Changes one parameter, within the update that `begin_step` began."""
         group, name = self._places[p]

@@ -5,19 +5,26 @@
 Data is split over (replicate, shard), each sequence over (ring, ulysses), and states over (shard, ring, ulysses) as if
 those were one axis. The pipeline axis varies slowest: its messages are the fewest, so they may cross machines; ulysses
 varies fastest, since nothing is computed while its messages are on their way.
+
+Over which ranks a parameter is split and repeated is for its view to say, which its spec names (`kernels.spec`): a view
+divides the ranks of a stage of the pipeline into axes of its own. All parameters of a decoder are in the view above, `dense`.
 """
 
 import datetime
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rowwise.conf.option import MayChange
 from rowwise.conf.refusal import Refusal, Refusals
+from rowwise.kernels.spec import DENSE
 from rowwise.parallel.lanes import Axis, connect, neighbours, open_lanes
 
 DEGREES = ("pipeline", "replicate", "shard", "ring", "ulysses")  # the slowest first
@@ -118,18 +125,31 @@ class SequenceAxes:
 
 
 @dataclass(frozen=True)
+class View:
+    """The ranks of a stage as some of its parameters see them: over which their rows, those of their gradients and of their
+    optimizer states are split (`shard`) and repeated (`replicate`), the axes of the device mesh `states`."""
+
+    states: DeviceMesh
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks hold the same rows."""
+        return self.states["replicate"].size()
+
+
+@dataclass(frozen=True)
 class Mesh:
     """The axes of this run, seen from one rank.
 
-    `states` is the device mesh over which parameters, gradients and optimizer states are laid: (replicate, shard x ring
-    x ulysses). `pipeline` is None where the model is not cut, `sequence` where sequences are not. `save_group` is a gloo
-    group of its own for the thread that writes checkpoints, so that its messages never mix with those of a step.
+    `views`: those of its parameters, by name; `dense` is (replicate, shard x ring x ulysses). `pipeline` is None where the
+    model is not cut, `sequence` where sequences are not. `save_group` is a gloo group of its own for the thread that writes
+    checkpoints, so that its messages never mix with those of a step.
     """
 
     rank: int
     world_size: int
     device: torch.device
-    states: DeviceMesh
+    views: Mapping[str, View]
     pipeline: Axis | None
     sequence: SequenceAxes | None
     save_group: dist.ProcessGroup
@@ -155,9 +175,15 @@ class Mesh:
         return self.rank // self.sharers % self.data_degree
 
     @property
-    def state_replicas(self) -> int:
-        """How many ranks hold each shard of a state."""
-        return self.states.size(0)
+    def states(self) -> DeviceMesh:
+        """The device mesh of the dense view."""
+        return self.views[DENSE].states
+
+    def share(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """Adds up the sums that this rank has of its rows in each view, each over the replicas that have it too: what all
+        ranks' shares add up to counts every row once. A float64 scalar."""
+        shares = [rows / self.views[view].replicas for view, rows in sums.items()]
+        return functools.reduce(torch.add, shares) if shares else torch.zeros((), dtype=torch.float64)
 
 
 def resolve_degrees(config: ParallelConfig, world_size: int) -> ParallelConfig:
@@ -236,7 +262,7 @@ def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
         rank=workers.rank,
         world_size=workers.world_size,
         device=device,
-        states=axes["replicate", "shard"],
+        views={DENSE: View(axes["replicate", "shard"])},
         pipeline=pipeline,
         sequence=sequence,
         # A slow disk is not a rank that is gone: the half hour that torch gives.

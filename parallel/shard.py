@@ -18,6 +18,7 @@ the step divides by the number of valid tokens of the global batch, which no ran
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from rowwise.kernels.later import Later
 from rowwise.kernels.rows import local, row_offset
+from rowwise.kernels.spec import specs_of
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import DTYPES, Bf16, Fp16, PrecisionConfig
 from rowwise.parallel.replicate import buckets_of, in_buckets
@@ -219,6 +221,15 @@ def gradients(model: nn.Module) -> list[Tensor]:
     """The local gradient shards, in the order of the parameters; a rank's empty shards are left out."""
     grads = (local(p.grad) for p in model.parameters() if p.grad is not None)
     return [g for g in grads if g.numel()]
+
+
+def gradient_squares(model: nn.Module) -> dict[str, Tensor]:
+    """Sums the squares of this rank's gradient rows, by the view of the mesh that they are laid over."""
+    specs, by_view = specs_of(model), defaultdict[str, list[Tensor]](list)
+    for name, p in model.named_parameters():
+        if p.grad is not None and (rows := local(p.grad)).numel():
+            by_view[specs[name].view].append(rows)
+    return {view: squared_norm(rows) for view, rows in by_view.items()}
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rowwise.kernels.rows import local
+from rowwise.kernels.rows import local, padded_rows
 from rowwise.parallel.replicate import buckets_of
 from rowwise.parallel.shard import fsdp_group, fsdp_params, sharded_modules
 
@@ -107,12 +107,12 @@ class PartBytes:
     tensor: int
 
 
-def count_parts(parts: list[list[nn.Module]], degree: int) -> list[PartBytes]:
-    """The parts of a sharded model, in forward order; `degree` is that of the shard axis."""
+def count_parts(parts: list[list[nn.Module]]) -> list[PartBytes]:
+    """Counts the parts of a sharded model, in forward order. Each parameter is split over the ranks of its own view."""
     counted = []
     for modules in parts:
         params = [p for module in modules for p in module.parameters()]
-        padded = sum(-(-p.size(0) // degree) * degree * (p.numel() // p.size(0)) * p.itemsize for p in params)
+        padded = sum(padded_rows(p) * (p.numel() // p.size(0)) * p.itemsize for p in params)
         whole = sum(p.numel() * p.itemsize for p in params)
         largest = max(p.numel() * p.itemsize for p in params)
         counted.append(PartBytes(whole, sum(local(p).numel() * p.itemsize for p in params), padded, largest))

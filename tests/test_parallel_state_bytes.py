@@ -24,7 +24,7 @@ def measure_a_step(workers, config):
     mesh = make_mesh(config.parallel, workers)
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = build_model(config, mesh)
-    parts = count_parts(merge_parts(model.parts(), config.parallel.zero), mesh.states["shard"].size())
+    parts = count_parts(merge_parts(model.parts(), config.parallel.zero))
     optimizer = build_optimizer(model, config.optim)
     batches = next(train_batches(config, mesh, data, position=0))
     places = config.batch.global_size * config.batch.seq_len

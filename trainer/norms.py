@@ -15,7 +15,7 @@ from rowwise.kernels.rows import local
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import clip_factor
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.models.decoder import parameter_shapes
+from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.step import StepReport
 
 KINDS = ("parameter_norms", "gradient_norms", "update_norms")
@@ -35,7 +35,8 @@ class Norms:
     ) -> dict[str, dict[str, float]]:
         """What the step adds to its record, once it is made and while its gradients are there. One all-reduce of 24 bytes a
         parameter over all ranks, and one more wait for the device."""
-        names = list(parameter_shapes(config.model))
+        specs = parameter_specs(config.model)
+        names = list(specs)
         place = {name: number for number, name in enumerate(names)}
         squares = torch.zeros(len(KINDS), len(names), dtype=torch.float64, device=mesh.device)
         for name, p in model.named_parameters():
@@ -45,7 +46,7 @@ class Norms:
                 if tensor is not None and tensor.numel():
                     squares[kind, place[name]] = torch.linalg.vector_norm(wide(tensor)).double().square()
         dist.all_reduce(squares)
-        squares /= mesh.state_replicas
+        squares /= squares.new_tensor([mesh.views[spec.view].replicas for spec in specs.values()])
         if report.finite:
             squares[1] /= clip_factor(report.grad_norm, config.clip_norm) ** 2
         found = {

@@ -18,7 +18,7 @@ from rowwise.optim.in_backward import InBackward
 from rowwise.optim.shell import Optimizer
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.pipeline import Trace
-from rowwise.parallel.shard import begin_micro_batch, clip_factor, finish_backward, gradients, squared_norm
+from rowwise.parallel.shard import begin_micro_batch, clip_factor, finish_backward, gradient_squares, gradients
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.loss import mean_loss, summed_loss
@@ -185,7 +185,7 @@ def local_totals(
     totals[:2] = accumulate(model, batches, mesh.device, zero, scale, trace)
     if filter_ is not None:
         filter_()
-    totals[2] = squared_norm(gradients(model)) / mesh.state_replicas
+    totals[2] = mesh.share(gradient_squares(model))
     status.put(totals[3:])
     return totals
 
@@ -240,7 +240,7 @@ def step_in_backward(
     loss, _ = summed_loss(model, here)
     (loss / tokens.clamp_min(1)).backward()
     totals = torch.zeros(8, dtype=torch.float64, device=mesh.device)
-    totals[0], totals[1] = loss.detach(), optimizer.squared_norm() / mesh.state_replicas
+    totals[0], totals[1] = loss.detach(), mesh.share(optimizer.squares())
     status.put(totals[2:7])
     dist.all_reduce(totals[:7])
     totals[7] = tokens
