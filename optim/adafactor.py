@@ -18,7 +18,7 @@ from torch import Tensor
 from rowwise.conf.option import Fixed, MayChange
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase
-from rowwise.optim.rule import Batch, all_reduce_, pick, row_slices, rows_like
+from rowwise.optim.rule import Batch, Rule, all_reduce_, pick, row_slices, rows_like
 
 TINY = 1e-30
 
@@ -35,6 +35,9 @@ class AdafactorConfig(OptimBase):
         super().check()
         if not (0 < self.decay <= 1 and self.clip_threshold > 0):
             raise ValueError("optim=adafactor: decay is above 0 and at most 1, clip_threshold is above 0")
+
+    def new_rule(self) -> Rule:
+        return Adafactor(self.decay, self.clip_threshold)
 
 
 def square_sums(g: Tensor) -> tuple[Tensor, Tensor]:

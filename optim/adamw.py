@@ -15,12 +15,15 @@ from torch import Tensor
 from rowwise.conf.option import Fixed
 from rowwise.kernels.adamw import adamw_
 from rowwise.optim.common import AdamBase
-from rowwise.optim.rule import Batch, pick
+from rowwise.optim.rule import Batch, Rule, pick
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig(AdamBase):
     name: Fixed[Literal["adamw"]] = "adamw"
+
+    def new_rule(self) -> Rule:
+        return AdamW(self.betas, self.eps)
 
 
 class AdamW:

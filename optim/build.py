@@ -1,6 +1,7 @@
 """Parameters -> roles -> rules -> optimizer; and the table that says where every parameter went."""
 
 import re
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.spec import ParameterSpec, Specs, specs_of
-from rowwise.optim.adafactor import Adafactor, AdafactorConfig
-from rowwise.optim.adamw import AdamW, AdamWConfig
-from rowwise.optim.lion import Lion, LionConfig
+from rowwise.optim.adafactor import AdafactorConfig
+from rowwise.optim.adamw import AdamWConfig
+from rowwise.optim.lion import LionConfig
 from rowwise.optim.lion_kappa import LionKappa
 from rowwise.optim.lowrank.config import (
     ApolloConfig,
@@ -22,8 +23,8 @@ from rowwise.optim.lowrank.config import (
     LowRankBase,
 )
 from rowwise.optim.lowrank.rules import DCT, Apollo, ApolloMini, Fira, GaLore, LowRank
-from rowwise.optim.muon import Muon, MuonConfig
-from rowwise.optim.quantized import AdamW8bit, AdamW8bitConfig, Lion8bit, Lion8bitConfig, is_quantisable
+from rowwise.optim.muon import MuonConfig
+from rowwise.optim.quantized import AdamW8bitConfig, Lion8bitConfig, is_quantisable
 from rowwise.optim.rule import Rule
 from rowwise.optim.schedules import OneCycle, ScheduleConfig
 from rowwise.optim.shell import Optimizer
@@ -36,6 +37,8 @@ OptimConfig = (
 LOW_RANK = {"galore": GaLore, "dct": DCT, "fira": Fira, "apollo": Apollo, "apollo_mini": ApolloMini}
 CYCLED = ("adamw", "adamw8bit", "lion", "lion8bit", *LOW_RANK)  # all that they consist of has a beta1
 ELEMENTWISE = ("adamw", "adamw8bit", "lion", "lion8bit")  # and so are all that they fall back on
+# Rules that parameters of others may follow.
+LENT = {"adamw": AdamWConfig, "adamw8bit": AdamW8bitConfig, "lion": LionConfig, "lion8bit": Lion8bitConfig}
 LION_KAPPA = "lion_kappa"  # of hidden matrices, where optim.kappa is not l1
 MATRICES_ONLY = {"adamw8bit", "lion8bit"}  # of what optim.assign can name
 # What `own` means: rule -> role -> rule; a role that is not named has the rule itself.
@@ -73,21 +76,17 @@ def rank_of(config: OptimConfig, specs: Specs) -> int:
 
 
 def new_rule(name: str, config: Any, rank: int = 1) -> Rule:
-    """The rule `name` with the numbers of `config`; `rank` is that of low-rank rules."""
-    betas = list(getattr(config, "betas", AdamWConfig().betas))
-    adam: dict[str, Any] = {"betas": betas, "eps": getattr(config, "eps", AdamWConfig().eps)}
+    """Makes the rule `name` with the numbers of `config`: its own, or one that it lends some of its parameters to, which has its
+    betas and eps, or AdamW's. `rank` is that of low-rank rules."""
     if name in LOW_RANK:
         return LOW_RANK[name](config, rank, getattr(config, "state_bits", 32))
-    rules: dict[str, Any] = {
-        "adamw": lambda: AdamW(**adam),
-        "adamw8bit": lambda: AdamW8bit(**adam),
-        "lion": lambda: Lion(betas),
-        LION_KAPPA: lambda: LionKappa(config.kappa, betas, config.delta or 1.0),
-        "lion8bit": lambda: Lion8bit(betas),
-        "adafactor": lambda: Adafactor(config.decay, config.clip_threshold),
-        "muon": lambda: Muon(config.momentum),
-    }
-    return rules[name]()
+    if name == config.name:
+        return config.new_rule()
+    numbers = {key: getattr(config, key, getattr(AdamWConfig(), key)) for key in ("betas", "eps")}
+    if name == LION_KAPPA:
+        return LionKappa(config.kappa, numbers["betas"], config.delta or 1.0)
+    lent: Any = LENT[name]
+    return lent(**{field.name: numbers[field.name] for field in fields(lent) if field.name in numbers}).new_rule()
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Optimizer:

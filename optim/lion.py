@@ -17,7 +17,7 @@ from rowwise.kernels.lion import lion_
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase, check_betas
 from rowwise.optim.lion_kappa import Kappa
-from rowwise.optim.rule import Batch, pick, row_slices
+from rowwise.optim.rule import Batch, Rule, pick, row_slices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,9 @@ class LionConfig(OptimBase):
             )
         if self.delta is not None and self.delta <= 0:
             raise ValueError(f"optim.delta={self.delta}: it is above 0")
+
+    def new_rule(self) -> Rule:
+        return Lion(self.betas)
 
 
 class Lion:

@@ -29,7 +29,7 @@ from rowwise.conf.option import Fixed, MayChange
 from rowwise.kernels.products import product
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import AdamBase
-from rowwise.optim.rule import Batch, apply_, pick
+from rowwise.optim.rule import Batch, Rule, apply_, pick
 from rowwise.optim.transpose import from_tall, to_tall
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -49,6 +49,9 @@ class MuonConfig(AdamBase):
         super().check()
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optim.momentum={self.momentum}: from 0 to below 1")
+
+    def new_rule(self) -> Rule:
+        return Muon(self.momentum)
 
 
 def newton_schulz_polynomial(grams: Tensor) -> Tensor:

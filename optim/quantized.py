@@ -21,7 +21,7 @@ from rowwise.kernels.adamw8bit import adamw8bit_
 from rowwise.kernels.blockwise import blocks_per_row, code_book
 from rowwise.kernels.lion8bit import lion8bit_
 from rowwise.optim.common import AdamBase, OptimBase, check_betas
-from rowwise.optim.rule import Batch, rows_like
+from rowwise.optim.rule import Batch, Rule, rows_like
 
 SMALLEST = 4096  # elements of the logical matrix; below it 8 bits save nothing worth their error
 
@@ -29,6 +29,9 @@ SMALLEST = 4096  # elements of the logical matrix; below it 8 bits save nothing 
 @dataclass(frozen=True, kw_only=True)
 class AdamW8bitConfig(AdamBase):
     name: Fixed[Literal["adamw8bit"]] = "adamw8bit"
+
+    def new_rule(self) -> Rule:
+        return AdamW8bit(self.betas, self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,9 @@ class Lion8bitConfig(OptimBase):
     def check(self) -> None:
         super().check()
         check_betas(self.betas)
+
+    def new_rule(self) -> Rule:
+        return Lion8bit(self.betas)
 
 
 def is_quantisable(shape: torch.Size) -> bool:
