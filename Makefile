@@ -1,4 +1,5 @@
-# make train | make test | make test-slow | make test-slurm | make test-walk | make lint: each sets up all that it needs, then does it.
+# make train | make test | make test-slow | make test-slurm | make test-long | make test-walk | make lint: each sets up all that it
+# needs, then does it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ ARGS ?=
 # Optimizers that tests hold ours against: their classes are plain Python, and what else they ask for is not needed.
 AUTHORS := galore-torch apollo-torch fira ista-daslab-optimizers
 
-.PHONY: train test test-slow test-slurm test-walk lint setup chromium slurm clean
+.PHONY: train test test-slow test-slurm test-long test-walk lint setup chromium slurm clean
 
 setup: $(READY)
 
@@ -30,21 +31,25 @@ chromium:
 	@command -v chromium > /dev/null || { $(INSTALL) chromium; }
 
 slurm:
-	@[ "$$(id -u)" = 0 ] || { echo "make test-slurm needs root: it starts Slurm's daemons and makes network namespaces" >&2; exit 1; }
+	@[ "$$(id -u)" = 0 ] || { echo "this needs root: it starts Slurm's daemons and makes network namespaces" >&2; exit 1; }
 	@command -v slurmctld > /dev/null && command -v ip > /dev/null || { $(INSTALL) slurm-wlm munge iproute2; }
 
 # Side by side, each taking the next file that no other has: while one waits, another computes. One alone where they see GPUs.
 PROCESSES ?= $(if $(findstring --nccl,$(ARGS)),0,2)
-test: $(READY) chromium
+test: $(READY)
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
 
-# Every preset trains the tiny model (twenty minutes on one core), and what strangers, kills and disks do to runs (tests/attack).
-test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow $(ARGS)
+# A browser lays reports out, kills come again and again, and Slurm: it waits for most of its quarter of an hour. As root only.
+test-slow: $(READY) chromium slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow tests/test_*.py tests/cluster/*.py $(ARGS)
 
-# A Slurm of its own and hosts with a network between them, on this machine; as root only.
+# Of it, a Slurm of its own and hosts with a network between them, on this machine.
 test-slurm: $(READY) slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster/*.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow tests/cluster/*.py $(ARGS)
+
+# Every preset trains the tiny model (twenty minutes on one core), and what strangers, kills and disks do to runs (tests/attack).
+test-long: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --long -m long $(ARGS)
 
 # docs/first-hour.md, typed from a fresh clone; about ten minutes.
 test-walk: $(READY)

@@ -27,7 +27,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full", action="store_true", help="whole products of cases, where a share of them stands for all"
     )
-    parser.addoption("--slow", action="store_true", help="cases that train for minutes: `make test-slow`")
+    parser.addoption("--slow", action="store_true", help="a browser, Slurm, and the last kills: `make test-slow`")
+    parser.addoption("--long", action="store_true", help="every preset, and attacks: `make test-long`")
     parser.addoption(
         "--nccl", action="store_true", help="leaves GPUs visible; worlds for which there are enough of them run on NCCL"
     )
@@ -39,12 +40,13 @@ def pytest_configure(config):
             "--nccl was read too late to leave GPUs visible; give it on the command line, without -n"
         )
     config.addinivalue_line("markers", "full: a case for which another stands, unless --full")
-    config.addinivalue_line("markers", "slow: a case that trains for minutes, unless --slow")
+    config.addinivalue_line("markers", "slow: a case of a browser, of Slurm or of many kills, unless --slow")
+    config.addinivalue_line("markers", "long: a case that trains for minutes or attacks for minutes, unless --long")
     config.pluginmanager.register(FileSeconds())
 
 
 def pytest_collection_modifyitems(config, items):
-    hidden = {mark for mark in ("full", "slow") if not config.getoption(f"--{mark}")}
+    hidden = {mark for mark in ("full", "slow", "long") if not config.getoption(f"--{mark}")}
     left = [item for item in items if any(mark.name in hidden for mark in item.iter_markers())]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
@@ -77,6 +79,8 @@ class FileSeconds:
                 file = report.nodeid.partition("::")[0]
                 took[file] += report.duration
                 computed[file] += dict(report.user_properties).get(self.COMPUTED, 0) if report.when == "teardown" else 0
+        if not took:
+            return
         terminalreporter.section("seconds of each file, and those computed")
         for file, seconds in took.most_common():
             terminalreporter.write_line(f"{seconds:8.1f} {computed[file]:8.1f}  {file}")

@@ -595,6 +595,7 @@ def lay_out(pages: list[str], folder: Path) -> list[dict]:
     return json.loads(html.unescape(found[1]))
 
 
+@pytest.mark.slow
 def test_a_browser_lays_it_out(folder, tmp_path):
     """On a phone of 380 pixels one column and no scrolling sideways; on a large screen several columns; no table is cut;
     every letter can be read, and none leaves its picture. Also of a run that failed, and of one that is under way."""

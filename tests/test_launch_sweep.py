@@ -263,6 +263,7 @@ def await_another_trial(folder: Path, search: Process) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_a_search_that_is_killed_goes_on(tmp_path, parallel):
     """SIGKILL at random instants. With one trial at a time the trials are those of a search never killed, to the digit."""

@@ -49,7 +49,7 @@ def adamw(ranks, tmp_path_factory):
     return learned(ranks, preset(tmp_path_factory.mktemp("adamw"), *TINY))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("choice", PRESETS)
 def test_every_preset_learns_half_of_what_adamw_does(ranks, tmp_path, adamw, choice, capsys):
     start, end = learned(ranks, preset(tmp_path, *TINY, choice))

@@ -17,18 +17,20 @@ from rowwise.trainer.metrics import read_metrics
 from runs import Job, await_instant, await_save, final_tensors, records, run_said, run_train, run_until
 
 
-def test_killed_at_random_instants(ranks, tmp_path, full):
-    """SIGKILL, eight times (twenty in full): one in two at a random instant, one in two while a checkpoint is being written.
-    The job has no end to reach while it is killed; then it is given one a few steps ahead, however far it got."""
-    wanted = 20 if full else 8
+@pytest.mark.parametrize(
+    "wanted", [4, pytest.param(8, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.full)]
+)
+def test_killed_at_random_instants(ranks, tmp_path, wanted):
+    """SIGKILL: one in two at a random instant, one in two while a checkpoint is being written. The job has no end to reach
+    while it is killed; then it is given one a few steps ahead, however far it got."""
     small = small_config(
         tmp_path, "steps=1000000", "checkpoint.every=4", "batch.micro_size=6", "schedule.warmup_steps=0"
     )
     config = with_layout(small, 2, zero=3)
     log, random_instants = tmp_path / "log", random.Random(2026)
-    kills = kills_in_save = 0
+    in_saves, kills, kills_in_save = -(-wanted // 3), 0, 0
     for attempt in range(4 * wanted):
-        if kills >= wanted and kills_in_save >= wanted // 3:
+        if kills >= wanted and kills_in_save >= in_saves:
             break
         job = Job(config, 2, log)
         # In its first save or, so that the run gets on, in its second.
@@ -40,7 +42,7 @@ def test_killed_at_random_instants(ranks, tmp_path, full):
         time.sleep(random_instants.uniform(0, 0.2))
         job.end()
     assert kills >= wanted
-    assert kills_in_save >= wanted // 3
+    assert kills_in_save >= in_saves
     assert complete_checkpoints(Path(config.run_dir) / "checkpoints"), "the kills left nothing to go on from"
     reached = read_metrics(Path(config.run_dir))[-1]["step"]
     config = replace(config, steps=reached + 10)

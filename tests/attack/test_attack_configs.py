@@ -18,7 +18,7 @@ from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree, tree_of
 from rowwise.trainer.keys import flat
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 PARTS = 20  # tests among which the cases are shared, so that a fault names its share
 COMPOSED, COMMANDS = 2_000, 100

@@ -19,7 +19,7 @@ from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import read_metrics
 from runs import SAME_EVERYWHERE, final_tensors
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 NEWEST, OLDER = "checkpoints/step-00000006", "checkpoints/step-00000004"
 FILES = [

@@ -14,7 +14,7 @@ from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import read_metrics
 from runs import Job, await_instant, await_save, final_tensors, records, run_train
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 KILLS, IN_SAVES = 100, 50
 LAYOUTS = [

@@ -11,7 +11,7 @@ from commands import ENVIRONMENT, await_steps, overrides_of, start
 from rowwise.launch.outcome import Outcome, read_outcome
 from rowwise.trainer.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 TRAIN = [sys.executable, "-m", "rowwise.launch.cli", "train"]
 STEPS = 12

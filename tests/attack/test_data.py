@@ -22,7 +22,7 @@ from rowwise.trainer.data.config import Text, Tokens
 from rowwise.trainer.data.integrity import FILES, META
 from rowwise.trainer.data.open import open_data
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 LINE = b"to be or not to be; that is the question "
 # What getrusage calls the peak is never below that of the process that started this one.

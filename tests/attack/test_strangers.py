@@ -17,7 +17,7 @@ from rowwise.launch.gate import LOOPBACK, Secret
 from rowwise.launch.outcome import Outcome, read_outcome
 from rowwise.trainer.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 TRAIN = [sys.executable, "-P", "-m", "rowwise.launch.start"]
 ENDLESS = ["steps=1000000", "schedule=constant", "schedule.warmup_steps=0"]
 

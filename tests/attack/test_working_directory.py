@@ -9,7 +9,7 @@ from commands import overrides_of, run
 from rowwise.launch.outcome import read_outcome
 from rowwise.trainer.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 ROWWISE = str(Path(sys.executable).with_name("rowwise"))
 NAMES = (

@@ -27,6 +27,8 @@ from rowwise.launch.outcome import Outcome, read_outcome
 from rowwise.trainer.metrics import read_metrics
 from runs import SAME_EVERYWHERE, records
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 TIMEOUT, LAST_CALL, READ = 8, 2, 8
 KEEP_ALIVE_INTERVAL, KEEP_ALIVE_ATTEMPTS = 2, 3

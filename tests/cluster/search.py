@@ -11,9 +11,12 @@ from pathlib import Path
 
 import optuna
 import psutil
+import pytest
 
 from commands import PATIENCE, overrides_of, start
 from rowwise.trainer.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
 
 TRIALS = 8
 

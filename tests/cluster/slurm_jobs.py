@@ -14,6 +14,8 @@ from rowwise.trainer.metrics import read_metrics
 from runs import records
 from slurm_cluster import GRACE_SECONDS, slurm_cluster
 
+pytestmark = pytest.mark.slow
+
 STEPS = 200
 
 

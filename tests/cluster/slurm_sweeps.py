@@ -15,6 +15,8 @@ from rowwise.trainer.metrics import read_metrics
 from runs import records
 from slurm_cluster import slurm_cluster
 
+pytestmark = pytest.mark.slow
+
 SWEEP = [sys.executable, "-m", "rowwise.launch.sweep"]
 
 
