@@ -17,19 +17,19 @@ import torch
 from gpu_place import Place
 
 import ranks
-from parity import TOLERANCE, Trace, assert_all_same, run_on, run_plain, small_config, with_layout
+from parity import TOLERANCE, Trace, assert_all_same, run_on, run_plain, small_config, step_input, with_layout
 from ranks import RankPool
 from rowwise.kernels.philox import normal_reference
 from rowwise.optim.build import build_optimizer
 from rowwise.optim.lowrank import projection
 from rowwise.parallel.mesh import Workers, make_mesh
-from rowwise.trainer.build import build_masks, build_model
+from rowwise.trainer.build import build_model
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models import init
+from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.prepare import make_writable
-from rowwise.trainer.step import RankStatus
 from rowwise.trainer.train import train, train_batches
 from rowwise.trainer.update import make_update
 
@@ -190,14 +190,14 @@ def reported_steps(workers: Workers, config: TrainConfig) -> tuple[list[float], 
     """On every rank: losses and gradient norms of steps as a run makes them, each begun before the last is known to be good
     where that may be."""
     mesh = make_mesh(config.parallel, here(workers))
-    model = build_model(config, mesh)
-    optimizer = build_optimizer(model, config.optim, config.seed)
-    update = make_update(config, mesh, model, optimizer, build_masks(config, mesh, model))
+    engine, sparsity = parallelize(build_model(config, mesh), config, mesh)
+    optimizer = build_optimizer(engine.model, config.optim, config.seed)
+    update = make_update(config, mesh, engine, optimizer, sparsity)
     stream = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
     batches, reports = [next(stream) for _ in range(STEPS)], []
     for step in range(STEPS):
         ahead = batches[step + 1] if config.parallel.post_validation and step + 1 < STEPS else None
-        reports.append(update(step + 1, batches[step], 1.0, RankStatus(), None, ahead))
+        reports.append(update(step_input(config, step + 1, batches[step], ahead=ahead)))
         optimizer.zero_grad()
     return [report.loss for report in reports], [report.grad_norm for report in reports]
 

@@ -22,15 +22,16 @@ from torch.profiler import ProfilerActivity, profile
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import Workers, make_mesh
-from rowwise.trainer.build import build_masks, build_model
+from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import flops_per_token
+from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.peaks import model_flops_utilization, peak_memory_bytes
-from rowwise.trainer.step import RankStatus
+from rowwise.trainer.step import StepInput
 from rowwise.trainer.train import train_batches
 from rowwise.trainer.update import make_update
 
@@ -202,13 +203,13 @@ def one_rank(config: TrainConfig) -> Iterator[Any]:
     mesh = make_mesh(config.parallel, Workers())
     try:
         data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-        model = build_model(config, mesh)
-        optimizer = build_optimizer(model, config.optim, config.seed)
-        update = make_update(config, mesh, model, optimizer, build_masks(config, mesh, model))
+        engine, sparsity = parallelize(build_model(config, mesh), config, mesh)
+        optimizer = build_optimizer(engine.model, config.optim, config.seed)
+        update = make_update(config, mesh, engine, optimizer, sparsity)
         batches = train_batches(config, mesh, data, position=0)
 
         def step(number: int) -> Any:
-            report = update(number + 1, next(batches), 1.0, RankStatus())
+            report = update(StepInput(number + 1, next(batches), config.batch.places, config.clip_norm))
             optimizer.zero_grad()
             return report
 

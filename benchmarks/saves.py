@@ -27,19 +27,20 @@ def saves(job: Job, folder: Path, repeats: int = 5) -> dict[str, Any]:
     from rowwise.trainer.checkpoint import Saver, tensors_of
     from rowwise.trainer.config import config_from_tree
     from rowwise.trainer.data.open import open_data
-    from rowwise.trainer.step import compute_gradients
+    from rowwise.trainer.parallelize import parallelize
+    from rowwise.trainer.step import StepInput, compute_gradients
     from rowwise.trainer.train import train_batches
 
     config = check(config_from_tree(compose_tree([*job.overrides, f"run_dir={folder}"])), job.workers)
     mesh = make_mesh(config.parallel, workers_from_environment())
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-    model = build_model(config, mesh)
+    engine, _ = parallelize(build_model(config, mesh), config, mesh)
+    model = engine.model
     optimizer = build_optimizer(model, config.optim)
     tensors, batches = (tensors_of(model, optimizer), train_batches(config, mesh, data, position=0))
-    places = config.batch.global_size * config.batch.seq_len
 
     def step() -> None:
-        compute_gradients(model, next(batches), mesh, config.parallel.zero, places, config.clip_norm)
+        compute_gradients(engine, mesh, StepInput(1, next(batches), config.batch.places, config.clip_norm))
         optimizer.step()
         optimizer.zero_grad()
 

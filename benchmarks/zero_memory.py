@@ -21,7 +21,8 @@ from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.open import open_data
-from rowwise.trainer.step import compute_gradients
+from rowwise.trainer.parallelize import parallelize
+from rowwise.trainer.step import StepInput, compute_gradients
 from rowwise.trainer.train import train_batches
 
 MICRO_BATCHES = 2
@@ -33,14 +34,14 @@ def one_rank(rank: int, ranks: int, port: int, config: TrainConfig) -> dict:
     torch.set_num_threads(1)
     mesh = make_mesh(config.parallel, Workers(rank, ranks, rank, ranks, dist.TCPStore("localhost", port)))
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-    model = build_model(config, mesh)
+    engine, _ = parallelize(build_model(config, mesh), config, mesh)
+    model = engine.model
     parameters = sum(p.numel() for p in model.parameters())
     parts = count_parts(merge_parts(model.parts(), config.parallel.zero))
     optimizer = build_optimizer(model, config.optim)
     batches = next(train_batches(config, mesh, data, position=0))
     with PeakStates(model, optimizer) as states:
-        places = config.batch.global_size * config.batch.seq_len
-        compute_gradients(model, batches, mesh, config.parallel.zero, places, config.clip_norm)
+        compute_gradients(engine, mesh, StepInput(1, batches, config.batch.places, config.clip_norm))
         optimizer.step()
         optimizer.zero_grad()
     dist.barrier()

@@ -121,10 +121,9 @@ def replicate_model(model: nn.Module, mesh: Mesh) -> None:
     setattr(model, _HANDLE, GradientBuckets(model, mesh.states["replicate"].get_group()))
 
 
-def gradient_sum(model: nn.Module, mesh: Mesh) -> Callable[[Tensor], None]:
-    """What makes one gradient of `model` final, as the backward leaves it: its sum over replicas, one all-reduce of its
-    own, where nothing else sums it. (FSDP2 sums those of what it holds.)"""
-    group = mesh.states["replicate"].get_group()
+def gradient_sum(model: nn.Module, group: dist.ProcessGroup) -> Callable[[Tensor], None]:
+    """What makes one gradient of `model` final, as the backward leaves it: its sum over `group`, the replicas, one all-reduce
+    of its own, where nothing else sums it. (FSDP2 sums those of what it holds.)"""
     if any(isinstance(p, tensors.DTensor) for p in model.parameters()) or group.size() == 1:
         return lambda gradient: None
 

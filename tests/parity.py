@@ -7,10 +7,12 @@ shards.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,21 +23,25 @@ from torch.distributed.tensor import DTensor
 
 from rowwise.kernels.rows import local, row_offset
 from rowwise.launch.compose import compose_tree
-from rowwise.optim.build import build_optimizer, follow_schedule, named_state
+from rowwise.optim.build import build_optimizer, named_state
 from rowwise.optim.schedules import OneCycle
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.optim.sparse.masks import unpack
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
-from rowwise.trainer.build import build_masks, build_model
+from rowwise.trainer import parallelize as onto_mesh
+from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.batches import MicroBatch, micro_batches
 from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.data.order import sample_indices
-from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.engine import Engine, WholeModel
+from rowwise.trainer.models.decoder import Decoder, parameter_specs
 from rowwise.trainer.models.init import random_rows
-from rowwise.trainer.step import compute_gradients
+from rowwise.trainer.parallelize import parallelize
+from rowwise.trainer.step import StepInput
 from rowwise.trainer.train import train_batches
+from rowwise.trainer.update import make_update
 from textbook import attention, textbook_step
 from textbook_sparse import prune_forwards, textbook_sparsity
 
@@ -117,26 +123,17 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
     """`coarse`: see `coarsen_`."""
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = build_model(config, mesh)
-    if coarse:
-        coarsen_([local(p.detach()) for p in model.parameters()])
+    with mock.patch.object(onto_mesh, "initial_rows", coarse_rows) if coarse else nullcontext():
+        engine, sparsity = parallelize(model, config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
-    sparsity = build_masks(config, mesh, model)
+    update = make_update(config, mesh, engine, optimizer, sparsity)
     batches = train_batches(config, mesh, data, position=0)
     trace = Trace()
-    places = config.batch.global_size * config.batch.seq_len
     pieces: dict[tuple[str, int, str], Piece] = {}
     for step in range(steps):
-        filter_ = None if sparsity is None else functools.partial(sparsity.filter_gradients, step + 1)
-        report = compute_gradients(
-            model, next(batches), mesh, config.parallel.zero, places, config.clip_norm, filter_=filter_
-        )
-        pieces |= {("gradients", step, name): piece_of(p.grad) for name, p in model.named_parameters()}
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        follow_schedule(optimizer, config.optim, config.schedule, step, config.steps)
-        if sparsity is None:
-            optimizer.step()
-        else:
-            sparsity.step(optimizer, step + 1, report.finite)
+        report = update(step_input(config, step + 1, next(batches)))
+        pieces |= {("gradients", step, name): piece_of(p.grad) for name, p in model.named_parameters()}
         optimizer.zero_grad()
         pieces |= {("updates", step, name): piece_of(p.detach() - before[name]) for name, p in model.named_parameters()}
         for name, state in named_state(model, optimizer).items():
@@ -171,6 +168,33 @@ def sparse_pieces(
         elif what == "dense":
             pieces["states", step, key] = piece_of(t)
     return pieces
+
+
+def coarse_rows(config: TrainConfig) -> Callable[[str, Tensor, int, int], None]:
+    """Initial numbers of which many are equal: see `coarsen_`."""
+    fill_ = random_rows(parameter_specs(config.model), config.seed)
+
+    def coarse(name: str, rows: Tensor, start: int, size: int) -> None:
+        fill_(name, rows, start, size)
+        coarsen_([rows])
+
+    return coarse
+
+
+def engine_on(mesh: Mesh, config: TrainConfig) -> Engine:
+    """What runs the model of `config` on its mesh, as in a run."""
+    engine, _ = parallelize(build_model(config, mesh), config, mesh)
+    return engine
+
+
+def plain_engine(mesh: Mesh, config: TrainConfig) -> Engine:
+    """What runs the whole model in one process."""
+    return WholeModel(plain_model(config), mesh.device, 0, mesh.states["replicate"].get_group())
+
+
+def step_input(config: TrainConfig, step: int, batches: list[MicroBatch], **more: Any) -> StepInput:
+    """What step t (counted from 1) of a run takes."""
+    return StepInput(step, batches, config.batch.places, config.clip_norm, **more)
 
 
 def coarsen_(tensors: Sequence[Tensor]) -> None:

@@ -27,10 +27,10 @@ from rowwise.launch import train as launch
 from rowwise.trainer import update as trainer
 
 compute = trainer.compute_gradients
-def fail_on_rank_one(model, batches, mesh, *rest, **options):
+def fail_on_rank_one(engine, mesh, *rest):
     if mesh.rank == 1:
         raise RuntimeError("the second rank has had enough")
-    return compute(model, batches, mesh, *rest, **options)
+    return compute(engine, mesh, *rest)
 trainer.compute_gradients = fail_on_rank_one
 launch.run()
 """

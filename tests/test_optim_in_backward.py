@@ -6,13 +6,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from parity import TOLERANCE, relative_error, run_plain, small_config, whole, with_layout
+from parity import TOLERANCE, engine_on, relative_error, run_plain, small_config, step_input, whole, with_layout
 from rowwise.optim.build import build_optimizer, named_state
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.state_bytes import PeakStates
-from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
-from rowwise.trainer.step import RankStatus
 from rowwise.trainer.train import train_batches
 from rowwise.trainer.update import make_update
 
@@ -30,15 +28,16 @@ def run(workers, config, steps=3, watch=False):
     watched, its peak of bytes."""
     mesh = make_mesh(config.parallel, workers)
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-    model = build_model(config, mesh)
+    engine = engine_on(mesh, config)
+    model = engine.model
     optimizer = build_optimizer(model, config.optim, config.seed)
-    update = make_update(config, mesh, model, optimizer, None)
+    update = make_update(config, mesh, engine, optimizer, None)
     batches = train_batches(config, mesh, data, position=0)
     losses, norms, parameters = [], [], []
     states = PeakStates(model, optimizer)
     with states if watch else nullcontext():
         for step in range(steps):
-            report = update(step + 1, next(batches), 1.0, RankStatus())
+            report = update(step_input(config, step + 1, next(batches)))
             optimizer.zero_grad()
             losses.append(report.loss)
             norms.append(report.grad_norm)

@@ -6,11 +6,10 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from parity import run_on, small_config, with_layout
+from parity import engine_on, run_on, small_config, with_layout
 from rowwise.parallel import lanes
 from rowwise.parallel.lanes import neighbours, numbered
 from rowwise.parallel.mesh import make_mesh
-from rowwise.trainer.build import build_model
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
@@ -40,12 +39,12 @@ def connected(workers, config: TrainConfig):
     with Wire() as wire, mock.patch.object(lanes, "connects_late", lambda _: True):
         mesh = make_mesh(config.parallel, workers)
         on_mesh = communicators(wire.log)
-        model = build_model(config, mesh)
+        engine = engine_on(mesh, config)
         built = communicators(wire.log)
         run_on(mesh, config, steps=1)
         data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-        evaluate(model, eval_batches(config, mesh, data), mesh)
-        generate(model, [1, 2, 3], 1, 0.0, config.batch.seq_len, 0, mesh)
+        evaluate(engine, eval_batches(config, mesh, data), mesh)
+        generate(engine, [1, 2, 3], 1, 0.0, config.batch.seq_len, 0, mesh)
         groups = [tuple(dist.get_process_group_ranks(group)) for group in dist.distributed_c10d._world.pg_map]
     save_group = mesh.save_group.group_name
     everything = [used for used in communicators(wire.log) if used[0] != save_group]

@@ -8,12 +8,11 @@ import torch
 
 from live_bytes import LiveBytes
 from messages import Messages
-from parity import small_config, with_layout
+from parity import engine_on, small_config, with_layout
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.schedule.generate import Shape, blockwise, units
 from rowwise.parallel.schedule.simulate import Costs, gathers, peak_activations
-from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.train import train_batches
 
@@ -36,13 +35,13 @@ class Watched(Trace):
 def watch(workers, config):
     """(this rank's actions, live bytes after each beyond those before the first), in the second step."""
     mesh = make_mesh(config.parallel, workers)
-    model = build_model(config, mesh)
+    engine = engine_on(mesh, config)
     batches = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
-    model.accumulate(next(batches), mesh.device, 1.0, None)
+    engine.forward_backward(next(batches), 1.0)
     micro_batches = next(batches)
     with LiveBytes() as live:
         watched = Watched(live, mesh.device)
-        model.accumulate(micro_batches, mesh.device, 1.0, watched)
+        engine.forward_backward(micro_batches, 1.0, watched)
     return [action for action, _, _ in watched.spans()], watched.bytes
 
 
@@ -90,12 +89,12 @@ def test_activations_are_what_the_checker_says(ranks, tmp_path, name, chunks):
 def count_gathers(workers, config):
     """(all-gathers in one step, groups of parameters of each stage)."""
     mesh = make_mesh(config.parallel, workers)
-    model = build_model(config, mesh)
+    engine = engine_on(mesh, config)
     batches = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
-    model.accumulate(next(batches), mesh.device, 1.0, None)
+    engine.forward_backward(next(batches), 1.0)
     with Messages() as messages:
-        model.accumulate(next(batches), mesh.device, 1.0, None)
-    return messages.calls, {stage: len(decoder.parts()) for stage, decoder in model.decoders.items()}
+        engine.forward_backward(next(batches), 1.0)
+    return messages.calls, {stage: len(decoder.parts()) for stage, decoder in engine.model.decoders.items()}
 
 
 @pytest.mark.parametrize("unit", [2, 4])

@@ -13,11 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from live_bytes import LiveBytes
 from messages import Messages
-from parity import small_config, with_layout
+from parity import engine_on, small_config, with_layout
 from rowwise.kernels.visible import Documents
 from rowwise.parallel.mesh import RING_ORDER, make_mesh
 from rowwise.parallel.sequence import SequenceAttention, padded_length, places_of, runs_of
-from rowwise.trainer.build import build_model
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import summed_loss
 
@@ -141,7 +140,7 @@ def test_a_ring_sends_keys_and_values_once_round_and_their_gradients_home(ranks,
 def peaks(workers, config, lengths: list[int]) -> list[int]:
     """For each length, the most bytes that the forward and backward of one micro-batch made and held."""
     mesh = make_mesh(config.parallel, workers)
-    model = build_model(config, mesh)
+    model = engine_on(mesh, config).model
     return [peak(model, mesh.sequence, length) for length in lengths]
 
 

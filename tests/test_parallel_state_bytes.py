@@ -4,12 +4,11 @@ import functools
 
 import pytest
 
-from parity import small_config, with_layout
+from parity import engine_on, small_config, step_input, with_layout
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.shard import merge_parts
 from rowwise.parallel.state_bytes import PeakStates, StateBytes, count_parts, measure, predict
-from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.step import compute_gradients
 from rowwise.trainer.train import train_batches
@@ -23,13 +22,13 @@ def measure_a_step(workers, config):
     """(between steps, peak of each kind, peak of all together, predicted peak)."""
     mesh = make_mesh(config.parallel, workers)
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-    model = build_model(config, mesh)
+    engine = engine_on(mesh, config)
+    model = engine.model
     parts = count_parts(merge_parts(model.parts(), config.parallel.zero))
     optimizer = build_optimizer(model, config.optim)
     batches = next(train_batches(config, mesh, data, position=0))
-    places = config.batch.global_size * config.batch.seq_len
     with PeakStates(model, optimizer) as states:
-        compute_gradients(model, batches, mesh, config.parallel.zero, places, 1.0)
+        compute_gradients(engine, mesh, step_input(config, 1, batches))
         optimizer.step()
         optimizer.zero_grad()
     return measure(model, optimizer), states.peak, states.total, predict(parts, config.parallel.zero, len(batches))

@@ -7,12 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parity import TOLERANCE, assert_all_same, run_layouts, run_plain, small_config, with_layout
+from parity import TOLERANCE, assert_all_same, engine_on, run_layouts, run_plain, small_config, step_input, with_layout
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import ParallelConfig, make_mesh, resolve_degrees
-from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
-from rowwise.trainer.step import RankStatus
 from rowwise.trainer.train import train_batches
 from rowwise.trainer.update import make_update
 from wire import Begin, Part, Wait, Wire, held_up
@@ -61,15 +59,16 @@ def test_steps_with_late_messages_in_queues(ranks, folder, world, layout, overri
 def late_updates(workers, config):
     """Two updates as a run makes them, the second begun before the first is known to be good where that may be."""
     mesh = make_mesh(config.parallel, workers)
-    model = build_model(config, mesh)
-    optimizer = build_optimizer(model, config.optim, config.seed)
-    update = make_update(config, mesh, model, optimizer, None)
+    engine = engine_on(mesh, config)
+    optimizer = build_optimizer(engine.model, config.optim, config.seed)
+    update = make_update(config, mesh, engine, optimizer, None)
     stream = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
     first, second = next(stream), next(stream)
     with Wire() as wire:
-        reports = [update(1, first, 1.0, RankStatus(), None, second if config.parallel.post_validation else None)]
+        ahead = second if config.parallel.post_validation else None
+        reports = [update(step_input(config, 1, first, ahead=ahead))]
         optimizer.zero_grad()
-        reports.append(update(2, second, 1.0, RankStatus()))
+        reports.append(update(step_input(config, 2, second)))
     return reports, wire.log
 
 

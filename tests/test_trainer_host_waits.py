@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from host_waits import HostWaits
-from parity import run_layout, small_config, with_layout
+from parity import run_layout, small_config, step_input, with_layout
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import make_mesh
-from rowwise.trainer.build import build_masks, build_model
+from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
-from rowwise.trainer.step import RankStatus
+from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.train import eval_batches, train_batches
 from rowwise.trainer.update import make_update
 
@@ -30,10 +30,9 @@ def waits_of_steps(workers, configs):
     """Of each configuration, the waits of steps 1 and 2 and of an evaluation."""
     mesh, found = make_mesh(configs[0].parallel, workers), []
     for config in configs:
-        model = build_model(config, mesh)
-        optimizer = build_optimizer(model, config.optim, config.seed)
-        sparsity = build_masks(config, mesh, model)
-        update = make_update(config, mesh, model, optimizer, sparsity)
+        engine, sparsity = parallelize(build_model(config, mesh), config, mesh)
+        optimizer = build_optimizer(engine.model, config.optim, config.seed)
+        update = make_update(config, mesh, engine, optimizer, sparsity)
         data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
         stream = train_batches(config, mesh, data, 0)
         kept = {} if sparsity is None else sparsity.named_state()
@@ -42,12 +41,12 @@ def waits_of_steps(workers, configs):
         for step in (1, 2):
             batches = next(stream)
             with HostWaits(host) as waits:
-                update(step, batches, 1.0, RankStatus())
+                update(step_input(config, step, batches))
                 optimizer.zero_grad()
             entries.append(waits.sites)
         held_out = list(eval_batches(config, mesh, data))
         with HostWaits() as waits:
-            evaluate(model, held_out, mesh)
+            evaluate(engine, held_out, mesh)
         found.append([*entries, waits.sites])
     return found
 

@@ -22,11 +22,10 @@ from test_trainer_models_decoder import (
 )
 from torch import Tensor
 
-from parity import relative_error, small_config, with_layout
+from parity import engine_on, relative_error, small_config, with_layout
 from rowwise.kernels.rows import local, row_offset
 from rowwise.launch.compose import compose_tree
 from rowwise.parallel.mesh import Workers, make_mesh
-from rowwise.trainer.build import build_model
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.models import huggingface
 from rowwise.trainer.models.config_json import their_config
@@ -114,7 +113,7 @@ def sharded(workers: Workers, config: TrainConfig, tokens: Tensor) -> tuple[Tens
     mesh = make_mesh(config.parallel, workers)
     read: list[tuple[str, int, int]] = []
     with patch.object(huggingface, "safe_open", lambda path, framework: SpiedFile(path, read)):
-        model = build_model(config, mesh)
+        model = engine_on(mesh, config).model
     specs = parameter_specs(config.model)
     mine = [(specs[name].theirs, row_offset(p), row_offset(p) + len(local(p))) for name, p in model.named_parameters()]
     return our_logits(model, tokens), read, mine

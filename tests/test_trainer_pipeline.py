@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from parity import plain_model, small_config, with_layout
+from parity import engine_on, plain_engine, small_config, step_input, with_layout
+from rowwise.kernels.spec import specs_of
 from rowwise.launch.schedule import show
 from rowwise.optim.build import build_optimizer, named_state
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.precision import Bf16
+from rowwise.parallel.schedule.generate import Shape, gpipe
 from rowwise.parallel.schedule.trace import read_trace
 from rowwise.parallel.shard import fsdp_params, sharded_modules
-from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.pipeline import StagedDecoder
 from rowwise.trainer.sample import generate
-from rowwise.trainer.step import RankStatus
 from rowwise.trainer.train import eval_batches, train_batches
 from rowwise.trainer.update import make_update
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, records, run_train, run_until
@@ -61,15 +62,22 @@ def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
     assert_resumes_to_the_last_bit(ranks, 4, config, folder, stop_at=5)
 
 
+def test_stages_say_of_their_parameters_what_the_whole_model_says(tmp_path):
+    config = small_config(tmp_path, *MODEL).model
+    with torch.device("meta"):
+        stages = StagedDecoder({3: Decoder(config, range(2, 4))}, gpipe(Shape(4, 1, 4)))
+    assert specs_of(stages) == specs_of(Decoder(config))
+    assert "head.weight" not in dict(stages.named_parameters())  # the copy is the first stage's
+
+
 def sample(workers, config):
     mesh = make_mesh(config.parallel, workers)
-    return generate(build_model(config, mesh), [1, 2, 3], 12, 0.0, config.batch.seq_len, 0, mesh)
+    return generate(engine_on(mesh, config), [1, 2, 3], 12, 0.0, config.batch.seq_len, 0, mesh)
 
 
 def sample_plainly(workers, config):
-    return generate(
-        plain_model(config), [1, 2, 3], 12, 0.0, config.batch.seq_len, 0, make_mesh(config.parallel, workers)
-    )
+    mesh = make_mesh(config.parallel, workers)
+    return generate(plain_engine(mesh, config), [1, 2, 3], 12, 0.0, config.batch.seq_len, 0, mesh)
 
 
 def test_a_pipeline_writes_what_one_process_writes(ranks, folder):
@@ -83,15 +91,10 @@ def test_a_pipeline_writes_what_one_process_writes(ranks, folder):
 def gradients_of(workers, config):
     """Name -> this rank's gradient after one step's micro-batches, in the dtype in which they are kept."""
     mesh = make_mesh(config.parallel, workers)
-    model = build_model(config, mesh)
+    engine = engine_on(mesh, config)
     batches = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
-    if isinstance(model, Decoder):
-        from rowwise.trainer.step import accumulate
-
-        accumulate(model, next(batches), mesh.device, config.parallel.zero, 0.01)
-    else:
-        model.accumulate(next(batches), mesh.device, 0.01, None)
-    return {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
+    engine.forward_backward(next(batches), 0.01)
+    return {name: p.grad.full_tensor().clone() for name, p in engine.model.named_parameters()}
 
 
 def test_16_bit_sums_stay_in_32_bits_where_ranks_reduce_in_16(ranks, folder):
@@ -120,16 +123,17 @@ def test_16_bit_gradients_are_added_up_in_32_bits(ranks, folder, name, chunks):
 def five_updates(workers, config):
     """(reports, this rank's rows of every parameter and state) after five steps, the next one begun where that may be."""
     mesh = make_mesh(config.parallel, workers)
-    model = build_model(config, mesh)
+    engine = engine_on(mesh, config)
+    model = engine.model
     optimizer = build_optimizer(model, config.optim, config.seed)
-    update = make_update(config, mesh, model, optimizer, None)
+    update = make_update(config, mesh, engine, optimizer, None)
     stream = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
     batches = [next(stream) for _ in range(5)]
     scales = [1.0, 2.0**60, 1.0, 1.0, 2.0**60] if config.precision.name == "fp16" else [1.0] * 5
     reports = []
     for step in range(5):
         ahead = batches[step + 1] if config.parallel.post_validation and step in (0, 1, 3) else None
-        reports.append(update(step + 1, batches[step], scales[step], RankStatus(), None, ahead))
+        reports.append(update(step_input(config, step + 1, batches[step], loss_scale=scales[step], ahead=ahead)))
         optimizer.zero_grad()
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     for name, state in named_state(model, optimizer).items():
@@ -238,10 +242,10 @@ def slow_saves(workers, config):
 
 def gathered_after_evaluation(workers, config):
     mesh = make_mesh(config.parallel, workers)
-    model = build_model(config, mesh)
+    engine = engine_on(mesh, config)
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-    evaluate(model, eval_batches(config, mesh, data), mesh)
-    return [p.numel() for module in sharded_modules(model) for param in fsdp_params(module)
+    evaluate(engine, eval_batches(config, mesh, data), mesh)
+    return [p.numel() for module in sharded_modules(engine.model) for param in fsdp_params(module)
             if (p := getattr(param, "_unsharded_param", None)) is not None and p.untyped_storage().size()]  # fmt: skip
 
 

@@ -8,17 +8,15 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from parity import plain_model, small_config, with_layout
+from parity import engine_on, plain_engine, small_config, with_layout
 from rowwise.launch.compose import compose_tree
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.shard import gradients, squared_norm
-from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.sample import generate
-from rowwise.trainer.step import accumulate
 from rowwise.trainer.train import train_batches
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
 
@@ -65,11 +63,12 @@ def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
 
 def sample(workers, config):
     mesh = make_mesh(config.parallel, workers)
-    return generate(build_model(config, mesh), [1, 2, 3], 12, 0.0, 11, 0, mesh)
+    return generate(engine_on(mesh, config), [1, 2, 3], 12, 0.0, 11, 0, mesh)
 
 
 def sample_plainly(workers, config):
-    return generate(plain_model(config), [1, 2, 3], 12, 0.0, 11, 0, make_mesh(config.parallel, workers))
+    mesh = make_mesh(config.parallel, workers)
+    return generate(plain_engine(mesh, config), [1, 2, 3], 12, 0.0, 11, 0, mesh)
 
 
 def test_shared_sequences_write_what_one_process_writes(ranks, folder):
@@ -139,12 +138,12 @@ def test_a_long_context_on_four_ranks(ranks, tmp_path):
 def compiled_gradients(workers, config) -> tuple[float, int]:
     """The squared norm of the gradients of three steps whose documents differ, and how often blocks were compiled."""
     mesh = make_mesh(config.parallel, workers)
-    model = build_model(config, mesh)
+    engine = engine_on(mesh, config)
     batches = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
     counters.clear()
     for _ in range(3):
-        accumulate(model, next(batches), mesh.device, config.parallel.zero, 0.01)
-    squared = float(squared_norm(gradients(model)))
+        engine.forward_backward(next(batches), 0.01)
+    squared = float(squared_norm(gradients(engine.model)))
     return squared, counters["stats"]["unique_graphs"]
 
 

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from rowwise.conf.option import MayChange
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.optim.lengths import RunLength
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.shard import release_gathered
 from rowwise.trainer.data.batches import MicroBatch
-from rowwise.trainer.loss import mean_loss, summed_loss
-from rowwise.trainer.pipeline import StagedDecoder
+from rowwise.trainer.engine import Engine
+from rowwise.trainer.loss import mean_loss
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,10 @@ EVALUATION: Refusals = (
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[MicroBatch], mesh: Mesh) -> float:
+def evaluate(engine: Engine, batches: Iterable[MicroBatch], mesh: Mesh) -> float:
     """Nats per token; NaN where none is valid. One all-reduce of two numbers over all ranks. Every rank must pass as many
     micro-batches."""
-    totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    if isinstance(model, StagedDecoder):
-        totals += model.losses(list(batches), mesh.device)
-    else:
-        for batch in batches:
-            totals += torch.stack(summed_loss(model, batch.to(mesh.device))).double()
-        release_gathered(model)
+    totals = engine.losses(batches)
     dist.all_reduce(totals)
     loss, tokens = totals.tolist()
     return mean_loss(loss, tokens)

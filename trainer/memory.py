@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rowwise.kernels.rows import local
 from rowwise.optim.shell import Optimizer
@@ -11,9 +11,7 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
 from rowwise.parallel.state_bytes import measure
 from rowwise.trainer.files import to_json, write_whole
-from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.peaks import peak_memory_bytes
-from rowwise.trainer.pipeline import StagedDecoder
 
 
 @dataclass(frozen=True)
@@ -28,9 +26,7 @@ class RankMemory:
     peak: int
 
 
-def keep_memory(
-    run_dir: Path, mesh: Mesh, model: Decoder | StagedDecoder, optimizer: Optimizer, tensors: dict[str, Tensor]
-) -> None:
+def keep_memory(run_dir: Path, mesh: Mesh, model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Measures on every rank; rank 0 writes. One message of a few numbers a rank, over `mesh.save_group`."""
     held = measure(model, optimizer)
     masks = [local(tensor) for name, tensor in tensors.items() if name.startswith("sparsity.")]

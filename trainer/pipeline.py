@@ -4,7 +4,7 @@ Every rank reads the micro-batches of its replica itself, labels and document ma
 gradients cross stages.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rowwise.kernels.spec import Specs
 from rowwise.parallel.mesh import Mesh, ParallelConfig
 from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.parallel.pipeline import Forward, Pipeline, Step, Trace
@@ -20,7 +21,7 @@ from rowwise.parallel.schedule.trace import align, write_trace
 from rowwise.trainer.data.batches import BatchConfig, MicroBatch
 from rowwise.trainer.loss import loss_of
 from rowwise.trainer.measure import measure_parts, read_part_times
-from rowwise.trainer.models.decoder import Decoder, ModelConfig
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_specs
 from rowwise.trainer.stages import (
     PLAN_KEYS,
     SEQUENCE_KEYS,
@@ -37,21 +38,18 @@ T = TypeVar("T")
 
 
 class StagedDecoder(nn.Module):
-    """The stages of one rank. Its parameters have the names they have in the whole model; the copy of a tied embedding
-    is none of them, since the first stage owns it."""
+    """The stages of one rank, of a model that `schedule` is for. Its parameters have the names they have in the whole model;
+    the copy of a tied embedding is none of them, since the first stage owns it."""
 
-    def __init__(self, decoders: dict[int, Decoder]):
+    def __init__(self, decoders: dict[int, Decoder], schedule: Schedule):
         super().__init__()
         self._stages = nn.ModuleList(decoders.values())
-        self.decoders = decoders
+        self.decoders, self.schedule = decoders, schedule
         self.config = next(iter(decoders.values())).config
-        self._pipeline: Pipeline | None = None
-        self._begun: tuple[Step, Tensor] | None = None
-        self._dtype = torch.float32
 
-    def connect(self, pipeline: Pipeline, dtype: torch.dtype) -> None:
-        """`dtype`: of what crosses a boundary."""
-        self._pipeline, self._dtype = pipeline, dtype
+    def parameter_specs(self) -> Specs:
+        """Of the whole model."""
+        return parameter_specs(self.config)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         for decoder in self.decoders.values():
@@ -59,15 +57,26 @@ class StagedDecoder(nn.Module):
                 if p is not decoder.tied_copy:
                     yield name, p
 
-    @property
-    def pipeline(self) -> Pipeline:
-        assert self._pipeline is not None
-        return self._pipeline
 
-    def begin(self, batches: list[MicroBatch], device: torch.device, trace: Trace | None = None) -> None:
-        """The first forwards of these micro-batches, as many as need no gradient; `accumulate` goes on from there."""
-        here = [batch.to(device) for batch in batches]
-        totals = torch.zeros(2, dtype=torch.float64, device=device)
+class PipelineStages:
+    """Runs this rank's stages of a model, as the schedule says, together with the ranks of the other stages. `dtype`: of what
+    crosses a boundary."""
+
+    complete = None  # gradients are summed over ranks once a step
+
+    def __init__(self, model: StagedDecoder, pipeline: Pipeline, dtype: torch.dtype):
+        self._model, self.pipeline, self._dtype = model, pipeline, dtype
+        self._device = pipeline.device
+        self._begun: tuple[Step, Tensor] | None = None
+
+    @property
+    def model(self) -> StagedDecoder:
+        return self._model
+
+    def begin(self, batches: list[MicroBatch], trace: Trace | None = None) -> None:
+        """Makes the first forwards of these micro-batches, as many as need no gradient."""
+        here = [batch.to(self._device) for batch in batches]
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
 
         def loss(i: int, logits: Tensor) -> Tensor:
             loss, tokens = loss_of(logits, here[i].labels)
@@ -77,14 +86,14 @@ class StagedDecoder(nn.Module):
         step = self.pipeline.begin(self._forward(here, loss), lambda: self._buffer(here[0]), trace)
         self._begun = step, totals
 
-    def accumulate(self, batches: list[MicroBatch], device: torch.device, scale: float, trace: Trace | None) -> Tensor:
-        """Forward and backward of every micro-batch. Returns (loss sum, valid tokens) on the last stage, zeros
-        elsewhere; every gradient is `scale` times the sum over micro-batches and data-parallel ranks."""
+    def forward_backward(self, batches: list[MicroBatch], scale: float | Tensor, trace: Trace | None = None) -> Tensor:
+        """Forward and backward of every micro-batch. Returns (loss sum, valid tokens) on the last stage, zeros elsewhere;
+        every gradient is `scale` times the sum over micro-batches and data-parallel ranks."""
         if self._begun is None:
-            self.begin(batches, device, trace)
+            self.begin(batches, trace)
         assert self._begun is not None
         (step, totals), self._begun = self._begun, None
-        self.pipeline.finish(step, scale)
+        self.pipeline.finish(step, float(scale))
         return totals
 
     def abandon(self) -> None:
@@ -93,58 +102,61 @@ class StagedDecoder(nn.Module):
             (step, _), self._begun = self._begun, None
             self.pipeline.abandon(step)
 
-    def losses(self, batches: list[MicroBatch], device: torch.device) -> Tensor:
+    def losses(self, batches: Iterable[MicroBatch]) -> Tensor:
         """(loss sum, valid tokens) on the last stage, zeros elsewhere, without gradients."""
-        totals = torch.zeros(2, dtype=torch.float64, device=device)
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        every = list(batches)
         # In rounds, so that no more is held than in a step.
         size = self.pipeline.schedule.micro_batches
-        for begin in range(0, len(batches), size):
-            here = [batch.to(device) for batch in batches[begin : begin + size]]
+        for begin in range(0, len(every), size):
+            here = [batch.to(self._device) for batch in every[begin : begin + size]]
 
             def loss(i: int, logits: Tensor, here: list[MicroBatch] = here) -> Tensor:
                 return totals.add_(torch.stack(loss_of(logits, here[i].labels)).double())
 
             forward = self._forward(here, loss)
-            self.pipeline.forward_only(forward, lambda: self._buffer(batches[0]), len(here), refresh=begin == 0)
+            self.pipeline.forward_only(forward, lambda: self._buffer(every[0]), len(here), refresh=begin == 0)
         return totals
 
-    def logits_at(self, batch: MicroBatch, place: int | None, refresh: bool) -> Tensor:
-        """The logits (V) at a place of the first sequence (None: zeros), float64, on every rank of the pipeline.
-        `refresh`: weights have changed since the last pass."""
-        found = torch.zeros(self.config.vocab_size, dtype=torch.float64, device=batch.inputs.device)
+    def logits(self, batch: MicroBatch, place: int | None, refresh: bool) -> Tensor:
+        """The logits (V) at a place of the first sequence (None: zeros), float64, on every rank of the pipeline."""
+        here = batch.to(self._device)
+        found = torch.zeros(self._model.config.vocab_size, dtype=torch.float64, device=self._device)
 
         def keep(_: int, logits: Tensor) -> Tensor:
             return found if place is None else found.copy_(logits[0, place])
 
-        self.pipeline.forward_only(self._forward([batch], keep), lambda: self._buffer(batch), 1, refresh)
+        self.pipeline.forward_only(self._forward([here], keep), lambda: self._buffer(here), 1, refresh)
         self.pipeline.broadcast_from_last(found)
         return found
+
+    def release(self) -> None:
+        """Does nothing: every pass frees what it gathered."""
 
     def _forward(self, batches: list[MicroBatch], finish: Callable[[int, Tensor], Tensor]) -> Forward:
         """What each stage does with each micro-batch; `finish` takes its logits."""
 
         def forward(stage: int, i: int, x: Tensor | None) -> Tensor:
-            batch, decoder = batches[i], self.decoders[stage]
+            batch, decoder = batches[i], self._model.decoders[stage]
             y = decoder(batch.inputs if x is None else x, batch.positions, batch.documents)
             return y if decoder.norm is None else finish(i, y)
 
         return forward
 
     def _buffer(self, batch: MicroBatch) -> Tensor:
-        return torch.empty(*batch.inputs.shape, self.config.dim, dtype=self._dtype, device=batch.inputs.device)
+        return torch.empty(*batch.inputs.shape, self._model.config.dim, dtype=self._dtype, device=self._device)
 
 
-def connect_stages(
-    model: StagedDecoder, schedule: Schedule, parallel: ParallelConfig, dtype: torch.dtype, mesh: Mesh
-) -> None:
-    """Gives the stages of this rank, whose parameters must exist, their pipeline, which computes in `dtype`."""
+def connect_stages(model: StagedDecoder, parallel: ParallelConfig, dtype: torch.dtype, mesh: Mesh) -> PipelineStages:
+    """Connects the stages of this rank, whose parameters must exist, with those of the others; they compute in `dtype`."""
     assert mesh.pipeline is not None
+    schedule = model.schedule
     first, last = model.decoders.get(0), model.decoders.get(schedule.stages - 1)
     embedding = first.embed.weight if first is not None and first.embed is not None else None
     tied = (embedding, last.tied_copy if last is not None else None) if model.config.tie_embeddings else None
     stages: dict[int, nn.Module] = dict(model.decoders)
     pipeline = Pipeline(stages, schedule, mesh.pipeline, gathering(parallel), mesh.device, tied)
-    model.connect(pipeline, dtype)
+    return PipelineStages(model, pipeline, dtype)
 
 
 def make_plan(

@@ -20,24 +20,23 @@ from rowwise.trainer.step import StepReport
 
 
 def step_record(
-    state: TrainState,
-    report: StepReport,
-    lr: float,
-    loss_scale: float,
     config: TrainConfig,
     mesh: Mesh,
+    state: TrainState,
+    report: StepReport,
+    loss_scale: float,
     seconds: float,
     data_seconds: float,
 ) -> dict[str, Any]:
     """What every step has. `tokens_per_second` is per worker; `mfu` counts of attention the pairs that documents let see each
     other; what is not a number is null; `loss_scale` is kept in fp16."""
-    tokens = config.batch.global_size * config.batch.seq_len
+    tokens = config.batch.places
     flops_per_second = flops_of(config.model, tokens, report.pairs) / seconds / mesh.world_size
     record = {
         "step": state.step,
         "loss": number_or_none(report.loss),
         "grad_norm": number_or_none(report.grad_norm),
-        "lr": lr,
+        "lr": report.lr,
         "tokens": state.tokens,
         "tokens_per_second": tokens / seconds / mesh.world_size,
         "mfu": model_flops_utilization(flops_per_second, mesh.device, config.peak_flops),

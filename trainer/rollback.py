@@ -21,9 +21,11 @@ def spike_at(config: TrainConfig, state: TrainState, report: StepReport) -> floa
     return spike_of(state.spikes, report.loss, report.grad_norm, config.spike)
 
 
-def holds(config: TrainConfig, state: TrainState, report: StepReport) -> bool:
-    """Whether the update of the step is not to be made: also where the run may go back, since it may have nowhere to."""
-    return config.on_spike != "record" and spike_at(config, state, report) is not None
+def judge(config: TrainConfig, state: TrainState, report: StepReport) -> StepReport:
+    """Says of the step after `state` whether it is a spike, and whether its update is held: also where the run may go back,
+    since it may have nowhere to."""
+    spike = spike_at(config, state, report)
+    return replace(report, spike=spike, held=config.on_spike != "record" and spike is not None)
 
 
 Rollbacks = list[Rollback]

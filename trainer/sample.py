@@ -4,15 +4,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from rowwise.conf.option import MayChange
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import places_on
-from rowwise.parallel.shard import release_gathered
 from rowwise.trainer.data.batches import MicroBatch
-from rowwise.trainer.pipeline import StagedDecoder
+from rowwise.trainer.engine import Engine
 
 SAMPLED = 160  # tokens, where nothing is said
 
@@ -76,7 +75,7 @@ def shares(logits_V: Tensor, sampling: Sampling) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompt: list[int], tokens: int, temperature: float, context: int, seed: int, mesh: Mesh
+    engine: Engine, prompt: list[int], tokens: int, temperature: float, context: int, seed: int, mesh: Mesh
 ) -> list[int]:
     """`tokens` tokens after `prompt`, each drawn from softmax(logits / temperature) (0 = the likeliest).
 
@@ -87,15 +86,15 @@ def generate(
     generator, sampling = torch.Generator().manual_seed(seed), Sampling(temperature)
     written = list(prompt)
     for _ in range(tokens):
-        logits = next_logits(model, written[-context:], mesh, refresh=len(written) == len(prompt)).cpu()
+        logits = next_logits(engine, written[-context:], mesh, refresh=len(written) == len(prompt)).cpu()
         if not logits.isfinite().all():
             break
         written.append(drawn(logits, sampling, generator))
-    release_gathered(model)
+    engine.release()
     return written
 
 
-def next_logits(model: nn.Module, tokens: list[int], mesh: Mesh, refresh: bool) -> Tensor:
+def next_logits(engine: Engine, tokens: list[int], mesh: Mesh, refresh: bool) -> Tensor:
     """The logits (V) of what follows `tokens`, float64, on every rank; each attends with its part of them. `refresh`:
     weights have changed since the last pass. Bytes: 8 V to every rank where the model or the sequence is split."""
     window = torch.tensor([tokens])
@@ -104,12 +103,7 @@ def next_logits(model: nn.Module, tokens: list[int], mesh: Mesh, refresh: bool) 
     places = places_on(mesh, len(tokens))
     if places is not None:
         batch, place = batch.at(places), _find(places, len(tokens) - 1)
-    batch = batch.to(mesh.device)
-    if isinstance(model, StagedDecoder):
-        logits = model.logits_at(batch, place, refresh)
-    else:
-        every = model(batch.inputs, batch.positions)[0]
-        logits = every[place].double() if place is not None else every.new_zeros(every.size(-1), dtype=torch.float64)
+    logits = engine.logits(batch, place, refresh)
     for axis in (mesh.sequence.ring, mesh.sequence.ulysses) if mesh.sequence is not None else ():
         dist.all_reduce(logits, group=axis.group)
     return logits

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.kernels.products import float32_products
-from rowwise.optim.build import assignments, build_optimizer, follow_schedule, set_step
+from rowwise.optim.build import assignments, build_optimizer, set_step
 from rowwise.optim.schedules import LrRange
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.objects import from_rank_0
@@ -21,12 +21,13 @@ from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import initial_loss_scale, next_loss_scale, product_precision
 from rowwise.parallel.sequence import places_on
 from rowwise.trainer.advice import warnings
-from rowwise.trainer.build import build_masks, build_model
+from rowwise.trainer.build import build_model
 from rowwise.trainer.checkpoint import Saver, load_first_sound, tensors_of
 from rowwise.trainer.clock import Clock
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.batches import Prefetch, Share, holdout_batches, step_batches, step_digests, visible_pairs
 from rowwise.trainer.data.open import Data, told_of_data
+from rowwise.trainer.engine import Engine
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.files import DiskFull
 from rowwise.trainer.finite import not_finite, of_any_rank, told
@@ -34,22 +35,23 @@ from rowwise.trainer.lr_range import RangeTest, points_of
 from rowwise.trainer.manifest import fingerprint, set_aside
 from rowwise.trainer.memory import keep_memory
 from rowwise.trainer.metrics import Recorded, read_metrics
-from rowwise.trainer.models.decoder import Decoder, parameter_count
+from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.norms import norms_of_next
+from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.peaks import device_name
-from rowwise.trainer.pipeline import StagedDecoder, keep_trace, of_every_stage
+from rowwise.trainer.pipeline import keep_trace, of_every_stage
 from rowwise.trainer.profile import Profiler
 from rowwise.trainer.record import number_or_none, sparsity_record, step_record
 from rowwise.trainer.report import open_reporter
 from rowwise.trainer.resume import changes, data_facts, find_resume, model_facts, recorded_by, state_facts, told_of
-from rowwise.trainer.rollback import Rollbacks, go_back, holds, is_anchor, pass_over, spike_at
+from rowwise.trainer.rollback import Rollbacks, go_back, is_anchor, judge, pass_over
 from rowwise.trainer.same_data import require_same_data, require_sound, try_data
 from rowwise.trainer.sample import generate
 from rowwise.trainer.spike import after_step, in_words, spike_record
 from rowwise.trainer.spike import told_of as told_of_rollback
 from rowwise.trainer.starts import Sample, Start, keep_sample, keep_start
 from rowwise.trainer.state import TrainState
-from rowwise.trainer.step import RankStatus, StepReport
+from rowwise.trainer.step import RankStatus, StepInput, StepReport
 from rowwise.trainer.stop import StopRequest
 from rowwise.trainer.update import make_update, may_begin_next
 
@@ -82,13 +84,13 @@ def _train(
     """From where the run stands to its end, or to a spike that it goes back from: what it goes back by is given to the next
     call, which heeds a `stop` that was asked for meanwhile."""
     model = build_model(config, mesh)
+    engine, sparsity = parallelize(model, config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
-    sparsity = build_masks(config, mesh, model)
     tensors = tensors_of(model, optimizer, sparsity)
     begun = resume(config, mesh, data, tensors, rollbacks)
     state = begun.state
     set_step(optimizer, state.updates)
-    update = make_update(config, mesh, model, optimizer, sparsity, functools.partial(holds, config, state))
+    update = make_update(config, mesh, engine, optimizer, sparsity, functools.partial(judge, config, state))
 
     with ExitStack() as stack:
         stack.enter_context(float32_products(product_precision(config.precision, mesh.device)))
@@ -117,14 +119,24 @@ def _train(
             micro_batches, digest = next(batches) if ahead is None else ahead
             ahead = next(batches) if may_begin_next(config, state.step + 1) else None
             data_seconds = time.perf_counter() - started
-            lr = follow_schedule(optimizer, config.optim, config.schedule, state.step, config.steps)
             scale_used = state.loss_scale.scale
 
             trace = Trace(mesh.device) if state.step + 1 == config.parallel.pipeline_trace else None
             pairs = visible_pairs(micro_batches, config.batch.seq_len) * mesh.data_degree / mesh.world_size
             status = RankStatus(stop.requested, data.watch.complaint is not None, digest, *clock.due(), pairs)
             norms = norms_of_next(config, state.step, model)
-            report = update(state.step + 1, micro_batches, scale_used, status, trace, ahead and ahead[0])
+            report = update(
+                StepInput(
+                    state.step + 1,
+                    micro_batches,
+                    config.batch.places,
+                    config.clip_norm,
+                    scale_used,
+                    status,
+                    trace,
+                    ahead and ahead[0],
+                )
+            )
             if not report.sound:
                 saver.wait()  # an error would end the save under way
                 require_sound(data, mesh, first, state.step, digest)
@@ -134,7 +146,7 @@ def _train(
             optimizer.zero_grad()
             if trace is not None:
                 keep_trace(trace, Path(config.run_dir) / "pipeline", mesh)
-            spike = spike_at(config, state, report)
+            spike = report.spike
             if spike is not None and config.on_spike == "rollback":
                 saver.wait()  # its messages are not to meet those of the next line
                 if back := go_back(config, mesh, state, spike):
@@ -152,11 +164,11 @@ def _train(
 
             seconds = time.perf_counter() - started
             measured |= profiler.end(state.step)
-            record = step_record(state, report, lr, scale_used, config, mesh, seconds, data_seconds)
+            record = step_record(config, mesh, state, report, scale_used, seconds, data_seconds)
             record |= measured | sparsity_record(sparsity, config, state.step)
             record |= spike_record(state.spikes, state.step, spike, "skipped" if report.held else "recorded")
             if report.evaluate or config.eval.due(state.step, config.length):
-                record |= eval_record(config, mesh, model, data)
+                record |= eval_record(config, mesh, engine, data)
                 clock.evaluated()
             reporter.step(record | saved)
             if test is not None:
@@ -179,7 +191,7 @@ def _train(
         if test is not None and (test.over or state.step == config.steps):
             reporter.say(test.told())
         else:
-            reporter.say(sample(config, mesh, model, data, state.step) if state.step >= config.steps else None)
+            reporter.say(sample(config, mesh, engine, data, state.step) if state.step >= config.steps else None)
             reporter.end(state, writes=data.tokenizer is not None)
     return state
 
@@ -256,10 +268,10 @@ def eval_batches(config: TrainConfig, mesh: Mesh, data: Data):
     return holdout_batches(data.holdout, config.batch, config.eval.batches, share)
 
 
-def eval_record(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data) -> dict[str, float | None]:
+def eval_record(config: TrainConfig, mesh: Mesh, engine: Engine, data: Data) -> dict[str, float | None]:
     """What a step that evaluates adds to its record: the held-out loss, and the seconds that it took."""
     started = time.perf_counter()
-    loss = evaluate(model, eval_batches(config, mesh, data), mesh)
+    loss = evaluate(engine, eval_batches(config, mesh, data), mesh)
     return {"eval_loss": number_or_none(loss), "eval_seconds": time.perf_counter() - started}
 
 
@@ -314,13 +326,13 @@ def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState, 
     }
 
 
-def sample(config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, data: Data, step: int) -> str | None:
+def sample(config: TrainConfig, mesh: Mesh, engine: Engine, data: Data, step: int) -> str | None:
     """What the model writes after the prompt; None where none is asked for."""
     choice = config.sample
     if not choice.tokens or data.tokenizer is None:
         return None
     prompt = data.tokenizer.encode_prompt(choice.prompt)
-    tokens = generate(model, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh)
+    tokens = generate(engine, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh)
     text = data.tokenizer.decode(tokens)
     written = f"the model writes:\n{text}"
     if mesh.rank == 0:

@@ -1,85 +1,169 @@
-"""What makes a step of a run: the forward and backward of its micro-batches, and the optimizer's update, as configured."""
+"""What makes a step of a run, as configured: the forward and backward of its micro-batches, and the optimizer's update.
+
+A step has one of three forms, which take and give the same: in order; at once, where ranks of a pipeline do not wait for the
+norm of all gradients; and in the backward. An engine that owns its step as well would be a fourth.
+"""
 
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rowwise.optim.build import follow_schedule
 from rowwise.optim.in_backward import InBackward
 from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.pipeline import Trace
-from rowwise.parallel.replicate import gradient_sum
+from rowwise.parallel.shard import clip_factor, gradients
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import MicroBatch
-from rowwise.trainer.models.decoder import Decoder
-from rowwise.trainer.pipeline import StagedDecoder
+from rowwise.trainer.data.corpus import IGNORE
+from rowwise.trainer.engine import Engine
+from rowwise.trainer.loss import mean_loss
 from rowwise.trainer.step import (
-    Hold,
-    RankStatus,
+    StepInput,
     StepReport,
     compute_gradients,
-    hold_none,
-    step_at_once,
-    step_in_backward,
+    local_totals,
+    mean_factor,
+    read_totals,
+    scale_,
+    told_by_all,
 )
 
+Update = Callable[[StepInput], StepReport]
+# Says of a step, by its numbers, which all ranks have, whether it is a spike, and whether its update is held for that.
+Judge = Callable[[StepReport], StepReport]
 
-class Update(Protocol):
-    """Makes step t (counted from 1): from its micro-batches, the loss scale, what this rank tells all, where the timeline of a
-    pipeline goes, and the micro-batches of the next step where it may be begun."""
 
-    def __call__(
-        self,
-        step: int,
-        batches: list[MicroBatch],
-        loss_scale: float,
-        status: RankStatus,
-        trace: Trace | None = None,
-        ahead: list[MicroBatch] | None = None,
-    ) -> StepReport: ...
+def accept(report: StepReport) -> StepReport:
+    """A judge that holds nothing."""
+    return report
 
 
 def make_update(
     config: TrainConfig,
     mesh: Mesh,
-    model: Decoder | StagedDecoder,
+    engine: Engine,
     optimizer: Optimizer,
     sparsity: Sparsity | None,
-    hold: Hold = hold_none,
+    judge: Judge = accept,
 ) -> Update:
-    """The function that makes one step, as the configuration asks. The gradients it used stay until they are let go. What is
-    not for `hold` to take is the update in the backward, which is made before its numbers are known."""
-    zero, places = config.parallel.zero, config.batch.global_size * config.batch.seq_len
+    """The function that makes a step of the run: its learning rate, its gradients, and its update, in the form that the
+    configuration asks for. The gradients it used stay until they are let go. What is not for `judge` to hold is the update in
+    the backward, which is made before its numbers are known."""
     if config.optim.in_backward:
-        in_backward = InBackward(optimizer, gradient_sum(model, mesh))
-        return lambda step, batches, loss_scale, status, trace=None, ahead=None: step_in_backward(
-            model, batches[0], mesh, zero, in_backward, status
-        )
+        assert engine.complete is not None
+        in_backward = InBackward(optimizer, engine.complete)
+        form = functools.partial(step_in_backward, engine, in_backward, mesh, judge)
+    elif config.parallel.post_validation:
+        form = functools.partial(step_at_once, engine, optimizer, mesh, judge)
+    else:
+        form = functools.partial(step_in_order, engine, optimizer, sparsity, mesh, judge)
 
-    def update(
-        step: int,
-        batches: list[MicroBatch],
-        loss_scale: float,
-        status: RankStatus,
-        trace: Trace | None = None,
-        ahead: list[MicroBatch] | None = None,
-    ) -> StepReport:
-        asked = (mesh, zero, places, config.clip_norm, loss_scale)
-        if config.parallel.post_validation:
-            assert isinstance(model, StagedDecoder)
-            report = step_at_once(model, batches, *asked, optimizer, status, trace, ahead, hold)
-        else:
-            filter_ = None if sparsity is None else functools.partial(sparsity.filter_gradients, step)
-            report = compute_gradients(model, batches, *asked, status, trace, filter_)
-            report = replace(report, held=hold(report))
-            if sparsity is not None:
-                sparsity.step(optimizer, step, report.applied)
-            elif report.applied:
-                optimizer.step()
-        return report
+    def update(given: StepInput) -> StepReport:
+        lr = follow_schedule(optimizer, config.optim, config.schedule, given.step - 1, config.steps)
+        return replace(form(given), lr=lr)
 
     return update
+
+
+def step_in_order(
+    engine: Engine, optimizer: Optimizer, sparsity: Sparsity | None, mesh: Mesh, judge: Judge, given: StepInput
+) -> StepReport:
+    """Makes the ordinary step: gradients, their norm, and the update, with what follows for masks."""
+    report = judge(compute_gradients(engine, mesh, given, sparsity))
+    if sparsity is not None:
+        sparsity.step(optimizer, given.step, report.applied)
+    elif report.applied:
+        optimizer.step()
+    return report
+
+
+def step_at_once(engine: Engine, optimizer: Optimizer, mesh: Mesh, judge: Judge, given: StepInput) -> StepReport:
+    """Makes the ordinary step without waiting between gradients and update (Qi et al., *Zero Bubble*, section 4): each rank
+    steps as soon as its own gradients are there, as if none were clipped, and begins the forwards of `given.ahead` while the
+    global norm is on its way; where that was wrong, those are dropped, the step is undone, and made again with clipped
+    gradients or not at all. Equal to the ordinary step to the last bit.
+
+    Beside it, one all-reduce of one float64 (the valid tokens) while the micro-batches go through; and a copy of this
+    rank's rows of the parameters and their states for as long as the norm is on its way. The host waits for the device
+    twice: before the optimizer's step and for the norm.
+    """
+    tokens = valid_tokens(given.batches, mesh.device)
+    counted = dist.all_reduce(tokens, async_op=True)
+    totals = local_totals(engine, mesh, given)
+    own_norm = totals[2].clone()
+    summed = dist.all_reduce(totals, async_op=True)
+    assert counted is not None and summed is not None
+    counted.wait()
+    shards, before = gradients(engine.model), None
+    norm_squared, count = torch.stack((own_norm, tokens)).tolist()
+    if math.isfinite(norm_squared):
+        # Every stage of a replica counted the same tokens.
+        scale_(shards, mean_factor(int(count) // mesh.stages, given))
+        before = optimizer.remember()
+        optimizer.step()
+    if given.ahead is not None:
+        engine.begin(given.ahead)
+    summed.wait()
+    report = judge(read_totals(totals, given))
+    _validate(report, engine, optimizer, before, shards, clip_factor(report.grad_norm, given.clip_norm))
+    return report
+
+
+def _validate(
+    report: StepReport,
+    engine: Engine,
+    optimizer: Optimizer,
+    before: list[Tensor] | None,
+    shards: list[Tensor],
+    factor: float,
+) -> None:
+    """Takes back what was wrong of a step made at once: where its gradients are clipped by `factor` or its update is not to be,
+    the update, from the copies `before`; and what was begun, also where something comes between this step and the next."""
+    between = report.stop or not report.sound or report.evaluate or report.save
+    wrong = not report.applied or factor < 1
+    if wrong or between:
+        engine.abandon()
+    if before is not None and wrong:
+        optimizer.undo(before)
+    if report.finite and factor < 1:
+        scale_(shards, factor)  # also where they are only looked at
+        if report.applied:
+            optimizer.step()
+
+
+def step_in_backward(engine: Engine, optimizer: InBackward, mesh: Mesh, judge: Judge, given: StepInput) -> StepReport:
+    """Makes the whole step of `optim.in_backward`: one micro-batch a rank, and every parameter changed by the end.
+
+    Its gradients must be final as they come, so the valid tokens are counted before the forward: two all-reduces over
+    all ranks, of 1 and of 7 float64.
+    """
+    here = [batch.to(mesh.device) for batch in given.batches]
+    tokens = valid_tokens(here, mesh.device)
+    dist.all_reduce(tokens)
+    optimizer.begin()
+    totals = torch.zeros(8, dtype=torch.float64, device=mesh.device)
+    totals[0] = engine.forward_backward(here, tokens.clamp_min(1).reciprocal())[0]
+    totals[1] = mesh.share(optimizer.squares())
+    given.status.put(totals[2:7])
+    dist.all_reduce(totals[:7])
+    totals[7] = tokens
+    loss_sum, norm_squared, *told, count = totals.tolist()
+    norm = math.sqrt(norm_squared) if math.isfinite(norm_squared) else math.inf
+    report = StepReport(mean_loss(loss_sum, count), norm, int(count), **told_by_all(*told))
+    return replace(judge(report), held=False)
+
+
+def valid_tokens(batches: list[MicroBatch], device: torch.device) -> Tensor:
+    """How many tokens of these have a label, a float64 scalar on the device."""
+    counts = [(batch.labels.to(device, non_blocking=True) != IGNORE).sum() for batch in batches]
+    return torch.stack(counts).sum().double()
 
 
 def may_begin_next(config: TrainConfig, step: int) -> bool:

@@ -35,6 +35,11 @@ class BatchConfig:
     micro_size: MayChange[int] = 8
     seq_len: Ask[int] = 256
 
+    @property
+    def places(self) -> int:
+        """Tokens of a global batch, whether they have a label or not."""
+        return self.global_size * self.seq_len
+
 
 @dataclass(frozen=True)
 class MicroBatch:

@@ -1,0 +1,82 @@
+"""Puts a model on the mesh: each technique from outside, on plain modules, in the order in which they must come."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rowwise.optim.sparse.build import Sparsity, build_sparsity
+from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.precision import compute_dtype, master_dtype
+from rowwise.parallel.replicate import replicate_model
+from rowwise.parallel.shard import is_split, materialize, merge_parts, policy, shard_model
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.engine import Engine, WholeModel
+from rowwise.trainer.models.decoder import Decoder, parameter_specs
+from rowwise.trainer.models.huggingface import rows_from
+from rowwise.trainer.models.init import random_rows
+from rowwise.trainer.pipeline import StagedDecoder, connect_stages
+from rowwise.trainer.pruned import prune_groups
+
+
+def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> tuple[Engine, Sparsity | None]:
+    """Splits `model`, on the meta device, over the mesh, in place, and gives it its numbers: each rank makes its own rows and no
+    others. Returns what runs it, and what keeps it sparse (None: it is dense). All ranks call it."""
+    stages = list(model.decoders.values()) if isinstance(model, StagedDecoder) else [model]
+    # What layers are made of, and what they compute with.
+    model.to(parameter_dtype(config))
+    prune_groups(stages, config, mesh)
+    # How they compute it: a compiled block gathers nothing, so it is inside what FSDP2 gathers.
+    if config.compile:
+        compile_blocks(stages)
+    # Where the parameters live.
+    split = is_split(mesh, policy(config.precision))
+    if split:
+        shard_stages(stages, config, mesh)
+    materialize(model, mesh.device, initial_rows(config))
+    if not split and not config.optim.in_backward:
+        for stage in stages:
+            replicate_model(stage, mesh)
+    # Messages between stages, and masks, are of parameters that have their numbers.
+    engine = engine_of(model, config, mesh)
+    return engine, masks_of(model, config, mesh)
+
+
+def parameter_dtype(config: TrainConfig) -> torch.dtype:
+    """In which parameters are kept."""
+    return torch.bfloat16 if config.optim.param_dtype == "bf16" else master_dtype(config.precision)
+
+
+def compile_blocks(stages: Iterable[Decoder]) -> None:
+    """Compiles every layer by itself, when it is first used; layers that are alike are compiled once."""
+    for stage in stages:
+        for block in stage.blocks.values():
+            block.compile()
+
+
+def shard_stages(stages: Iterable[Decoder], config: TrainConfig, mesh: Mesh) -> None:
+    """Hands each stage's parameters to FSDP2."""
+    zero, mixed = config.parallel.zero, policy(config.precision)
+    for stage in stages:
+        shard_model(stage, merge_parts(stage.parts(), zero), mesh, zero, mixed)
+
+
+def initial_rows(config: TrainConfig) -> Callable[[str, Tensor, int, int], None]:
+    """What fills rows of a parameter before the first step."""
+    source, specs = config.model.init_from, parameter_specs(config.model)
+    return random_rows(specs, config.seed) if source is None else rows_from(Path(source).expanduser(), specs)
+
+
+def engine_of(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> Engine:
+    """What runs `model`, once its parameters exist."""
+    if isinstance(model, StagedDecoder):
+        return connect_stages(model, config.parallel, compute_dtype(config.precision), mesh)
+    return WholeModel(model, mesh.device, config.parallel.zero, mesh.states["replicate"].get_group())
+
+
+def masks_of(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> Sparsity | None:
+    """What keeps the weights of `model` sparse; None where none are."""
+    stages = None if mesh.pipeline is None else mesh.pipeline.group
+    specs, dtype = parameter_specs(config.model), compute_dtype(config.precision)
+    return build_sparsity(model, config.sparsity, specs, config.seed, config.steps, stages, dtype)
