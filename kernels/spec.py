@@ -71,17 +71,10 @@ class Specified(Protocol):
 
 
 def specs_of(model: nn.Module) -> Specs:
-    """Reads what a model says of its parameters. Of one that says nothing, matrices are hidden ones, and what has fewer dims are
-    vectors. Raises ValueError for a parameter of more dims that nothing is said of."""
-    if isinstance(model, Specified):
-        return model.parameter_specs()
-    return {name: _plain(name, p.shape) for name, p in model.named_parameters()}
-
-
-def _plain(name: str, shape: torch.Size) -> ParameterSpec:
-    if len(shape) > 2:
+    """Reads what a model says of its parameters. Raises ValueError for one that says nothing."""
+    if not isinstance(model, Specified):
         raise ValueError(
-            f"{name} has the shape {tuple(shape)}, which may be a batch of matrices or one: give the model a method "
-            "parameter_specs() that says so"
+            f"{type(model).__name__} does not say what its parameters are; give it a method parameter_specs(), which returns a "
+            "kernels.spec.ParameterSpec for each name"
         )
-    return ParameterSpec(shape, "hidden" if len(shape) == 2 else "vector")
+    return model.parameter_specs()

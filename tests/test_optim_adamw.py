@@ -1,6 +1,7 @@
 """AdamW against its formula, in float64, and its state under sharding."""
 
 import torch
+from bare import bare
 
 from rowwise.kernels.adamw import adamw_
 from rowwise.optim.adamw import AdamWConfig
@@ -33,7 +34,7 @@ def test_five_steps_are_those_of_the_formula():
 
 
 def test_matrices_decay_and_norms_do_not():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.RMSNorm(4))
+    model = bare(torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.RMSNorm(4)))
     optimizer = build_optimizer(model, AdamWConfig(lr=0.5, weight_decay=0.1))
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
@@ -45,7 +46,7 @@ def test_matrices_decay_and_norms_do_not():
 
 
 def test_state_is_tensors_by_name_and_the_count_is_restored():
-    model = torch.nn.Linear(3, 4)
+    model = bare(torch.nn.Linear(3, 4))
     optimizer = build_optimizer(model, AdamWConfig())
     assert {name: set(state) for name, state in named_state(model, optimizer).items()} == {
         "weight": {"exp_avg", "exp_avg_sq"},

@@ -20,6 +20,7 @@ import sys
 
 import pytest
 import torch
+from bare import bare
 from torch import nn
 
 from parity import relative_error
@@ -63,7 +64,7 @@ def updates_of(optimizer, weights, gradient_of, steps):
 def ours(rule, *overrides, shapes=ALL, gradient_of=gradient, steps=STEPS):
     rank = [] if rule == "apollo_mini" else [f"optim.rank={RANK}"]
     choices = [f"optim={rule}", f"optim.lr={RATE}", f"optim.refresh_every={REFRESH}", *rank, *overrides]
-    model = nn.Module()
+    model = bare(nn.Module())
     for i, shape in enumerate(shapes):
         model.register_parameter(f"w{i}", nn.Parameter(torch.zeros(shape, dtype=torch.float64)))
     optimizer = build_optimizer(model, config_from_tree(compose_tree(choices)).optim, SEED)

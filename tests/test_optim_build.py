@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from bare import bare
 from torch import nn
 
 from parity import small_config, with_layout
@@ -12,9 +13,11 @@ from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import assignment_table, assignments, build_optimizer, named_state, rule_name
 from rowwise.optim.lowrank.projection import subspace_bases
 from rowwise.optim.muon import newton_schulz_polynomial
+from rowwise.parallel.schedule.generate import Shape, gpipe
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.pipeline import StagedDecoder
 from runs import run_said, run_train
 
 
@@ -74,6 +77,19 @@ def test_the_table_names_every_parameter_its_state_and_its_bytes():
     assert "bytes per parameter" in table.splitlines()[-1]
 
 
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_the_stages_of_a_pipeline_follow_the_rules_of_the_whole_model(tied):
+    overrides = ["model.dim=64", "model.heads=1", "model.kv_heads=1", "model.layers=3", f"model.tie_embeddings={tied}"]
+    config = config_from_tree(compose_tree(overrides)).model
+    parts = {stage: Decoder(config, layers) for stage, layers in enumerate((range(1), range(1, 3)))}
+    for rule in ("muon", "dct", "adamw8bit"):
+        whole, stages = (
+            assignments(model, build_optimizer(model, optim(f"optim={rule}")))
+            for model in (Decoder(config), StagedDecoder(parts, gpipe(Shape(2, 1, 4))))
+        )
+        assert stages == whole and {kind for _, _, kind, _, _ in whole} >= {"embedding", "hidden", "vector"}
+
+
 def test_the_rank_is_a_quarter_of_the_width_and_no_more_than_a_narrow_side():
     shape = ["model.dim=64", "model.heads=8", "model.kv_heads=1", "model.ffn_dim=600", "model.layers=1"]
     model = Decoder(config_from_tree(compose_tree(shape)).model)
@@ -129,7 +145,7 @@ def test_lion_goes_into_the_ball_of_its_norm_and_stays(kappa, start):
     rate, decay, norm = 0.05, 0.5, BALLS[kappa][0]
     radius = BALLS[kappa][1] / decay
     delta = ["optim.delta=0.01"] if kappa == "huber" else []
-    model = nn.Linear(32, 64, bias=False)
+    model = bare(nn.Linear(32, 64, bias=False))
     nn.init.ones_(model.weight)
     model.weight.data *= start * radius / norm(model.weight.data)
     choice = [f"optim.kappa={kappa}", *delta, f"optim.lr={rate}", f"optim.weight_decay={decay}"]
@@ -149,7 +165,7 @@ def test_muon_with_decay_is_lion_with_the_nuclear_norm(shape):
     """Chen et al., *Muon Optimizes Under Spectral Norm Constraints*: the same steps, by betas (b^2, b)."""
 
     def after(*choice):
-        model = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64)
+        model = bare(nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64))
         nn.init.ones_(model.weight)
         optimizer = build_optimizer(model, optim(*choice))
         for step in range(4):
@@ -191,12 +207,12 @@ def test_muon_brings_every_singular_value_near_one():
 def test_16_bit_parameters_move_by_less_than_they_can_show(name):
     """Steps a hundred times smaller than the distance to the next bfloat16 add up, since rounding is unbiased; to
     nearest, nothing would ever move."""
-    model = nn.Linear(64, 640, bias=False, dtype=torch.bfloat16)
+    model = bare(nn.Linear(64, 640, bias=False, dtype=torch.bfloat16))
     nn.init.constant_(model.weight, 1.0)
     low = ["optim.rank=8"] if name == "apollo" else []
     config = optim(f"optim={name}", *low, "optim.lr=4e-5", "optim.weight_decay=0", "optim.param_dtype=bf16")
     optimizer = build_optimizer(model, config)
-    wide = nn.Linear(64, 640, bias=False)
+    wide = bare(nn.Linear(64, 640, bias=False))
     nn.init.constant_(wide.weight, 1.0)
     reference = build_optimizer(wide, config)
     for step in range(100):

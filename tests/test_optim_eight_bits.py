@@ -5,6 +5,7 @@ import torch
 from test_kernels_moment_pair import ALLOWED
 from torch import nn
 
+from rowwise.kernels.spec import ParameterSpec
 from rowwise.optim.adamw import AdamWConfig
 from rowwise.optim.build import build_optimizer
 from rowwise.optim.common import Assign
@@ -33,6 +34,12 @@ class Weights(nn.Module):
         self.hidden = nn.Linear(COLUMNS, ROWS, bias=False)
         for p in self.parameters():
             nn.init.zeros_(p)
+
+    def parameter_specs(self):
+        return {
+            "embed.weight": ParameterSpec(self.embed.weight.shape, "embedding"),
+            "hidden.weight": ParameterSpec(self.hidden.weight.shape, "hidden"),
+        }
 
 
 def kinds(seed):

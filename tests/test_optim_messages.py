@@ -3,6 +3,7 @@ with the rows of a matrix. No rule ever sends a gradient or a weight. (Law 4.)""
 
 import pytest
 import torch
+from bare import bare
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -43,7 +44,7 @@ def count(workers, rule):
     """(numbers all-reduced, bytes of all-to-all) of this rank in steps 1, 2 and 3, with a refresh at 1 and 3."""
     torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
     line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
-    model = nn.Module()
+    model = bare(nn.Module())
     for i, shape in enumerate(SHAPES):
         torch.manual_seed(i)
         model.register_parameter(f"w{i}", nn.Parameter(distribute_tensor(torch.randn(shape), line, [Shard(0)])))

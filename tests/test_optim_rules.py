@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bare import bare
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -171,7 +172,7 @@ def run_edges(workers, rule, steps=3):
 def step_edges(workers, rule, steps):
     torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
     line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
-    model, shapes = Edges(edge_shapes(rule)), edge_shapes(rule)
+    model, shapes = bare(Edges(edge_shapes(rule))), edge_shapes(rule)
     for name, p in list(model.named_parameters()):
         setattr(model, name, nn.Parameter(distribute_tensor(p.data, line, [Shard(0)])))
     optimizer = build_optimizer(model, optim_config(rule), seed=5)
@@ -240,7 +241,7 @@ def run_16_bit(workers, rule, steps=3):
     """bf16 parameters after steps with the same gradients; the optimizer is rebuilt and told where it is half-way."""
     torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
     line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
-    model, shapes = Edges(EDGES), EDGES
+    model, shapes = bare(Edges(EDGES)), EDGES
     for name, p in list(model.named_parameters()):
         setattr(model, name, nn.Parameter(distribute_tensor(p.data.bfloat16(), line, [Shard(0)])))
     optimizer = build_optimizer(model, optim_config(rule), seed=5)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bare import bare
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
 
 from rowwise.launch.compose import compose_tree
@@ -111,7 +112,7 @@ def test_a_momentum_cycle_steps_as_with_these_betas(rule):
         compose_tree([f"optim={rule}", "optim.lr=0.01", "schedule.momentum=[0.95,0.5]", "steps=8"])
     )
     torch.manual_seed(0)
-    ours = torch.nn.Linear(8, 8, bias=False).double()
+    ours = bare(torch.nn.Linear(8, 8, bias=False)).double()
     twin = torch.nn.Linear(8, 8, bias=False).double()
     twin.load_state_dict(ours.state_dict())
     optimizer = build_optimizer(ours, config.optim)

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from bare import bare
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -157,7 +158,7 @@ def sent_by_update(workers, overrides, rows):
     """(calls, bytes) of the step of a first update, over 3 matrices, without those of the optimizer."""
     torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
     line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
-    model, shapes = nn.Module(), {f"w{i}": torch.Size((rows, 24 + 8 * i)) for i in range(3)}
+    model, shapes = bare(nn.Module()), {f"w{i}": torch.Size((rows, 24 + 8 * i)) for i in range(3)}
     torch.manual_seed(1)
     for name, shape in shapes.items():
         model.register_parameter(name, nn.Parameter(distribute_tensor(torch.randn(shape), line, [Shard(0)])))
@@ -217,7 +218,7 @@ def test_as_many_rows_live_as_with_the_authors_class():
     rows = torch.linspace(0.25, 2, 256, dtype=torch.float64)[:, None]
     teacher = torch.randn(shape, generator=generator, dtype=torch.float64) / 16 * rows
     mask = torch.zeros(shape, dtype=torch.bool).scatter_(1, first, True)
-    model = nn.Module()
+    model = bare(nn.Module())
     model.register_parameter("blocks", nn.Parameter(weight * mask))
     overrides = ["sparsity=srigl", "sparsity.density=0.1", "sparsity.update_every=2", "sparsity.stop_at=160"]
     optim = ["optim=adamw", "optim.lr=0.003", "optim.weight_decay=0", "steps=200"]

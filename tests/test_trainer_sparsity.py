@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from bare import bare
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -266,7 +267,7 @@ def edges_on_ranks(workers, cases: list[tuple[TrainConfig, bool, tuple[int, ...]
 
 
 def split_edges(line, config: TrainConfig, zero: bool, skipped: tuple[int, ...]) -> Steps:
-    model, steps = Edges(config), []
+    model, steps = bare(Edges(config)), []
     for name, p in list(model.named_parameters()):
         setattr(model, name, nn.Parameter(distribute_tensor(p.data, line, [Shard(0)])))
     optimizer = build_optimizer(model, config.optim)

@@ -48,7 +48,7 @@ class StagedDecoder(nn.Module):
         self.config = next(iter(decoders.values())).config
 
     def parameter_specs(self) -> Specs:
-        """Of the whole model."""
+        """Gives the spec of every parameter of the whole model."""
         return parameter_specs(self.config)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
