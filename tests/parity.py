@@ -36,11 +36,11 @@ from rowwise.trainer.data.batches import MicroBatch, micro_batches
 from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.data.order import sample_indices
 from rowwise.trainer.engine import Engine, WholeModel
+from rowwise.trainer.feed import train_batches
 from rowwise.trainer.models.decoder import Decoder, parameter_specs
 from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.step import StepInput
-from rowwise.trainer.train import train_batches
 from rowwise.trainer.update import make_update
 from textbook import attention, textbook_step
 from textbook_sparse import prune_forwards, textbook_sparsity
