@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_kernels_moment_pair import rounded
 from test_kernels_rounding import round_bf16
-from test_kernels_triton import interpreted
 
+from interpreter import interpreted
 from rowwise.kernels.adamw8bit import adamw8bit_, adamw8bit_reference_
 from rowwise.kernels.blockwise import quantise
 from rowwise.kernels.moment_pair import dequantise_pair

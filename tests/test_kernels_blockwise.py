@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 import torch
-from test_kernels_triton import interpreted
 
+from interpreter import interpreted
 from rowwise.kernels.blockwise import (
     blocks_per_row,
     code_book,

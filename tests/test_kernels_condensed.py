@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from test_kernels_triton import interpreted
 from torch import Tensor, nn
 
+from interpreter import interpreted
 from rowwise.kernels import condensed as module
 from rowwise.kernels.condensed import condense, condensed, condensed_linear, csr_multiplies, expand
 from rowwise.trainer.models.condensed import CondensedLinear

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_kernels_triton import interpreted
 from torch import Tensor
 
+from interpreter import interpreted
 from rowwise.kernels.philox import philox_words, stream_key
 from rowwise.kernels.rounding import LARGEST, random_16, round_bf16_, round_reference_
 
