@@ -58,9 +58,7 @@ test-walk: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/types/rowwise
-	for room in conf kernels launch optim parallel trainer; do ln -sfn ../../../$$room build/types/rowwise/$$room; done
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build src/*.egg-info

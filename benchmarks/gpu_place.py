@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("conf", "kernels", "launch", "optim", "parallel", "trainer")
 # From this version on, several ranks may share a GPU where NCCL_MULTI_RANK_GPU_ENABLE=1.
 NCCL_SHARES_A_GPU = (2, 30)
 
@@ -52,16 +50,8 @@ class Place:
 
 def make_importable() -> None:
     """Makes `rowwise` and the tests' helpers importable here and in processes that are started from here, also where
-    nothing was installed: its rooms as a package, in a folder of their own."""
-    paths = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
-    try:
-        import rowwise.kernels  # noqa: F401
-    except ModuleNotFoundError:
-        folder = Path(tempfile.mkdtemp(prefix="rowwise-")) / "rowwise"
-        folder.mkdir()
-        for room in ROOMS:
-            (folder / room).symlink_to(ROOT / room)
-        paths.append(str(folder.parent))
+    nothing was installed."""
+    paths = [str(ROOT / name) for name in ("tests", "benchmarks", "src")]
     sys.path[:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 

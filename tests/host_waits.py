@@ -6,6 +6,7 @@ that was asked before is done. On a CPU the same calls cost nothing, and are cou
 product that made it.
 """
 
+import functools
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,12 @@ READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
 # By the names of their operators; those of a mask as an index have no other sign.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "_linalg_eigh", "bincount",
            "is_nonzero", "repeat_interleave"}  # fmt: skip
+
+
+@functools.cache
+def is_ours(filename: str) -> bool:
+    """Whether a file is the product's: src/rowwise links to the rooms."""
+    return any(Path(filename).resolve().is_relative_to(ROOT / room) for room in ROOMS)
 
 
 class HostWaits:
@@ -50,8 +57,7 @@ class HostWaits:
     def add(self, what: str, tensor: Any = None) -> None:
         if isinstance(tensor, Tensor) and tensor.data_ptr() in self._host:
             return
-        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
-        ours = [f for f in frames if Path(f.filename).relative_to(ROOT).parts[0] in ROOMS]
+        ours = [frame for frame in traceback.extract_stack() if is_ours(frame.filename)]
         self.sites.append(" > ".join([f"{Path(f.filename).name}:{f.lineno}" for f in ours[-3:]] + [what]))
 
 

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +84,6 @@ def test_hydra_and_the_environment_stay_in_launch(path):
     assert not {name.split(".")[0] for name in imports_of(path)} & {"hydra"}
     if path.name != "dispatch.py":  # ROWWISE_KERNELS is for debugging kernels, not an argument of a run
         assert "environ" not in path.read_text()
-
-
-def test_every_folder_of_the_rooms_is_installed():
-    """An editable install finds a folder that pyproject.toml forgets; any other install would lack it."""
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent.relative_to(ROOT) for path in FILES}
-    assert setuptools["package-dir"] == {f"rowwise.{'.'.join(f.parts)}": f.as_posix() for f in folders}
-    assert sorted(setuptools["packages"]) == sorted(setuptools["package-dir"])
 
 
 def in_a_process(program: str, *arguments: str) -> str:
@@ -223,6 +214,8 @@ def test_what_a_warm_process_imports_touches_no_device_and_starts_no_thread():
 def test_no_path_of_a_machine_and_no_registry_host_in_the_repository():
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_symlink():  # to a room, in src/rowwise
+            continue
         text = (ROOT / name).read_text(errors="ignore")
         for word in ("pypi" + ".org", "download.pytorch" + ".org", "/ro" + "ot/", "/wo" + "rk/"):
             assert word not in text, f"{name} names {word}"

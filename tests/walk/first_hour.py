@@ -65,7 +65,9 @@ class Shell:
     def __init__(self, home: Path):
         self._state, self._origin, self.folder = home / "state", home / "origin", home
         self._state.write_text("")
-        shutil.copytree(ROOT, self._origin, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build"))
+        shutil.copytree(
+            ROOT, self._origin, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build")
+        )
         git = ["git", "-C", str(self._origin), "-c", "user.name=walk", "-c", "user.email=walk"]
         for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "as it stands here"]):
             subprocess.run([*git, *words], check=True)
