@@ -26,11 +26,12 @@ from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.build import build_model
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import open_data
+from rowwise.trainer.feed import train_batches
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models import init
 from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.prepare import make_writable
-from rowwise.trainer.train import train, train_batches
+from rowwise.trainer.train import train
 from rowwise.trainer.update import make_update
 
 STEPS = 3

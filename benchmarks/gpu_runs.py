@@ -26,13 +26,13 @@ from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.open import open_data
+from rowwise.trainer.feed import train_batches
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import flops_per_token
 from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.peaks import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.step import StepInput
-from rowwise.trainer.train import train_batches
 from rowwise.trainer.update import make_update
 
 SMALL = ("model.layers=2", "model.dim=64", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=128", "batch.seq_len=64",

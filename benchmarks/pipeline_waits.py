@@ -105,7 +105,7 @@ def buffer() -> Tensor:
 
 
 def in_a_row(pipeline: Pipeline, forward: Any, ahead: bool) -> float:
-    """Seconds of a step in the steady state, the optimizer's wait included; `ahead`: as `trainer.step.step_at_once` does
+    """Seconds of a step in the steady state, the optimizer's wait included; `ahead`: as `trainer.update.step_at_once` does
     it, else every rank waits for the global norm before its optimizer steps."""
     dist.barrier()
     ends = []

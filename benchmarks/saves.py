@@ -27,9 +27,9 @@ def saves(job: Job, folder: Path, repeats: int = 5) -> dict[str, Any]:
     from rowwise.trainer.checkpoint import Saver, tensors_of
     from rowwise.trainer.config import config_from_tree
     from rowwise.trainer.data.open import open_data
+    from rowwise.trainer.feed import train_batches
     from rowwise.trainer.parallelize import parallelize
     from rowwise.trainer.step import StepInput, compute_gradients
-    from rowwise.trainer.train import train_batches
 
     config = check(config_from_tree(compose_tree([*job.overrides, f"run_dir={folder}"])), job.workers)
     mesh = make_mesh(config.parallel, workers_from_environment())

@@ -21,9 +21,9 @@ from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.open import open_data
+from rowwise.trainer.feed import train_batches
 from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.step import StepInput, compute_gradients
-from rowwise.trainer.train import train_batches
 
 MICRO_BATCHES = 2
 KINDS = ("shards", "gathered", "gradients", "optimizer", "buffers")

@@ -66,19 +66,6 @@ def error_bound(signed: bool) -> float:
     return (code_book(signed).double().diff().max() / 2).item()
 
 
-def relative_error_bound(signed: bool, magnitude: float) -> float:
-    """The largest |x' - x| / |x| over all |x| >= magnitude * a.
-
-    Between neighbouring codes l < h of one sign the relative error is largest at their midpoint: (h - l) / (h + l).
-    Decade i has 4.5 / 2^i (signed) or 4.5 / 2^(i+1) at its lower end: 7 % or 3.5 % in [0.1, 1], and twice that with
-    every decade further down. Below 1e-7 everything becomes 0: the bound is 1.
-    """
-    book = code_book(signed).double()
-    book = book[book >= 0]
-    low, high = book[:-1], book[1:]
-    return ((high - low) / (high + low))[high > magnitude].max().item() if magnitude < 1 else error_bound(signed)
-
-
 @functools.cache
 def midpoints(signed: bool, device: torch.device = _CPU) -> Tensor:
     """The exact midpoints of neighbouring codes: (255,) float64. A number above midpoint c has a code above c."""

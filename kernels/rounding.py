@@ -23,18 +23,12 @@ from rowwise.kernels.portions import row_portions
 LARGEST = torch.finfo(torch.bfloat16).max
 
 
-def round_bf16(x: Tensor, key: int, start: int) -> Tensor:
-    """x (contiguous float32 of any shape) rounded to bfloat16. `start` is the logical index of its first element.
+def round_bf16_(x: Tensor, out: Tensor, key: int, start: int) -> None:
+    """Rounds x (contiguous float32 of any shape) into `out`, contiguous bfloat16 of x's shape. `start` is the logical index of
+    its first element.
 
     Any slice of a tensor, given with its own start, is rounded as it is within the whole. Communicates nothing.
     """
-    out = torch.empty_like(x, dtype=torch.bfloat16)
-    round_bf16_(x, out, key, start)
-    return out
-
-
-def round_bf16_(x: Tensor, out: Tensor, key: int, start: int) -> None:
-    """`round_bf16` into `out`, contiguous bfloat16 of x's shape."""
     if use_triton(x.device):
         from rowwise.kernels.rounding_triton import round_triton_
 

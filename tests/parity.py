@@ -36,12 +36,12 @@ from rowwise.trainer.data.batches import MicroBatch, micro_batches
 from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.data.order import sample_indices
 from rowwise.trainer.engine import Engine, WholeModel
+from rowwise.trainer.feed import train_batches
 from rowwise.trainer.models.decoder import Decoder, parameter_specs
 from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.parallelize import parallelize
-from rowwise.trainer.step import StepInput
-from rowwise.trainer.train import train_batches
-from rowwise.trainer.update import make_update
+from rowwise.trainer.step import StepInput, StepReport
+from rowwise.trainer.update import accept, make_update
 from textbook import attention, textbook_step
 from textbook_sparse import prune_forwards, textbook_sparsity
 
@@ -126,14 +126,23 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
     with mock.patch.object(onto_mesh, "initial_rows", coarse_rows) if coarse else nullcontext():
         engine, sparsity = parallelize(model, config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
-    update = make_update(config, mesh, engine, optimizer, sparsity)
+
+    def keep_gradients(report: StepReport) -> StepReport:
+        """Before the update, in which masks may change them."""
+        for name, p in model.named_parameters():
+            pieces["gradients", len(trace.losses), name] = piece_of(p.grad)
+        return report
+
+    at_once = config.parallel.post_validation  # they are clipped after they were judged
+    update = make_update(config, mesh, engine, optimizer, sparsity, accept if at_once else keep_gradients)
     batches = train_batches(config, mesh, data, position=0)
     trace = Trace()
     pieces: dict[tuple[str, int, str], Piece] = {}
     for step in range(steps):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         report = update(step_input(config, step + 1, next(batches)))
-        pieces |= {("gradients", step, name): piece_of(p.grad) for name, p in model.named_parameters()}
+        if at_once:
+            keep_gradients(report)
         optimizer.zero_grad()
         pieces |= {("updates", step, name): piece_of(p.detach() - before[name]) for name, p in model.named_parameters()}
         for name, state in named_state(model, optimizer).items():

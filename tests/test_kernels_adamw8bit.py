@@ -3,12 +3,12 @@
 import pytest
 import torch
 from test_kernels_moment_pair import rounded
-from test_kernels_triton import interpreted
+from test_kernels_rounding import round_bf16
 
+from interpreter import interpreted
 from rowwise.kernels.adamw8bit import adamw8bit_, adamw8bit_reference_
 from rowwise.kernels.blockwise import quantise
 from rowwise.kernels.moment_pair import dequantise_pair
-from rowwise.kernels.rounding import round_bf16
 
 SHAPES = [(0, 512), (1, 1), (3, 255), (2, 256), (5, 257), (70, 768), (2, 704), (3, 1000), (1, 2048)]
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}

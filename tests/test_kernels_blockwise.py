@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 import torch
-from test_kernels_triton import interpreted
 
+from interpreter import interpreted
 from rowwise.kernels.blockwise import (
     blocks_per_row,
     code_book,
@@ -15,7 +15,6 @@ from rowwise.kernels.blockwise import (
     quantise,
     quantise_,
     quantise_reference_,
-    relative_error_bound,
 )
 
 SHAPES = [(0, 300), (3, 1), (1, 255), (1, 256), (5, 257), (2, 704), (3, 1000), (70, 1024)]
@@ -109,6 +108,19 @@ def test_what_is_not_finite_shows_in_its_block_and_there_alone(bad):
             x = x if signed else x.abs()
             finite = dequantise(*quantise(x, signed), signed).isfinite()
             assert not finite[1, 256:512].any() and finite.sum() == 2 * 600 - 256
+
+
+def relative_error_bound(signed: bool, magnitude: float) -> float:
+    """The largest |x' - x| / |x| over all |x| >= magnitude * a.
+
+    Between neighbouring codes l < h of one sign the relative error is largest at their midpoint: (h - l) / (h + l).
+    Decade i has 4.5 / 2^i (signed) or 4.5 / 2^(i+1) at its lower end: 7 % or 3.5 % in [0.1, 1], and twice that with
+    every decade further down. Below 1e-7 everything becomes 0: the bound is 1.
+    """
+    book = code_book(signed).double()
+    book = book[book >= 0]
+    low, high = book[:-1], book[1:]
+    return ((high - low) / (high + low))[high > magnitude].max().item() if magnitude < 1 else error_bound(signed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-from test_kernels_triton import interpreted
 from torch import Tensor, nn
 
+from interpreter import interpreted
 from rowwise.kernels import condensed as module
 from rowwise.kernels.condensed import condense, condensed, condensed_linear, csr_multiplies, expand
-from rowwise.trainer.models.condensed import CondensedLinear, condense_model
+from rowwise.trainer.models.condensed import CondensedLinear
 
 # out, in, non-zeros of a row, ablated rows
 LAYERS = [(1, 1, 1, 0), (1, 9, 1, 0), (5, 7, 3, 0), (33, 65, 17, 9), (17, 300, 300, 1), (130, 257, 26, 40)]
@@ -131,15 +131,20 @@ def small_model() -> nn.Sequential:
     return model
 
 
+def condense_(model: nn.Sequential) -> None:
+    for i in (0, 2):
+        model[i] = CondensedLinear.from_linear(model[i])
+
+
 def test_a_condensed_model_gives_the_same():
     model, x = small_model(), torch.randn(4, 6, 65)
     expected = model.double()(x.double())
-    condense_model(model.float(), ["0", "2"])
+    condense_(model.float())
     assert [isinstance(model[i], CondensedLinear) for i in (0, 2, 3)] == [True, True, False]
     assert "in_features=65, out_features=33, fan_in=17, ablated=9, bias=True" in repr(model)
     assert relative(model(x), expected) <= 1e-6
     fresh = small_model()
-    condense_model(fresh, ["0", "2"])
+    condense_(fresh)
     state = model.state_dict()
     assert {"0.values", "0.columns", "0.rows", "0.bias", "2.values", "2.columns"} <= state.keys()
     fresh.load_state_dict({name: torch.zeros_like(t) for name, t in state.items()})
@@ -170,17 +175,6 @@ def test_a_layer_multiplies_by_the_buffers_that_it_has_now(batch):
     assert relative(twin(x), x.double() @ other.double().t()) <= 1e-6
     assert relative(twin.double()(x.double()), x.double() @ other.double().t()) <= 1e-14
     assert relative(pickle.loads(pickle.dumps(layer))(x), x.double() @ other.double().t()) <= 1e-6
-
-
-def test_a_model_is_condensed_whole_or_not_at_all():
-    model = small_model()
-    model[2].weight.data = torch.triu(torch.ones(12, 33)).tril(30)
-    model[2].weight.data[1:, 5:] = 0
-    with pytest.raises(ValueError, match=r"^2: its rows have from .* non-zeros"):
-        condense_model(model, ["0", "2"])
-    with pytest.raises(ValueError, match=r"1 is not an nn\.Linear of the model; possible are 0, 2, 3"):
-        condense_model(model, ["0", "1"])
-    assert all(isinstance(model[i], nn.Linear) for i in (0, 2, 3))
 
 
 def agree():

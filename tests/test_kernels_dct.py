@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from test_kernels_triton import interpreted
 
+from interpreter import interpreted
 from rowwise.kernels.dct import column_squares, column_squares_reference, dct_columns, dct_columns_reference
 
 CPU = torch.device("cpu")

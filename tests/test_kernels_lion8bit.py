@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 from test_kernels_adamw8bit import SHAPES, WORK, assert_same, operands
-from test_kernels_triton import interpreted
+from test_kernels_rounding import round_bf16
 
+from interpreter import interpreted
 from rowwise.kernels.blockwise import dequantise, quantise
 from rowwise.kernels.lion8bit import lion8bit_, lion8bit_reference_
-from rowwise.kernels.rounding import round_bf16
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
 

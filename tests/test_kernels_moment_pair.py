@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from test_kernels_triton import interpreted
 
+from interpreter import interpreted
 from rowwise.kernels.adamw8bit import adamw8bit_reference_
 from rowwise.kernels.blockwise import BLOCK, blocks_per_row, code_book, dequantise, quantise
 from rowwise.kernels.moment_pair import dequantise_pair, quantise_pair_, quantise_pair_reference_

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_kernels_triton import interpreted
 
+from interpreter import interpreted
 from rowwise.kernels.philox import normal, normal_reference, philox_words, stream_key
 
 CPU = torch.device("cpu")

@@ -2,13 +2,21 @@
 
 import pytest
 import torch
-from test_kernels_triton import interpreted
+from torch import Tensor
 
+from interpreter import interpreted
 from rowwise.kernels.philox import philox_words, stream_key
-from rowwise.kernels.rounding import LARGEST, random_16, round_bf16, round_bf16_, round_reference_
+from rowwise.kernels.rounding import LARGEST, random_16, round_bf16_, round_reference_
 
 CPU = torch.device("cpu")
 KEY = stream_key(7, "blocks.0.attention.wq.weight")
+
+
+def round_bf16(x: Tensor, key: int, start: int) -> Tensor:
+    """`round_bf16_` into a tensor of its own."""
+    out = torch.empty_like(x, dtype=torch.bfloat16)
+    round_bf16_(x, out, key, start)
+    return out
 
 
 def bfloats(*bits: int) -> torch.Tensor:

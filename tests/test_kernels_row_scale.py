@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_kernels_triton import interpreted
 
+from interpreter import interpreted
 from rowwise.kernels.row_scale import scale_rows, scale_rows_reference
 
 SHAPES = [

@@ -1,12 +1,6 @@
-"""Law 1 for machines that are not here: every Triton kernel is compiled for sm_80, sm_90 and sm_100.
-
-And `interpreted`, with which the tests of each kernel run it on the CPU.
-"""
+"""Law 1 for machines that are not here: every Triton kernel is compiled for sm_80, sm_90 and sm_100."""
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -118,12 +112,3 @@ def test_every_kernel_is_in_the_list():
         names = [name for name, kernel in vars(module).items() if name.endswith("_kernel") and callable(kernel)]
         found |= {(capability, path.stem, name) for name in names for capability in DIVISIBLE}
     assert found == {(capability, f"{file}_triton", f"{name}_kernel") for capability, file, name, _ in KERNELS}
-
-
-def interpreted(module: str, function: str) -> None:
-    """Calls a function of a test module where Triton runs on the CPU: it reads its environment when it is imported."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    program = f"import {module}; {module}.{function}(); print('agreed')"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "agreed" in done.stdout, done.stderr[-3000:]

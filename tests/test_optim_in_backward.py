@@ -11,7 +11,7 @@ from rowwise.optim.build import build_optimizer, named_state
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.state_bytes import PeakStates
 from rowwise.trainer.data.open import open_data
-from rowwise.trainer.train import train_batches
+from rowwise.trainer.feed import train_batches
 from rowwise.trainer.update import make_update
 
 RULES = ("adamw", "adamw8bit", "fira", "muon")

@@ -13,8 +13,8 @@ from rowwise.parallel.mesh import make_mesh
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
+from rowwise.trainer.feed import eval_batches
 from rowwise.trainer.sample import generate
-from rowwise.trainer.train import eval_batches
 from wire import Begin, Log, Wire
 
 MODEL = ("model.dim=12", "model.heads=4", "model.kv_heads=2", "model.head_dim=6", "model.ffn_dim=9", "model.layers=4",

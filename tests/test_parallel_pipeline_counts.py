@@ -14,7 +14,7 @@ from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.schedule.generate import Shape, blockwise, units
 from rowwise.parallel.schedule.simulate import Costs, gathers, peak_activations
 from rowwise.trainer.data.open import open_data
-from rowwise.trainer.train import train_batches
+from rowwise.trainer.feed import train_batches
 
 MICRO_BATCHES = 8
 

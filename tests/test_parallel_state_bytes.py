@@ -10,8 +10,8 @@ from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.shard import merge_parts
 from rowwise.parallel.state_bytes import PeakStates, StateBytes, count_parts, measure, predict
 from rowwise.trainer.data.open import open_data
+from rowwise.trainer.feed import train_batches
 from rowwise.trainer.step import compute_gradients
-from rowwise.trainer.train import train_batches
 
 # Each operation is measured, so there are few: no documents, four layers.
 OVERRIDES = ("precision=fp32", "model.layers=4", "data.mask_documents=false")

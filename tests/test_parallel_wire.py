@@ -11,7 +11,7 @@ from parity import TOLERANCE, assert_all_same, engine_on, run_layouts, run_plain
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import ParallelConfig, make_mesh, resolve_degrees
 from rowwise.trainer.data.open import open_data
-from rowwise.trainer.train import train_batches
+from rowwise.trainer.feed import train_batches
 from rowwise.trainer.update import make_update
 from wire import Begin, Part, Wait, Wire, held_up
 

@@ -10,8 +10,8 @@ from rowwise.parallel.mesh import make_mesh
 from rowwise.trainer.build import build_model
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
+from rowwise.trainer.feed import eval_batches, train_batches
 from rowwise.trainer.parallelize import parallelize
-from rowwise.trainer.train import eval_batches, train_batches
 from rowwise.trainer.update import make_update
 
 MODEL = ("model.dim=12", "model.heads=4", "model.kv_heads=2", "model.head_dim=6", "model.ffn_dim=9", "model.layers=2",

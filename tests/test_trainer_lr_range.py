@@ -14,10 +14,10 @@ from rowwise.launch.pages.page import page
 from rowwise.launch.report import read_runs
 from rowwise.optim.schedules import LrRange, check_schedule
 from rowwise.parallel.mesh import Workers, make_mesh
+from rowwise.trainer.begin import range_test as range_test_of
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.lr_range import averaged, find, points_of, verdict
 from rowwise.trainer.metrics import read_metrics
-from rowwise.trainer.train import range_test as range_test_of
 from runs import records, run_said, run_train, run_until
 
 RATES = [10 ** (-6 + 6 * i / 99) for i in range(100)]

@@ -19,10 +19,10 @@ from rowwise.parallel.schedule.trace import read_trace
 from rowwise.parallel.shard import fsdp_params, sharded_modules
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
+from rowwise.trainer.feed import eval_batches, train_batches
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.pipeline import StagedDecoder
 from rowwise.trainer.sample import generate
-from rowwise.trainer.train import eval_batches, train_batches
 from rowwise.trainer.update import make_update
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, records, run_train, run_until
 

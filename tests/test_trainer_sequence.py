@@ -15,9 +15,9 @@ from rowwise.parallel.shard import gradients, squared_norm
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.data.open import open_data
+from rowwise.trainer.feed import train_batches
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.sample import generate
-from rowwise.trainer.train import train_batches
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
 
 OVERRIDES = (

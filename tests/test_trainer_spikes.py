@@ -105,6 +105,16 @@ def assert_is(config, trace) -> None:
         assert relative_error(ours[f"model.{name}"], weights) <= TOLERANCE, name
 
 
+def assert_tracked_once(config) -> None:
+    """The tracker was opened once, and has every step as the records have it, none of them twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = (Path(config.run_dir) / "tensorboard").iterdir()
+    shown = [(event.step, event.value) for event in EventAccumulator(str(file)).Reload().Scalars("loss")]
+    made = [(record["step"], record["loss"]) for record in read_metrics(Path(config.run_dir))]
+    assert shown == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in made]
+
+
 def test_a_score_is_in_spreads():
     rng = np.random.default_rng(0)
     before = rng.normal(3, 0.1, 64).tolist()
@@ -220,7 +230,8 @@ def test_a_skipped_update_is_none_on_every_layout(ranks, folder, monkeypatch, la
 @pytest.mark.parametrize("layout", now_and_in_full("3, stage 3"))
 def test_a_rollback_goes_past_what_was_read_on_every_layout(ranks, folder, monkeypatch, layout):
     world, degrees = LAYOUTS[layout]
-    config = named(with_layout(config_of(folder, "on_spike=rollback"), world, **degrees), folder, f"back-{layout}")
+    options = ("on_spike=rollback", "tracker=tensorboard")
+    config = named(with_layout(config_of(folder, *options), world, **degrees), folder, f"back-{layout}")
     states = ranks.run(run_train, world, config)
     assert all(state == states[0] for state in states)
     assert (states[0].updates, states[0].position) == (STEPS, (STEPS + AT - ANCHOR) * 24)
@@ -231,6 +242,7 @@ def test_a_rollback_goes_past_what_was_read_on_every_layout(ranks, folder, monke
     assert spikes_in(config) == {ANCHOR + 1: "rolled back"}
     assert [record["step"] for record in read_metrics(Path(config.run_dir))] == list(range(1, STEPS + 1))
     assert len(read_starts(Path(config.run_dir))) == 1  # a rollback is none
+    assert_tracked_once(config)
     batch = parity.global_batch
     monkeypatch.setattr(parity, "global_batch", lambda c, d, s: batch(c, d, s + (AT - ANCHOR) * (s >= ANCHOR)))
     assert_is(config, run_plain(config, STEPS))

@@ -40,6 +40,17 @@ def send(config, run_dir, tree=TREE) -> None:
         tracker.close()
 
 
+def go_back(config, run_dir) -> None:
+    """The same records from one tracker, which a rollback took back."""
+    tracker = open_tracker(config, run_dir, "run", TREE, STARTS[0][0] - 1)
+    for start, steps in enumerate(STARTS):
+        if start:
+            tracker.go_back(steps[0] - 1)
+        for step in steps:
+            tracker.log(record_of(step, start))
+    tracker.close()
+
+
 def test_a_package_that_is_not_there_is_named_with_the_command_that_gets_it(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     for config in (Wandb(), Mlflow(), Trackio(), TensorBoard()):
@@ -142,11 +153,14 @@ def test_trackio_has_one_run_over_resumes(tmp_path, monkeypatch):
     assert found[-1]["density_by_layer/a.b"] == 1.0
 
 
-def test_tensorboard_drops_what_is_made_again(tmp_path):
+@pytest.mark.parametrize(("logged", "files"), [(send, 2), (go_back, 1)], ids=["resumed", "rolled back"])
+def test_tensorboard_drops_what_is_made_again(tmp_path, logged, files):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    send(TensorBoard(), tmp_path)
+    logged(TensorBoard(), tmp_path)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == files
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     losses = {event.step: event.value for event in events.Scalars("loss")}
     assert losses == pytest.approx({1: 1.0, 2: 0.5, 3: 1 / 3 + 1, 4: 1.25})
     assert "spike" not in events.Tags()["scalars"]

@@ -60,7 +60,7 @@ class Saver:
     hashes and commits, and training's stream is never waited for. The thread's messages (plans and checksums, kilobytes)
     go over `mesh.save_group`. An error in the thread is raised by the next `save`, `poll` or
     `wait`. Weights that are not finite are not saved: that is NotFinite, or, where `spoilt_ends` is false, no error.
-    `is_anchor`: see `manifest.prune`.
+    `is_anchor`: see `manifest.prune`. As a context, it is closed.
     """
 
     def __init__(
@@ -79,6 +79,12 @@ class Saver:
         # torch's writer waits for the current stream once a tensor: training's, if the thread had none of its own.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=device.own_stream)
         self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def save(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
         """Saves `tensors` as the checkpoint of `step`. All ranks must call it. Waits for the save before."""

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.rows import local
+from rowwise.optim.schedules import LrRange
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.state import TrainState
+from rowwise.trainer.step import StepReport
 
 
 class NotFinite(FloatingPointError):
@@ -33,3 +37,26 @@ def told(names: list[str]) -> str:
     """Such as: weights are not finite (embed.weight and 3 more)."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"weights are not finite ({names[0]}{more})"
+
+
+def require_usable(
+    report: StepReport, config: TrainConfig, state: TrainState, tensors: dict[str, Tensor], mesh: Mesh
+) -> None:
+    """Of a step whose update was not made: a spike is passed over, and where the gradient is no number, fp16 passes it over as
+    long as a smaller loss scale may help, and a range test ends by it; anything else stops the run, before it is spoilt where
+    that is possible. Says whether the weights were spoilt already, by the update before, whose own loss was a number. Raises
+    FloatingPointError."""
+    if report.held or isinstance(config.schedule, LrRange):
+        return
+    if config.precision.name == "fp16" and state.loss_scale.scale > 1:
+        return
+    spoilt = of_any_rank(not_finite(tensors), mesh)
+    weights = "the weights are finite, as they were before it"
+    if config.optim.in_backward:
+        weights = "the weights have taken it (optim.in_backward)"
+    elif spoilt:
+        weights = f"{told(spoilt)} since the update of step {state.step}"
+    raise FloatingPointError(
+        f"step {state.step + 1}: the gradient norm is not a number (loss {report.loss}); {weights}. "
+        "A smaller optim.lr, a longer warm-up or clip_norm may help"
+    )

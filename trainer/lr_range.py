@@ -78,11 +78,12 @@ class RangeTest:
         self._points = list(before)
         self._average = averaged([loss for _, loss in before])
 
-    def add(self, record: dict[str, Any]) -> None:
-        """A step that was made."""
+    def add(self, record: dict[str, Any]) -> bool:
+        """Takes a step that was made. Returns whether the test is over."""
         for point in points_of([record]):
             self._points.append(point)
             self._average.add(point[1])
+        return self.over
 
     @property
     def over(self) -> bool:

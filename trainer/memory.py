@@ -39,5 +39,5 @@ def keep_memory(run_dir: Path, mesh: Mesh, model: nn.Module, optimizer: Optimize
     )
     everyone = from_every_rank(asdict(ours), mesh.save_group)
     if mesh.rank == 0:
-        document = {"device": mesh.device.type, "ranks": everyone, "predicted": None}
+        document = {"device": mesh.device.type, "ranks": everyone}
         write_whole(run_dir / "memory.json", to_json(document) + "\n")

@@ -19,6 +19,10 @@ from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.pipeline import StagedDecoder, connect_stages
 from rowwise.trainer.pruned import prune_groups
 
+Conversion = Callable[[list[Decoder], TrainConfig, Mesh], None]
+# Each puts other layers in the place of those that a configuration names, with the very same parameters; in this order.
+CONVERSIONS: tuple[Conversion, ...] = (prune_groups,)
+
 
 def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> tuple[Engine, Sparsity | None]:
     """Splits `model`, on the meta device, over the mesh, in place, and gives it its numbers: each rank makes its own rows and no
@@ -26,7 +30,8 @@ def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh)
     stages = list(model.decoders.values()) if isinstance(model, StagedDecoder) else [model]
     # What layers are made of, and what they compute with.
     model.to(parameter_dtype(config))
-    prune_groups(stages, config, mesh)
+    for convert in CONVERSIONS:
+        convert(stages, config, mesh)
     # How they compute it: a compiled block gathers nothing, so it is inside what FSDP2 gathers.
     if config.compile:
         compile_blocks(stages)

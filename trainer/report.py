@@ -11,18 +11,22 @@ from rowwise.optim.build import Assignments, assignment_table, joined, state_byt
 from rowwise.optim.lengths import read_length
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import padded_length
+from rowwise.trainer.advice import warnings
+from rowwise.trainer.begin import Begun
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.console import Console, forecast
-from rowwise.trainer.data.open import Data, data_in_words
+from rowwise.trainer.data.open import Data, data_in_words, told_of_data
 from rowwise.trainer.files import write_whole
 from rowwise.trainer.manifest import newest_sound
 from rowwise.trainer.metrics import MetricsLog, Recorded, last_records
+from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.pace import recent_pace
 from rowwise.trainer.peaks import device_name
 from rowwise.trainer.runlog import keep_said
+from rowwise.trainer.starts import Start, keep_start
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.summary import ending, header
-from rowwise.trainer.tracker import open_tracker
+from rowwise.trainer.tracker import Tracker, open_tracker
 
 
 class Reporter:
@@ -55,14 +59,15 @@ class Reporter:
 class RankZeroReporter(Reporter):
     """Writes each record to metrics.jsonl, then shows it."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, state: TrainState, recorded: Recorded):
+    def __init__(self, config: TrainConfig, mesh: Mesh, begun: Begun, outlets: "Outlets"):
         self._config, self._run_dir = config, Path(config.run_dir)
         tree = tree_of(config)
         write_whole(self._run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)))
-        self._metrics = MetricsLog(self._run_dir, state.step, recorded)
-        self._tracker = open_tracker(config.tracker, self._run_dir, config.name, tree, state.step)
+        step = begun.state.step
+        self._metrics = MetricsLog(self._run_dir, step, begun.recorded)
+        self._tracker = outlets.tracker(config, tree, step)
         log_every = config.length.in_steps(read_length("log_every", config.log_every))
-        self._console = Console(self._run_dir, state.step, config.steps, log_every, mesh.world_size)
+        self._console = Console(self._run_dir, step, config.steps, log_every, mesh.world_size)
         for remark in self._metrics.remarks:
             self.warn(remark)
 
@@ -117,24 +122,48 @@ class RankZeroReporter(Reporter):
     def close(self) -> None:
         self._console.close()
         self._metrics.close()
+
+
+class Outlets:
+    """What of a run is opened once, however often it is rolled back: its tracker, and its line in starts.jsonl, which says by
+    which `command` it was started. As a context, it is closed."""
+
+    def __init__(self, command: str | None):
+        self._command, self._started = command, False
+        self._tracker: Tracker | None = None
+
+    def __enter__(self) -> "Outlets":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self._tracker is not None:
             self._tracker.close()
 
+    def tracker(self, config: TrainConfig, tree: dict[str, Any], step: int) -> Tracker | None:
+        """The tracker of a run that goes on after `step`, or goes back to it."""
+        if self._tracker is not None:
+            self._tracker.go_back(step)
+        else:
+            self._tracker = open_tracker(config.tracker, Path(config.run_dir), config.name, tree, step)
+        return self._tracker
+
+    def tell_start(self, config: TrainConfig, mesh: Mesh, step: int) -> None:
+        """Adds the line, unless there is nothing left to do. Raises DiskFull."""
+        if not self._started and step < config.steps:
+            parameters, _ = parameter_count(config.model)
+            start = Start(step, mesh.world_size, device_name(mesh.device), parameters, self._command)
+            keep_start(Path(config.run_dir), start)
+        self._started = True
+
 
 def open_reporter(
-    config: TrainConfig,
-    mesh: Mesh,
-    state: TrainState,
-    recorded: Recorded,
-    data: Data,
-    parts: list[Assignments],
-    remarks: list[str],
+    config: TrainConfig, mesh: Mesh, data: Data, begun: Begun, parts: list[Assignments], outlets: Outlets
 ) -> Reporter:
-    """The reporter of this rank; says what the run is and where it starts. `parts`: the assignments of each stage; `remarks`:
-    a warning is one that begins so."""
+    """The reporter of this rank; says what the run is and where it starts. `parts`: the assignments of each stage. Raises
+    DiskFull."""
     if mesh.rank != 0:
         return Reporter()
-    reporter = RankZeroReporter(config, mesh, state, recorded)
+    reporter = RankZeroReporter(config, mesh, begun, outlets)
     reporter.begin(mesh, data, joined(parts))
     if mesh.sequence is not None:
         ring, ulysses, length = config.parallel.ring, config.parallel.ulysses, config.batch.seq_len
@@ -142,11 +171,13 @@ def open_reporter(
             reporter.say(
                 f"sequences of {length} tokens are padded to {padded}, which {ring * ulysses} ranks share evenly"
             )
-    for remark in remarks:
+    for remark in told_of_data(config.data, data) + warnings(config, data, mesh.device) + begun.remarks:
         if remark.startswith("warning: "):
             reporter.warn(remark.removeprefix("warning: "))
         else:
             reporter.say(remark)
-    if state.step >= config.steps:
-        reporter.say(f"{config.run_dir} is complete at step {state.step}; raise steps= to go on, or give another name=")
+    if begun.state.step >= config.steps:
+        step = begun.state.step
+        reporter.say(f"{config.run_dir} is complete at step {step}; raise steps= to go on, or give another name=")
+    outlets.tell_start(config, mesh, begun.state.step)
     return reporter

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rowwise.parallel.precision import LossScale
-from rowwise.trainer.spike import Spikes
+from rowwise.parallel.precision import LossScale, next_loss_scale
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.spike import Spikes, after_step
+from rowwise.trainer.step import StepReport
 
 
 @dataclass
@@ -28,3 +30,13 @@ class TrainState:
     def from_tree(cls, tree: Mapping[str, Any]) -> "TrainState":
         spikes = Spikes.from_tree(tree["spikes"]) if "spikes" in tree else Spikes()
         return cls(**{**tree, "loss_scale": LossScale(**tree["loss_scale"]), "spikes": spikes})
+
+
+def advance(state: TrainState, report: StepReport, config: TrainConfig) -> None:
+    """Counts the step that was just made."""
+    state.step += 1
+    state.position += config.batch.global_size
+    state.tokens += config.batch.places
+    state.updates += report.applied
+    state.spikes = after_step(state.spikes, report.loss, report.grad_norm, report.held, config.spike)
+    state.loss_scale = next_loss_scale(state.loss_scale, config.precision, overflow=not report.finite)

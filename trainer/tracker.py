@@ -77,6 +77,9 @@ MOST_PARAMETERS, MOST_METRICS, LONGEST_PARAMETER = 100, 1000, 500  # that MLflow
 class Tracker(Protocol):
     def log(self, record: dict[str, Any]) -> None: ...
 
+    def go_back(self, step: int) -> None:
+        """What was logged beyond `step` is made, and logged, again."""
+
     def close(self) -> None: ...
 
 
@@ -129,6 +132,9 @@ class _WandbTracker:
     def log(self, record: dict[str, Any]) -> None:
         self._run.log({key: value for key, value in record.items() if value is not None})
 
+    def go_back(self, step: int) -> None:
+        """Does nothing: what is made again is sent again under the same step."""
+
     def close(self) -> None:
         self._run.finish()
 
@@ -180,6 +186,9 @@ class _MlflowTracker:
         except Exception as error:  # whatever the network has: the run goes on, and metrics.jsonl has it all
             self._complaint = str(error)
 
+    def go_back(self, step: int) -> None:
+        """Does nothing: what is made again is sent again under the same step."""
+
     def close(self) -> None:
         """Also sends what came as the thread was about to rest."""
         self._thread.submit(self._send)
@@ -209,6 +218,9 @@ class _TrackioTracker:
     def log(self, record: dict[str, Any]) -> None:
         self._run.log(dict(_numbers(record)), step=record["step"])
 
+    def go_back(self, step: int) -> None:
+        """Does nothing: what is made again is sent again under the same step."""
+
     def close(self) -> None:
         self._run.finish()
 
@@ -223,6 +235,13 @@ class _TensorBoardTracker:
     def log(self, record: dict[str, Any]) -> None:
         for key, value in _numbers(record):
             self._writer.add_scalar(key, value, record["step"])
+
+    def go_back(self, step: int) -> None:
+        """As at a start: whoever reads the file drops what it has of later steps."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        assert self._writer.file_writer is not None
+        self._writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
 
     def close(self) -> None:
         self._writer.close()

@@ -30,12 +30,11 @@ def show(runs: Sequence[Run]) -> list[str]:
 
 
 def bars(document: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """(name, bytes by category) of what was predicted, where it was, and of each rank. Raises ValueError."""
-    ranks, predicted = document.get("ranks"), document.get("predicted")
+    """Reads (name, bytes by category) of each rank. Raises ValueError."""
+    ranks = document.get("ranks")
     if not isinstance(ranks, list) or not all(isinstance(rank, dict) for rank in ranks) or not ranks:
         raise ValueError('memory.json has no list "ranks" of the bytes of each')
-    found = [(f"rank {i}", rank) for i, rank in enumerate(ranks)]
-    return [("predicted", predicted), *found] if isinstance(predicted, dict) else found
+    return [(f"rank {i}", rank) for i, rank in enumerate(ranks)]
 
 
 def parts(held: dict[str, float]) -> dict[str, float]:
@@ -46,10 +45,10 @@ def parts(held: dict[str, float]) -> dict[str, float]:
 
 
 def by_rank(run: Run, document: dict[str, Any], runs: Sequence[Run]) -> str:
-    """A bar a rank, and what was predicted first."""
+    """Draws a bar a rank."""
     columns = [(name, parts(held)) for name, held in bars(document)]
     colors = {**CATEGORIES, REST: GREY}
-    largest = max((held for name, held in columns if name != "predicted"), key=lambda held: sum(held.values()))
+    largest = max((held for _, held in columns), key=lambda held: sum(held.values()))
     unit, word = _unit(sum(largest.values()))
 
     def paint(axes: "Axes") -> None:

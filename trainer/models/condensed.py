@@ -1,7 +1,5 @@
 """Linear layers of constant fan-in for inference: see `rowwise.kernels.condensed`."""
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 
 from rowwise.kernels.condensed import Condensed, condense, condensed_linear
@@ -56,22 +54,3 @@ class CondensedLinear(nn.Module):
             f"in_features={self.shape[1]}, out_features={self.shape[0]}, fan_in={self.values.size(1)}, "
             f"ablated={ablated}, bias={self.bias is not None}"
         )
-
-
-def condense_model(model: nn.Module, names: Iterable[str]) -> None:
-    """Replaces the nn.Linear modules `names` of `model`, in place, all or none.
-
-    Raises ValueError for a name that is none, and for a weight that is not of constant fan-in, by name.
-    """
-    modules, condensed = dict(model.named_modules()), {}
-    for name in names:
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
-            possible = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-            raise ValueError(f"{name} is not an nn.Linear of the model; possible are {', '.join(possible)}")
-        try:
-            condensed[name] = CondensedLinear.from_linear(linear)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    for name, module in condensed.items():
-        model.set_submodule(name, module)

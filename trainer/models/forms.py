@@ -25,7 +25,6 @@ from rowwise.trainer.models.config_json import FORM, FORMS, our_keys, read_confi
 from rowwise.trainer.models.decoder import Decoder, model_of
 from rowwise.trainer.models.huggingface import opened, their_name, weight_files
 
-SEMI_STRUCTURED_DTYPES = (torch.bfloat16, torch.float16)
 _ROWS, _COLUMNS = 32, 64  # of which 2:4 matrices of 16-bit numbers are multiples
 
 

@@ -1,0 +1,64 @@
+"""Where a run begins, or goes on: what it is loaded from, and what is known of it then."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rowwise.optim.schedules import LrRange
+from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.objects import from_rank_0
+from rowwise.parallel.precision import initial_loss_scale
+from rowwise.trainer.checkpoint import load_first_sound
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.data.open import Data
+from rowwise.trainer.lr_range import RangeTest, points_of
+from rowwise.trainer.manifest import set_aside
+from rowwise.trainer.metrics import Recorded, read_metrics
+from rowwise.trainer.resume import changes, find_resume, recorded_by, told_of
+from rowwise.trainer.rollback import Rollbacks, pass_over
+from rowwise.trainer.spike import told_of as told_of_rollback
+from rowwise.trainer.state import TrainState
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Where a run starts: its numbers, what is known of the records before, what is to be said, and the manifest that it goes
+    on from, if any."""
+
+    state: TrainState
+    recorded: Recorded
+    remarks: list[str]
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor], rollbacks: Rollbacks) -> Begun:
+    """Loads the newest sound checkpoint that `config.resume` allows into `tensors`; of a run that was rolled back, its own.
+    Says what was passed over as damaged, where it goes on, what changes, and what it was rolled back by."""
+    here = find_resume(config, data.train.fingerprint, bool(rollbacks)) if mesh.rank == 0 else []
+    found = from_rank_0(here, mesh.save_group)
+    if not found:
+        return Begun(TrainState(loss_scale=initial_loss_scale(config.precision)), Recorded(), [])
+    checkpoint, manifest, complaints = load_first_sound(found, tensors, mesh)
+    if mesh.rank == 0:
+        set_aside(Path(config.run_dir) / "checkpoints", beyond=manifest["step"])
+    state = TrainState.from_tree(manifest["state"])
+    if manifest["precision"] != config.precision.name:
+        state.loss_scale = initial_loss_scale(config.precision)
+    remarks = [f"warning: {complaint}; passed over" for complaint in complaints]
+    remarks += [told_of(checkpoint, config), *changes(manifest, config)]
+    if rollbacks:
+        remarks.append(told_of_rollback(pass_over(state, rollbacks)))
+    return Begun(state, recorded_by(checkpoint, manifest, config), remarks, manifest)
+
+
+def range_test(config: TrainConfig, mesh: Mesh, step: int) -> RangeTest | None:
+    """The learning-rate range test that a run is, with what its records up to `step` say; None where it is none. Rank 0 reads
+    them for all: ranks that read otherwise would end at different steps."""
+    if not isinstance(config.schedule, LrRange):
+        return None
+    made = read_metrics(Path(config.run_dir)) if mesh.rank == 0 else []
+    points = points_of([record for record in made if record["step"] <= step])
+    return RangeTest(from_rank_0(points, mesh.save_group))
