@@ -23,7 +23,7 @@ from rowwise.kernels.spec import specs_of
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import LOW_RANK, OptimConfig, build_optimizer, rule_name
 from rowwise.trainer.config import config_from_tree
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_specs
 
 RULES = [choice.name for choice in get_args(OptimConfig)]
 RANKS = {"llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}  # Zhao et al., *GaLore*, table 2
@@ -63,7 +63,7 @@ def model_config(model: str, *overrides: str) -> ModelConfig:
 
 def rank_of(config: ModelConfig) -> int:
     """The paper's; for other models a quarter of the width, if every matrix has it."""
-    narrow = min(min(shape) for shape in parameter_shapes(config).values() if len(shape) == 2)
+    narrow = min(min(spec.matrix) for spec in parameter_specs(config).values() if spec.role != "vector")
     return RANKS.get(config.name, min(config.dim // 4, narrow))
 
 

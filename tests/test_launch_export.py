@@ -25,7 +25,7 @@ from rowwise.trainer import whole as reading
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.config import Text
 from rowwise.trainer.data.tokenizer import ByteTokenizer
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes, parameter_specs
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_specs
 from rowwise.trainer.models.huggingface import INDEX, check_source, rows_from
 from rowwise.trainer.prepare import examine
 from rowwise.trainer.train import train
@@ -75,7 +75,7 @@ def step(run: Path | str, number: int) -> Path:
 
 def parameters_of(checkpoint: Path, model: ModelConfig) -> dict[str, Tensor]:
     """Read by torch alone."""
-    tensors = {f"model.{name}": torch.empty(shape) for name, shape in parameter_shapes(model).items()}
+    tensors = {f"model.{name}": torch.empty(spec.shape) for name, spec in parameter_specs(model).items()}
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
@@ -155,7 +155,7 @@ def test_the_checkpoint_is_read_one_file_at_a_time(run_of, tmp_path, monkeypatch
     assert main([f"run={config.run_dir}", f"to={tmp_path / 'to'}", "max_file_bytes=12000"]) == 0
     assert len(asked) == len(list((tmp_path / "to").glob("*.safetensors"))) > 3
     assert max(sum(sizes.values()) for sizes in asked) <= 12_000
-    assert [name for sizes in asked for name in sizes] == [f"model.{name}" for name in parameter_shapes(config.model)]
+    assert [name for sizes in asked for name in sizes] == [f"model.{name}" for name in parameter_specs(config.model)]
 
 
 def embedding(folder: Path) -> Tensor:

@@ -20,7 +20,7 @@ from rowwise.launch.export import main
 from rowwise.trainer.config import tree_of
 from rowwise.trainer.manifest import begin, commit, file_facts
 from rowwise.trainer.models.condensed import CondensedLinear
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes, parameter_specs
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_specs
 from rowwise.trainer.models.forms import open_exported, semi_structured_weight
 from rowwise.trainer.models.huggingface import INDEX, check_source
 from runs import manifest_at
@@ -38,7 +38,7 @@ THEIRS = {name: str(spec.theirs) for name, spec in parameter_specs(replace(EVEN,
 
 def random_weights(config: ModelConfig) -> Weights:
     torch.manual_seed(1)
-    return {name: torch.randn(shape) / 5 for name, shape in parameter_shapes(config).items()}
+    return {name: torch.randn(spec.shape) / 5 for name, spec in parameter_specs(config).items()}
 
 
 def hidden(weights: Weights) -> list[str]:

@@ -29,7 +29,7 @@ from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.models import huggingface
 from rowwise.trainer.models.config_json import their_config
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_shapes, parameter_specs
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_specs
 from rowwise.trainer.models.huggingface import (
     INDEX,
     SINGLE,
@@ -205,7 +205,7 @@ def test_writing_holds_one_file_at_a_time(tmp_path):
 
 def test_a_tensor_above_the_file_size_is_a_file_of_its_own(tmp_path):
     files = write(tmp_path, random_model(CASES["llama"]), max_file_bytes=1)
-    assert len(files) == len(parameter_shapes(CASES["llama"])) and all(len(load_file(path)) == 1 for path in files)
+    assert len(files) == len(parameter_specs(CASES["llama"])) and all(len(load_file(path)) == 1 for path in files)
     loaded(tmp_path, CASES["llama"])
 
 

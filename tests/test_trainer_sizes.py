@@ -11,7 +11,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.keys import flat
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, parameter_count, parameter_shapes
+from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, parameter_count, parameter_specs
 from rowwise.trainer.prepare import check_room
 
 SMALL = ModelConfig(layers=3, dim=24, heads=6, kv_heads=2, ffn_dim=40, vocab_size=50)
@@ -26,7 +26,8 @@ def test_parameters_are_counted_without_a_model_as_the_model_has_them(form):
     config = replace(SMALL, **form)
     with torch.device("meta"):
         model = Decoder(config)
-    assert list(parameter_shapes(config).items()) == [(name, p.shape) for name, p in model.named_parameters()]
+    shapes = [(name, spec.shape) for name, spec in parameter_specs(config).items()]
+    assert shapes == [(name, p.shape) for name, p in model.named_parameters()]
     total = sum(p.numel() for p in model.parameters())
     looked_up = 0 if config.tie_embeddings else config.vocab_size * config.dim
     assert parameter_count(config) == (total, total - looked_up)

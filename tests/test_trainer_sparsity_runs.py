@@ -8,7 +8,7 @@ import torch
 from parity import small_config, with_layout
 from rowwise.optim.sparse.masks import count, unpack
 from rowwise.trainer.metrics import read_metrics
-from rowwise.trainer.models.decoder import flops_per_token, parameter_shapes
+from rowwise.trainer.models.decoder import flops_per_token, parameter_specs
 from rowwise.trainer.prepare import prepare
 from rowwise.trainer.resume import state_facts
 from runs import assert_resumes_to_the_last_bit, assert_same_run, final_tensors, named, run_train, run_until
@@ -47,7 +47,9 @@ def config_of(method: str, folder, *more: str):
 
 def hidden(config) -> dict[str, torch.Size]:
     return {
-        name: shape for name, shape in parameter_shapes(config.model).items() if "blocks" in name and len(shape) == 2
+        name: spec.shape
+        for name, spec in parameter_specs(config.model).items()
+        if "blocks" in name and len(spec.shape) == 2
     }
 
 

@@ -250,12 +250,6 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     return decoder_specs(config, {name: p.shape for name, p in one.named_parameters()})
 
 
-@functools.cache
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Gives the shape of every parameter, by name and in order."""
-    return {name: spec.shape for name, spec in parameter_specs(config).items()}
-
-
 def parameter_count(config: ModelConfig) -> tuple[int, int]:
     """(all parameters, those of a matrix that multiplies every token), by arithmetic alone."""
     dim, size = config.dim, config.head_size
