@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.kernels.products import float32_products
@@ -21,8 +22,8 @@ Piece = tuple[str, Tensor, Tensor, dict[str, Tensor], torch.Size, int]  # an ent
 
 
 class Optimizer(torch.optim.Optimizer):
-    """`groups`: dicts of `params`, their `names`, `rule` and `weight_decay`, and whether they are `batched`. State: what the
-    rules keep, tensors only.
+    """`groups`: dicts of `params`, their `names`, `rule` and `weight_decay`, whether they are `batched`, and the `view` of the
+    mesh that they are laid over. State: what the rules keep, tensors only.
 
     The number of updates made is a plain number of each group (`step`), the same for all.
     """
@@ -53,7 +54,7 @@ class Optimizer(torch.optim.Optimizer):
         self.begin_step()
         for group in self.param_groups:
             live = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
-            for some in _portions(live, group["rule"], group["batched"]):
+            for some in _portions(live, group):
                 self._apply(group, some)
 
     def begin_step(self) -> None:
@@ -106,7 +107,7 @@ class Optimizer(torch.optim.Optimizer):
             states=states,
             shapes=shapes,
             offsets=offsets,
-            group=None if group["batched"] else shard_group(named[0][1]),
+            group=_exchange_group(group, named[0][1]),
             step=group["step"],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
@@ -137,7 +138,12 @@ def _new_state(group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
     return {key: each_of(p, t) for key, t in one.items()}
 
 
-def _portions(live: list[tuple[str, Tensor]], rule: Rule, batched: bool) -> Iterable[list[tuple[str, Tensor]]]:
+def _exchange_group(group: dict[str, Any], p: Tensor) -> dist.ProcessGroup | None:
+    """The ranks over which the rule of `p` sums what it needs of a whole matrix; None where each has whole ones."""
+    return None if group["batched"] else shard_group(p)
+
+
+def _portions(live: list[tuple[str, Tensor]], group: dict[str, Any]) -> Iterable[list[tuple[str, Tensor]]]:
     """PORTION_BYTES at a time, or a larger parameter alone (a `shared` rule: at least as many as ranks hold their rows); all
     at once where that takes no memory.
 
@@ -145,10 +151,11 @@ def _portions(live: list[tuple[str, Tensor]], rule: Rule, batched: bool) -> Iter
     """
     if not live:
         return []
+    rule: Rule = group["rule"]
     if rule.fused and (rule.rounds or live[0][1].dtype != torch.bfloat16):
         return [live]
-    group = shard_group(live[0][1]) if rule.shared and not batched else None
-    least = group.size() if group else 1
+    ranks = _exchange_group(group, live[0][1]) if rule.shared else None
+    least = ranks.size() if ranks else 1
     portions: list[list[tuple[str, Tensor]]] = [[]]
     held = 0
     for name, p in live:

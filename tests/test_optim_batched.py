@@ -1,4 +1,4 @@
-"""A parameter that is a batch of matrices follows every rule as so many matrices would, on one rank and split over two."""
+"""A parameter that is a batch of matrices follows every rule as so many matrices would, on one rank and split over two. (Law 2.)"""
 
 import re
 

@@ -1,5 +1,5 @@
 """Parameters in different views of one mesh: each has ranks of its own that split and repeat its rows, and what is summed over
-all of them counts every row once."""
+all of them counts every row once. (Law 2.)"""
 
 from dataclasses import replace
 
