@@ -18,7 +18,7 @@ from rowwise.kernels.rows import local, row_offset
 from rowwise.optim.rule import Batch, Rule, each_of, shard_group
 
 PORTION_BYTES = 16 << 20  # of float32 parameters that a rule is given at a time: its temporaries are a few times that
-Piece = tuple[str, Tensor, Tensor, dict[str, Tensor], torch.Size, int]  # an entry of each list of a `Batch`
+Entry = tuple[str, Tensor, Tensor, dict[str, Tensor], torch.Size, int]  # of each list of a `Batch`, one
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -95,10 +95,10 @@ class Optimizer(torch.optim.Optimizer):
         return [t for p in self._places for t in (local(p.detach()), *self._local_states[p].values())]
 
     def _apply(self, group: dict[str, Any], named: list[tuple[str, Tensor]]) -> None:
-        pieces = [piece for name, p in named for piece in self._pieces(group, name, p)]
-        if not pieces:
+        entries = self._entries(group, named)
+        if not entries:
             return  # of a batch of matrices this rank may have none
-        names, params, grads, states, shapes, offsets = map(list, zip(*pieces, strict=True))
+        names, params, grads, states, shapes, offsets = map(list, zip(*entries, strict=True))
         narrow = params[0].dtype == torch.bfloat16 and not group["rule"].rounds
         batch = Batch(
             names=names,
@@ -119,16 +119,20 @@ class Optimizer(torch.optim.Optimizer):
             for p, wide, (key, start) in zip(params, batch.params, batch.rounding(), strict=True):
                 round_bf16_(wide, p, key, start)
 
-    def _pieces(self, group: dict[str, Any], name: str, p: Tensor) -> Iterator[Piece]:
-        """The entries of a `Batch` for one parameter: one, or one for each matrix of a batch."""
-        assert p.grad is not None
-        param, grad, state, offset = local(p), local(p.grad), self._local_states[p], self._offsets[p]
-        if not group["batched"]:
-            yield name, param, grad, state, p.shape, offset
-            return
-        for i in range(len(param)):
-            one = {key: t[i] for key, t in state.items()}
-            yield f"{name}[{offset + i}]", param[i], grad[i], one, p.shape[1:], 0
+    def _entries(self, group: dict[str, Any], named: list[tuple[str, Tensor]]) -> list[Entry]:
+        states, offsets = self._local_states, self._offsets
+        entries = [
+            (name, local(p), local(p.grad), states[p], p.shape, offsets[p]) for name, p in named if p.grad is not None
+        ]
+        return [one for entry in entries for one in _each(*entry)] if group["batched"] else entries
+
+
+def _each(
+    name: str, p: Tensor, grad: Tensor, state: dict[str, Tensor], shape: torch.Size, offset: int
+) -> Iterator[Entry]:
+    """The entries of the matrices that a batch has on this rank."""
+    for i in range(len(p)):
+        yield f"{name}[{offset + i}]", p[i], grad[i], {key: t[i] for key, t in state.items()}, shape[1:], 0
 
 
 def _new_state(group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
