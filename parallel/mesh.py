@@ -134,7 +134,9 @@ class View:
     @property
     def replicas(self) -> int:
         """How many ranks hold the same rows."""
-        return self.states["replicate"].size()
+        names = self.states.mesh_dim_names
+        assert names is not None
+        return self.states.size(names.index("replicate"))  # of one axis by itself, a device mesh is made anew each time
 
 
 @dataclass(frozen=True)
