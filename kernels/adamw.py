@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rowwise.kernels import torch_lists
+
 
 def adamw_(
     params: Sequence[Tensor],
@@ -29,7 +31,7 @@ def adamw_(
     if not params:
         return
     steps = [torch.full((), float(step), device=params[0].device)] * len(params)
-    torch._fused_adamw_(
+    torch_lists.fused_adamw_(
         list(params),
         list(grads),
         list(exp_avgs),

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from rowwise.kernels.attention_block import Attended, Gradients, block_backward, block_forward, repeat_heads
 from rowwise.kernels.attention_packed import packed_backward, packed_forward, packings, packs, taken
+from rowwise.kernels.torch_compiler import left_to_python
 from rowwise.kernels.visible import Area, Documents, Run, visible_areas
 
 
@@ -42,9 +43,7 @@ def causal_attention(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: 
     return y_BHSE.transpose(1, 2)
 
 
-# The areas differ from batch to batch: a compiled block leaves them to Python. (torch.compiler.disable would import the compiler
-# here, and not when this is first called.)
-@torch._disable_dynamo
+@left_to_python  # the areas differ from batch to batch
 def _packed_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     return _PackedAttention.apply(q, k, v, documents)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-aten = torch.ops.aten
+from rowwise.kernels import torch_attention
 
 
 class Attended(NamedTuple):
@@ -42,12 +42,12 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     size = q.size(-1)
     q, k, v = (_heads_first(t, operator) for t in (q, k, v))
     if operator == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        out, lse = torch_attention.cpu_forward(q, k, v, 0.0, causal, scale=scale)
     elif operator == "flash":
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        out, lse, *_ = torch_attention.flash_forward(q, k, v, 0.0, causal, False, scale=scale)
     else:
         k, v = (repeat_heads(t, q.size(1)) for t in (k, v))
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+        out, lse, *_ = torch_attention.efficient_forward(q, k, v, None, True, 0.0, causal, scale=scale)
     # Some operators pad the queries of lse.
     return out.transpose(1, 2)[..., :size], lse[..., : q.size(2)]
 
@@ -61,21 +61,19 @@ def block_backward(d_out: Tensor, attended: Attended, causal: bool, scale: float
     size, groups = q.size(-1), k.size(2)
     d_out, q, k, v, out = (_heads_first(t, operator) for t in (d_out, q, k, v, out))
     if operator == "cpu":
-        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, lse, 0.0, causal, scale=scale
-        )
+        gradients = torch_attention.cpu_backward(d_out, q, k, v, out, lse, 0.0, causal, scale=scale)
     else:
         # Of dropout, which there is none of.
         seed, offset = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
         if operator == "flash":
-            gradients = aten._scaled_dot_product_flash_attention_backward(
+            gradients = torch_attention.flash_backward(
                 d_out, q, k, v, out, lse, None, None, q.size(2), k.size(2), 0.0, causal, seed, offset, scale=scale
             )
         else:
             k, v = (repeat_heads(t, q.size(1)) for t in (k, v))
             asked = [True, True, True, False]
             lse = F.pad(lse, (0, -lse.size(2) % 32), value=torch.inf)  # its kernel reads 32 queries at a time
-            d_q, d_k, d_v, _ = aten._scaled_dot_product_efficient_attention_backward(
+            d_q, d_k, d_v, _ = torch_attention.efficient_backward(
                 d_out, q, k, v, None, out, lse, seed, offset, 0.0, asked, causal, scale=scale
             )
             gradients = d_q, _summed(d_k, groups, dim=1), _summed(d_v, groups, dim=1)

@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rowwise.kernels import torch_attention
 from rowwise.kernels.attention_block import Attended, Gradients, block_backward, block_forward, operator_of
 from rowwise.kernels.visible import Area
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +94,7 @@ def packed_forward(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: flo
         outs, lses = zip(*parts, strict=True)
         return torch.cat([out[0] for out in outs]), torch.cat([lse[0] for lse in lses], dim=1)
     size = q.size(-1)
-    out, lse, *_ = aten._flash_attention_forward(
+    out, lse, *_ = torch_attention.packed_flash_forward(
         *map(_filled, (q, k, v)), *_shape(packing), 0.0, packing.causal, False, scale=scale
     )
     return out[..., :size], lse
@@ -115,7 +114,7 @@ def packed_backward(d_out: Tensor, attended: Attended, packing: Packing, scale: 
         return d_q, d_k, d_v
     size = q.size(-1)
     seed, unused = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in (2, 1))  # of dropout: there is none
-    gradients = aten._flash_attention_backward(
+    gradients = torch_attention.packed_flash_backward(
         *map(_filled, (d_out, q, k, v, out)), lse.contiguous(), *_shape(packing), 0.0, packing.causal, seed, unused,
         scale=scale,
     )  # fmt: skip

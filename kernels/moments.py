@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rowwise.kernels import torch_lists
 from rowwise.kernels.blockwise import BLOCK, blocks_per_row, decode, encode_
 from rowwise.kernels.moment_pair import Moment, decode_pair, encode_pair_
 from rowwise.kernels.portions import shared_portions
@@ -111,4 +112,4 @@ def _part_(joined: Moment, parts: Sequence[Moment]) -> None:
         return
     heights = [codes.size(0) for codes, _ in parts]
     for whole, some in zip(joined, zip(*parts, strict=True), strict=True):
-        torch._foreach_copy_(list(some), list(whole.split(heights)))
+        torch_lists.copy_(list(some), list(whole.split(heights)))

@@ -4,10 +4,10 @@ import math
 
 from torch import Tensor
 
+from rowwise.kernels import torch_dtensor
 from rowwise.kernels.later import Later
 
 tensors = Later("torch.distributed.tensor")
-_places = Later("torch.distributed.tensor._utils")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def row_offset(tensor: Tensor) -> int:
     """The logical row at which this rank's rows start."""
     if not isinstance(tensor, tensors.DTensor):
         return 0
-    _, offset = _places.compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    offset = torch_dtensor.offset_of(tensor)
     # A rank beyond the last row has none, and its offset is not defined.
     return offset[0] if tensor.to_local().numel() else tensor.size(0)
 

@@ -13,7 +13,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, to_sparse_semi_structured
+from torch.sparse import to_sparse_semi_structured
+
+from rowwise.kernels import torch_sparse
 
 DTYPES = (torch.bfloat16, torch.float16)
 ROUNDS, CALLS = 7, 10
@@ -28,9 +30,7 @@ def semi_structured_problem(
         return problem
     if dtype not in DTYPES:
         return f"dtype {dtype}: the hardware's 2:4 products are of bfloat16 and float16; give precision=bf16 or fp16"
-    # torch gives the multiples of rows and columns; a matrix and its transpose are both compressed.
-    sizes = SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS[dtype]
-    step = max(sizes.sparse_min_rows, sizes.sparse_min_cols)
+    step = torch_sparse.cusparselt_step(dtype)
     if shape is not None and (len(shape) != 2 or any(size < step or size % step for size in shape)):
         return f"shape {tuple(shape)}: both sizes of a semi-structured matrix are multiples of {step}"
     return _device_problem(torch.device(device))

@@ -25,17 +25,17 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
-    DynamicRendezvousHandler,
-    RendezvousBackend,
-    RendezvousTimeout,
-    _NodeDesc,
-    _RendezvousState,
-)
 
 from rowwise.launch.gate import LOOPBACK, Porter, Stranger
 from rowwise.launch.meeting import START, Meeting
 from rowwise.launch.outcome import Failed, Refused
+from rowwise.launch.torch_elastic import (
+    DynamicRendezvousHandler,
+    NodeDesc,
+    RendezvousBackend,
+    RendezvousState,
+    RendezvousTimeout,
+)
 from rowwise.launch.workers import store_here
 
 BACKEND = "rowwise"
@@ -172,7 +172,7 @@ class Backend(RendezvousBackend):
     def _read(self, there: bytes) -> tuple[bytes, str] | None:
         if there == _NOTHING.encode():
             return None
-        state = _RendezvousState()
+        state = RendezvousState()
         try:
             told = decoded(json.loads(there))
             for name in vars(state):
@@ -191,7 +191,7 @@ def encoded(value: Any) -> Any:
         return value
     if isinstance(value, datetime.datetime):
         return ["time", value.isoformat()]
-    if isinstance(value, _NodeDesc):
+    if isinstance(value, NodeDesc):
         return ["machine", [value.addr, value.pid, value.local_id]]
     if isinstance(value, set):
         return ["set", sorted((encoded(one) for one in value), key=json.dumps)]
@@ -207,7 +207,7 @@ def decoded(tree: Any) -> Any:
     kind, inside = tree
     made: dict[str, Callable[[], Any]] = {
         "time": lambda: datetime.datetime.fromisoformat(inside),
-        "machine": lambda: _NodeDesc(str(inside[0]), int(inside[1]), int(inside[2])),
+        "machine": lambda: NodeDesc(str(inside[0]), int(inside[1]), int(inside[2])),
         "set": lambda: {decoded(one) for one in inside},
         "map": lambda: {decoded(key): decoded(one) for key, one in inside},
     }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rowwise.conf.option import Fixed, MayChange
+from rowwise.kernels import torch_lists
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase
 from rowwise.optim.rule import Batch, Rule, all_reduce_, pick, row_slices, rows_like
@@ -101,7 +102,7 @@ class Adafactor:
 
     def _vectors(self, batch: Batch, forget: float) -> None:
         second = pick(batch, "exp_avg_sq")
-        torch._foreach_lerp_(second, [g.square() + TINY for g in batch.grads], 1 - forget)
+        torch_lists.lerp_(second, [g.square() + TINY for g in batch.grads], 1 - forget)
         directions = [g * v.rsqrt() for g, v in zip(batch.grads, second, strict=True)]
         rates = self._rates(batch, [u.square().sum() for u in directions])
         for x, u, rate in zip(batch.params, directions, rates, strict=True):

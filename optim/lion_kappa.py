@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rowwise.kernels import torch_lists
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.muon import AS_ADAMW, orthogonalise
 from rowwise.optim.rule import Batch, all_reduce_, apply_, pick
@@ -73,6 +74,6 @@ class LionKappa:
 
     def step_(self, batch: Batch) -> None:
         momenta = pick(batch, "exp_avg")
-        mixed = torch._foreach_lerp(momenta, batch.grads, 1 - self.beta1)
-        torch._foreach_lerp_(momenta, batch.grads, 1 - self._beta2)
+        mixed = torch_lists.lerp(momenta, batch.grads, 1 - self.beta1)
+        torch_lists.lerp_(momenta, batch.grads, 1 - self._beta2)
         apply_(batch, gradients_of_kappa(self._kappa, list(mixed), batch.shapes, self._delta, batch.group))

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.conf.option import Fixed, MayChange
+from rowwise.kernels import torch_lists
 from rowwise.kernels.products import product
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import AdamBase
@@ -87,9 +88,9 @@ class Muon:
 
     def step_(self, batch: Batch) -> None:
         momenta = pick(batch, "momentum")
-        torch._foreach_mul_(momenta, self._momentum)
-        torch._foreach_add_(momenta, batch.grads)
-        nesterov = torch._foreach_add(batch.grads, momenta, alpha=self._momentum)
+        torch_lists.mul_(momenta, self._momentum)
+        torch_lists.add_(momenta, batch.grads)
+        nesterov = torch_lists.add(batch.grads, momenta, alpha=self._momentum)
         apply_(batch, orthogonalise(list(nesterov), batch.shapes, batch.group))
 
 

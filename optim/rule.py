@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rowwise.kernels import torch_lists
 from rowwise.kernels.philox import stream_key
 from rowwise.kernels.portions import row_portions
 from rowwise.kernels.rows import local, tensors
@@ -103,14 +104,14 @@ def all_reduce_(tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat, group=group)
-    torch._foreach_copy_([t.view(-1) for t in tensors], list(flat.split([t.numel() for t in tensors])))
+    torch_lists.copy_([t.view(-1) for t in tensors], list(flat.split([t.numel() for t in tensors])))
 
 
 def apply_(batch: Batch, updates: list[Tensor]) -> None:
     """x = x - lr wd x - lr u, in place."""
     if batch.weight_decay:
-        torch._foreach_mul_(batch.params, 1 - batch.lr * batch.weight_decay)
-    torch._foreach_add_(batch.params, updates, alpha=-batch.lr)
+        torch_lists.mul_(batch.params, 1 - batch.lr * batch.weight_decay)
+    torch_lists.add_(batch.params, updates, alpha=-batch.lr)
 
 
 def row_slices(t: Tensor) -> Iterable[slice]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rowwise.kernels import torch_lists
 from rowwise.kernels.products import float32_products
 from rowwise.kernels.rounding import round_bf16_
 from rowwise.kernels.rows import local, row_offset
@@ -87,7 +88,7 @@ class Optimizer(torch.optim.Optimizer):
     def undo(self, remembered: list[Tensor]) -> None:
         """Takes the last step back, to the last bit. Only where no rank of the shard group keeps it: a rule that exchanges
         messages may not be undone on one rank alone."""
-        torch._foreach_copy_(self._changed(), remembered)
+        torch_lists.copy_(self._changed(), remembered)
         for group in self.param_groups:
             group["step"] -= 1
 

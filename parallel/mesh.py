@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from rowwise.conf.option import MayChange
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.spec import DENSE
+from rowwise.parallel import torch_c10d
 from rowwise.parallel.lanes import Axis, connect, neighbours, open_lanes
 
 DEGREES = ("pipeline", "replicate", "shard", "ring", "ulysses")  # the slowest first
@@ -255,9 +256,9 @@ def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
     axes = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "replicate", "shard"))
     pipeline = _axis(axes, "pipeline", timeout) if config.pipeline > 1 else None
     sequence = _sequence_axes(config, device, workers.world_size, timeout)
-    _bound_waits(timeout)
+    torch_c10d.bound_waits(timeout)
     ring, ulysses = (None, None) if sequence is None else (sequence.ring, sequence.ulysses)
-    connect([dist.distributed_c10d._get_default_group(), *axes.get_all_groups()], ring, ulysses, device)
+    connect([torch_c10d.default_group(), *axes.get_all_groups()], ring, ulysses, device)
     if pipeline is not None:
         pipeline = replace(pipeline, lanes=open_lanes(pipeline, neighbours(pipeline.size), device))
     return Mesh(
@@ -270,12 +271,6 @@ def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
         # A slow disk is not a rank that is gone: the half hour that torch gives.
         save_group=dist.new_group(backend="gloo"),
     )
-
-
-def _bound_waits(timeout: datetime.timedelta) -> None:
-    """Groups that a device mesh makes have torch's own bounds, whatever the first group's are."""
-    for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _sequence_axes(

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
 from rowwise.kernels.attention_block import Attended, repeat_heads
+from rowwise.kernels.torch_compiler import left_to_python
 from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.parallel.collectives import Passing, all_to_all
 from rowwise.parallel.mesh import RING_ORDER, Axis, Mesh, SequenceAxes, divisors
@@ -82,7 +83,7 @@ class SequenceAttention:
 
     axes: SequenceAxes
 
-    @torch._disable_dynamo  # a compiled block leaves messages to Python
+    @left_to_python  # messages
     def __call__(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None) -> Tensor:
         ulysses = self.axes.ulysses
         if ulysses.size == 1:

@@ -20,17 +20,26 @@ the step divides by the number of valid tokens of the global batch, which no ran
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from rowwise.kernels import torch_lists
 from rowwise.kernels.later import Later
 from rowwise.kernels.rows import local, row_offset
 from rowwise.kernels.spec import specs_of
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import DTYPES, Bf16, Fp16, PrecisionConfig
 from rowwise.parallel.replicate import buckets_of, in_buckets
+from rowwise.parallel.torch_fsdp import (
+    accumulate_wide,
+    begin_reduction,
+    end_backward,
+    fsdp_group,
+    fsdp_params,
+    fsdp_state,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -138,14 +147,7 @@ def add_up_gradients(model: nn.Module) -> None:
     micro-batches is not rounded to 16 bits each time, whatever the dtype in which ranks reduce it."""
     for module in sharded_modules(model):
         for param in fsdp_params(module):
-            gradient = param._unsharded_param.grad if hasattr(param, "_unsharded_param") else None
-            if gradient is None or gradient.itemsize > 2:
-                continue
-            if param.unsharded_accumulated_grad is None:
-                param.unsharded_accumulated_grad = gradient.float()
-            else:
-                param.unsharded_accumulated_grad += gradient
-            param._unsharded_param.grad = None
+            accumulate_wide(param)
 
 
 def reduce_gradients(model: nn.Module) -> None:
@@ -158,35 +160,28 @@ def reduce_gradients(model: nn.Module) -> None:
     model.set_requires_gradient_sync(True)
     model.set_reshard_after_backward(True)
     for module in reversed(list(sharded_modules(model))):
-        for param in fsdp_params(module):
-            # FSDP2 says None where ranks reduce in the dtype that computes.
-            if param.unsharded_accumulated_grad is not None and param.reduce_dtype is None:
-                param.unsharded_accumulated_grad = param.unsharded_accumulated_grad.to(param._unsharded_param.dtype)
-        if (group := fsdp_group(module)) is not None:
-            group.post_backward()
+        begin_reduction(module)
 
 
 def wait_for_gradients(model: nn.Module) -> None:
     """Returns when the gradients that `reduce_gradients` sums are there."""
     finish_backward(model)
     if isinstance(model, fsdp.FSDPModule):
-        model._get_fsdp_state()._root_post_backward_final_callback()
+        end_backward(model)
 
 
 def forget_forwards(model: nn.Module) -> None:
     """Where forwards of a stage will have no backward: FSDP2 waits for none, and gathered parameters are freed."""
     if isinstance(model, fsdp.FSDPModule):
         model.set_is_last_backward(True)
-        model._get_fsdp_state()._root_post_backward_final_callback()
+        end_backward(model)
         release_gathered(model)
 
 
 def prefetch_within(model: nn.Module) -> None:
     """Makes the backward of a stage gather ahead what is used next in it, and nothing at its end: FSDP2 by itself would
     gather what was used before in the forward, which may be another micro-batch's."""
-    parts = {
-        id(module._get_fsdp_state()): module for module in sharded_modules(model) if fsdp_group(module) is not None
-    }
+    parts = {id(fsdp_state(module)): module for module in sharded_modules(model) if fsdp_group(module) is not None}
     ordered = list(parts.values())
     for before, module in zip(ordered[:1] + ordered, ordered, strict=False):
         module.set_modules_to_backward_prefetch([before])
@@ -197,17 +192,6 @@ def keep_gathered(model: nn.Module, keep: bool) -> None:
     if isinstance(model, fsdp.FSDPModule):
         model.set_reshard_after_forward(not keep)
         model.set_reshard_after_backward(not keep)
-
-
-def fsdp_group(module: "FSDPModule") -> Any:
-    """What FSDP2 keeps of the parameters that it gathers with `module`; None where there are none."""
-    return module._get_fsdp_state()._fsdp_param_group
-
-
-def fsdp_params(module: "FSDPModule") -> list[Any]:
-    """Of each of them."""
-    group = fsdp_group(module)
-    return [] if group is None else group.fsdp_params
 
 
 def release_gathered(model: nn.Module) -> None:
@@ -238,7 +222,7 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
         return torch.zeros((), dtype=torch.float64)
     # 16-bit gradients have no 16-bit norm: it would depend on how they are split.
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch.stack(torch._foreach_norm(tensors, 2, wide)).double().square().sum()
+    return torch.stack(torch_lists.norm(tensors, 2, wide)).double().square().sum()
 
 
 def clip_factor(norm: float, clip_norm: float) -> float:

@@ -24,11 +24,13 @@ from dataclasses import astuple, dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from rowwise.kernels import torch_dtensor
 from rowwise.kernels.rows import local, padded_rows
+from rowwise.kernels.torch_dispatch import TorchDispatchMode
 from rowwise.parallel.replicate import buckets_of
-from rowwise.parallel.shard import fsdp_group, fsdp_params, sharded_modules
+from rowwise.parallel.shard import sharded_modules
+from rowwise.parallel.torch_fsdp import accumulated, flat_buffers, fsdp_params, gathered
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,16 @@ def _shards(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _measure_moving(model: nn.Module, shards: list[Tensor]) -> dict[str, int]:
     modules = list(sharded_modules(model))
     inner = [p for module in modules for p in fsdp_params(module)]
-    whole = [p._unsharded_param for p in inner if hasattr(p, "_unsharded_param")]
-    accumulated = [p.unsharded_accumulated_grad for p in inner]
+    whole = [p for p in map(gathered, inner) if p is not None]
     buckets = buckets_of(model)
     flat = [] if buckets is None else buckets.flat
     bucketed = {t.untyped_storage().data_ptr() for t in flat}
-    grads = [p.grad for p in [*shards, *whole]] + accumulated
+    grads = [p.grad for p in [*shards, *whole]] + [accumulated(p) for p in inner]
     loose = [g for g in grads if g is not None and _plain(g).untyped_storage().data_ptr() not in bucketed]
     return {
         "gathered": _storage_bytes(whole),
         "gradients": _storage_bytes([*flat, *loose]),
-        "buffers": _storage_bytes(buffer for module in modules for buffer in _flat_buffers(module)),
+        "buffers": _storage_bytes(buffer for module in modules for buffer in flat_buffers(module)),
     }
 
 
@@ -140,19 +141,6 @@ def predict(parts: list[PartBytes], zero: int, accumulate: int, states_per_param
     )
 
 
-def _flat_buffers(module) -> list:
-    """What FSDP2 gathers into and reduces from, while it does. (Its names differ between torch 2.11 and 2.13.)"""
-    group = fsdp_group(module)
-    if group is None:
-        return []
-    context = group.comm_ctx
-    gathers = [group._all_gather_result, getattr(getattr(context, "all_gather_state", None), "all_gather_result", None)]
-    reduces = getattr(context, "reduce_scatter_states", None) or [getattr(context, "reduce_scatter_state", None)]
-    return [g.all_gather_output for g in gathers if g is not None] + [
-        r.reduce_scatter_input for r in reduces if r is not None
-    ]
-
-
 def _storage_bytes(tensors: Iterable[Tensor | None]) -> int:
     """The sum over distinct storages; a view counts what it shows, since a flat buffer is shared by its views."""
     seen: dict[tuple[int, int], int] = {}
@@ -167,4 +155,4 @@ def _storage_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 def _plain(tensor: Tensor) -> Tensor:
     """`local` without an operation, which PeakStates would measure in turn."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return torch_dtensor.rows_of(tensor) if isinstance(tensor, DTensor) else tensor

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from rowwise.kernels.torch_dispatch import TorchDispatchMode
 
 ROOMS = ("kernels", "launch", "optim", "parallel", "trainer")
 ROOT = Path(__file__).parents[1]

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from rowwise.kernels.torch_dispatch import TorchDispatchMode
 
 
 def plain_tensors(tree) -> list[Tensor]:

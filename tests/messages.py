@@ -4,7 +4,8 @@ from collections import Counter
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from rowwise.kernels.torch_dispatch import TorchDispatchMode
 
 
 class Messages(TorchDispatchMode):

@@ -86,6 +86,63 @@ def test_hydra_and_the_environment_stay_in_launch(path):
         assert "environ" not in path.read_text()
 
 
+# Of other libraries, not of torch's: os._exit leaves no handler to run, pickle's reader in Python can be looked at; the rest are
+# documented (NamedTuple's _replace, hydra's _target_) or say which trial it is (optuna's).
+ELSEWHERE = {"_exit", "_Unpickler", "_replace", "_target_", "_trial_id"}
+# By its name alone: what a worker would import for itself is imported beforehand.
+NAMED = {("local.py", "torch._dynamo")}
+WITHOUT_UNDERSCORE = {"distributed_c10d", "unsharded_accumulated_grad", "post_backward", "comm_ctx"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def private_uses(path: Path) -> set[str]:
+    """The private names of others that a file uses: of torch's modules and, since nobody sees whose an object is, every
+    private attribute that the file does not itself define."""
+    tree = ast.parse(path.read_text())
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            of_itself = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            of_its_base = isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()"
+            used = {node.attr} - own if not (of_itself or of_its_base) else set()
+        elif isinstance(node, ast.ImportFrom):
+            used = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            used = {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            used = {ast.literal_eval(node.args[1])} if isinstance(node.args[1], ast.Constant) else set()
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"torch(\.\w+)+", str(node.value)):
+            used = set() if (path.name, node.value) in NAMED else set(node.value.split("."))
+        else:
+            continue
+        found |= {name for name in used if is_private(name) or name in WITHOUT_UNDERSCORE}
+    return found - ELSEWHERE
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_parts_of_torch_stand_in_one_file_each(path):
+    if not path.name.startswith("torch_"):
+        assert private_uses(path) == set(), f"{path}: move it into a file torch_<part>.py of the room, with the reason"
+
+
+def test_what_is_private_is_found(tmp_path):
+    """However it is come by; and each part of torch has one file."""
+    (path := tmp_path / "some.py").write_text(
+        "import torch._dynamo\nfrom torch.utils._pytree import tree_map\nfrom torch.x import _y\n"
+        "torch._foreach_add_([], 1)\nparam._spec\nhasattr(param, '_unsharded_param')\nLater('torch.distributed._utils')\n"
+        "dist.distributed_c10d\nself._ours\nsuper()._ours\n"
+    )
+    theirs = {"_dynamo", "_pytree", "_y", "_foreach_add_", "_spec", "_unsharded_param", "_utils", "distributed_c10d"}
+    assert private_uses(path) == theirs
+    files = [path.name for path in FILES if path.name.startswith("torch_")]
+    assert len(files) == len(set(files))
+    assert all(private_uses(path) for path in FILES if path.name.startswith("torch_"))
+
+
 def in_a_process(program: str, *arguments: str) -> str:
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, cwd="/", capture_output=True, text=True, check=True).stdout

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
 from rowwise.kernels.attention_block import Attended, block_backward, block_forward, plain_backward, plain_forward
+from rowwise.kernels.torch_dispatch import TorchDispatchMode
 from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.parallel.sequence import runs_of
 from textbook import attention

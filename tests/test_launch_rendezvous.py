@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousStateError
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
 from rowwise.launch import gate
 from rowwise.launch.gate import LOOPBACK
 from rowwise.launch.meeting import TOKEN, Meeting, token_of
 from rowwise.launch.outcome import Failed
 from rowwise.launch.rendezvous import Backend, _listen, decoded, encoded, rendezvous, store_here
+from rowwise.launch.torch_elastic import NodeDesc, RendezvousState
 
 
 class Touches:
@@ -47,9 +47,9 @@ def test_who_is_met_by_silence_is_told_so_in_a_line(monkeypatch):
 
 
 def test_the_state_of_a_meeting_is_json(tmp_path):
-    state, machine = _RendezvousState(), _NodeDesc("host", 17, 0)
+    state, machine = RendezvousState(), NodeDesc("host", 17, 0)
     now = datetime.datetime.now(datetime.UTC)
-    state.round, state.participants, state.wait_list, state.deadline = 3, {machine: 0}, {_NodeDesc("other", 1, 2)}, now
+    state.round, state.participants, state.wait_list, state.deadline = 3, {machine: 0}, {NodeDesc("other", 1, 2)}, now
     state.last_heartbeats = {machine: now}
     store = store_here()
     backend, other = Backend(store, "job"), Backend(store, "job")
@@ -59,7 +59,7 @@ def test_the_state_of_a_meeting_is_json(tmp_path):
     json.loads(store.get("rendezvous/job"))
     read = other.get_state()
     assert read is not None and vars(pickle.loads(read[0])) == vars(state)
-    stale = other.set_state(pickle.dumps(_RendezvousState()))
+    stale = other.set_state(pickle.dumps(RendezvousState()))
     assert stale is not None and not stale[2] and vars(pickle.loads(stale[0])) == vars(state)
     state.round = 4
     newer = other.set_state(pickle.dumps(state), read[1])

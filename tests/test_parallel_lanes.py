@@ -10,6 +10,7 @@ from parity import engine_on, run_on, small_config, with_layout
 from rowwise.parallel import lanes
 from rowwise.parallel.lanes import neighbours, numbered
 from rowwise.parallel.mesh import make_mesh
+from rowwise.parallel.torch_c10d import all_groups
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
@@ -45,7 +46,7 @@ def connected(workers, config: TrainConfig):
         data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
         evaluate(engine, eval_batches(config, mesh, data), mesh)
         generate(engine, [1, 2, 3], 1, 0.0, config.batch.seq_len, 0, mesh)
-        groups = [tuple(dist.get_process_group_ranks(group)) for group in dist.distributed_c10d._world.pg_map]
+        groups = [tuple(dist.get_process_group_ranks(group)) for group in all_groups()]
     save_group = mesh.save_group.group_name
     everything = [used for used in communicators(wire.log) if used[0] != save_group]
     return on_mesh, [used for used in built if used[0] != save_group], everything, groups

@@ -9,11 +9,11 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from live_bytes import LiveBytes
 from messages import Messages
 from parity import engine_on, small_config, with_layout
+from rowwise.kernels.torch_dispatch import TorchDispatchMode
 from rowwise.kernels.visible import Documents
 from rowwise.parallel.mesh import RING_ORDER, make_mesh
 from rowwise.parallel.sequence import SequenceAttention, padded_length, places_of, runs_of

@@ -16,7 +16,8 @@ from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.precision import Bf16
 from rowwise.parallel.schedule.generate import Shape, gpipe
 from rowwise.parallel.schedule.trace import read_trace
-from rowwise.parallel.shard import fsdp_params, sharded_modules
+from rowwise.parallel.shard import sharded_modules
+from rowwise.parallel.torch_fsdp import fsdp_params, gathered
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.feed import eval_batches, train_batches
@@ -246,7 +247,7 @@ def gathered_after_evaluation(workers, config):
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     evaluate(engine, eval_batches(config, mesh, data), mesh)
     return [p.numel() for module in sharded_modules(engine.model) for param in fsdp_params(module)
-            if (p := getattr(param, "_unsharded_param", None)) is not None and p.untyped_storage().size()]  # fmt: skip
+            if (p := gathered(param)) is not None and p.untyped_storage().size()]  # fmt: skip
 
 
 @pytest.mark.parametrize("zero", [1, 3])

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rowwise.kernels.rows import local
+from rowwise.kernels.torch_dispatch import TorchDispatchMode
 from rowwise.parallel.mesh import ParallelConfig, make_mesh, resolve_degrees
 from rowwise.trainer import checkpoint
 from rowwise.trainer.checkpoint import Saver, load

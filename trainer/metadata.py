@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.metadata import Metadata
+
+from rowwise.trainer import torch_checkpoint
 
 METADATA = ".metadata"
 _OURS = (
@@ -22,8 +24,8 @@ _OURS = (
     metadata.TensorStorageMetadata,
     metadata.ChunkStorageMetadata,
     metadata.TensorProperties,
-    metadata._MEM_FORMAT_ENCODING,
-    filesystem._StorageInfo,
+    torch_checkpoint.MemoryFormat,
+    torch_checkpoint.StoragePlace,
     torch.Size,
 )
 _DTYPES = {("torch", name): one for name in dir(torch) if isinstance(one := getattr(torch, name), torch.dtype)}
@@ -33,7 +35,7 @@ ADMITTED: dict[tuple[str, str], Any] = {
     # pathlib's own home is another from Python 3.13 on
     ("pathlib", "PosixPath"): PosixPath,
     ("pathlib._local", "PosixPath"): PosixPath,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # a look-up by name
+    torch_checkpoint.GET_LAYOUT: torch_checkpoint.get_layout,  # a look-up by name
 }
 
 
@@ -91,7 +93,7 @@ def _check(found: Any) -> None:
     if not isinstance(found, Metadata):
         raise Forbidden(f"holds a {type(found).__name__}")
     for index, info in (found.storage_data or {}).items():
-        if not isinstance(index, metadata.MetadataIndex) or not isinstance(info, filesystem._StorageInfo):
+        if not isinstance(index, metadata.MetadataIndex) or not isinstance(info, torch_checkpoint.StoragePlace):
             raise Forbidden(f"holds a {type(info).__name__} where a tensor's place belongs")
         if Path(info.relative_path).name != info.relative_path:
             raise Forbidden(f"leads out of its folder, to {info.relative_path}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rowwise.kernels.rows import local
+from rowwise.kernels.torch_dtensor import laid_out_as
 from rowwise.parallel.device import Device, Mark
 
 ALIGNED = 64  # bytes, enough for every dtype and for a copy to be fast
@@ -66,4 +67,4 @@ def in_one_block(layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
 
 def _split_as(tensor: Tensor, rows: Tensor) -> Tensor:
     """`rows` as this rank's of a tensor that is split like `tensor`. (`DTensor.from_local` would move them to its device.)"""
-    return DTensor(rows, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else rows
+    return laid_out_as(tensor, rows) if isinstance(tensor, DTensor) else rows

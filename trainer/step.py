@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rowwise.kernels import torch_lists
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.pipeline import Trace
@@ -152,4 +153,4 @@ def mean_factor(tokens: int, given: StepInput) -> float:
 def scale_(shards: list[Tensor], factor: float) -> None:
     """Multiplies each in place."""
     if shards and factor != 1:
-        torch._foreach_mul_(shards, factor)
+        torch_lists.mul_(shards, factor)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowwise.kernels import torch_lists
 from rowwise.kernels.moment_pair import Moment, dequantise_pair, quantise_pair_
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.quantized import is_quantisable, new_moment
@@ -25,16 +26,16 @@ def adam_directions(
 ) -> list[Tensor]:
     """N = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), with the moments moved towards R and R^2, in place."""
     first, second = (list(moment) for moment in zip(*map(read, states, rs), strict=True))
-    torch._foreach_lerp_(first, rs, 1 - beta1)
-    torch._foreach_mul_(second, beta2)
-    torch._foreach_addcmul_(second, rs, rs, value=1 - beta2)
+    torch_lists.lerp_(first, rs, 1 - beta1)
+    torch_lists.mul_(second, beta2)
+    torch_lists.addcmul_(second, rs, rs, value=1 - beta2)
     for state, m, v in zip(states, first, second, strict=True):
         write(state, m, v)
-    below = torch._foreach_sqrt(second)
-    torch._foreach_mul_(below, (1 - beta2**step) ** -0.5)
-    torch._foreach_add_(below, eps)
-    directions: Any = torch._foreach_div(first, below)
-    torch._foreach_div_(directions, 1 - beta1**step)
+    below = torch_lists.sqrt(second)
+    torch_lists.mul_(below, (1 - beta2**step) ** -0.5)
+    torch_lists.add_(below, eps)
+    directions: Any = torch_lists.div(first, below)
+    torch_lists.div_(directions, 1 - beta1**step)
     return list(directions)
 
 

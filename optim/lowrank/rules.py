@@ -35,6 +35,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rowwise.kernels import torch_lists
 from rowwise.kernels.dct import dct_columns
 from rowwise.kernels.philox import stream_key
 from rowwise.kernels.row_scale import scale_rows
@@ -112,7 +113,7 @@ class GaLore(LowRank):
         if self._due(batch):
             keys = [stream_key(batch.seed, f"subspace/{name}/{batch.step}") for name in batch.names]
             renewed = subspace_bases(batch.grads, bases, batch.shapes, keys, batch.group)
-            torch._foreach_copy_(bases, renewed)
+            torch_lists.copy_(bases, renewed)
         return bases
 
     def _updates(self, batch: Batch) -> list[Tensor]:
@@ -172,7 +173,7 @@ class Fira(Limited, GaLore):
         bases = self._bases(batch)
         rs = project(batch.grads, bases)
         inside = back(rs, bases, 1.0 if self._as_paper else self._scale)
-        outside: list[Tensor] = list(torch._foreach_sub(batch.grads, inside))
+        outside: list[Tensor] = list(torch_lists.sub(batch.grads, inside))
         directions = self._directions(batch, rs)
         scaled = [scale_rows(n, r, x) for n, r, x in zip(directions, rs, outside, strict=True)]
         squares = [square.reshape(1) for _, square in scaled]
@@ -181,7 +182,7 @@ class Fira(Limited, GaLore):
         beside = [s for s, _ in scaled]
         self._limit_(batch, beside, squares, 1.0 if self._as_paper else self._correction(batch))
         updates = back(directions, bases, self._scale)
-        torch._foreach_add_(updates, beside, alpha=self._scale if self._as_paper else 1.0)
+        torch_lists.add_(updates, beside, alpha=self._scale if self._as_paper else 1.0)
         return updates
 
 
@@ -204,7 +205,7 @@ class Apollo(Limited):
         if self._growth is not None:
             all_reduce_(squares, batch.group)
         self._limit_(batch, updates, squares, self._correction(batch))
-        torch._foreach_mul_(updates, math.sqrt(self._scale))
+        torch_lists.mul_(updates, math.sqrt(self._scale))
         return updates
 
 
@@ -243,7 +244,7 @@ def project(grads: list[Tensor], bases: list[Tensor]) -> list[Tensor]:
 def back(directions: list[Tensor], bases: list[Tensor], scale: float) -> list[Tensor]:
     """scale N Q^T."""
     updates = [n @ q.T for n, q in zip(directions, bases, strict=True)]
-    torch._foreach_mul_(updates, scale)
+    torch_lists.mul_(updates, scale)
     return updates
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
-from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from rowwise.kernels.condensed import condense, condensed
 from rowwise.kernels.spec import ParameterSpec
+from rowwise.kernels.torch_sparse import cutlass_from_dense
 from rowwise.trainer.models.condensed import CondensedLinear
 from rowwise.trainer.models.config_json import FORM, FORMS, our_keys, read_config, without_form
 from rowwise.trainer.models.decoder import Decoder, model_of
@@ -66,7 +66,7 @@ def _semi_structured(name: str, w: Tensor) -> dict[str, Tensor]:
             f"{name} is not 2:4 along its rows: {full:,} of its {w.numel() // 4:,} groups of four have more than two "
             "non-zeros; train it with sparsity=nm or pdp_nm, or give form=dense or form=condensed"
         )
-    values, meta = sparse_semi_structured_from_dense_cutlass(w)
+    values, meta = cutlass_from_dense(w)
     return {"values": values, "meta": meta}
 
 

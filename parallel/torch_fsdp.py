@@ -1,0 +1,83 @@
+"""What is used of FSDP2 (torch.distributed.fsdp) beyond what torch documents: all of it is here.
+
+`_get_fsdp_state`, `_fsdp_param_group`, `fsdp_params`    which parameters are gathered with a module: a pipeline reduces their
+                                                         gradients itself, and their bytes are measured
+`_unsharded_param`                                       the whole parameter, and its gradient before ranks have summed it
+`unsharded_accumulated_grad`, `reduce_dtype`             where micro-batches add up, in 32 bits, and the dtype ranks sum in
+`post_backward`, `_root_post_backward_final_callback`    sums are begun and awaited when a pipeline's schedule says, not when
+                                                         the backward of a whole model ends
+`comm_ctx`, `_all_gather_result`                         the flat buffers of messages under way, whose bytes are measured
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+
+def fsdp_state(module: "FSDPModule") -> Any:
+    """Gives FSDP2's state of a module; modules that are gathered as one share it."""
+    return module._get_fsdp_state()
+
+
+def fsdp_group(module: "FSDPModule") -> Any:
+    """Gives what FSDP2 keeps of the parameters that it gathers with `module`; None where there are none."""
+    return fsdp_state(module)._fsdp_param_group
+
+
+def fsdp_params(module: "FSDPModule") -> list[Any]:
+    """Lists what FSDP2 keeps of each parameter that it gathers with `module`."""
+    group = fsdp_group(module)
+    return [] if group is None else group.fsdp_params
+
+
+def gathered(param: Any) -> Tensor | None:
+    """Gives the whole parameter, whose storage is empty while it is not gathered; None before the first time."""
+    return getattr(param, "_unsharded_param", None)
+
+
+def accumulated(param: Any) -> Tensor | None:
+    """Gives the sum of the whole gradients of micro-batches, where there is one."""
+    return param.unsharded_accumulated_grad
+
+
+def accumulate_wide(param: Any) -> None:
+    """Moves a 16-bit gradient of one micro-batch from `.grad` to where FSDP2 adds gradients up, in 32 bits."""
+    whole = gathered(param)
+    if whole is None or whole.grad is None or whole.grad.itemsize > 2:
+        return
+    if param.unsharded_accumulated_grad is None:
+        param.unsharded_accumulated_grad = whole.grad.float()
+    else:
+        param.unsharded_accumulated_grad += whole.grad
+    whole.grad = None
+
+
+def begin_reduction(module: "FSDPModule") -> None:
+    """Starts to sum the gradients of a module's parameters over their ranks, as the end of its backward would."""
+    for param in fsdp_params(module):
+        # FSDP2 says None where ranks reduce in the dtype that computes.
+        if param.unsharded_accumulated_grad is not None and param.reduce_dtype is None:
+            param.unsharded_accumulated_grad = param.unsharded_accumulated_grad.to(param._unsharded_param.dtype)
+    if (group := fsdp_group(module)) is not None:
+        group.post_backward()
+
+
+def end_backward(root: "FSDPModule") -> None:
+    """Waits for the sums of gradients that are under way, as the end of the whole model's backward would."""
+    fsdp_state(root)._root_post_backward_final_callback()
+
+
+def flat_buffers(module: "FSDPModule") -> list[Tensor]:
+    """Lists what FSDP2 gathers into and reduces from, while it does. (Its names differ between torch 2.11 and 2.13.)"""
+    group = fsdp_group(module)
+    if group is None:
+        return []
+    context = group.comm_ctx
+    gathers = [group._all_gather_result, getattr(getattr(context, "all_gather_state", None), "all_gather_result", None)]
+    reduces = getattr(context, "reduce_scatter_states", None) or [getattr(context, "reduce_scatter_state", None)]
+    return [g.all_gather_output for g in gathers if g is not None] + [
+        r.reduce_scatter_input for r in reduces if r is not None
+    ]
