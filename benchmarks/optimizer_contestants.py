@@ -77,11 +77,11 @@ def peer(name: str, model: nn.Module, rank: int, device: torch.device) -> Contes
     if name == "torch":
         return Contestant(torch.optim.AdamW(groups, **ADAM, fused=True), device)
     if name == "bitsandbytes":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
         return Contestant(AdamW8bit(groups, **ADAM), device)
     if name == "torchao":
-        from torchao.optim import AdamW8bit as OtherAdamW8bit
+        from torchao.optim import AdamW8bit as OtherAdamW8bit  # pyright: ignore[reportMissingImports]
 
         return Contestant(OtherAdamW8bit(groups, **ADAM), device)
     from galore_torch import GaLoreAdamW

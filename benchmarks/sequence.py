@@ -188,8 +188,8 @@ def torch_context_parallel(whole: list[Tensor]) -> Callable[[], Tensor]:
 
 def yunchang(ulysses: int, ring: int, parts: list[Tensor]) -> Callable[[], Tensor]:
     def forward() -> Tensor:
-        from yunchang import LongContextAttention, set_seq_parallel_pg
-        from yunchang.kernels import AttnType
+        from yunchang import LongContextAttention, set_seq_parallel_pg  # pyright: ignore[reportMissingImports]
+        from yunchang.kernels import AttnType  # pyright: ignore[reportMissingImports]
 
         if (ulysses, ring) not in _made:
             set_seq_parallel_pg(ulysses, ring, dist.get_rank(), dist.get_world_size())

@@ -108,7 +108,7 @@ def test_wandb_has_one_run_in_which_every_record_is(tmp_path):
 
 def test_mlflow_has_one_run_over_resumes(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
-    from mlflow.tracking import MlflowClient
+    from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database takes ten seconds to make
     config = Mlflow(uri=f"file:{tmp_path / 'mlruns'}", experiment="tests", group="sweep")
@@ -139,7 +139,7 @@ def test_a_tracker_that_is_gone_ends_no_run(tmp_path, monkeypatch, capsys):
 
 def test_trackio_has_one_run_over_resumes(tmp_path, monkeypatch):
     pytest.importorskip("trackio")
-    from trackio import sqlite_storage, utils
+    from trackio import sqlite_storage, utils  # pyright: ignore[reportMissingImports]
 
     for module in (utils, sqlite_storage):
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")

@@ -66,7 +66,7 @@ class Shell:
         self._state, self._origin, self.folder = home / "state", home / "origin", home
         self._state.write_text("")
         shutil.copytree(
-            ROOT, self._origin, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build")
+            ROOT, self._origin, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "build")
         )
         git = ["git", "-C", str(self._origin), "-c", "user.name=walk", "-c", "user.email=walk"]
         for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "as it stands here"]):
