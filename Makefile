@@ -37,7 +37,7 @@ slurm:
 # Side by side, each taking the next file that no other has: while one waits, another computes. One alone where they see GPUs.
 PROCESSES ?= $(if $(findstring --nccl,$(ARGS)),0,2)
 test: $(READY)
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # A browser lays reports out, kills come again and again, and Slurm: it waits for most of its quarter of an hour. As root only.
 test-slow: $(READY) chromium slurm

@@ -57,8 +57,16 @@ def plain(folder, rule):
     return run_plain(config_of(folder, rule))
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("world", "zero"), [(1, 1), (3, 0), (3, 3)])
+# On three ranks rules take turns with the stages, which see of a rule whether it exchanges messages: fira and muon do.
+TURNS = {(3, 0): ("adamw", "fira"), (3, 3): ("adamw8bit", "muon")}
+CASES = [
+    pytest.param(*layout, rule, marks=[] if rule in TURNS.get(layout, RULES) else pytest.mark.full)
+    for layout in ((1, 1), (3, 0), (3, 3))
+    for rule in RULES
+]
+
+
+@pytest.mark.parametrize(("world", "zero", "rule"), CASES)
 def test_it_is_the_same_run(ranks, folder, rule, world, zero):
     config = config_of(folder, rule, f"batch.micro_size={24 // world}", "optim.in_backward=true")
     reference = plain(folder, rule)
@@ -78,7 +86,7 @@ def test_it_is_the_same_run(ranks, folder, rule, world, zero):
 @pytest.mark.parametrize("zero", [0, 3])
 def test_gradients_do_not_stay(ranks, tmp_path, zero):
     """At most a part's gradients live at once; without it, all do."""
-    layers = ("model.layers=6", "batch.micro_size=12", "precision=fp32")
+    layers = ("model.layers=4", "batch.micro_size=12", "precision=fp32")
     peaks = {}
     for inside in ("true", "false"):
         config = with_layout(config_of(tmp_path, "adamw", *layers, f"optim.in_backward={inside}"), 2, zero=zero)
@@ -95,7 +103,7 @@ def test_bytes_of_everything_with_16_bit_parameters(ranks, tmp_path):
         "batch.global_size=4",
         "batch.micro_size=4",
     )
-    big = ("model.dim=256", "model.ffn_dim=768", "model.layers=8", "model.heads=4", "model.kv_heads=4")
+    big = ("model.dim=256", "model.ffn_dim=256", "model.layers=8", "model.heads=4", "model.kv_heads=4")
     config = with_layout(config_of(tmp_path, "adamw8bit", *big, *overrides), 1, zero=3)
     ((_, _, parameters, _, peak),) = ranks.run(run, 1, config, 1, True)
     count = sum(p.numel() for p in parameters[0].values())

@@ -72,7 +72,14 @@ def test_steps_that_say_nothing_are_passed_over():
 
 
 def range_test(folder, *overrides):
-    base = ("schedule=lr_range", "schedule.start=1e-4", "steps=60", "optim.lr=100", "clip_norm=0")
+    base = (
+        "schedule=lr_range",
+        "schedule.start=1e-4",
+        "steps=60",
+        "optim.lr=100",
+        "clip_norm=0",
+        "batch.micro_size=12",
+    )
     return small_config(folder, *base, *overrides)
 
 
