@@ -31,7 +31,8 @@ from torch import Tensor
 from rowwise.kernels.visible import Documents, visible_areas
 from rowwise.parallel.mesh import RING_ORDER, Mesh, ParallelConfig, SequenceAxes, Workers, make_mesh
 from rowwise.parallel.sequence import SequenceAttention, places_of, runs_of
-from rowwise.trainer.models.decoder import Block, ModelConfig
+from rowwise.trainer.models.blocks import Block
+from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.rope import rope_tables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

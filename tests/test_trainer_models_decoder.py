@@ -227,3 +227,8 @@ def test_the_meta_device_holds_the_model_without_memory():
 def test_shapes_that_are_no_decoder_are_refused(keys, named):
     with pytest.raises(ValueError, match=named):
         check_model(ModelConfig(**ODD | keys))
+
+
+def test_an_unknown_kind_of_layer_is_refused():
+    with pytest.raises(ValueError, match=r"^model.block=mamba: possible are llama$"):
+        check_model(ModelConfig(block="mamba"))

@@ -6,7 +6,8 @@ from rowwise.optim.rates import SHARES, rate_of_size
 from rowwise.optim.schedules import LrRange
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import Data
-from rowwise.trainer.models.decoder import ModelConfig, parameter_count
+from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.decoder import parameter_count
 
 FAR = 5.0  # times the rate that the size asks for
 SPARE = 4  # times the tokens of the data

@@ -24,7 +24,8 @@ from rowwise.trainer.evaluate import EvalConfig
 from rowwise.trainer.files import full_path
 from rowwise.trainer.keys import refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.manifest import CheckpointConfig
-from rowwise.trainer.models.decoder import ModelConfig, check_model, parameter_count
+from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.decoder import check_model, parameter_count
 from rowwise.trainer.run_length import MOST_STEPS, settle
 from rowwise.trainer.sample import SampleConfig
 from rowwise.trainer.spike import OnSpike, SpikeConfig

@@ -39,6 +39,11 @@ def write(source: Source, target: Target) -> str:
             f"{source.checkpoint} has model.stable_embedding=true, and no model of transformers has a norm after its "
             "embedding; possible are runs with model.stable_embedding=false: train one"
         )
+    if model.block != "llama":
+        raise ValueError(
+            f"{source.checkpoint} has model.block={model.block}, and folders hold layers of Llama and Qwen3; possible are runs with "
+            "model.block=llama: train one"
+        )
     specs, scaling, seq_len = parameter_specs(model), model.rope_scaling, source.config["batch"]["seq_len"]
     tokenizer, end_token = tokenizer_of(source, target.tokenizer)
     positions = seq_len if scaling is None else max(seq_len, round(scaling.original_length * scaling.factor))

@@ -22,7 +22,8 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import attention_on, places_on
 from rowwise.trainer.data.batches import BatchConfig
 from rowwise.trainer.loss import loss_of
-from rowwise.trainer.models.decoder import Decoder, ModelConfig
+from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.decoder import Decoder
 
 REPEATS = 5
 

@@ -21,7 +21,8 @@ from rowwise.parallel.schedule.trace import align, write_trace
 from rowwise.trainer.data.batches import BatchConfig, MicroBatch
 from rowwise.trainer.loss import loss_of
 from rowwise.trainer.measure import measure_parts, read_part_times
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, parameter_specs
+from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.decoder import Decoder, parameter_specs
 from rowwise.trainer.stages import (
     PLAN_KEYS,
     SEQUENCE_KEYS,

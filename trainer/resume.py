@@ -26,6 +26,7 @@ from rowwise.trainer.metrics import Recorded, read_metrics
 BEFORE: dict[str, Any] = {
     "optim.assign": [],
     "sparsity.name": "none",
+    "model.block": "llama",
     "model.stable_embedding": False,
     "on_spike": "record",
 }

@@ -17,7 +17,8 @@ from rowwise.parallel.schedule.search import find_schedule
 from rowwise.parallel.schedule.simulate import Costs, Gathering, Timeline
 from rowwise.trainer.files import from_json, to_json, write_whole
 from rowwise.trainer.measure import PartTimes, read_part_times, write_part_times
-from rowwise.trainer.models.decoder import ModelConfig, layer_flops
+from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.decoder import layer_flops
 
 PLAN_FILE = "plan.json"
 PLAN_KEYS = (

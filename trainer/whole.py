@@ -23,7 +23,8 @@ from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.files import behind
 from rowwise.trainer.manifest_form import Manifest
 from rowwise.trainer.metadata import Reader, read_metadata
-from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, model_of, parameter_specs
+from rowwise.trainer.models.config import ModelConfig, model_of
+from rowwise.trainer.models.decoder import Decoder, check_model, parameter_specs
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,8 @@ def _breakable(key: str) -> Marked:
 def _parameters(run: Run) -> str:
     if run.starts:
         return short(run.starts[-1].parameters)
-    from rowwise.trainer.models.decoder import model_of, parameter_count  # torch: of runs of an earlier release only
+    from rowwise.trainer.models.config import model_of
+    from rowwise.trainer.models.decoder import parameter_count  # torch: of runs of an earlier release only
 
     try:
         return short(parameter_count(model_of(run.config["model"]))[0])

@@ -14,7 +14,7 @@ from rowwise.trainer.files import from_json
 if TYPE_CHECKING:
     import torch
 
-    from rowwise.trainer.models.decoder import ModelConfig
+    from rowwise.trainer.models.config import ModelConfig
 
 FORMS = ("dense", "condensed", "semi_structured")  # of hidden weights: see `trainer.models.forms`
 FORM, _TYPE = "rowwise_form", "rowwise_"

@@ -1,67 +1,24 @@
-"""A decoder-only transformer (Llama, Qwen3): RMSNorm, RoPE, grouped-query attention, SwiGLU.
+"""A decoder-only transformer: an embedding, layers of one kind, a norm, a head.
 
-Shapes: B sequences, S tokens, D model dim, H query heads, K key/value heads, E head dim, F feed-forward dim, V vocabulary.
+Shapes: B sequences, S tokens, D model dim, E head dim, V vocabulary.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rowwise.conf.option import Fixed, MayChange
 from rowwise.kernels.attention import causal_attention
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.kernels.visible import Documents
-from rowwise.trainer.models.rope import RopeScaling, rope_tables, rotate
+from rowwise.trainer.models.blocks import Attend, Block, Layer
+from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.rope import rope_tables
 from rowwise.trainer.models.specs import decoder_specs
 
-# What looks from queries (B, S, H, E) at keys and values (B, S, K, E), each inside its document: `causal_attention`, or
-# what does the same where a sequence is shared.
-Attend = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a decoder. `name`: of the model. `layers`: how many blocks. `dim`: the width. `heads`: of queries.
-    `kv_heads`: of keys and values; it divides `heads`. `head_dim`: the width of a head; null: dim / heads. `ffn_dim`: the
-    inner width of the feed-forward. `vocab_size`: how many tokens there are. `tie_embeddings`: the head is the embedding's
-    own matrix. `stable_embedding`: a layer norm after the embedding, which starts Xavier-uniform and keeps 32-bit states.
-    `qk_norm`: queries and keys are RMS-normalised. `norm_eps`: of the norms. `rope_theta`: the base of the rotary
-    frequencies. `rope_scaling`: Llama 3's, with `factor`, `low_freq_factor`, `high_freq_factor` and `original_length`;
-    null: none. `init_std`: of the initial matrices. `init_from`: a Hugging Face folder to start from, which says the
-    model's shape and name; null: none."""
-
-    name: MayChange[str] = "tiny"
-    layers: Fixed[int] = 4
-    dim: Fixed[int] = 256
-    heads: Fixed[int] = 4
-    kv_heads: Fixed[int] = 2
-    head_dim: Fixed[int | None] = None
-    ffn_dim: Fixed[int] = 704
-    vocab_size: Fixed[int] = 256
-    tie_embeddings: Fixed[bool] = False
-    stable_embedding: Fixed[bool] = False
-    qk_norm: Fixed[bool] = False
-    norm_eps: Fixed[float] = 1e-5
-    rope_theta: Fixed[float] = 10_000.0
-    rope_scaling: Fixed[RopeScaling | None] = None
-    init_std: MayChange[float] = 0.02
-    init_from: MayChange[str | None] = None  # to null alone: `trainer.resume` refuses another source
-
-    @property
-    def head_size(self) -> int:
-        return self.head_dim if self.head_dim is not None else self.dim // self.heads
-
-
-def model_of(keys: dict[str, Any]) -> ModelConfig:
-    """The configuration of plain model.* keys. Raises KeyError or TypeError for those of another release."""
-    scaling = keys["rope_scaling"]
-    return ModelConfig(**keys | {"rope_scaling": scaling and RopeScaling(**scaling)})
-
+BLOCKS: dict[str, type[Layer]] = {"llama": Block}  # by `model.block`
 
 # Far beyond every model there is, and small enough that what loops over layers or heads ends at once.
 LARGEST = {
@@ -78,6 +35,13 @@ MOST_PARAMETERS = 10**13
 
 def check_model(config: ModelConfig) -> None:
     """Refuses shapes that are no decoder, and sizes that no machine holds: by arithmetic. Raises ValueError."""
+    if config.block not in BLOCKS:
+        raise ValueError(f"model.block={config.block}: possible are {', '.join(BLOCKS)}")
+    if config.block != "llama" and config.init_from is not None:
+        raise ValueError(
+            f"model.init_from={config.init_from} with model.block={config.block}: folders hold layers of Llama and Qwen3; give "
+            "model.block=llama, or model.init_from=null"
+        )
     for key, most in LARGEST.items():
         size = getattr(config, key)
         if size is not None and not 1 <= size <= most:
@@ -106,60 +70,6 @@ def check_model(config: ModelConfig) -> None:
             f"{config.vocab_size}: {parameters:,} parameters, {4 * parameters / 1e12:,.0f} TB in 32 bits; at most "
             f"{MOST_PARAMETERS:,} are possible; give a smaller model"
         )
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions and optional RMS-normalised queries and keys."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        heads, kv_heads, size = config.heads, config.kv_heads, config.head_size
-        self.head_size = size
-        self.wq = nn.Linear(config.dim, heads * size, bias=False)
-        self.wk = nn.Linear(config.dim, kv_heads * size, bias=False)
-        self.wv = nn.Linear(config.dim, kv_heads * size, bias=False)
-        self.wo = nn.Linear(heads * size, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(
-        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, documents: Documents | None, attend: Attend
-    ) -> Tensor:
-        q_BSHE = self.q_norm(self.wq(x_BSD).unflatten(-1, (-1, self.head_size)))
-        k_BSKE = self.k_norm(self.wk(x_BSD).unflatten(-1, (-1, self.head_size)))
-        v_BSKE = self.wv(x_BSD).unflatten(-1, (-1, self.head_size))
-        y_BSHE = attend(rotate(q_BSHE, cos_BSE, sin_BSE), rotate(k_BSKE, cos_BSE, sin_BSE), v_BSKE, documents)
-        return self.wo(y_BSHE.flatten(2))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, *GLU Variants Improve Transformer*): w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
-
-
-class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.feed_forward = FeedForward(config)
-
-    def forward(
-        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, documents: Documents | None, attend: Attend
-    ) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_BSE, sin_BSE, documents, attend)
-        return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
 
 
 class StableEmbedding(nn.Embedding):
@@ -196,7 +106,7 @@ class Decoder(nn.Module):
         first, last = layers.start == 0, layers.stop == config.layers
         embedding = StableEmbedding if config.stable_embedding else nn.Embedding
         self.embed = embedding(config.vocab_size, config.dim, _weight=_normal(config)) if first else None
-        self.blocks = nn.ModuleDict({str(layer): Block(config) for layer in layers})
+        self.blocks = nn.ModuleDict({str(layer): BLOCKS[config.block](config) for layer in layers})
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if last else None
         needs_head = last and not (first and config.tie_embeddings)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False) if needs_head else None
@@ -247,17 +157,14 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     thousand takes seconds."""
     with torch.device("meta"):
         one = Decoder(replace(config, layers=1))
-    return decoder_specs(config, {name: p.shape for name, p in one.named_parameters()})
+    return decoder_specs(config, BLOCKS[config.block].TABLE, {name: p.shape for name, p in one.named_parameters()})
 
 
 def parameter_count(config: ModelConfig) -> tuple[int, int]:
     """(all parameters, those of a matrix that multiplies every token), by arithmetic alone."""
-    dim, size = config.dim, config.head_size
-    attention = 2 * dim * size * (config.heads + config.kv_heads) + 2 * size * config.qk_norm
-    layer = attention + 3 * dim * config.ffn_dim + 2 * dim
-    table = config.vocab_size * dim
+    dim, table = config.dim, config.vocab_size * config.dim
     ends = table * (1 if config.tie_embeddings else 2) + dim + 2 * dim * config.stable_embedding
-    total = config.layers * layer + ends
+    total = config.layers * BLOCKS[config.block].count(config) + ends
     return total, total - (0 if config.tie_embeddings else table)
 
 

@@ -21,8 +21,9 @@ from rowwise.kernels.condensed import condense, condensed
 from rowwise.kernels.spec import ParameterSpec
 from rowwise.kernels.torch_sparse import cutlass_from_dense
 from rowwise.trainer.models.condensed import CondensedLinear
+from rowwise.trainer.models.config import model_of
 from rowwise.trainer.models.config_json import FORM, FORMS, our_keys, read_config, without_form
-from rowwise.trainer.models.decoder import Decoder, model_of
+from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.models.huggingface import opened, their_name, weight_files
 
 _ROWS, _COLUMNS = 32, 64  # of which 2:4 matrices of 16-bit numbers are multiples

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rowwise.kernels.spec import ParameterSpec, Specs
+from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.config_json import our_keys, read_config, read_object, refuse_other_shape, refusing
-from rowwise.trainer.models.decoder import ModelConfig, parameter_specs
+from rowwise.trainer.models.decoder import parameter_specs
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROWS_AT_A_TIME = 4096

@@ -7,6 +7,7 @@ add is 0. A stable embedding is uniform in +-sqrt(6 / (vocab_size + dim)) (Gloro
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -82,23 +83,24 @@ class Sizes(Protocol):
     def init_std(self) -> float: ...
 
 
-def decoder_specs(config: Sizes, shapes: dict[str, torch.Size]) -> dict[str, ParameterSpec]:
-    """Makes the table of a decoder, by name and in order. `shapes`: of the parameters of one that has a single layer."""
+def decoder_specs(config: Sizes, table: Mapping[str, Entry], shapes: dict[str, torch.Size]) -> dict[str, ParameterSpec]:
+    """Makes the table of a decoder, by name and in order. `table`: of its layers. `shapes`: of the parameters of one that has
+    a single layer."""
     begins = _initialisations(config)
 
-    def some(table: dict[str, Entry], path: str = "") -> dict[str, ParameterSpec]:
+    def some(table: Mapping[str, Entry], path: str = "") -> dict[str, ParameterSpec]:
         return {
             name: ParameterSpec(shapes[path + name], entry.role, begins[entry.begins], theirs=entry.theirs)
             for name, entry in table.items()
             if path + name in shapes
         }
 
-    first, layer, last = some(FIRST), some(LAYER, "blocks.0."), some(LAST)
+    first, layer, last = some(FIRST), some(table, "blocks.0."), some(LAST)
     assert len(first) + len(layer) + len(last) == len(shapes), "the table lacks a parameter"
     if config.tie_embeddings:
         first[EMBEDDING] = replace(first[EMBEDDING], copies=(TIED,))
     layers = {
-        f"blocks.{n}.{name}": replace(spec, theirs=f"model.layers.{n}.{spec.theirs}")
+        f"blocks.{n}.{name}": replace(spec, theirs=spec.theirs and f"model.layers.{n}.{spec.theirs}")
         for n in range(config.layers)
         for name, spec in layer.items()
     }
