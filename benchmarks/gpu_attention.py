@@ -61,7 +61,7 @@ def around_a_ring(
 ) -> list[Tensor]:
     """out, dq, dk, dv, as RING ranks would have computed them."""
     runs = [runs_of(order, rank, RING, q.size(1)) for rank in range(RING)]
-    held = [places(own).to(q.device) for own in runs]
+    held = [positions(own).to(q.device) for own in runs]
     results = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (q, q, k, v)]
     for rank, mine in enumerate(held):
         q_here, d_out_here = q[:, mine], d_out[:, mine]
@@ -79,7 +79,7 @@ def around_a_ring(
     return results
 
 
-def places(runs: tuple[Run, ...]) -> Tensor:
+def positions(runs: tuple[Run, ...]) -> Tensor:
     return torch.cat([run.start + run.stride * torch.arange(run.length) for run in runs])
 
 

@@ -209,7 +209,7 @@ def one_rank(config: TrainConfig) -> Iterator[Any]:
         batches = train_batches(config, mesh, data, position=0)
 
         def step(number: int) -> Any:
-            report = update(StepInput(number + 1, next(batches), config.batch.places, config.clip_norm))
+            report = update(StepInput(number + 1, next(batches), config.batch.positions, config.clip_norm))
             optimizer.zero_grad()
             return report
 

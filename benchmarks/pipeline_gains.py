@@ -4,9 +4,9 @@ and of blockwise over breadth-first under ZeRO-3 (+30 %; Tang et al., ZeroPP).""
 from collections.abc import Callable
 from typing import Any
 
-from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
-from rowwise.parallel.schedule.search import find_schedule
-from rowwise.parallel.schedule.simulate import Costs, Gathering, peak_activations, period, uniform_costs
+from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
+from rowwise.parallel.pipeline_schedule.search import find_schedule
+from rowwise.parallel.pipeline_schedule.simulate import Costs, Gathering, peak_activations, period, uniform_costs
 
 SIZES = [(4, 12), (8, 24), (8, 64), (16, 48)]  # ranks, micro-batches
 RATIOS = {"F = I = W": (1.0, 1.0, 1.0), "F = I = 2 W": (2.0, 2.0, 1.0)}

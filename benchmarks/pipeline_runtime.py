@@ -19,8 +19,8 @@ from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRun
 
 from rowwise.parallel.mesh import Axis, ParallelConfig, Workers, make_mesh
 from rowwise.parallel.pipeline import Pipeline
-from rowwise.parallel.schedule.generate import Shape, make_schedule
-from rowwise.parallel.schedule.order import Schedule
+from rowwise.parallel.pipeline_schedule.generate import Shape, make_schedule
+from rowwise.parallel.pipeline_schedule.order import Schedule
 from rowwise.trainer.loss import loss_of
 from rowwise.trainer.models.decoder import Decoder, ModelConfig
 

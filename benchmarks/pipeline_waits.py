@@ -14,12 +14,12 @@ from torch import Tensor, nn
 import rowwise.parallel.defer as defer
 from rowwise.parallel.mesh import ParallelConfig, Workers, make_mesh
 from rowwise.parallel.pipeline import Pipeline, Trace
-from rowwise.parallel.schedule.gantt import draw
-from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
-from rowwise.parallel.schedule.order import Schedule
-from rowwise.parallel.schedule.search import find_schedule
-from rowwise.parallel.schedule.simulate import period, simulate, uniform_costs
-from rowwise.parallel.schedule.trace import align
+from rowwise.parallel.pipeline_schedule.gantt import draw
+from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
+from rowwise.parallel.pipeline_schedule.order import Schedule
+from rowwise.parallel.pipeline_schedule.search import find_schedule
+from rowwise.parallel.pipeline_schedule.simulate import period, simulate, uniform_costs
+from rowwise.parallel.pipeline_schedule.trace import align
 
 RANKS, MICRO_BATCHES, ROUNDS = 4, 12, 3
 STEPS = 5  # in a row, where ranks do or do not wait for each other before their optimizer step

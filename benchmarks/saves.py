@@ -40,7 +40,7 @@ def saves(job: Job, folder: Path, repeats: int = 5) -> dict[str, Any]:
     tensors, batches = (tensors_of(model, optimizer), train_batches(config, mesh, data, position=0))
 
     def step() -> None:
-        compute_gradients(engine, mesh, StepInput(1, next(batches), config.batch.places, config.clip_norm))
+        compute_gradients(engine, mesh, StepInput(1, next(batches), config.batch.positions, config.clip_norm))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rowwise.kernels.visible import Documents, visible_areas
 from rowwise.parallel.mesh import RING_ORDER, Mesh, ParallelConfig, SequenceAxes, Workers, make_mesh
-from rowwise.parallel.sequence import SequenceAttention, places_of, runs_of
+from rowwise.parallel.sequence import SequenceAttention, positions_of, runs_of
 from rowwise.trainer.models.blocks import Block
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.rope import rope_tables
@@ -64,12 +64,12 @@ def torchs_attention(length: int, documents: Documents | None) -> Attend:
     return attend
 
 
-def layer_step(attend: Attend, places: Tensor, documents: Documents | None) -> Callable[[], None]:
-    """Forward and backward of a layer over the tokens at `places` of one sequence."""
+def layer_step(attend: Attend, positions: Tensor, documents: Documents | None) -> Callable[[], None]:
+    """Forward and backward of a layer over the tokens at `positions` of one sequence."""
     torch.manual_seed(0)
     block = Block(MODEL)
-    x = torch.randn(1, len(places), MODEL.dim, requires_grad=True)
-    cos, sin = rope_tables(places.unsqueeze(0), MODEL, torch.float32)
+    x = torch.randn(1, len(positions), MODEL.dim, requires_grad=True)
+    cos, sin = rope_tables(positions.unsqueeze(0), MODEL, torch.float32)
     return lambda: block(x, cos, sin, documents, attend).sum().backward()
 
 
@@ -87,7 +87,7 @@ def contestants(
 ) -> dict[str, Callable[[], None]]:
     shares = {"ulysses": axes["ulysses"]} | {f"ring, {order}": replace(axes["ring"], order=order) for order in ORDERS}
     steps = {
-        name: layer_step(SequenceAttention(share), places_of(share, length), documents)
+        name: layer_step(SequenceAttention(share), positions_of(share, length), documents)
         for name, share in shares.items()
     }
     one_rank = layer_step(torchs_attention(length, documents), torch.arange(length), documents)
@@ -152,8 +152,8 @@ def peers(rank: int, ranks: int, port: int, length: int, rounds: int) -> dict[st
         ("yunchang, ulysses", axes["ulysses"], lambda parts: yunchang(ranks, 1, parts)),
         ("yunchang, ring", replace(axes["ring"], order="contiguous"), lambda parts: yunchang(1, ranks, parts)),
     ):
-        places = places_of(share, length)
-        q, k, v = parts = [t[:, places] for t in whole]
+        positions = positions_of(share, length)
+        q, k, v = parts = [t[:, positions] for t in whole]
         ours, theirs = (lambda s=share, q=q, k=k, v=v: SequenceAttention(s)(q, k, v)), make(parts)
         try:
             expected, given = ours(), theirs()

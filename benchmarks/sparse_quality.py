@@ -27,8 +27,8 @@ from record import RESULTS, write_record
 
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.sparse.account import weights_multiplied
-from rowwise.optim.sparse.budget import cooled_density
-from rowwise.optim.sparse.config import NM, CooledBase, NoSparsity, PDPBase, PDPGroups, sparse_layers
+from rowwise.optim.sparse.budget import gradual_density
+from rowwise.optim.sparse.config import NM, GradualBase, NoSparsity, PDPBase, PDPGroups, sparse_layers
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.models.decoder import flops_per_token, parameter_specs
 
@@ -69,8 +69,8 @@ def training_share(config: TrainConfig) -> float:
     dense, total = flops_per_token(config.model, config.batch.seq_len), 0.0
     for step in range(1, config.steps + 1):
         density = choice.n / choice.m if isinstance(choice, NM | PDPGroups) else choice.density
-        if isinstance(choice, CooledBase):
-            density = cooled_density(step, density, choice.first_step(config.steps), choice.last_step(config.steps))
+        if isinstance(choice, GradualBase):
+            density = gradual_density(step, density, choice.first_step(config.steps), choice.last_step(config.steps))
         elif isinstance(choice, PDPBase) and step < choice.first_step(config.steps):
             density = 1.0  # and while masks are soft everything is multiplied
         forward, backward = weights_multiplied(choice, [round(density * sum(sizes))], sizes, step, config.steps)

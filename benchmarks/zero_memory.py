@@ -41,7 +41,7 @@ def one_rank(rank: int, ranks: int, port: int, config: TrainConfig) -> dict:
     optimizer = build_optimizer(model, config.optim)
     batches = next(train_batches(config, mesh, data, position=0))
     with PeakStates(model, optimizer) as states:
-        compute_gradients(engine, mesh, StepInput(1, batches, config.batch.places, config.clip_norm))
+        compute_gradients(engine, mesh, StepInput(1, batches, config.batch.positions, config.clip_norm))
         optimizer.step()
         optimizer.zero_grad()
     dist.barrier()

@@ -22,7 +22,6 @@ from omegaconf import OmegaConf
 
 from rowwise.launch.job import Job
 from rowwise.launch.local import POLL_SECONDS, run_here
-from rowwise.launch.meeting import LOGGED, TOKEN, give_up_after, interfaces
 from rowwise.launch.outcome import (
     OUTCOME,
     Ended,
@@ -36,6 +35,7 @@ from rowwise.launch.outcome import (
     read_outcome,
     write_outcome,
 )
+from rowwise.launch.rendezvous import LOGGED, TOKEN, give_up_after, interfaces
 from rowwise.launch.warm import Child, Warm, WarmIsGone, warmed
 from rowwise.trainer.files import DiskFull
 from rowwise.trainer.lock import is_held
@@ -67,7 +67,7 @@ def run_workers(job: Job, warm: Warm | None = None, relay: bool = False) -> Outc
     began, forwarding, error = time.time(), Forwarding(job.run_dir), None
     with hearing(forwarding.receive), _environment(job):
         try:
-            _run_here(job, warm, forwarding) if job.meeting is None else _run_with_others(job, forwarding)
+            _run_here(job, warm, forwarding) if job.rendezvous is None else _run_with_others(job, forwarding)
         except Exception as what:
             error = what
     outcome = _outcome(job, error, forwarding.requested is not None)
@@ -113,7 +113,7 @@ def _environment(job: Job) -> Iterator[None]:
     theirs, nor what they start's: they come in through the door of their machine."""
     given = {"PYTHONSAFEPATH": "1"}
     given |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _threads(job.nproc)}
-    given |= {} if job.meeting else interfaces()
+    given |= {} if job.rendezvous else interfaces()
     given |= {} if job.log_dir is None else {LOGGED: "1"}
     before = {name: os.environ.get(name) for name in (TOKEN, *given)}
     os.environ.update(given)

@@ -12,7 +12,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.launch.given import as_typed
 from rowwise.launch.job import Job
 from rowwise.launch.leaving import leave_report
-from rowwise.launch.meeting import Meeting
+from rowwise.launch.rendezvous import Rendezvous
 from rowwise.launch.warm import Warm
 from rowwise.trainer.console import Console, labelled
 from rowwise.trainer.manifest import newest_sound
@@ -22,11 +22,11 @@ from rowwise.trainer.runlog import keep_said, logs_with_words
 EXIT = {"complete": 0, "stopped": 0, "refused": 2, "failed": 1}
 
 
-def carry_out(options: argparse.Namespace, typed: list[str], meeting: Meeting | None, warm: Warm | None) -> int:
+def carry_out(options: argparse.Namespace, typed: list[str], rendezvous: Rendezvous | None, warm: Warm | None) -> int:
     """Returns the exit code. `typed`: the overrides of `options` before files were read. Raises ValueError for what is refused,
     Unanswered and WarmIsGone."""
     tree = compose_tree(options.overrides)
-    asked = replace(job_asked_for(options, tree, meeting, warm), tree=tree)
+    asked = replace(job_asked_for(options, tree, rendezvous, warm), tree=tree)
     if (said := as_typed(typed)) != options.overrides:
         asked = replace(asked, command=shlex.join(["rowwise", "train", *said]))
     outcome = agent.run_workers(asked, warm)
@@ -38,18 +38,20 @@ def carry_out(options: argparse.Namespace, typed: list[str], meeting: Meeting | 
         tell_of_failure(asked.run_dir, reason, outcome.step, asked.steps or outcome.step)
     elif outcome.state == "stopped" and not outcome.step:
         print("stopped before the first step: there was nothing to save", file=sys.stderr)
-    if asked.meeting is None or asked.meeting.host:
+    if asked.rendezvous is None or asked.rendezvous.host:
         leave_report(asked.run_dir, asked.report, outcome.state)
     return EXIT[outcome.state]
 
 
-def job_asked_for(options: argparse.Namespace, tree: dict[str, Any], meeting: Meeting | None, warm: Warm | None) -> Job:
+def job_asked_for(
+    options: argparse.Namespace, tree: dict[str, Any], rendezvous: Rendezvous | None, warm: Warm | None
+) -> Job:
     """The job of a command line, whose overrides compose to `tree`. Raises ValueError."""
     if warm is None:
         # torch: neither help nor a mistyped key waits for it.
         from rowwise.launch.ranks import job_of
 
-        return job_of(options, tree, meeting)
+        return job_of(options, tree, rendezvous)
     names = {"overrides": options.overrides, "job": options.job, "max_restarts": options.max_restarts, "log_dir": None}
     told = warm.ask("rowwise.launch.ranks:tell_job", names, tree)
     if "refused" in told:

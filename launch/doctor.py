@@ -33,7 +33,7 @@ from filelock import FileLock
 
 from rowwise.launch import health
 from rowwise.launch.health import Finding
-from rowwise.launch.meeting import interfaces
+from rowwise.launch.rendezvous import interfaces
 from rowwise.launch.settings import parse, read_words
 from rowwise.launch.warm import Child, Warm, WarmIsGone, warmed
 from rowwise.trainer.files import write_whole

@@ -18,11 +18,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rowwise.launch.job import Job
 from rowwise.launch.local import LEAVING_SECONDS
-from rowwise.launch.meeting import address_towards
 from rowwise.launch.outcome import Failure, WorkersFailed
-from rowwise.launch.rendezvous import rendezvous, settings
+from rowwise.launch.rendezvous import address_towards
+from rowwise.launch.rendezvous_backend import rendezvous_handler, settings
 
-LAST_SECONDS = 2.0  # that the host of the meeting stays after its own workers
+LAST_SECONDS = 2.0  # that the host of the rendezvous stays after its own workers
 
 
 def run_agent(job: Job, ended: "queue.SimpleQueue[BaseException | None]") -> None:
@@ -34,11 +34,11 @@ def run_agent(job: Job, ended: "queue.SimpleQueue[BaseException | None]") -> Non
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         # Whoever gives up sooner than the workers do does so while they still may go on.
-        assert job.meeting is not None
-        with rendezvous(job.meeting, max(60, job.timeout_seconds)) as make, _logs(job) as logs:
+        assert job.rendezvous is not None
+        with rendezvous_handler(job.rendezvous, max(60, job.timeout_seconds)) as make, _logs(job) as logs:
             program = ("-m", "rowwise.launch.train", *job.arguments)
             elastic_launch(_launch_config(job, make, logs), sys.executable)(*program)
-            if job.meeting.host:
+            if job.rendezvous.host:
                 time.sleep(LAST_SECONDS)  # for those that come last
         ended.put(None)
     except ChildFailedError as error:
@@ -70,15 +70,15 @@ def _launch_config(
     options: dict[str, Any] = {}
     if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)):  # not in torch 2.11
         options["shutdown_timeout"] = LEAVING_SECONDS
-    meeting = job.meeting
-    assert meeting is not None
+    rendezvous = job.rendezvous
+    assert rendezvous is not None
     return LaunchConfig(
-        min_nodes=meeting.least,
-        max_nodes=meeting.most,
+        min_nodes=rendezvous.least,
+        max_nodes=rendezvous.most,
         nproc_per_node=job.nproc,
-        run_id=meeting.job,
+        run_id=rendezvous.job,
         logs_specs=logs,
-        local_addr=address_towards(*meeting.address),
+        local_addr=address_towards(*rendezvous.address),
         max_restarts=job.max_restarts,
         **settings(make),
         **options,

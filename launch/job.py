@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rowwise.launch.meeting import Meeting
+from rowwise.launch.rendezvous import Rendezvous
 from rowwise.trainer.starts import Report
 
 
@@ -22,7 +22,7 @@ class Job:
     run_dir: Path
     steps: int | None
     nproc: int
-    meeting: Meeting | None = None
+    rendezvous: Rendezvous | None = None
     name: str | None = None
     timeout_seconds: float = 1800
     max_restarts: int = 0

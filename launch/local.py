@@ -16,8 +16,8 @@ from typing import Any
 
 from rowwise.launch.gate import LOOPBACK
 from rowwise.launch.job import Job
-from rowwise.launch.meeting import START
 from rowwise.launch.outcome import Failure, Refused, WorkersFailed
+from rowwise.launch.rendezvous import START
 from rowwise.launch.warm import Child, Warm, WarmIsGone, ended_by
 
 POLL_SECONDS = 0.2

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rowwise.launch.job import Job
-from rowwise.launch.meeting import Meeting
+from rowwise.launch.rendezvous import Rendezvous
 from rowwise.launch.warm import Telling
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
@@ -25,14 +25,14 @@ def require_ranks(nproc: int) -> None:
         raise ValueError(f"nproc={nproc}: this machine has {gpus} GPUs; give nproc={gpus} at most, or more machines")
 
 
-def job_of(options: argparse.Namespace, tree: dict[str, Any], meeting: Meeting | None) -> Job:
+def job_of(options: argparse.Namespace, tree: dict[str, Any], rendezvous: Rendezvous | None) -> Job:
     """The job of a command line, whose overrides compose to `tree`, checked as far as this machine can. Raises ValueError."""
     config = config_from_tree(tree)
     nproc = config.nproc or default_nproc()
     require_ranks(nproc)
     if options.max_restarts < 0:
         raise ValueError(f"--max-restarts {options.max_restarts}: give 0 or more")
-    least, most = (meeting.least, meeting.most) if meeting else (1, 1)
+    least, most = (rendezvous.least, rendezvous.most) if rendezvous else (1, 1)
     for nodes in {least, most}:
         check(config, nodes * nproc)
     return Job(
@@ -40,7 +40,7 @@ def job_of(options: argparse.Namespace, tree: dict[str, Any], meeting: Meeting |
         Path(config.run_dir),
         config.known_steps,
         nproc,
-        meeting,
+        rendezvous,
         options.job,
         config.parallel.timeout_seconds,
         options.max_restarts,

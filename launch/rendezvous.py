@@ -1,214 +1,193 @@
-"""How the agents of a run on several machines meet, and where their workers do: in a store that only they can reach.
+"""Where the agents of a run on several machines meet, what they must know there, and how long they wait for one that is gone."""
 
-It listens on the loopback of the first machine, and the others come through launch.gate. torch's own rendezvous keeps its
-state as a pickle, which every agent would unpickle: here it is JSON.
-"""
-
+import argparse
 import contextlib
-import datetime
-import ipaddress
-import json
 import os
-import pickle
 import socket
-import uuid
-from collections.abc import Callable, Iterator
-from typing import Any
+import stat
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch.distributed as dist
-from torch.distributed.elastic.rendezvous import (
-    RendezvousConnectionError,
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    RendezvousStateError,
-    RendezvousStoreInfo,
-    rendezvous_handler_registry,
-)
+from rowwise.launch.gate import Secret
+from rowwise.trainer.files import full_path
 
-from rowwise.launch.gate import LOOPBACK, Porter, Stranger
-from rowwise.launch.meeting import START, Meeting
-from rowwise.launch.outcome import Failed, Refused
-from rowwise.launch.torch_elastic import (
-    DynamicRendezvousHandler,
-    NodeDesc,
-    RendezvousBackend,
-    RendezvousState,
-    RendezvousTimeout,
-)
-from rowwise.launch.workers import store_here
-
-BACKEND = "rowwise"
-LAST_CALL = datetime.timedelta(seconds=10)  # for further machines, once the least number is there
-_NOTHING = "null"
+TOKEN = "ROWWISE_TOKEN"
+LOGGED = "ROWWISE_WORKERS_LOGGED"  # our own agent's: it keeps what each worker says, where --log-dir has it
+START = "ROWWISE_START"  # our own agent's name for this start of the workers, on every machine
+LEAST_BYTES = 16
+LAST_PORT = 65535
+MAKE_ONE = "(umask 077; head -c 32 /dev/urandom | base64 > FILE)"
 
 
-def settings(make: Callable[[RendezvousParameters], RendezvousHandler]) -> dict[str, Any]:
-    """The settings of torch's LaunchConfig for a handler that `make` makes."""
-    rendezvous_handler_registry.register(BACKEND, _made)
-    return {"rdzv_backend": BACKEND, "rdzv_configs": {"make": make}}
+@dataclass(frozen=True)
+class Rendezvous:
+    """From `least` to `most` agents meet at `endpoint` (HOST:PORT) under the name `job`, and know `token`.
 
-
-def _made(parameters: RendezvousParameters) -> RendezvousHandler:
-    return parameters.config["make"](parameters)
-
-
-@contextlib.contextmanager
-def rendezvous(
-    meeting: Meeting, patience_seconds: float
-) -> Iterator[Callable[[RendezvousParameters], RendezvousHandler]]:
-    """Gives what makes the handler of a run. The meeting lasts as long as the context of its host.
-
-    Raises Refused where the port of the meeting cannot be had, or who answers there has another token, and Failed where
-    nobody does.
+    `host`: whether it is this one's machine.
     """
-    before = os.environ.get(START)
-    porter = Porter()
-    try:
-        store = store_here() if meeting.host else None
-        if store is not None:
-            porter.keep_gate(_listen(meeting), store.port, meeting.secret)
-        with _said_in_a_line(meeting):
-            port = porter.keep_door(meeting.address, meeting.secret, patience_seconds)
-        yield lambda parameters: met(parameters, port, patience_seconds)
-    finally:
-        porter.close()
-        os.environ.pop(START, None)
-        if before is not None:
-            os.environ[START] = before
 
-
-def _listen(meeting: Meeting) -> socket.socket:
-    """On the address that was given, or, since a name can mean another one here than elsewhere, on every address."""
-    host, port = meeting.address
-    try:
-        address = str(ipaddress.ip_address(host))
-    except ValueError:
-        address = ""
-    every = not address and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if every or ":" in address else socket.AF_INET
-    try:
-        return socket.create_server((address, port), family=family, dualstack_ipv6=every)
-    except OSError as error:
-        raise Refused(
-            f"{meeting.endpoint} cannot be listened on ({os.strerror(error.errno or 0)}); give another port"
-        ) from None
-
-
-@contextlib.contextmanager
-def _said_in_a_line(meeting: Meeting) -> Iterator[None]:
-    try:
-        yield
-    except Stranger as error:
-        raise Refused(
-            f"no meeting at {meeting.endpoint}: {error}; give the same --token and --job on each machine"
-        ) from None
-    except (OSError, EOFError) as error:
-        raise Failed(f"no meeting at {meeting.endpoint}: {str(error) or type(error).__name__}") from None
-
-
-class Together(DynamicRendezvousHandler):
-    """The rendezvous of several machines, as torch has it; the workers of each reach the one store through its door."""
-
-    door: int
+    endpoint: str
+    job: str
+    least: int
+    most: int
+    host: bool
+    token: bytes = field(repr=False)
 
     @property
-    def use_agent_store(self) -> bool:
-        return True
+    def secret(self) -> Secret:
+        return Secret(self.job, self.token)
 
-    def next_rendezvous(self) -> RendezvousInfo:
-        info = super().next_rendezvous()
-        # Of this start alone: in the store is also what those before have left.
-        os.environ[START] = info.store.compare_set("start", "", uuid.uuid4().hex).decode()
-        return RendezvousInfo(info.store, info.rank, info.world_size, RendezvousStoreInfo(LOOPBACK, self.door))
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.endpoint.rsplit(":", 1)
+        return host, int(port)
 
 
-def met(parameters: RendezvousParameters, door: int, patience_seconds: float) -> Together:
-    """Makes the handler of an agent whose way to the store is `door`."""
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torch makes no store of its own
-    store = dist.TCPStore(LOOPBACK, door, timeout=datetime.timedelta(seconds=patience_seconds))
-    handler = Together.from_backend(
-        parameters.run_id,
-        store,
-        Backend(store, parameters.run_id),
-        parameters.min_nodes,
-        parameters.max_nodes,
-        parameters.local_addr,
-        RendezvousTimeout(last_call=LAST_CALL),
+def slurm_rendezvous(token: Path | None = None, environment: Mapping[str, str] = os.environ) -> Rendezvous | None:
+    """The rendezvous of the agents of a Slurm step with one task a machine; None outside of one, or on one machine.
+
+    Raises ValueError for more tasks than machines, and without a token.
+    """
+    nodes, tasks = (int(environment.get(f"SLURM_STEP_NUM_{what}", 1)) for what in ("NODES", "TASKS"))
+    if nodes == tasks == 1:
+        return None
+    if tasks != nodes:
+        raise ValueError(
+            f"{tasks} tasks on {nodes} machines: a run is one task a machine, which starts nproc= workers; give Slurm "
+            "--ntasks-per-node=1"
+        )
+    first = slurm_hosts(environment["SLURM_STEP_NODELIST"])[0]
+    # Jobs that share a machine have neighbouring numbers.
+    port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000
+    job = f"slurm-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_STEP_ID', 0)}"
+    host = environment.get("SLURM_NODEID") == "0"
+    return Rendezvous(f"{first}:{port}", job, nodes, nodes, host, token_of(token, f"{nodes} machines", environment))
+
+
+def token_of(path: Path | None, given: str, environment: Mapping[str, str] = os.environ) -> bytes:
+    """What the machines of a job know and others do not, from a file that nobody else can read, or the environment.
+
+    Raises ValueError; `given` is what asked for it.
+    """
+    if path is not None:
+        return _long_enough(_read_own(path), f"--token {path}")
+    if TOKEN in environment:
+        return _long_enough(environment[TOKEN].strip().encode(), TOKEN)
+    raise ValueError(
+        f"{given}: machines that meet prove to each other that they are of this job; make a token with {MAKE_ONE} and "
+        f"give --token FILE on each, or set {TOKEN} (rowwise slurm does)"
     )
-    handler.door = door
-    return handler
 
 
-class Backend(RendezvousBackend):
-    """Keeps the state of a rendezvous in the store as JSON. A token of torch's is the JSON that was read."""
-
-    def __init__(self, store: dist.Store, job: str):
-        self._store, self._key = store, f"rendezvous/{job}"
-        self._exchange("", _NOTHING)
-
-    @property
-    def name(self) -> str:
-        return BACKEND
-
-    def get_state(self) -> tuple[bytes, Any] | None:
-        return self._read(self._call(self._store.get, self._key))
-
-    def set_state(self, state: bytes, token: Any = None) -> tuple[bytes, Any, bool] | None:
-        ours = json.dumps(encoded(vars(pickle.loads(state))), sort_keys=True)  # of this very process
-        there = self._exchange(token or _NOTHING, ours)
-        found = self._read(there)
-        return None if found is None else (*found, there.decode() == ours)
-
-    def _exchange(self, expected: str, desired: str) -> bytes:
-        return self._call(self._store.compare_set, self._key, expected, desired)
-
-    def _call(self, function: Callable[..., bytes], *arguments: str) -> bytes:
-        try:
-            return function(*arguments)
-        except (ValueError, RuntimeError, TimeoutError) as error:
-            raise RendezvousConnectionError(f"the store of the meeting does not answer: {error}") from None
-
-    def _read(self, there: bytes) -> tuple[bytes, str] | None:
-        if there == _NOTHING.encode():
-            return None
-        state = RendezvousState()
-        try:
-            told = decoded(json.loads(there))
-            for name in vars(state):
-                setattr(state, name, told[name])
-        except Exception as error:  # of the many that what is not ours can cause
-            raise RendezvousStateError(f"the state of the meeting is not this job's: {error!r}") from None
-        return pickle.dumps(state), there.decode()
+def _read_own(path: Path) -> bytes:
+    try:
+        with full_path(str(path), "--token").open("rb") as file:
+            told = os.fstat(file.fileno())
+            if told.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or told.st_uid != os.geteuid():
+                raise ValueError(
+                    f"--token {path}: others can read or change it; give chmod 600 {path}, and a new token"
+                )
+            return file.read(4096).strip()
+    except OSError as error:
+        raise ValueError(f"--token {path}: {error.strerror}; make one with {MAKE_ONE}") from None
 
 
-def encoded(value: Any) -> Any:
-    """A state of torch's rendezvous as plain JSON. Raises TypeError for anything else.
+def _long_enough(token: bytes, origin: str) -> bytes:
+    if len(token) < LEAST_BYTES:
+        raise ValueError(
+            f"{origin} has {len(token)} characters, which can be guessed; make one of {LEAST_BYTES} or more with {MAKE_ONE}"
+        )
+    return token
 
-    Machines, times, sets and maps are pairs of what they are and what is in them.
+
+def slurm_hosts(nodes: str) -> list[str]:
+    """The names of the machines in a list of Slurm's. Raises ValueError."""
+    try:
+        said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise ValueError(
+            f"scontrol, which names the machines of {nodes}, is not here, or does not answer: give --nodes N and --rendezvous "
+            "HOST:PORT"
+        ) from None
+    return said.stdout.split()
+
+
+def address_towards(host: str, port: int) -> str:
+    """The address under which this machine is seen from `host`: that of the way there. Sends nothing.
+
+    Raises ValueError where the name means nothing here.
     """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, datetime.datetime):
-        return ["time", value.isoformat()]
-    if isinstance(value, NodeDesc):
-        return ["machine", [value.addr, value.pid, value.local_id]]
-    if isinstance(value, set):
-        return ["set", sorted((encoded(one) for one in value), key=json.dumps)]
-    if isinstance(value, dict):
-        return ["map", sorted(([encoded(key), encoded(one)] for key, one in value.items()), key=json.dumps)]
-    raise TypeError(f"a {type(value).__name__} has no place in the state of a rendezvous")
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise ValueError(f"{host}:{port} cannot be reached from here: {error.strerror}") from None
 
 
-def decoded(tree: Any) -> Any:
-    """What `encoded` was given. Raises TypeError, ValueError or KeyError for anything that it does not write."""
-    if tree is None or isinstance(tree, bool | int | str):
-        return tree
-    kind, inside = tree
-    made: dict[str, Callable[[], Any]] = {
-        "time": lambda: datetime.datetime.fromisoformat(inside),
-        "machine": lambda: NodeDesc(str(inside[0]), int(inside[1]), int(inside[2])),
-        "set": lambda: {decoded(one) for one in inside},
-        "map": lambda: {decoded(key): decoded(one) for key, one in inside},
+def is_here(host: str, port: int) -> bool:
+    """Whether `host` is this machine: only an address of its own can be bound. Raises ValueError."""
+    address_towards(host, port)
+    for family, kind, _, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+            probe.bind((target[0], 0))
+            return True
+    return False
+
+
+def give_up_after(seconds: float) -> None:
+    """Tells the kernel to give up this process's TCP connections once what was sent is unanswered for so long. (Linux.)
+
+    torch's store sets no bound, and the kernel's own is a quarter of an hour. To be called again for connections made since.
+    """
+    for name in Path("/proc/self/fd").iterdir():
+        # Another thread may close it meanwhile.
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(name.stat().st_mode):
+                _bound(int(name.name), seconds)
+
+
+def _bound(handle: int, seconds: float) -> None:
+    with socket.socket(fileno=os.dup(handle)) as one:
+        if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * seconds))
+
+
+def rendezvous_of(options: argparse.Namespace) -> Rendezvous | None:
+    """Where this machine meets others: as the command line or Slurm says. Raises ValueError."""
+    rendezvous = asked_for(options) if options.nodes or options.rendezvous else slurm_rendezvous(options.token)
+    if rendezvous is None and options.token is not None:
+        raise ValueError(f"--token {options.token}: of machines that meet; give --rendezvous HOST:PORT too")
+    return rendezvous
+
+
+def asked_for(options: argparse.Namespace) -> Rendezvous | None:
+    """The rendezvous of --nodes and --rendezvous; None for one machine alone. Raises ValueError."""
+    least, _, most = (options.nodes or "1").partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+        raise ValueError(f"--nodes {options.nodes}: give a number of machines, or MIN:MAX")
+    if int(most or least) == 1 and not options.rendezvous:
+        return None
+    given = f"--rendezvous {options.rendezvous}" if options.rendezvous else f"--nodes {options.nodes}"
+    host, _, port = options.rendezvous.rpartition(":")
+    if not (host and port.isdecimal() and 1 <= int(port) <= LAST_PORT):
+        raise ValueError(
+            f"{given}: several machines meet at one of them; give --rendezvous HOST:PORT, the same on each, with a port "
+            f"of 1 to {LAST_PORT}"
+        )
+    token, here = token_of(options.token, given), is_here(host, int(port))
+    return Rendezvous(options.rendezvous, options.job or "rowwise", int(least), int(most or least), here, token)
+
+
+def interfaces() -> dict[str, str]:
+    """What tells gloo and NCCL to stay on this machine's loopback; they ask nobody who he is."""
+    loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
+    return {
+        f"{who}_SOCKET_IFNAME": f"{exactly}{name}"
+        for name in loopback
+        for who, exactly in (("GLOO", ""), ("NCCL", "="))
     }
-    return made[kind]()

@@ -32,10 +32,10 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from rowwise.parallel.schedule.check import check_schedule
-from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
-from rowwise.parallel.schedule.order import Schedule, read_csv, write_csv
-from rowwise.parallel.schedule.simulate import (
+from rowwise.parallel.pipeline_schedule.check import check_schedule
+from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
+from rowwise.parallel.pipeline_schedule.order import Schedule, read_csv, write_csv
+from rowwise.parallel.pipeline_schedule.simulate import (
     Costs,
     Gathering,
     Timeline,
@@ -45,7 +45,7 @@ from rowwise.parallel.schedule.simulate import (
     simulate,
     uniform_costs,
 )
-from rowwise.parallel.schedule.trace import read_trace
+from rowwise.parallel.pipeline_schedule.trace import read_trace
 
 SHAPE = {"ranks", "micro_batches", "chunks", "unit"}
 TIMES = {"forward", "input", "weight", "send", "gather", "step"}
@@ -127,7 +127,7 @@ def show_run(run: Path, settings: Settings) -> str:
 
 def draw(timelines: dict[str, Timeline], settings: Settings, unit: str = "") -> None:
     """Writes the picture."""
-    from rowwise.parallel.schedule import gantt  # matplotlib, which takes a second and nothing else needs
+    from rowwise.parallel.pipeline_schedule import gantt  # matplotlib, which takes a second and nothing else needs
 
     gantt.draw(timelines, Path(settings.to).expanduser(), unit)
 

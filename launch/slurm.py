@@ -28,7 +28,7 @@ from pydantic import BeforeValidator
 
 from rowwise.launch.compose import compose_part, compose_tree, key_of
 from rowwise.launch.given import SEARCHPATH, Arguments, gather
-from rowwise.launch.meeting import TOKEN
+from rowwise.launch.rendezvous import TOKEN
 from rowwise.launch.sweep.config import SweepConfig
 from rowwise.launch.sweep.config import resolve as resolve_sweep
 from rowwise.launch.sweep.space import overrides_of

@@ -24,8 +24,8 @@ import contextlib
 from pathlib import Path
 
 from rowwise.launch.given import Arguments, gather
-from rowwise.launch.meeting import meeting_of
 from rowwise.launch.parent import follow
+from rowwise.launch.rendezvous import rendezvous_of
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.utf8 import insist_on_utf8
 from rowwise.launch.warm import Unanswered, WarmIsGone, warmed
@@ -47,12 +47,12 @@ def _main(arguments: list[str] | None) -> int:
         follow(options.parent)
     try:
         typed, options.overrides = options.overrides, gather(options.overrides)
-        meeting = meeting_of(options)
+        rendezvous = rendezvous_of(options)
         # A warm process imports torch, which takes seconds, while this one imports the rest and composes.
-        with contextlib.nullcontext() if meeting else warmed(options.warm) as warm:
+        with contextlib.nullcontext() if rendezvous else warmed(options.warm) as warm:
             from rowwise.launch.carry_out import carry_out
 
-            return carry_out(options, typed, meeting, warm)
+            return carry_out(options, typed, rendezvous, warm)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2

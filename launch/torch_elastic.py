@@ -1,7 +1,7 @@
 """What is used of torch.distributed.elastic beyond what torch documents: all of it is here.
 
 `DynamicRendezvousHandler` and what it takes     torch's agents meet by it, with a store of ours behind it
-`_RendezvousState`, `_NodeDesc`                  what it keeps in that store: torch pickles it, `launch.rendezvous` writes JSON
+`_RendezvousState`, `_NodeDesc`                  what it keeps in that store: torch pickles it, `launch.rendezvous_backend` writes JSON
 """
 
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (

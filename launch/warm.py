@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 
-from rowwise.launch.meeting import TOKEN
+from rowwise.launch.rendezvous import TOKEN
 from rowwise.trainer.stop import SIGNALS
 
 BEFOREHAND = ("rowwise.launch.ranks", "rowwise.launch.worker")  # imported while there is nothing else to do

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch.distributed import rendezvous
 
 from rowwise.launch.gate import LOOPBACK
-from rowwise.launch.meeting import LOGGED, START, interfaces
 from rowwise.launch.outcome import Ended, Failed, Refused
+from rowwise.launch.rendezvous import LOGGED, START, interfaces
 from rowwise.launch.warm import Child, Telling
 from rowwise.parallel.mesh import Workers
 

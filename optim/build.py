@@ -23,11 +23,11 @@ from rowwise.optim.lowrank.config import (
     LowRankBase,
 )
 from rowwise.optim.lowrank.rules import DCT, Apollo, ApolloMini, Fira, GaLore, LowRank
+from rowwise.optim.lr_schedules import OneCycle, ScheduleConfig
 from rowwise.optim.muon import MuonConfig
+from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.quantized import AdamW8bitConfig, Lion8bitConfig, is_quantisable
 from rowwise.optim.rule import Rule
-from rowwise.optim.schedules import OneCycle, ScheduleConfig
-from rowwise.optim.shell import Optimizer
 
 OptimConfig = (
     AdamWConfig | LionConfig | AdafactorConfig | MuonConfig | AdamW8bitConfig | Lion8bitConfig

@@ -15,7 +15,7 @@ from torch import Tensor
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.rows import local
 from rowwise.optim.lengths import read_length
-from rowwise.optim.shell import Optimizer
+from rowwise.optim.optimizer import Optimizer
 
 IN_BACKWARD: Refusals = (
     Refusal(

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.parallel.lanes import Axis, Lanes, receive_from, send_to
-from rowwise.parallel.schedule.order import Action, Key, Schedule
+from rowwise.parallel.pipeline_schedule.order import Action, Key, Schedule
 
 
 class Channels:

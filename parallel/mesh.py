@@ -163,19 +163,19 @@ class Mesh:
         return 1 if self.pipeline is None else self.pipeline.size
 
     @property
-    def sharers(self) -> int:
+    def sequence_degree(self) -> int:
         """Ranks that hold one sequence between them."""
         return 1 if self.sequence is None else self.sequence.size
 
     @property
     def data_degree(self) -> int:
-        return self.world_size // self.stages // self.sharers
+        return self.world_size // self.stages // self.sequence_degree
 
     @property
     def data_rank(self) -> int:
         """Which share of each global batch this rank reads, out of `data_degree`. All stages of a replica, and all ranks
         that share its sequences, read the same."""
-        return self.rank // self.sharers % self.data_degree
+        return self.rank // self.sequence_degree % self.data_degree
 
     @property
     def states(self) -> DeviceMesh:
@@ -276,11 +276,13 @@ def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
 def _sequence_axes(
     config: ParallelConfig, device: torch.device, world_size: int, timeout: datetime.timedelta
 ) -> SequenceAxes | None:
-    sharers = config.ring * config.ulysses
-    if sharers == 1:
+    sequence_degree = config.ring * config.ulysses
+    if sequence_degree == 1:
         return None
     names = ("others", "ring", "ulysses")
-    axes = init_device_mesh(device.type, (world_size // sharers, config.ring, config.ulysses), mesh_dim_names=names)
+    axes = init_device_mesh(
+        device.type, (world_size // sequence_degree, config.ring, config.ulysses), mesh_dim_names=names
+    )
     return SequenceAxes(_axis(axes, "ring", timeout), _axis(axes, "ulysses", timeout), config.ring_order or "zigzag")
 
 

@@ -28,8 +28,8 @@ from rowwise.parallel.channels import Channels
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.device import Clock, Mark, device_of
 from rowwise.parallel.lanes import Axis, open_lanes, receive_from, send_to
-from rowwise.parallel.schedule.order import Action, Schedule, early_messages, leading_forwards
-from rowwise.parallel.schedule.simulate import Gathering, gathers
+from rowwise.parallel.pipeline_schedule.order import Action, Schedule, early_messages, leading_forwards
+from rowwise.parallel.pipeline_schedule.simulate import Gathering, gathers
 from rowwise.parallel.shard import (
     add_up_gradients,
     forget_forwards,

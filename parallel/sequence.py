@@ -64,17 +64,17 @@ def runs_of(order: RING_ORDER, rank: int, ring: int, length: int) -> tuple[Run, 
     return Run(rank * chunk, 1, chunk), Run((2 * ring - 1 - rank) * chunk, 1, chunk)
 
 
-def places_of(axes: SequenceAxes, length: int) -> Tensor:
-    """The places in a sequence of `length` tokens that this rank has; those from `length` on are padding."""
+def positions_of(axes: SequenceAxes, length: int) -> Tensor:
+    """The positions in a sequence of `length` tokens that this rank has; those from `length` on are padding."""
     ring, ulysses = axes.ring, axes.ulysses
     runs = runs_of(axes.order, ring.rank, ring.size, padded_length(length, axes.order, ring.size, ulysses.size))
-    places = torch.cat([run.start + run.stride * torch.arange(run.length) for run in runs])
-    return places.chunk(ulysses.size)[ulysses.rank]
+    positions = torch.cat([run.start + run.stride * torch.arange(run.length) for run in runs])
+    return positions.chunk(ulysses.size)[ulysses.rank]
 
 
-def places_on(mesh: Mesh, length: int) -> Tensor | None:
-    """The places of this rank, or None where it has whole sequences."""
-    return None if mesh.sequence is None else places_of(mesh.sequence, length)
+def positions_on(mesh: Mesh, length: int) -> Tensor | None:
+    """The positions of this rank, or None where it has whole sequences."""
+    return None if mesh.sequence is None else positions_of(mesh.sequence, length)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from rowwise.kernels.rows import local, row_offset
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer, named_state
-from rowwise.optim.schedules import OneCycle
+from rowwise.optim.lr_schedules import OneCycle
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.optim.sparse.masks import unpack
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
@@ -203,7 +203,7 @@ def plain_engine(mesh: Mesh, config: TrainConfig) -> Engine:
 
 def step_input(config: TrainConfig, step: int, batches: list[MicroBatch], **more: Any) -> StepInput:
     """What step t (counted from 1) of a run takes."""
-    return StepInput(step, batches, config.batch.places, config.clip_norm, **more)
+    return StepInput(step, batches, config.batch.positions, config.clip_norm, **more)
 
 
 def coarsen_(tensors: Sequence[Tensor]) -> None:
@@ -332,7 +332,7 @@ def assert_same_masks(layout: Trace, reference: Trace) -> None:
     for step, (ours, theirs) in enumerate(zip(layout.masks, reference.masks, strict=False)):
         assert ours.keys() == theirs.keys()
         different = {name: int((ours[name] ^ mask).sum()) for name, mask in theirs.items()}
-        assert not any(different.values()), f"step {step}: so many places of masks differ: {different}"
+        assert not any(different.values()), f"step {step}: so many positions of masks differ: {different}"
 
 
 def assert_same_codes(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from rowwise.launch import gate
 from rowwise.launch.gate import LOOPBACK, Porter, Secret, Stranger
-from rowwise.launch.rendezvous import store_here
+from rowwise.launch.rendezvous_backend import store_here
 
 SECRET = Secret("the job", b"known to its machines alone")
 

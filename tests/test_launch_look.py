@@ -9,8 +9,8 @@ from commands import overrides_of, run_in_pool
 from rowwise.launch import look, timing
 from rowwise.launch.compose import compose_tree
 from rowwise.parallel.mesh import Mesh, ParallelConfig
-from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
-from rowwise.parallel.schedule.simulate import simulate, uniform_costs
+from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
+from rowwise.parallel.pipeline_schedule.simulate import simulate, uniform_costs
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.preview import drawn, parameter_table, rates_of, readers, shares_in_words
 
@@ -74,7 +74,7 @@ def test_which_ranks_read_a_share_is_what_the_mesh_says(layout):
     degree, world = replicate * shard, pipeline * replicate * shard * ring * ulysses
     found = {}
     for rank in range(world):
-        mesh = SimpleNamespace(rank=rank, sharers=ring * ulysses, data_degree=degree)
+        mesh = SimpleNamespace(rank=rank, sequence_degree=ring * ulysses, data_degree=degree)
         found.setdefault(Mesh.data_rank.fget(mesh), []).append(rank)
     assert {share: readers(share, parallel) for share in range(degree)} == found
 

@@ -15,11 +15,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from rowwise.launch.schedule import main
-from rowwise.parallel.schedule.gantt import BUBBLE, COLORS, draw, lighten
-from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
-from rowwise.parallel.schedule.order import Action, read_csv, write_csv
-from rowwise.parallel.schedule.simulate import Timeline, simulate, uniform_costs
-from rowwise.parallel.schedule.trace import align, read_trace, write_trace
+from rowwise.parallel.pipeline_schedule.gantt import BUBBLE, COLORS, draw, lighten
+from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
+from rowwise.parallel.pipeline_schedule.order import Action, read_csv, write_csv
+from rowwise.parallel.pipeline_schedule.simulate import Timeline, simulate, uniform_costs
+from rowwise.parallel.pipeline_schedule.trace import align, read_trace, write_trace
 
 
 def timeline_of(name: str, shape: Shape, seed: int = 0) -> Timeline:

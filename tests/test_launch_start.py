@@ -19,12 +19,12 @@ from torch.distributed.elastic.multiprocessing.errors.error_handler import Error
 
 from commands import PATIENCE, AtOnce, await_steps, free_port, overrides_of, run, run_in_pool, start, workers_of
 from rowwise.launch import agent, cli, ranks
-from rowwise.launch import meeting as meetings
+from rowwise.launch import rendezvous as rendezvous_module
 from rowwise.launch import start as launcher
 from rowwise.launch.elastic import failure_of
 from rowwise.launch.job import Job
-from rowwise.launch.meeting import TOKEN, Meeting, is_here, slurm_meeting
 from rowwise.launch.outcome import Outcome, read_outcome, write_outcome
+from rowwise.launch.rendezvous import TOKEN, Rendezvous, is_here, slurm_rendezvous
 from rowwise.launch.utf8 import insist_on_utf8
 from rowwise.launch.warm import Unanswered
 from rowwise.trainer.metrics import read_metrics
@@ -87,8 +87,8 @@ REFUSED = {
     ),
     "machines that do not meet": (["--nodes", "2", "nproc=1"], "give --rendezvous HOST:PORT"),
     "no such number of machines": (["--nodes", "2:1", "--rendezvous", "localhost:1", "nproc=1"], "give a number of machines"),
-    "a meeting without a port": (["--nodes", "2", "--rendezvous", "a", "nproc=1"], "give --rendezvous HOST:PORT"),
-    "a meeting nowhere": (["--nodes", "2", "--rendezvous", "no.such.host:1", "nproc=1"], "cannot be reached from here"),
+    "a rendezvous without a port": (["--nodes", "2", "--rendezvous", "a", "nproc=1"], "give --rendezvous HOST:PORT"),
+    "a rendezvous nowhere": (["--nodes", "2", "--rendezvous", "no.such.host:1", "nproc=1"], "cannot be reached from here"),
     "a port that cannot be": (["--rendezvous", "localhost:99999", "nproc=1"], "with a port of 1 to 65535"),
     "any port": (["--rendezvous", "localhost:0", "nproc=1"], "with a port of 1 to 65535"),
     "a token of no user": (
@@ -168,28 +168,28 @@ def test_workers_that_are_fewer_than_nproc_are_refused(tmp_path):
 
 
 def test_where_the_machines_of_a_slurm_step_meet(monkeypatch, tmp_path):
-    monkeypatch.setattr(meetings, "slurm_hosts", lambda nodes: {"gpu[3-4]": ["gpu3", "gpu4"]}[nodes])
+    monkeypatch.setattr(rendezvous_module, "slurm_hosts", lambda nodes: {"gpu[3-4]": ["gpu3", "gpu4"]}[nodes])
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu[3-4]",
             "SLURM_JOB_ID": "41234", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1"}  # fmt: skip
     with pytest.raises(ValueError, match=r"^2 machines: .* make a token with .* or set ROWWISE_TOKEN"):
-        slurm_meeting(None, step)
+        slurm_rendezvous(None, step)
     (tmp_path / "token").touch(0o600)
     (tmp_path / "token").write_text("of this job and of its file")
-    met = slurm_meeting(tmp_path / "token", step)
+    met = slurm_rendezvous(tmp_path / "token", step)
     assert met is not None and met.token == b"of this job and of its file", "as the refusal has it"
     step[TOKEN] = "of this job and of no other"
     token = step[TOKEN].encode()
-    assert slurm_meeting(None, step) == Meeting("gpu3:21234", "slurm-41234-0", 2, 2, host=False, token=token)
-    meeting = slurm_meeting(None, step | {"SLURM_NODEID": "0"})
-    assert meeting is not None and meeting.host and "of this job" not in repr(meeting)
-    assert slurm_meeting(None, {}) is None
-    assert slurm_meeting(None, step | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert slurm_rendezvous(None, step) == Rendezvous("gpu3:21234", "slurm-41234-0", 2, 2, host=False, token=token)
+    rendezvous = slurm_rendezvous(None, step | {"SLURM_NODEID": "0"})
+    assert rendezvous is not None and rendezvous.host and "of this job" not in repr(rendezvous)
+    assert slurm_rendezvous(None, {}) is None
+    assert slurm_rendezvous(None, step | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}) is None
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"^scontrol, which names the machines of gpu\[3-4\], is not here, or"):
-        slurm_meeting(None, step | {"SLURM_STEP_NODELIST": "gpu[3-4]"})
+        slurm_rendezvous(None, step | {"SLURM_STEP_NODELIST": "gpu[3-4]"})
     with pytest.raises(ValueError, match="give Slurm --ntasks-per-node=1"):
-        slurm_meeting(None, step | {"SLURM_STEP_NUM_TASKS": "16"})
+        slurm_rendezvous(None, step | {"SLURM_STEP_NUM_TASKS": "16"})
 
 
 def test_options_and_overrides_mix():
@@ -200,7 +200,7 @@ def test_options_and_overrides_mix():
 def test_a_trial_in_a_step_of_many_machines_has_one(monkeypatch):
     for key in ("NODES", "TASKS"):
         monkeypatch.setenv(f"SLURM_STEP_NUM_{key}", "2")
-    assert meetings.meeting_of(launcher.parse(["--nodes=1"])) is None
+    assert rendezvous_module.rendezvous_of(launcher.parse(["--nodes=1"])) is None
 
 
 def test_threads_are_shared_out_and_forgotten(monkeypatch):
@@ -217,8 +217,8 @@ def test_threads_are_shared_out_and_forgotten(monkeypatch):
 def test_the_token_is_no_worker_s(monkeypatch):
     """Nor what a worker starts, which may send its environment elsewhere."""
     monkeypatch.setenv(TOKEN, "of this job and of no other")
-    for meeting in (None, Meeting("host:1", "job", 1, 2, host=True, token=b"")):
-        with agent._environment(agent.Job((), Path(), 1, 2, meeting)):
+    for rendezvous in (None, Rendezvous("host:1", "job", 1, 2, host=True, token=b"")):
+        with agent._environment(agent.Job((), Path(), 1, 2, rendezvous)):
             assert TOKEN not in os.environ
         assert os.environ[TOKEN] == "of this job and of no other", "of the next trial"
 
@@ -243,8 +243,8 @@ def test_python_is_asked_for_utf8_once(monkeypatch):
 
 def test_workers_of_one_machine_stay_on_its_loopback(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
-    meeting = Meeting("host:1", "job", 1, 2, host=True, token=b"")
-    for of_many, interface in ((None, "lo"), (meeting, "eth7")):
+    rendezvous = Rendezvous("host:1", "job", 1, 2, host=True, token=b"")
+    for of_many, interface in ((None, "lo"), (rendezvous, "eth7")):
         with agent._environment(agent.Job((), Path(), 1, 2, of_many)):
             assert os.environ["GLOO_SOCKET_IFNAME"] == interface
         assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7" and "NCCL_SOCKET_IFNAME" not in os.environ
@@ -280,7 +280,9 @@ def test_what_torch_says_where_memory_runs_out(tmp_path, monkeypatch):
 
 def test_a_job_that_is_asked_to_stop_before_its_machines_have_met_leaves(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(agent, "PATIENCE_SECONDS", 1.0)
-    job = Job((), tmp_path, 5, 1, Meeting(f"localhost:{free_port()}", "alone", 2, 2, host=True, token=b"of this job"))
+    job = Job(
+        (), tmp_path, 5, 1, Rendezvous(f"localhost:{free_port()}", "alone", 2, 2, host=True, token=b"of this job")
+    )
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     assert agent.run_workers(job) == Outcome("stopped", "asked to stop", 0)

@@ -12,8 +12,8 @@ import pytest
 
 from rowwise.launch import agent, local
 from rowwise.launch.job import Job
-from rowwise.launch.meeting import TOKEN
 from rowwise.launch.outcome import Outcome, WorkersFailed, read_outcome
+from rowwise.launch.rendezvous import TOKEN
 from rowwise.launch.warm import Child, Unanswered, Warm, WarmIsGone
 from rowwise.trainer.stop import SIGNALS
 

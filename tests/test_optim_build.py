@@ -13,7 +13,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import assignment_table, assignments, build_optimizer, named_state, rule_name
 from rowwise.optim.lowrank.projection import subspace_bases
 from rowwise.optim.muon import newton_schulz_polynomial
-from rowwise.parallel.schedule.generate import Shape, gpipe
+from rowwise.parallel.pipeline_schedule.generate import Shape, gpipe
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import Decoder

@@ -18,7 +18,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer
 from rowwise.optim.select import BINS
 from rowwise.optim.sparse.account import weights_multiplied
-from rowwise.optim.sparse.budget import budgets, cooled_density, densities, fallen, is_due, share_out, share_replaced
+from rowwise.optim.sparse.budget import budgets, densities, fallen, gradual_density, is_due, share_out, share_replaced
 from rowwise.optim.sparse.build import build_sparsity
 from rowwise.optim.sparse.masks import count, fill_, pack, packed_columns, unpack, zero_outside_
 from rowwise.optim.sparse.soft import group_thresholds, soft_mask, soft_mask_slope, soft_row_mask, through_row_mask
@@ -68,7 +68,7 @@ def test_the_share_replaced_goes_from_the_first_to_nothing():
 
 
 def test_the_density_falls_with_a_cube():
-    found = [cooled_density(t, 0.1, 10, 50) for t in range(60)]
+    found = [gradual_density(t, 0.1, 10, 50) for t in range(60)]
     assert found[:11] == [1.0] * 11 and found[50:] == [0.1] * 10
     assert found[30] == pytest.approx(0.1 + 0.9 / 8)
     assert all(a > b for a, b in pairwise(found[10:51]))

@@ -16,10 +16,10 @@ from gpus import Network, Stuck
 from rowwise.parallel import channels, defer, device, pipeline
 from rowwise.parallel.lanes import Axis
 from rowwise.parallel.pipeline import Pipeline, Trace
-from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
-from rowwise.parallel.schedule.order import early_messages
-from rowwise.parallel.schedule.simulate import simulate, uniform_costs
-from rowwise.parallel.schedule.trace import align
+from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
+from rowwise.parallel.pipeline_schedule.order import early_messages
+from rowwise.parallel.pipeline_schedule.simulate import simulate, uniform_costs
+from rowwise.parallel.pipeline_schedule.trace import align
 
 ROOT = Path(__file__).parents[1]
 GPU = torch.device("cuda", 0)

@@ -11,8 +11,8 @@ from messages import Messages
 from parity import engine_on, small_config, with_layout
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.pipeline import Trace
-from rowwise.parallel.schedule.generate import Shape, blockwise, units
-from rowwise.parallel.schedule.simulate import Costs, gathers, peak_activations
+from rowwise.parallel.pipeline_schedule.generate import Shape, blockwise, units
+from rowwise.parallel.pipeline_schedule.simulate import Costs, gathers, peak_activations
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.feed import train_batches
 

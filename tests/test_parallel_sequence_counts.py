@@ -16,7 +16,7 @@ from parity import engine_on, small_config, with_layout
 from rowwise.kernels.torch_dispatch import TorchDispatchMode
 from rowwise.kernels.visible import Documents
 from rowwise.parallel.mesh import RING_ORDER, make_mesh
-from rowwise.parallel.sequence import SequenceAttention, padded_length, places_of, runs_of
+from rowwise.parallel.sequence import SequenceAttention, padded_length, positions_of, runs_of
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import summed_loss
 
@@ -68,7 +68,7 @@ def attend(workers, config, cases: list[Case]) -> list[Counts]:
 
 def count(axes, case: Case) -> Counts:
     axes = replace(axes, order=case.order)
-    here = len(places_of(axes, case.length))
+    here = len(positions_of(axes, case.length))
     q, k, v = (
         torch.randn(2, here, heads, SIZE, requires_grad=True) for heads in (case.heads, case.kv_heads, case.kv_heads)
     )
@@ -149,7 +149,7 @@ def peak(model, axes, length: int) -> int:
     tokens = torch.randint(0, model.config.vocab_size, (2, length))
     batch = MicroBatch(tokens, tokens, torch.arange(length).expand_as(tokens), None)
     if axes is not None:
-        batch = batch.at(places_of(axes, length))
+        batch = batch.at(positions_of(axes, length))
     with LiveBytes() as live:
         loss, _ = summed_loss(model, batch)
         loss.backward()

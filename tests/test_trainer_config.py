@@ -20,7 +20,7 @@ from rowwise.launch import train as launch
 from rowwise.launch import worker
 from rowwise.launch.compose import GROUPS, compose_tree
 from rowwise.optim.build import OptimConfig
-from rowwise.optim.schedules import ScheduleConfig
+from rowwise.optim.lr_schedules import ScheduleConfig
 from rowwise.optim.sparse.config import SparsityConfig
 from rowwise.parallel.mesh import DEGREES, ParallelConfig
 from rowwise.parallel.precision import PrecisionConfig

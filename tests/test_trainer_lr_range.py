@@ -12,7 +12,7 @@ from parity import small_config, with_layout
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.pages.page import page
 from rowwise.launch.report import read_runs
-from rowwise.optim.schedules import LrRange, check_schedule
+from rowwise.optim.lr_schedules import LrRange, check_schedule
 from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.begin import range_test as range_test_of
 from rowwise.trainer.config import config_from_tree

@@ -13,9 +13,9 @@ from rowwise.kernels.spec import specs_of
 from rowwise.launch.schedule import show
 from rowwise.optim.build import build_optimizer, named_state
 from rowwise.parallel.mesh import make_mesh
+from rowwise.parallel.pipeline_schedule.generate import Shape, gpipe
+from rowwise.parallel.pipeline_schedule.trace import read_trace
 from rowwise.parallel.precision import Bf16
-from rowwise.parallel.schedule.generate import Shape, gpipe
-from rowwise.parallel.schedule.trace import read_trace
 from rowwise.parallel.shard import sharded_modules
 from rowwise.parallel.torch_fsdp import fsdp_params, gathered
 from rowwise.trainer.data.open import open_data

@@ -12,7 +12,7 @@ import torch
 from parity import TOLERANCE, relative_error, small_config, with_layout
 from ranks import RankFailure
 from rowwise.kernels.rows import local
-from rowwise.optim.shell import Optimizer
+from rowwise.optim.optimizer import Optimizer
 from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import read_metrics
 from runs import final_tensors, named, records, run_train, run_until

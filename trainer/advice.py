@@ -2,8 +2,8 @@
 
 import torch
 
+from rowwise.optim.lr_schedules import LrRange
 from rowwise.optim.rates import SHARES, rate_of_size
-from rowwise.optim.schedules import LrRange
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import Data
 from rowwise.trainer.models.config import ModelConfig

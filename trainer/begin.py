@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rowwise.optim.schedules import LrRange
+from rowwise.optim.lr_schedules import LrRange
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_rank_0
 from rowwise.parallel.precision import initial_loss_scale

@@ -7,11 +7,11 @@ from typing import Any
 from rowwise.conf.refusal import Refusals, refuse
 from rowwise.optim.build import MOMENTUM_CYCLE, STEP_BACK, check_optimizer
 from rowwise.optim.in_backward import IN_BACKWARD
-from rowwise.optim.schedules import check_schedule
+from rowwise.optim.lr_schedules import check_schedule
 from rowwise.optim.sparse.check import MASKED, check_sparsity
 from rowwise.parallel.mesh import TIMEOUT, resolve_degrees
+from rowwise.parallel.pipeline_schedule.cut import check_stages
 from rowwise.parallel.precision import BF16_PARAMETERS, LOSS_SCALE
-from rowwise.parallel.schedule.cut import check_stages
 from rowwise.parallel.sequence import HEADS
 from rowwise.trainer.config import FOLDER, LENGTH, LINES, TrainConfig, tree_of
 from rowwise.trainer.data.batches import check_batch

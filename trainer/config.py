@@ -13,8 +13,8 @@ from rowwise.conf.option import Apart, Ask, MayChange
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.optim.build import OptimConfig
 from rowwise.optim.lengths import RunLength
+from rowwise.optim.lr_schedules import ScheduleConfig
 from rowwise.optim.rates import SHARES, rate_of_size
-from rowwise.optim.schedules import ScheduleConfig
 from rowwise.optim.sparse.config import SparsityConfig
 from rowwise.parallel.mesh import ParallelConfig
 from rowwise.parallel.precision import PrecisionConfig

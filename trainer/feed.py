@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.sequence import places_on
+from rowwise.parallel.sequence import positions_on
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import (
     MicroBatch,
@@ -68,7 +68,7 @@ class Feed:
 
 def share_of(mesh: Mesh, seq_len: int) -> Share:
     """What this rank reads of every global batch."""
-    return Share(mesh.data_rank, mesh.data_degree, places_on(mesh, seq_len))
+    return Share(mesh.data_rank, mesh.data_degree, positions_on(mesh, seq_len))
 
 
 def train_batches(config: TrainConfig, mesh: Mesh, data: Data, position: int) -> Iterator[list[MicroBatch]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.rows import local
-from rowwise.optim.schedules import LrRange
+from rowwise.optim.lr_schedules import LrRange
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
 from rowwise.trainer.config import TrainConfig

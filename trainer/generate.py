@@ -102,8 +102,8 @@ class Writer:
             with float32_products("high" if self.tf32 and device.type == "cuda" else "highest"):
                 for start in range(0, len(tokens), CHUNK):
                     part = torch.tensor([tokens[start : start + CHUNK]], device=device)
-                    places = torch.arange(begin + start, begin + start + part.size(1), device=device)
-                    logits = self.model(part, places.unsqueeze(0))[0, -1]
+                    positions = torch.arange(begin + start, begin + start + part.size(1), device=device)
+                    logits = self.model(part, positions.unsqueeze(0))[0, -1]
             return logits.double().cpu()
         finally:
             self.model.attend = before

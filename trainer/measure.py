@@ -19,7 +19,7 @@ from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.device import Clock, Mark, device_of
 from rowwise.parallel.lanes import receive_from, send_to
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.sequence import attention_on, places_on
+from rowwise.parallel.sequence import attention_on, positions_on
 from rowwise.trainer.data.batches import BatchConfig
 from rowwise.trainer.loss import loss_of
 from rowwise.trainer.models.config import ModelConfig
@@ -74,8 +74,8 @@ def read_part_times(path: Path) -> PartTimes:
 def measure_parts(model: ModelConfig, batch: BatchConfig, dtype: torch.dtype, split: bool, mesh: Mesh) -> PartTimes:
     """Medians of a few repeats, and of those the slowest rank's. `dtype`: of computation; `split`: whether weights are
     gathered. All ranks must call it."""
-    places = places_on(mesh, batch.seq_len)
-    length = batch.seq_len if places is None else len(places)
+    positions = positions_on(mesh, batch.seq_len)
+    length = batch.seq_len if positions is None else len(positions)
     tokens = torch.zeros(batch.micro_size, length, dtype=torch.int64, device=mesh.device)
     ends = [_time_stage(replace(model, layers=3), layer, tokens, dtype, mesh) for layer in range(3)]
     send = _time_message(torch.zeros(*tokens.shape, model.dim, dtype=dtype, device=mesh.device), mesh)
@@ -113,7 +113,7 @@ def _time_stage(
 
 
 def _time_message(tensor: Tensor, mesh: Mesh) -> float:
-    """Half of a way there and back, between the first two places of the pipeline."""
+    """Half of a way there and back, between the first two positions of the pipeline."""
     axis, clock = mesh.pipeline, Clock(device_of(mesh.device))
     assert axis is not None
     rounds = []

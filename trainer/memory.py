@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rowwise.kernels.rows import local
-from rowwise.optim.shell import Optimizer
+from rowwise.optim.optimizer import Optimizer
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
 from rowwise.parallel.state_bytes import measure

@@ -16,8 +16,8 @@ from rowwise.kernels.spec import Specs
 from rowwise.parallel.mesh import Mesh, ParallelConfig
 from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.parallel.pipeline import Forward, Pipeline, Step, Trace
-from rowwise.parallel.schedule.order import Schedule, write_csv
-from rowwise.parallel.schedule.trace import align, write_trace
+from rowwise.parallel.pipeline_schedule.order import Schedule, write_csv
+from rowwise.parallel.pipeline_schedule.trace import align, write_trace
 from rowwise.trainer.data.batches import BatchConfig, MicroBatch
 from rowwise.trainer.loss import loss_of
 from rowwise.trainer.measure import measure_parts, read_part_times

@@ -6,8 +6,8 @@ import torch
 
 from rowwise.optim.build import Assignments, assignment_table, assignments, build_optimizer, state_bytes
 from rowwise.parallel.mesh import ParallelConfig
+from rowwise.parallel.pipeline_schedule.simulate import Timeline, simulate, uniform_costs
 from rowwise.parallel.precision import master_dtype
-from rowwise.parallel.schedule.simulate import Timeline, simulate, uniform_costs
 from rowwise.parallel.sequence import padded_length
 from rowwise.trainer.advice import warnings
 from rowwise.trainer.config import TrainConfig
@@ -58,10 +58,10 @@ def parameter_table(config: TrainConfig) -> list[str]:
 
 def shares_in_words(batch: BatchConfig, parallel: ParallelConfig) -> list[str]:
     """Which ranks read which sequences of every batch: a line for each of the first shares, and one for all others."""
-    degree, sharers = parallel.data_degree, parallel.ring * parallel.ulysses
+    degree, sequence_degree = parallel.data_degree, parallel.ring * parallel.ulysses
     mine, lines = batch.global_size // degree, []
     length = padded_length(batch.seq_len, parallel.ring_order or "zigzag", parallel.ring, parallel.ulysses)
-    tokens = f", {length // sharers} of {length} tokens of each" if sharers > 1 else ""
+    tokens = f", {length // sequence_degree} of {length} tokens of each" if sequence_degree > 1 else ""
     for share in range(min(degree, SHARES)):
         ranks = readers(share, parallel)
         lines.append(f"{_ranks(ranks)}: sequences {share * mine} to {(share + 1) * mine - 1}{tokens}")
@@ -74,11 +74,11 @@ def shares_in_words(batch: BatchConfig, parallel: ParallelConfig) -> list[str]:
 
 def readers(share: int, parallel: ParallelConfig) -> list[int]:
     """The ranks that read one share of every batch: those that hold its sequences, on each stage (see `Mesh.data_rank`)."""
-    sharers = parallel.ring * parallel.ulysses
+    sequence_degree = parallel.ring * parallel.ulysses
     return [
-        (stage * parallel.data_degree + share) * sharers + place
+        (stage * parallel.data_degree + share) * sequence_degree + place
         for stage in range(parallel.pipeline)
-        for place in range(sharers)
+        for place in range(sequence_degree)
     ]
 
 

@@ -77,6 +77,9 @@ def kept_gains(path: Path, measure: Callable[[], list[Gain]]) -> list[Gain]:
 def measured_gains(config: TrainConfig, mesh: Mesh) -> list[Gain]:
     """(shape, how many times faster) for the tokens of this run's micro-batch."""
     assert isinstance(config.sparsity, NM)
-    dtype, tokens = compute_dtype(config.precision), config.batch.micro_size * config.batch.seq_len // mesh.sharers
+    dtype, tokens = (
+        compute_dtype(config.precision),
+        config.batch.micro_size * config.batch.seq_len // mesh.sequence_degree,
+    )
     measure = (tokens, dtype, mesh.device, config.sparsity.backward)
     return [(shape, measure_semi_structured(shape, *measure)) for shape in shapes_of(config)]

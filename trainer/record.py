@@ -30,7 +30,7 @@ def step_record(
 ) -> dict[str, Any]:
     """What every step has. `tokens_per_second` is per worker; `mfu` counts of attention the pairs that documents let see each
     other; what is not a number is null; `loss_scale` is kept in fp16."""
-    tokens = config.batch.places
+    tokens = config.batch.positions
     flops_per_second = flops_of(config.model, tokens, report.pairs) / seconds / mesh.world_size
     record = {
         "step": state.step,

@@ -9,7 +9,7 @@ from torch import Tensor
 from rowwise.conf.option import MayChange
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.sequence import places_on
+from rowwise.parallel.sequence import positions_on
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.engine import Engine
 
@@ -100,15 +100,15 @@ def next_logits(engine: Engine, tokens: list[int], mesh: Mesh, refresh: bool) ->
     window = torch.tensor([tokens])
     batch = MicroBatch(window, window, torch.arange(len(tokens)).unsqueeze(0), None)
     place: int | None = len(tokens) - 1
-    places = places_on(mesh, len(tokens))
-    if places is not None:
-        batch, place = batch.at(places), _find(places, len(tokens) - 1)
+    positions = positions_on(mesh, len(tokens))
+    if positions is not None:
+        batch, place = batch.at(positions), _find(positions, len(tokens) - 1)
     logits = engine.logits(batch, place, refresh)
     for axis in (mesh.sequence.ring, mesh.sequence.ulysses) if mesh.sequence is not None else ():
         dist.all_reduce(logits, group=axis.group)
     return logits
 
 
-def _find(places: Tensor, place: int) -> int | None:
-    found = places.eq(place).nonzero()
+def _find(positions: Tensor, place: int) -> int | None:
+    found = positions.eq(place).nonzero()
     return int(found) if found.numel() else None

@@ -9,12 +9,12 @@ from typing import Any
 
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.parallel.mesh import ParallelConfig
-from rowwise.parallel.schedule.check import check_schedule
-from rowwise.parallel.schedule.cut import balance
-from rowwise.parallel.schedule.generate import GENERATORS, Shape, check_shape, make_schedule
-from rowwise.parallel.schedule.order import Schedule, loop_placement, parse_action, read_csv, v_placement
-from rowwise.parallel.schedule.search import find_schedule
-from rowwise.parallel.schedule.simulate import Costs, Gathering, Timeline
+from rowwise.parallel.pipeline_schedule.check import check_schedule
+from rowwise.parallel.pipeline_schedule.cut import balance
+from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, check_shape, make_schedule
+from rowwise.parallel.pipeline_schedule.order import Schedule, loop_placement, parse_action, read_csv, v_placement
+from rowwise.parallel.pipeline_schedule.search import find_schedule
+from rowwise.parallel.pipeline_schedule.simulate import Costs, Gathering, Timeline
 from rowwise.trainer.files import from_json, to_json, write_whole
 from rowwise.trainer.measure import PartTimes, read_part_times, write_part_times
 from rowwise.trainer.models.config import ModelConfig

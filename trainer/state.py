@@ -36,7 +36,7 @@ def advance(state: TrainState, report: StepReport, config: TrainConfig) -> None:
     """Counts the step that was just made."""
     state.step += 1
     state.position += config.batch.global_size
-    state.tokens += config.batch.places
+    state.tokens += config.batch.positions
     state.updates += report.applied
     state.spikes = after_step(state.spikes, report.loss, report.grad_norm, report.held, config.spike)
     state.loss_scale = next_loss_scale(state.loss_scale, config.precision, overflow=not report.finite)

@@ -1,7 +1,7 @@
 """One optimizer step: the gradient of the mean loss over every valid token of the global batch, on every layout.
 
 No rank knows the number of valid tokens N of the global batch before all have counted. So each micro-batch's summed
-loss is divided by the number of *places* M (a constant of the run), gradients are summed over ranks, and the result is
+loss is divided by the number of *positions* M (a constant of the run), gradients are summed over ranks, and the result is
 multiplied by M / N, together with what clipping and the loss scale ask for: exact, in one pass over the shards.
 """
 
@@ -50,13 +50,13 @@ class RankStatus:
 
 @dataclass(frozen=True)
 class StepInput:
-    """What a step takes on this rank. `step`: its number, counted from 1; `batches`: its micro-batches; `places`: tokens of the
+    """What a step takes on this rank. `step`: its number, counted from 1; `batches`: its micro-batches; `positions`: tokens of the
     global batch, valid or not; `clip_norm`: 0 = off; `status`: what this rank tells all; `trace`: where the timeline of a
     pipeline goes; `ahead`: the micro-batches of the next step, where that may be begun."""
 
     step: int
     batches: list[MicroBatch]
-    places: int
+    positions: int
     clip_norm: float = 0.0
     loss_scale: float = 1.0
     status: RankStatus = RankStatus()
@@ -114,7 +114,7 @@ def local_totals(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sparsit
     """Forward and backward; then this rank's loss sum, valid tokens, squared norm of its gradient shards, and its status:
     what summed over all ranks says all of a step."""
     totals = torch.zeros(8, dtype=torch.float64, device=mesh.device)
-    totals[:2] = engine.forward_backward(given.batches, given.loss_scale / given.places, given.trace)
+    totals[:2] = engine.forward_backward(given.batches, given.loss_scale / given.positions, given.trace)
     if sparsity is not None:
         sparsity.filter_gradients(given.step)
     totals[2] = mesh.share(gradient_squares(engine.model))
@@ -146,8 +146,8 @@ def told_by_all(asked: float, damaged: float, digests: float, squares: float, pa
 
 
 def mean_factor(tokens: int, given: StepInput) -> float:
-    """What makes of the sum of scaled losses divided by places, M, the mean over valid tokens, N: M / N / scale."""
-    return given.places / max(1, tokens) / given.loss_scale
+    """What makes of the sum of scaled losses divided by positions, M, the mean over valid tokens, N: M / N / scale."""
+    return given.positions / max(1, tokens) / given.loss_scale
 
 
 def scale_(shards: list[Tensor], factor: float) -> None:

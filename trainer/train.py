@@ -13,7 +13,7 @@ from torch import nn
 
 from rowwise.kernels.products import float32_products
 from rowwise.optim.build import assignments, build_optimizer, set_step
-from rowwise.optim.schedules import LrRange
+from rowwise.optim.lr_schedules import LrRange
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import product_precision
@@ -145,7 +145,7 @@ def input_of(config: TrainConfig, mesh: Mesh, state: TrainState, fed: Fed, statu
     """What the step after `state` takes."""
     step, scale = state.step + 1, state.loss_scale.scale
     trace = Trace(mesh.device) if step == config.parallel.pipeline_trace else None
-    return StepInput(step, fed.batches, config.batch.places, config.clip_norm, scale, status, trace, fed.ahead)
+    return StepInput(step, fed.batches, config.batch.positions, config.clip_norm, scale, status, trace, fed.ahead)
 
 
 def learn(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rowwise.optim.build import follow_schedule
 from rowwise.optim.in_backward import InBackward
-from rowwise.optim.shell import Optimizer
+from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import clip_factor, gradients
@@ -106,7 +106,7 @@ def step_at_once(engine: Engine, optimizer: Optimizer, mesh: Mesh, judge: Judge,
     if math.isfinite(norm_squared):
         # Every stage of a replica counted the same tokens.
         scale_(shards, mean_factor(int(count) // mesh.stages, given))
-        before = optimizer.remember()
+        before = optimizer.snapshot()
         optimizer.step()
     if given.ahead is not None:
         engine.begin(given.ahead)
@@ -131,7 +131,7 @@ def _validate(
     if wrong or between:
         engine.abandon()
     if before is not None and wrong:
-        optimizer.undo(before)
+        optimizer.rollback(before)
     if report.finite and factor < 1:
         scale_(shards, factor)  # also where they are only looked at
         if report.applied:

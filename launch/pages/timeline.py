@@ -20,8 +20,8 @@ def of_run(run: Run) -> list[str]:
     import matplotlib
 
     from rowwise.launch.schedule import show as show_schedule
-    from rowwise.parallel.schedule.gantt import COLORS, WORDS
-    from rowwise.parallel.schedule.trace import read_trace
+    from rowwise.parallel.pipeline_schedule.gantt import COLORS, WORDS
+    from rowwise.parallel.pipeline_schedule.trace import read_trace
 
     measured = read_trace(run.folder / "pipeline" / "trace.json")
     with TemporaryDirectory() as folder, matplotlib.rc_context({k: STYLE[k] for k in ("svg.fonttype", "svg.hashsalt")}):

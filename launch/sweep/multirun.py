@@ -18,8 +18,8 @@ from rowwise.launch.compose import compose_tree, key_of
 from rowwise.launch.given import SEARCHPATH
 from rowwise.launch.job import Job
 from rowwise.launch.leaving import leave_report
-from rowwise.launch.meeting import TOKEN, slurm_meeting
 from rowwise.launch.ranks import default_nproc, require_ranks
+from rowwise.launch.rendezvous import TOKEN, slurm_rendezvous
 from rowwise.launch.sweep.config import SweepConfig, is_basic, keep_asked, keep_plan
 from rowwise.launch.sweep.space import Space
 from rowwise.launch.sweep.trials import LEAVES, Trial, trial_words
@@ -77,9 +77,9 @@ def run_trial(config: DictConfig, warm: Warm | None = None) -> str:
     require_ranks(nproc)
     name = f"{sweep.name}-{settings.job.num}"
     basic, patience = is_basic(settings.launcher), run.parallel.timeout_seconds
-    meeting = None if basic else slurm_meeting()  # a step in which the whole sweep stands is none of the trial's
+    rendezvous = None if basic else slurm_rendezvous()  # a step in which the whole sweep stands is none of the trial's
     steps, restarts, gpus = run.known_steps, sweep.max_restarts, torch.cuda.device_count()
-    job = Job(tuple(words), folder, steps, nproc, meeting, name, patience, restarts, folder / "logs", gpus)
+    job = Job(tuple(words), folder, steps, nproc, rendezvous, name, patience, restarts, folder / "logs", gpus)
     # A signal that stopped the trial then does to this process what it would have done: submitit queues it again.
     outcome = run_workers(job, warm, relay=not basic)
     leave_report(folder, "failed" if LEAVES in words else run.report, outcome.state)

@@ -67,7 +67,7 @@ def share_replaced(step: int, first: float, stop: int) -> float:
     return first / 2 * (1 + math.cos(math.pi * min(1.0, step / stop)))
 
 
-def cooled_density(step: int, density: float, start: int, stop: int) -> float:
+def gradual_density(step: int, density: float, start: int, stop: int) -> float:
     """d + (1 - d) (1 - (t - t_0) / (T - t_0))^3 (Zhu & Gupta, *To Prune, or Not to Prune*): 1 until `start`, `density` from
     `stop` on."""
     if step >= stop:

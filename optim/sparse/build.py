@@ -7,13 +7,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rowwise.kernels.spec import Specs
-from rowwise.optim.shell import Optimizer
+from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.sparse.account import Account
 from rowwise.optim.sparse.config import NM, ST3, NoSparsity, PDPBase, SparsityConfig, sparse_layers
-from rowwise.optim.sparse.cooled import Cooled
-from rowwise.optim.sparse.grouped import Grouped
 from rowwise.optim.sparse.layers import find_layers
-from rowwise.optim.sparse.masked import Masked
+from rowwise.optim.sparse.set_rigl import SetRigL
+from rowwise.optim.sparse.sr_ste import SrSte
+from rowwise.optim.sparse.st3_pdp import St3Pdp
 
 
 class Sparsity(Protocol):
@@ -53,7 +53,7 @@ def build_sparsity(
     names = sparse_layers(config, specs)
     layers = find_layers(model, names, [specs[name].shape for name in names], stages)
     if isinstance(config, NM):
-        return Grouped(config, layers, compute_dtype)
+        return SrSte(config, layers, compute_dtype)
     if isinstance(config, ST3 | PDPBase):
-        return Cooled(config, layers, steps)
-    return Masked(config, layers, seed, steps)
+        return St3Pdp(config, layers, steps)
+    return SetRigL(config, layers, seed, steps)

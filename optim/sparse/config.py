@@ -105,7 +105,7 @@ class SRigL(EvolvingBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CooledBase(TimedBase):
+class GradualBase(TimedBase):
     """Dense until its first step; then the density falls with a cube. `density`: what is kept at the last step.
     `distribution`: `global` lets all matrices compete; else as for masks that evolve. `update_every`: steps between
     changes, a share of the run, or tokens."""
@@ -116,7 +116,7 @@ class CooledBase(TimedBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradual(CooledBase):
+class Gradual(GradualBase):
     """Zhu & Gupta, *To Prune, or Not to Prune*, who prune a model that has learned something."""
 
     START = 0.1
@@ -126,7 +126,7 @@ class Gradual(CooledBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ST3(CooledBase):
+class ST3(GradualBase):
     """From 5 % to 50 % of the run, as its authors' code. `rescale`: rows grow by what their masks leave out.
     `account_every`: steps between counts of what masks do; they change at every update."""
 
@@ -183,7 +183,7 @@ class PDPGroups(PDPBase):
 class NM(SparseBase):
     """`n`: of `m` neighbours along the row, how many are kept. `m`: how many neighbours are one group. `backward`: `column`
     prunes along the column for the input gradient (BDWP), `row` is SR-STE. `decay`: SR-STE's, times the weight added to the
-    gradient of what is pruned, before the rule (`optim.sparse.grouped`). `semi_structured`: multiply by the hardware's 2:4
+    gradient of what is pruned, before the rule (`optim.sparse.sr_ste`). `semi_structured`: multiply by the hardware's 2:4
     form, where it is measured to be faster. `account_every`: steps between counts of what masks do."""
 
     name: Fixed[Literal["nm"]] = "nm"

@@ -74,8 +74,8 @@ def test_strangers_at_the_port_of_a_run_that_meets_others(tmp_path):
     token, proof, port = tmp_path / "token", tmp_path / "it-ran", free_port()
     token.touch(0o600)
     token.write_text("of this job and of no other")
-    meeting = ["--rendezvous", f"{LOOPBACK}:{port}", "--token", str(token)]
-    job = start(tmp_path, [*TRAIN, *meeting, *overrides_of(tmp_path, "steps=60", "nproc=2")])
+    rendezvous = ["--rendezvous", f"{LOOPBACK}:{port}", "--token", str(token)]
+    job = start(tmp_path, [*TRAIN, *rendezvous, *overrides_of(tmp_path, "steps=60", "nproc=2")])
     await_steps(tmp_path, 1, job)
     assert {address for address, open_port in listening(job) if open_port != port} <= {LOOPBACK, "::ffff:127.0.0.1"}
     wrong = Secret("rowwise", b"another token of that length")
@@ -120,18 +120,18 @@ def test_a_machine_with_another_token_is_refused_and_the_meeting_goes_on(tmp_pat
         token.touch(0o600)
         token.write_text(f"the token of number {number}")
     overrides = overrides_of(tmp_path, *ENDLESS, "nproc=1")
-    meeting = ["--rendezvous", f"{LOOPBACK}:{port}", "--token"]
-    job = start(tmp_path, [*TRAIN, *meeting, str(tokens[0]), *overrides])
+    rendezvous = ["--rendezvous", f"{LOOPBACK}:{port}", "--token"]
+    job = start(tmp_path, [*TRAIN, *rendezvous, str(tokens[0]), *overrides])
     await_steps(tmp_path, 1, job)
-    # The stranger believes that the meeting is elsewhere, as it would be.
+    # The stranger believes that the rendezvous is elsewhere, as it would be.
     program = (
-        "import sys; from rowwise.launch import meeting, start; meeting.is_here = lambda *_: False; "
+        "import sys; from rowwise.launch import rendezvous, start; rendezvous.is_here = lambda *_: False; "
         "sys.exit(start.main(sys.argv[1:]))"
     )
-    other = [*meeting, str(tokens[1]), *overrides, f"run_dir={tmp_path}/other-run"]
+    other = [*rendezvous, str(tokens[1]), *overrides, f"run_dir={tmp_path}/other-run"]
     code, said = run(tmp_path, [sys.executable, "-c", program, *other])
     assert code == 2
-    told = f"refused: no meeting at {LOOPBACK}:{port}: its token, or its job, is another; give the same --token and --job on "
+    told = f"refused: no rendezvous at {LOOPBACK}:{port}: its token, or its job, is another; give the same --token and --job on "
     assert said == f"{told}each machine\n"
     job.terminate()
     assert job.wait(60) == 0

@@ -118,10 +118,18 @@ class OwnTrial(Trial):
         token = self.folder / "token"
         token.touch(0o600)
         token.write_text("known to both hosts alone")
-        meeting = ["--nodes", self.nodes, "--rendezvous", f"{self.keeper.address}:29400", "--job", "trial"]
-        meeting += ["--token", str(token)]
+        rendezvous = ["--nodes", self.nodes, "--rendezvous", f"{self.keeper.address}:29400", "--job", "trial"]
+        rendezvous += ["--token", str(token)]
         restarts = ["--max-restarts", str(self.restarts)]
-        return [sys.executable, "-m", "rowwise.launch.start", *meeting, *restarts, "nproc=1", *overrides(self.folder)]
+        return [
+            sys.executable,
+            "-m",
+            "rowwise.launch.start",
+            *rendezvous,
+            *restarts,
+            "nproc=1",
+            *overrides(self.folder),
+        ]
 
 
 def overrides(folder: Path) -> list[str]:

@@ -36,7 +36,7 @@ class BatchConfig:
     seq_len: Ask[int] = 256
 
     @property
-    def places(self) -> int:
+    def positions(self) -> int:
         """Tokens of a global batch, whether they have a label or not."""
         return self.global_size * self.seq_len
 
@@ -57,10 +57,10 @@ class MicroBatch:
     def pin(self) -> "MicroBatch":
         return self._each(Tensor.pin_memory)
 
-    def at(self, places: Tensor) -> "MicroBatch":
-        """The part at these places of every sequence. Places beyond the end are padding, with no label: no token sees
+    def at(self, positions: Tensor) -> "MicroBatch":
+        """The part at these positions of every sequence. Places beyond the end are padding, with no label: no token sees
         them."""
-        inside, real = places.clamp_max(self.inputs.size(1) - 1), places < self.inputs.size(1)
+        inside, real = positions.clamp_max(self.inputs.size(1) - 1), positions < self.inputs.size(1)
         part = self._each(lambda tensor: tensor[:, inside])
         return replace(part, labels=part.labels.where(real, IGNORE))
 
@@ -110,14 +110,14 @@ def check_batch(config: BatchConfig, data_degree: int) -> None:
 @dataclass(frozen=True)
 class Share:
     """What one rank reads of every global batch: the `rank`-th of `degree` equal runs of its samples, and of each
-    sequence the tokens at `places` (None: all)."""
+    sequence the tokens at `positions` (None: all)."""
 
     rank: int = 0
     degree: int = 1
-    places: Tensor | None = None
+    positions: Tensor | None = None
 
     def of(self, batch: MicroBatch) -> MicroBatch:
-        return batch if self.places is None else batch.at(self.places)
+        return batch if self.positions is None else batch.at(self.positions)
 
 
 def visible_pairs(batches: Sequence[MicroBatch], seq_len: int) -> int:

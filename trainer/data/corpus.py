@@ -107,13 +107,13 @@ def cut(stream: TokenStream, start: int, seq_len: int, mask_documents: bool) -> 
     document is not asked to predict the first of the next."""
     tokens = stream.tokens[start : start + seq_len + 1].astype(np.int64)
     inputs, labels = tokens[:-1], tokens[1:].copy()
-    places = np.arange(start, start + seq_len)
+    positions = np.arange(start, start + seq_len)
     if not mask_documents:
-        return Sample(inputs, labels, places - start, np.zeros(seq_len, dtype=np.int64))
+        return Sample(inputs, labels, positions - start, np.zeros(seq_len, dtype=np.int64))
     owner = np.searchsorted(stream.documents, np.arange(start, start + seq_len + 1), side="right") - 1
     labels[owner[1:] != owner[:-1]] = IGNORE
     begins = np.maximum(stream.documents[owner[:-1]], start)
-    return Sample(inputs, labels, places - begins, owner[:-1] - owner[0])
+    return Sample(inputs, labels, positions - begins, owner[:-1] - owner[0])
 
 
 def padding(seq_len: int) -> Sample:

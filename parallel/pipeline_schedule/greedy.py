@@ -3,8 +3,8 @@
 import heapq
 from collections.abc import Callable, Sequence
 
-from rowwise.parallel.schedule.order import Action, Schedule
-from rowwise.parallel.schedule.simulate import Costs
+from rowwise.parallel.pipeline_schedule.order import Action, Schedule
+from rowwise.parallel.pipeline_schedule.simulate import Costs
 
 Ready = Callable[[Action], bool]
 Choose = Callable[[int, Ready], Action | None]

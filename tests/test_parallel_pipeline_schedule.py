@@ -9,11 +9,11 @@ from itertools import product
 
 import pytest
 
-from rowwise.parallel.schedule.check import check_schedule
-from rowwise.parallel.schedule.generate import GENERATORS, Shape, check_shape, make_schedule, units
-from rowwise.parallel.schedule.greedy import play
-from rowwise.parallel.schedule.order import Action, Schedule, loop_placement, v_placement
-from rowwise.parallel.schedule.simulate import (
+from rowwise.parallel.pipeline_schedule.check import check_schedule
+from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, check_shape, make_schedule, units
+from rowwise.parallel.pipeline_schedule.greedy import play
+from rowwise.parallel.pipeline_schedule.order import Action, Schedule, loop_placement, v_placement
+from rowwise.parallel.pipeline_schedule.simulate import (
     Costs,
     Deadlock,
     gathers,
@@ -280,8 +280,11 @@ def test_shapes_that_do_not_fit_are_refused(name, shape, message):
 
 
 def test_schedules_need_no_torch_and_only_pictures_need_matplotlib():
-    modules = ", ".join(f"rowwise.parallel.schedule.{name}" for name in PACKAGE.split())
-    for imports, absent in ((modules, {"torch", "matplotlib"}), ("rowwise.parallel.schedule.gantt", {"torch"})):
+    modules = ", ".join(f"rowwise.parallel.pipeline_schedule.{name}" for name in PACKAGE.split())
+    for imports, absent in (
+        (modules, {"torch", "matplotlib"}),
+        ("rowwise.parallel.pipeline_schedule.gantt", {"torch"}),
+    ):
         program = f"import {imports}, sys; print(*sys.modules)"
         process = subprocess.run([sys.executable, "-c", program], cwd="/", capture_output=True, text=True, check=True)
         assert not absent & set(process.stdout.split())

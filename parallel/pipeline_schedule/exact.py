@@ -18,8 +18,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from rowwise.parallel.schedule.order import Action, Schedule
-from rowwise.parallel.schedule.simulate import Costs
+from rowwise.parallel.pipeline_schedule.order import Action, Schedule
+from rowwise.parallel.pipeline_schedule.simulate import Costs
 
 Row = tuple[dict[int, float], float]  # unknown -> coefficient, and what their sum may reach at most
 _STRETCH = 1 + 1e-7  # a makespan known to be possible stays so when rounded

@@ -80,12 +80,12 @@ class Optimizer(torch.optim.Optimizer):
             self._local_states[p][key][rows].masked_fill_(where, zero)
 
     @torch.no_grad()
-    def remember(self) -> list[Tensor]:
+    def snapshot(self) -> list[Tensor]:
         """Copies of all that a step changes on this rank: its rows of the parameters and of their states."""
         return [t.clone() for t in self._changed()]
 
     @torch.no_grad()
-    def undo(self, remembered: list[Tensor]) -> None:
+    def rollback(self, remembered: list[Tensor]) -> None:
         """Takes the last step back, to the last bit. Only where no rank of the shard group keeps it: a rule that exchanges
         messages may not be undone on one rank alone."""
         torch_lists.copy_(self._changed(), remembered)

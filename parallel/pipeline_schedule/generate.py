@@ -18,9 +18,9 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from rowwise.parallel.schedule.greedy import Ready, play
-from rowwise.parallel.schedule.order import Action, Schedule, loop_placement, v_placement
-from rowwise.parallel.schedule.simulate import uniform_costs
+from rowwise.parallel.pipeline_schedule.greedy import Ready, play
+from rowwise.parallel.pipeline_schedule.order import Action, Schedule, loop_placement, v_placement
+from rowwise.parallel.pipeline_schedule.simulate import uniform_costs
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.rows import local
+from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.select import Keys, key_bits
-from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse import evolve
 from rowwise.optim.sparse.account import Account, begin_account, take_account
-from rowwise.optim.sparse.budget import budgets, cooled_density, is_due, share_replaced
+from rowwise.optim.sparse.budget import budgets, gradual_density, is_due, share_replaced
 from rowwise.optim.sparse.config import SET, EvolvingBase, Gradual, RigL, SRigL, Static, every, starts_at_random
 from rowwise.optim.sparse.fan_in import evolve_fan_in, largest_fan_in, random_fan_in
 from rowwise.optim.sparse.layers import Layer, Layers
@@ -23,7 +23,7 @@ from rowwise.optim.sparse.masks import portions, zero_outside_
 
 
 @dataclass
-class Masked:
+class SetRigL:
     """The masks of a run under one of those rules. `steps`: of the run."""
 
     config: Static | SET | RigL | SRigL | Gradual
@@ -114,7 +114,7 @@ class Masked:
         start, stop = config.first_step(self.steps), config.last_step(self.steps)
         weights = [layer.weight for layer in layers.mine]
         if isinstance(config, Gradual):
-            density = cooled_density(step, config.density, start, stop)
+            density = gradual_density(step, config.density, start, stop)
             counts = budgets(layers.shapes, density, config.distribution)
             return evolve.largest(layers, weights, counts, config.distribution == "global")
         if step == start:

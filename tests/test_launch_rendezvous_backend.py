@@ -12,9 +12,9 @@ from torch.distributed.elastic.rendezvous import RendezvousStateError
 
 from rowwise.launch import gate
 from rowwise.launch.gate import LOOPBACK
-from rowwise.launch.meeting import TOKEN, Meeting, token_of
 from rowwise.launch.outcome import Failed
-from rowwise.launch.rendezvous import Backend, _listen, decoded, encoded, rendezvous, store_here
+from rowwise.launch.rendezvous import TOKEN, Rendezvous, token_of
+from rowwise.launch.rendezvous_backend import Backend, _listen, decoded, encoded, rendezvous_handler, store_here
 from rowwise.launch.torch_elastic import NodeDesc, RendezvousState
 
 
@@ -28,21 +28,24 @@ class Touches:
 
 @pytest.mark.parametrize("address", [LOOPBACK, *(["::1"] if socket.has_dualstack_ipv6() else [])])
 def test_where_the_machines_meet_at_a_name_every_address_is_listened_on(address):
-    with _listen(_meeting("localhost", 0)) as listening:
+    with _listen(_rendezvous("localhost", 0)) as listening:
         socket.create_connection((address, listening.getsockname()[1]), timeout=20).close()
-    with _listen(_meeting(LOOPBACK, 0)) as listening:
+    with _listen(_rendezvous(LOOPBACK, 0)) as listening:
         assert listening.getsockname()[0] == LOOPBACK
 
 
-def _meeting(host: str, port: int) -> Meeting:
-    return Meeting(f"{host}:{port}", "the job", 1, 1, host=False, token=b"known to its machines alone")
+def _rendezvous(host: str, port: int) -> Rendezvous:
+    return Rendezvous(f"{host}:{port}", "the job", 1, 1, host=False, token=b"known to its machines alone")
 
 
 def test_who_is_met_by_silence_is_told_so_in_a_line(monkeypatch):
     monkeypatch.setattr(gate, "GREETING_SECONDS", 0.1)
     with socket.create_server((LOOPBACK, 0)) as silent:
-        met = _meeting(LOOPBACK, silent.getsockname()[1])
-        with pytest.raises(Failed, match=f"^no meeting at {met.endpoint}: TimeoutError$"), rendezvous(met, 0):
+        met = _rendezvous(LOOPBACK, silent.getsockname()[1])
+        with (
+            pytest.raises(Failed, match=f"^no rendezvous at {met.endpoint}: TimeoutError$"),
+            rendezvous_handler(met, 0),
+        ):
             pass
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from rowwise.kernels.nm import nm_mask
 from rowwise.kernels.portions import device_portions
 from rowwise.kernels.rows import local
+from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.select import Candidates, Cut, Groups, Problem, key_bits, magnitude_of, next_below, select
-from rowwise.optim.shell import Optimizer
 from rowwise.optim.sparse.account import Account, begin_account, take_account
-from rowwise.optim.sparse.budget import budgets, cooled_density, fallen, row_budgets
+from rowwise.optim.sparse.budget import budgets, fallen, gradual_density, row_budgets
 from rowwise.optim.sparse.config import PDP, ST3, PDPBase, PDPGroups, PDPRows, every
 from rowwise.optim.sparse.evolve import magnitudes
 from rowwise.optim.sparse.layers import Layer, Layers, candidates
@@ -44,7 +44,7 @@ UNDECIDED = -1  # how much of a matrix is kept at the end, before that is fixed
 
 
 @dataclass
-class Cooled:
+class St3Pdp:
     """The dense weights, masks and thresholds of a run under one of those rules. `steps`: of the run."""
 
     config: ST3 | PDP | PDPRows | PDPGroups
@@ -148,7 +148,7 @@ class Cooled:
         config, shapes, times = self.config, self.layers.shapes, (self._start, self._stop)
         sizes = [shape.numel() for shape in shapes]
         if isinstance(config, ST3):
-            return budgets(shapes, cooled_density(step, config.density, *times), config.distribution)
+            return budgets(shapes, gradual_density(step, config.density, *times), config.distribution)
         if isinstance(config, PDPGroups):
             return [size * config.n // config.m for size in sizes]
         if isinstance(config, PDPRows):

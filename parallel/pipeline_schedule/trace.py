@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rowwise.parallel.schedule.order import Action, Schedule, parse_action
-from rowwise.parallel.schedule.simulate import Timeline
+from rowwise.parallel.pipeline_schedule.order import Action, Schedule, parse_action
+from rowwise.parallel.pipeline_schedule.simulate import Timeline
 
 Span = tuple[Action, float, float]
 

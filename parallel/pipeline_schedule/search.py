@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product, starmap
 
-from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
-from rowwise.parallel.schedule.greedy import Ready, play
-from rowwise.parallel.schedule.order import Action, Schedule, loop_placement, v_placement
-from rowwise.parallel.schedule.simulate import Costs, Deadlock, Gathering, peak_activations, period
+from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
+from rowwise.parallel.pipeline_schedule.greedy import Ready, play
+from rowwise.parallel.pipeline_schedule.order import Action, Schedule, loop_placement, v_placement
+from rowwise.parallel.pipeline_schedule.simulate import Costs, Deadlock, Gathering, peak_activations, period
 
 Placement = list[list[int]]
 
@@ -152,7 +152,7 @@ def _exact(
 ) -> tuple[list[Found], bool]:
     """The optimum of each placement, and whether all are proved."""
     # Here, because scipy.optimize takes half a second that the start of every run would spend.
-    from rowwise.parallel.schedule.exact import solve
+    from rowwise.parallel.pipeline_schedule.exact import solve
 
     if any(kept > held for kept, held in zip(aim.costs.kept, aim.costs.held, strict=True)):
         return [], False  # `solve` does not count that

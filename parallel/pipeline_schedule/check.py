@@ -6,8 +6,8 @@ schedule is free of deadlock exactly if its actions can be done in some order th
 
 from collections import Counter
 
-from rowwise.parallel.schedule.order import Action, Schedule
-from rowwise.parallel.schedule.simulate import Deadlock, peak_activations, simulate, uniform_costs
+from rowwise.parallel.pipeline_schedule.order import Action, Schedule
+from rowwise.parallel.pipeline_schedule.simulate import Deadlock, peak_activations, simulate, uniform_costs
 
 
 def check_schedule(schedule: Schedule, ranks: int, stages: int, micro_batches: int) -> list[float]:

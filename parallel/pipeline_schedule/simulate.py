@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from rowwise.parallel.schedule.order import Action, Schedule
+from rowwise.parallel.pipeline_schedule.order import Action, Schedule
 
 Gathering = Literal["none", "micro_batch", "run"]
 

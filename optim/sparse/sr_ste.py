@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rowwise.kernels.nm import decay_pruned_, nm_mask
 from rowwise.kernels.portions import device_portions
-from rowwise.optim.shell import Optimizer
+from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.sparse.account import Account, begin_account, take_account
 from rowwise.optim.sparse.config import NM
 from rowwise.optim.sparse.layers import Layers
@@ -29,7 +29,7 @@ from rowwise.optim.sparse.masks import pack
 
 
 @dataclass
-class Grouped:
+class SrSte:
     """The masks of a run as they were when they were last counted; what computes follows the weights."""
 
     config: NM

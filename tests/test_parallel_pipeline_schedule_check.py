@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.pipelining import schedules as theirs
 
-from rowwise.parallel.schedule.check import check_schedule
-from rowwise.parallel.schedule.cut import balance
-from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
-from rowwise.parallel.schedule.order import Action, leading_forwards, read_csv, write_csv
+from rowwise.parallel.pipeline_schedule.check import check_schedule
+from rowwise.parallel.pipeline_schedule.cut import balance
+from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
+from rowwise.parallel.pipeline_schedule.order import Action, leading_forwards, read_csv, write_csv
 
 
 @pytest.mark.parametrize("name", GENERATORS)

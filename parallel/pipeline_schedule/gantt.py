@@ -12,7 +12,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from rowwise.parallel.schedule.simulate import Timeline
+from rowwise.parallel.pipeline_schedule.simulate import Timeline
 
 Color = tuple[float, float, float]
 

@@ -11,7 +11,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer, follow_schedule
-from rowwise.optim.schedules import Constant, Cosine, Infinite, Linear, OneCycle, Wsd, check_schedule
+from rowwise.optim.lr_schedules import Constant, Cosine, Infinite, Linear, OneCycle, Wsd, check_schedule
 from rowwise.trainer.config import config_from_tree
 
 STEPS = 1000

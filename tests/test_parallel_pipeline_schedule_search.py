@@ -8,12 +8,12 @@ from itertools import permutations, product
 
 import pytest
 
-from rowwise.parallel.schedule.check import check_schedule
-from rowwise.parallel.schedule.exact import solve
-from rowwise.parallel.schedule.generate import GENERATORS, Shape, make_schedule
-from rowwise.parallel.schedule.order import Action, Schedule, loop_placement, v_placement
-from rowwise.parallel.schedule.search import find_schedule
-from rowwise.parallel.schedule.simulate import Costs, Deadlock, peak_activations, period, uniform_costs
+from rowwise.parallel.pipeline_schedule.check import check_schedule
+from rowwise.parallel.pipeline_schedule.exact import solve
+from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
+from rowwise.parallel.pipeline_schedule.order import Action, Schedule, loop_placement, v_placement
+from rowwise.parallel.pipeline_schedule.search import find_schedule
+from rowwise.parallel.pipeline_schedule.simulate import Costs, Deadlock, peak_activations, period, uniform_costs
 
 SLACK = 1 + 1e-9
 QUICK = 0.02  # seconds of search
