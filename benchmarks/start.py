@@ -100,10 +100,15 @@ def environment_of(checkout: Path) -> dict[str, str]:
     """In which `rowwise` is that of the checkout, and every process computes with one thread."""
     rooms = checkout / "build/rooms/rowwise"
     rooms.mkdir(parents=True, exist_ok=True)
+    (rooms / "__init__.py").touch()  # else it comes after the package that is installed
     for room in ROOMS:
         (rooms / room).unlink(missing_ok=True)
         (rooms / room).symlink_to((checkout / room).resolve())
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(rooms.parent.resolve())}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(rooms.parent.resolve())}
+    asked = [sys.executable, "-P", "-c", "import rowwise.launch as room; print(room.__file__)"]
+    found = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout
+    assert Path(found.strip()).resolve().is_relative_to(checkout.resolve()), f"{found} is measured, and not {checkout}"
+    return environment
 
 
 def measured(checkouts: dict[str, Path], rounds: int, chosen: Callable[[str], bool]) -> dict[str, dict[str, Any]]:

@@ -6,13 +6,9 @@
 
 import torch
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
-from torch.sparse._semi_structured_conversions import (
-    sparse_semi_structured_from_dense_cutlass,
-    sparse_semi_structured_to_dense_cutlass,
-)
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 cutlass_from_dense = sparse_semi_structured_from_dense_cutlass
-dense_from_cutlass = sparse_semi_structured_to_dense_cutlass
 
 
 def cusparselt_step(dtype: torch.dtype) -> int:

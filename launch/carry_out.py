@@ -12,6 +12,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.launch.given import as_typed
 from rowwise.launch.job import Job
 from rowwise.launch.leaving import leave_report
+from rowwise.launch.outcome import Outcome
 from rowwise.launch.rendezvous import Rendezvous
 from rowwise.launch.warm import Warm
 from rowwise.trainer.console import Console, labelled
@@ -22,14 +23,20 @@ from rowwise.trainer.runlog import keep_said, logs_with_words
 EXIT = {"complete": 0, "stopped": 0, "refused": 2, "failed": 1}
 
 
-def carry_out(options: argparse.Namespace, typed: list[str], rendezvous: Rendezvous | None, warm: Warm | None) -> int:
-    """Returns the exit code. `typed`: the overrides of `options` before files were read. Raises ValueError for what is refused,
-    Unanswered and WarmIsGone."""
+def carry_out(
+    options: argparse.Namespace, typed: list[str], rendezvous: Rendezvous | None, warm: Warm | None
+) -> tuple[Job, Outcome]:
+    """Returns the job that was asked for, and how it ended. `typed`: the overrides of `options` before files were read. Raises
+    ValueError for what is refused, Unanswered and WarmIsGone."""
     tree = compose_tree(options.overrides)
     asked = replace(job_asked_for(options, tree, rendezvous, warm), tree=tree)
     if (said := as_typed(typed)) != options.overrides:
         asked = replace(asked, command=shlex.join(["rowwise", "train", *said]))
-    outcome = agent.run_workers(asked, warm)
+    return asked, agent.run_workers(asked, warm)
+
+
+def tell_end(asked: Job, outcome: Outcome) -> int:
+    """Says how the job ended, leaves its report, and returns the exit code."""
     if outcome.state == "refused":
         print(f"refused: {outcome.reason}", file=sys.stderr)
     elif outcome.state == "failed":

@@ -22,6 +22,7 @@ from rowwise.launch.warm import Child, Warm, WarmIsGone, ended_by
 
 POLL_SECONDS = 0.2
 LEAVING_SECONDS = 60  # that workers are given when another has failed
+NEEDED_TO_SPLIT = ("torch._dynamo",)  # which every worker that splits parameters would import for itself
 
 
 def run_here(job: Job, warm: Warm, attend: Callable[[list[Child]], bool]) -> None:
@@ -85,8 +86,7 @@ def _run_once(job: Job, warm: Warm, attend: Callable[[list[Child]], bool], start
     workers = list[Child]()
     try:
         port = warm.told_by(store)
-        # Where parameters are split, every worker would import torch's compiler for itself.
-        needs = ("torch._dynamo",) if job.nproc > 1 else ()
+        needs = NEEDED_TO_SPLIT if job.nproc > 1 else ()
         for rank in range(job.nproc):
             logs = start.error_file(rank).parent
             logs.mkdir(parents=True)

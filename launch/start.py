@@ -50,15 +50,16 @@ def _main(arguments: list[str] | None) -> int:
         rendezvous = rendezvous_of(options)
         # A warm process imports torch, which takes seconds, while this one imports the rest and composes.
         with contextlib.nullcontext() if rendezvous else warmed(options.warm) as warm:
-            from rowwise.launch.carry_out import carry_out
+            from rowwise.launch.carry_out import carry_out, tell_end
 
-            return carry_out(options, typed, rendezvous, warm)
+            ended = carry_out(options, typed, rendezvous, warm)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
     except (Unanswered, WarmIsGone) as gone:
         print(f"failed: {gone}", file=sys.stderr)
         return 1
+    return tell_end(*ended)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

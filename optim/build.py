@@ -92,7 +92,7 @@ def new_rule(name: str, config: Any, rank: int = 1) -> Rule:
 def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Optimizer:
     """Makes the optimizer of `config` over the model's (sharded) parameters. Matrices decay, vectors do not; `seed` is that
     of random projections and of stochastic rounding. Raises ValueError for a parameter that the model's specs lack."""
-    groups: dict[tuple[str, bool, bool, str], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool, int, bool, str], dict[str, Any]] = {}
     specs = specs_of(model)
     rank = rank_of(config, specs)
     for name, p in model.named_parameters():
@@ -100,7 +100,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Opt
             raise ValueError(f"{name} is not among the model's parameter_specs(); say there what it is")
         spec = specs[name]
         # What is in one group exchanges its messages together, over the ranks that one view splits rows over.
-        key = rule_name(name, spec, config), spec.role == "vector", spec.batched, spec.view
+        key = rule_name(name, spec, config), spec.role == "vector", len(spec.matrix), spec.batched, spec.view
         if key not in groups:
             decay = 0.0 if spec.role == "vector" else config.weight_decay
             rule = new_rule(key[0], config, rank)
@@ -157,6 +157,11 @@ def check_optimizer(config: OptimConfig, specs: Specs) -> None:
 
 def _check_parameter(name: str, spec: ParameterSpec, config: OptimConfig) -> None:
     chosen, shape = assigned(name, config), spec.matrix
+    if spec.role != "vector" and len(shape) != 2:
+        raise ValueError(
+            f"{name} is said to be {spec.role}, which is a matrix, and has the shape {tuple(shape)}; say in its spec that it is a "
+            "vector, or batched"
+        )
     if chosen in MATRICES_ONLY and len(shape) != 2:
         raise ValueError(
             f"optim.assign: {chosen} is for matrices, and {name} has the shape {tuple(shape)}; "

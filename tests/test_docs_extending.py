@@ -55,6 +55,9 @@ def copy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("extended")
     for room in ROOMS:
         shutil.copytree(ROOT / room, folder / "rowwise" / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(
+        ROOT / "src/rowwise/__init__.py", folder / "rowwise"
+    )  # else it comes after the package that is installed
     (folder / "tests").mkdir()
     shutil.copy(ROOT / "tests/conftest.py", folder / "tests")
     for block in BLOCKS:

@@ -250,14 +250,14 @@ def test_what_refuses_a_run_waits_for_no_compiler_and_no_sharding():
 
 TOUCHED = """
 import importlib, os, pathlib
-import rowwise.launch.warm
+import rowwise.launch.local, rowwise.launch.warm
 os.environ.pop("OMP_NUM_THREADS", None)
 os.environ.update(rowwise.launch.warm.QUIET)
 import torch
 touched = []
 for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init", "init"):
     setattr(torch.cuda, name, lambda *given, name=name: touched.append(name))
-for module in rowwise.launch.warm.BEFOREHAND:
+for module in rowwise.launch.warm.BEFOREHAND + rowwise.launch.local.NEEDED_TO_SPLIT:
     importlib.import_module(module)
 print(touched, *[line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("Threads:")])
 """

@@ -22,7 +22,7 @@ from parity import (
     with_layout,
 )
 from rowwise.launch.compose import compose_tree
-from rowwise.optim import shell
+from rowwise.optim import optimizer as module
 from rowwise.optim.build import build_optimizer, named_state, set_step
 from rowwise.trainer.config import config_from_tree
 from runs import final_tensors, records, run_train
@@ -165,11 +165,11 @@ def optim_config(rule):
 
 def run_edges(workers, rule, steps=3):
     """Parameters and states after steps with random gradients, on this mesh, whole; rules get a few tensors at a time."""
-    whole_portion, shell.PORTION_BYTES = shell.PORTION_BYTES, 40_000
+    whole_portion, module.PORTION_BYTES = module.PORTION_BYTES, 40_000
     try:
         return step_edges(workers, rule, steps)
     finally:
-        shell.PORTION_BYTES = whole_portion
+        module.PORTION_BYTES = whole_portion
 
 
 def step_edges(workers, rule, steps):

@@ -178,20 +178,20 @@ def test_no_step_is_begun_before_one_that_is_watched_or_in_it(tmp_path, option, 
 
 def slow_last_rank(workers, config):
     """A run whose last rank takes 0.4 seconds longer for every forward."""
-    from rowwise.trainer import step
+    from rowwise.trainer import engine
 
-    original = step.summed_loss
+    original = engine.summed_loss
 
     def late(*arguments):
         if workers.rank == workers.world_size - 1:
             time.sleep(0.4)
         return original(*arguments)
 
-    step.summed_loss = late
+    engine.summed_loss = late
     try:
         return run_train(workers, config)
     finally:
-        step.summed_loss = original
+        engine.summed_loss = original
 
 
 @pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.full), 3])

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rowwise.kernels.spec import DENSE, Specs
 from rowwise.optim.sparse.build import Sparsity, build_sparsity
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype, master_dtype
@@ -27,6 +28,7 @@ CONVERSIONS: tuple[Conversion, ...] = (prune_groups,)
 def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> tuple[Engine, Sparsity | None]:
     """Splits `model`, on the meta device, over the mesh, in place, and gives it its numbers: each rank makes its own rows and no
     others. Returns what runs it, and what keeps it sparse (None: it is dense). All ranks call it."""
+    _require_dense(model.parameter_specs())
     stages = list(model.decoders.values()) if isinstance(model, StagedDecoder) else [model]
     # What layers are made of, and what they compute with.
     model.to(parameter_dtype(config))
@@ -46,6 +48,13 @@ def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh)
     # Messages between stages, and masks, are of parameters that have their numbers.
     engine = engine_of(model, config, mesh)
     return engine, masks_of(model, config, mesh)
+
+
+def _require_dense(specs: Specs) -> None:
+    """Raises ValueError for a parameter of another view of the mesh than there is."""
+    for name, spec in specs.items():
+        if spec.view != DENSE:
+            raise ValueError(f"{name} is laid over the view {spec.view!r}; a mesh has {DENSE!r} alone")
 
 
 def parameter_dtype(config: TrainConfig) -> torch.dtype:

@@ -148,8 +148,8 @@ class Outlets:
         return self._tracker
 
     def tell_start(self, config: TrainConfig, mesh: Mesh, step: int) -> None:
-        """Adds the line, unless there is nothing left to do. Raises DiskFull."""
-        if not self._started and step < config.steps:
+        """Adds the line on rank 0, unless there is nothing left to do. Raises DiskFull."""
+        if mesh.rank == 0 and not self._started and step < config.steps:
             parameters, _ = parameter_count(config.model)
             start = Start(step, mesh.world_size, device_name(mesh.device), parameters, self._command)
             keep_start(Path(config.run_dir), start)
@@ -179,5 +179,4 @@ def open_reporter(
     if begun.state.step >= config.steps:
         step = begun.state.step
         reporter.say(f"{config.run_dir} is complete at step {step}; raise steps= to go on, or give another name=")
-    outlets.tell_start(config, mesh, begun.state.step)
     return reporter

@@ -246,6 +246,7 @@ def saved_plan(made_for: dict[str, Any], ranks: int, stages: int, micro_batches:
         return None
     try:
         saved = from_json(path.read_bytes())
+        saved["made_for"]["model"] = {"block": "llama"} | saved["made_for"]["model"]  # before layers were of kinds
         if saved["made_for"] != made_for:
             return None
         rows = tuple(tuple(parse_action(cell) for cell in row) for row in saved["schedule"])

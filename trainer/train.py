@@ -88,8 +88,8 @@ def _train(
     with float32_products(product_precision(config.precision, mesh.device)), ExitStack() as stack:
         parts = of_every_stage(assignments(model, optimizer), mesh)
         reporter = stack.enter_context(open_reporter(config, mesh, data, begun, parts, outlets))
-        test = range_test(config, mesh, first)
-        saver = stack.enter_context(make_saver(config, mesh))
+        outlets.tell_start(config, mesh, first)
+        test, saver = range_test(config, mesh, first), stack.enter_context(make_saver(config, mesh))
         feed = stack.enter_context(Feed(config, mesh, data, state.position))
         clock, stopping = Clock(config, mesh.rank, begun.manifest), test is not None and test.over
         stop.hear(reporter.say)

@@ -47,4 +47,4 @@ class TextSource:
 
     def reading(self) -> str:
         """Gives the keys of its own that decide how files are read, so that another value is another cache."""
-        return " ".join(str(getattr(self, f.name)) for f in fields(self) if f.name not in _NOT_OF_READING)  # type: ignore[arg-type]
+        return "\0".join(str(getattr(self, f.name)) for f in fields(self) if f.name not in _NOT_OF_READING)  # type: ignore[arg-type]

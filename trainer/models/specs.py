@@ -96,7 +96,9 @@ def decoder_specs(config: Sizes, table: Mapping[str, Entry], shapes: dict[str, t
         }
 
     first, layer, last = some(FIRST), some(table, "blocks.0."), some(LAST)
-    assert len(first) + len(layer) + len(last) == len(shapes), "the table lacks a parameter"
+    told = {*first, *(f"blocks.0.{name}" for name in layer), *last}
+    if missing := shapes.keys() - told:
+        raise ValueError(f"the table of specs lacks {', '.join(sorted(missing))}; say there what it is")
     if config.tie_embeddings:
         first[EMBEDDING] = replace(first[EMBEDDING], copies=(TIED,))
     layers = {
