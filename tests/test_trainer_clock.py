@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from parity import small_config, with_layout
 from rowwise.parallel.mesh import Workers
-from rowwise.trainer import clock, step
+from rowwise.trainer import clock, step, update
 from rowwise.trainer.data.batches import Prefetch
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.metrics import read_metrics
@@ -34,12 +34,14 @@ def run_by_clock(workers: Workers, config, stop_at: int = 0) -> list[dict[str, b
         told.append(read(*sums))
         return told[-1]
 
-    Prefetch.__next__, step.told_by_all = counted, heard  # type: ignore[method-assign]
+    Prefetch.__next__ = counted  # type: ignore[method-assign]
+    step.told_by_all = update.told_by_all = heard
     clock.now = lambda: seconds[0] if workers.rank == 0 else draw.uniform(0, 1e6)
     try:
         run_until(workers, config, stop_at) if stop_at else run_train(workers, config)
     finally:
-        Prefetch.__next__, step.told_by_all, clock.now = drawn, read, clock.time.monotonic  # type: ignore[method-assign]
+        Prefetch.__next__, clock.now = drawn, clock.time.monotonic  # type: ignore[method-assign]
+        step.told_by_all = update.told_by_all = read
     return told
 
 

@@ -14,6 +14,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.optim.lengths import RunLength
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
+from rowwise.trainer.engine import WholeModel
 from rowwise.trainer.manifest import CheckpointConfig, begin, commit, complete_checkpoints, file_facts, prune, set_aside
 from rowwise.trainer.metrics import MetricsLog, MetricsTail, read_metrics
 from rowwise.trainer.models.decoder import parameter_count
@@ -227,8 +228,14 @@ class Logits(torch.nn.Module):
 
 def test_the_sample_ends_where_logits_are_not_finite():
     mesh: Any = types.SimpleNamespace(sequence=None, device=torch.device("cpu"))
+
+    def written(temperature: float, broken: float | None = None) -> list[int]:
+        replicas: Any = None  # which no gradient is summed over
+        engine = WholeModel(Logits(broken), mesh.device, 0, replicas)
+        return generate(engine, [1], 8, temperature, 16, 0, mesh)
+
     for temperature in (0.0, 0.7, 1e-320):
-        assert len(generate(Logits(), [1], 8, temperature, 16, 0, mesh)) == 9
+        assert len(written(temperature)) == 9
         for broken in (math.nan, math.inf, -math.inf):
-            assert len(generate(Logits(broken), [1], 8, temperature, 16, 0, mesh)) == 4
-    assert generate(Logits(), [1], 8, 1e-320, 16, 0, mesh)[1:] == [1] * 8, "the likeliest"
+            assert len(written(temperature, broken)) == 4
+    assert written(1e-320)[1:] == [1] * 8, "the likeliest"

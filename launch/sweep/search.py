@@ -98,8 +98,12 @@ class Search:
             if watched or frozen.number >= self.limit or not _abandoned(frozen):
                 continue
             lock = self._lock(frozen.number)
-            if lock is not None:
+            if lock is None:
+                continue
+            # Whoever looked after it may have told its end, and let go of it, since it was listed.
+            if self.study.get_trials(deepcopy=False)[frozen.number].state == TrialState.RUNNING:
                 return optuna.Trial(self.study, frozen._trial_id), lock
+            lock.release()
         return None
 
     def _ask(self) -> tuple[optuna.Trial, FileLock] | None:

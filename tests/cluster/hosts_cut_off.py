@@ -62,7 +62,8 @@ class Trial:
 
         self.until(made, PATIENCE, "no step was made")
         self.start_seconds = time.monotonic() - began  # of the agents and of the workers
-        self.again_seconds = 2 * self.start_seconds  # at most: what else this machine does is not always the same
+        # At most: what else this machine does is not always the same.
+        self.again_seconds, self.leave_seconds = 2 * self.start_seconds, max(POLL, self.start_seconds / 2)
 
     def command(self, host: Host) -> list[str]:
         rendezvous = (
@@ -182,7 +183,7 @@ def assert_ends(trial: Trial, kept: list[Host], whole: list[tuple]) -> None:
 def test_a_host_is_cut_off_and_the_other_goes_on(hosts, tmp_path, uninterrupted):
     trial, (kept, lost) = Trial(hosts, tmp_path), hosts
     cut = trial.cut(lost)
-    trial.until(lambda: not lost.workers(), TIMEOUT + POLL, "the workers of the lost host did not leave")
+    trial.until(lambda: not lost.workers(), TIMEOUT + trial.leave_seconds, "the workers of the lost host did not leave")
     workers_left = time.monotonic() - cut
     trial.until_gone(lost, cut + ALONE - time.monotonic())
     agent_left = time.monotonic() - cut
@@ -219,7 +220,7 @@ def test_rank_0_was_on_the_lost_host_and_is_not_yet_gone(hosts, tmp_path, uninte
     assert trial.steps() == reached and [worker.pid for worker in kept.workers()] == [new.pid], trial.said()[-6000:]
     old.resume()
     thawed = time.monotonic()
-    trial.until(lambda: not lost.workers(), POLL, "the old rank 0 did not leave")
+    trial.until(lambda: not lost.workers(), trial.leave_seconds, "the old rank 0 did not leave")
     went_on = trial.until_goes_on(thawed, POLL + trial.again_seconds)
     trial.until_gone(lost, max(cut + ALONE, thawed + POLL) - time.monotonic())
     assert_ends(trial, [kept], uninterrupted)
