@@ -246,7 +246,8 @@ def saved_plan(made_for: dict[str, Any], ranks: int, stages: int, micro_batches:
         return None
     try:
         saved = from_json(path.read_bytes())
-        saved["made_for"]["model"] = {"block": "llama"} | saved["made_for"]["model"]  # before layers were of kinds
+        # What an earlier release did not know of models was as it is by default.
+        saved["made_for"]["model"] = asdict(ModelConfig()) | saved["made_for"]["model"]
         if saved["made_for"] != made_for:
             return None
         rows = tuple(tuple(parse_action(cell) for cell in row) for row in saved["schedule"])

@@ -9,13 +9,14 @@ add is 0. A stable embedding is uniform in +-sqrt(6 / (vocab_size + dim)) (Gloro
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.spec import Constant, Normal, ParameterSpec, Role, Uniform
 from rowwise.optim.build import assigned
+from rowwise.trainer.models.config import ModelConfig
 
 Begins = Literal["normal", "residual", "embedding", "ones", "zeros"]
 
@@ -66,24 +67,9 @@ STABLE_EMBEDDING: Refusals = (
 )
 
 
-class Sizes(Protocol):
-    """What of a decoder's configuration its table needs."""
-
-    @property
-    def layers(self) -> int: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def tie_embeddings(self) -> bool: ...
-    @property
-    def stable_embedding(self) -> bool: ...
-    @property
-    def init_std(self) -> float: ...
-
-
-def decoder_specs(config: Sizes, table: Mapping[str, Entry], shapes: dict[str, torch.Size]) -> dict[str, ParameterSpec]:
+def decoder_specs(
+    config: ModelConfig, table: Mapping[str, Entry], shapes: dict[str, torch.Size]
+) -> dict[str, ParameterSpec]:
     """Makes the table of a decoder, by name and in order. `table`: of its layers. `shapes`: of the parameters of one that has
     a single layer."""
     begins = _initialisations(config)
@@ -109,7 +95,7 @@ def decoder_specs(config: Sizes, table: Mapping[str, Entry], shapes: dict[str, t
     return first | layers | last
 
 
-def _initialisations(config: Sizes) -> dict[Begins, Normal | Uniform | Constant]:
+def _initialisations(config: ModelConfig) -> dict[Begins, Normal | Uniform | Constant]:
     normal = Normal(config.init_std)
     return {
         "normal": normal,
