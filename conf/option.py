@@ -26,13 +26,13 @@ Apart = Annotated[T, "apart"]
 
 
 def resume_of(kind: Any) -> dict[str, Resume | None]:
-    """What each field of the dataclass `kind` lets a resume do with it; None: it does not say."""
+    """Returns what each field of the dataclass `kind` lets a resume do with it; None: it does not say."""
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: _said(hints[field.name]) for field in fields(kind)}
 
 
 def options_of(kind: Any, key: str = "") -> Iterator[tuple[str, Resume | None]]:
-    """Every option below the dataclass `kind` or a union of them, such as `optim.lr`, and what it lets a resume do; an option
+    """Lists every option below the dataclass `kind` or a union of them, such as `optim.lr`, and what it lets a resume do; an option
     of several choices comes once for each."""
     hints = get_type_hints(kind, include_extras=True)
     for name, said in resume_of(kind).items():
@@ -44,7 +44,7 @@ def options_of(kind: Any, key: str = "") -> Iterator[tuple[str, Resume | None]]:
 
 
 def keys_that(say: Resume, config: Any) -> list[str]:
-    """The fields of the dataclass `config` that say so, the name of its choice first."""
+    """Returns the fields of the dataclass `config` that say so, the name of its choice first."""
     keys = [key for key, said in resume_of(type(config)).items() if said == say]
     return sorted(keys, key=lambda key: key != "name")
 

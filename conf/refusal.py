@@ -17,15 +17,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Refusal:
-    """`says` is a line: what was given, what is possible, what to change. `{optim.name}` stands in it for an option of the run;
-    where it takes more than that, it is a function of the run."""
+    """What does not compose. `says` is a line: what was given, what is possible, what to change. `{optim.name}` stands in it for
+    an option of the run; where it takes more than that, it is a function of the run."""
 
     options: tuple[str, ...]
     holds: Callable[[Any], Any]
     says: str | Callable[[Any], str]
 
     def told(self, run: Any) -> str:
-        """What is said of a run for which it holds."""
+        """Returns what is said of a run for which it holds."""
         return self.says.format_map(_Options(run)) if isinstance(self.says, str) else self.says(run)
 
 

@@ -24,7 +24,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One AdamW step on lists of local tensors, in place, as torch's fused operator: one pass over memory.
+    """Takes one AdamW step on lists of local tensors, in place, as torch's fused operator: one pass over memory.
 
     `step` counts from 1.
     """

@@ -34,7 +34,7 @@ def adamw8bit_(
     weight_decay: float,
     rounding: Rounding = None,
 ) -> None:
-    """One step on lists of local tensors (m_i, n_i), contiguous, in place; m_i may be 0. Communicates nothing.
+    """Takes one step on lists of local tensors (m_i, n_i), contiguous, in place; m_i may be 0. Communicates nothing.
 
     params: all float32, all float64 or all bfloat16; grads: of that dtype or float32. A moment is (codes, absmax) as
     `blockwise.quantise` makes them, zeros at first. `step` counts from 1. bfloat16 parameters are computed in float32
@@ -63,7 +63,7 @@ def adamw8bit_reference_(
     weight_decay: float,
     rounding: Rounding = None,
 ) -> None:
-    """`adamw8bit_` in plain torch: on each portion of rows torch's fused operator, one pass for the whole rule."""
+    """Computes `adamw8bit_` in plain torch: on each portion of rows torch's fused operator, one pass for the whole rule."""
 
     def rule(x, g, exp_avg, exp_avg_sq):
         adamw_(x, g, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay)

@@ -27,7 +27,7 @@ from rowwise.kernels.visible import Area, Documents, Run, visible_areas
 
 
 def causal_attention(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None) -> Tensor:
-    """Attention of whole sequences, (B, S, H, E); each token sees its document up to itself. H is a multiple of K: query
+    """Computes attention of whole sequences, (B, S, H, E); each token sees its document up to itself. H is a multiple of K: query
     head h looks at key head h K / H."""
     if documents is not None:
         return _packed_attention(q_BSHE, k_BSKE, v_BSKE, documents)
@@ -69,7 +69,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def nothing_seen(q_BSHE: Tensor) -> tuple[Tensor, Tensor]:
-    """What queries have before they see a key: out (B, S, H, E) of zeros, and lse (B, H, S) of minus infinity."""
+    """Returns what queries have before they see a key: out (B, S, H, E) of zeros, and lse (B, H, S) of minus infinity."""
     wide = torch.float64 if q_BSHE.dtype == torch.float64 else torch.float32
     B, S, H, _ = q_BSHE.shape
     return q_BSHE.new_zeros(q_BSHE.shape, dtype=wide), q_BSHE.new_full((B, H, S), -torch.inf, dtype=wide)

@@ -35,7 +35,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 
 
 def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """out in the dtype of `q`, and lse in float32, or float64 for float64."""
+    """Computes out in the dtype of `q`, and lse in float32, or float64 for float64."""
     operator = operator_of(q)
     if operator == "plain":
         return plain_forward(q, k, v, causal, scale)
@@ -53,7 +53,7 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
 
 
 def block_backward(d_out: Tensor, attended: Attended, causal: bool, scale: float) -> Gradients:
-    """What this block of keys gives of the gradients."""
+    """Returns what this block of keys gives of the gradients."""
     q, k, v, out, lse = attended
     operator = operator_of(q)
     if operator == "plain":
@@ -82,7 +82,7 @@ def block_backward(d_out: Tensor, attended: Attended, causal: bool, scale: float
 
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """`block_forward` in plain torch: the reference."""
+    """Computes `block_forward` in plain torch: the reference."""
     scores = _scores(q, k, causal, scale)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp()
@@ -91,7 +91,7 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
 
 
 def plain_backward(d_out: Tensor, attended: Attended, causal: bool, scale: float) -> Gradients:
-    """`block_backward` in plain torch: the reference.
+    """Computes `block_backward` in plain torch: the reference.
 
     P = exp(S - lse),  dV = P^T dO,  dS = P (dO V^T - rowsum(dO out)),  dQ = scale dS K,  dK = scale dS^T Q.
     """
@@ -108,7 +108,7 @@ def plain_backward(d_out: Tensor, attended: Attended, causal: bool, scale: float
 
 
 def operator_of(q: Tensor) -> str:
-    """Which operator takes queries like `q`, by the table above: cpu, flash, efficient or plain."""
+    """Says which operator takes queries like `q`, by the table above: cpu, flash, efficient or plain."""
     if q.device.type == "cpu":
         return "cpu"
     if q.device.type != "cuda" or q.dtype == torch.float64:
@@ -135,7 +135,7 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
 
 
 def repeat_heads(t: Tensor, heads: int, dim: int = 1) -> Tensor:
-    """Key heads, each as often as query heads look at it."""
+    """Repeats key heads, each as often as query heads look at it."""
     return t if t.size(dim) == heads else t.repeat_interleave(heads // t.size(dim), dim)
 
 

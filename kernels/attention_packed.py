@@ -42,7 +42,7 @@ class Packing:
 
 
 def packs(q: Tensor, areas: Sequence[Area]) -> bool:
-    """Whether these areas are better looked at together: there are several, and the operator takes them so."""
+    """Says whether these areas are better looked at together: there are several, and the operator takes them so."""
     return operator_of(q) == "flash" and (len(areas) > 1)
 
 
@@ -50,7 +50,7 @@ def packs(q: Tensor, areas: Sequence[Area]) -> bool:
 def packings(
     areas: tuple[Area, ...], sequences: int, q_length: int, k_length: int, device: torch.device
 ) -> list[Packing]:
-    """The calls that look at `areas`, each at as many as it can, of (sequences, q_length) queries and (sequences, k_length)
+    """Returns the calls that look at `areas`, each at as many as it can, of (sequences, q_length) queries and (sequences, k_length)
     keys."""
     flat = [
         area._replace(
@@ -74,7 +74,7 @@ def packings(
 
 
 def disjoint_groups(areas: Iterable[Area]) -> list[list[Area]]:
-    """Areas of one kind that have no query in common, in as few groups as one pass over them finds; the places of all are
+    """Groups areas of one kind that have no query in common, in as few groups as one pass over them finds; the places of all are
     counted in one row."""
     groups: list[list[Area]] = []
     for area in sorted(areas, key=lambda area: (area.causal, area.q0)):
@@ -88,7 +88,7 @@ def disjoint_groups(areas: Iterable[Area]) -> list[list[Area]]:
 
 
 def packed_forward(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> tuple[Tensor, Tensor]:
-    """out (N, H, E) in the dtype of `q`, and lse (H, N) in float32 (float64 for float64), of gathered rows."""
+    """Computes out (N, H, E) in the dtype of `q`, and lse (H, N) in float32 (float64 for float64), of gathered rows."""
     if operator_of(q) != "flash":
         parts = [block_forward(a, b, c, packing.causal, scale) for a, b, c in _each(packing, (q,), (k, v))]
         outs, lses = zip(*parts, strict=True)
@@ -101,7 +101,7 @@ def packed_forward(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: flo
 
 
 def packed_backward(d_out: Tensor, attended: Attended, packing: Packing, scale: float) -> Gradients:
-    """What these areas give of the gradients, of gathered rows."""
+    """Returns what these areas give of the gradients, of gathered rows."""
     q, k, v, out, lse = attended
     if operator_of(q) != "flash":
         lses = [part.contiguous().unsqueeze(0) for part in lse.split(packing.q_lengths, dim=1)]
@@ -123,7 +123,7 @@ def packed_backward(d_out: Tensor, attended: Attended, packing: Packing, scale: 
 
 
 def taken(t: Tensor, index: Tensor | None) -> Tensor:
-    """The rows of (B, S, ...) at `index`, (N, ...); None for all."""
+    """Returns the rows of (B, S, ...) at `index`, (N, ...); None for all."""
     flat = t.flatten(0, 1)
     return flat if index is None else flat.index_select(0, index)
 

@@ -32,13 +32,13 @@ _SMALLEST = 2.0**-149  # float32's smallest number: divides a block of zeros int
 
 
 def blocks_per_row(columns: int) -> int:
-    """How many absolute maxima a row of `columns` numbers has."""
+    """Counts how many absolute maxima a row of `columns` numbers has."""
     return -(-columns // BLOCK)
 
 
 @functools.cache
 def code_book(signed: bool, device: torch.device = _CPU, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers behind the codes: (256,), ascending. The float32 numbers are bitsandbytes' to the last bit."""
+    """Returns the numbers behind the codes: (256,), ascending. The float32 numbers are bitsandbytes' to the last bit."""
     numbers = [0.0, 1.0]
     for i in range(_DECADES):
         edges = _edges(2**i if signed else 2 ** (i + 1))
@@ -58,7 +58,7 @@ def _edges(parts: int) -> Tensor:
 
 
 def error_bound(signed: bool) -> float:
-    """The largest |x' - x| / a: half of the book's largest gap (0.0071 signed, 0.0036 unsigned).
+    """Returns the largest |x' - x| / a: half of the book's largest gap (0.0071 signed, 0.0036 unsigned).
 
     -1 has no code of its own, but is just as near to the lowest one. The arithmetic itself adds a few units in the
     last place of float32, and 2^-149 where x' is subnormal.
@@ -68,14 +68,14 @@ def error_bound(signed: bool) -> float:
 
 @functools.cache
 def midpoints(signed: bool, device: torch.device = _CPU) -> Tensor:
-    """The exact midpoints of neighbouring codes: (255,) float64. A number above midpoint c has a code above c."""
+    """Returns the exact midpoints of neighbouring codes: (255,) float64. A number above midpoint c has a code above c."""
     book = code_book(signed).double()
     return ((book[:-1] + book[1:]) / 2).to(device)
 
 
 @functools.cache
 def code_table(signed: bool, device: torch.device = _CPU) -> Tensor:
-    """(32768,) int32: the code of a float32 z in (-2, 2) is (table[y >> 16] + y) >> 16.
+    """Returns (32768,) int32: the code of a float32 z in (-2, 2) is (table[y >> 16] + y) >> 16.
 
     y = bits ^ (bits >> 31) makes the bits of z a number >= 0: of positive z as they are, below 2^30; of negative z
     inverted, from 2^30 on; both rise with z. In the interval y >> 16 codes are `low` up to the threshold's lower bits
@@ -114,7 +114,7 @@ def _float32_below(x: Tensor) -> Tensor:
 
 
 def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes (m, n) uint8 and absolute maxima (m, ceil(n / 256)) float32 of x (m, n), float32, bfloat16 or float64.
+    """Returns codes (m, n) uint8 and absolute maxima (m, ceil(n / 256)) float32 of x (m, n), float32, bfloat16 or float64.
 
     Float64 is divided and compared in float64, the others in float32; absmax is rounded to float32 first, and what
     that leaves a little above 1 gets the last code. Unsigned takes x >= 0. A block of zeros has absmax 0; of one that
@@ -127,7 +127,7 @@ def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def quantise_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
-    """`quantise` into codes (m, n) and absmax (m, ceil(n / 256)) that exist."""
+    """Does as `quantise`, into codes (m, n) and absmax (m, ceil(n / 256)) that exist."""
     if x.dtype != torch.float64 and use_triton(x.device):
         from rowwise.kernels.blockwise_triton import quantise_triton_
 
@@ -137,14 +137,14 @@ def quantise_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
 
 
 def quantise_reference_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
-    """`quantise_` in plain torch."""
+    """Computes `quantise_` in plain torch."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     for rows in row_portions(*x.shape):
         encode_(x[rows].to(dtype, copy=True), codes[rows], absmax[rows], signed)
 
 
 def dequantise(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers (m, n) behind codes (m, n) and absmax (m, ceil(n / 256)): computed in float32, float64 in float64."""
+    """Decodes the numbers (m, n) behind codes (m, n) and absmax (m, ceil(n / 256)): computed in float32, float64 in float64."""
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if dtype != torch.float64 and use_triton(codes.device):
         from rowwise.kernels.blockwise_triton import dequantise_triton_
@@ -156,7 +156,7 @@ def dequantise(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype =
 
 
 def dequantise_reference_(codes: Tensor, absmax: Tensor, signed: bool, out: Tensor) -> None:
-    """`dequantise` in plain torch, into `out`."""
+    """Computes `dequantise` in plain torch, into `out`."""
     dtype = torch.promote_types(out.dtype, torch.float32)
     for rows in row_portions(*codes.shape):
         out[rows] = decode(codes[rows], absmax[rows], signed, dtype)
@@ -184,7 +184,7 @@ def _nearest_(z: Tensor, codes: Tensor, signed: bool) -> None:
 
 
 def decode(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype) -> Tensor:
-    """The numbers of one portion of rows, in float32 or float64."""
+    """Returns the numbers of one portion of rows, in float32 or float64."""
     x = lookup(code_book(signed, codes.device, dtype), codes.long())
     for block, top in blocks(x, absmax):
         block.mul_(top)
@@ -192,12 +192,12 @@ def decode(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype) -> T
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
-    """table[index] for a table (k,) and an int64 index (m, n): `gather` is three times as fast as indexing."""
+    """Returns table[index] for a table (k,) and an int64 index (m, n): `gather` is three times as fast as indexing."""
     return torch.gather(table.expand(index.size(0), -1), 1, index)
 
 
 def blocks(x: Tensor, absmax: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of the blocks of x (m, n) beside their absmax: (m, k, 256) and (m, k, 1), and the short last ones."""
+    """Returns views of the blocks of x (m, n) beside their absmax: (m, k, 256) and (m, k, 1), and the short last ones."""
     (m, n), full = x.shape, x.size(1) // BLOCK
     if full:
         yield x[:, : full * BLOCK].view(m, full, BLOCK), absmax[:, :full, None]

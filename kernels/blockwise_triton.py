@@ -16,7 +16,7 @@ BLOCKS = 4  # 1,024 numbers: 8 a thread with Triton's four warps
 
 @triton.jit
 def block_places(rows, columns, per_row, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
-    """Of this program's blocks: number (BLOCKS,), place of the first element (BLOCKS,), places (BLOCKS, WIDTH), masks."""
+    """Returns of this program's blocks: number (BLOCKS,), place of the first element (BLOCKS,), places (BLOCKS, WIDTH), masks."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     column = (block % per_row) * WIDTH
     first = (block // per_row) * columns + column
@@ -28,7 +28,7 @@ def block_places(rows, columns, per_row, BLOCKS: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def decode(codes, absmax, book, block, place, exists, inside):
-    """The numbers (BLOCKS, WIDTH) float32 behind the codes."""
+    """Returns the numbers (BLOCKS, WIDTH) float32 behind the codes."""
     code = tl.load(codes + place, mask=inside, other=0).to(tl.int32)
     top = tl.load(absmax + block, mask=exists, other=0.0)
     return tl.load(book + code) * top[:, None]
@@ -36,14 +36,14 @@ def decode(codes, absmax, book, block, place, exists, inside):
 
 @triton.jit
 def largest(x, inside):
-    """The largest |x| of each block, (BLOCKS, 1): as whole numbers floats are in the order of |x|, with NaN above all."""
+    """Returns the largest |x| of each block, (BLOCKS, 1): as whole numbers floats are in the order of |x|, with NaN above all."""
     bits = tl.where(inside, x, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.max(bits, axis=1).to(tl.float32, bitcast=True)[:, None]
 
 
 @triton.jit
 def nearest(x, top, table):
-    """The codes (BLOCKS, WIDTH) int32 of x / top."""
+    """Returns the codes (BLOCKS, WIDTH) int32 of x / top."""
     divisor = tl.where(top == 0, 1.0, top)
     key = tl.div_rn(x, tl.broadcast_to(divisor, x.shape)).to(tl.int32, bitcast=True)
     key = key ^ (key >> 31)
@@ -79,7 +79,7 @@ def dequantise_kernel(codes, absmax, book, out, rows, columns, per_row, BLOCKS: 
 
 
 def programs(x: Tensor) -> tuple[int]:
-    """The grid of a kernel over the blocks of x (m, n)."""
+    """Returns the grid of a kernel over the blocks of x (m, n)."""
     return (triton.cdiv(x.size(0) * blocks_per_row(x.size(1)), BLOCKS),)
 
 

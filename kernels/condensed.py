@@ -44,12 +44,12 @@ class Condensed:
         return _csr(self, self.values)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without `csr`, which in a copy would have memory of its own."""
+        """Leaves out `csr`, which in a copy would have memory of its own."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def condensed(values: Tensor, columns: Tensor, rows: Tensor | None, shape: torch.Size) -> Condensed:
-    """The condensed matrix (out, in) with these parts. Raises ValueError where they do not fit."""
+    """Returns the condensed matrix (out, in) with these parts. Raises ValueError where they do not fit."""
     live = shape[0] if rows is None else len(rows)
     if values.shape != columns.shape or values.ndim != 2 or len(values) != live:
         raise ValueError(
@@ -68,7 +68,7 @@ def condensed(values: Tensor, columns: Tensor, rows: Tensor | None, shape: torch
 
 
 def condense(w: Tensor) -> Condensed:
-    """The condensed form of W (out, in). A row with fewer non-zeros than the widest is filled with zeros of its own.
+    """Computes the condensed form of W (out, in). A row with fewer non-zeros than the widest is filled with zeros of its own.
 
     Raises ValueError where that makes more than MOST_PADDING times the non-zeros.
     """
@@ -93,7 +93,7 @@ def condense(w: Tensor) -> Condensed:
 
 
 def expand(c: Condensed) -> Tensor:
-    """The dense matrix (out, in)."""
+    """Expands to the dense matrix (out, in)."""
     dense = torch.zeros(c.shape, dtype=c.values.dtype, device=c.values.device)
     live = torch.zeros(len(c.values), c.shape[1], dtype=dense.dtype, device=dense.device)
     live.scatter_(1, c.columns.long(), c.values)
@@ -101,7 +101,7 @@ def expand(c: Condensed) -> Tensor:
 
 
 def condensed_linear(x: Tensor, c: Condensed) -> Tensor:
-    """x (..., in) times W^T: (..., out), in the dtype of x, which is that of the values. Sums are in float32 at least.
+    """Multiplies x (..., in) by W^T: (..., out), in the dtype of x, which is that of the values. Sums are in float32 at least.
 
     Of many vectors the result is laid out by features, as the next such layer reads it. Raises ValueError for other shapes
     and dtypes, and where a gradient would be needed.
@@ -127,7 +127,7 @@ def condensed_linear(x: Tensor, c: Condensed) -> Tensor:
 
 
 def condensed_linear_reference(x: Tensor, c: Condensed) -> Tensor:
-    """`condensed_linear` of x (B, in) in plain torch: by MKL as a CSR matrix for one vector or a few, and for many as sums
+    """Computes `condensed_linear` of x (B, in) in plain torch: by MKL as a CSR matrix for one vector or a few, and for many as sums
     of rows of x^T, which FBGEMM keeps in registers."""
     mkl = x.is_cpu and csr_multiplies()
     # MKL's CSR has no 16 bits, and FBGEMM no float64.
@@ -147,7 +147,7 @@ def _csr(c: Condensed, values: Tensor) -> Tensor:
 
 @functools.cache
 def csr_multiplies() -> bool:
-    """Whether this torch multiplies CSR matrices by MKL. Not for ARM, for one."""
+    """Says whether this torch multiplies CSR matrices by MKL. Not for ARM, for one."""
     if not torch.backends.mkl.is_available():
         return False
     with warnings.catch_warnings():

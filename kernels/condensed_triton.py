@@ -50,7 +50,7 @@ def condensed_linear_kernel(
 
 
 def condensed_linear_triton(x: Tensor, c: Condensed) -> Tensor:
-    """x (B, in) to (B, out), laid out as (out, B)."""
+    """Multiplies x (B, in) by W^T, to (B, out), laid out as (out, B)."""
     batch, (live, k) = len(x), c.values.shape
     width_of_batch = min(64, triton.next_power_of_2(batch))
     width = min(triton.next_power_of_2(k), PRODUCTS // (ROWS * width_of_batch))

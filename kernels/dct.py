@@ -26,7 +26,7 @@ from rowwise.kernels.portions import row_portions
 
 
 def dct_columns(n: int, columns: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Columns k of D for k in `columns` (r,) int64: (n, r), computed in float32 (float64 in float64).
+    """Computes columns k of D for k in `columns` (r,) int64: (n, r), computed in float32 (float64 in float64).
 
     Whole numbers reduce the angle exactly, so that every entry is good to a few units in the last place of the
     largest one, whatever n. Communicates nothing.
@@ -39,7 +39,7 @@ def dct_columns(n: int, columns: Tensor, dtype: torch.dtype, device: torch.devic
 
 
 def dct_columns_reference(n: int, columns: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`dct_columns` in plain torch."""
+    """Computes `dct_columns` in plain torch."""
     k = columns.to(device, non_blocking=True)
     out = torch.empty(n, len(k), dtype=dtype, device=device)
     scale = torch.where(k == 0, 1, 2).to(torch.promote_types(dtype, torch.float32)).div(n).sqrt()
@@ -57,7 +57,7 @@ def _cosine(phase: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def column_squares(g: Tensor) -> Tensor:
-    """sum over rows of S^2, S = G D, for local rows g (m, n): (n,) float32, float64 for float64. m may be 0.
+    """Sums S^2 over rows, S = G D, for local rows g (m, n): (n,) float32, float64 for float64. m may be 0.
 
     No more than a portion of S ever exists. Communicates nothing: add the results of all ranks.
     """
@@ -69,7 +69,7 @@ def column_squares(g: Tensor) -> Tensor:
 
 
 def column_squares_reference(g: Tensor) -> Tensor:
-    """`column_squares` by a real FFT of each row."""
+    """Computes `column_squares` by a real FFT of each row."""
     (m, n), dtype = g.shape, torch.promote_types(g.dtype, torch.float32)
     half = n // 2 + 1
     angle = torch.arange(half, dtype=torch.float64, device=g.device) * (-math.pi / (2 * n))

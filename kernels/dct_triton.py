@@ -44,7 +44,7 @@ def columns_kernel(columns, out, n, rank, first_scale, scale, ROWS: tl.constexpr
 def squares_kernel(
     g, partial, rows, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr
 ):
-    """partial[row block, k] = sum over the block's rows of (sum_j g[., j] cos(pi (2j + 1) k / (2n)))^2."""
+    """Writes partial[row block, k] = sum over the block's rows of (sum_j g[., j] cos(pi (2j + 1) k / (2n)))^2."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, DEPTH)

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 def use_triton(device: torch.device) -> bool:
-    """True where kernels on `device` run as Triton. ROWWISE_KERNELS=reference forces the references (for debugging)."""
+    """Says whether kernels on `device` run as Triton. ROWWISE_KERNELS=reference forces the references (for debugging)."""
     choice = os.environ.get("ROWWISE_KERNELS", "auto")
     if choice not in ("auto", "reference"):
         raise ValueError(f"ROWWISE_KERNELS={choice!r}: possible are 'auto' and 'reference'")

@@ -9,7 +9,7 @@ from rowwise.kernels import torch_lists
 
 
 def lion_(params: Any, grads: Any, exp_avgs: Any, lr: float, beta1: float, beta2: float, weight_decay: float) -> None:
-    """One Lion step on lists of local tensors, in place."""
+    """Takes one Lion step on lists of local tensors, in place."""
     directions = torch_lists.lerp(exp_avgs, grads, 1 - beta1)
     torch_lists.sign_(directions)
     torch_lists.mul_(params, 1 - lr * weight_decay)

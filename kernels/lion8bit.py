@@ -29,7 +29,7 @@ def lion8bit_(
     weight_decay: float,
     rounding: Rounding = None,
 ) -> None:
-    """One step on lists of local tensors (m_i, n_i), contiguous, in place; m_i may be 0. Communicates nothing.
+    """Takes one step on lists of local tensors (m_i, n_i), contiguous, in place; m_i may be 0. Communicates nothing.
 
     params: all float32, all float64 or all bfloat16; grads: of that dtype or float32. A moment is (codes, absmax) as
     `blockwise.quantise` makes them, zeros at first. bfloat16 parameters are computed in float32 and rounded
@@ -54,7 +54,7 @@ def lion8bit_reference_(
     weight_decay: float,
     rounding: Rounding = None,
 ) -> None:
-    """`lion8bit_` in plain torch."""
+    """Computes `lion8bit_` in plain torch."""
 
     def rule(x, g, exp_avg):
         lion_(x, g, exp_avg, lr, beta1, beta2, weight_decay)

@@ -46,20 +46,20 @@ def quantise_pair_(m: Tensor, v: Tensor, first: Moment, second: Moment) -> None:
 
 
 def quantise_pair_reference_(m: Tensor, v: Tensor, first: Moment, second: Moment) -> None:
-    """`quantise_pair_` in plain torch."""
+    """Computes `quantise_pair_` in plain torch."""
     for rows in row_portions(*m.shape):
         states = [(codes[rows], absmax[rows]) for codes, absmax in (first, second)]
         encode_pair_((m[rows].clone(), v[rows].clone()), states)
 
 
 def dequantise_pair(first: Moment, second: Moment, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The moments (m, v) behind their codes; m is 0 where v is."""
+    """Decodes the moments (m, v) behind their codes; m is 0 where v is."""
     m, v = dequantise(*first, True, dtype), dequantise(*second, False, dtype)
     return m.masked_fill_(v == 0, 0), v
 
 
 def decode_pair(states: Sequence[Moment], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`dequantise_pair` of one portion of rows in plain torch."""
+    """Computes `dequantise_pair` of one portion of rows in plain torch."""
     m, v = (decode(*state, signed, dtype) for state, signed in zip(states, (True, False), strict=True))
     return m.masked_fill_(v == 0, 0), v
 

@@ -15,7 +15,7 @@ _NEAR, _LOSS, _SLACK, _ZERO = (tl.constexpr(number) for number in (NEAR, LOSS, S
 def decode_pair(
     avg_codes, avg_absmax, sq_codes, sq_absmax, avg_book, sq_book, block, place, exists, inside
 ):  # fmt: skip
-    """The moments m and v, (BLOCKS, WIDTH) float32 each; m is 0 where v is."""
+    """Returns the moments m and v, (BLOCKS, WIDTH) float32 each; m is 0 where v is."""
     m = decode(avg_codes, avg_absmax, avg_book, block, place, exists, inside)
     v = decode(sq_codes, sq_absmax, sq_book, block, place, exists, inside)
     return tl.where(v == 0, 0.0, m), v

@@ -68,7 +68,7 @@ def step_reference_(
     rounding: Rounding,
     rule: Rule,
 ) -> None:
-    """One step of `rule` on lists of local tensors (m_i, n_i), in place. moments[j][i] is moment j of parameter i."""
+    """Takes one step of `rule` on lists of local tensors (m_i, n_i), in place. moments[j][i] is moment j of parameter i."""
     moments = [[_folded(*state) for state in moment] for moment in moments]
     params, grads = [_fold(p) for p in params], [_fold(g) for g in grads]
     for portion in shared_portions(params):

@@ -38,7 +38,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def nm_problem(shape: tuple[int, ...], n: int, m: int, backward: Backward, semi_structured: bool = False) -> str | None:
-    """Why a layer with a weight of that shape (out, in) cannot be n:m, or None: every group must be whole. Of
+    """Says why a layer with a weight of that shape (out, in) cannot be n:m, or None: every group must be whole. Of
     `semi_structured` only n and m are looked at; the rest is a matter of devices."""
     if backward not in ("row", "column"):
         return f"backward={backward!r}: possible are 'row' and 'column'"
@@ -62,7 +62,7 @@ def _groups_problem(shape: tuple[int, ...], n: int, m: int, dims: tuple[int, ...
 
 
 def prune_nm(w: Tensor, n: int, m: int, dim: int) -> Tensor:
-    """w (out, in) with the n largest of every m neighbours along `dim`, the others exactly 0; contiguous, a copy.
+    """Returns w (out, in) with the n largest of every m neighbours along `dim`, the others exactly 0; contiguous, a copy.
 
     Any floating dtype of 16 to 64 bits, bit for bit the same on every device. Gives no gradient: see `nm_linear`. Raises
     ValueError where `dim` is no whole number of groups. Communicates nothing.
@@ -90,7 +90,7 @@ def _(w: Tensor, n: int, m: int, dim: int) -> Tensor:
 
 
 def prune_nm_reference(w: Tensor, n: int, m: int, dim: int) -> Tensor:
-    """`prune_nm` in plain torch."""
+    """Computes `prune_nm` in plain torch."""
     groups = _groups(w, m, dim)
     out = torch.empty_like(groups)
     for part in _portions(groups):
@@ -99,7 +99,7 @@ def prune_nm_reference(w: Tensor, n: int, m: int, dim: int) -> Tensor:
 
 
 def nm_mask(w: Tensor, n: int, m: int) -> Tensor:
-    """Which elements of w (rows, in) are kept along the rows: bool (rows, in). Row-local; there may be no rows. Raises
+    """Says which elements of w (rows, in) are kept along the rows: bool (rows, in). Row-local; there may be no rows. Raises
     ValueError as `prune_nm` does. Communicates nothing."""
     if problem := _groups_problem(w.shape, n, m, (1,)):
         raise ValueError(problem)
@@ -116,7 +116,7 @@ def nm_mask(w: Tensor, n: int, m: int) -> Tensor:
 
 @torch.no_grad()
 def decay_pruned_(grad: Tensor, w: Tensor, n: int, m: int, strength: float, dtype: torch.dtype | None = None) -> None:
-    """SR-STE's decay: grad += strength (w - prune(w)), groups along the row, for a rank's rows of both (rows, in).
+    """Adds SR-STE's decay: grad += strength (w - prune(w)), groups along the row, for a rank's rows of both (rows, in).
 
     `dtype` is the one in which the layer multiplies, if not w's own: rounding makes ties, so that it decides what is
     pruned. Communicates nothing.
@@ -184,7 +184,7 @@ def nm_linear(
     backward: Backward,
     semi_structured: bool = False,
 ) -> Tensor:
-    """y (..., out) of x (..., in), weight (out, in) and bias (out,), all of one dtype; the formulas stand above.
+    """Computes y (..., out) of x (..., in), weight (out, in) and bias (out,), all of one dtype; the formulas stand above.
 
     Keeps x and the dense weight for the backward, which prunes again: no pruned copy outlives its product.
     `semi_structured` multiplies on 2:4 hardware (`kernels/semi_structured.py`). A TorchFunctionMode sees the call, with
@@ -201,7 +201,7 @@ def nm_linear(
 def nm_input_gradient(
     dy: Tensor, weight: Tensor, n: int, m: int, backward: Backward, semi_structured: bool = False
 ) -> Tensor:
-    """dx (..., in) of `nm_linear` from dy (..., out) and the dense weight."""
+    """Computes dx (..., in) of `nm_linear` from dy (..., out) and the dense weight."""
     if backward == "row":  # its transpose has no groups along the rows: a dense product, on any hardware
         return dy @ prune_nm(weight, n, m, dim=1)
     pruned = prune_nm(weight, n, m, dim=0)

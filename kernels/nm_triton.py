@@ -27,7 +27,7 @@ def nm_kernel(
     LARGEST: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """Group g is at places (g div inner) m inner + g mod inner + j inner, j < m. Writes w or 0, with MASK 1 or 0."""
+    """Writes w or 0, with MASK 1 or 0. Group g is at places (g div inner) m inner + g mod inner + j inner, j < m."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     lane = tl.arange(0, WIDTH)
     start = (group // inner) * M * inner + group % inner

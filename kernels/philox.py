@@ -26,12 +26,12 @@ _REFERENCE_CHUNK = 1 << 18  # counters at a time, so that the int64 temporaries 
 
 
 def stream_key(seed: int, name: str) -> int:
-    """The 64-bit key of the stream `name` under `seed` (SHA-256, so that neighbouring seeds share nothing)."""
+    """Returns the 64-bit key of the stream `name` under `seed` (SHA-256, so that neighbouring seeds share nothing)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
 
 
 def normal(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """Elements [start, start + count) of the standard normal stream `key`: a float32 tensor (count,).
+    """Returns elements [start, start + count) of the standard normal stream `key`: a float32 tensor (count,).
 
     Communicates nothing. The Triton kernel and the reference agree in every word and, after Box-Muller, to a few
     units in the last place of float32.
@@ -44,7 +44,7 @@ def normal(key: int, start: int, count: int, device: torch.device) -> Tensor:
 
 
 def normal_reference(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """`normal` in plain torch."""
+    """Computes `normal` in plain torch."""
     first, last = start // 4, -(-(start + count) // 4)
     pieces = []
     for low in range(first, last, _REFERENCE_CHUNK):
@@ -55,7 +55,7 @@ def normal_reference(key: int, start: int, count: int, device: torch.device) -> 
 
 
 def random_words(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """Elements [start, start + count) of the stream of uniform 32-bit words `key`: an int64 tensor (count,). Word i is
+    """Returns elements [start, start + count) of the stream of uniform 32-bit words `key`: an int64 tensor (count,). Word i is
     word i mod 4 of the counter i div 4."""
     first, last = start // 4, -(-(start + count) // 4)
     words = philox_words(key, torch.arange(first, last, dtype=torch.int64, device=device))
@@ -63,7 +63,7 @@ def random_words(key: int, start: int, count: int, device: torch.device) -> Tens
 
 
 def philox_words(key: int, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10 of the 64-bit counters (n,): four int64 tensors (n,) that hold unsigned 32-bit words."""
+    """Computes Philox-4x32-10 of the 64-bit counters (n,): four int64 tensors (n,) that hold unsigned 32-bit words."""
     c0, c1 = counters & _LOW, (counters >> 32) & _LOW
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = key & _LOW, key >> 32

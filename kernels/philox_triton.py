@@ -15,7 +15,7 @@ def _uniform(words):
 
 @triton.jit
 def normal_kernel(out, key, start, count, COUNTERS: tl.constexpr):
-    """out[j] = element start + j of the stream: one Philox call for four elements, one write of each."""
+    """Writes out[j] = element start + j of the stream: one Philox call for four elements, one write of each."""
     counter = start // 4 + tl.program_id(0).to(tl.int64) * COUNTERS + tl.arange(0, COUNTERS)
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = low * 0
@@ -30,7 +30,7 @@ def normal_kernel(out, key, start, count, COUNTERS: tl.constexpr):
 
 
 def signed_64(key: int) -> int:
-    """A 64-bit key as Triton passes Python integers: signed."""
+    """Returns a 64-bit key as Triton passes Python integers: signed."""
     return key - (1 << 64) if key >= 1 << 63 else key
 
 

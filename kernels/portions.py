@@ -16,25 +16,25 @@ ON_GPU = 1 << 23  # elements of a portion there
 
 
 def portion_elements() -> int:
-    """Elements of one portion over all of torch's threads: each works in its own cache."""
+    """Counts the elements of one portion over all of torch's threads: each works in its own cache."""
     return ELEMENTS * torch.get_num_threads()
 
 
 def row_portions(rows: int, columns: int, elements: int | None = None) -> Iterator[slice]:
-    """The rows of a matrix (rows, columns), a portion at a time (null: what stays in cache)."""
+    """Yields the rows of a matrix (rows, columns), a portion at a time (null: what stays in cache)."""
     height = max(1, (elements or portion_elements()) // max(1, columns))
     for first in range(0, rows, height):
         yield slice(first, min(first + height, rows))
 
 
 def device_portions(x: Tensor, columns: int) -> Iterator[slice]:
-    """The rows of `x`, `columns` numbers each, for what must not take the memory of a whole matrix on a GPU either, where
+    """Yields the rows of `x`, `columns` numbers each, for what must not take the memory of a whole matrix on a GPU either, where
     launches cost more than caches save."""
     return row_portions(x.size(0), columns, ON_GPU if x.device.type == "cuda" else None)
 
 
 def shared_portions(tensors: Sequence[Tensor]) -> Iterator[list[tuple[int, slice]]]:
-    """The rows of all tensors (m_i, n_i) in portions; a portion is a list of (i, rows of tensor i).
+    """Yields the rows of all tensors (m_i, n_i) in portions; a portion is a list of (i, rows of tensor i).
 
     Tensors that share a portion have the same width and dtype. Every row is in exactly one portion.
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b for (..., m, k) and (..., k, n) of one dtype: float32 on CUDA by three TF32 products, all else as it is.
+    """Computes a b for (..., m, k) and (..., k, n) of one dtype: float32 on CUDA by three TF32 products, all else as it is.
 
     On CUDA it holds a second copy of both operands for the while. Local: communicates nothing.
     """
@@ -29,7 +29,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def three_products(a: Tensor, b: Tensor) -> Tensor:
-    """a b by products that may each round their operands to TF32: the parts have no more bits, so nothing is rounded."""
+    """Computes a b by products that may each round their operands to TF32: the parts have no more bits, so nothing is rounded."""
     a_high, b_high = to_tf32(a), to_tf32(b)
     small = a_high @ (b - b_high)
     small += (a - a_high) @ b_high
@@ -37,7 +37,7 @@ def three_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """The nearest float32 numbers that have TF32's 10 bits behind the point, ties to even; numbers near float32's largest
+    """Returns the nearest float32 numbers that have TF32's 10 bits behind the point, ties to even; numbers near float32's largest
     may become infinite."""
     bits = x.view(torch.int32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
@@ -45,7 +45,7 @@ def to_tf32(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def float32_products(precision: Literal["highest", "high"]) -> Iterator[None]:
-    """While entered, float32 products on CUDA are computed in full (`highest`) or in TF32 (`high`)."""
+    """Has float32 products on CUDA computed, while entered, in full (`highest`) or in TF32 (`high`)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

@@ -38,7 +38,7 @@ def round_bf16_(x: Tensor, out: Tensor, key: int, start: int) -> None:
 
 
 def round_reference_(x: Tensor, out: Tensor, key: int, start: int) -> None:
-    """`round_bf16_` in plain torch."""
+    """Computes `round_bf16_` in plain torch."""
     flat, flat_out = x.view(-1), out.view(-1)
     for part in row_portions(flat.numel(), 1):
         bits = random_16(key, start + part.start, part.stop - part.start, x.device)
@@ -46,7 +46,7 @@ def round_reference_(x: Tensor, out: Tensor, key: int, start: int) -> None:
 
 
 def random_16(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """The random bits of elements [start, start + count): (count,) int32 in [0, 2^16)."""
+    """Returns the random bits of elements [start, start + count): (count,) int32 in [0, 2^16)."""
     first, last = start // 4, -(-(start + count) // 4)
     words = philox_words(key, torch.arange(first, last, dtype=torch.int64, device=device))
     lower = torch.empty(last - first, 4, dtype=torch.int32, device=device)

@@ -19,7 +19,7 @@ def _words(key, counter):
 
 @triton.jit
 def random_16(key, first, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
-    """The random bits (n, WIDTH) int32 of the runs of WIDTH elements that begin at `first` (n,) int64.
+    """Returns the random bits (n, WIDTH) int32 of the runs of WIDTH elements that begin at `first` (n,) int64.
 
     ALIGNED: every `first` is a multiple of four, so that one Philox call serves four neighbours; else each element
     makes a call of its own and takes one word.
@@ -37,7 +37,7 @@ def random_16(key, first, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def round_16(x, random):
-    """x float32 rounded to bfloat16 with `random` in [0, 2^16) int32 of the same shape."""
+    """Rounds x float32 to bfloat16 with `random` in [0, 2^16) int32 of the same shape."""
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     random = tl.where(magnitude > 0x7F7F0000, 0x8000, random)  # above the largest bfloat16: to nearest
@@ -47,7 +47,7 @@ def round_16(x, random):
 
 @triton.jit
 def rounded_to(x, dtype: tl.constexpr):
-    """x float32 in `dtype`, to nearest, ties to even. (Of itself Triton's interpreter makes bfloat16 by cutting off.)"""
+    """Rounds x float32 to `dtype`, to nearest, ties to even. (Of itself Triton's interpreter makes bfloat16 by cutting off.)"""
     if dtype == tl.bfloat16:
         return round_16(x, 0x7FFF + ((x.to(tl.int32, bitcast=True) >> 16) & 1))
     return x.to(dtype)

@@ -18,7 +18,7 @@ from rowwise.kernels.portions import row_portions
 
 
 def scale_rows(numerator: Tensor, denominator: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """y (m, n) and `squares` () from numerator N and denominator R (m, r) and x (m, n), all contiguous; m may be 0.
+    """Computes y (m, n) and `squares` () from numerator N and denominator R (m, r) and x (m, n), all contiguous; m may be 0.
 
     Float64 x is computed and returned in float64, float32 and bfloat16 in float32: y is part of an update that is
     scaled further. A row whose |R_i|^2 is too small for that dtype counts as 0. Communicates nothing.
@@ -31,7 +31,7 @@ def scale_rows(numerator: Tensor, denominator: Tensor, x: Tensor) -> tuple[Tenso
 
 
 def scale_rows_reference(numerator: Tensor, denominator: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`scale_rows` in plain torch."""
+    """Computes `scale_rows` in plain torch."""
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     squares = torch.zeros((), dtype=torch.float64, device=x.device)
     for rows in row_portions(*x.shape):

@@ -11,12 +11,12 @@ tensors = Later("torch.distributed.tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor."""
+    """Returns this rank's rows of a tensor."""
     return tensor.to_local() if isinstance(tensor, tensors.DTensor) else tensor
 
 
 def row_offset(tensor: Tensor) -> int:
-    """The logical row at which this rank's rows start."""
+    """Returns the logical row at which this rank's rows start."""
     if not isinstance(tensor, tensors.DTensor):
         return 0
     offset = torch_dtensor.offset_of(tensor)
@@ -25,7 +25,7 @@ def row_offset(tensor: Tensor) -> int:
 
 
 def padded_rows(tensor: Tensor) -> int:
-    """The rows of a tensor, made up to as many on each of the ranks that they are split over."""
+    """Returns the rows of a tensor, made up to as many on each of the ranks that they are split over."""
     if not isinstance(tensor, tensors.DTensor):
         return tensor.size(0)
     split = [dim for dim, place in enumerate(tensor.placements) if isinstance(place, tensors.Shard)]

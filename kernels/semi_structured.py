@@ -24,7 +24,7 @@ ROUNDS, CALLS = 7, 10
 def semi_structured_problem(
     device: torch.device, dtype: torch.dtype, n: int, m: int, shape: tuple[int, ...] | None = None
 ) -> str | None:
-    """Why n:m matrices of that dtype (and shape, where one is given) are not multiplied as semi-structured on `device`;
+    """Says why n:m matrices of that dtype (and shape, where one is given) are not multiplied as semi-structured on `device`;
     None where they are. Whether they are faster there, `measure_semi_structured` says."""
     if problem := sparsity_problem(n, m):
         return problem
@@ -37,7 +37,7 @@ def semi_structured_problem(
 
 
 def sparsity_problem(n: int, m: int) -> str | None:
-    """What of `semi_structured_problem` needs no device."""
+    """Returns what of `semi_structured_problem` needs no device."""
     if (n, m) == (2, 4):
         return None
     return f"sparsity {n}:{m}: the hardware has 2:4 alone; give n=2 and m=4, or no semi_structured"
@@ -55,7 +55,7 @@ def _device_problem(device: torch.device) -> str | None:
 
 
 def semi_structured_linear(x: Tensor, pruned: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y (..., out) of x (..., in) and `pruned` (out, in), which is 2:4 along its rows, and bias (out,), all of one dtype.
+    """Computes y (..., out) of x (..., in) and `pruned` (out, in), which is 2:4 along its rows, and bias (out,), all of one dtype.
 
     Compresses `pruned` at every call: it is another at every step. Raises ValueError where the hardware, the dtype or the
     shape does not allow it. Gives no gradient. Communicates nothing.
@@ -82,7 +82,7 @@ def _(x: Tensor, pruned: Tensor, bias: Tensor | None) -> Tensor:
 def measure_semi_structured(
     shape: tuple[int, ...], tokens: int, dtype: torch.dtype, device: torch.device, backward: str = "column"
 ) -> float:
-    """The time of a dense forward and input gradient over the semi-structured ones' of a matrix `shape` (out, in) for
+    """Returns the time of a dense forward and input gradient over the semi-structured ones' of a matrix `shape` (out, in) for
     `tokens` rows: above 1, they win on this device. Compressing counts, pruning does not: both ways prune. With `backward`
     "row" only the forward is semi-structured (see `kernels/nm.py`).
 

@@ -50,7 +50,7 @@ class Area(NamedTuple):
 def visible_areas(
     queries: tuple[Run, ...], keys: tuple[Run, ...], documents: Documents | None = None
 ) -> tuple[Area, ...]:
-    """What `queries` see of `keys`, as areas that do not overlap. All runs have one stride."""
+    """Returns what `queries` see of `keys`, as areas that do not overlap. All runs have one stride."""
     rows = ((0,),) if documents is None else documents.begins
     everywhere = len(set(rows)) == 1
     return tuple(

@@ -49,7 +49,7 @@ PATIENCE_SECONDS = 30.0  # for agents elsewhere, once the workers of this machin
 
 
 def crowding(nproc: int, gpus: int) -> str | None:
-    """What is to be known of more workers than this machine has cores, which share them. With GPUs they need none."""
+    """Returns what is to be known of more workers than this machine has cores, which share them. With GPUs they need none."""
     cores = len(os.sched_getaffinity(0))
     if gpus or nproc <= cores:
         return None
@@ -166,7 +166,7 @@ class Forwarding:
         self.requested = number
 
     def pass_on(self, workers: Sequence[Worker]) -> None:
-        """To be called again and again, with those that are there."""
+        """Passes signals on to the workers that are there. To be called again and again."""
         if self.requested is None:
             return
         for worker in workers:

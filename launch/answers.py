@@ -14,7 +14,7 @@ MOST_ANSWERS = 30  # in the one line of a refusal
 
 
 def unknown_keys(given: Sequence[tuple[str, str]], tree: Mapping[str, Any]) -> str:
-    """What is said of overrides (key, value) whose keys do not exist in the configuration `tree`."""
+    """Returns what is said of overrides (key, value) whose keys do not exist in the configuration `tree`."""
     told = [_unknown(key, without_password(value), tree) for key, value in given[:MOST_ANSWERS]]
     more = [f"and {len(given) - MOST_ANSWERS} more"] if len(given) > MOST_ANSWERS else []
     return "; ".join([*told, *more])
@@ -38,7 +38,7 @@ def _unknown(key: str, value: str, tree: Mapping[str, Any]) -> str:
 
 
 def unknown_choice(group: str, name: str, possible: Sequence[str]) -> str:
-    """What is said of a choice that a group does not have."""
+    """Returns what is said of a choice that a group does not have."""
     said = f"{group}={without_password(name)}: possible are {', '.join(possible)}"
     if (missing := MISSING.get(group, {}).get(_plain(name))) is not None:
         return f"{said}; {missing}"
@@ -103,7 +103,7 @@ def _choices_with(key: str) -> list[str]:
 
 
 def numbers(tree: Mapping[str, Any], value: str) -> dict[str, str]:
-    """What the answers say of this configuration, and of the number `value` in it. Of a layout that is not known the ranks
+    """Returns what the answers say of this configuration, and of the number `value` in it. Of a layout that is not known the ranks
     are those of `nproc`, or one."""
     batch, optim, parallel = tree["batch"], tree["optim"], tree["parallel"]
     size, micro, length = batch["global_size"], batch["micro_size"], batch["seq_len"]

@@ -25,7 +25,7 @@ __all__ = ["Run", "compose", "open_run", "train"]
 
 
 def compose(overrides: Sequence[str] = ()) -> "TrainConfig":
-    """The configuration that these words make, each what `rowwise train` takes: `key=value`, `group=choice`. It is a frozen
+    """Composes the configuration that these words make, each what `rowwise train` takes: `key=value`, `group=choice`. It is a frozen
     dataclass; `dataclasses.replace` makes another. Raises ValueError for what is unknown, or of a wrong type."""
     if isinstance(overrides, str):
         raise ValueError(f"compose({overrides!r}): give a list of words, such as [{overrides!r}]")

@@ -53,7 +53,7 @@ def tell_end(asked: Job, outcome: Outcome) -> int:
 def job_asked_for(
     options: argparse.Namespace, tree: dict[str, Any], rendezvous: Rendezvous | None, warm: Warm | None
 ) -> Job:
-    """The job of a command line, whose overrides compose to `tree`. Raises ValueError."""
+    """Returns the job of a command line, whose overrides compose to `tree`. Raises ValueError."""
     if warm is None:
         # torch: neither help nor a mistyped key waits for it.
         from rowwise.launch.ranks import job_of

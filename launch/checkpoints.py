@@ -21,8 +21,8 @@ class Sound:
 
 
 def choose_sound(run: str | Path, choice: str | None, key: str = "checkpoint") -> Sound:
-    """The checkpoint `choice` (a step, or a path) of a run, or the newest that is sound. Says what it passes over. `key`: what
-    the choice was given as. Raises ValueError where none is sound."""
+    """Chooses the checkpoint `choice` (a step, or a path) of a run, or the newest that is sound. Says what it passes over. `key`:
+    what the choice was given as. Raises ValueError where none is sound."""
     candidates, complaints = candidates_of(run, choice, key), []
     for checkpoint in candidates:
         try:
@@ -35,7 +35,7 @@ def choose_sound(run: str | Path, choice: str | None, key: str = "checkpoint") -
 
 
 def examined(checkpoint: Path) -> Sound:
-    """A checkpoint, compared with its checksums. Raises ValueError, naming it, where it is damaged."""
+    """Returns a checkpoint, compared with its checksums. Raises ValueError, naming it, where it is damaged."""
     try:
         manifest = read_manifest(checkpoint)
         found = damage(checkpoint, manifest["files"].items())
@@ -47,7 +47,7 @@ def examined(checkpoint: Path) -> Sound:
 
 
 def candidates_of(run: str | Path, choice: str | None, key: str = "checkpoint") -> list[Path]:
-    """The checkpoints of a run, the newest first, sound or not; or the one that `choice` names, by its step or path. Raises
+    """Returns the checkpoints of a run, the newest first, sound or not; or the one that `choice` names, by its step or path. Raises
     ValueError, naming what is possible, where there is none."""
     folder = Path(run).expanduser()
     found = find_checkpoints(folder)

@@ -15,21 +15,21 @@ GROUPS = (
 
 @functools.cache
 def choices_of(group: str, own: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The names that a group may be given, in ours and in the folders `own`."""
+    """Returns the names that a group may be given, in ours and in the folders `own`."""
     folders = [Path(str(files("rowwise.conf"))), *map(Path, own)]
     return tuple(sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")}))
 
 
 @functools.cache
 def keys_of(group: str) -> dict[str, frozenset[str]]:
-    """Choice of ours -> the keys it has."""
+    """Returns choice of ours -> the keys it has."""
     folder = Path(str(files("rowwise.conf"))) / group
     return {name: frozenset(yaml.safe_load((folder / f"{name}.yaml").read_text()) or ()) for name in choices_of(group)}
 
 
 @functools.cache
 def tree_of_files(choices: tuple[str, ...]) -> dict[str, Any] | None:
-    """What GROUP=NAME... come to, read from conf/ as Hydra composes it in ten times the time; None where files say more than
+    """Returns what GROUP=NAME... come to, read from conf/ as Hydra composes it in ten times the time; None where files say more than
     keys and values (an experiment), and Hydra is to be asked."""
     conf = Path(str(files("rowwise.conf")))
     tree = yaml.safe_load((conf / "train.yaml").read_text())
@@ -43,13 +43,13 @@ def tree_of_files(choices: tuple[str, ...]) -> dict[str, Any] | None:
 
 @functools.cache
 def sections() -> frozenset[str]:
-    """The keys of a command line that have keys below them."""
+    """Returns the keys of a command line that have keys below them."""
     tree = yaml.safe_load(Path(str(files("rowwise.conf")), "train.yaml").read_text())
     return frozenset({*GROUPS, "sweep", "slurm", *(key for key, value in tree.items() if isinstance(value, dict))})
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError for a folder of choices that holds anything but groups of ours, a choice that has the name of one of
+    """Refuses a folder of choices that holds anything but groups of ours, a choice that has the name of one of
     ours (which it would not replace), or settings of Hydra's own, which can name code."""
     what = f"--config-dir {folder}"
     if not folder.is_dir():

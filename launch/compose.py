@@ -33,7 +33,7 @@ YES = {"yes": True, "on": True, "1": True, "true": True, "no": False, "off": Fal
 
 
 def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed, resolved configuration. Raises ValueError with what was given, what is possible, what to change."""
+    """Composes the resolved configuration. Raises ValueError with what was given, what is possible, what to change."""
     read = [parse(word) for word in overrides]
     own = _own_folders(read)
     choices = tuple(filter(None, (_choice(one, own) for one in read if one.key_or_group in (*GROUPS, SEARCHPATH))))
@@ -220,7 +220,7 @@ def _take_shape_(config: DictConfig, overrides: list[str]) -> None:
 
 
 def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Part, DictConfig]:
-    """What stands below `name` in conf/NAME.yaml with these overrides, as the dataclass `kind`, strictly; and Hydra's own
+    """Composes what stands below `name` in conf/NAME.yaml with these overrides, as the dataclass `kind`, strictly; and Hydra's own
     settings there. Raises ValueError."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     read = [parse(word) for word in overrides]

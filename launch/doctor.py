@@ -46,7 +46,7 @@ HANGING = 15  # of the lines
 
 @dataclass(frozen=True)
 class Settings:
-    """`to`: a file for what is printed."""
+    """The keys of the command. `to`: a file for what is printed."""
 
     to: str = ""
 
@@ -88,7 +88,7 @@ def _fitted(line: str) -> list[str]:
 
 
 def examined(folder: Path) -> list[Finding]:
-    """What is found of this machine, and of the file system of `folder`."""
+    """Returns what is found of this machine, and of the file system of `folder`."""
     began = time.monotonic()
     with warmed(beforehand=("rowwise.launch.patient",)) as warm:  # which imports torch meanwhile
         findings = [of_rowwise(), of_system(), health.of_python(sys.version_info[:3], of_interpreter())]
@@ -106,7 +106,7 @@ def of_rowwise() -> Finding:
 
 
 def versions_told() -> str:
-    """The versions of what computes, by what is installed: nothing of it is imported."""
+    """Returns the versions of what computes, by what is installed: nothing of it is imported."""
     torch = _version("torch")
     return f"rowwise {_version('rowwise')}, torch {torch}, Python {platform.python_version()}"
 
@@ -135,14 +135,14 @@ def of_interpreter() -> str:
 
 
 def required_packages() -> dict[str, str | None]:
-    """What rowwise asks to be installed with it -> its version, None where it is not there."""
+    """Returns what rowwise asks to be installed with it -> its version, None where it is not there."""
     asked = importlib.metadata.requires("rowwise") or []
     names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in asked if "extra ==" not in line]
     return {name: _version(name) for name in names}
 
 
 def of_torch(warm: Warm, began: float) -> tuple[list[Finding], int]:
-    """What torch is and what it sees, and the GPUs that it sees."""
+    """Returns what torch is and what it sees, and the GPUs that it sees."""
     try:
         told = told_in_time(warm, "rowwise.launch.patient:tell_devices")
     except TimeoutError as error:
@@ -159,7 +159,8 @@ def of_torch(warm: Warm, began: float) -> tuple[list[Finding], int]:
 
 
 def told_in_time(warm: Warm, call: str, *arguments: Any) -> Any:
-    """What `call` tells in a fork. Raises RuntimeError where it ends without, and TimeoutError where it does neither in time."""
+    """Returns what `call` tells in a fork. Raises RuntimeError where it ends without, and TimeoutError where it does neither in
+    time."""
     child, deadline = warm.start(call, *arguments), time.monotonic() + PATIENCE_SECONDS
     while not child.told and child.code is None and time.monotonic() < deadline:
         warm.watch(0.1)
@@ -175,7 +176,7 @@ def told_in_time(warm: Warm, call: str, *arguments: Any) -> Any:
 
 
 def of_links(gpus: int) -> list[Finding]:
-    """How the GPUs are linked, as nvidia-smi draws it."""
+    """Says how the GPUs are linked, as nvidia-smi draws it."""
     drawn = _said("nvidia-smi", "topo", "-m", whole=True) if gpus > 1 else None
     return [Finding("links", "\n".join(["", *(f"{'':<16}{line}" for line in drawn.splitlines())]))] if drawn else []
 
@@ -211,7 +212,7 @@ def of_memory() -> Finding:
 
 
 def disks(folder: Path) -> list[Finding]:
-    """The disk of the folder, and that of temporary files where it is another."""
+    """Returns the disk of the folder, and that of temporary files where it is another."""
     named = (("temporary files", Path(tempfile.gettempdir())), ("here", folder))
     places = {place.stat().st_dev: (name, place) for name, place in named}
     found = []
@@ -222,7 +223,7 @@ def disks(folder: Path) -> list[Finding]:
 
 
 def kind_of(folder: Path) -> str:
-    """The file system of a folder: ext4, nfs4, lustre, ..."""
+    """Returns the file system of a folder: ext4, nfs4, lustre, ..."""
     mounts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else "unknown file system"
 
@@ -297,7 +298,7 @@ def try_backend(warm: Warm, backend: str) -> Finding:
 
 
 def await_ranks(warm: Warm, ranks: list[Child]) -> dict[str, Any] | None:
-    """What rank 0 tells; None where it does not, and none is left."""
+    """Returns what rank 0 tells; None where it does not, and none is left."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     try:
         while (

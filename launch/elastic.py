@@ -48,7 +48,7 @@ def run_agent(job: Job, ended: "queue.SimpleQueue[BaseException | None]") -> Non
 
 
 def failure_of(failure: ProcessFailure) -> Failure:
-    """The same, as torch's `record` kept it."""
+    """Returns the failure of a worker, as torch's `record` kept it."""
     message = failure.message
     return Failure(failure.exitcode, str(message.get("message", message) if isinstance(message, dict) else message))
 

@@ -108,7 +108,7 @@ def evaluate(config: EvaluateConfig, words: Sequence[str] = ()) -> list[Row]:
 
 
 def chosen(run: Run, steps: str | None) -> list[Sound]:
-    """The sound checkpoints that `steps` names, in their order. Says what it passes over of all. Raises ValueError."""
+    """Returns the sound checkpoints that `steps` names, in their order. Says what it passes over of all. Raises ValueError."""
     if steps is None:
         return [choose_sound(run.given, None, "steps")]
     if steps != "all":
@@ -131,7 +131,7 @@ def chosen(run: Run, steps: str | None) -> list[Sound]:
 
 
 def measured(sounds: Sequence[Sound], text: Text, device: str | None) -> Iterator[tuple[Sound, "Measured"]]:
-    """What each checkpoint gives the text. Raises ValueError where the text is damaged."""
+    """Yields what each checkpoint gives the text. Raises ValueError where the text is damaged."""
     from rowwise.trainer.data.batches import BatchConfig, Share, holdout_batches  # torch, which no refusal waits for
     from rowwise.trainer.perplexity import measure
     from rowwise.trainer.whole import Source, device_named, fill_, load_model
@@ -165,7 +165,7 @@ def line_of(row: Row) -> str:
 
 
 def document(run: str, text: Text, found: "Measured", rows: Sequence[Row]) -> dict[str, Any]:
-    """The table as plain values."""
+    """Returns the table of figures as plain values."""
     return {
         "run": run,
         "data": asdict(text.config),

@@ -38,7 +38,7 @@ class Text:
     remarks: list[str]
 
     def was_read_by(self, manifest: Manifest) -> bool:
-        """Whether the run evaluated itself on this when it wrote the checkpoint of `manifest`."""
+        """Says whether the run evaluated itself on this when it wrote the checkpoint of `manifest`."""
         if self.of_run is None or manifest["fingerprint"]["data"] != self.corpus.fingerprint:
             return False
         keys = (("eval", "batches"), ("batch", "global_size"), ("batch", "seq_len"))
@@ -62,8 +62,8 @@ class Amounts:
 
 
 def open_text(words: Sequence[str], amounts: Amounts, manifest: Manifest) -> Text:
-    """The text that the overrides `words` name (none: what the run of `manifest` held out), in the tokens of that run. Raises
-    ValueError where it has none, or other tokens."""
+    """Opens the text that the overrides `words` name (none: what the run of `manifest` held out), in the tokens of that run.
+    Raises ValueError where it has none, or other tokens."""
     ours: Mapping[str, Any] = manifest["config"]
     vocab_size = ours["model"]["vocab_size"]
     source = source_of(ours["data"], words)
@@ -94,7 +94,7 @@ def open_text(words: Sequence[str], amounts: Amounts, manifest: Manifest) -> Tex
 
 
 def source_of(own: Mapping[str, Any], words: Sequence[str]) -> DataConfig:
-    """The source that overrides name, with what they leave of the run's own; none: the run's own. Raises ValueError."""
+    """Returns the source that overrides name, with what they leave of the run's own; none: the run's own. Raises ValueError."""
     tree, given = dict(own), {key_of(word): word.partition("=")[2] for word in words}
     if words:
         composed = compose_tree([f"data={given.pop('data', own['name'])}", *(w for w in words if key_of(w) != "data")])
@@ -127,7 +127,7 @@ def require_own_tokens(data: Data, source: DataConfig, manifest: Manifest) -> No
 
 
 def sizes_of(data: Data, vocab_size: int) -> tuple[list[int] | None, str]:
-    """The bytes of text that each token of the model stands for; None, and why, where that cannot be said."""
+    """Returns the bytes of text that each token of the model stands for; None, and why, where that cannot be said."""
     if data.tokenizer is None:
         return None, "files of tokens do not say what text they stand for"
     if data.left_out.total():

@@ -108,14 +108,14 @@ def write(writer: "Writer", prompt: str, most: int, sampling: "Sampling", shown:
 
 
 def harmless(text: str) -> str:
-    """The text without what a terminal would obey: control characters but line breaks and tabs are U+FFFD."""
+    """Returns the text without what a terminal would obey: control characters but line breaks and tabs are U+FFFD."""
     return "".join(
         "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
     )
 
 
 def given_prompt(config: GenerateConfig) -> str | None:
-    """The prompt that the keys or standard input give; None where a person is to be asked. Raises ValueError."""
+    """Returns the prompt that the keys or standard input give; None where a person is to be asked. Raises ValueError."""
     if config.prompt is not None and config.prompt_file is not None:
         raise ValueError("prompt= and prompt_file= are both given; give one")
     if config.prompt is not None:
@@ -143,7 +143,7 @@ def _text(content: bytes, origin: str) -> str:
 
 
 def asked() -> Iterator[str]:
-    """The lines that a person types, without the empty ones, up to Ctrl-D."""
+    """Yields the lines that a person types, without the empty ones, up to Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - editing and the lines before
     while True:

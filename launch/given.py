@@ -51,7 +51,7 @@ class Arguments(argparse.ArgumentParser):
         )
 
     def read(self, arguments: Sequence[str] | None, given: Sequence[str]) -> argparse.Namespace:
-        """The options of `arguments`, or else of `given`; `overrides` are KEY=VALUE, --config-dir among them."""
+        """Reads the options of `arguments`, or else of `given`; `overrides` are KEY=VALUE, --config-dir among them."""
         words = list(given if arguments is None else arguments)
         options = self.parse_intermixed_args(self._rewritten(words))
         for folder in options.config_dir:
@@ -90,7 +90,7 @@ def _underscored(option: str) -> str:
 
 
 def gather(words: Sequence[str], of: str = "train") -> list[str]:
-    """The overrides of a command line, files read and put in their places. Raises ValueError.
+    """Returns the overrides of a command line, files read and put in their places. Raises ValueError.
 
     `of`: a `sweep` gives every trial a name and a folder of its own, and those of a file are left out; a `worker` was started by
     somebody else, who said how many, and not a run's whole configuration.
@@ -142,7 +142,8 @@ def _lasting(items: list[_Item]) -> Iterable[_Item]:
 
 
 def parse(word: str) -> Override:
-    """An override as Hydra reads it; text that Hydra's grammar has no room for, such as ~/folder, is text. Raises ValueError."""
+    """Reads an override as Hydra reads it; text that Hydra's grammar has no room for, such as ~/folder, is text. Raises
+    ValueError."""
     key, equals, value = word.partition("=")
     refuse_control_characters({key: value})
     bare, told = key.lstrip("+"), without_password(word)
@@ -167,7 +168,7 @@ def parse(word: str) -> Override:
 
 
 def as_typed(words: Sequence[str]) -> list[str]:
-    """The words of a command line, --config-dir as it is written there."""
+    """Returns the words of a command line, --config-dir as it is written there."""
     found: list[str] = []
     for word in words:
         if not word.startswith(f"{SEARCHPATH}=["):
@@ -192,13 +193,13 @@ def _key(override: Override) -> str:
 
 
 def spelt(override: Override) -> str:
-    """An override that was read, as a word."""
+    """Returns an override that was read, as a word."""
     assert override.type == OverrideType.CHANGE and override.input_line is not None
     return override.input_line
 
 
 def quoted(value: str, interpolate: bool = False) -> str:
-    """As the value of an override that means these characters and nothing else, but for ${KEY} where `interpolate`."""
+    """Quotes text as the value of an override that means these characters and nothing else, but for ${KEY} where `interpolate`."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
     return "'" + (escaped if interpolate else escaped.replace("${", "\\${")) + "'"
 
@@ -295,7 +296,7 @@ def _as_asked(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(path: Path, what: str) -> dict[str, Any]:
-    """A YAML file (or JSON, which is one) of keys and values, as plain data. Raises ValueError."""
+    """Reads a YAML file (or JSON, which is one) of keys and values, as plain data. Raises ValueError."""
     try:
         if path.stat().st_size > LARGEST_BYTES:
             raise ValueError(f"{what}: the file has more than {LARGEST_BYTES:,} bytes, as no configuration has")
@@ -366,7 +367,7 @@ def _refuse_code(table: dict[Any, Any], what: str) -> None:
 
 
 def text_of(value: Any, what: str, interpolate: bool = False) -> str:
-    """A value of a file as the value of an override. Raises ValueError."""
+    """Returns a value of a file as the value of an override. Raises ValueError."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float):

@@ -21,7 +21,8 @@ LEAST_PYTHON = (3, 11)
 
 @dataclass(frozen=True)
 class Finding:
-    """Of one thing: `state` is "amiss" where it would stop a run, "note" where it would stop an option; `mend`: what to do."""
+    """What was found of one thing: `state` is "amiss" where it would stop a run, "note" where it would stop an option; `mend`: what
+    to do."""
 
     what: str
     text: str
@@ -39,7 +40,7 @@ def of_python(version: tuple[int, ...], told: str) -> Finding:
 
 
 def of_packages(required: Mapping[str, str | None]) -> list[Finding]:
-    """Name -> version, None where it is not there."""
+    """Judges packages: name -> version, None where it is not there."""
     there = ", ".join(f"{name} {version}" for name, version in required.items() if version is not None)
     missing = [name for name, version in required.items() if version is None]
     if missing:
@@ -59,7 +60,7 @@ def of_disk(where: str, free: int, total: int, kind: str) -> Finding:
 
 
 def of_shared_memory(total: int | None, free: int, gpus: int) -> Finding:
-    """Of /dev/shm; None where there is none."""
+    """Judges the size of /dev/shm; None where there is none."""
     told = "no /dev/shm" if total is None else f"/dev/shm: {byte_count(free)} of {byte_count(total)} free"
     if free >= LEAST_SHARED_BYTES:
         return Finding("shared", told)
@@ -68,7 +69,7 @@ def of_shared_memory(total: int | None, free: int, gpus: int) -> Finding:
 
 
 def of_memory(total: int, available: int, limit: int | None) -> Finding:
-    """`limit`: that of the control group, where it has one."""
+    """Judges the memory. `limit`: that of the control group, where it has one."""
     most = total if limit is None else min(total, limit)
     bound = "" if limit is None or limit >= total else f", of which this process may have {byte_count(limit)}"
     told = f"{byte_count(available)} of {byte_count(total)} free{bound}"
@@ -80,7 +81,7 @@ def of_memory(total: int, available: int, limit: int | None) -> Finding:
 
 
 def of_open_files(soft: int, hard: int) -> Finding:
-    """-1: no limit."""
+    """Judges the limit of open files; -1: no limit."""
     told = f"{_limit(soft)} open files, {_limit(hard)} at most"
     if 0 <= hard < LEAST_OPEN_FILES:
         return Finding("limits", told, "amiss", f"ulimit -n {LEAST_OPEN_FILES}, or nofile in /etc/security/limits.conf")
@@ -88,7 +89,7 @@ def of_open_files(soft: int, hard: int) -> Finding:
 
 
 def of_address_space(soft: int) -> Finding | None:
-    """None where there is no limit: torch takes many GB of addresses, and little of them as memory."""
+    """Judges the limit of addresses; None where there is none: torch takes many GB of addresses, and little of them as memory."""
     if soft < 0:
         return None
     return Finding("limits", f"addresses are limited to {byte_count(soft)}", "note", "ulimit -v unlimited")
@@ -99,7 +100,7 @@ def _limit(number: int) -> str:
 
 
 def of_locks(where: str, kind: str, excluded: bool | None, why: str = "") -> Finding:
-    """`excluded`: whether a lock that one process holds kept another out; None where none could be had."""
+    """Judges locks. `excluded`: whether a lock that one process holds kept another out; None where none could be had."""
     if excluded:
         return Finding("locks", f"{where} ({kind}): a lock keeps other processes out")
     told = (
@@ -116,7 +117,8 @@ def of_locks(where: str, kind: str, excluded: bool | None, why: str = "") -> Fin
 
 
 def of_compilers(found: Mapping[str, str | None], headers: bool, gpus: int) -> list[Finding]:
-    """Program -> what it says of its version, None where it is not on the path. `headers`: whether Python's are there."""
+    """Judges compilers: program -> what it says of its version, None where it is not on the path. `headers`: whether Python's are
+    there."""
     findings = []
     needed = {
         "gcc": ("Triton's kernels", "apt-get install gcc"),
@@ -138,8 +140,8 @@ def of_compilers(found: Mapping[str, str | None], headers: bool, gpus: int) -> l
 
 
 def of_devices(seen: int, told: list[str], driver: str | None, cuda: str | None) -> list[Finding]:
-    """`seen`: the GPUs that torch sees, described by `told`; `driver`: what nvidia-smi tells of its version, None without it;
-    `cuda`: what torch is built for, None for a CPU alone."""
+    """Judges devices. `seen`: the GPUs that torch sees, described by `told`; `driver`: what nvidia-smi tells of its version, None
+    without it; `cuda`: what torch is built for, None for a CPU alone."""
     if seen:
         return [Finding("devices", line) for line in told]
     if driver is None:
@@ -160,7 +162,7 @@ def of_devices(seen: int, told: list[str], driver: str | None, cuda: str | None)
 
 
 def of_collective(backend: str, seconds: float | None, moved: int, why: str = "") -> Finding:
-    """`seconds`: of an all-reduce of `moved` bytes on two ranks; None where it failed."""
+    """Judges a backend. `seconds`: of an all-reduce of `moved` bytes on two ranks; None where it failed."""
     if seconds is None:
         mend = {
             "gloo": "is there a loopback (ip addr show lo), and does a firewall let it through?",
@@ -172,12 +174,12 @@ def of_collective(backend: str, seconds: float | None, moved: int, why: str = ""
 
 
 def without_home(text: str, home: str) -> str:
-    """A path of a person's as it may stand in a report."""
+    """Returns a path of a person's as it may stand in a report."""
     return re.sub(rf"{re.escape(home)}(?=/|$|\s|:)", "~", text) if home not in ("", "/") else text
 
 
 def report(findings: list[Finding]) -> list[str]:
-    """A line each, and below it how to mend what is not well."""
+    """Returns a line each, and below it how to mend what is not well."""
     marks = {"ok": "    ", "note": "  - ", "amiss": "  ! "}
     lines = []
     for one in findings:

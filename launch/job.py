@@ -34,5 +34,5 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """Of each worker's `rowwise.launch.train`."""
+        """The arguments of each worker's `rowwise.launch.train`."""
         return ["--agent", *([] if self.command is None else ["--command", self.command]), *self.overrides]

@@ -69,7 +69,7 @@ def _written_by(command: list[str], said: IO[bytes]) -> str | None:
 
 @contextlib.contextmanager
 def end_told(config: "TrainConfig") -> Iterator[None]:
-    """On rank 0 of a run that no agent of ours sees to the end: writes down how it ends, as the agent does. Enter it where the
+    """Writes down how a run ends that no agent of ours sees to the end, as the agent does: on rank 0. Enter it where the
     folder is held, and call `leave_report_as_told` when it is no more."""
     run_dir, outcome = Path(config.run_dir), Outcome("stopped", "asked to stop")
     try:

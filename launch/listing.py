@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Settings:
-    """Folders and `key=value` arguments. Raises ValueError."""
+    """Reads folders and `key=value` arguments. Raises ValueError."""
     folders: list[Path] = []
     chosen: dict[str, bool] = {}
     for word in words:
@@ -111,8 +111,9 @@ def watch(folders: Sequence[Path]) -> None:
 
 
 def listed(found: Iterable[Standing], width: int | None) -> str:
-    """The table: a line a run, its reason and the command that goes on with it behind, or below where a line of `width` columns does
-    not hold them (None: it holds everything). A name that is longer than its column stands on a line of its own. Nothing is cut."""
+    """Returns the table: a line a run, its reason and the command that goes on with it behind, or below where a line of `width`
+    columns does not hold them (None: it holds everything). A name that is longer than its column stands on a line of its own.
+    Nothing is cut."""
     rows = [(one, _cells(one)) for one in found]
     if not rows:
         return ""

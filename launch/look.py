@@ -33,7 +33,7 @@ LABEL = 11  # of the header's lines
 
 @dataclass(frozen=True)
 class Settings:
-    """What is no key of a run."""
+    """The keys of the command that are no keys of a run."""
 
     world_size: int | None = None
     picture: bool = False

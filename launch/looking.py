@@ -25,7 +25,7 @@ class Shown:
 
 
 def looked(tree: dict[str, Any], world_size: int | None, picture: bool, width: int, blocks: bool) -> Shown:
-    """The run of `tree` on `world_size` workers (None: as `rowwise train` starts it here). Raises ValueError."""
+    """Returns the run of `tree` on `world_size` workers (None: as `rowwise train` starts it here). Raises ValueError."""
     config = config_from_tree(tree)
     nproc = config.nproc or default_nproc()
     here = world_size in (None, nproc)

@@ -61,7 +61,7 @@ class Outcome:
 
 
 def cause_of(text: str) -> str:
-    """What an exception of that text means for a run: it has no memory, or its numbers are none."""
+    """Says what an exception of that text means for a run: it has no memory, or its numbers are none."""
     if any(word in text for word in ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")):
         return f"out of memory: {text}"
     if "FloatingPointError" in text:
@@ -73,13 +73,13 @@ _OUTCOME = TypeAdapter(Outcome)
 
 
 def write_outcome(run_dir: Path, outcome: Outcome) -> None:
-    """Raises DiskFull where not even the room that was kept for it is left."""
+    """Writes how the run ended. Raises DiskFull where not even the room that was kept for it is left."""
     give_room(run_dir)
     write_whole(run_dir / OUTCOME, to_json(asdict(outcome)) + "\n")
 
 
 def read_outcome(run_dir: Path) -> Outcome | None:
-    """None while the run has not ended. A file that is damaged says so instead."""
+    """Reads how the run ended; None while it has not. A file that is damaged says so instead."""
     path = run_dir / OUTCOME
     try:
         return _OUTCOME.validate_json(path.read_bytes(), strict=True)
@@ -90,14 +90,14 @@ def read_outcome(run_dir: Path) -> Outcome | None:
 
 
 def last_refusal(log: Path) -> str:
-    """The reason that stands last in what an agent said."""
+    """Returns the reason that stands last in what an agent said."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     said = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
     return said[-1] if said else "what it printed says why"
 
 
 def clear_outcome(run_dir: Path) -> None:
-    """A run begins there."""
+    """Removes the outcome, since a run begins there."""
     (run_dir / OUTCOME).unlink(missing_ok=True)
 
 

@@ -14,19 +14,21 @@ from rowwise.trainer.config import config_from_tree
 
 
 def default_nproc() -> int:
-    """Workers of this machine where nproc is null: one a GPU, or one."""
+    """Counts the workers of this machine where nproc is null: one a GPU, or one."""
     return torch.cuda.device_count() or 1
 
 
 def require_ranks(nproc: int) -> None:
-    """Raises ValueError where this machine has GPUs, and fewer than `nproc`: NCCL gives each worker one of its own."""
+    """Refuses more workers than GPUs: raises ValueError where this machine has GPUs, and fewer than `nproc`: NCCL gives each worker
+    one of its own."""
     gpus = torch.cuda.device_count()
     if 0 < gpus < nproc:
         raise ValueError(f"nproc={nproc}: this machine has {gpus} GPUs; give nproc={gpus} at most, or more machines")
 
 
 def job_of(options: argparse.Namespace, tree: dict[str, Any], rendezvous: Rendezvous | None) -> Job:
-    """The job of a command line, whose overrides compose to `tree`, checked as far as this machine can. Raises ValueError."""
+    """Returns the job of a command line, whose overrides compose to `tree`, checked as far as this machine can. Raises
+    ValueError."""
     config = config_from_tree(tree)
     nproc = config.nproc or default_nproc()
     require_ranks(nproc)

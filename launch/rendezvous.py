@@ -46,7 +46,7 @@ class Rendezvous:
 
 
 def slurm_rendezvous(token: Path | None = None, environment: Mapping[str, str] = os.environ) -> Rendezvous | None:
-    """The rendezvous of the agents of a Slurm step with one task a machine; None outside of one, or on one machine.
+    """Returns the rendezvous of the agents of a Slurm step with one task a machine; None outside of one, or on one machine.
 
     Raises ValueError for more tasks than machines, and without a token.
     """
@@ -67,7 +67,7 @@ def slurm_rendezvous(token: Path | None = None, environment: Mapping[str, str] =
 
 
 def token_of(path: Path | None, given: str, environment: Mapping[str, str] = os.environ) -> bytes:
-    """What the machines of a job know and others do not, from a file that nobody else can read, or the environment.
+    """Returns what the machines of a job know and others do not, from a file that nobody else can read, or the environment.
 
     Raises ValueError; `given` is what asked for it.
     """
@@ -103,7 +103,7 @@ def _long_enough(token: bytes, origin: str) -> bytes:
 
 
 def slurm_hosts(nodes: str) -> list[str]:
-    """The names of the machines in a list of Slurm's. Raises ValueError."""
+    """Returns the names of the machines in a list of Slurm's. Raises ValueError."""
     try:
         said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -115,7 +115,7 @@ def slurm_hosts(nodes: str) -> list[str]:
 
 
 def address_towards(host: str, port: int) -> str:
-    """The address under which this machine is seen from `host`: that of the way there. Sends nothing.
+    """Returns the address under which this machine is seen from `host`: that of the way there. Sends nothing.
 
     Raises ValueError where the name means nothing here.
     """
@@ -129,7 +129,7 @@ def address_towards(host: str, port: int) -> str:
 
 
 def is_here(host: str, port: int) -> bool:
-    """Whether `host` is this machine: only an address of its own can be bound. Raises ValueError."""
+    """Says whether `host` is this machine: only an address of its own can be bound. Raises ValueError."""
     address_towards(host, port)
     for family, kind, _, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
         with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
@@ -158,7 +158,7 @@ def _bound(handle: int, seconds: float) -> None:
 
 
 def rendezvous_of(options: argparse.Namespace) -> Rendezvous | None:
-    """Where this machine meets others: as the command line or Slurm says. Raises ValueError."""
+    """Returns where this machine meets others: as the command line or Slurm says. Raises ValueError."""
     rendezvous = asked_for(options) if options.nodes or options.rendezvous else slurm_rendezvous(options.token)
     if rendezvous is None and options.token is not None:
         raise ValueError(f"--token {options.token}: of machines that meet; give --rendezvous HOST:PORT too")
@@ -166,7 +166,7 @@ def rendezvous_of(options: argparse.Namespace) -> Rendezvous | None:
 
 
 def asked_for(options: argparse.Namespace) -> Rendezvous | None:
-    """The rendezvous of --nodes and --rendezvous; None for one machine alone. Raises ValueError."""
+    """Returns the rendezvous of --nodes and --rendezvous; None for one machine alone. Raises ValueError."""
     least, _, most = (options.nodes or "1").partition(":")
     if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
         raise ValueError(f"--nodes {options.nodes}: give a number of machines, or MIN:MAX")
@@ -184,7 +184,7 @@ def asked_for(options: argparse.Namespace) -> Rendezvous | None:
 
 
 def interfaces() -> dict[str, str]:
-    """What tells gloo and NCCL to stay on this machine's loopback; they ask nobody who he is."""
+    """Returns what tells gloo and NCCL to stay on this machine's loopback; they ask nobody who he is."""
     loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
     return {
         f"{who}_SOCKET_IFNAME": f"{exactly}{name}"

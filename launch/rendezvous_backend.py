@@ -44,7 +44,7 @@ _NOTHING = "null"
 
 
 def settings(make: Callable[[RendezvousParameters], RendezvousHandler]) -> dict[str, Any]:
-    """The settings of torch's LaunchConfig for a handler that `make` makes."""
+    """Returns the settings of torch's LaunchConfig for a handler that `make` makes."""
     rendezvous_handler_registry.register(BACKEND, _made)
     return {"rdzv_backend": BACKEND, "rdzv_configs": {"make": make}}
 
@@ -183,7 +183,7 @@ class Backend(RendezvousBackend):
 
 
 def encoded(value: Any) -> Any:
-    """A state of torch's rendezvous as plain JSON. Raises TypeError for anything else.
+    """Returns a state of torch's rendezvous as plain JSON. Raises TypeError for anything else.
 
     Machines, times, sets and maps are pairs of what they are and what is in them.
     """
@@ -201,7 +201,7 @@ def encoded(value: Any) -> Any:
 
 
 def decoded(tree: Any) -> Any:
-    """What `encoded` was given. Raises TypeError, ValueError or KeyError for anything that it does not write."""
+    """Returns what `encoded` was given. Raises TypeError, ValueError or KeyError for anything that it does not write."""
     if tree is None or isinstance(tree, bool | int | str):
         return tree
     kind, inside = tree

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Settings:
-    """`key=value` arguments, strictly. Raises ValueError."""
+    """Reads `key=value` arguments, strictly. Raises ValueError."""
     folders: list[Path] = []
     once: dict[str, str] = {}
     for word in words:
@@ -91,7 +91,7 @@ def parse(words: Sequence[str]) -> Settings:
 
 
 def folders_of(value: str) -> list[Path]:
-    """The folders that a value of `run` names: one, several with commas between, or all runs that match a pattern.
+    """Returns the folders that a value of `run` names: one, several with commas between, or all runs that match a pattern.
     Raises ValueError for a pattern that no run matches."""
     if Path(value).expanduser().exists():
         return [Path(value).expanduser()]
@@ -139,7 +139,7 @@ def _sizes(folders: Sequence[Path]) -> str:
 
 
 def place_of(settings: Settings) -> Path:
-    """Where the page goes. Raises ValueError."""
+    """Returns where the page goes. Raises ValueError."""
     to = Path(settings.to).expanduser() if settings.to else settings.folders[0] / "report.html"
     if to.suffix.lower() not in (".html", ".htm") or to.is_dir():
         raise ValueError(f"to={to}: the page is a file; give a name that ends in .html")
@@ -164,7 +164,7 @@ def report(settings: Settings, reload_seconds: int | None = None) -> str:
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """In their order, each under the name of its folder, or under its path where others have that name; and why others of
+    """Reads runs in their order, each under the name of its folder, or under its path where others have that name; and why others of
     them are left out. Raises ValueError where none is left."""
     names = [folder.resolve().name for folder in folders]
     labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]

@@ -74,7 +74,7 @@ class Run:
         return read_metrics(self.folder)
 
     def table(self, *names: str) -> dict[str, list[Any]]:
-        """The records as columns of one length, those of `names` or all; None where a step has no such number. Raises
+        """Returns the records as columns of one length, those of `names` or all; None where a step has no such number. Raises
         ValueError for a name that no record has."""
         records = self.records
         known = list(dict.fromkeys(name for record in records for name in record))
@@ -102,16 +102,16 @@ class Run:
     def model(
         self, step: int | None = None, device: str | None = None, dtype: "torch.dtype | None" = None
     ) -> "Decoder":
-        """The model of a step (None: of the newest sound checkpoint), whole, whatever layout it was trained on: an nn.Module that
-        does not learn, `model(tokens, positions)` (B, S) to logits (B, S, V). `device`: `cpu`, `cuda`, `cuda:N`; None: a
-        GPU where there is one. `dtype`: None: what the run computed in. Raises ValueError."""
+        """Returns the model of a step (None: of the newest sound checkpoint), whole, whatever layout it was trained on: an nn.Module
+        that does not learn, `model(tokens, positions)` (B, S) to logits (B, S, V). `device`: `cpu`, `cuda`, `cuda:N`; None: a GPU
+        where there is one. `dtype`: None: what the run computed in. Raises ValueError."""
         sound = choose_sound(self.given, step_key(step), "step")
         from rowwise.trainer.whole import Source, device_named, load_model
 
         return load_model(Source(sound.path, sound.manifest), device_named(device), dtype)
 
     def writer(self, step: int | None = None, tokenizer: str | None = None, device: str | None = None) -> "Writer":
-        """The model of a step with its tokenizer, to write with. `tokenizer`: of a run that read tokens, the path of the
+        """Returns the model of a step with its tokenizer, to write with. `tokenizer`: of a run that read tokens, the path of the
         tokenizer.json that made them, or `bytes`. Raises ValueError."""
         sound = choose_sound(self.given, step_key(step), "step")
         config = sound.manifest["config"]
@@ -134,7 +134,7 @@ def step_key(step: int | None) -> str | None:
 
 
 def open_run(path: str | Path) -> Run:
-    """The run in a folder, or that of a checkpoint. Raises ValueError where there is none."""
+    """Opens the run in a folder, or that of a checkpoint. Raises ValueError where there is none."""
     given = Path(path).expanduser()
     if (given / CONFIG).is_file() or (given / "metrics.jsonl").is_file():
         return Run(given, given)

@@ -103,7 +103,7 @@ def show(what: str = "", *words: str) -> str:
 
 
 def show_run(run: Path, settings: Settings) -> str:
-    """The same for what a run measured, and for what its schedule and its costs predict where it wrote them."""
+    """Writes what `words` ask for of what a run measured, and of what its schedule and its costs predict where it wrote them."""
     folder = run / "pipeline"
     measured = read_trace(folder / "trace.json")
     costs, timelines, told = uniform_costs(measured.schedule.stages), {"measured": measured}, []
@@ -133,7 +133,7 @@ def draw(timelines: dict[str, Timeline], settings: Settings, unit: str = "") -> 
 
 
 def schedule_of(what: str, settings: Settings, given: Collection[str]) -> Schedule:
-    """The schedule of that name or in that file. Raises ValueError."""
+    """Returns the schedule of that name or in that file. Raises ValueError."""
     if what not in GENERATORS:
         if what.endswith(".csv") or Path(what).is_file():
             _refuse(what, SHAPE & set(given))
@@ -159,7 +159,7 @@ def _checked(schedule: Schedule) -> Schedule:
 
 
 def costs_of(settings: Settings, stages: int) -> Costs:
-    """Every stage alike, as the keys say. Raises ValueError."""
+    """Returns the costs of stages that are all alike, as the keys say. Raises ValueError."""
     if settings.forward + settings.input + settings.weight == 0:
         raise ValueError("forward=0 input=0 weight=0: one of them takes time")
     if settings.gather and settings.gathering == "none":
@@ -170,7 +170,7 @@ def costs_of(settings: Settings, stages: int) -> Costs:
 
 
 def read_costs(path: Path, stages: int) -> Costs:
-    """The `Costs` in a JSON file, a list of an entry a stage or a number for each field. Raises ValueError."""
+    """Reads the `Costs` in a JSON file, a list of an entry a stage or a number for each field. Raises ValueError."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -194,7 +194,7 @@ def read_costs(path: Path, stages: int) -> Costs:
 
 
 def describe_prediction(name: str, timeline: Timeline, costs: Costs, settings: Settings) -> str:
-    """The table, and a step in the steady state of a run, with and without waiting for each other's optimizer step."""
+    """Returns the table, and a step in the steady state of a run, with and without waiting for each other's optimizer step."""
     steps = {wait: period(timeline.schedule, costs, wait, settings.gathering) for wait in (True, False)}
     return "\n".join(
         [
@@ -209,7 +209,7 @@ def describe_prediction(name: str, timeline: Timeline, costs: Costs, settings: S
 
 
 def table(name: str, timeline: Timeline, costs: Costs, gathering: Gathering, seconds: float) -> list[str]:
-    """A line a rank: its stages, the most activations it holds at once (a micro-batch on a stage is 1, or what `costs`
+    """Returns a line a rank: its stages, the most activations it holds at once (a micro-batch on a stage is 1, or what `costs`
     says), the share of `seconds` in which it works, its gathers."""
     schedule = timeline.schedule
     rows = [("rank", "stages", "activations", "busy", "gathers")]
@@ -224,7 +224,7 @@ def table(name: str, timeline: Timeline, costs: Costs, gathering: Gathering, sec
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
-    """`key=value` arguments, strictly, each as its key's type. Raises ValueError."""
+    """Reads `key=value` arguments, strictly, each as its key's type. Raises ValueError."""
     readers: dict[type, Callable[[str, str], Any]] = {int: _count, float: _time, bool: _flag, str: lambda _, text: text}
     defaults = {field.name: field.default for field in fields(Settings)}
     given: dict[str, Any] = {}

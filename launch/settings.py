@@ -14,8 +14,8 @@ Keys = TypeVar("Keys")
 
 
 def read_words(prog: str, description: str | None, arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command as KEY=VALUE: --max-tokens=9 and --max-tokens 9 are max_tokens=9. --help prints `description` and
-    leaves."""
+    """Reads the arguments of a command as KEY=VALUE: --max-tokens=9 and --max-tokens 9 are max_tokens=9. --help prints
+    `description` and leaves."""
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -31,7 +31,7 @@ def read_words(prog: str, description: str | None, arguments: Sequence[str]) -> 
 
 
 def parse(kind: type[Keys], settings: Sequence[str], example: str, also: Sequence[str] = ()) -> Keys:
-    """The keys that were given, as the dataclass `kind`, strictly: each once, each known and of its type. `example` is what
+    """Reads the keys that were given, as the dataclass `kind`, strictly: each once, each known and of its type. `example` is what
     is advised where one is missing; `also`: keys that are read elsewhere. Raises ValueError."""
     own: Any = fields(kind)  # type: ignore[arg-type]
     known, given = [field.name for field in own], dict[str, str]()

@@ -98,14 +98,14 @@ def hand_out(program: str, words: list[str]) -> str:
 
 
 def compose_slurm(overrides: list[str]) -> SlurmConfig:
-    """conf/slurm.yaml with these overrides, checked. Raises ValueError."""
+    """Composes conf/slurm.yaml with these overrides, checked. Raises ValueError."""
     config, _ = compose_part("slurm", SlurmConfig, overrides)
     check_slurm(config)
     return config
 
 
 def check_slurm(config: SlurmConfig) -> None:
-    """Raises ValueError for what sbatch would refuse, misread, or take and never save in time."""
+    """Refuses what sbatch would refuse, misread, or take and never save in time."""
     for key in ("nodes", "gpus_per_node", "cpus_per_task", "workers"):
         if (count := getattr(config, key)) is not None and count < 1:
             raise ValueError(f"slurm.{key}={count}: it is at least 1" + ("" if key == "nodes" else ", or leave it out"))
@@ -124,7 +124,7 @@ def check_slurm(config: SlurmConfig) -> None:
 
 
 def limit_seconds(time: str) -> int:
-    """Of a time limit. Raises ValueError."""
+    """Returns the seconds of a time limit. Raises ValueError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)", time)
     if match is None:
         raise ValueError(f"slurm.time={time}: give D-HH:MM:SS or HH:MM:SS, such as 1-12:00:00")
@@ -133,7 +133,7 @@ def limit_seconds(time: str) -> int:
 
 
 def resolve(program: str, overrides: list[str], config: SlurmConfig) -> tuple[SlurmConfig, list[str]]:
-    """The configuration with the names it leaves to the run, and the command of one node. Raises ValueError for what
+    """Returns the configuration with the names it leaves to the run, and the command of one node. Raises ValueError for what
     the run, or a trial of the sweep, would refuse on its nodes, as far as that can be known here."""
     for word in overrides:
         if (told := without_password(word)) != word:
@@ -173,7 +173,7 @@ def resolve(program: str, overrides: list[str], config: SlurmConfig) -> tuple[Sl
 
 
 def trials_at_once(overrides: list[str], config: SlurmConfig) -> int:
-    """On a node. Raises ValueError for a sweep that these jobs cannot make."""
+    """Counts the trials that run at once on a node. Raises ValueError for a sweep that these jobs cannot make."""
     keys = {word: key_of(word) for word in overrides}
     for word, key in keys.items():
         if key.startswith("hydra") and key != SEARCHPATH:
@@ -192,7 +192,8 @@ def trials_at_once(overrides: list[str], config: SlurmConfig) -> int:
 
 
 def workers_of_node(run: "TrainConfig", config: SlurmConfig, at_once: int) -> int:
-    """Raises ValueError where the nodes' GPUs, of which this machine knows nothing, would decide, or are too few."""
+    """Counts the workers of a node. Raises ValueError where the nodes' GPUs, of which this machine knows nothing, would decide, or
+    are too few."""
     if run.nproc is None:
         raise ValueError(
             "nproc is not given, and the nodes are not looked at here; give nproc, the workers of a node, or "
@@ -208,7 +209,7 @@ def workers_of_node(run: "TrainConfig", config: SlurmConfig, at_once: int) -> in
 
 
 def script(config: SlurmConfig, command: list[str]) -> str:
-    """The batch script that runs `command` once on every node."""
+    """Returns the batch script that runs `command` once on every node."""
     srun = "srun --ntasks-per-node=1 --kill-on-bad-exit=1"
     if config.cpus_per_task is not None:
         srun += f" --cpus-per-task={config.cpus_per_task}"  # which srun no longer takes from sbatch
@@ -232,7 +233,7 @@ def script(config: SlurmConfig, command: list[str]) -> str:
 
 
 def sbatch_options(config: SlurmConfig) -> list[str]:
-    """The lines after #SBATCH."""
+    """Lists the lines after #SBATCH."""
     given = {
         "job-name": config.name,
         "nodes": config.nodes,

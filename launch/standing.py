@@ -51,7 +51,7 @@ class Standing:
 
 
 def standings(folders: Sequence[Path]) -> Iterator[Standing]:
-    """Every run and sweep below `folders`, by name, a sweep before its trials."""
+    """Yields every run and sweep below `folders`, by name, a sweep before its trials."""
     for folder in folders:
         yield from _below(folder, set())
 
@@ -87,7 +87,7 @@ def _in_order(names: Sequence[str] | dict[str, bool]) -> list[str]:
 
 
 def of_run(folder: Path, now: float | None = None) -> Standing:
-    """How the run in `folder` stands. Whatever is damaged there, it says so and raises nothing."""
+    """Says how the run in `folder` stands. Whatever is damaged there, it says so and raises nothing."""
     try:
         return _of_run(folder, time.time() if now is None else now)
     except Exception as error:  # of a stranger's files, in a list of thousands
@@ -136,8 +136,8 @@ def state_of(
     quiet_seconds: float,
     step_seconds: float,
 ) -> tuple[str, str | None]:
-    """The state of a run, and why: by its lock and its last sign of life while it is under way, then by its outcome, and where
-    nobody wrote one (workers that torchrun started, or all were killed) by how far it came. `saved`: its newest checkpoint."""
+    """Returns the state of a run, and why: by its lock and its last sign of life while it is under way, then by its outcome, and
+    where nobody wrote one (workers that torchrun started, or all were killed) by how far it came. `saved`: its newest checkpoint."""
     if held:
         if quiet_seconds > max(SILENT_SECONDS, SILENT_STEPS * step_seconds):
             return "silent", f"no sign of life for {_duration(quiet_seconds)}"
@@ -161,8 +161,8 @@ def _duration(seconds: float) -> str:
 
 
 def of_sweep(folder: Path, trials: Sequence[Standing]) -> Standing:
-    """How a sweep stands, from its trials: `step` of `steps` are those that have ended. Where nobody wrote how many there are to be,
-    none is complete."""
+    """Says how a sweep stands, from its trials: `step` of `steps` are those that have ended. Where nobody wrote how many there are
+    to be, none is complete."""
     under_way = [trial for trial in trials if trial.state in ("running", "silent")]
     ended = [trial for trial in trials if trial.state in ("complete", "pruned", "failed", "refused")]
     planned, goal = _asked(folder)

@@ -66,7 +66,7 @@ class PatientStream:
                 seen, since = self._written, time.monotonic()
 
     def isatty(self) -> bool:
-        """Whether it is a terminal whose lines can be painted over."""
+        """Says whether the stream is a terminal whose lines can be painted over."""
         return self._stream.isatty() and os.environ.get("TERM") != "dumb"
 
     def writable(self) -> bool:
@@ -101,7 +101,7 @@ class PatientStream:
 
 @contextlib.contextmanager
 def patient_streams() -> Iterator[None]:
-    """While entered, what is printed never stops or ends the program."""
+    """Has what is printed, while entered, never stop or end the program."""
     keep_open()
     before = sys.stdout, sys.stderr
     patient = [_patient(stream) for stream in before]

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None, tree: dict[str, Any] | None = None)
 
 
 def imported_work() -> Callable[..., None]:
-    """What a worker does. It imports torch, which takes seconds, and help needs none."""
+    """Imports what a worker does: it needs torch, which takes seconds, and help needs none."""
     looks = gc.isenabled()
     gc.disable()  # which takes a tenth of the imports, and finds nothing
     from rowwise.launch.worker import work
@@ -69,7 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def command_of(options: argparse.Namespace) -> str:
-    """What somebody types to make the same start, on one machine."""
+    """Says what somebody types to make the same start, on one machine."""
     if options.command is not None:
         return options.command
     starter = ["rowwise", "train"] if options.agent else ["python", "-m", "rowwise.launch.train"]
@@ -104,7 +104,7 @@ def _interrupted(number: int, left: Callable[[float], bool]) -> None:
 
 
 def work_as(tell: Telling, rank: int, arguments: list[str], tree: dict[str, Any] | None = None) -> None:
-    """The process of a worker that was forked."""
+    """Runs the process of a worker that was forked."""
     tell.close()  # its end is what is heard of
     call_oneself(f"rowwise rank {rank}")
     use_threads()
@@ -112,7 +112,7 @@ def work_as(tell: Telling, rank: int, arguments: list[str], tree: dict[str, Any]
 
 
 def run(arguments: list[str] | None = None, tree: dict[str, Any] | None = None) -> None:
-    """The process: ends with the exit code of `main`, at once where it failed."""
+    """Runs the process, which ends with the exit code of `main`, at once where it failed."""
     insist_on_utf8()
     with patient_streams():
         try:

@@ -72,7 +72,7 @@ class Child:
             self.process = psutil.Process(self.pid)
 
     def is_there(self) -> bool:
-        """Whether it runs, also where nobody is left who would tell of its end."""
+        """Says whether the child runs, also where nobody is left who would tell of its end."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = self.process if self.code is None else None
             return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -80,11 +80,11 @@ class Child:
 
     @property
     def was_killed(self) -> bool:
-        """By a signal that is none of ours."""
+        """Whether a signal that is none of ours ended it."""
         return self.code is not None and self.code < 0 and -self.code not in self.sent
 
     def send_signal(self, number: int) -> None:
-        """To it alone, where it is still there."""
+        """Sends a signal to it alone, where it is still there."""
         if self.is_there():
             self.sent.add(number)
             with contextlib.suppress(ProcessLookupError):
@@ -130,7 +130,7 @@ class Warm:
         self._begin()
 
     def lend(self) -> socket.socket:
-        """Another way to the same process, for a command that this one starts. Raises WarmIsGone."""
+        """Opens another way to the same process, for a command that this one starts. Raises WarmIsGone."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -175,14 +175,14 @@ class Warm:
                 return self._children[told["pid"]]
 
     def ask(self, call: str, *arguments: Any) -> Any:
-        """What `call` tells. Raises Unanswered where it ends without, and WarmIsGone."""
+        """Returns what `call` tells. Raises Unanswered where it ends without, and WarmIsGone."""
         child = self.start(call, *arguments)
         told = self.told_by(child)
         self._children.pop(child.pid)  # nobody waits for its end
         return told
 
     def told_by(self, child: Child) -> Any:
-        """The first thing that it tells. Raises Unanswered where it ends without, and WarmIsGone."""
+        """Returns the first thing that it tells. Raises Unanswered where it ends without, and WarmIsGone."""
         while not child.told:
             if child.code is not None:
                 raise Unanswered(f"a process that was forked {ended_by(child.code)}")
@@ -220,7 +220,7 @@ class Warm:
 
 @contextlib.contextmanager
 def warmed(lent: int | None = None, beforehand: Sequence[str] = BEFOREHAND) -> Iterator[Warm]:
-    """A warm process, which is left with the context: one of its own, or the one that `lent` (a file descriptor) leads to."""
+    """Keeps a warm process, which is left with the context: one of its own, or the one that `lent` (a file descriptor) leads to."""
     warm = Warm(None if lent is None else socket.socket(fileno=lent), beforehand)
     try:
         yield warm
@@ -391,7 +391,7 @@ def _without_token() -> dict[str, str]:
 
 
 def ended_by(code: int) -> str:
-    """An exit code, below 0 a signal's, in words."""
+    """Puts an exit code, below 0 a signal's, in words."""
     if code < 0:
         return f"ended by signal {-code} ({signal.strsignal(-code)})"
     return f"ended with exit code {code}; what it printed says why"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Word:
-    """`names` elsewhere, what is written here instead of NAME=VALUE, and what that is.
+    """A word of others: its `names` elsewhere, what is written here instead of NAME=VALUE, and what that is.
 
     `write`: where the value does not decide it; none: there is no such thing here. `values`: by the value, in small letters.
     `group`: the value is the name of a choice, which the table CHOICES may know.

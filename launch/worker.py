@@ -76,7 +76,7 @@ def run(
 
 @contextlib.contextmanager
 def begun(resolve: Callable[[Workers], TrainConfig], workers: Workers) -> Iterator[TrainConfig]:
-    """On rank 0: the checked configuration, which the others are told, while its folder is held for it.
+    """Begins a run on rank 0: holds its folder, and gives the checked configuration, which the others are told.
 
     Raises Refused or Failed, which they are told instead.
     """
@@ -147,13 +147,13 @@ def _told(full: BaseException, run_dir: Path | None) -> str:
 
 
 def resolve(overrides: list[str], workers: Workers, tree: dict[str, Any] | None = None) -> TrainConfig:
-    """On rank 0: overrides to a checked configuration. Raises ValueError."""
+    """Resolves overrides to a checked configuration, on rank 0. Raises ValueError."""
     pick_device(workers.local_world_size - 1)
     return prepared(config_from_tree(tree or compose_tree(gather(overrides, "worker"))), workers)
 
 
 def prepared(config: TrainConfig, workers: Workers) -> TrainConfig:
-    """On rank 0: the configuration, checked for these workers, and its folder. Raises ValueError."""
+    """Returns the configuration, checked for these workers, and its folder, on rank 0. Raises ValueError."""
     if config.nproc not in (None, workers.local_world_size):
         raise ValueError(
             f"nproc={config.nproc}, but {workers.local_world_size} workers were started on this machine; leave nproc out, or "

@@ -39,7 +39,7 @@ _PATIENCE = datetime.timedelta(hours=4)  # rank 0 may have a corpus to tokenize 
 
 
 def workers_from_environment() -> Workers:
-    """This worker under torchrun; without torchrun, the only one.
+    """Returns this worker under torchrun; without torchrun, the only one.
 
     What it opens for others to connect to is on the loopback where the run has one machine, unless the environment names an
     interface.
@@ -63,7 +63,7 @@ def workers_from_environment() -> Workers:
 
 
 def are_logged() -> bool:
-    """Whether the agent keeps what each worker says."""
+    """Says whether the agent keeps what each worker says."""
     return LOGGED in os.environ
 
 
@@ -107,28 +107,29 @@ def _meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
 
 
 def restarted() -> bool:
-    """Whether this job's workers have been started before: by torchrun, or by Slurm, which queued the job again."""
+    """Says whether this job's workers have been started before: by torchrun, or by Slurm, which queued the job again."""
     return any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
 
 
 def job_id() -> str | None:
-    """What torchrun calls the job, on every machine and after every restart; None without torchrun."""
+    """Returns what torchrun calls the job, on every machine and after every restart; None without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def is_one_of_many_machines() -> bool:
-    """Whether torchrun has workers of this run on other machines."""
+    """Says whether torchrun has workers of this run on other machines."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
 
 
 def announce(workers: Workers, tree: dict[str, Any]) -> None:
-    """Rank 0 tells the others the resolved configuration."""
+    """Tells the other ranks, from rank 0, the resolved configuration."""
     if workers.store is not None:
         workers.store.set(_KEY, json.dumps({"config": tree}))
 
 
 def announce_end(workers: Workers, end: Ended) -> None:
-    """Rank 0 tells the others why there will be no run, and stays until they know: the store may end with this process."""
+    """Tells the other ranks, from rank 0, why there will be no run, and stays until they know: the store may end with this
+    process."""
     if workers.store is None:
         return
     workers.store.set(_KEY, json.dumps({end.state: str(end)}))
@@ -137,7 +138,7 @@ def announce_end(workers: Workers, end: Ended) -> None:
 
 
 def hear(workers: Workers) -> dict[str, Any]:
-    """What rank 0 announced. Raises Refused or Failed."""
+    """Returns what rank 0 announced. Raises Refused or Failed."""
     assert workers.store is not None
     told = json.loads(workers.store.get(_KEY))
     workers.store.set(_heard(workers.rank), "")
@@ -152,7 +153,7 @@ def _heard(rank: int) -> str:
 
 
 def share_end(workers: Workers, reason: str | None) -> str | None:
-    """Why the run ended, for a worker that failed: what some worker has already given as the reason, or `reason`, which is
+    """Says why the run ended, for a worker that failed: what some worker has already given as the reason, or `reason`, which is
     then given to the others. They fail for want of this one, and know no better."""
     if workers.store is None:
         return reason
@@ -165,7 +166,7 @@ def share_end(workers: Workers, reason: str | None) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """On the CPU, tells glibc to keep the activations that a step frees, instead of giving them back to the kernel and
+    """Tells glibc, on the CPU, to keep the activations that a step frees, instead of giving them back to the kernel and
     faulting them in again, zeroed, at the next step: 25 ms a step of the default model. The peak stays what it is."""
     if torch.cuda.is_available() or platform.libc_ver()[0] != "glibc":
         return
@@ -175,13 +176,13 @@ def keep_freed_memory() -> None:
 
 
 def tell_gpu(run_dir: Path) -> None:
-    """Where there are GPUs: sets `gpu_settings` for this process. Call it before a process group or a tensor is made."""
+    """Sets `gpu_settings` for this process, where there are GPUs. Call it before a process group or a tensor is made."""
     if torch.cuda.is_available():
         os.environ.update(gpu_settings(run_dir.resolve(), os.environ))
 
 
 def gpu_settings(run_dir: Path, given: Mapping[str, str]) -> dict[str, str]:
-    """What torch reads in the environment, where `given` does not say it: memory grows in place, since steps of many sizes
+    """Returns what torch reads in the environment, where `given` does not say it: memory grows in place, since steps of many sizes
     would leave gaps; and where a message waits longer than `parallel.timeout_seconds`, each rank writes its last ones into
     the run's folder."""
     settings = (

@@ -42,7 +42,7 @@ class AdafactorConfig(OptimBase):
 
 
 def square_sums(g: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of g^2 + e of local rows (m, n) over columns (m) and over rows (n)."""
+    """Returns the sums of g^2 + e of local rows (m, n) over columns (m) and over rows (n)."""
     over_columns, over_rows = g.new_empty(g.size(0)), g.new_zeros(g.size(1))
     for rows in row_slices(g):
         square = g[rows].square().add_(TINY)
@@ -52,7 +52,7 @@ def square_sums(g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_norm(g: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """|U|^2 of U = g_ij a_i b_j, without U: a^2 (g^2) b^2."""
+    """Computes |U|^2 of U = g_ij a_i b_j, without U: a^2 (g^2) b^2."""
     total = g.new_zeros(())
     for rows in row_slices(g):
         total += by_row[rows].square() @ (g[rows].square() @ by_column.square())
@@ -60,7 +60,7 @@ def squared_norm(g: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
 
 
 def subtract_(x: Tensor, g: Tensor, by_row: Tensor, by_column: Tensor) -> None:
-    """x -= g_ij a_i b_j, in place."""
+    """Subtracts in place: x -= g_ij a_i b_j."""
     for rows in row_slices(g):
         x[rows] -= (g[rows] * by_column).mul_(by_row[rows, None])
 

@@ -50,12 +50,12 @@ FALLBACKS = {
 
 
 def assigned(name: str, config: OptimConfig) -> str:
-    """What the first pattern of `optim.assign` that matches says of a parameter; `own` where none does."""
+    """Says what the first pattern of `optim.assign` that matches says of a parameter; `own` where none does."""
     return next((a.rule for a in config.assign if fnmatchcase(name, a.match)), "own")
 
 
 def rule_name(name: str, spec: ParameterSpec, config: OptimConfig) -> str:
-    """The rule of a parameter: the first pattern of `optim.assign` that matches, else the rule's own table. An 8-bit
+    """Returns the rule of a parameter: the first pattern of `optim.assign` that matches, else the rule's own table. An 8-bit
     rule keeps a matrix that is too small for 8 bits in 32."""
     own = FALLBACKS.get(config.name, {}).get(spec.role, config.name)
     if isinstance(config, LionConfig) and config.kappa != "l1" and spec.role == "hidden":
@@ -67,7 +67,7 @@ def rule_name(name: str, spec: ParameterSpec, config: OptimConfig) -> str:
 
 
 def rank_of(config: OptimConfig, specs: Specs) -> int:
-    """The rank of low-rank rules: what `config` says, else a quarter of the model's width, which is the widest narrow side
+    """Returns the rank of low-rank rules: what `config` says, else a quarter of the model's width, which is the widest narrow side
     of its hidden matrices, so that every stage of a pipeline finds the same."""
     if not isinstance(config, LowRankBase):
         return 1
@@ -136,7 +136,7 @@ STEP_BACK: Refusals = (
 
 
 def is_elementwise(config: OptimConfig) -> bool:
-    """Whether every parameter changes by its own numbers alone, so that one rank can take a step back."""
+    """Says whether every parameter changes by its own numbers alone, so that one rank can take a step back."""
     kappa = config.kappa if isinstance(config, LionConfig) else "l1"
     return config.name in ELEMENTWISE and kappa in ("l1", "rows", "huber")
 
@@ -179,7 +179,7 @@ Assignments = dict[tuple[str, ...], list[int]]
 
 
 def assignments(model: nn.Module, optimizer: Optimizer) -> Assignments:
-    """(parameter, shape, role, rule, dtypes of its state) -> (how many, their numbers, bytes of their states over all
+    """Returns (parameter, shape, role, rule, dtypes of its state) -> (how many, their numbers, bytes of their states over all
     ranks). Layers that are alike are one entry."""
     names = {p: name for name, p in model.named_parameters()}
     specs = specs_of(model)
@@ -203,7 +203,7 @@ def _described(rule: Rule, shape: torch.Size) -> str:
 
 
 def joined(parts: list[Assignments]) -> Assignments:
-    """The assignments of all the parts of a model, such as the stages of a pipeline, as those of one."""
+    """Returns the assignments of all the parts of a model, such as the stages of a pipeline, as those of one."""
     rows: Assignments = {}
     for part in parts:
         for row, counts in part.items():
@@ -212,12 +212,12 @@ def joined(parts: list[Assignments]) -> Assignments:
 
 
 def state_bytes(rows: Assignments) -> int:
-    """What the optimizer keeps, over all ranks that split it."""
+    """Returns what the optimizer keeps, over all ranks that split it."""
     return sum(kept for _, _, kept in rows.values())
 
 
 def assignment_table(rows: Assignments) -> str:
-    """Which rule every parameter follows, a line for all that are alike, and the bytes of its state."""
+    """Says which rule every parameter follows, a line for all that are alike, and the bytes of its state."""
     head = ("parameter", "shape", "kind", "rule", "state", "count", "bytes/parameter")
     lines = [head] + [(*row, str(c), f"{b / n:.2f}") for row, (c, n, b) in rows.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -254,7 +254,7 @@ def follow_schedule(
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """parameter name -> state name -> tensor: tensors only, laid so that any layout can read what any other wrote."""
+    """Returns parameter name -> state name -> tensor: tensors only, laid so that any layout can read what any other wrote."""
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters()}
 
 

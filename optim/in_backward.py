@@ -85,7 +85,7 @@ class InBackward:
                 p.register_post_accumulate_grad_hook(take)
 
     def begin(self) -> None:
-        """Before the backward of a step."""
+        """Begins a step, before its backward."""
         self._norms = {}
         self._optimizer.begin_step()
 

@@ -58,7 +58,7 @@ class RunLength:
     step_tokens: int
 
     def in_steps(self, length: Length) -> int:
-        """The steps of a length that is not a time."""
+        """Returns the steps of a length that is not a time."""
         if length.unit == "steps":
             return int(length.amount)
         if length.unit == "share":
@@ -67,14 +67,14 @@ class RunLength:
         return max(1, round(length.amount / self.step_tokens))
 
     def due(self, every: int | float | str, step: int) -> bool:
-        """Whether what comes `every` so often (0: never) comes after this step, by the steps alone: never, by time."""
+        """Says whether what comes `every` so often (0: never) comes after this step, by the steps alone: never, by time."""
         length = read_length("every", every)
         return length.unit != "time" and length.amount > 0 and step % self.in_steps(length) == 0
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # True is no 1
 def read_length(key: str, value: int | float | str, units: tuple[Unit, ...] = UNITS) -> Length:
-    """What was said for `key`. Raises ValueError where it is no length, or in none of the `units` that are possible."""
+    """Reads what was said for `key`. Raises ValueError where it is no length, or in none of the `units` that are possible."""
     length = parse_length(value)
     if length is None:
         raise ValueError(f"{key}={value}: give {_or([EXAMPLES[unit] for unit in units])}")
@@ -86,7 +86,7 @@ def read_length(key: str, value: int | float | str, units: tuple[Unit, ...] = UN
 
 
 def read_count(key: str, value: int | float | str, of: str) -> int:
-    """A number of things, such as 2000000, 2e6 or 2M. Raises ValueError where it is not whole, or not above 0."""
+    """Reads a number of things, such as 2000000, 2e6 or 2M. Raises ValueError where it is not whole, or not above 0."""
     match = None if isinstance(value, bool) else _COUNT.fullmatch(str(value).strip())
     count = None if match is None else _decimal(match[1], _THOUSANDS[match[2].lower()])
     if count is None or count != count.to_integral_value() or count < 1:
@@ -95,7 +95,7 @@ def read_count(key: str, value: int | float | str, of: str) -> int:
 
 
 def plain(length: Length, value: int | float | str) -> int | float | str:
-    """The one way to write it: steps as a whole number, a share as a number below 1; tokens and time as they were said."""
+    """Writes a length in the one way: steps as a whole number, a share as a number below 1; tokens and time as they were said."""
     if length.unit == "steps":
         return int(length.amount)
     if length.unit == "share" and length.amount < 1:
@@ -104,7 +104,7 @@ def plain(length: Length, value: int | float | str) -> int | float | str:
 
 
 def parse_length(value: int | float | str) -> Length | None:
-    """What was said; None where it is no length."""
+    """Reads what was said of a length; None where it is none."""
     said = "" if isinstance(value, bool) else str(value).strip()
     if match := _STEPS.fullmatch(said):
         amount = _decimal(match[1])

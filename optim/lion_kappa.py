@@ -36,7 +36,8 @@ Kappa = Literal["l1", "l2", "rows", "huber", "nuclear"]
 def gradients_of_kappa(
     kappa: Kappa, cs: list[Tensor], shapes: list[torch.Size], delta: float, group: dist.ProcessGroup | None
 ) -> list[Tensor]:
-    """grad kappa(C) of every logical matrix, given and returned as local rows; `group` is the shard axis. Zero where C is."""
+    """Computes grad kappa(C) of every logical matrix, given and returned as local rows; `group` is the shard axis. Zero where C
+    is."""
     if kappa == "huber":
         return [(c / delta).clamp_(-1, 1) for c in cs]
     if kappa == "rows":

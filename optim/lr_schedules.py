@@ -30,8 +30,8 @@ class WarmedUp:
         return length(self.warmup, self.warmup_steps, WARMUP, steps)
 
     def rewarmed(self, once: Callable[[int, int], float], at: int | None, step: int, steps: int) -> float:
-        """The factor of `once`(step, steps) in a run that ends at `at` and begins again there, over what is left: its warm-up
-        climbs from where the first ended. None: it does not begin again."""
+        """Returns the factor of `once`(step, steps) in a run that ends at `at` and begins again there, over what is left: its
+        warm-up climbs from where the first ended. None: it does not begin again."""
         if at is None:
             return once(step, steps)
         if step < at:
@@ -107,7 +107,7 @@ class OneCycle:
         return cosine(progress, 1 / (self.start_div * self.end_div))
 
     def beta1(self, step: int, steps: int) -> float | None:
-        """How much of the first moment a step keeps; None: what the optimizer has."""
+        """Says how much of the first moment a step keeps; None: what the optimizer has."""
         if self.momentum is None:
             return None
         (high, low), (rising, progress) = self.momentum, self._phase(step, steps)

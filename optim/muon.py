@@ -56,7 +56,7 @@ class MuonConfig(AdamBase):
 
 
 def newton_schulz_polynomial(grams: Tensor) -> Tensor:
-    """P (..., k, k) with X_5 = X P for any X whose X^T X = `grams`: the normalisation and all five iterations, in 17
+    """Computes P (..., k, k) with X_5 = X P for any X whose X^T X = `grams`: the normalisation and all five iterations, in 17
     products."""
     norm = grams.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
     scale = torch.where(norm > 0, norm, torch.ones_like(norm))  # a gradient of zeros stays one
@@ -95,7 +95,7 @@ class Muon:
 
 
 def orthogonalise(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """0.2 sqrt(max(m, n)) X_5 of every logical matrix, given and returned as local rows; `group` is the shard axis."""
+    """Computes 0.2 sqrt(max(m, n)) X_5 of every logical matrix, given and returned as local rows; `group` is the shard axis."""
     tall = to_tall(xs, shapes, group)
     results: list[Tensor] = [torch.empty(0)] * len(xs)
     for i, polynomial in polynomials(tall, group):
@@ -104,7 +104,7 @@ def orthogonalise(xs: list[Tensor], shapes: list[torch.Size], group: dist.Proces
 
 
 def polynomials(xs: list[Tensor], group: dist.ProcessGroup | None) -> Iterator[tuple[int, Tensor]]:
-    """(i, P_i) for the logical X_i of which xs[i] (m_p, k_i) are local rows, in an order of its own.
+    """Yields (i, P_i) for the logical X_i of which xs[i] (m_p, k_i) are local rows, in an order of its own.
 
     Each is computed by one rank of `group`: a reduction of its Gram matrices to every rank that has some, and a broadcast
     of its polynomials, k_i^2 numbers a matrix each. Beside a rank's own, those of one other rank exist at a time.
@@ -128,12 +128,12 @@ def polynomials(xs: list[Tensor], group: dist.ProcessGroup | None) -> Iterator[t
 
 
 def squares(flat: Tensor, sides: list[int]) -> list[Tensor]:
-    """The (k, k) matrices that stand one after the other in `flat`."""
+    """Returns the (k, k) matrices that stand one after the other in `flat`."""
     return [part.view(k, k) for part, k in zip(flat.split([k * k for k in sides]), sides, strict=True)]
 
 
 def by_shape(grams: list[Tensor]) -> list[Tensor]:
-    """The polynomial of every Gram matrix; those of one size are computed as one batch."""
+    """Returns the polynomial of every Gram matrix; those of one size are computed as one batch."""
     found: list[Tensor] = list(grams)
     for side in dict.fromkeys(gram.size(0) for gram in grams):
         alike = [i for i, gram in enumerate(grams) if gram.size(0) == side]
@@ -143,7 +143,7 @@ def by_shape(grams: list[Tensor]) -> list[Tensor]:
 
 
 def share_out(sides: list[int], ranks: int) -> dict[int, list[int]]:
-    """rank -> the matrices (k, k) that are its to work on: the largest first, each to the rank with the least work."""
+    """Shares out the work: rank -> the matrices (k, k) that are its: the largest first, each to the rank with the least work."""
     work = [0] * ranks
     shares: dict[int, list[int]] = {}
     for i in sorted(range(len(sides)), key=lambda i: (-sides[i], i)):

@@ -23,8 +23,8 @@ Entry = tuple[str, Tensor, Tensor, dict[str, Tensor], torch.Size, int]  # of eac
 
 
 class Optimizer(torch.optim.Optimizer):
-    """`groups`: dicts of `params`, their `names`, `rule` and `weight_decay`, whether they are `batched`, and the `view` of the
-    mesh that they are laid over. State: what the rules keep, tensors only.
+    """The optimizer of a run. `groups`: dicts of `params`, their `names`, `rule` and `weight_decay`, whether they are `batched`,
+    and the `view` of the mesh that they are laid over. State: what the rules keep, tensors only.
 
     The number of updates made is a plain number of each group (`step`), the same for all.
     """

@@ -52,17 +52,17 @@ class Lion8bitConfig(OptimBase):
 
 
 def is_quantisable(shape: torch.Size) -> bool:
-    """Whether a state of this logical shape may be kept in 8 bits."""
+    """Says whether a state of this logical shape may be kept in 8 bits."""
     return len(shape) == 2 and shape.numel() >= SMALLEST
 
 
 def zero_code(signed: bool) -> int:
-    """The code that means 0."""
+    """Returns the code that means 0."""
     return int((code_book(signed) == 0).nonzero())
 
 
 def new_moment(p: Tensor, columns: int, key: str, signed: bool) -> dict[str, Tensor]:
-    """A moment of zeros in 8 bits, `columns` wide, with the rows of `p`: `<key>.codes` and `<key>.absmax`."""
+    """Makes a moment of zeros in 8 bits, `columns` wide, with the rows of `p`: `<key>.codes` and `<key>.absmax`."""
     codes = rows_like(p, columns, torch.uint8)
     return {
         f"{key}.codes": codes.fill_(zero_code(signed)),
@@ -71,7 +71,7 @@ def new_moment(p: Tensor, columns: int, key: str, signed: bool) -> dict[str, Ten
 
 
 def moments(batch: Batch, key: str) -> list[tuple[Tensor, Tensor]]:
-    """(codes, absmax) of every parameter."""
+    """Returns (codes, absmax) of every parameter."""
     return [(state[f"{key}.codes"], state[f"{key}.absmax"]) for state in batch.states]
 
 
@@ -117,5 +117,5 @@ class Lion8bit:
 
 
 def rounding_of(batch: Batch) -> list[tuple[int, int]] | None:
-    """Where the random bits of 16-bit parameters come from; None where parameters are wider."""
+    """Says where the random bits of 16-bit parameters come from; None where parameters are wider."""
     return batch.rounding() if batch.params and batch.params[0].dtype == torch.bfloat16 else None

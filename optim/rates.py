@@ -12,7 +12,7 @@ SHARES = {"adamw": 1.0, "adamw8bit": 1.0, "adafactor": 1.0, "muon": 1.0, "lion":
 
 
 def rate_of_size(rule: str, parameters: int) -> float:
-    """The peak learning rate of `rule` for a model of `parameters`: min(3e-3, 3e-4 (8e9 / N)^(1/3)) times the rule's share,
+    """Returns the peak learning rate of `rule` for a model of `parameters`: min(3e-3, 3e-4 (8e9 / N)^(1/3)) times the rule's share,
     to two digits."""
     adamw = min(3e-3, 3e-4 * (8e9 / parameters) ** (1 / 3))
     return float(f"{SHARES[rule] * adamw:.1e}")

@@ -36,7 +36,7 @@ class Batch:
     seed: int
 
     def rounding(self) -> list[tuple[int, int]]:
-        """For stochastic rounding: the key of each parameter's stream at this step, and the logical index of its first
+        """Returns, for stochastic rounding, the key of each parameter's stream at this step, and the logical index of its first
         element."""
         keys = [stream_key(self.seed, f"rounding/{name}/{self.step}") for name in self.names]
         return [(key, o * row_length(shape)) for key, o, shape in zip(keys, self.offsets, self.shapes, strict=True)]
@@ -55,14 +55,14 @@ class Rule(Protocol):
     weightwise: ClassVar[dict[str, int]]
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter before its first step: tensors only, laid like it wherever they have its rows."""
+        """Makes the state of a parameter before its first step: tensors only, laid like it wherever they have its rows."""
 
     def step_(self, batch: Batch) -> None:
         """Changes `params` and `states` in place."""
 
 
 def row_length(shape: Sequence[int]) -> int:
-    """Numbers in one row (entry of dim 0)."""
+    """Counts the numbers in one row (entry of dim 0)."""
     return int(torch.Size(shape[1:]).numel())
 
 
@@ -88,7 +88,7 @@ def _laid_like(p: Tensor, rows: Tensor) -> Tensor:
 
 
 def shard_group(p: Tensor) -> dist.ProcessGroup | None:
-    """The ranks that hold the other rows of `p`; None where this one has them all."""
+    """Returns the ranks that hold the other rows of `p`; None where this one has them all."""
     if not isinstance(p, tensors.DTensor):
         return None
     groups = [
@@ -108,18 +108,18 @@ def all_reduce_(tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:
 
 
 def apply_(batch: Batch, updates: list[Tensor]) -> None:
-    """x = x - lr wd x - lr u, in place."""
+    """Applies an update in place: x = x - lr wd x - lr u."""
     if batch.weight_decay:
         torch_lists.mul_(batch.params, 1 - batch.lr * batch.weight_decay)
     torch_lists.add_(batch.params, updates, alpha=-batch.lr)
 
 
 def row_slices(t: Tensor) -> Iterable[slice]:
-    """The rows of `t` in portions that a rule can go through without leaving a core's cache; on a GPU, where launches
+    """Returns the rows of `t` in portions that a rule can go through without leaving a core's cache; on a GPU, where launches
     cost more, all at once."""
     return [slice(None)] if t.device.type == "cuda" else row_portions(t.size(0), row_length(t.shape))
 
 
 def pick(batch: Batch, key: str) -> list[Tensor]:
-    """The state `key` of every parameter."""
+    """Returns the state `key` of every parameter."""
     return [state[key] for state in batch.states]

@@ -36,12 +36,12 @@ class Candidates:
     keys: Keys
 
     def portions(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their keys), a portion of rows at a time."""
+        """Yields (rows, their keys), a portion of rows at a time."""
         for rows in device_portions(self.like, self.like.size(1)):
             yield rows, self.keys(rows)
 
     def positions(self, rows: slice) -> Tensor:
-        """The logical positions of some rows, laid like their keys."""
+        """Returns the logical positions of some rows, laid like their keys."""
         columns = self.like.size(1)
         first, last = (self.start + row * columns for row in (rows.start, rows.stop))
         return torch.arange(first, last, device=self.like.device).view(-1, columns)
@@ -65,7 +65,7 @@ class Cut:
     position: int | None = None
 
     def takes(self, candidates: Candidates, rows: slice, keys: Tensor) -> Tensor:
-        """Whether each of some rows' entries, whose keys these are, is chosen."""
+        """Says whether each of some rows' entries, whose keys these are, is chosen."""
         if self.position is None:
             return (keys >= 0) & (keys >= self.bits)
         last = candidates.positions(rows) <= self.position
@@ -73,26 +73,26 @@ class Cut:
 
 
 def magnitude_keys(x: Tensor) -> Tensor:
-    """Keys in the order of |x|: its IEEE bits, of float32 for 16-bit numbers. NaN is above everything."""
+    """Returns keys in the order of |x|: its IEEE bits, of float32 for 16-bit numbers. NaN is above everything."""
     if x.dtype == torch.float64:
         return x.abs().view(torch.int64)
     return x.float().abs().view(torch.int32).long()
 
 
 def magnitude_of(bits: int, dtype: torch.dtype) -> float:
-    """|x| of a key made from that dtype."""
+    """Returns |x| of a key made from that dtype."""
     narrow = dtype != torch.float64
     whole = torch.tensor(bits, dtype=torch.int32 if narrow else torch.int64)
     return whole.view(torch.float32 if narrow else torch.float64).item()
 
 
 def key_bits(dtype: torch.dtype) -> int:
-    """How many bits the keys of that dtype have."""
+    """Says how many bits the keys of that dtype have."""
     return 64 if dtype == torch.float64 else 32
 
 
 def select(problems: list[Problem], bits: int, groups: Groups, device: torch.device) -> list[Cut]:
-    """The cut of every problem. All ranks of `groups`, over which one after the other counts are summed, call it with as
+    """Selects the cut of every problem. All ranks of `groups`, over which one after the other counts are summed, call it with as
     many problems and the same `k`. `bits`: how many the keys have. Raises ValueError where fewer than k candidates exist.
     """
     ks = [problem.k for problem in problems]
@@ -112,7 +112,7 @@ def select(problems: list[Problem], bits: int, groups: Groups, device: torch.dev
 
 
 def next_below(problems: list[Problem], cuts: list[Cut], groups: Groups, device: torch.device) -> list[int]:
-    """The largest key below each cut; negative where there is none. One all-reduce of a number each for each group."""
+    """Returns the largest key below each cut; negative where there is none. One all-reduce of a number each for each group."""
     found = torch.full((len(problems),), -1, dtype=torch.int64, device=device)
     for i, (problem, cut) in enumerate(zip(problems, cuts, strict=True)):
         for part in problem.candidates:

@@ -10,22 +10,22 @@ from rowwise.kernels.rows import local, tensors
 
 
 def to_tall(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The wide matrices among `xs` transposed (see `transpose`), the others as they are: all have `tall_shape`."""
+    """Returns the wide matrices among `xs` transposed (see `transpose`), the others as they are: all have `tall_shape`."""
     return _turn(xs, shapes, [is_wide(shape) for shape in shapes], group)
 
 
 def from_tall(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The way back from `to_tall`; `shapes` are those that the matrices have lying."""
+    """Undoes `to_tall`; `shapes` are those that the matrices have lying."""
     return _turn(xs, [tall_shape(shape) for shape in shapes], [is_wide(shape) for shape in shapes], group)
 
 
 def is_wide(shape: torch.Size) -> bool:
-    """Whether a matrix has more columns than rows."""
+    """Says whether a matrix has more columns than rows."""
     return shape[0] < shape[1]
 
 
 def tall_shape(shape: torch.Size) -> torch.Size:
-    """Of a matrix or of its transpose, whichever is not wide."""
+    """Returns the shape of a matrix or of its transpose, whichever is not wide."""
     return torch.Size(sorted(shape, reverse=True))
 
 
@@ -39,7 +39,7 @@ def _turn(
 
 
 def transpose(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """(m_p, n) -> (n_p, m): this rank's rows of every logical (m, n) matrix become its rows of the transposed one.
+    """Transposes, (m_p, n) -> (n_p, m): this rank's rows of every logical (m, n) matrix become its rows of the transposed one.
 
     One all-to-all over `group`, the shard axis, for all of them: m n / N numbers a rank each way. What comes back is
     contiguous, and none where `xs` is empty; `transpose(_, [(n, m), ...], group)` is the way back.
@@ -60,7 +60,7 @@ def transpose(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGro
 
 
 def transposed_like(p: Tensor) -> Tensor:
-    """A stand-in for the transpose of `p`, split by its own rows as `p` is: what states are shaped after. Without memory."""
+    """Returns a stand-in for the transpose of `p`, split by its own rows as `p` is: what states are shaped after. Without memory."""
     columns, rows = p.shape
     one = local(p).new_empty(())
     if not isinstance(p, tensors.DTensor):
@@ -76,6 +76,6 @@ def transposed_like(p: Tensor) -> Tensor:
 
 
 def splits(size: int, degree: int) -> list[int]:
-    """How many of `size` rows each of `degree` ranks has (the first ones ceil(size / degree), as torch.chunk)."""
+    """Says how many of `size` rows each of `degree` ranks has (the first ones ceil(size / degree), as torch.chunk)."""
     chunk = -(-size // degree)
     return [max(0, min(chunk, size - rank * chunk)) for rank in range(degree)]

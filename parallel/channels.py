@@ -35,7 +35,7 @@ class Channels:
         self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
 
     def send(self, key: Key, tensor: Tensor) -> None:
-        """To the rank of the stage that takes it. The tensor is kept until it is gone."""
+        """Sends `tensor` to the rank of the stage that takes it. The tensor is kept until it is gone."""
         receiver = self._schedule.rank_of[key[1]]
         if receiver == self._axis.rank:
             self._here[key] = tensor
@@ -56,7 +56,7 @@ class Channels:
             self._leaving.popleft()
 
     def receive(self, key: Key) -> Tensor:
-        """The message `key`, once it has arrived."""
+        """Returns the message `key`, once it has arrived."""
         if key in self._here:
             return self._here.pop(key)
         self.expect(key)
@@ -65,7 +65,7 @@ class Channels:
         return buffer
 
     def drain(self, forwards: Collection[Action]) -> None:
-        """Where nothing but `forwards` was done, on all ranks: takes what they sent to this rank and nobody took."""
+        """Takes what was sent to this rank and nobody took, where nothing but `forwards` was done, on all ranks."""
         sent = {(True, stage + 1, i) for stage, _, i in forwards}
         for key in [key for queue in self._expected.values() for key in queue if key in sent]:
             self.expect(key)

@@ -10,8 +10,8 @@ from rowwise.parallel.mesh import Axis
 
 
 def all_to_all(x: Tensor, axis: Axis) -> Tensor:
-    """x[i] goes to the i-th rank of the axis; y[i] is what the i-th sent. Its gradient goes the same way back. All ranks
-    must give the same shape (size, ...).
+    """Sends x[i] to the i-th rank of the axis, and returns y, of which y[i] is what the i-th sent. Its gradient goes the same way
+    back. All ranks must give the same shape (size, ...).
 
     Bytes a rank sends: those of x, less the part that it keeps; the same again in the backward.
     """

@@ -23,11 +23,11 @@ class Mark(Protocol):
         """Returns when the stream has come to it."""
 
     def elapsed_time(self, later) -> float:
-        """Milliseconds from here to a later one, both of which the stream has come to."""
+        """Returns the milliseconds from here to a later one, both of which the stream has come to."""
 
 
 class Device(Protocol):
-    """`pins`: whether it copies to the host by itself, into pinned memory."""
+    """A kind of device. `pins`: whether it copies to the host by itself, into pinned memory."""
 
     pins: bool
 
@@ -48,7 +48,7 @@ class Moment:
     seconds: float
 
     def synchronize(self) -> None:
-        """Is so already."""
+        """Does nothing: a moment on the CPU has come already."""
 
     def elapsed_time(self, later: "Moment") -> float:
         return (later.seconds - self.seconds) * 1e3
@@ -96,7 +96,7 @@ class Gpu:
 
 
 def device_of(device: torch.device) -> Device:
-    """What to ask of `device`."""
+    """Returns what to ask of `device`."""
     return Gpu(device) if device.type == "cuda" else Host()
 
 
@@ -113,6 +113,6 @@ class Clock:
         return self._device.mark()
 
     def seconds(self, mark: Mark) -> float:
-        """When the device came to it. Waits until it has."""
+        """Returns when the device came to `mark`. Waits until it has."""
         mark.synchronize()
         return self._began + self._first.elapsed_time(mark) / 1e3

@@ -47,7 +47,7 @@ class Axis:
 
 
 def connects_late(device: torch.device) -> bool:
-    """Whether the ranks of a group connect at their first message: NCCL's do, gloo's when the group is made."""
+    """Says whether the ranks of a group connect at their first message: NCCL's do, gloo's when the group is made."""
     return device.type == "cuda"
 
 
@@ -72,12 +72,12 @@ def connect(groups: Iterable[dist.ProcessGroup], ring: Axis | None, ulysses: Axi
 
 
 def neighbours(size: int) -> set[Pair]:
-    """Each place and the next, both ways: what the stages of every pipeline send to each other."""
+    """Pairs each place with the next, both ways: what the stages of every pipeline send to each other."""
     return {pair for i in range(size - 1) for pair in ((i, i + 1), (i + 1, i))}
 
 
 def open_lanes(axis: Axis, pairs: set[Pair], device: torch.device) -> Lanes:
-    """The lanes of the axis, and one for each of `pairs` that has none yet, opened. All ranks of the axis must call it with
+    """Opens the lanes of the axis, and one for each of `pairs` that has none yet. All ranks of the axis must call it with
     the same pairs. Where ranks connect late, one number goes through each that is new.
 
     With gloo the number of a lane is a tag; NCCL knows no tags, and keeps the messages of a group in one queue, so there
@@ -97,7 +97,7 @@ def open_lanes(axis: Axis, pairs: set[Pair], device: torch.device) -> Lanes:
 
 
 def numbered(pairs: set[Pair], taken: Mapping[Pair, int]) -> dict[Pair, int]:
-    """`taken`, and a number for each other of `pairs`: the least that no pair has which shares a rank with it."""
+    """Returns `taken`, and a number for each other of `pairs`: the least that no pair has which shares a rank with it."""
     numbers = dict(taken)
     for pair in sorted(pairs - taken.keys()):
         beside = {number for other, number in numbers.items() if set(other) & set(pair)}

@@ -190,7 +190,7 @@ class Mesh:
 
 
 def resolve_degrees(config: ParallelConfig, world_size: int) -> ParallelConfig:
-    """`config` with `shard=-1` filled in. Raises ValueError where the degrees do not multiply to the world size."""
+    """Returns `config` with `shard=-1` filled in. Raises ValueError where the degrees do not multiply to the world size."""
     if config.zero not in (0, 1, 2, 3):
         raise ValueError(f"parallel.zero={config.zero}: possible are 0, 1, 2 and 3")
     degrees = {key: getattr(config, key) for key in DEGREES}
@@ -221,12 +221,12 @@ def resolve_degrees(config: ParallelConfig, world_size: int) -> ParallelConfig:
 
 
 def divisors(n: int) -> list[int]:
-    """All divisors of n, ascending."""
+    """Lists all divisors of n, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """This worker's device: the GPU of its local rank, else the CPU."""
+    """Returns this worker's device: the GPU of its local rank, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():

@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 def from_every_rank(mine: T, group: dist.ProcessGroup) -> list[T]:
-    """What each rank of `group` gave, in the order of ranks, on all of them. A rank receives the pickles of all."""
+    """Returns what each rank of `group` gave, in the order of ranks, on all of them. A rank receives the pickles of all."""
     everyone: list[T] = [mine] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone
 
 
 def from_rank_0(mine: T, group: dist.ProcessGroup) -> T:
-    """What the world's rank 0 gave, on all ranks of `group`; what the others give is not looked at. One pickle."""
+    """Returns what the world's rank 0 gave, on all ranks of `group`; what the others give is not looked at. One pickle."""
     told = [mine]
     dist.broadcast_object_list(told, src=0, group=group)
     return told[0]

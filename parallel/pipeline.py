@@ -58,7 +58,7 @@ class Trace:
         self._marked.append((action, started, ended))
 
     def spans(self) -> list[Span]:
-        """(action, start, end) of each, in seconds since the epoch, once the step is made."""
+        """Returns (action, start, end) of each action, in seconds since the epoch, once the step is made."""
         return [(action, self.clock.seconds(a), self.clock.seconds(b)) for action, a, b in self._marked]
 
 
@@ -113,11 +113,11 @@ class Pipeline:
     def forward_backward(
         self, forward: Forward, buffer: Callable[[], Tensor], scale: float, trace: Trace | None = None
     ) -> None:
-        """One step of the schedule: `begin` and `finish`."""
+        """Makes one step of the schedule: `begin` and `finish`."""
         self.finish(self.begin(forward, buffer, trace), scale)
 
     def begin(self, forward: Forward, buffer: Callable[[], Tensor], trace: Trace | None = None) -> Step:
-        """The first forwards of a step, as many as need no backward of any rank; no gradient is touched.
+        """Makes the first forwards of a step, as many as need no backward of any rank; no gradient is touched.
 
         `forward(stage, micro_batch, x)` gives what the next stage takes, or on the last stage the loss, a scalar; x is
         None on the first stage. `buffer()` makes room for what crosses a boundary.
@@ -128,7 +128,7 @@ class Pipeline:
         return step
 
     def finish(self, step: Step, scale: float) -> None:
-        """The rest of the step. Leaves in every gradient `scale` times the sum over micro-batches and data-parallel ranks."""
+        """Makes the rest of the step. Leaves in every gradient `scale` times the sum over micro-batches and data-parallel ranks."""
         for module in self.stages.values():
             hold_gradients(module, release_after_backward=self.gathering == "micro_batch")
         self._go_on(step, len(self._actions), scale)
@@ -170,7 +170,7 @@ class Pipeline:
     def forward_only(
         self, forward: Forward, buffer: Callable[[], Tensor], micro_batches: int, refresh: bool = True
     ) -> None:
-        """Every micro-batch through every stage, without gradients. `refresh`: weights have changed since the last pass."""
+        """Passes every micro-batch through every stage, without gradients. `refresh`: weights have changed since the last pass."""
         schedule = self.schedule.forward_only(micro_batches)
         if refresh:
             self._refresh_tied()
@@ -186,7 +186,7 @@ class Pipeline:
         channels.close()
 
     def broadcast_from_last(self, tensor: Tensor) -> None:
-        """What the last stage's rank has in `tensor`, to every rank of the pipeline."""
+        """Sends what the last stage's rank has in `tensor`, to every rank of the pipeline."""
         last = self.schedule.rank_of[self.schedule.stages - 1]
         dist.broadcast(tensor, self.axis.ranks[last], group=self.axis.group)
 
@@ -272,7 +272,7 @@ class Pipeline:
 
 
 def last_uses(actions: Sequence[Action]) -> set[int]:
-    """The positions of a rank's order after which weights are freed: another stage's are used next."""
+    """Returns the positions of a rank's order after which weights are freed: another stage's are used next."""
     begins = set(gathers(actions, "run"))
     uses = [position for position, action in enumerate(actions) if action.kind != "W"]
     return {use for use, following in itertools.pairwise(uses) if following in begins} | {uses[-1]}

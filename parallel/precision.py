@@ -90,17 +90,17 @@ BF16_PARAMETERS: Refusals = (
 
 
 def master_dtype(config: PrecisionConfig) -> torch.dtype:
-    """The dtype in which parameters and optimizer states are kept."""
+    """Returns the dtype in which parameters and optimizer states are kept."""
     return torch.float64 if isinstance(config, Fp64) else torch.float32
 
 
 def compute_dtype(config: PrecisionConfig) -> torch.dtype:
-    """The dtype in which layers compute, and activations cross stages."""
+    """Returns the dtype in which layers compute, and activations cross stages."""
     return DTYPES[config.name] if isinstance(config, Bf16 | Fp16) else master_dtype(config)
 
 
 def product_precision(config: PrecisionConfig, device: torch.device) -> Literal["highest", "high"]:
-    """How a model's float32 products are computed on `device`: see `kernels.products.float32_products`."""
+    """Says how a model's float32 products are computed on `device`: see `kernels.products.float32_products`."""
     return "high" if isinstance(config, Fp32) and config.tf32 and device.type == "cuda" else "highest"
 
 
@@ -114,12 +114,12 @@ class LossScale:
 
 
 def initial_loss_scale(config: PrecisionConfig) -> LossScale:
-    """fp16 starts at its own scale, every other precision stays at 1."""
+    """Returns the loss scale at the start: fp16's own, and 1 of every other precision."""
     return LossScale(config.initial_scale) if isinstance(config, Fp16) else LossScale()
 
 
 def next_loss_scale(now: LossScale, config: PrecisionConfig, overflow: bool) -> LossScale:
-    """The scale of the next step: halved at an overflow (never below 1), doubled after `growth_every` good steps."""
+    """Returns the scale of the next step: halved at an overflow (never below 1), doubled after `growth_every` good steps."""
     if not isinstance(config, Fp16):
         return now
     if overflow:

@@ -50,13 +50,13 @@ class GradientBuckets:
         self._last = last
 
     def zero(self) -> None:
-        """Every gradient there and zero, so that what is computed outside a backward can be added in place."""
+        """Makes every gradient, of zeros, so that what is computed outside a backward can be added in place."""
         for bucket in self._buckets:
             for p, view in bucket.views.items():
                 p.grad = view.zero_()
 
     def launch(self) -> None:
-        """After the last backward: starts to sum every bucket that is not under way."""
+        """Starts to sum every bucket that is not under way, after the last backward."""
         for bucket in self._buckets[self._launched :]:
             # A parameter that this rank did not use may have been used by another.
             for p, view in bucket.views.items():
@@ -104,7 +104,7 @@ class _Bucket:
 
 
 def in_buckets(items: list[T], bytes_of: Callable[[T], int]) -> list[list[T]]:
-    """Neighbours together until each bucket has BUCKET_BYTES."""
+    """Puts neighbours together until each bucket has BUCKET_BYTES."""
     buckets: list[list[T]] = [[]]
     held = 0
     for item in items:
@@ -122,8 +122,8 @@ def replicate_model(model: nn.Module, mesh: Mesh) -> None:
 
 
 def gradient_sum(model: nn.Module, group: dist.ProcessGroup) -> Callable[[Tensor], None]:
-    """What makes one gradient of `model` final, as the backward leaves it: its sum over `group`, the replicas, one all-reduce
-    of its own, where nothing else sums it. (FSDP2 sums those of what it holds.)"""
+    """Returns what makes one gradient of `model` final, as the backward leaves it: its sum over `group`, the replicas, one
+    all-reduce of its own, where nothing else sums it. (FSDP2 sums those of what it holds.)"""
     if any(isinstance(p, tensors.DTensor) for p in model.parameters()) or group.size() == 1:
         return lambda gradient: None
 
@@ -134,5 +134,5 @@ def gradient_sum(model: nn.Module, group: dist.ProcessGroup) -> Callable[[Tensor
 
 
 def buckets_of(model: nn.Module) -> GradientBuckets | None:
-    """The buckets of a replicated model; None for one that FSDP2 splits."""
+    """Returns the buckets of a replicated model; None for one that FSDP2 splits."""
     return getattr(model, _HANDLE, None)

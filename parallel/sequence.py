@@ -48,14 +48,14 @@ HEADS: Refusals = (
 
 
 def padded_length(length: int, order: RING_ORDER, ring: int, ulysses: int) -> int:
-    """The least length from `length` on that `ring` x `ulysses` ranks can share: what is missing is padding behind the
+    """Returns the least length from `length` on that `ring` x `ulysses` ranks can share: what is missing is padding behind the
     last token, which no token sees."""
     multiple = ring * (math.lcm(2, ulysses) if order == "zigzag" and ring > 1 else ulysses)
     return -(-length // multiple) * multiple
 
 
 def runs_of(order: RING_ORDER, rank: int, ring: int, length: int) -> tuple[Run, ...]:
-    """The tokens, of `length`, that a rank of the ring has, in the order in which it has them."""
+    """Returns the tokens, of `length`, that a rank of the ring has, in the order in which it has them."""
     if order == "striped":
         return (Run(rank, ring, length // ring),)
     if order == "contiguous" or ring == 1:
@@ -65,7 +65,7 @@ def runs_of(order: RING_ORDER, rank: int, ring: int, length: int) -> tuple[Run, 
 
 
 def positions_of(axes: SequenceAxes, length: int) -> Tensor:
-    """The positions in a sequence of `length` tokens that this rank has; those from `length` on are padding."""
+    """Returns the positions in a sequence of `length` tokens that this rank has; those from `length` on are padding."""
     ring, ulysses = axes.ring, axes.ulysses
     runs = runs_of(axes.order, ring.rank, ring.size, padded_length(length, axes.order, ring.size, ulysses.size))
     positions = torch.cat([run.start + run.stride * torch.arange(run.length) for run in runs])
@@ -73,13 +73,13 @@ def positions_of(axes: SequenceAxes, length: int) -> Tensor:
 
 
 def positions_on(mesh: Mesh, length: int) -> Tensor | None:
-    """The positions of this rank, or None where it has whole sequences."""
+    """Returns the positions of this rank, or None where it has whole sequences."""
     return None if mesh.sequence is None else positions_of(mesh.sequence, length)
 
 
 @dataclass(frozen=True)
 class SequenceAttention:
-    """`kernels.attention.causal_attention`, of what each rank has of the sequences."""
+    """Attention as `kernels.attention.causal_attention`, of what each rank has of the sequences."""
 
     axes: SequenceAxes
 
@@ -98,12 +98,12 @@ class SequenceAttention:
 
 
 def attention_on(mesh: Mesh) -> Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]:
-    """What a model on this mesh attends with."""
+    """Returns what a model on this mesh attends with."""
     return causal_attention if mesh.sequence is None else SequenceAttention(mesh.sequence)
 
 
 def to_heads(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, ulysses: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """From all heads of this rank's tokens to this rank's heads of all ranks' tokens: (B, U S, H / U, E), and keys and
+    """Passes from all heads of this rank's tokens to this rank's heads of all ranks' tokens: (B, U S, H / U, E), and keys and
     values with max(1, K / U) heads where one of K and U divides the other. One all-to-all."""
     U = ulysses.size
     key_heads = math.lcm(k_BSKE.size(2), U)
@@ -116,13 +116,13 @@ def to_heads(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, ulysses: Axis) -> t
 
 
 def to_tokens(y_BSHE: Tensor, ulysses: Axis) -> Tensor:
-    """The way back: from this rank's heads of all tokens to all heads of its own."""
+    """Passes back from this rank's heads of all tokens to all heads of its own."""
     came_UBSHE = all_to_all(y_BSHE.unflatten(1, (ulysses.size, -1)).movedim(1, 0), ulysses)
     return came_UBSHE.movedim(0, 2).flatten(2, 3)
 
 
 def rotate(block: Tensor, ring: Axis) -> Iterator[tuple[int, Tensor]]:
-    """The block of every rank of the ring in turn, with its rank, this rank's own first; the next one travels while the
+    """Yields the block of every rank of the ring in turn, with its rank, this rank's own first; the next one travels while the
     caller looks at one."""
     for step in range(ring.size - 1):
         coming = Passing(block, ring)
@@ -135,7 +135,7 @@ def rotate(block: Tensor, ring: Axis) -> Iterator[tuple[int, Tensor]]:
 def ring_attention(
     q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None, ring: Axis, order: RING_ORDER
 ) -> Tensor:
-    """Attention of the sequences of which this rank of the ring has the tokens of `order`."""
+    """Computes attention of the sequences of which this rank of the ring has the tokens of `order`."""
     return _RingAttention.apply(q_BSHE, k_BSKE, v_BSKE, documents, ring, order)
 
 

@@ -48,7 +48,7 @@ fsdp = Later("torch.distributed.fsdp")
 
 
 def policy(config: PrecisionConfig) -> "MixedPrecisionPolicy":
-    """The dtype in which FSDP2 computes and the one in which it reduces; both None where it computes in what it keeps."""
+    """Returns the dtype in which FSDP2 computes and the one in which it reduces; both None where it computes in what it keeps."""
     if isinstance(config, Bf16 | Fp16):
         reduce = config.reduce if isinstance(config, Bf16) else "fp32"
         return fsdp.MixedPrecisionPolicy(param_dtype=DTYPES[config.name], reduce_dtype=DTYPES[reduce])
@@ -56,7 +56,7 @@ def policy(config: PrecisionConfig) -> "MixedPrecisionPolicy":
 
 
 def is_split(mesh: Mesh, policy: "MixedPrecisionPolicy") -> bool:
-    """Whether FSDP2 holds the parameters: rows are split, or a copy in another dtype computes or accumulates."""
+    """Says whether FSDP2 holds the parameters: rows are split, or a copy in another dtype computes or accumulates."""
     return mesh.states["shard"].size() > 1 or policy.param_dtype is not None
 
 
@@ -82,7 +82,7 @@ def shard_model(
 
 
 def merge_parts(parts: list[list[nn.Module]], zero: int) -> list[list[nn.Module]]:
-    """At stages 0 and 1, neighbouring parts together until each has BUCKET_BYTES: fewer, larger messages, and whole
+    """Puts neighbouring parts together at stages 0 and 1 until each has BUCKET_BYTES: fewer, larger messages, and whole
     gradients are held anyway. At stages 2 and 3 a part is what is whole at once, so they stay as they are."""
     if zero >= 2:
         return parts
@@ -94,7 +94,7 @@ def _bytes(modules: list[nn.Module]) -> int:
 
 
 def sharded_modules(model: nn.Module) -> Iterator["FSDPModule"]:
-    """The modules of `model` that FSDP2 gathers, the root first."""
+    """Yields the modules of `model` that FSDP2 gathers, the root first."""
     return (module for module in model.modules() if isinstance(module, fsdp.FSDPModule))
 
 
@@ -125,13 +125,13 @@ def begin_micro_batch(model: nn.Module, zero: int, last: bool) -> None:
 
 
 def finish_backward(model: nn.Module) -> None:
-    """After the last backward of a step: every gradient is summed over ranks."""
+    """Sums every gradient over ranks, after the last backward of a step."""
     if (buckets := buckets_of(model)) is not None:
         buckets.finish()
 
 
 def hold_gradients(model: nn.Module, release_after_backward: bool) -> None:
-    """For a pipeline stage, before its first forward of a step: backwards add to whole gradients, until
+    """Has the backwards of a pipeline stage, from before its first forward of a step, add to whole gradients, until
     `reduce_gradients`. `release_after_backward`: gathered parameters are freed after each backward."""
     if (buckets := buckets_of(model)) is not None:
         buckets.begin_micro_batch(last=False)
@@ -171,7 +171,7 @@ def wait_for_gradients(model: nn.Module) -> None:
 
 
 def forget_forwards(model: nn.Module) -> None:
-    """Where forwards of a stage will have no backward: FSDP2 waits for none, and gathered parameters are freed."""
+    """Forgets forwards of a stage that will have no backward: FSDP2 waits for none, and gathered parameters are freed."""
     if isinstance(model, fsdp.FSDPModule):
         model.set_is_last_backward(True)
         end_backward(model)
@@ -188,7 +188,7 @@ def prefetch_within(model: nn.Module) -> None:
 
 
 def keep_gathered(model: nn.Module, keep: bool) -> None:
-    """Whether the coming forward or backward of a stage leaves its parameters gathered."""
+    """Says whether the coming forward or backward of a stage leaves its parameters gathered."""
     if isinstance(model, fsdp.FSDPModule):
         model.set_reshard_after_forward(not keep)
         model.set_reshard_after_backward(not keep)
@@ -202,7 +202,7 @@ def release_gathered(model: nn.Module) -> None:
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
-    """The local gradient shards, in the order of the parameters; a rank's empty shards are left out."""
+    """Returns the local gradient shards, in the order of the parameters; a rank's empty shards are left out."""
     grads = (local(p.grad) for p in model.parameters() if p.grad is not None)
     return [g for g in grads if g.numel()]
 
@@ -217,7 +217,7 @@ def gradient_squares(model: nn.Module) -> dict[str, Tensor]:
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """The sum of squares over all of this rank's tensors, a float64 scalar."""
+    """Returns the sum of squares over all of this rank's tensors, a float64 scalar."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
     # 16-bit gradients have no 16-bit norm: it would depend on how they are split.
@@ -226,5 +226,5 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def clip_factor(norm: float, clip_norm: float) -> float:
-    """The factor that brings a gradient of global norm `norm` to at most `clip_norm` (0 = off)."""
+    """Returns the factor that brings a gradient of global norm `norm` to at most `clip_norm` (0 = off)."""
     return min(1.0, clip_norm / norm) if clip_norm > 0 and norm > 0 and math.isfinite(norm) else 1.0

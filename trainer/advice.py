@@ -14,7 +14,7 @@ SPARE = 4  # times the tokens of the data
 
 
 def warnings(config: TrainConfig, data: Data, device: torch.device) -> list[str]:
-    """The lines that fit this run."""
+    """Returns the lines that fit this run."""
     found = [*_rate(config), *_vocabulary(config, data), *(_dimensions(config.model) if device.type == "cuda" else [])]
     return [f"warning: {line}" for line in found]
 
@@ -55,6 +55,6 @@ def _dimensions(model: ModelConfig) -> list[str]:
 
 
 def matrix_sizes(model: ModelConfig) -> dict[str, int]:
-    """The sizes of the model's matrices, by key."""
+    """Returns the sizes of the model's matrices, by key."""
     sizes = {"dim": model.dim, "head_dim": model.head_size, "ffn_dim": model.ffn_dim, "vocab_size": model.vocab_size}
     return {f"model.{key}": size for key, size in sizes.items()}

@@ -55,8 +55,8 @@ def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tenso
 
 
 def range_test(config: TrainConfig, mesh: Mesh, step: int) -> RangeTest | None:
-    """The learning-rate range test that a run is, with what its records up to `step` say; None where it is none. Rank 0 reads
-    them for all: ranks that read otherwise would end at different steps."""
+    """Returns the learning-rate range test that a run is, with what its records up to `step` say; None where it is none. Rank 0
+    reads them for all: ranks that read otherwise would end at different steps."""
     if not isinstance(config.schedule, LrRange):
         return None
     made = read_metrics(Path(config.run_dir)) if mesh.rank == 0 else []

@@ -13,7 +13,7 @@ from rowwise.trainer.pipeline import StagedDecoder, make_plan
 
 
 def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:
-    """The decoder, or this rank's stages of it, on the meta device."""
+    """Builds the decoder, or this rank's stages of it, on the meta device."""
     attend, axis = attention_on(mesh), mesh.pipeline
     if axis is None:
         with torch.device("meta"):

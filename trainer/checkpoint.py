@@ -44,7 +44,7 @@ from rowwise.trainer.staging import Staging
 def tensors_of(
     model: nn.Module, optimizer: torch.optim.Optimizer, sparsity: Sparsity | None = None
 ) -> dict[str, Tensor]:
-    """Every tensor that a checkpoint holds, by its name in it."""
+    """Returns every tensor that a checkpoint holds, by its name in it."""
     tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     for name, states in named_state(model, optimizer).items():
         tensors |= {f"optim.{name}.{key}": tensor for key, tensor in states.items()}
@@ -181,7 +181,7 @@ def load(checkpoint: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
 
 
 def examined(checkpoint: Path, mesh: Mesh) -> tuple[Manifest | None, list[str]]:
-    """The manifest of a checkpoint, and what any rank finds wrong with it or its files: they share the reading."""
+    """Returns the manifest of a checkpoint, and what any rank finds wrong with it or its files: they share the reading."""
     manifest: Manifest | None = None
     try:
         manifest = read_manifest(checkpoint)

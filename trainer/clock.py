@@ -28,7 +28,7 @@ class Clock:
         self._saved = now()
 
     def due(self) -> tuple[bool, bool]:
-        """(evaluate, save), after the step that begins."""
+        """Returns (evaluate, save), after the step that begins."""
         return _has_come(self._evaluate, self._evaluated), _has_come(self._save, self._saved)
 
     def evaluated(self) -> None:
@@ -38,7 +38,7 @@ class Clock:
         self._saved = now()
 
     def kept(self) -> dict[str, Any]:
-        """What a manifest keeps of it: nothing, where no time decides."""
+        """Returns what a manifest keeps of the clock: nothing, where no time decides."""
         return {} if self._evaluate is None else {"clock": {"evaluated_seconds_ago": now() - self._evaluated}}
 
 

@@ -86,7 +86,8 @@ class TrainConfig:
 
     @property
     def known_steps(self) -> int | None:
-        """None where it was asked in epochs and the data is not opened yet: it is checked as the longest run there is."""
+        """The steps, None where they were asked in epochs and the data is not opened yet: it is checked as the longest run there
+        is."""
         return None if self.epochs is not None and self.steps == MOST_STEPS else self.steps
 
     @property
@@ -96,7 +97,7 @@ class TrainConfig:
 
     @property
     def micro_batches(self) -> int:
-        """Of a rank, in a step. The degrees of the mesh must be resolved."""
+        """The micro-batches of a rank in a step. The degrees of the mesh must be resolved."""
         return self.batch.global_size // self.batch.micro_size // self.parallel.data_degree
 
 
@@ -137,7 +138,7 @@ _SCHEDULES: TypeAdapter[ScheduleConfig] = TypeAdapter(Annotated[ScheduleConfig, 
 
 
 def config_from_tree(tree: dict[str, Any]) -> TrainConfig:
-    """The typed configuration of a composed tree, strictly, with the learning rate that the model's size asks for where
+    """Returns the typed configuration of a composed tree, strictly, with the learning rate that the model's size asks for where
     `optim.lr` is null, the steps that `tokens` come to (those of `epochs` once the data is opened), and the home folder for the
     `~` of `run_dir`. Raises ValueError for an unknown key, a missing one or a wrong type, and names it; and for a string of
     more than a line."""
@@ -168,12 +169,12 @@ def _with_rate_of_size(config: TrainConfig) -> TrainConfig:
 
 
 def tree_of(config: TrainConfig) -> dict[str, Any]:
-    """The plain tree of a configuration: what `config_from_tree` reads back."""
+    """Returns the plain tree of a configuration: what `config_from_tree` reads back."""
     return asdict(config) | {"steps": config.known_steps}
 
 
 def schedule_of(tree: dict[str, Any]) -> ScheduleConfig:
-    """The schedule of a plain tree, of this release or an earlier one. Raises ValueError."""
+    """Returns the schedule of a plain tree, of this release or an earlier one. Raises ValueError."""
     return _SCHEDULES.validate_python(tree)
 
 

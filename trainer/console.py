@@ -55,11 +55,11 @@ class Console:
 
     @property
     def seconds(self) -> float:
-        """Since it was opened."""
+        """The seconds since the console was opened."""
         return time.monotonic() - self._began
 
     def step(self, record: dict[str, Any]) -> None:
-        """One record: the bar moves on, and every `log_every` steps, or every minute, a line is said."""
+        """Shows one record: the bar moves on, and every `log_every` steps, or every minute, a line is said."""
         now, step = time.monotonic(), record["step"]
         self._pace.add(record)
         self.last = {**{key: self.last[key] for key in ("eval_loss",) if key in self.last}, **record}
@@ -78,19 +78,20 @@ class Console:
                 self.header([line])
 
     def say(self, text: str, wrong: bool = False) -> None:
-        """A line of its own, or several; above the bar where there is one. `wrong`: on standard error."""
+        """Says a line of its own, or several; above the bar where there is one. `wrong`: on standard error."""
         with self._lock:
             keep_said(self._run_dir, text)
             self._show(text, wrong)
 
     def header(self, lines: list[str]) -> None:
-        """What the run is: a label and what it says in each line, which is wrapped on a terminal, below its beginning."""
+        """Says what the run is: a label and what it says in each line, which is wrapped on a terminal, below its beginning."""
         with self._lock:
             keep_said(self._run_dir, "\n".join(lines))
             self._show("\n".join(self._wrapped(lines)))
 
     def end(self, title: str, lines: list[str]) -> None:
-        """The box at the end of a run. Its lines are not wrapped: a terminal that breaks a command by itself still copies it whole."""
+        """Draws the box at the end of a run. Its lines are not wrapped: a terminal that breaks a command by itself still copies it
+        whole."""
         name, rule = f"{self._run_dir.name}: {title}", "─" if holds(sys.stdout, "─") else "-"
         with self._lock:
             keep_said(self._run_dir, boxed(name, lines, FALLBACK_COLUMNS))
@@ -140,18 +141,18 @@ LABEL = 11  # columns of the labels of the header
 
 
 def labelled(label: str, text: str) -> str:
-    """A line of the header."""
+    """Returns a line of the header."""
     return f"{label:<{LABEL}}{text}"
 
 
 def forecast(pace: Pace, steps: int) -> str | None:
-    """How long `steps` more take; None where no step was timed."""
+    """Says how long `steps` more take; None where no step was timed."""
     left = pace.seconds_for(steps)
     return None if left is None else labelled("time", f"about {clock(left)} for {steps:,} more steps")
 
 
 def plain_fields(record: dict[str, Any], pace: Pace, steps: int, workers: int) -> list[str]:
-    """A step, where nothing is painted."""
+    """Returns the fields of a step, where nothing is painted."""
     return [
         f"step {record['step']}/{steps}", f"loss {_loss(record)}", _norm(record), f"lr {record['lr']:.2e}",
         *_speed(pace, workers), *_left(record, pace, steps),
@@ -161,8 +162,8 @@ def plain_fields(record: dict[str, Any], pace: Pace, steps: int, workers: int) -
 def bar_lines(
     record: dict[str, Any], pace: Pace, steps: int, workers: int, width: int, blocks: bool = True
 ) -> list[str]:
-    """The step, a bar, losses and the time left; below them the speed, the memory, the rate and the norm: in as many lines as they
-    need, and nothing of them is cut. `blocks`: whether the terminal has characters for the bar."""
+    """Returns the step, a bar, losses and the time left; below them the speed, the memory, the rate and the norm: in as many lines
+    as they need, and nothing of them is cut. `blocks`: whether the terminal has characters for the bar."""
     done = f"step {record['step']}/{steps}"
     fields = [f"{record['step'] / max(1, steps):4.0%}", f"loss {_loss(record)}"]
     if "eval_loss" in record:

@@ -24,7 +24,7 @@ class EvalConfig:
     batches: MayChange[int] = 8
 
     def due(self, step: int, run: RunLength) -> bool:
-        """Whether the step alone says so; where `every` is a time, rank 0's clock may too."""
+        """Says whether the step alone says so; where `every` is a time, rank 0's clock may too."""
         return bool(self.every) and (step == run.steps or run.due(self.every, step))
 
 
@@ -44,7 +44,7 @@ EVALUATION: Refusals = (
 
 @torch.no_grad()
 def evaluate(engine: Engine, batches: Iterable[MicroBatch], mesh: Mesh) -> float:
-    """Nats per token; NaN where none is valid. One all-reduce of two numbers over all ranks. Every rank must pass as many
+    """Returns nats per token; NaN where none is valid. One all-reduce of two numbers over all ranks. Every rank must pass as many
     micro-batches."""
     totals = engine.losses(batches)
     dist.all_reduce(totals)

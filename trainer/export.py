@@ -72,7 +72,7 @@ def write(source: Source, target: Target) -> str:
 
 
 def tokenizer_of(source: Source, choice: str | None) -> tuple[dict[str, bytes], int | None]:
-    """The tokenizer's files to put beside the weights, by name, and the token that ends a document; none and None where
+    """Returns the tokenizer's files to put beside the weights, by name, and the token that ends a document; none and None where
     there is none. Raises ValueError."""
     own = tokenizer_of_run(source.manifest, choice, or_none=", or tokenizer=none")
     if own is None:

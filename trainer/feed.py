@@ -35,7 +35,7 @@ class Fed:
     data_seconds: float
 
     def seconds(self) -> float:
-        """Since the step began."""
+        """Counts the seconds since the step began."""
         return time.perf_counter() - self.started
 
 
@@ -67,17 +67,17 @@ class Feed:
 
 
 def share_of(mesh: Mesh, seq_len: int) -> Share:
-    """What this rank reads of every global batch."""
+    """Returns what this rank reads of every global batch."""
     return Share(mesh.data_rank, mesh.data_degree, positions_on(mesh, seq_len))
 
 
 def train_batches(config: TrainConfig, mesh: Mesh, data: Data, position: int) -> Iterator[list[MicroBatch]]:
-    """This rank's micro-batches, step by step, from `position` on."""
+    """Yields this rank's micro-batches, step by step, from `position` on."""
     share, pin = share_of(mesh, config.batch.seq_len), mesh.device.type == "cuda"
     return step_batches(data.train, config.batch, config.seed, position, share, pin)
 
 
 def eval_batches(config: TrainConfig, mesh: Mesh, data: Data) -> Iterator[MicroBatch]:
-    """This rank's share of the held-out samples."""
+    """Returns this rank's share of the held-out samples."""
     share = share_of(mesh, config.batch.seq_len)
     return holdout_batches(data.holdout, config.batch, config.eval.batches, share)

@@ -29,7 +29,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def want_of_room(error: BaseException) -> BaseException | None:
-    """What says that a file system, or a quota, is full, of all that stands behind `error`: libraries raise others on its
+    """Returns what says that a file system, or a quota, is full, of all that stands behind `error`: libraries raise others on its
     heels, and torch.distributed.checkpoint keeps those of all ranks in one. None where nothing does."""
     for one in behind(error):
         if isinstance(one, DiskFull) or (isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT)):
@@ -40,7 +40,7 @@ def want_of_room(error: BaseException) -> BaseException | None:
 
 
 def behind(error: BaseException) -> Iterator[BaseException]:
-    """`error`, and all that it came from."""
+    """Returns `error`, and all that it came from."""
     met: list[BaseException] = []
     left: list[BaseException | None] = [error]
     while left:
@@ -78,7 +78,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Whatever is there: a folder with all that is in it, a file, or a link, but not what that leads to."""
+    """Removes whatever is there: a folder with all that is in it, a file, or a link, but not what that leads to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -86,12 +86,12 @@ def remove(path: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """`path`-1, or the first number that is free."""
+    """Returns `path`-1, or the first number that is free."""
     return next(free for n in range(1, 1 << 30) if not os.path.lexists(free := path.with_name(f"{path.name}-{n}")))
 
 
 def full_path(path: str, key: str) -> Path:
-    """`path` with the home folder in place of its `~`. Raises ValueError where there is none of that name."""
+    """Returns `path` with the home folder in place of its `~`. Raises ValueError where there is none of that name."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -99,12 +99,12 @@ def full_path(path: str, key: str) -> Path:
 
 
 def to_json(tree: Any, indent: int | None = None, sort_keys: bool = False) -> str:
-    """A plain tree as JSON, which has no word for NaN and infinity: they are null."""
+    """Returns a plain tree as JSON, which has no word for NaN and infinity: they are null."""
     return json.dumps(_finite(tree), indent=indent, sort_keys=sort_keys, allow_nan=False)
 
 
 def from_json(text: str | bytes) -> Any:
-    """The tree in `text`; NaN and Infinity, which others write, are None. Raises ValueError for all that is no JSON."""
+    """Returns the tree in `text`; NaN and Infinity, which others write, are None. Raises ValueError for all that is no JSON."""
     try:
         return json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=lambda _: None)
     except RecursionError:

@@ -19,7 +19,7 @@ class NotFinite(FloatingPointError):
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The parameters, of those of `tensors` that are, whose rows on this rank are not all finite. Copies none of them."""
+    """Returns the parameters, of those of `tensors` that are, whose rows on this rank are not all finite. Copies none of them."""
     weights = {name: local(tensor) for name, tensor in tensors.items() if name.startswith("model.")}
     return [
         name.removeprefix("model.")
@@ -29,12 +29,12 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def of_any_rank(names: list[str], mesh: Mesh) -> list[str]:
-    """What any rank named. One message of a few names a rank, over `mesh.save_group`."""
+    """Returns what any rank named of its tensors. One message of a few names a rank, over `mesh.save_group`."""
     return sorted({name for part in from_every_rank(names, mesh.save_group) for name in part})
 
 
 def told(names: list[str]) -> str:
-    """Such as: weights are not finite (embed.weight and 3 more)."""
+    """Says what is not finite, such as: weights are not finite (embed.weight and 3 more)."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"weights are not finite ({names[0]}{more})"
 
@@ -42,7 +42,7 @@ def told(names: list[str]) -> str:
 def require_usable(
     report: StepReport, config: TrainConfig, state: TrainState, tensors: dict[str, Tensor], mesh: Mesh
 ) -> None:
-    """Of a step whose update was not made: a spike is passed over, and where the gradient is no number, fp16 passes it over as
+    """Judges a step whose update was not made: a spike is passed over, and where the gradient is no number, fp16 passes it over as
     long as a smaller loss scale may help, and a range test ends by it; anything else stops the run, before it is spoilt where
     that is possible. Says whether the weights were spoilt already, by the update before, whose own loss was a number. Raises
     FloatingPointError."""

@@ -31,7 +31,7 @@ class KeyValueCache:
         self._turn = 0
 
     def __call__(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None) -> Tensor:
-        """Attention of S new tokens to all T so far: (B, S, H, E)."""
+        """Computes attention of S new tokens to all T so far: (B, S, H, E)."""
         before = self._kept[self._turn]
         if before is not None:
             k_BSKE, v_BSKE = torch.cat((before[0], k_BSKE), 1), torch.cat((before[1], v_BSKE), 1)
@@ -61,21 +61,21 @@ class Writer:
     tf32: bool = False
 
     def encode(self, prompt: str) -> list[int]:
-        """The tokens of a prompt. Raises ValueError where it has none."""
+        """Returns the tokens of a prompt. Raises ValueError where it has none."""
         tokens = self.tokenizer.encode_prompt(prompt)
         if not tokens:
             raise ValueError(f"prompt={prompt!r} has no token to go on from; give a longer one")
         return tokens
 
     def write(self, prompt: str, most: int = 160, sampling: Sampling | None = None) -> Iterator[str]:
-        """What stands after `prompt`, at most `most` tokens of it, piece by piece as it comes: all pieces together are what
+        """Yields what stands after `prompt`, at most `most` tokens of it, piece by piece as it comes: all pieces together are what
         the tokenizer makes of all tokens. Raises ValueError for a prompt without a token, and FloatingPointError where the
         model's logits are not finite."""
         tokens = self.encode(prompt)
         return pieces(self.tokenizer, tokens, self.tokens(tokens, most, sampling or Sampling()))
 
     def tokens(self, prompt: Sequence[int], most: int, sampling: Sampling) -> Iterator[int]:
-        """At most `most` tokens after `prompt`, up to the one that ends a document, which is not among them. Raises
+        """Yields at most `most` tokens after `prompt`, up to the one that ends a document, which is not among them. Raises
         FloatingPointError where logits are not finite."""
         generator, written = torch.Generator().manual_seed(sampling.seed), list(prompt)
         cache, kept = KeyValueCache(self.model.config.layers), 0
@@ -110,7 +110,7 @@ class Writer:
 
 
 def pieces(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
-    """The text of `tokens` as they come after `prompt`, each piece as soon as its characters are whole. Only what came since
+    """Yields the text of `tokens` as they come after `prompt`, each piece as soon as its characters are whole. Only what came since
     the piece before the last is decoded again."""
     before, fresh = list(prompt), list[int]()
     old = tokenizer.decode(before)

@@ -12,7 +12,7 @@ LONGEST_NAME = 200  # bytes: file systems take 255, of which a log's number, or 
 
 
 def unknown_key(path: str, possible: list[str]) -> str:
-    """The message for a key that does not exist: what is possible, and the nearest."""
+    """Returns the message for a key that does not exist: what is possible, and the nearest."""
     parent, _, key = path.rpartition(".")
     near = difflib.get_close_matches(key, possible, n=1)
     where = f"{parent}" if parent else "the configuration"
@@ -42,7 +42,7 @@ _WANTED = {
 
 
 def told_of_type(error: Mapping[str, Any]) -> str:
-    """What is said of a value of the wrong type, from how its validation went."""
+    """Returns what is said of a value of the wrong type, from how its validation went."""
     if error["type"] == "literal_error":
         return f"possible are {error['ctx']['expected']}"
     wanted = _WANTED.get(error["type"], "a value of another kind stands there")
@@ -69,7 +69,7 @@ def refuse_control_characters(tree: Any, path: str = "") -> None:
 
 
 def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Key -> value, such as `optim.lr`, of a plain tree."""
+    """Returns key -> value of a plain tree, with keys such as `optim.lr`."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
@@ -77,7 +77,7 @@ def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def without_password(text: str) -> str:
-    """The same with stars for the password of every URL in it."""
+    """Returns the text with stars for the password of every URL in it."""
     hidden = re.sub(
         r"(://[^:/?#@\s]*:)\S*@", r"\1***@", text
     )  # whatever is before the last @: databases take any there
@@ -90,7 +90,7 @@ def _told(text: str) -> str:
 
 
 def check_folder_name(key: str, name: str) -> None:
-    """Raises ValueError where a run or a sweep cannot be called so."""
+    """Refuses a name by which a run or a sweep cannot be called. Raises ValueError."""
     if name in ("", ".", "..") or "/" in name:
         raise ValueError(f"{key}={name!r}: a run name is the name of a folder, and holds no '/'")
     if (size := len(os.fsencode(name))) > LONGEST_NAME:

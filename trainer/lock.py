@@ -32,7 +32,7 @@ def lock_run(run_dir: Path, job: str | None = None, patience_seconds: float = 0)
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a run, or a sweep, is under way there. Any number may look at the same time; one that begins just then waits."""
+    """Says whether a run, or a sweep, is under way there. Any number may look at the same time; one that begins just then waits."""
     path = folder / LOCK
     if fcntl is None:
         return _is_taken(path)

@@ -19,7 +19,7 @@ def summed_loss(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, of logits."""
+    """Sums the loss of logits, as `summed_loss` does."""
     wide = logits_BSV if logits_BSV.dtype == torch.float64 else logits_BSV.float()
     loss = F.cross_entropy(wide.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORE, reduction="sum")
     return loss, (labels_BS != IGNORE).sum()

@@ -57,7 +57,7 @@ class Average:
 
     @property
     def blown_up(self) -> bool:
-        """Whether the loss has, by the last that was added."""
+        """Whether the loss has blown up, by the last that was added."""
         if not self.means or not math.isfinite(self.means[-1]):
             return bool(self.means)
         first, last = self.means[0], self.means[-1]
@@ -90,12 +90,13 @@ class RangeTest:
         return self._average.blown_up
 
     def told(self) -> str:
-        """The verdict so far."""
+        """Returns the verdict of the test so far."""
         return verdict(self._points)
 
 
 def points_of(records: Sequence[dict[str, Any]]) -> list[Point]:
-    """The points in records of metrics.jsonl. A step without tokens says nothing, nor one that a smaller loss scale may mend."""
+    """Returns the points in records of metrics.jsonl. A step without tokens says nothing, nor one that a smaller loss scale may
+    mend."""
     points: list[Point] = []
     for record in records:
         lr, loss, norm = (number(record.get(key)) for key in ("lr", "loss", "grad_norm"))
@@ -109,7 +110,7 @@ def points_of(records: Sequence[dict[str, Any]]) -> list[Point]:
 
 
 def find(points: Sequence[Point]) -> Finding | None:
-    """What a test shows. None: the loss fell at no rate."""
+    """Returns what a test shows. None: the loss fell at no rate."""
     known = [(rate, loss) for rate, loss in points if math.isfinite(loss)]
     average = averaged([loss for _, loss in known])
     lowest = average.means.index(average.lowest) if known else 0
@@ -119,7 +120,7 @@ def find(points: Sequence[Point]) -> Finding | None:
 
 
 def verdict(points: Sequence[Point]) -> str:
-    """What a test says, in a line."""
+    """Returns what a test says, in a line."""
     if not points:
         return "range test: no step had a loss"
     finding, first, last = find(points), points[0][0], points[-1][0]

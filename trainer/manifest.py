@@ -49,7 +49,7 @@ class CheckpointConfig:
     background: MayChange[bool] = True
 
     def due(self, step: int, run: RunLength) -> bool:
-        """Whether the step alone says so; where `every` is a time, rank 0's clock may too."""
+        """Says whether the step alone says so; where `every` is a time, rank 0's clock may too."""
         return step == run.steps or run.due(self.every, step)
 
 
@@ -67,12 +67,12 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a folder that has the name of a checkpoint."""
+    """Returns the step of a folder that has the name of a checkpoint."""
     return int(checkpoint.name.split("-")[1])
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
-    """All that has the name of a checkpoint, the newest first: also what has lost its manifest. Raises ValueError where
+    """Lists all that has the name of a checkpoint, the newest first: also what has lost its manifest. Raises ValueError where
     `checkpoints` cannot be read."""
     try:
         names = [path.name for path in checkpoints.iterdir()]
@@ -89,7 +89,7 @@ def step_folders(checkpoints: Path) -> list[Path]:
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """The checkpoints that exist, the newest first; sound or not."""
+    """Returns the checkpoints that exist, the newest first; sound or not."""
     return [folder for folder in step_folders(checkpoints) if _is_there(folder / MANIFEST)]
 
 
@@ -102,7 +102,7 @@ def _is_there(path: Path) -> bool:
 
 
 def newest_sound(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that has a sound manifest and every file, in its size; checksums are left to who resumes."""
+    """Returns the newest checkpoint that has a sound manifest and every file, in its size; checksums are left to who resumes."""
     with contextlib.suppress(ValueError):
         for checkpoint in complete_checkpoints(checkpoints):
             with contextlib.suppress(ValueError, OSError):
@@ -113,8 +113,8 @@ def newest_sound(checkpoints: Path) -> Path | None:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises ValueError where it cannot be read, or is none; OtherVersion where another release
-    of Rowwise wrote it."""
+    """Reads the manifest of a checkpoint. Raises ValueError where it cannot be read, or is none; OtherVersion where another
+    release of Rowwise wrote it."""
     path = checkpoint / MANIFEST
     try:
         tree = from_json(path.read_bytes())
@@ -145,7 +145,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def begin(checkpoints: Path, step: int) -> Path:
-    """An empty folder to save `step` into. What interrupted saves left behind is removed. Not made anew is the run's own
+    """Returns an empty folder to save `step` into. What interrupted saves left behind is removed. Not made anew is the run's own
     folder: it was moved away."""
     checkpoints.mkdir(exist_ok=True)
     clear_interrupted(checkpoints)
@@ -208,7 +208,7 @@ def set_aside(checkpoints: Path, beyond: int, why: Literal["damaged", "rolled-ba
 
 
 def is_rolled_back(checkpoint: Path) -> bool:
-    """Whether there was a checkpoint by this name, and it was put aside by a rollback."""
+    """Says whether there was a checkpoint by this name, and it was put aside by a rollback."""
     return not os.path.lexists(checkpoint) and os.path.lexists(checkpoint.with_name(f"{checkpoint.name}.rolled-back"))
 
 
@@ -218,14 +218,14 @@ def _put_aside(checkpoint: Path, why: str = "damaged") -> None:
 
 
 def file_facts(path: Path) -> FileFacts:
-    """Size and SHA-256 of a file."""
+    """Returns size and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def damage(checkpoint: Path, files: Iterable[tuple[str, FileFacts]]) -> list[str]:
-    """What is wrong with these files of a checkpoint, a phrase each."""
+    """Returns what is wrong with these files of a checkpoint, a phrase each."""
     found = []
     for name, facts in files:
         try:
@@ -242,7 +242,7 @@ def damage(checkpoint: Path, files: Iterable[tuple[str, FileFacts]]) -> list[str
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """What a user may name: a checkpoint, or a folder of them, or a run. The newest first, with those that have lost their
+    """Finds what a user may name: a checkpoint, or a folder of them, or a run. The newest first, with those that have lost their
     manifest. Raises ValueError where the folder cannot be read."""
     if path.is_file():
         return []
@@ -252,12 +252,12 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def had_checkpoints(run_dir: Path) -> bool:
-    """Whether the run there has ever saved one."""
+    """Says whether the run there has ever saved one."""
     return _is_there(run_dir / SAVED)
 
 
 def fingerprint(tree: Any) -> str:
-    """SHA-256 of a plain tree."""
+    """Returns the SHA-256 of a plain tree."""
     return hashlib.sha256(to_json(tree, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ class ScaleForm(TypedDict):
 
 
 class RollbackForm(TypedDict):
-    """`spike.Rollback`."""
+    """What a manifest keeps of a `spike.Rollback`."""
 
     step: int
     to: int
@@ -30,7 +30,7 @@ class RollbackForm(TypedDict):
 
 
 class SpikesForm(TypedDict):
-    """`spike.Spikes`."""
+    """What a manifest keeps of `spike.Spikes`."""
 
     losses: list[float]
     norms: list[float]
@@ -39,7 +39,7 @@ class SpikesForm(TypedDict):
 
 
 class StateForm(TypedDict):
-    """`state.TrainState`."""
+    """What a manifest keeps of a `state.TrainState`."""
 
     step: int
     position: int
@@ -50,7 +50,7 @@ class StateForm(TypedDict):
 
 
 class ConfigForm(TypedDict):
-    """Of a configuration, what is read again. Other releases may have other keys in it."""
+    """What of a configuration is read again. Other releases may have other keys in it."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -65,20 +65,20 @@ class ConfigForm(TypedDict):
 
 
 class RecordsForm(TypedDict):
-    """`metrics.Recorded`."""
+    """What a manifest keeps of `metrics.Recorded`."""
 
     began: int | None
     sha256: str | None
 
 
 class ClockForm(TypedDict):
-    """`clock.Clock`, where a time says when the run evaluates."""
+    """What a manifest keeps of a `clock.Clock`, where a time says when the run evaluates."""
 
     evaluated_seconds_ago: float
 
 
 class PrintsForm(TypedDict):
-    """`tokenizer`: of the one that made the text into tokens, where there was one."""
+    """Fingerprints of the data. `tokenizer`: of the one that made the text into tokens, where there was one."""
 
     config: str
     data: str

@@ -43,7 +43,7 @@ class Times:
 
 @dataclass(frozen=True)
 class PartTimes:
-    """Of what comes before the layers, of one layer, of what comes after; of one message between stages, and of gathering
+    """The times of what comes before the layers, of one layer, of what comes after; of one message between stages, and of gathering
     one layer's weights."""
 
     before: Times
@@ -54,7 +54,7 @@ class PartTimes:
 
 
 def read_part_times(path: Path) -> PartTimes:
-    """The times in a JSON file, such as a run's pipeline/times.json. Raises ValueError."""
+    """Reads the times in a JSON file, such as a run's pipeline/times.json. Raises ValueError."""
     try:
         times = TypeAdapter(PartTimes).validate_json(path.read_text(), strict=True)
         numbers = [*astuple(times.before), *astuple(times.layer), *astuple(times.after), times.send, times.gather]
@@ -72,7 +72,7 @@ def read_part_times(path: Path) -> PartTimes:
 
 
 def measure_parts(model: ModelConfig, batch: BatchConfig, dtype: torch.dtype, split: bool, mesh: Mesh) -> PartTimes:
-    """Medians of a few repeats, and of those the slowest rank's. `dtype`: of computation; `split`: whether weights are
+    """Returns medians of a few repeats, and of those the slowest rank's. `dtype`: of computation; `split`: whether weights are
     gathered. All ranks must call it."""
     positions = positions_on(mesh, batch.seq_len)
     length = batch.seq_len if positions is None else len(positions)
@@ -148,5 +148,5 @@ def _between(clock: Clock, *marks: Mark) -> list[float]:
 
 
 def write_part_times(times: PartTimes, path: Path) -> None:
-    """As `read_part_times` reads them."""
+    """Writes the times as `read_part_times` reads them."""
     path.write_bytes(TypeAdapter(PartTimes).dump_json(times, indent=2) + b"\n")

@@ -73,7 +73,7 @@ class Reader(dcp.FileSystemReader):
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
-    """Which rows of which tensor stand where. Raises ValueError where the file is not the metadata of a checkpoint,
+    """Says which rows of which tensor stand where. Raises ValueError where the file is not the metadata of a checkpoint,
     naming what else it would have run, or leads out of the checkpoint's folder."""
     path = checkpoint / METADATA
     try:

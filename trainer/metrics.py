@@ -108,7 +108,7 @@ def _content(path: Path) -> bytes:
 
 
 def sort_out(content: bytes) -> tuple[dict[int, str], list[str]]:
-    """The lines that are records, by their steps, and what is wrong with the others, a phrase each. What follows the last
+    """Returns the lines that are records, by their steps, and what is wrong with the others, a phrase each. What follows the last
     line break was cut off."""
     found: dict[int, str] = {}
     bad, again, ordered = [], [], True
@@ -126,7 +126,7 @@ def sort_out(content: bytes) -> tuple[dict[int, str], list[str]]:
 
 
 def differences(found: Container[int], began: int, step: int) -> list[str]:
-    """What `found` has not, and has too much, of the steps of a run that `began` there."""
+    """Returns what `found` has not, and has too much, of the steps of a run that `began` there."""
     missing = [at for at in range(began + 1, step + 1) if at not in found]
     foreign = [at for at in range(1, began + 1) if at in found]
     return [f"step {spans(missing)} is missing"] * bool(missing) + [f"step {spans(foreign)} is of another run"] * bool(
@@ -135,7 +135,7 @@ def differences(found: Container[int], began: int, step: int) -> list[str]:
 
 
 def record_of(line: bytes | str) -> dict[str, Any] | None:
-    """The record in a line; None where it is none."""
+    """Returns the record in a line; None where it is none."""
     try:
         record = from_json(line)
     except ValueError:
@@ -145,7 +145,7 @@ def record_of(line: bytes | str) -> dict[str, Any] | None:
 
 
 def number(value: Any) -> float | None:
-    """The number that a record has there; None where it is none, or too large to be one."""
+    """Returns the number that a record has there; None where it is none, or too large to be one."""
     with contextlib.suppress(OverflowError):
         if isinstance(value, int | float) and math.isfinite(found := float(value)):
             return found
@@ -153,7 +153,7 @@ def number(value: Any) -> float | None:
 
 
 def spans(numbers: list[int], most: int = 5) -> str:
-    """Such as 3, 5 to 9."""
+    """Writes steps as spans, such as 3, 5 to 9."""
     spans: list[list[int]] = []
     for number in sorted(set(numbers)):
         if spans and number == spans[-1][1] + 1:
@@ -165,22 +165,22 @@ def spans(numbers: list[int], most: int = 5) -> str:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run so far, as they stand there; what is no record is passed over. Raises OSError."""
+    """Reads the records of a run so far, as they stand there; what is no record is passed over. Raises OSError."""
     path = Path(run_dir) / "metrics.jsonl"
     content = _content(path)
     return [record for line in content.split(b"\n")[:-1] if (record := record_of(line)) is not None]
 
 
 def last_step(run_dir: Path) -> int:
-    """How far the records of a run reach; 0 where they do not tell."""
+    """Says how far the records of a run reach; 0 where they do not tell."""
     with contextlib.suppress(OSError):
         return max((record["step"] for record in read_metrics(run_dir)), default=0)
     return 0
 
 
 def last_records(run_dir: Path, most: int, rooms: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """At most `most` of a run's last records, out of the end of its file alone, which has as many bytes as the last of `rooms`
-    or as it takes; none where it cannot be read."""
+    """Returns at most `most` of a run's last records, out of the end of its file alone, which has as many bytes as the last of
+    `rooms` or as it takes; none where it cannot be read."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -197,7 +197,8 @@ def last_records(run_dir: Path, most: int, rooms: Sequence[int] = ()) -> list[di
 
 
 def last_number(run_dir: Path, key: str) -> float | None:
-    """The last number that a run has under `key`, looked for from the end of its records, at most 16 MiB; None where none is."""
+    """Returns the last number that a run has under `key`, looked for from the end of its records, at most 16 MiB; None where none
+    is."""
     sought, piece = f'"{key}"'.encode(), 1 << 18
     with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
         end, begun = file.seek(0, os.SEEK_END), b""
@@ -221,7 +222,7 @@ class MetricsTail:
         self._path, self._file, self._read = run_dir / "metrics.jsonl", 0, 0
 
     def read(self) -> list[dict[str, Any]]:
-        """The records since the last call."""
+        """Reads the records since the last call."""
         try:
             with self._path.open("rb") as file:
                 if (number := os.fstat(file.fileno()).st_ino) != self._file:

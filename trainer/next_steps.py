@@ -8,7 +8,7 @@ _PLAIN = re.compile(r"[\w./~%@+-]+", re.ASCII)
 
 
 def setting(key: str, value: str | Path) -> str:
-    """`key=value` as a word of a shell that Hydra reads as just this."""
+    """Writes `key=value` as a word of a shell that Hydra reads as just this."""
     text = str(value)
     if _PLAIN.fullmatch(text):
         return f"{key}={text}"
@@ -17,24 +17,24 @@ def setting(key: str, value: str | Path) -> str:
 
 
 def plain_setting(key: str, value: str | Path) -> str:
-    """`key=value` as a word of a shell, for commands that read what stands there."""
+    """Writes `key=value` as a word of a shell, for commands that read what stands there."""
     return shlex.quote(f"{key}={value}")
 
 
 def to_go_on(run_dir: str | Path, steps: int | None = None) -> str:
-    """The command that resumes a run with everything it was started with, up to `steps` where they are given."""
+    """Returns the command that resumes a run with everything it was started with, up to `steps` where they are given."""
     longer = "" if steps is None else f" steps={steps}"
     return f"rowwise train {setting('resume', run_dir)}{longer}"
 
 
 def to_begin_again(run_dir: str | Path) -> str:
-    """The command that begins a run of which nothing was saved once more, as it was started."""
+    """Returns the command that begins a run of which nothing was saved once more, as it was started."""
     return f"rowwise train {plain_setting('config', Path(run_dir) / 'config.yaml')}"
 
 
 def next_steps(run_dir: str | Path, complete_at: int | None, writes: bool, saved: bool) -> list[tuple[str, str]]:
-    """What is to be done with a run: what for, and the command. `complete_at`: its last step, where it has reached it; `writes`:
-    whether text can be generated; `saved`: whether there is a checkpoint."""
+    """Returns what is to be done with a run: what for, and the command. `complete_at`: its last step, where it has reached it;
+    `writes`: whether text can be generated; `saved`: whether there is a checkpoint."""
     run = plain_setting("run", run_dir)
     on = to_go_on(run_dir, complete_at and 2 * complete_at) if saved else to_begin_again(run_dir)
     found = [("go on" if saved else "again", on), ("look", f"rowwise report {run}")]

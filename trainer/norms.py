@@ -33,7 +33,7 @@ class Norms:
     def measure(
         self, model: nn.Module, report: StepReport, config: TrainConfig, mesh: Mesh
     ) -> dict[str, dict[str, float]]:
-        """What the step adds to its record, once it is made and while its gradients are there. One all-reduce of 24 bytes a
+        """Returns what the step adds to its record, once it is made and while its gradients are there. One all-reduce of 24 bytes a
         parameter over all ranks, and one more wait for the device."""
         specs = parameter_specs(config.model)
         names = list(specs)
@@ -56,10 +56,10 @@ class Norms:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In 32 bits at least: a sum of squares in 16 depends on how it is split."""
+    """Returns the tensor in 32 bits at least: a sum of squares in 16 depends on how it is split."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def norms_of_next(config: TrainConfig, step: int, model: nn.Module) -> Norms | None:
-    """What measures the step after `step`; None where it is not to be."""
+    """Returns what measures the step after `step`; None where it is not to be."""
     return Norms(model) if config.log.with_norms(step + 1, config.length) else None

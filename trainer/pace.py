@@ -31,7 +31,7 @@ class Pace:
             beside.add(self.made, number(record.get(name)) or 0.0)
 
     def mean(self, key: str) -> float | None:
-        """The mean of `key` over the time of the last steps; None where they have no such number."""
+        """Returns the mean of `key` over the time of the last steps; None where they have no such number."""
         known = [
             (value, seconds)
             for record in self._steps
@@ -41,7 +41,7 @@ class Pace:
         return sum(value * seconds for value, seconds in known) / time if time else None
 
     def seconds_for(self, steps: int) -> float | None:
-        """What `steps` more take at this speed; None where no step was timed."""
+        """Returns what `steps` more take at this speed; None where no step was timed."""
         known = [seconds for record in self._steps if (seconds := number(record.get("step_seconds"))) is not None]
         if not known:
             return None
@@ -72,5 +72,5 @@ class _Beside:
 
 
 def recent_pace(run_dir: Path) -> Pace:
-    """Of a run as its last records tell it, over as many as show how often it evaluates and saves."""
+    """Returns the pace of a run as its last records tell it, over as many as show how often it evaluates and saves."""
     return Pace(last_records(run_dir, RECENT_BYTES, rooms=(RECENT_BYTES,)))

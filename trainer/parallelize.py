@@ -58,7 +58,7 @@ def _require_dense(specs: Specs) -> None:
 
 
 def parameter_dtype(config: TrainConfig) -> torch.dtype:
-    """In which parameters are kept."""
+    """Returns the dtype in which parameters are kept."""
     return torch.bfloat16 if config.optim.param_dtype == "bf16" else master_dtype(config.precision)
 
 
@@ -77,20 +77,20 @@ def shard_stages(stages: Iterable[Decoder], config: TrainConfig, mesh: Mesh) -> 
 
 
 def initial_rows(config: TrainConfig) -> Callable[[str, Tensor, int, int], None]:
-    """What fills rows of a parameter before the first step."""
+    """Returns what fills rows of a parameter before the first step."""
     source, specs = config.model.init_from, parameter_specs(config.model)
     return random_rows(specs, config.seed) if source is None else rows_from(Path(source).expanduser(), specs)
 
 
 def engine_of(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> Engine:
-    """What runs `model`, once its parameters exist."""
+    """Returns what runs `model`, once its parameters exist."""
     if isinstance(model, StagedDecoder):
         return connect_stages(model, config.parallel, compute_dtype(config.precision), mesh)
     return WholeModel(model, mesh.device, config.parallel.zero, mesh.states["replicate"].get_group())
 
 
 def masks_of(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> Sparsity | None:
-    """What keeps the weights of `model` sparse; None where none are."""
+    """Returns what keeps the weights of `model` sparse; None where none are."""
     stages = None if mesh.pipeline is None else mesh.pipeline.group
     specs, dtype = parameter_specs(config.model), compute_dtype(config.precision)
     return build_sparsity(model, config.sparsity, specs, config.seed, config.steps, stages, dtype)

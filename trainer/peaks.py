@@ -28,25 +28,25 @@ PEAK_FLOPS = {
 
 
 def model_flops_utilization(flops_per_second: float, device: torch.device, peak: float | None = None) -> float | None:
-    """The share of the device's 16-bit `peak`, by default what its name says; None where that is not known (a CPU, say)."""
+    """Returns the share of the device's 16-bit `peak`, by default what its name says; None where that is not known (a CPU, say)."""
     if peak is None and device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(device))
     return flops_per_second / peak if peak else None
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The dense 16-bit peak FLOP/s of a GPU, by its name."""
+    """Returns the dense 16-bit peak FLOP/s of a GPU, by its name."""
     words = set(re.split(r"[ -]", device_name))
     return next((flops for key, flops in PEAK_FLOPS.items() if set(key.split()) <= words), None)
 
 
 def device_name(device: torch.device) -> str:
-    """What a worker computes on, as people call it: cpu, or H100 80GB HBM3."""
+    """Says what a worker computes on, as people call it: cpu, or H100 80GB HBM3."""
     return torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else device.type
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most this process has held: of tensors on a GPU, of resident memory on the CPU."""
+    """Returns the most this process has held: of tensors on a GPU, of resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Linux counts in KiB, macOS in bytes.

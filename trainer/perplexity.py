@@ -38,14 +38,14 @@ class Measured:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """None where the bytes are not known, or there are none."""
+        """Bits a byte; None where the bytes are not known, or there are none."""
         return self.text_nats / math.log(2) / self.text_bytes if self.text_bytes else None
 
 
 @torch.no_grad()
 def measure(model: nn.Module, batches: Iterable[MicroBatch], sizes: list[int] | None, tf32: bool) -> Measured:
-    """What `model`, whole on one device, gives the labels of `batches`; sums are those of `evaluate`. `sizes`: of each token the
-    bytes of text, None where they are not known. Communicates nothing."""
+    """Returns what `model`, whole on one device, gives the labels of `batches`; sums are those of `evaluate`. `sizes`: of each token
+    the bytes of text, None where they are not known. Communicates nothing."""
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     bytes_V = None if sizes is None else torch.tensor(sizes, device=device)

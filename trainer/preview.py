@@ -27,8 +27,8 @@ PLAIN_LEVELS = ".:-=+*#@"
 def preview(
     config: TrainConfig, world_size: int, data: Data, device: torch.device, name: str
 ) -> tuple[list[str], list[str]]:
-    """(what the run is, what is to be known of it), a line each. `config`: as `trainer.prepare.examine` returns it; `device`: the
-    kind that would compute, which is called `name`."""
+    """Returns (what the run is, what is to be known of it), a line each. `config`: as `trainer.prepare.examine` returns it;
+    `device`: the kind that would compute, which is called `name`."""
     rows = assigned_without_memory(config)
     read = data_in_words(config.data, data)
     epochs = config.steps * config.batch.global_size / data.train.samples
@@ -44,7 +44,7 @@ def preview(
 
 
 def assigned_without_memory(config: TrainConfig) -> Assignments:
-    """Which rule every parameter of the run would follow, and what it keeps: on the meta device, where nothing takes memory."""
+    """Says which rule every parameter of the run would follow, and what it keeps: on the meta device, where nothing takes memory."""
     with torch.device("meta"):
         model = Decoder(config.model)
     model.to(torch.bfloat16 if config.optim.param_dtype == "bf16" else master_dtype(config.precision))
@@ -52,12 +52,12 @@ def assigned_without_memory(config: TrainConfig) -> Assignments:
 
 
 def parameter_table(config: TrainConfig) -> list[str]:
-    """What a run writes to parameters.txt."""
+    """Returns what a run writes to parameters.txt."""
     return assignment_table(assigned_without_memory(config)).splitlines()
 
 
 def shares_in_words(batch: BatchConfig, parallel: ParallelConfig) -> list[str]:
-    """Which ranks read which sequences of every batch: a line for each of the first shares, and one for all others."""
+    """Says which ranks read which sequences of every batch: a line for each of the first shares, and one for all others."""
     degree, sequence_degree = parallel.data_degree, parallel.ring * parallel.ulysses
     mine, lines = batch.global_size // degree, []
     length = padded_length(batch.seq_len, parallel.ring_order or "zigzag", parallel.ring, parallel.ulysses)
@@ -73,7 +73,7 @@ def shares_in_words(batch: BatchConfig, parallel: ParallelConfig) -> list[str]:
 
 
 def readers(share: int, parallel: ParallelConfig) -> list[int]:
-    """The ranks that read one share of every batch: those that hold its sequences, on each stage (see `Mesh.data_rank`)."""
+    """Returns the ranks that read one share of every batch: those that hold its sequences, on each stage (see `Mesh.data_rank`)."""
     sequence_degree = parallel.ring * parallel.ulysses
     return [
         (stage * parallel.data_degree + share) * sequence_degree + place
@@ -95,21 +95,21 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def rate_in_words(config: TrainConfig) -> str:
-    """The learning rate at the first step, at its highest and at the last."""
+    """Returns the learning rate at the first step, at its highest and at the last."""
     rates = rates_of(config, min(config.steps, 2000))
     first, last = rates[0], rates[-1]
     return f"{config.schedule.name}: {first:.3g} at first, {max(rates):.3g} at most, {last:.3g} at last"
 
 
 def rates_of(config: TrainConfig, count: int) -> list[float]:
-    """The learning rate of `count` steps, evenly from the first to the last."""
+    """Returns the learning rate of `count` steps, evenly from the first to the last."""
     steps = config.steps
     at = [round(n * (steps - 1) / max(1, count - 1)) for n in range(count)]
     return [config.optim.lr * config.schedule.factor(step, steps) for step in at]
 
 
 def rate_picture(config: TrainConfig, width: int, blocks: bool) -> list[str]:
-    """The learning rate over the run, a character a share of it."""
+    """Returns the learning rate over the run, a character a share of it."""
     rates, levels = rates_of(config, width), LEVELS if blocks else PLAIN_LEVELS
     highest = max(rates) or 1.0
     line = "".join(levels[min(len(levels) - 1, int(max(0.0, rate) / highest * len(levels)))] for rate in rates)
@@ -117,8 +117,8 @@ def rate_picture(config: TrainConfig, width: int, blocks: bool) -> list[str]:
 
 
 def pipeline_picture(config: TrainConfig, width: int) -> list[str]:
-    """A step of the pipeline, a line a rank: F forward, B backward, I and W its two halves, . waiting. Every stage is taken to be
-    as long as every other; `auto`, whose order follows from measured times, has none before a run."""
+    """Returns a step of the pipeline, a line a rank: F forward, B backward, I and W its two halves, . waiting. Every stage is taken
+    to be as long as every other; `auto`, whose order follows from measured times, has none before a run."""
     parallel = config.parallel
     if parallel.pipeline == 1:
         return []
@@ -147,7 +147,8 @@ def _layers(layers: range) -> str:
 
 
 def drawn(timeline: Timeline, width: int) -> list[str]:
-    """A line a rank of at most `width` columns: one for each unit of time where there is room, else an even choice of moments."""
+    """Returns a line a rank of at most `width` columns: one for each unit of time where there is room, else an even choice of
+    moments."""
     label = len(str(len(timeline.starts) - 1)) + 2
     columns = min(width - label, round(timeline.makespan))
     lines = []

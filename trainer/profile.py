@@ -44,7 +44,7 @@ OPERATION = re.compile(r"^(aten|rowwise)::")
 
 
 class Event(NamedTuple):
-    """Of a profile: nanoseconds. `device`: something that an accelerator did."""
+    """An event of a profile, in nanoseconds. `device`: something that an accelerator did."""
 
     name: str
     start: int
@@ -53,7 +53,8 @@ class Event(NamedTuple):
 
 
 def parts_of(events: Iterable[Event], start: int, end: int) -> dict[str, float]:
-    """Seconds between `start` and `end` by kind; their sum is all of it. Where an accelerator did anything, what it did."""
+    """Counts the seconds between `start` and `end` by kind; their sum is all of it. Where an accelerator did anything, what it
+    did."""
     found = list(events)
     if any(event.device for event in found):
         found = [event for event in found if event.device]
@@ -77,7 +78,7 @@ def parts_of(events: Iterable[Event], start: int, end: int) -> dict[str, float]:
 
 
 def union(spans: Sequence[tuple[int, int]], start: int, end: int) -> int:
-    """How much of [start, end) these cover together."""
+    """Says how much of [start, end) these cover together."""
     if not spans:
         return 0
     clipped = np.clip(np.array(sorted(spans), dtype=np.int64), start, end)
@@ -87,7 +88,7 @@ def union(spans: Sequence[tuple[int, int]], start: int, end: int) -> int:
 
 
 def slowest(seconds: Sequence[float]) -> dict[str, Any]:
-    """What a record says of the ranks' own seconds: the rank with the most, those, and the median rank's."""
+    """Returns what a record says of the ranks' own seconds: the rank with the most, those, and the median rank's."""
     rank = max(range(len(seconds)), key=seconds.__getitem__)
     return {
         "slowest_rank": rank,
@@ -181,14 +182,14 @@ class Profiler:
 
 
 def now_ns(device: torch.device) -> int:
-    """By the profiler's clock, once the stream of the step has done what it was given."""
+    """Returns the time by the profiler's clock, once the stream of the step has done what it was given."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     return time.time_ns()
 
 
 def events_of(profiled: profile) -> list[Event]:
-    """What happened while it ran. Of an accelerator not what only names a stretch of time."""
+    """Returns what happened while it ran. Of an accelerator not what only names a stretch of time."""
     results = profiled.kineto_results
     assert results is not None
     cpu = torch.autograd.DeviceType.CPU

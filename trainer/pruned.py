@@ -44,14 +44,14 @@ def check_semi_structured(config: TrainConfig, device: torch.device) -> None:
 
 
 def shapes_of(config: TrainConfig) -> list[torch.Size]:
-    """Of the sparse matrices, each once."""
+    """Lists the shapes of the sparse matrices, each once."""
     specs = parameter_specs(config.model)
     return sorted({specs[name].shape for name in sparse_layers(config.sparsity, specs)})
 
 
 def faster_shapes(config: TrainConfig, mesh: Mesh) -> set[torch.Size]:
-    """Those whose products rank 0 measures to be faster in the hardware's form than dense; the same on all ranks. What is
-    measured once stays in the run directory, so that a resumed run computes as it did."""
+    """Returns the shapes whose products rank 0 measures to be faster in the hardware's form than dense; the same on all ranks. What
+    is measured once stays in the run directory, so that a resumed run computes as it did."""
     found: set[torch.Size] = set()
     if mesh.rank == 0:
         gains = kept_gains(Path(config.run_dir) / GAINS_FILE, lambda: measured_gains(config, mesh))
@@ -62,7 +62,7 @@ def faster_shapes(config: TrainConfig, mesh: Mesh) -> set[torch.Size]:
 
 
 def kept_gains(path: Path, measure: Callable[[], list[Gain]]) -> list[Gain]:
-    """What stands in the file; where nothing does, or it is damaged, which is said, what is measured now and kept there."""
+    """Returns what stands in the file; where nothing does, or it is damaged, which is said, what is measured now and kept there."""
     try:
         return [(torch.Size(shape), float(gain)) for shape, gain in from_json(path.read_bytes())]
     except FileNotFoundError:
@@ -75,7 +75,7 @@ def kept_gains(path: Path, measure: Callable[[], list[Gain]]) -> list[Gain]:
 
 
 def measured_gains(config: TrainConfig, mesh: Mesh) -> list[Gain]:
-    """(shape, how many times faster) for the tokens of this run's micro-batch."""
+    """Measures (shape, how many times faster) for the tokens of this run's micro-batch."""
     assert isinstance(config.sparsity, NM)
     dtype, tokens = (
         compute_dtype(config.precision),

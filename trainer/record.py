@@ -28,8 +28,8 @@ def step_record(
     seconds: float,
     data_seconds: float,
 ) -> dict[str, Any]:
-    """What every step has. `tokens_per_second` is per worker; `mfu` counts of attention the pairs that documents let see each
-    other; what is not a number is null; `loss_scale` is kept in fp16."""
+    """Returns what every step has. `tokens_per_second` is per worker; `mfu` counts of attention the pairs that documents let see
+    each other; what is not a number is null; `loss_scale` is kept in fp16."""
     tokens = config.batch.positions
     flops_per_second = flops_of(config.model, tokens, report.pairs) / seconds / mesh.world_size
     record = {
@@ -50,12 +50,12 @@ def step_record(
 
 
 def number_or_none(value: float) -> float | None:
-    """What JSON can hold: a step that overflowed, or had no valid token, has no loss."""
+    """Returns what JSON can hold: a step that overflowed, or had no valid token, has no loss."""
     return value if math.isfinite(value) else None
 
 
 def sparsity_record(sparsity: Sparsity | None, config: TrainConfig, step: int) -> dict[str, Any]:
-    """What sparse training adds: the density, and, where masks were counted, what they do. Floating-point operations per
+    """Returns what sparse training adds: the density, and, where masks were counted, what they do. Floating-point operations per
     token are those that are left where zeros cost nothing."""
     if sparsity is None:
         return {}

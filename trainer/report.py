@@ -108,7 +108,7 @@ class RankZeroReporter(Reporter):
         self._console.header(lines)
 
     def stand(self) -> None:
-        """No more steps come: says how the last went."""
+        """Says how the last step went, when no more come."""
         self._console.close()
 
     def end(self, state: TrainState, writes: bool) -> None:
@@ -140,7 +140,7 @@ class Outlets:
             self._tracker.close()
 
     def tracker(self, config: TrainConfig, tree: dict[str, Any], step: int) -> Tracker | None:
-        """The tracker of a run that goes on after `step`, or goes back to it."""
+        """Returns the tracker of a run that goes on after `step`, or goes back to it."""
         if self._tracker is not None:
             self._tracker.go_back(step)
         else:
@@ -159,7 +159,7 @@ class Outlets:
 def open_reporter(
     config: TrainConfig, mesh: Mesh, data: Data, begun: Begun, parts: list[Assignments], outlets: Outlets
 ) -> Reporter:
-    """The reporter of this rank; says what the run is and where it starts. `parts`: the assignments of each stage. Raises
+    """Opens the reporter of this rank; says what the run is and where it starts. `parts`: the assignments of each stage. Raises
     DiskFull."""
     if mesh.rank != 0:
         return Reporter()

@@ -33,12 +33,12 @@ BEFORE: dict[str, Any] = {
 
 
 def model_facts(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint must agree in: the shape of the model."""
+    """Returns what a checkpoint must agree in: the shape of the model."""
     return _facts("fixed", config, "model")
 
 
 def state_facts(config: TrainConfig) -> dict[str, Any]:
-    """What the optimizer's states and the masks are made of; a checkpoint must agree in it too."""
+    """Returns what the optimizer's states and the masks are made of; a checkpoint must agree in it too."""
     facts = _facts("fixed", config, "optim")
     facts["optim.assign"] = facts.pop("optim.assign")  # the last, as in every manifest
     facts |= _facts("fixed", config, "sparsity")
@@ -52,7 +52,7 @@ def state_facts(config: TrainConfig) -> dict[str, Any]:
 
 
 def data_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
-    """What the order of the data is made of."""
+    """Returns what the order of the data is made of."""
     asked = _facts("ask", config) | _facts("ask", config, "batch") | _facts("ask", config, "data")
     return asked | {"the data": data_fingerprint}
 
@@ -64,7 +64,7 @@ def _facts(say: Resume, config: TrainConfig, group: str = "") -> dict[str, Any]:
 
 
 def find_resume(config: TrainConfig, data_fingerprint: str, rolled_back: bool = False) -> list[Path]:
-    """The checkpoints to try, the newest first; empty: start from nothing. `rolled_back`: the run's own, whatever `resume`
+    """Finds the checkpoints to try, the newest first; empty: start from nothing. `rolled_back`: the run's own, whatever `resume`
     names, for it goes back within itself.
 
     Raises ValueError where `resume` names none, where the run folder has checkpoints that `resume` would pass over, where all
@@ -144,26 +144,26 @@ def refuse_other_steps(config: TrainConfig, checkpoints: list[Path], data_finger
 
 
 def none_left(complaints: list[str]) -> str:
-    """What is said where no checkpoint of a run is sound."""
+    """Returns what is said where no checkpoint of a run is sound."""
     return f"no sound checkpoint is left: {'. '.join(complaints)}; mend one, or give another name to begin anew"
 
 
 def told_of(checkpoint: Path, config: TrainConfig) -> str:
-    """What is said of a run that goes on from `checkpoint`: also that it is not the one that `resume` names."""
+    """Returns what is said of a run that goes on from `checkpoint`: also that it is not the one that `resume` names."""
     again = config.resume not in ("auto", "never") and checkpoint in find_checkpoints(Path(config.run_dir))
     began = f"; the run began from resume={config.resume}, and goes on with its own" if again else ""
     return f"resumed from {checkpoint}{began}"
 
 
 def recorded_by(checkpoint: Path, manifest: Manifest, config: TrainConfig) -> Recorded:
-    """What is known of the records of a run that goes on from `checkpoint`: none are there yet where that is of another."""
+    """Returns what is known of the records of a run that goes on from `checkpoint`: none are there yet where that is of another."""
     if checkpoint.resolve() not in [own.resolve() for own in find_checkpoints(Path(config.run_dir))]:
         return Recorded(manifest["step"])
     return Recorded(**manifest.get("records", {"began": None, "sha256": None}))
 
 
 def changes(manifest: Manifest, config: TrainConfig) -> list[str]:
-    """What a run that goes on from the checkpoint of `manifest` does otherwise from here on: every key that differs, and the
+    """Returns what a run that goes on from the checkpoint of `manifest` does otherwise from here on: every key that differs, and the
     learning rate of the step before and of the step after."""
     before, now = flat(manifest["config"]), flat(tree_of(config))
     before = {key: value for key, value in (BEFORE | _defaults(config, before)).items() if key in now} | before

@@ -15,7 +15,7 @@ from rowwise.trainer.step import StepReport
 
 
 def spike_at(config: TrainConfig, state: TrainState, report: StepReport) -> float | None:
-    """The score of the step after `state` where it is a spike. An overflow that a smaller loss scale may help is none."""
+    """Returns the score of the step after `state` where it is a spike. An overflow that a smaller loss scale may help is none."""
     if not report.finite and config.precision.name == "fp16" and state.loss_scale.scale > 1:
         return None
     return spike_of(state.spikes, report.loss, report.grad_norm, config.spike)
@@ -32,12 +32,12 @@ Rollbacks = list[Rollback]
 
 
 def is_anchor(config: TrainConfig, step: int) -> bool:
-    """Whether a run may go back to the checkpoint of this step, which is to stay until there is a newer one."""
+    """Says whether a run may go back to the checkpoint of this step, which is to stay until there is a newer one."""
     return config.on_spike == "rollback" and config.length.due(config.checkpoint.every, step)
 
 
 def go_back(config: TrainConfig, mesh: Mesh, state: TrainState, score: float) -> Rollbacks:
-    """What a run whose step after `state` is a spike goes back by, behind all that it went back by before; the checkpoints
+    """Returns what a run whose step after `state` is a spike goes back by, behind all that it went back by before; the checkpoints
     beyond are put aside, so that it resumes there. Empty where there is no checkpoint to go back to yet. Raises
     TooManySpikes. One pickle over `mesh.save_group`, where no save may be under way."""
     checkpoints = Path(config.run_dir) / "checkpoints"

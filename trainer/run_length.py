@@ -48,8 +48,8 @@ Tree = dict[str, Any]
 
 
 def choose(tree: Tree, given: Sequence[str]) -> Tree:
-    """Of keys that say one thing, the one that is among those `given` on the command line; what files say by another gives way.
-    Raises ValueError where two were given, or files say two and neither is."""
+    """Chooses, of keys that say one thing, the one that is among those `given` on the command line; what files say by another gives
+    way. Raises ValueError where two were given, or files say two and neither is."""
     for what, keys in ALTERNATIVES.items():
         said = [key for key in keys if key in given and _get(tree, key) is not None]
         if not said:
@@ -64,9 +64,9 @@ def choose(tree: Tree, given: Sequence[str]) -> Tree:
 
 
 def settle(tree: Tree) -> Tree:
-    """The tree with `steps` and `batch.global_size` as numbers, and every interval written in the one way. Of epochs whose data
-    is not opened yet: MOST_STEPS. What is of a wrong type stays, for the configuration's types to refuse. Raises ValueError
-    for what is no length, no whole step, or does not divide."""
+    """Returns the tree with `steps` and `batch.global_size` as numbers, and every interval written in the one way. Of epochs whose
+    data is not opened yet: MOST_STEPS. What is of a wrong type stays, for the configuration's types to refuse. Raises ValueError for
+    what is no length, no whole step, or does not divide."""
     tree = _with_global_size(tree)
     if (tokens := tree.get("tokens")) is not None:
         tokens = read_count("tokens", tokens, "tokens")
@@ -86,7 +86,7 @@ def settle(tree: Tree) -> Tree:
 
 
 def steps_of_tokens(tokens: int, global_size: int, seq_len: int) -> int:
-    """The whole steps in so many tokens. Raises ValueError where there is none."""
+    """Returns the whole steps in so many tokens. Raises ValueError where there is none."""
     if tokens < global_size * seq_len:
         raise ValueError(
             f"tokens={tokens}: less than a step, which is batch.global_size={global_size} x batch.seq_len={seq_len} = "
@@ -96,7 +96,8 @@ def steps_of_tokens(tokens: int, global_size: int, seq_len: int) -> int:
 
 
 def steps_of_epochs(epochs: float, samples: int, global_size: int) -> int:
-    """The whole steps in so many times all `samples`, of a decimal as it was written. Raises ValueError where there is none."""
+    """Returns the whole steps in so many times all `samples`, of a decimal as it was written. Raises ValueError where there is
+    none."""
     if not (steps := int(Fraction(repr(epochs)) * samples) // global_size):
         raise ValueError(
             f"epochs={epochs:g}: less than a step: the data has {samples:,} samples and a step takes batch.global_size="

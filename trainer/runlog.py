@@ -18,11 +18,11 @@ def keep_said(run_dir: Path, text: str) -> None:
 
 
 def logs_with_words(run_dir: Path) -> list[Path]:
-    """The logs of a run that are not empty: its own, and those of ranks."""
+    """Returns the logs of a run that are not empty: its own, and those of ranks."""
     found = [run_dir / TRAIN_LOG, *sorted((run_dir / RANK_LOGS).glob("rank-*.log"))]
     return [path for path in found if path.is_file() and path.stat().st_size]
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:
-    """Where the words of a rank other than 0 go."""
+    """Returns where the words of a rank other than 0 go."""
     return run_dir / RANK_LOGS / f"rank-{rank}.log"

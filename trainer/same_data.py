@@ -16,7 +16,7 @@ from rowwise.trainer.data.open import Data, open_data
 
 
 def try_data(config: TrainConfig) -> Data | DataDamaged:
-    """The data, or why this rank has none: the others are waiting to know."""
+    """Returns the data, or why this rank has none: the others are waiting to know."""
     try:
         return open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     except (ValueError, OSError) as error:
@@ -24,7 +24,7 @@ def try_data(config: TrainConfig) -> Data | DataDamaged:
 
 
 def require_same_data(data: Data | DataDamaged, mesh: Mesh) -> Data:
-    """The data, which all ranks have alike. Raises DataDamaged, on every rank, where one cannot open it, or they read
+    """Returns the data, which all ranks have alike. Raises DataDamaged, on every rank, where one cannot open it, or they read
     different corpora: another Python's library, or another copy of the files. One message of 64 bytes a rank over
     `mesh.save_group`, and where they differ two more."""
     everyone = from_every_rank(_told(data), mesh.save_group)

@@ -53,15 +53,15 @@ class Sampling:
 
 
 def drawn(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token drawn from softmax(logits / temperature), cut to `top_k` and then to `top_p` (Holtzman et al., *The Curious Case
-    of Neural Text Degeneration*); of equals the first. `logits` are finite."""
+    """Returns a token drawn from softmax(logits / temperature), cut to `top_k` and then to `top_p` (Holtzman et al., *The Curious
+    Case of Neural Text Degeneration*); of equals the first. `logits` are finite."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     return int(torch.multinomial(shares(logits_V, sampling), 1, generator=generator))
 
 
 def shares(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """The probability of each token, in the dtype of the logits."""
+    """Returns the probability of each token, in the dtype of the logits."""
     # From the largest, 0, down: no temperature is so small that a quotient is not finite.
     scaled = (logits_V - logits_V.max()) / sampling.temperature
     if 0 < sampling.top_k < len(scaled):
@@ -77,7 +77,7 @@ def shares(logits_V: Tensor, sampling: Sampling) -> Tensor:
 def generate(
     engine: Engine, prompt: list[int], tokens: int, temperature: float, context: int, seed: int, mesh: Mesh
 ) -> list[int]:
-    """`tokens` tokens after `prompt`, each drawn from softmax(logits / temperature) (0 = the likeliest).
+    """Yields `tokens` tokens after `prompt`, each drawn from softmax(logits / temperature) (0 = the likeliest).
 
     Every rank must call it with the same arguments: a sharded model is gathered for each token. It keeps no cache of
     keys and values; it is meant for a few hundred tokens (`trainer.generate` has one, for a whole model). It ends where
@@ -95,7 +95,7 @@ def generate(
 
 
 def next_logits(engine: Engine, tokens: list[int], mesh: Mesh, refresh: bool) -> Tensor:
-    """The logits (V) of what follows `tokens`, float64, on every rank; each attends with its part of them. `refresh`:
+    """Returns the logits (V) of what follows `tokens`, float64, on every rank; each attends with its part of them. `refresh`:
     weights have changed since the last pass. Bytes: 8 V to every rank where the model or the sequence is split."""
     window = torch.tensor([tokens])
     batch = MicroBatch(window, window, torch.arange(len(tokens)).unsqueeze(0), None)

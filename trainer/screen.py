@@ -18,7 +18,7 @@ CLEAR = "\r\x1b[J"  # back to the first column; nothing from there to the end of
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal `text` takes: two for a wide character, none for a mark on the one before."""
+    """Counts how many columns of a terminal `text` takes: two for a wide character, none for a mark on the one before."""
     if text.isascii():
         return len(text)
     return sum(_width(character) for character in text)
@@ -31,13 +31,13 @@ def _width(character: str) -> int:
 
 
 def padded(text: str, width: int, right: bool = False) -> str:
-    """`text` with spaces up to `width` columns, behind it or (`right`) before it."""
+    """Pads `text` with spaces up to `width` columns, behind it or (`right`) before it."""
     space = " " * (width - columns(text))
     return space + text if right else text + space
 
 
 def cut(text: str, width: int) -> str:
-    """The first `width` columns of `text`."""
+    """Returns the first `width` columns of `text`."""
     kept, used = [], 0
     for character in text:
         used += _width(character)
@@ -48,8 +48,8 @@ def cut(text: str, width: int) -> str:
 
 
 def wrapped(text: str, width: int, hanging: int = 0) -> list[str]:
-    """`text` in lines of at most `width` columns, broken at spaces, those after the first indented by `hanging`. A word that is
-    longer stands on a line of its own, whole, so that it can be copied: the terminal breaks it."""
+    """Wraps `text` in lines of at most `width` columns, broken at spaces, those after the first indented by `hanging`. A word that
+    is longer stands on a line of its own, whole, so that it can be copied: the terminal breaks it."""
     lines, line = [], ""
     for piece in re.findall(r"\s*\S+", text):
         if line.strip() and columns(line + piece) > width:
@@ -61,8 +61,8 @@ def wrapped(text: str, width: int, hanging: int = 0) -> list[str]:
 
 
 def flowed(fields: Sequence[str], width: int, hanging: int = 0) -> list[str]:
-    """`fields` side by side, two spaces between them, in as few lines of at most `width` columns as hold them in their order; those
-    after the first indented by `hanging`, where there is room."""
+    """Puts `fields` side by side, two spaces between them, in as few lines of at most `width` columns as hold them in their order;
+    those after the first indented by `hanging`, where there is room."""
     lines: list[str] = []
     for field in fields:
         if lines and columns(lines[-1]) + 2 + columns(field) <= width:
@@ -74,8 +74,8 @@ def flowed(fields: Sequence[str], width: int, hanging: int = 0) -> list[str]:
 
 
 def boxed(title: str, lines: Sequence[str], width: int, rule: str = "─") -> str:
-    """`lines` between two rules, the upper with a title, which stands below it where it is too long. Without sides, so that what is
-    copied out of it is whole."""
+    """Puts `lines` between two rules, the upper with a title, which stands below it where it is too long. Without sides, so that
+    what is copied out of it is whole."""
     upper = f"{rule * 2} {title} "
     above = (
         [upper + rule * (width - columns(upper))] if columns(upper) <= width else [rule * width, *wrapped(title, width)]
@@ -84,7 +84,7 @@ def boxed(title: str, lines: Sequence[str], width: int, rule: str = "─") -> st
 
 
 def clock(seconds: float) -> str:
-    """Such as 3:07, 1:02:07 or 3 d 01:02."""
+    """Writes seconds such as 3:07, 1:02:07 or 3 d 01:02."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:
@@ -93,7 +93,7 @@ def clock(seconds: float) -> str:
 
 
 def byte_count(number: float) -> str:
-    """Such as 850 bytes, 12.3 MB or 1.24 TB."""
+    """Writes bytes such as 850 bytes, 12.3 MB or 1.24 TB."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if number < 999.5:
             return f"{number:.3g} {unit}"
@@ -102,7 +102,7 @@ def byte_count(number: float) -> str:
 
 
 def count(number: float) -> str:
-    """Such as 4,096, 7.61 M or 1.24 B."""
+    """Writes a number such as 4,096, 7.61 M or 1.24 B."""
     if number < 1_000_000:
         return f"{number:,.0f}"
     number /= 1_000_000
@@ -114,21 +114,21 @@ def count(number: float) -> str:
 
 
 def width_of(stream: Any) -> int:
-    """The columns of the terminal that `stream` is; 80 where it is none or does not tell."""
+    """Returns the columns of the terminal that `stream` is; 80 where it is none or does not tell."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return os.get_terminal_size(stream.fileno()).columns or FALLBACK_COLUMNS
     return FALLBACK_COLUMNS
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether lines of `stream` can be painted over."""
+    """Says whether lines of `stream` can be painted over."""
     with contextlib.suppress(ValueError, AttributeError):  # closed, or none
         return bool(stream.isatty())
     return False
 
 
 def holds(stream: Any, text: str) -> bool:
-    """Whether `stream` can write every character of `text`."""
+    """Says whether `stream` can write every character of `text`."""
     try:
         text.encode(getattr(stream, "encoding", None) or "utf-8")
     except (UnicodeError, LookupError):
@@ -137,7 +137,7 @@ def holds(stream: Any, text: str) -> bool:
 
 
 def same_file(one: Any, other: Any) -> bool:
-    """Whether two streams lead to one file or terminal, where the order of their lines is seen."""
+    """Says whether two streams lead to one file or terminal, where the order of their lines is seen."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return os.path.sameopenfile(one.fileno(), other.fileno())
     return False
@@ -166,12 +166,12 @@ class Foot:
         self._stream, self._lines = stream, list[str]()
 
     def paint(self, lines: list[str]) -> None:
-        """These lines in place of those before; none, and the foot is free."""
+        """Paints these lines in place of those before; none, and the foot is free."""
         self._lines = lines
         self._write("")
 
     def say(self, text: str) -> None:
-        """Text above the lines."""
+        """Writes text above the lines."""
         self._write(f"{text}\n")
 
     def _write(self, above: str) -> None:

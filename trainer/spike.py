@@ -56,7 +56,7 @@ class SpikeConfig:
 
 @dataclass(frozen=True)
 class Rollback:
-    """From the spike at `step`, whose score is None where it was no number, back to step `to`. The samples from number
+    """A way back from the spike at `step`, whose score is None where it was no number, back to step `to`. The samples from number
     `first` up to `after` of the order have no step in the run."""
 
     step: int
@@ -127,7 +127,7 @@ def _no_way_back(run: Any) -> str | None:
 
 
 def score(before: list[float], x: float, rule: str) -> float:
-    """How many spreads `x` is above those `before`, below them where it is negative; infinite where it is no number."""
+    """Says how many spreads `x` is above those `before`, below them where it is negative; infinite where it is no number."""
     if not math.isfinite(x):
         return math.inf
     if rule == "mean":
@@ -140,7 +140,7 @@ def score(before: list[float], x: float, rule: str) -> float:
 
 
 def spike_of(seen: Spikes, loss: float, norm: float, config: SpikeConfig) -> float | None:
-    """The score of a step that is a spike, the larger of its loss's and its norm's; None for any other. A step without valid
+    """Returns the score of a step that is a spike, the larger of its loss's and its norm's; None for any other. A step without valid
     tokens has no loss, and is none."""
     if not math.isfinite(norm):
         return math.inf
@@ -151,7 +151,7 @@ def spike_of(seen: Spikes, loss: float, norm: float, config: SpikeConfig) -> flo
 
 
 def after_step(seen: Spikes, loss: float, norm: float, skipped: bool, config: SpikeConfig) -> Spikes:
-    """What is known once the step is over. A spike stands in the window as every step does: what is high for long is no
+    """Returns what is known once the step is over. A spike stands in the window as every step does: what is high for long is no
     spike. Raises TooManySpikes."""
     in_a_row = seen.skipped + 1 if skipped else 0
     if in_a_row > config.most:
@@ -166,13 +166,13 @@ def after_step(seen: Spikes, loss: float, norm: float, skipped: bool, config: Sp
 
 
 def newest_anchor(checkpoints: Path, is_anchor: Callable[[int], bool]) -> int | None:
-    """The step of the newest checkpoint that `checkpoint.every` made: one of a stop is none, or a run that was stopped would
+    """Returns the step of the newest checkpoint that `checkpoint.every` made: one of a stop is none, or a run that was stopped would
     go back to another step than one that was not."""
     return next(filter(is_anchor, map(step_of, complete_checkpoints(checkpoints))), None)
 
 
 def require_few(seen: Spikes, step: int, config: SpikeConfig) -> None:
-    """Before a rollback at `step`. Raises TooManySpikes."""
+    """Refuses, before a rollback at `step`, more than a few. Raises TooManySpikes."""
     if len(seen.rollbacks) >= config.most:
         raise TooManySpikes(
             f"spikes: step {step} is one, and the run was rolled back {config.most} times (spike.most); a smaller optim.lr, a "
@@ -181,8 +181,8 @@ def require_few(seen: Spikes, step: int, config: SpikeConfig) -> None:
 
 
 def spike_record(seen: Spikes, step: int, found: float | None, done: str) -> dict[str, Any]:
-    """What `spike` says in the record of a step: what was `done` about it, with its score; or that the run was rolled back to
-    the step before this one. Nothing, where there was none."""
+    """Returns what `spike` says in the record of a step: what was `done` about it, with its score; or that the run was rolled back
+    to the step before this one. Nothing, where there was none."""
     if found is not None:
         return {"spike": done, "spike_score": found}
     last = seen.rollbacks[-1] if seen.rollbacks else None
@@ -192,12 +192,12 @@ def spike_record(seen: Spikes, step: int, found: float | None, done: str) -> dic
 
 
 def told_of(back: Rollback) -> str:
-    """A line of a rollback."""
+    """Returns a line of a rollback."""
     found = math.inf if back.score is None else back.score
     return f"{in_words(back.step, found)}: rolled back to step {back.to}, and past samples {back.first:,} to {back.after - 1:,}"
 
 
 def in_words(step: int, found: float) -> str:
-    """What a spike is."""
+    """Says what a spike is."""
     away = f"{found:.1f} spreads above the steps before" if math.isfinite(found) else "no number"
     return f"step {step} is a spike ({away})"

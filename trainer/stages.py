@@ -157,7 +157,7 @@ def _path(given: str) -> Path:
 
 
 def shape_of(config: ParallelConfig, micro_batches: int) -> Shape:
-    """What the schedule is made for."""
+    """Returns what the schedule is made for."""
     unit = config.pipeline if config.pipeline_unit is None else config.pipeline_unit
     return Shape(config.pipeline, config.virtual_stages, micro_batches, unit)
 
@@ -165,7 +165,7 @@ def shape_of(config: ParallelConfig, micro_batches: int) -> Shape:
 def plan_pipeline(
     config: ParallelConfig, model: ModelConfig, seq_len: int, micro_batches: int, times: PartTimes | None
 ) -> Plan:
-    """The cut and the order of work. `auto` needs `times`; the cut is by counted operations without."""
+    """Returns the cut and the order of work. `auto` needs `times`; the cut is by counted operations without."""
     stages = config.pipeline * config.virtual_stages
     if times is None:
         before, layer, after = layer_flops(model, seq_len)
@@ -189,7 +189,7 @@ def plan_pipeline(
 
 
 def costs_of(times: PartTimes, layers: list[range]) -> Costs:
-    """What each stage takes. Activations are counted in layers; all of them are taken to wait for W."""
+    """Returns what each stage takes. Activations are counted in layers; all of them are taken to wait for W."""
     counts = [len(own) for own in layers]
 
     def seconds(kind: str) -> tuple[float, ...]:
@@ -210,14 +210,14 @@ def costs_of(times: PartTimes, layers: list[range]) -> Costs:
 
 
 def gathering(config: ParallelConfig) -> Gathering:
-    """How weights are gathered: see `parallel.pipeline`."""
+    """Says how weights are gathered: see `parallel.pipeline`."""
     if config.zero < 3:
         return "none"
     return config.pipeline_gather or ("run" if config.pipeline_schedule == "blockwise" else "micro_batch")
 
 
 def splits_backward(config: ParallelConfig, micro_batches: int) -> bool:
-    """Whether the schedule computes weight gradients apart. (What `auto` will choose is not known; it may.)"""
+    """Says whether the schedule computes weight gradients apart. (What `auto` will choose is not known; it may.)"""
     name = config.pipeline_schedule
     if name in GENERATORS:
         return make_schedule(name, shape_of(config, micro_batches)).splits_backward
@@ -239,7 +239,7 @@ def save_plan(plan: Plan, times: PartTimes, made_for: dict[str, Any], folder: Pa
 
 
 def saved_plan(made_for: dict[str, Any], ranks: int, stages: int, micro_batches: int, folder: Path) -> Plan | None:
-    """The plan that a run has, if it was made for this: a resumed run goes on in the same order, to the last bit. One
+    """Returns the plan that a run has, if it was made for this: a resumed run goes on in the same order, to the last bit. One
     that is damaged is none, with a warning."""
     path = folder / PLAN_FILE
     if not path.is_file():
@@ -262,12 +262,12 @@ def saved_plan(made_for: dict[str, Any], ranks: int, stages: int, micro_batches:
 
 
 def write_costs(costs: Costs, folder: Path) -> None:
-    """What each stage takes, for pictures of what was predicted."""
+    """Writes what each stage takes, for pictures of what was predicted."""
     (folder / "costs.json").write_text(json.dumps(asdict(costs), indent=2) + "\n")
 
 
 def measured_costs(timeline: Timeline) -> Costs:
-    """What each stage took in a measured step: means over micro-batches; a B counts as I and W in equal parts."""
+    """Returns what each stage took in a measured step: means over micro-batches; a B counts as I and W in equal parts."""
     spent: dict[tuple[int, str], list[float]] = {}
     for actions, starts, ends in zip(timeline.schedule.ranks, timeline.starts, timeline.ends, strict=True):
         for action, start, end in zip(actions, starts, ends, strict=True):

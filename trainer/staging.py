@@ -30,7 +30,7 @@ class Staging:
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Mark]:
-        """A copy of each on the host, split as it is, and when they are there. What is asked of the current stream later
+        """Returns a copy of each on the host, split as it is, and when they are there. What is asked of the current stream later
         may change the tensors."""
         rooms = self._rooms({name: (local(t).shape, t.dtype) for name, t in tensors.items()})
         for name, tensor in tensors.items():
@@ -49,7 +49,7 @@ class Staging:
 
 
 def in_one_block(layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
-    """A block of bytes and the tensors in it, which keep it. Each has a storage of its own size: torch's writer would copy a
+    """Returns a block of bytes and the tensors in it, which keep it. Each has a storage of its own size: torch's writer would copy a
     tensor whose storage is larger."""
     places, end = {}, 0
     for name, (shape, dtype) in layout.items():

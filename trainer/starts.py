@@ -49,7 +49,7 @@ _START, _SAMPLE = TypeAdapter(Start), TypeAdapter(Sample)
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers of a run depend on."""
+    """Returns the versions of what the numbers of a run depend on."""
     found = {}
     for name in ("rowwise", "torch", "triton"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -65,7 +65,7 @@ def keep_start(run_dir: Path, start: Start) -> None:
 
 
 def read_starts(run_dir: Path) -> list[Start]:
-    """The starts of a run, in their order; a line that is none is passed over."""
+    """Reads the starts of a run, in their order; a line that is none is passed over."""
     found = []
     with contextlib.suppress(OSError):
         for line in (run_dir / STARTS).read_bytes().split(b"\n"):
@@ -84,7 +84,7 @@ def keep_sample(run_dir: Path, sample: Sample) -> None:
 
 
 def read_sample(run_dir: Path) -> Sample | None:
-    """None where the model has written nothing yet, or the file is damaged."""
+    """Reads what the model has written; None where that is nothing yet, or the file is damaged."""
     with contextlib.suppress(OSError, ValueError):
         return _SAMPLE.validate_json((run_dir / SAMPLE).read_bytes(), strict=True)
     return None

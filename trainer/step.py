@@ -40,8 +40,8 @@ class RankStatus:
     pairs: float = 0.0
 
     def put(self, totals: Tensor) -> None:
-        """Into five float64 that are zero; the sums of the first four over up to 8,192 ranks are exact. Only rank 0 may set
-        `evaluate` and `save`: they stand in one number with `stop`, above the largest sum of that."""
+        """Puts the status into five float64 that are zero; the sums of the first four over up to 8,192 ranks are exact. Only rank 0
+        may set `evaluate` and `save`: they stand in one number with `stop`, above the largest sum of that."""
         asked = self.stop + EVALUATE * self.evaluate + SAVE * self.save
         for place, number in enumerate((asked, self.damaged, self.digest, self.digest**2, self.pairs)):
             if number:
@@ -66,11 +66,10 @@ class StepInput:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Of one step, over all ranks. `loss` is NaN where no token is valid: there is no mean. `grad_norm` is before clipping;
-    where it is not finite, there is no usable gradient. `stop`: some rank was asked to stop. `sound`: no rank found its
-    data damaged, and all read the same. `evaluate`, `save`: the time has come for it. `pairs`: of tokens that attention sees,
-    as far as ranks said. `spike`: its score, where it is one; `held`: its update was not made for that. `lr`: the rate of the
-    update."""
+    """The numbers of one step, over all ranks. `loss` is NaN where no token is valid: there is no mean. `grad_norm` is before
+    clipping; where it is not finite, there is no usable gradient. `stop`: some rank was asked to stop. `sound`: no rank found its
+    data damaged, and all read the same. `evaluate`, `save`: the time has come for it. `pairs`: of tokens that attention sees, as far
+    as ranks said. `spike`: its score, where it is one; `held`: its update was not made for that. `lr`: the rate of the update."""
 
     loss: float
     grad_norm: float
@@ -90,7 +89,7 @@ class StepReport:
 
     @property
     def applied(self) -> bool:
-        """Whether the weights have taken it."""
+        """Whether the weights have taken the update."""
         return self.finite and not self.held
 
 
@@ -111,8 +110,8 @@ def compute_gradients(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sp
 
 
 def local_totals(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sparsity | None = None) -> Tensor:
-    """Forward and backward; then this rank's loss sum, valid tokens, squared norm of its gradient shards, and its status:
-    what summed over all ranks says all of a step."""
+    """Runs forward and backward, and returns this rank's loss sum, valid tokens, squared norm of its gradient shards, and its
+    status: what summed over all ranks says all of a step."""
     totals = torch.zeros(8, dtype=torch.float64, device=mesh.device)
     totals[:2] = engine.forward_backward(given.batches, given.loss_scale / given.positions, given.trace)
     if sparsity is not None:
@@ -123,7 +122,7 @@ def local_totals(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sparsit
 
 
 def read_totals(totals: Tensor, given: StepInput) -> StepReport:
-    """The report in what `local_totals` gave, summed over all ranks."""
+    """Reads the report in what `local_totals` gave, summed over all ranks."""
     loss_sum, tokens, norm_squared, *told = totals.tolist()
     finite = math.isfinite(norm_squared)
     norm = math.sqrt(norm_squared) * mean_factor(int(tokens), given) if finite else math.inf
@@ -131,8 +130,8 @@ def read_totals(totals: Tensor, given: StepInput) -> StepReport:
 
 
 def told_by_all(asked: float, damaged: float, digests: float, squares: float, pairs: float) -> dict[str, Any]:
-    """What a `StepReport` says of the sums of what `RankStatus` puts: whether some rank is asked to stop, whether all read the
-    same and nothing damaged, what rank 0's clock asks for, and the pairs. Numbers are equal where the mean of their squares is
+    """Returns what a `StepReport` says of the sums of what `RankStatus` puts: whether some rank is asked to stop, whether all read
+    the same and nothing damaged, what rank 0's clock asks for, and the pairs. Numbers are equal where the mean of their squares is
     the square of their mean."""
     same = dist.get_world_size() * int(squares) == int(digests) ** 2
     number = int(asked)
@@ -146,7 +145,7 @@ def told_by_all(asked: float, damaged: float, digests: float, squares: float, pa
 
 
 def mean_factor(tokens: int, given: StepInput) -> float:
-    """What makes of the sum of scaled losses divided by positions, M, the mean over valid tokens, N: M / N / scale."""
+    """Returns what makes of the sum of scaled losses divided by positions, M, the mean over valid tokens, N: M / N / scale."""
     return given.positions / max(1, tokens) / given.loss_scale
 
 

@@ -20,7 +20,7 @@ ENDED = "interrupted: ending at once, without saving"
 
 @contextlib.contextmanager
 def hearing(receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While entered, `receive` gets the signals that ask for a stop, in the main thread, as soon as it is between two
+    """Gives `receive`, while entered, the signals that ask for a stop, in the main thread, as soon as it is between two
     instructions of Python. Not SIGHUP where it is ignored: who gave `nohup` wants the run to outlive the terminal."""
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
     before = {number: signal.signal(number, receive) for number in SIGNALS if number not in ignored}
@@ -33,7 +33,7 @@ def hearing(receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def answering(answer: Callable[[int, Callable[[float], bool]], None]) -> Iterator[None]:
-    """While entered, `answer(number, left)` is called for every signal that has a handler, in a thread of its own: at once,
+    """Calls `answer(number, left)`, while entered, for every signal that has a handler, in a thread of its own: at once,
     also while the main thread is in a product of matrices or waits for another rank, where no handler runs. `left(seconds)`
     waits, and says whether the context was left meanwhile."""
     heard, told = os.pipe()
@@ -87,14 +87,14 @@ class StopRequest:
         self.close()
 
     def hear(self, say: Callable[[str], None]) -> None:
-        """From here on, until it is closed, signals reach it, and are acknowledged through the `say` that was given last."""
+        """Hears signals from here on, until it is closed; they are acknowledged through the `say` that was given last."""
         heard, self._say = self._say is not None, say
         if not heard:
             self._hearing.enter_context(hearing(self._receive))
             self._hearing.enter_context(answering(self._answer))
 
     def close(self) -> None:
-        """From here on signals do what they did before."""
+        """Has signals do what they did before."""
         self._hearing.close()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -14,7 +14,8 @@ from rowwise.trainer.screen import byte_count, clock, count
 
 
 def layout_in_words(parallel: ParallelConfig, world_size: int, device: str) -> str:
-    """Which workers share what; degrees must be resolved. Such as: 4 x cpu: batch over 2, sequences over 2 (ring), ZeRO-1 over 4."""
+    """Says which workers share what; degrees must be resolved. Such as: 4 x cpu: batch over 2, sequences over 2 (ring), ZeRO-1 over
+    4."""
     parts = [f"pipeline of {parallel.pipeline} ({parallel.pipeline_schedule})"] * (parallel.pipeline > 1)
     parts += [f"{parallel.replicate} replicas"] * (parallel.replicate > 1)
     parts += [f"batch over {parallel.data_degree}"] * (parallel.data_degree > 1)
@@ -26,7 +27,7 @@ def layout_in_words(parallel: ParallelConfig, world_size: int, device: str) -> s
 
 
 def batch_in_words(config: TrainConfig) -> str:
-    """Tokens a step, and how they come about."""
+    """Says how many tokens a step has, and how they come about."""
     batch, ranks = config.batch, config.parallel.data_degree
     passes = batch.global_size // (ranks * batch.micro_size)
     shares = f"{ranks} ranks x " * (ranks > 1) + f"{passes} x {batch.micro_size}"
@@ -35,14 +36,14 @@ def batch_in_words(config: TrainConfig) -> str:
 
 
 def length_in_words(config: TrainConfig, epochs: float) -> str:
-    """How long the run is, and what said so; `epochs`: how often it goes through its data."""
+    """Says how long the run is, and what said so; `epochs`: how often it goes through its data."""
     asked = f" (tokens={config.tokens:,})" if config.tokens else f" (epochs={config.epochs:g})" if config.epochs else ""
     return f"{config.steps:,} steps{asked} = {epochs:.3g} epochs"
 
 
 def header(config: TrainConfig, world_size: int, device: str, data: str, epochs: float, state_bytes: int) -> list[str]:
-    """The run in six lines; `config` must be resolved. `data`: what it reads, in words, and `epochs` how often; `state_bytes`: what
-    the optimizer keeps, over all ranks."""
+    """Returns the run in six lines; `config` must be resolved. `data`: what it reads, in words, and `epochs` how often;
+    `state_bytes`: what the optimizer keeps, over all ranks."""
     model, (parameters, _) = config.model, parameter_count(config.model)
     shape = f"{model.layers} layers of width {model.dim}"
     return [
@@ -62,8 +63,9 @@ def header(config: TrainConfig, world_size: int, device: str, data: str, epochs:
 def ending(
     config: TrainConfig, step: int, last: dict[str, Any], seconds: float, saved: Path | None, writes: bool
 ) -> tuple[str, list[str]]:
-    """The title and the lines of the box at the end of a run that stands at `step`: what came out, and the commands to go on with.
-    `last`: its last record, with the last held-out loss; `saved`: its newest checkpoint; `writes`: whether it has a tokenizer."""
+    """Returns the title and the lines of the box at the end of a run that stands at `step`: what came out, and the commands to go on
+    with. `last`: its last record, with the last held-out loss; `saved`: its newest checkpoint; `writes`: whether it has a
+    tokenizer."""
     done = step >= config.steps
     title = f"complete at step {step}" if done else f"asked to stop: saved step {step} of {config.steps}"
     forms: Sequence[tuple[str, str]] = (("loss", "loss {:.4f}"), ("eval_loss", "held-out loss {:.4f}"))

@@ -78,13 +78,14 @@ class Tracker(Protocol):
     def log(self, record: dict[str, Any]) -> None: ...
 
     def go_back(self, step: int) -> None:
-        """What was logged beyond `step` is made, and logged, again."""
+        """Goes back to `step`: what was logged beyond it is made, and logged, again."""
 
     def close(self) -> None: ...
 
 
 def check_tracker(config: TrackerConfig) -> None:
-    """Raises ValueError where its package is not there, and for a password, which the files of the run would tell."""
+    """Refuses a tracker: raises ValueError where its package is not there, and for a password, which the files of the run would
+    tell."""
     if isinstance(config, Mlflow) and config.uri is not None and (shown := without_password(config.uri)) != config.uri:
         raise ValueError(
             f"tracker.uri={shown}: the run's config.yaml would hold this password; leave tracker.uri out, and give the URI as "
@@ -98,7 +99,7 @@ def check_tracker(config: TrackerConfig) -> None:
 
 
 def open_tracker(config: TrackerConfig, run_dir: Path, name: str, tree: dict[str, Any], step: int) -> Tracker | None:
-    """The tracker of a run that goes on after `step`."""
+    """Opens the tracker of a run that goes on after `step`."""
     if isinstance(config, Wandb):
         return _WandbTracker(config, run_dir, name, tree)
     if isinstance(config, Mlflow):

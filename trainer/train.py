@@ -135,14 +135,14 @@ def _train(
 
 
 def make_saver(config: TrainConfig, mesh: Mesh) -> Saver:
-    """What saves the checkpoints of the run. A range test may end with weights that are no numbers."""
+    """Makes what saves the checkpoints of the run. A range test may end with weights that are no numbers."""
     choice, checkpoints = config.checkpoint, Path(config.run_dir) / "checkpoints"
     spoilt_ends = not isinstance(config.schedule, LrRange)
     return Saver(checkpoints, mesh, choice.keep, choice.background, spoilt_ends, functools.partial(is_anchor, config))
 
 
 def input_of(config: TrainConfig, mesh: Mesh, state: TrainState, fed: Fed, status: RankStatus) -> StepInput:
-    """What the step after `state` takes."""
+    """Returns what the step after `state` takes."""
     step, scale = state.step + 1, state.loss_scale.scale
     trace = Trace(mesh.device) if step == config.parallel.pipeline_trace else None
     return StepInput(step, fed.batches, config.batch.positions, config.clip_norm, scale, status, trace, fed.ahead)
@@ -165,8 +165,8 @@ def learn(
 def answer_spike(
     config: TrainConfig, mesh: Mesh, state: TrainState, report: StepReport, saver: Saver, reporter: Reporter
 ) -> Rollbacks:
-    """What a run goes back by from a spike in the step after `state`; empty where it goes on. Says what is done about it. Raises
-    TooManySpikes."""
+    """Returns what a run goes back by from a spike in the step after `state`; empty where it goes on. Says what is done about it.
+    Raises TooManySpikes."""
     assert report.spike is not None
     if config.on_spike == "rollback":
         saver.wait()  # its messages are not to meet those of the next line
@@ -180,7 +180,7 @@ def answer_spike(
 
 
 def eval_record(config: TrainConfig, mesh: Mesh, engine: Engine, data: Data, clock: Clock) -> dict[str, float | None]:
-    """What a step that evaluates adds to its record: the held-out loss, and the seconds that it took."""
+    """Returns what a step that evaluates adds to its record: the held-out loss, and the seconds that it took."""
     started = time.perf_counter()
     loss = evaluate(engine, eval_batches(config, mesh, data), mesh)
     clock.evaluated()
@@ -188,7 +188,7 @@ def eval_record(config: TrainConfig, mesh: Mesh, engine: Engine, data: Data, clo
 
 
 def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState, recorded: Recorded) -> dict[str, Any]:
-    """What a checkpoint says of itself, beside its files."""
+    """Returns what a checkpoint says of itself, beside its files."""
     tree = tree_of(config)
     prints = {"config": fingerprint(tree), "data": data.train.fingerprint}
     if data.tokenizer is not None:
@@ -228,7 +228,7 @@ def conclude(
 
 
 def sample(config: TrainConfig, mesh: Mesh, engine: Engine, data: Data, step: int) -> str | None:
-    """What the model writes after the prompt; None where none is asked for."""
+    """Returns what the model writes after the prompt; None where none is asked for."""
     choice = config.sample
     if not choice.tokens or data.tokenizer is None:
         return None

@@ -41,7 +41,7 @@ Judge = Callable[[StepReport], StepReport]
 
 
 def accept(report: StepReport) -> StepReport:
-    """A judge that holds nothing."""
+    """Judges every update to be good, and holds nothing."""
     return report
 
 
@@ -53,7 +53,7 @@ def make_update(
     sparsity: Sparsity | None,
     judge: Judge = accept,
 ) -> Update:
-    """The function that makes a step of the run: its learning rate, its gradients, and its update, in the form that the
+    """Makes the function that makes a step of the run: its learning rate, its gradients, and its update, in the form that the
     configuration asks for. The gradients it used stay until they are let go. What is not for `judge` to hold is the update in
     the backward, which is made before its numbers are known."""
     if config.optim.in_backward:
@@ -161,13 +161,13 @@ def step_in_backward(engine: Engine, optimizer: InBackward, mesh: Mesh, judge: J
 
 
 def valid_tokens(batches: list[MicroBatch], device: torch.device) -> Tensor:
-    """How many tokens of these have a label, a float64 scalar on the device."""
+    """Counts the tokens of these micro-batches that have a label, a float64 scalar on the device."""
     counts = [(batch.labels.to(device, non_blocking=True) != IGNORE).sum() for batch in batches]
     return torch.stack(counts).sum().double()
 
 
 def may_begin_next(config: TrainConfig, step: int) -> bool:
-    """Whether the step after `step` may be begun before `step` is known to be good: not where something else comes
+    """Says whether the step after `step` may be begun before `step` is known to be good: not where something else comes
     between them, or where it is to be traced as a whole."""
     between = config.eval.due(step, config.length) or config.checkpoint.due(step, config.length) or step == config.steps
     # A profile begins and ends between two steps, where nothing may be under way: it can end the process. On all ranks alike.

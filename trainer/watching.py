@@ -17,11 +17,11 @@ class LogConfig:
     ranks_every: MayChange[int | float | str] = 0
 
     def with_norms(self, step: int, run: RunLength) -> bool:
-        """Whether the record of this step has norms."""
+        """Says whether the record of this step has norms."""
         return run.due(self.norms_every, step)
 
     def with_ranks(self, step: int, run: RunLength) -> bool:
-        """Whether the record of this step names the slowest rank."""
+        """Says whether the record of this step names the slowest rank."""
         return run.due(self.ranks_every, step)
 
 
@@ -37,7 +37,7 @@ class ProfileConfig:
     ranks: MayChange[list[int] | None] = field(default_factory=lambda: [0])
 
     def of(self, step: int) -> bool:
-        """Whether this step is one of them."""
+        """Says whether the step is one of those that are profiled."""
         return bool(self.steps) and self.steps[0] <= step <= self.steps[-1]
 
 

@@ -36,7 +36,7 @@ class Source:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The configuration of the run that wrote it."""
+        """The configuration of the run that wrote the checkpoint."""
         return self.manifest["config"]
 
     @property
@@ -56,12 +56,12 @@ class Source:
 
     @property
     def tf32(self) -> bool:
-        """Whether its products on a GPU were in TF32."""
+        """Whether products of the run on a GPU were in TF32."""
         return self.config["precision"]["name"] == "fp32" and self.config["precision"].get("tf32", True)
 
 
 def device_named(name: str | None) -> torch.device:
-    """The device of that name; None: a GPU where there is one. Raises ValueError where it is not there."""
+    """Returns the device of that name; None: a GPU where there is one. Raises ValueError where it is not there."""
     gpus = torch.cuda.device_count()
     possible = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in range(gpus))]
     if name is None:
@@ -72,7 +72,7 @@ def device_named(name: str | None) -> torch.device:
 
 
 def load_model(source: Source, device: torch.device, dtype: torch.dtype | None = None) -> Decoder:
-    """The model of a checkpoint, whole, on `device`, to be evaluated and not to learn: its weights in `dtype`, by default
+    """Loads the model of a checkpoint, whole, on `device`, to be evaluated and not to learn: its weights in `dtype`, by default
     that in which the run computed. Raises ValueError where the checkpoint cannot be read, or the device has not
     the memory."""
     with torch.device("meta"):
@@ -117,7 +117,7 @@ def read_(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def reader(source: Source, specs: Specs) -> Callable[[dict[str, Tensor]], None]:
-    """A function that fills tensors (our parameters by name) with what the run computed with. After sparsity=nm that is
+    """Returns a function that fills tensors (our parameters by name) with what the run computed with. After sparsity=nm that is
     its matrices pruned, chosen in the run's own precision; a checkpoint has the dense ones, which learn."""
     sparsity, own = source.config.get("sparsity", {"name": "none"}), source.precision
     pruned: set[str] = set()

@@ -60,7 +60,7 @@ def dashes(order: int) -> str:
 
 
 def swatch(fill: str, pattern: str = "") -> Marked:
-    """A piece of line, for a legend in text."""
+    """Returns a piece of line, for a legend in text."""
     return Marked(
         '<svg class="swatch" width="22" height="10" aria-hidden="true">'
         f'<line x1="0" y1="5" x2="22" y2="5" stroke="{fill}" stroke-width="4" stroke-dasharray="{pattern}"/></svg>'
@@ -68,22 +68,22 @@ def swatch(fill: str, pattern: str = "") -> Marked:
 
 
 def name_of(run: Run) -> Marked:
-    """A run's name behind its colour."""
+    """Returns a run's name behind its colour."""
     return Marked(f"{swatch(color(run.order), dashes(run.order))}{text(run.label)}")
 
 
 def title_of(title: str, run: Run, runs: Sequence[Run]) -> str:
-    """The title of a picture of one run; it names the run where there are several."""
+    """Returns the title of a picture of one run; it names the run where there are several."""
     return f"{title}: {run.label}" if len(runs) > 1 else title
 
 
 def line_of(run: Run, runs: Sequence[Run], words: str) -> str:
-    """A line of a caption (HTML); it names the run where there are several."""
+    """Returns a line of a caption (HTML); it names the run where there are several."""
     return f'<span class="run">{name_of(run)}: {words}</span>' if len(runs) > 1 else words
 
 
 def picture(label: str, paint: Callable[["Axes"], None], height: int = HEIGHT, width: int = WIDTH) -> str:
-    """What `paint` draws, as SVG; `label` is read to those who do not see it."""
+    """Draws what `paint` paints, as SVG; `label` is read to those who do not see it."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -97,7 +97,7 @@ def picture(label: str, paint: Callable[["Axes"], None], height: int = HEIGHT, w
 
 
 def inline(svg: str, label: str) -> str:
-    """A matplotlib SVG for a page: its ids are its own, since all pictures of a page share one space of names, and what
+    """Returns a matplotlib SVG for a page: its ids are its own, since all pictures of a page share one space of names, and what
     is no picture is left out. Outside of a grid it is shown a quarter larger, or as the page allows."""
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
@@ -125,14 +125,14 @@ def _attribute(key: str, value: str, own: str) -> str:
 
 
 def last_of(known: Curve, form: Form) -> list[str]:
-    """What a caption says of a curve without gaps, the phrase that matters first."""
+    """Returns what a caption says of a curve without gaps, the phrase that matters first."""
     low, high = np.min(known.values), np.max(known.values)
     told = f"{form(known.values[-1])} at step {known.steps[-1]:,.0f}"
     return [told] if low == high else [told, f"from {form(low)} to {form(high)}"]
 
 
 def median_of(known: Curve, form: Form) -> list[str]:
-    """The same of a curve whose last number says little."""
+    """Says what a caption says of a curve whose last number says little: its median."""
     return [f"median {form(float(np.median(known.values)))}", *last_of(known, form)]
 
 
@@ -148,7 +148,7 @@ def curves(
     scale: float = 1,
     ticks: Form | None = None,
 ) -> str:
-    """The figure of a field over steps, a line a run; nothing where no run has it. `form` writes a number, `tell` what the
+    """Returns the figure of a field over steps, a line a run; nothing where no run has it. `form` writes a number, `tell` what the
     caption says of a curve, of several curves its first phrase. `smoothed`: the records thin, their means thick. The axis is
     of powers of ten where the numbers span a factor of more than `decades`, and of numbers divided by `scale`, written by `ticks`."""
     there = [(run, curve.known) for run in runs if (curve := run.curve(field)) is not None]
@@ -193,7 +193,7 @@ def draw_lines(axes: "Axes", lines: Sequence[tuple[int, Curve]], smoothed: bool)
 
 
 def mark_resumes(axes: "Axes", run: Run) -> None:
-    """A dotted line where the run was resumed."""
+    """Draws a dotted line where the run was resumed."""
     for step in run.resumed:
         axes.axvline(step + 0.5, color=color(run.order), linewidth=1, linestyle=":", gid=f"resumed-{run.order}-{step}")
 
@@ -207,7 +207,7 @@ def _alone(curve: Curve) -> Curve:
 
 
 def dress(axes: "Axes", unit: str, form: Form = short, log: bool = False, x: str = "step") -> None:
-    """Axes with their units, and numbers that fit. The y axis has its name above it, where it takes no width."""
+    """Dresses axes with their units, and numbers that fit. The y axis has its name above it, where it takes no width."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_title(unit, loc="left", color="#333333")
@@ -224,7 +224,7 @@ def dress(axes: "Axes", unit: str, form: Form = short, log: bool = False, x: str
 
 
 def shares(parts: Sequence[tuple[str, str, str]]) -> str:
-    """A legend in text that says the numbers: of (name, colour, number) each."""
+    """Returns a legend in text that says the numbers: of (name, colour, number) each."""
     return " ".join(
         f'<span class="key">{swatch(fill)}{text(name)} {text(number)}</span>' for name, fill, number in parts
     )

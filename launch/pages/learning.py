@@ -28,7 +28,7 @@ def show(runs: Sequence[Run]) -> list[str]:
 
 
 def resumes(runs: Sequence[Run]) -> list[str]:
-    """What the dotted lines are; nothing where there are none."""
+    """Returns what the dotted lines are; nothing where there are none."""
     told = [
         f"{run.label} after step {' and '.join(f'{step:,}' for step in run.resumed)}" for run in runs if run.resumed
     ]
@@ -36,7 +36,7 @@ def resumes(runs: Sequence[Run]) -> list[str]:
 
 
 def fine(number: float) -> str:
-    """A loss beside an axis, where it needs no zeros at its end."""
+    """Returns a loss beside an axis, where it needs no zeros at its end."""
     return short(number, 4)
 
 

@@ -27,7 +27,7 @@ def of_one(run: Run) -> list[str]:
 
 
 def end_of(path: Path) -> str:
-    """The last lines, from the start of one."""
+    """Returns the last lines of a log, from the start of one."""
     with path.open("rb") as file:
         length = file.seek(0, 2)
         kept = min(length, LINES * LINE_BYTES)

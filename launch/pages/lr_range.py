@@ -17,12 +17,12 @@ FIELDS: frozenset[str] = frozenset()  # the loss and the rate stand in "Learning
 
 
 def show(runs: Sequence[Run]) -> list[str]:
-    """A figure of every run that is a test; nothing of others."""
+    """Returns a figure of every run that is a test; nothing of others."""
     return grid(range_figure(run, runs) for run in runs if run.setting("schedule.name") == "lr_range")
 
 
 def range_figure(run: Run, runs: Sequence[Run]) -> str:
-    """The loss, thin, and its average, thick, up to where it blew up; a line at the rate that is suggested."""
+    """Returns the loss, thin, and its average, thick, up to where it blew up; a line at the rate that is suggested."""
     points = points_of(_records(run))
     if len(points) < 2:
         return ""

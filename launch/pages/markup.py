@@ -16,7 +16,7 @@ class Marked(str):
 
 
 def text(value: Any) -> str:
-    """As HTML shows it."""
+    """Escapes text, so that HTML shows it as it is."""
     return value if isinstance(value, Marked) else escape(str(value))
 
 
@@ -25,7 +25,7 @@ def paragraph(words: str) -> str:
 
 
 def figure(title: str, caption: str, picture: str, wide: bool = False) -> str:
-    """A picture (SVG) under its title and the numbers that matter (HTML). A wide one scrolls in its own box."""
+    """Returns a picture (SVG) under its title and the numbers that matter (HTML). A wide one scrolls in its own box."""
     if wide:
         picture = scroll(title, picture)
     kind = ' class="wide"' if wide else ""
@@ -33,18 +33,18 @@ def figure(title: str, caption: str, picture: str, wide: bool = False) -> str:
 
 
 def scroll(name: str, content: str) -> str:
-    """A box that scrolls sideways by itself, by keyboard too."""
+    """Returns a box that scrolls sideways by itself, by keyboard too."""
     return f'<div class="scroll" role="region" aria-label="{text(name)}" tabindex="0">{content}</div>'
 
 
 def grid(figures: Iterable[str]) -> list[str]:
-    """Figures side by side as far as the page is wide; nothing where there are none."""
+    """Puts figures side by side as far as the page is wide; nothing where there are none."""
     there = [piece for piece in figures if piece]
     return [f'<div class="grid">{"".join(there)}</div>'] if there else []
 
 
 def table(name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table under its title, in a box of its own. The first cell of a row names it; what is HTML stands in a `Marked`.
+    """Returns a table under its title, in a box of its own. The first cell of a row names it; what is HTML stands in a `Marked`.
     On a narrow screen a row is a block, and each of its cells stands behind the name of its column."""
     top = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
     columns = [_spoken(cell) for cell in head[1:]]
@@ -55,7 +55,7 @@ def table(name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> str:
-    """What is known of one thing, a line each."""
+    """Says what is known of one thing, a line each."""
     return f"<dl>{''.join(f'<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>' for key, value in pairs)}</dl>"
 
 
@@ -71,7 +71,7 @@ def _spoken(value: Any) -> str:
 
 
 def short(number: float, digits: int = 3) -> str:
-    """Such as 12, 3.14, 1.5k, 2M or 1e-5."""
+    """Writes a number such as 12, 3.14, 1.5k, 2M or 1e-5."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size <= abs(number) < 1e15:
             return f"{fixed(number / size, digits)}{letter}"
@@ -81,7 +81,7 @@ def short(number: float, digits: int = 3) -> str:
 
 
 def fixed(number: float, digits: int = 3) -> str:
-    """As many significant digits, without an exponent or zeros at the end: 697, 1.5, 0.0312."""
+    """Writes a number with as many significant digits, without an exponent or zeros at the end: 697, 1.5, 0.0312."""
     if not number or not math.isfinite(number):
         return f"{number:g}"
     behind = _behind(number, digits)
@@ -95,7 +95,7 @@ def _behind(number: float, digits: int) -> int:
 
 
 def rate(number: float, digits: int = 3) -> str:
-    """As people write a learning rate: 3e-4, 1.5e-3, 0.01."""
+    """Writes a learning rate as people do: 3e-4, 1.5e-3, 0.01."""
     if not number or abs(number) >= 0.01:
         return short(number, digits)
     mantissa, exponent = f"{number:.{digits - 1}e}".split("e")
@@ -103,7 +103,7 @@ def rate(number: float, digits: int = 3) -> str:
 
 
 def loss(number: float) -> str:
-    """Four digits, of which two runs often share three: 2.780."""
+    """Writes a loss with four digits, of which two runs often share three: 2.780."""
     return f"{number:.{_behind(number, 4)}f}" if 1e-4 < abs(number) < 1e3 else short(number, 4)
 
 
@@ -112,12 +112,12 @@ def _without_zeros(told: str) -> str:
 
 
 def whole(number: float) -> str:
-    """Such as 65,536."""
+    """Writes a whole number such as 65,536."""
     return f"{number:,.0f}" if number == round(number) else short(number)
 
 
 def size(number: float) -> str:
-    """Bytes, such as 1.5 GiB."""
+    """Writes bytes, such as 1.5 GiB."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if abs(number) >= unit:
             return f"{fixed(number / unit)} {name}"
@@ -129,7 +129,7 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as 3:07, 1:02:07 or, where it is short, 7.1 s and 2.85 ms."""
+    """Writes seconds such as 3:07, 1:02:07 or, where it is short, 7.1 s and 2.85 ms."""
     for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
         if unit <= seconds < 60:
             return f"{fixed(seconds / unit)} {name}"

@@ -16,7 +16,7 @@ FEW = len(COLORS)  # lines that can be told apart
 
 
 def show(runs: Sequence[Run], shown: frozenset[str]) -> list[str]:
-    """A panel for each field that is not `shown`; of a table of numbers one for each run."""
+    """Returns a panel for each field that is not `shown`; of a table of numbers one for each run."""
     names = dict.fromkeys(name for run in runs for name in (*run.curves, *run.tables) if name not in shown)
     return grid(
         piece
@@ -29,7 +29,7 @@ def show(runs: Sequence[Run], shown: frozenset[str]) -> list[str]:
 
 
 def of_table(run: Run, name: str, runs: Sequence[Run]) -> str:
-    """A line for each of a few entries; of many the mean, and a band from the least to the largest."""
+    """Returns a line for each of a few entries; of many the mean, and a band from the least to the largest."""
     kept, (step, last) = run.tables[name].kept, run.tables[name].last
     keys = list(dict.fromkeys(key for _, entry in kept for key in entry))
     steps = np.array([at for at, _ in kept])

@@ -101,7 +101,7 @@ STYLE += f"@media (max-width: 1100px) {{\n{STACKED.replace('TABLE', 'table.broad
 
 
 def page(runs: Sequence[Run], reload_seconds: int | None = None) -> str:
-    """The runs in one HTML file, which needs nothing else. With `reload_seconds` it reloads itself that often, and says when
+    """Returns the runs in one HTML file, which needs nothing else. With `reload_seconds` it reloads itself that often, and says when
     it was written; without, it is the same whenever it is written."""
     shown = frozenset().union(*(section.fields for section in SECTIONS))
     rest = Section("Other measurements", frozenset(), lambda runs: others.show(runs, shown))

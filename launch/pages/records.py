@@ -37,12 +37,12 @@ class Curve:
 
     @property
     def known(self) -> "Curve":
-        """Where it is a number."""
+        """Where the curve is a number."""
         here = np.isfinite(self.values)
         return Curve(self.steps[here], self.values[here])
 
     def at(self, steps: np.ndarray) -> np.ndarray:
-        """Its values at these steps of its run, 0 where there is none."""
+        """Returns its values at these steps of its run, 0 where there is none."""
         values = np.zeros(len(steps))
         values[np.searchsorted(steps, self.steps)] = np.nan_to_num(self.values)
         return values
@@ -88,7 +88,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """0 where the run ended before its first step."""
+        """The last step; 0 where the run ended before its first."""
         return int(self.steps[-1]) if len(self.steps) else 0
 
     @property
@@ -98,30 +98,30 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of all its steps, with evaluations and saves; what lay between a stop and a resume is not counted."""
+        """The seconds of all steps, with evaluations and saves; what lay between a stop and a resume is not counted."""
         return sum(self.total(name) for name in WHOLE_STEP)
 
     def curve(self, name: str) -> Curve | None:
-        """None where no record has a number of that name."""
+        """Returns the curve of a field; None where no record has a number of that name."""
         curve = self.curves.get(name)
         return curve if curve is not None and len(curve.known.steps) else None
 
     def on_steps(self, name: str) -> np.ndarray:
-        """The field at every step, 0 where it is absent."""
+        """Returns the field at every step, 0 where it is absent."""
         return self.curves[name].at(self.steps) if name in self.curves else np.zeros(len(self.steps))
 
     def total(self, name: str) -> float:
         return float(self.on_steps(name).sum())
 
     def setting(self, path: str) -> Any:
-        """A key of the configuration, such as `optim.lr`; None where there is none."""
+        """Returns a key of the configuration, such as `optim.lr`; None where there is none."""
         node: Any = self.config
         for key in path.split("."):
             node = node.get(key) if isinstance(node, dict) else None
         return node
 
     def document(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the run's folder; None where there is none. Raises ValueError for what is no JSON object."""
+        """Returns a JSON file of the run's folder; None where there is none. Raises ValueError for what is no JSON object."""
         path = self.folder / name
         if not path.is_file():
             return None
@@ -135,7 +135,7 @@ class Run:
 
 
 def read_run(folder: Path, order: int, label: str) -> Run:
-    """The run in `folder`. Raises ValueError where there is none, or none with records."""
+    """Reads the run in `folder`. Raises ValueError where there is none, or none with records."""
     metrics, settings = folder / "metrics.jsonl", folder / "config.yaml"
     if not any(path.is_file() for path in (metrics, settings, folder / OUTCOME)):
         raise ValueError(f"run={folder}: there is no run; give a folder that rowwise.launch.train wrote, runs/NAME")
@@ -164,7 +164,7 @@ def _tree(text: str, path: Path) -> dict[str, Any]:
 
 
 def read_fields(path: Path) -> tuple[dict[str, Curve], dict[str, Tables], list[int]]:
-    """The fields of metrics.jsonl that hold numbers or tables of numbers; and the lines that are no records, or of a step
+    """Reads the fields of metrics.jsonl that hold numbers or tables of numbers; and the lines that are no records, or of a step
     that has been."""
     columns: dict[str, tuple[array, array]] = {}
     tables: dict[str, Tables] = {}
@@ -199,7 +199,7 @@ def _records(path: Path, bad: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def leaves(value: Any, name: str = "", deep: int = DEEP) -> Iterator[tuple[str, float]]:
-    """The numbers in lists and dicts, by their path: {"a": [1, 2]} has a.0 and a.1. What lies deeper than `deep` is left."""
+    """Yields the numbers in lists and dicts, by their path: {"a": [1, 2]} has a.0 and a.1. What lies deeper than `deep` is left."""
     if name and (known := number(value)) is not None:
         yield name, known
     elif isinstance(value, dict | list) and deep:
@@ -209,7 +209,7 @@ def leaves(value: Any, name: str = "", deep: int = DEEP) -> Iterator[tuple[str, 
 
 
 def thin(curve: Curve, points: int = POINTS) -> Curve:
-    """At most `points` of it: of each of `points` / 2 stretches of equally many records the least and the largest, in
+    """Returns at most `points` of a curve: of each of `points` / 2 stretches of equally many records the least and the largest, in
     their order, so that no extreme is lost. A stretch without a number stays a gap. Takes one pass."""
     if len(curve.steps) <= points:
         return curve
@@ -224,7 +224,7 @@ def thin(curve: Curve, points: int = POINTS) -> Curve:
 
 
 def smooth(curve: Curve) -> Curve:
-    """Means over a window of a fiftieth of the curve around each record; a gap stays one, and counts in no mean."""
+    """Returns means over a window of a fiftieth of the curve around each record; a gap stays one, and counts in no mean."""
     here, half = ~np.isnan(curve.values), len(curve.values) // 100
     sums = np.concatenate([[0.0], np.cumsum(np.where(here, curve.values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(here)])
@@ -235,7 +235,7 @@ def smooth(curve: Curve) -> Curve:
 
 
 def stretches(steps: np.ndarray, series: Sequence[np.ndarray], most: int = 80) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Means of each series over at most `most` stretches of equally many steps, and the edges between them."""
+    """Returns means of each series over at most `most` stretches of equally many steps, and the edges between them."""
     parts = np.array_split(np.arange(len(steps)), min(most, len(steps)))
     edges = np.array([steps[part[0]] - 0.5 for part in parts] + [steps[-1] + 0.5])
     return edges, [np.array([values[part].mean() for part in parts]) for values in series]

@@ -11,7 +11,7 @@ FIELDS: frozenset[str] = frozenset()
 
 
 def show(runs: Sequence[Run]) -> list[str]:
-    """The prompt stands in bold before it."""
+    """Shows what the model wrote, with the prompt in bold before it."""
     found = [(run, sample) for run in runs if (sample := read_sample(run.folder)) is not None]
     return [
         f"<h3>{f'{name_of(run)}, ' if len(runs) > 1 else ''}after step {sample.step:,}</h3>"

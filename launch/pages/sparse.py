@@ -31,7 +31,7 @@ def show(runs: Sequence[Run]) -> list[str]:
 
 
 def operations(run: Run) -> str:
-    """Of the last step, per token."""
+    """Shows the operations of the last step, per token."""
     counted = [run.curve(name) for name in FLOPS]
     if None in counted:
         return ""
@@ -43,7 +43,7 @@ def operations(run: Run) -> str:
 
 
 def by_matrix(run: Run, runs: Sequence[Run]) -> str:
-    """A map of the last densities: a row for each kind of matrix, a column a block."""
+    """Returns a map of the last densities: a row for each kind of matrix, a column a block."""
     if "density_by_layer" not in run.tables:
         return ""
     step, densities = run.tables["density_by_layer"].last
@@ -74,7 +74,7 @@ def by_matrix(run: Run, runs: Sequence[Run]) -> str:
 
 
 def arrange(values: dict[str, float]) -> tuple[list[str], list[str], np.ndarray]:
-    """(kinds, blocks, values of each): blocks.3.attention.wq.weight is of kind attention.wq in block 3; what is in no
+    """Returns (kinds, blocks, values of each): blocks.3.attention.wq.weight is of kind attention.wq in block 3; what is in no
     block stands in a column of its own."""
     places = {}
     for name in values:

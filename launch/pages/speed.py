@@ -53,14 +53,15 @@ def show(runs: Sequence[Run]) -> list[str]:
 
 
 def seconds(run: Run) -> dict[str, np.ndarray]:
-    """Of every step, by part. `step_seconds` ends before evaluation and save begin, and holds the wait for data."""
+    """Returns the seconds of every step, by part. `step_seconds` ends before evaluation and save begin, and holds the wait for
+    data."""
     data = run.on_steps("data_seconds")
     rest = np.maximum(run.on_steps("step_seconds") - data, 0)
     return dict(zip(PARTS, [rest, data, run.on_steps("eval_seconds"), run.on_steps("save_seconds")], strict=True))
 
 
 def step_time(run: Run, runs: Sequence[Run]) -> str:
-    """Means over stretches of steps, one part on the other."""
+    """Draws the time of a step: means over stretches of steps, one part on the other."""
     parts = seconds(run)
     edges, heights = stretches(run.steps, list(parts.values()))
     whole = sum(part.sum() for part in parts.values())

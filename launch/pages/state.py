@@ -15,7 +15,7 @@ COLOURED = {  # the class of its bar
 
 
 def told_of(run: Run, standing: Standing) -> str:
-    """The state of a run, and why, or how far it is."""
+    """Returns the state of a run, and why, or how far it is."""
     told, reason = standing.state, standing.reason
     outcome = read_outcome(run.folder)
     if standing.state in ("running", "silent"):
@@ -32,7 +32,7 @@ def told_of(run: Run, standing: Standing) -> str:
 
 
 def banner(runs: Sequence[Run]) -> str:
-    """A line a run, with a bar of a colour for its state, and the command that goes on with it. Of several runs, those that
+    """Returns a line a run, with a bar of a colour for its state, and the command that goes on with it. Of several runs, those that
     are not complete."""
     standings = [(run, of_run(run.folder)) for run in runs]
     return "".join(

@@ -21,7 +21,7 @@ ABREAST = 7  # runs that stand side by side as columns; more are rows
 
 
 def show(runs: Sequence[Run]) -> list[str]:
-    """One run: what is known of it beside its state, which stands on top. Several: where each stands, with the settings in
+    """Shows one run: what is known of it beside its state, which stands on top. Several: where each stands, with the settings in
     which they differ."""
     if len(runs) == 1:
         found = [(fact.name, " ".join(filter(None, fact[1:]))) for fact in standing(runs[0]) if fact.value]
@@ -43,7 +43,7 @@ def show(runs: Sequence[Run]) -> list[str]:
 
 
 def identity(run: Run) -> list[tuple[str, str]]:
-    """What the configuration says; of a run that failed before it wrote one, only where it is."""
+    """Returns what the configuration says; of a run that failed before it wrote one, only where it is."""
     if not run.config:
         return [("folder", str(run.folder))]
     sparsity = run.setting("sparsity.name") or "none"
@@ -73,7 +73,7 @@ class Fact(NamedTuple):
 
 
 def standing(run: Run) -> list[Fact]:
-    """How far it is, in numbers."""
+    """Says how far a run is, in numbers."""
     return [
         Fact("step", f"{run.last_step:,} of {run.setting('steps') or '?'}"),
         _last(run, "loss", "loss", loss, "nats per token"),
@@ -86,7 +86,7 @@ def standing(run: Run) -> list[Fact]:
 
 
 def origin(run: Run) -> list[tuple[str, Any]]:
-    """By which command, where, when and with what it was started, and where it went on."""
+    """Says by which command, where, when and with what it was started, and where it went on."""
     if not run.starts:
         return []
     last, first = run.starts[-1], run.starts[0]
@@ -101,17 +101,17 @@ def origin(run: Run) -> list[tuple[str, Any]]:
 
 
 def when(start: Start) -> str:
-    """To the minute, in the zone where it ran."""
+    """Writes a time to the minute, in the zone where it ran."""
     return start.time[:16].replace("T", " ")
 
 
 def damage(runs: Sequence[Run]) -> list[str]:
-    """What is wrong with the records of the runs."""
+    """Returns what is wrong with the records of the runs."""
     return [paragraph(f"{run.label}: {remark}.") for run in runs for remark in run.remarks]
 
 
 def layout(run: Run) -> str:
-    """The degrees that are more than 1."""
+    """Returns the degrees that are more than 1."""
     degrees = {key: run.setting(f"parallel.{key}") or 1 for key in DEGREES}
     workers = 1
     for degree in degrees.values():
@@ -123,7 +123,7 @@ def layout(run: Run) -> str:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """The settings that are not the same in all runs."""
+    """Returns the settings that are not the same in all runs."""
     settings = [flat(run.config) for run in runs]
     keys = dict.fromkeys(key for tree in settings for key in tree)
     return [key for key in keys if key not in OWN and any(tree.get(key) != settings[0].get(key) for tree in settings)]

@@ -16,7 +16,7 @@ def show(runs: Sequence[Run]) -> list[str]:
 
 
 def of_run(run: Run) -> list[str]:
-    """The picture and the table of `rowwise.launch.schedule`. Raises ValueError where the files do not fit."""
+    """Returns the picture and the table of `rowwise.launch.schedule`. Raises ValueError where the files do not fit."""
     import matplotlib
 
     from rowwise.launch.schedule import show as show_schedule

@@ -18,14 +18,14 @@ DONE = {"skip": "its update was not made", "rollback": "its update was not made:
 
 
 def spikes(runs: Sequence[Run]) -> list[str]:
-    """A table of the spikes of all runs, the last of each."""
+    """Returns a table of the spikes of all runs, the last of each."""
     rows = [row for run in runs for row in list(spikes_of(run))[-MOST_SPIKES:]]
     head = ["run", "step", "spreads above the steps before", "what was done"]
     return [table("Steps far above those before", head, rows)] if rows else []
 
 
 def spikes_of(run: Run) -> Iterator[list[Any]]:
-    """A row a spike."""
+    """Yields a row for each spike."""
     scores, came_from = (_by_step(run, name) for name in ("spike_score", "spike_step"))
     for step, score in scores.items():
         told = f"{score:.1f}" if np.isfinite(score) else "no number"
@@ -41,14 +41,14 @@ def _by_step(run: Run, name: str) -> dict[int, float]:
 
 
 def show(runs: Sequence[Run]) -> list[str]:
-    """The parts of a profiled step of every rank that has them, and a line of each run's slowest rank."""
+    """Returns the parts of a profiled step of every rank that has them, and a line of each run's slowest rank."""
     blocks = [table_of_parts(runs)]
     blocks += [paragraph(Marked(line_of(run, runs, told))) for run in runs if (told := slowest_of(run)) is not None]
     return [block for block in blocks if block]
 
 
 def table_of_parts(runs: Sequence[Run]) -> str:
-    """Empty where no run was profiled. Raises ValueError for a file that is none."""
+    """Returns the table of profiled parts, empty where no run was profiled. Raises ValueError for a file that is none."""
     found = [
         (run, document)
         for run in runs
@@ -73,7 +73,7 @@ def _share(part: float, whole: float) -> str:
 
 
 def slowest_of(run: Run) -> str | None:
-    """Which rank was the slowest most often, and what it cost on the mean of those steps."""
+    """Says which rank was the slowest most often, and what it cost on the mean of those steps."""
     ranks, own, median = (run.curve(name) for name in ("slowest_rank", "slowest_rank_seconds", "median_rank_seconds"))
     if ranks is None or own is None or median is None:
         return None

@@ -39,7 +39,7 @@ class SweepConfig:
 
 
 def resolve(words: list[str], here: bool = True) -> tuple[SweepConfig, Space]:
-    """The sweep, and what is varied: all checked, also against this machine where trials run `here`. Raises ValueError."""
+    """Returns the sweep, and what is varied: all checked, also against this machine where trials run `here`. Raises ValueError."""
     keys = {word: key_of(word) for word in words}
     own = [word for word, key in keys.items() if key.startswith(("sweep.", "hydra.", "hydra/")) and key != SEARCHPATH]
     for word, key in keys.items():
@@ -60,7 +60,7 @@ def resolve(words: list[str], here: bool = True) -> tuple[SweepConfig, Space]:
 
 
 def check_sweep(config: SweepConfig, own: list[str]) -> None:
-    """Raises ValueError."""
+    """Refuses a sweep that cannot be made. Raises ValueError."""
     check_folder_name("sweep.name", config.name)
     for key, least in (("trials", 1), ("parallel", 1), ("factor", 2), ("max_restarts", 0)):
         if getattr(config, key) < least:
@@ -79,7 +79,7 @@ def check_sweep(config: SweepConfig, own: list[str]) -> None:
 
 
 def compose_trials(config: SweepConfig, space: Space) -> list[Composed]:
-    """Every trial of a grid, and of a search few that try every value. Raises ValueError."""
+    """Composes every trial of a grid, and of a search few that try every value. Raises ValueError."""
     if not space.varied:
         raise ValueError("nothing is varied; give a key several values, such as optim.lr=1e-3,3e-3")
     trials = []
@@ -91,7 +91,7 @@ def compose_trials(config: SweepConfig, space: Space) -> list[Composed]:
 
 @contextlib.contextmanager
 def naming(settings: dict[str, str]) -> Iterator[None]:
-    """A refusal names the trial that would be refused."""
+    """Names the trial that would be refused, in its refusal."""
     try:
         yield
     except ValueError as refusal:
@@ -100,7 +100,7 @@ def naming(settings: dict[str, str]) -> Iterator[None]:
 
 
 def is_basic(launcher: DictConfig) -> bool:
-    """Whether it makes one trial after the other in this process."""
+    """Says whether the sweep makes one trial after the other in this process."""
     return str(launcher._target_).endswith("BasicLauncher")
 
 

@@ -29,7 +29,7 @@ from rowwise.trainer.stop import hearing
 
 
 def multirun(config: SweepConfig, space: Space, words: list[str], warm: Warm | None) -> list[Trial]:
-    """Every combination, by Hydra's launcher; `warm` forks the workers of trials that are made here. Raises ValueError where
+    """Makes every combination, by Hydra's launcher; `warm` forks the workers of trials that are made here. Raises ValueError where
     the folder is of another sweep, or in use."""
     folder, grid = Path(config.folder).absolute(), list(space.grid())
     os.environ["PYTHONSAFEPATH"] = "1"  # jobs inherit it too: no module of the working directory is theirs
@@ -51,7 +51,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def launch_multirun(words: list[str], warm: Warm | None = None) -> None:
-    """Hydra reads its command line from sys.argv."""
+    """Launches Hydra, which reads its command line from sys.argv."""
 
     def run_forked(config: DictConfig) -> str:
         return run_trial(config, warm)

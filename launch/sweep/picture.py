@@ -51,7 +51,7 @@ def draw(results: Sequence[Result], path: Path, goal: str) -> None:
 
 
 def figure_of(results: Sequence[Result], goal: str) -> "Figure":
-    """The four panels; empty ones where nothing was measured."""
+    """Returns the four panels; empty ones where nothing was measured."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -76,7 +76,7 @@ def _named(result: Result) -> str:
 
 
 def said(settings: dict[str, str], most: int = WIDEST) -> str:
-    """Settings in a line, with numbers as people write them; where they do not fit, without the groups of their keys."""
+    """Writes settings in a line, with numbers as people write them; where they do not fit, without the groups of their keys."""
     told = " ".join(f"{key}={written(value)}" for key, value in settings.items())
     if len(told) > most:
         told = " ".join(f"{key.rpartition('.')[2]}={written(value)}" for key, value in settings.items())
@@ -84,7 +84,7 @@ def said(settings: dict[str, str], most: int = WIDEST) -> str:
 
 
 def written(value: str) -> str:
-    """A value as people write it: 0.00031622776 is 3.16e-4."""
+    """Returns a value as people write it: 0.00031622776 is 3.16e-4."""
     found = as_number(value)
     return value if found is None or value.lstrip("+-").isdecimal() else rate(found)
 
@@ -98,7 +98,7 @@ def as_number(value: str) -> float | None:
 
 
 def draw_curves(axes: "Axes", ranked: Sequence[Result], colours: dict, goal: str) -> None:
-    """The goal over steps; the best thick, with its name at its end."""
+    """Draws the goal over steps; the best thick, with its name at its end."""
     for place, result in reversed(list(enumerate(ranked))):
         steps, values = zip(*result.points, strict=True)
         marker = "." if len(steps) < 30 else ""
@@ -114,7 +114,7 @@ def draw_curves(axes: "Axes", ranked: Sequence[Result], colours: dict, goal: str
 
 
 def draw_ends(axes: "Axes", ended: Sequence[Result], colours: dict, goal: str) -> None:
-    """A point a trial, the best row on top; trials that differ in their seed alone share a row, with a line over their
+    """Draws a point a trial, the best row on top; trials that differ in their seed alone share a row, with a line over their
     spread and a stroke at their mean."""
     rows = grouped(ended)[:MOST]
     for place, group in enumerate(rows):
@@ -131,7 +131,7 @@ def draw_ends(axes: "Axes", ended: Sequence[Result], colours: dict, goal: str) -
 
 
 def grouped(ended: Sequence[Result]) -> list[list[Result]]:
-    """Trials by all settings but the seed, the group with the least mean first."""
+    """Groups trials by all settings but the seed, the group with the least mean first."""
     groups: dict[tuple, list[Result]] = defaultdict(list)
     for result in ended:
         groups[tuple(pair for pair in result.settings.items() if pair[0] != SEED)].append(result)
@@ -147,7 +147,7 @@ def label_of(group: Sequence[Result]) -> str:
 
 
 def draw_ways(axes: "Axes", ended: Sequence[Result], colours: dict, goal: str) -> None:
-    """Parallel coordinates: a line a trial through its value of each setting to what it measured."""
+    """Draws parallel coordinates: a line a trial through its value of each setting to what it measured."""
     keys = list(ended[0].settings)
     columns = [coordinates([result.settings[key] for result in ended]) for key in keys]
     values = np.array([result.value for result in ended])
@@ -189,7 +189,7 @@ class Coordinates:
 
 
 def coordinates(values: Sequence[str]) -> Coordinates:
-    """Numbers by their size, or its logarithm where they span more than a decade; words in their order."""
+    """Places numbers by their size, or its logarithm where they span more than a decade; words in their order."""
     numbers = [as_number(value) for value in values]
     if any(number is None for number in numbers):
         places = {value: i for i, value in enumerate(dict.fromkeys(values))}
@@ -205,13 +205,13 @@ def coordinates(values: Sequence[str]) -> Coordinates:
 
 
 def importance(ended: Sequence[Result]) -> dict[str, float | None]:
-    """How much each setting explains of the trials' ranks, from 0 to 1; None where there are too few to say."""
+    """Says how much each setting explains of the trials' ranks, from 0 to 1; None where there are too few to say."""
     ranks = rankdata([result.value for result in ended])
     return {key: explained(ranks, groups_of([result.settings[key] for result in ended])) for key in ended[0].settings}
 
 
 def groups_of(values: Sequence[str]) -> list[int]:
-    """The group of each: those of one value, or, of a number that is nearly everywhere another, of like size."""
+    """Returns the group of each: those of one value, or, of a number that is nearly everywhere another, of like size."""
     different = len(set(values))
     numbers = [as_number(value) for value in values]
     if different > max(BINS, len(values) // 2) and all(number is not None for number in numbers):
@@ -222,7 +222,7 @@ def groups_of(values: Sequence[str]) -> list[int]:
 
 
 def explained(ranks: np.ndarray, groups: Sequence[int]) -> float | None:
-    """Kruskal and Wallis's eta^2 of ranks in groups, 0 where chance alone would give more."""
+    """Computes Kruskal and Wallis's eta^2 of ranks in groups, 0 where chance alone would give more."""
     of, n, k = np.asarray(groups), len(ranks), len(set(groups))
     total = ((ranks - ranks.mean()) ** 2).sum()
     if k < 2 or n <= k or total == 0:
@@ -232,7 +232,7 @@ def explained(ranks: np.ndarray, groups: Sequence[int]) -> float | None:
 
 
 def draw_importance(axes: "Axes", found: dict[str, float | None], trials: int) -> None:
-    """A bar a setting from 0 to 1, the longest on top."""
+    """Draws a bar a setting from 0 to 1, the longest on top."""
     known = sorted(((share, key) for key, share in found.items() if share is not None), reverse=True)
     axes.barh(range(len(known)), [share for share, _ in known], color="#0072B2", height=0.6)
     for place, (share, _) in enumerate(known):

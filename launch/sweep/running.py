@@ -25,8 +25,8 @@ from rowwise.trainer.stop import SIGNALS
 
 @dataclass
 class Running:
-    """`lock` tells this machine's other processes that the trial is watched; `told`: the steps the pruner knows; `asked`:
-    whether the agent was asked to stop; `pruned`: what the storage has of it too, which is slow to ask."""
+    """A trial under way. `lock` tells this machine's other processes that the trial is watched; `told`: the steps the pruner
+    knows; `asked`: whether the agent was asked to stop; `pruned`: what the storage has of it too, which is slow to ask."""
 
     trial: optuna.Trial
     folder: Path
@@ -46,13 +46,13 @@ class Running:
         self.asked = True
 
     def has_ended(self) -> bool:
-        """Its workers too: where the agent was killed, they save before they leave."""
+        """Says whether the trial has ended, and its workers too: where the agent was killed, they save before they leave."""
         code = self.process.poll()
         return code is not None and not (code < 0 and is_held(self.folder))
 
 
 def slot_environment(slot: int, parallel: int, nproc: int) -> dict[str, str]:
-    """GPUs of its own for each of the trials that run at the same time; on the CPU a share of the cores."""
+    """Gives GPUs of its own to each of the trials that run at the same time; on the CPU a share of the cores."""
     environment = dict(os.environ)
     if gpus := torch.cuda.device_count():
         named = environment.get("CUDA_VISIBLE_DEVICES", "")
@@ -72,7 +72,7 @@ def start_trial(
     environment: dict[str, str],
     warm: Warm | None = None,
 ) -> tuple[subprocess.Popen, int]:
-    """The agent of a trial, which ends when this process does, with workers that `warm` forks; and the trial's last step."""
+    """Starts the agent of a trial, which ends when this process does, with workers that `warm` forks; and the trial's last step."""
     clear_outcome(folder)
     words = overrides_of(space.fixed, settings)
     run = config_from_tree(compose_tree(words))
@@ -92,7 +92,7 @@ def start_trial(
 
 
 def outcome_of(running: Running) -> Outcome:
-    """What the agent wrote, or, where it could not, how it ended."""
+    """Returns what the agent wrote, or, where it could not, how it ended."""
     if (outcome := read_outcome(running.folder)) is not None:
         return outcome
     code = running.process.returncode

@@ -49,7 +49,7 @@ def check_trials(
 
 
 def nproc_elsewhere(run: TrainConfig, launcher: DictConfig) -> int:
-    """Raises ValueError where the GPUs of other machines would decide."""
+    """Returns the workers of a trial on another machine. Raises ValueError where the GPUs of other machines would decide."""
     if run.nproc is None:
         known = launcher.get("gpus_per_node") or "8, for example"
         raise ValueError(f"this machine does not know the GPUs of others; give nproc={known}")
@@ -57,7 +57,7 @@ def nproc_elsewhere(run: TrainConfig, launcher: DictConfig) -> int:
 
 
 def require_slots(parallel: int, nproc: int) -> None:
-    """Raises ValueError where trials at a time would share GPUs."""
+    """Refuses trials at a time that would share GPUs. Raises ValueError."""
     gpus = torch.cuda.device_count()
     if gpus and parallel * nproc > gpus:
         raise ValueError(
@@ -67,7 +67,7 @@ def require_slots(parallel: int, nproc: int) -> None:
 
 
 def check_goal(config: SweepConfig, run: TrainConfig) -> None:
-    """Raises ValueError."""
+    """Refuses a goal that no trial would measure. Raises ValueError."""
     if config.goal == "eval_loss" and not run.eval.every:
         raise ValueError(
             "sweep.goal=eval_loss with eval.every=0: nothing is evaluated; give eval.every, or sweep.goal=loss"
@@ -87,7 +87,7 @@ def check_goal(config: SweepConfig, run: TrainConfig) -> None:
 
 
 def first_rung(config: SweepConfig, space: Space) -> int:
-    """The step at which halving first ends trials: of the first evaluation, or, by the loss of steps, so early that
+    """Returns the step at which halving first ends trials: of the first evaluation, or, by the loss of steps, so early that
     three more rungs follow."""
     run = config_from_tree(compose_tree(overrides_of(space.fixed, next(space.samples()))))
     if config.goal == "eval_loss":
@@ -96,6 +96,6 @@ def first_rung(config: SweepConfig, space: Space) -> int:
 
 
 def largest_nproc(space: Space) -> int:
-    """Workers of the trial that has most."""
+    """Counts the workers of the trial that has most."""
     every = (config_from_tree(compose_tree(overrides_of(space.fixed, settings))) for settings in space.samples())
     return max(run.nproc or default_nproc() for run in every)

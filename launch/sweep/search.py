@@ -241,7 +241,7 @@ def _plan(config: SweepConfig, space: Space) -> dict[str, Any]:
 
 
 def open_study(config: SweepConfig, folder: Path, first_rung: int) -> optuna.Study:
-    """The study of that name in the storage. Raises ValueError where the storage cannot be opened."""
+    """Opens the study of that name in the storage. Raises ValueError where the storage cannot be opened."""
     pruner = Halving(first_rung, config.factor) if config.pruner == "halving" else optuna.pruners.NopPruner()
     for attempt in range(3):
         try:
@@ -268,7 +268,7 @@ def open_storage(config: SweepConfig, folder: Path) -> optuna.storages.BaseStora
 def make_sampler(
     config: SweepConfig, number: int, grid: list[dict[str, str]], place: int = 0
 ) -> optuna.samplers.BaseSampler:
-    """Made anew for every trial and every key (`place`, from 1) that is drawn by itself: a sampler's own random state is
+    """Makes a sampler, anew for every trial and every key (`place`, from 1) that is drawn by itself: a sampler's own random state is
     lost when it is killed."""
     if grid:
         return optuna.samplers.PartialFixedSampler(grid[number], optuna.samplers.RandomSampler())
@@ -281,7 +281,7 @@ def make_sampler(
 
 
 def suggest(trial: optuna.Trial, key: str, values: Choice | Interval) -> str:
-    """The value that the trial has, or is given, as it stands on a command line."""
+    """Returns the value that the trial has, or is given, as it stands on a command line."""
     if isinstance(values, Choice):
         return str(trial.suggest_categorical(key, list(values.values)))
     if values.whole:
@@ -298,6 +298,6 @@ def _abandoned(frozen: optuna.trial.FrozenTrial) -> bool:
 
 
 def silence(frozen: optuna.trial.FrozenTrial) -> float:
-    """Seconds since the last sign of life."""
+    """Counts the seconds since the last sign of life."""
     begun = frozen.datetime_start.timestamp() if frozen.datetime_start else 0.0
     return time.time() - frozen.user_attrs.get("alive", begun)

@@ -41,7 +41,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Space:
-    """`fixed` overrides are every trial's; of `varied` a trial has one value a key."""
+    """What a sweep varies. `fixed` overrides are every trial's; of `varied` a trial has one value a key."""
 
     fixed: tuple[str, ...]
     varied: dict[str, Choice | Interval]
@@ -52,7 +52,7 @@ class Space:
         return [word for word in self.fixed if not word.lstrip("+~").startswith(MAY_CHANGE)]
 
     def grid(self) -> Iterator[dict[str, str]]:
-        """Every combination, the last key varying fastest. Raises ValueError where there are endlessly many."""
+        """Yields every combination, the last key varying fastest. Raises ValueError where there are endlessly many."""
         for key, values in self.varied.items():
             if isinstance(values, Interval):
                 raise ValueError(
@@ -64,7 +64,7 @@ class Space:
             yield dict(zip(self.varied, combination, strict=True))
 
     def samples(self) -> Iterator[dict[str, str]]:
-        """Few trials that try every value of every choice, and the ends of every interval."""
+        """Yields few trials that try every value of every choice, and the ends of every interval."""
         ends = {
             key: values.values if isinstance(values, Choice) else (str(values.low), str(values.high))
             for key, values in self.varied.items()
@@ -77,12 +77,12 @@ class Space:
 
 
 def overrides_of(fixed: Sequence[str], settings: dict[str, str]) -> list[str]:
-    """The command line of a trial."""
+    """Returns the command line of a trial."""
     return [*fixed, *(f"{key}={value}" for key, value in settings.items())]
 
 
 def parse_space(arguments: Sequence[str]) -> Space:
-    """Raises ValueError."""
+    """Reads the space of a sweep. Raises ValueError."""
     overrides = [parse(word) for word in arguments]
     fixed: dict[str, str] = {}
     varied: dict[str, Choice | Interval] = {}

@@ -30,7 +30,7 @@ class Trial:
 
     @property
     def said(self) -> str:
-        """Its settings in a line."""
+        """The settings of the trial in a line."""
         return " ".join(f"{key}={value}" for key, value in self.settings.items())
 
 
@@ -49,7 +49,7 @@ def tell(trials: Sequence[Trial], folder: Path, goal: str) -> None:
 
 
 def trial_words(own: Sequence[str], tracker: TrackerConfig, sweep: str, number: int, folder: Path) -> list[str]:
-    """The command line of a trial: in its own folder, with a report only where it fails, unless `own` says otherwise, and in
+    """Returns the command line of a trial: in its own folder, with a report only where it fails, unless `own` says otherwise, and in
     one group with the others where a tracker has groups."""
     words = [*own, f"name={quoted(f'{sweep}-{number}')}", f"run_dir={quoted(str(folder))}"]
     words += [] if any(key_of(word) == "report" for word in own) else [LEAVES]
@@ -58,7 +58,7 @@ def trial_words(own: Sequence[str], tracker: TrackerConfig, sweep: str, number: 
 
 
 def row_of(trial: Trial, goal: str) -> dict[str, Any]:
-    """A line of the table. What was not measured, or is no number, is None."""
+    """Returns a trial's line of the table. What was not measured, or is no number, is None."""
     records = records_of(trial.folder)
     last = records[-1] if records else {}
     evaluations = values_of(records, "eval_loss")
@@ -93,7 +93,7 @@ def _ended(trial: Trial, records: Sequence[dict[str, Any]], goal: str) -> tuple[
 
 
 def result(folder: Path, goal: str) -> tuple[float | None, str | None]:
-    """The `goal` that a trial which is complete ended with, or why it has none."""
+    """Returns the `goal` that a trial which is complete ended with, or why it has none."""
     measured = [record for record in records_of(folder) if goal in record]
     if not measured:
         return None, f"it has no {goal}"
@@ -102,19 +102,19 @@ def result(folder: Path, goal: str) -> tuple[float | None, str | None]:
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
-    """The records of a trial; none where they cannot be read, which ends no sweep."""
+    """Returns the records of a trial; none where they cannot be read, which ends no sweep."""
     with contextlib.suppress(OSError):
         return read_metrics(folder)
     return []
 
 
 def values_of(records: Sequence[dict[str, Any]], key: str) -> list[float]:
-    """Those that are numbers."""
+    """Returns the values that are numbers."""
     return [value for record in records if (value := number(record.get(key))) is not None]
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A line a trial."""
+    """Writes the table, a line a trial."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
@@ -141,6 +141,6 @@ def draw(trials: Sequence[Trial], folder: Path, goal: str) -> Path:
 
 
 def curve(folder: Path, goal: str) -> list[tuple[int, float]]:
-    """Steps and the values of `goal` there."""
+    """Returns steps and the values of `goal` there."""
     points = [(record["step"], number(record.get(goal))) for record in records_of(folder)]
     return [(step, value) for step, value in points if value is not None]

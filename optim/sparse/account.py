@@ -27,7 +27,7 @@ class Account:
         return sum(self.active) / sum(self.sizes)
 
     def record(self) -> dict[str, float | int | dict[str, float]]:
-        """What metrics.jsonl keeps. `mask_overlap_first`: the share of the first mask that is active; `mask_replaced`: the
+        """Returns what metrics.jsonl keeps. `mask_overlap_first`: the share of the first mask that is active; `mask_replaced`: the
         share of the active weights that were not when last counted."""
         active, overlap = max(1, sum(self.active)), sum(self.in_first) / max(1, sum(self.firsts))
         # The first mask of a model that begins dense is that of its first pruning.
@@ -66,7 +66,7 @@ def begin_account(layers: Layers) -> None:
 def weights_multiplied(
     config: SparsityConfig, active: Sequence[int], sizes: Sequence[int], step: int, steps: int
 ) -> tuple[float, float]:
-    """How many weights of the sparse matrices a token meets in (the forward, the backward), were zeros left out; the
+    """Counts how many weights of the sparse matrices a token meets in (the forward, the backward), were zeros left out; the
     backward multiplies for the input's gradient and for the weights'. RigL's dense gradients are spread over the steps
     from one update to the next (Evci et al., appendix H)."""
     some, everything = sum(active), sum(sizes)

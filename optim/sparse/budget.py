@@ -17,7 +17,7 @@ import torch
 
 
 def densities(shapes: Sequence[torch.Size], density: Fraction, distribution: str) -> list[Fraction]:
-    """The density of every matrix."""
+    """Returns the density of every matrix."""
     if distribution == "uniform":
         return [density] * len(shapes)
     raw = [Fraction(sum(shape), shape.numel()) for shape in shapes]
@@ -34,7 +34,7 @@ def densities(shapes: Sequence[torch.Size], density: Fraction, distribution: str
 
 
 def budgets(shapes: Sequence[torch.Size], density: float, distribution: str) -> list[int]:
-    """How many weights of every matrix are kept, together exactly round(density x size). `global` shares as `uniform`
+    """Says how many weights of every matrix are kept, together exactly round(density x size). `global` shares as `uniform`
     does before matrices compete. In fractions of the decimal that was given: 0.1 of 30 is 3, and no float's noise says
     who is first among equals."""
     exact, distribution = Fraction(str(density)), "uniform" if distribution == "global" else distribution
@@ -44,7 +44,7 @@ def budgets(shapes: Sequence[torch.Size], density: float, distribution: str) -> 
 
 
 def share_out(total: int, wanted: Sequence[Fraction], room: Sequence[int]) -> list[int]:
-    """Whole numbers near `wanted`, none above its `room`, that add up to `total`: rounded down, and what is left to the
+    """Returns whole numbers near `wanted`, none above its `room`, that add up to `total`: rounded down, and what is left to the
     largest remainders, the first of equals first."""
     shares = [min(math.floor(w), r) for w, r in zip(wanted, room, strict=True)]
     order = sorted(range(len(shares)), key=lambda i: (shares[i] - wanted[i], i))
@@ -58,17 +58,17 @@ def share_out(total: int, wanted: Sequence[Fraction], room: Sequence[int]) -> li
 
 
 def row_budgets(shapes: Sequence[torch.Size], density: float) -> list[int]:
-    """How many rows of every matrix are kept: the density of each, together exactly round(density x rows)."""
+    """Says how many rows of every matrix are kept: the density of each, together exactly round(density x rows)."""
     return budgets([torch.Size((rows, 1)) for rows, _ in shapes], density, "uniform")
 
 
 def share_replaced(step: int, first: float, stop: int) -> float:
-    """first / 2 (1 + cos(pi t / T_end)): the share of a mask that the update after step t replaces."""
+    """Returns the share of a mask that the update after step t replaces: first / 2 (1 + cos(pi t / T_end))."""
     return first / 2 * (1 + math.cos(math.pi * min(1.0, step / stop)))
 
 
 def gradual_density(step: int, density: float, start: int, stop: int) -> float:
-    """d + (1 - d) (1 - (t - t_0) / (T - t_0))^3 (Zhu & Gupta, *To Prune, or Not to Prune*): 1 until `start`, `density` from
+    """Returns d + (1 - d) (1 - (t - t_0) / (T - t_0))^3 (Zhu & Gupta, *To Prune, or Not to Prune*): 1 until `start`, `density` from
     `stop` on."""
     if step >= stop:
         return density
@@ -77,7 +77,7 @@ def gradual_density(step: int, density: float, start: int, stop: int) -> float:
 
 
 def fallen(step: int, sizes: Sequence[int], kept: Sequence[int], start: int, stop: int) -> list[int]:
-    """n - (n - k) (t - t_0) / (T - t_0) of every n that ends with k (Cho et al., *PDP*: epsilon of the way an epoch): all
+    """Returns n - (n - k) (t - t_0) / (T - t_0) of every n that ends with k (Cho et al., *PDP*: epsilon of the way an epoch): all
     until `start`, k from `stop` on."""
     way = Fraction(1) if step >= stop else Fraction(max(0, step - start), stop - start)
     wanted = [n - way * (n - k) for n, k in zip(sizes, kept, strict=True)]
@@ -85,5 +85,5 @@ def fallen(step: int, sizes: Sequence[int], kept: Sequence[int], start: int, sto
 
 
 def is_due(step: int, every: int, start: int, stop: int) -> bool:
-    """Whether masks change after step t: every so many steps from `start` on, and at `stop`."""
+    """Says whether masks change after step t: every so many steps from `start` on, and at `stop`."""
     return start <= step <= stop and ((step - start) % every == 0 or step == stop)

@@ -27,13 +27,13 @@ class Sparsity(Protocol):
     def density(self) -> float: ...
 
     def named_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold, by parameter and what it is; tensors that stay the same objects."""
+        """Returns what a checkpoint must hold, by parameter and what it is; tensors that stay the same objects."""
 
     def filter_gradients(self, step: int) -> None:
-        """After the last backward of step t (counted from 1) and before the norm of its gradients."""
+        """Filters the gradients of step t (counted from 1), after its last backward and before their norm."""
 
     def step(self, optimizer: Optimizer, step: int, usable: bool) -> None:
-        """The optimizer's step t, unless its gradients are not `usable`, and what follows for the masks."""
+        """Makes the optimizer's step t, unless its gradients are not `usable`, and what follows for the masks."""
 
 
 def build_sparsity(
@@ -45,7 +45,7 @@ def build_sparsity(
     stages: dist.ProcessGroup | None,
     compute_dtype: torch.dtype,
 ) -> Sparsity | None:
-    """The masks of the (sharded) parameters of `model`, which is the whole or this rank's stages of a model whose
+    """Builds the masks of the (sharded) parameters of `model`, which is the whole or this rank's stages of a model whose
     parameters are these; None where nothing is sparse. Cuts the initial weights. `stages`: the ranks that hold
     the other stages; `compute_dtype`: of forwards and backwards. All ranks call it."""
     if isinstance(config, NoSparsity):

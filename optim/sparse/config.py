@@ -24,7 +24,7 @@ class SparseBase:
 
 
 def every(value: int | float, steps: int) -> int:
-    """The steps between two updates, which are said as steps or as a share of the run."""
+    """Returns the steps between two updates, which are said as steps or as a share of the run."""
     return value if isinstance(value, int) else max(1, length(value, None, 0.0, steps))
 
 
@@ -42,11 +42,11 @@ class TimedBase(SparseBase):
     stop_at: FixedAsSteps[int | None] = None
 
     def first_step(self, steps: int) -> int:
-        """Of a run of `steps` steps, the one after which the first masks are found; 0: before the run."""
+        """Returns the step, of a run of `steps`, after which the first masks are found; 0: before the run."""
         return length(self.start, self.start_at, self.START, steps)
 
     def last_step(self, steps: int) -> int:
-        """The step of the last change."""
+        """Returns the step of the last change."""
         return max(1, length(self.stop, None, self.STOP, steps)) if self.stop_at is None else self.stop_at
 
 
@@ -200,7 +200,7 @@ Budgeted = Static | SET | RigL | SRigL | Gradual | ST3 | PDP
 
 
 def sparse_layers(config: SparsityConfig, specs: Specs) -> list[str]:
-    """The names of the sparse matrices, in the order of the model."""
+    """Returns the names of the sparse matrices, in the order of the model."""
     if isinstance(config, NoSparsity):
         return []
     hidden = [name for name, spec in specs.items() if spec.role == "hidden"]
@@ -208,5 +208,5 @@ def sparse_layers(config: SparsityConfig, specs: Specs) -> list[str]:
 
 
 def starts_at_random(config: SparsityConfig, steps: int) -> bool:
-    """Whether the first mask is drawn before anything is learned."""
+    """Says whether the first mask is drawn before anything is learned."""
     return isinstance(config, Static) or (isinstance(config, EvolvingBase) and config.first_step(steps) == 0)

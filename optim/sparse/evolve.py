@@ -27,22 +27,22 @@ RANDOM_BITS = 40  # 32 of the word, and above them whether the weight was never 
 
 
 def magnitudes(w: Tensor) -> Keys:
-    """Keys of |w|."""
+    """Returns the keys of |w|."""
     return lambda rows: magnitude_keys(w[rows])
 
 
 def active_magnitudes(layer: Layer) -> Keys:
-    """Keys of |w|, of active weights alone."""
+    """Returns the keys of |w|, of active weights alone."""
     return only(layer, magnitudes(layer.weight), active=True)
 
 
 def inactive_gradients(layer: Layer, gradient: Tensor) -> Keys:
-    """Keys of |g|, of inactive weights alone."""
+    """Returns the keys of |g|, of inactive weights alone."""
     return only(layer, magnitudes(gradient), active=False)
 
 
 def inactive_at_random(layer: Layer, seed: int, step: int, fired: Tensor | None = None) -> Keys:
-    """Random keys of inactive weights, a function of the logical position; those that are not in `fired` come first."""
+    """Returns random keys of inactive weights, a function of the logical position; those that are not in `fired` come first."""
     draw = at_random(layer, seed, f"grow/{step}")
 
     def keys(rows: slice) -> Tensor:
@@ -53,7 +53,7 @@ def inactive_at_random(layer: Layer, seed: int, step: int, fired: Tensor | None 
 
 
 def at_random(layer: Layer, seed: int, purpose: str) -> Keys:
-    """Random keys of all weights: element i of the matrix has word i of a stream of its own."""
+    """Returns random keys of all weights: element i of the matrix has word i of a stream of its own."""
     key = stream_key(seed, f"sparse/{layer.name}/{purpose}")
 
     def keys(rows: slice) -> Tensor:
@@ -65,18 +65,18 @@ def at_random(layer: Layer, seed: int, purpose: str) -> Keys:
 
 
 def only(layer: Layer, keys: Keys, active: bool) -> Keys:
-    """`keys` with no candidate among the weights that are not (in)active."""
+    """Returns `keys` with no candidate among the weights that are not (in)active."""
     return lambda rows: keys(rows).masked_fill_(unpack(layer.bits[rows], layer.columns) != active, -1)
 
 
 def random_masks(layers: Layers, budgets: Sequence[int], seed: int) -> list[Tensor]:
-    """As many weights of every matrix as its budget says, at random."""
+    """Draws as many weights of every matrix as its budget says, at random."""
     keys = [at_random(layer, seed, "start") for layer in layers.mine]
     return layers.choose(keys, [budgets[layer.index] for layer in layers.mine], 32)
 
 
 def largest(layers: Layers, weights: Sequence[Tensor], budgets: Sequence[int], together: bool) -> list[Tensor]:
-    """The masks of the largest |w| of every matrix; or of all matrices `together`, as many as all budgets."""
+    """Returns the masks of the largest |w| of every matrix; or of all matrices `together`, as many as all budgets."""
     keys = [magnitudes(w) for w in weights]
     bits = key_bits(layers.dtype)
     if together:

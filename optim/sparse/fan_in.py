@@ -28,7 +28,7 @@ from rowwise.optim.sparse.masks import join, pack, portions
 
 
 def fan_in_of(budget: int, rows: int, columns: int) -> int:
-    """Weights of each of so many rows."""
+    """Counts the weights of each of so many rows."""
     return min(columns, budget // max(1, rows))
 
 
@@ -56,7 +56,7 @@ def _rows_of(layer: Layer, keys: Keys, fan_in: int) -> Tensor:
 def evolve_fan_in(
     layers: Layers, budgets: Sequence[int], share: float, gradients: Mapping[str, Tensor], gamma: float
 ) -> list[Tensor]:
-    """The masks after an update. `gradients`: this rank's rows of the dense ones, by name."""
+    """Returns the masks after an update. `gradients`: this rank's rows of the dense ones, by name."""
     bits = key_bits(layers.dtype)
     active = layers.counts([layer.bits for layer in layers.mine], layers.rows)
     grown = [int(share * active[layer.index]) for layer in layers.mine]
@@ -92,7 +92,7 @@ def evolve_fan_in(
 def living_rows(
     layers: Layers, budgets: Sequence[int], salient: Sequence[Tensor], gamma: float
 ) -> tuple[list[Tensor], list[int]]:
-    """Which rows of this rank's matrices live, by their numbers of salient weights, and how many do of every matrix."""
+    """Says which rows of this rank's matrices live, by their numbers of salient weights, and how many do of every matrix."""
     bounds = [least_salient(gamma, fan_in_of(k, *shape)) for k, shape in zip(budgets, layers.shapes, strict=True)]
     histogram = layers.zeros(max(bounds) + 1)
     for layer, counts in zip(layers.mine, salient, strict=True):
@@ -108,12 +108,12 @@ def living_rows(
 
 
 def least_salient(gamma: float, fan_in: int) -> int:
-    """How many salient weights a row needs to live; 0 asks for nothing."""
+    """Says how many salient weights a row needs to live; 0 asks for nothing."""
     return max(1, int(gamma * fan_in)) if gamma else 0
 
 
 def of_rows(keys: Keys, alive: Tensor) -> Keys:
-    """`keys` with no candidate in other rows than those that are `alive`."""
+    """Returns `keys` with no candidate in other rows than those that are `alive`."""
     return lambda rows: keys(rows).masked_fill_(~alive[rows, None], -1)
 
 
@@ -128,14 +128,14 @@ def _filled(layer: Layer, keep: Tensor, gradient: Tensor, alive: Tensor, fan_in:
 
 
 def by_rank(rank: Tensor, strength: Tensor) -> Tensor:
-    """The columns of every row, the highest rank first, of equals the greatest strength, of equals the first column."""
+    """Returns the columns of every row, the highest rank first, of equals the greatest strength, of equals the first column."""
     by_strength = strength.sort(dim=1, descending=True, stable=True).indices
     order = rank.gather(1, by_strength).sort(dim=1, descending=True, stable=True).indices
     return by_strength.gather(1, order)
 
 
 def first_of(order: Tensor, k: int) -> Tensor:
-    """A mask of the first k columns of each row's order."""
+    """Returns a mask of the first k columns of each row's order."""
     return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :k], True)
 
 

@@ -40,7 +40,7 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """This rank's rows."""
+        """This rank's rows of the matrix."""
         return local(self.p.detach())
 
     @property
@@ -57,13 +57,13 @@ class Layer:
         return local(self.last)
 
     def gradient(self) -> Tensor:
-        """This rank's rows; none where it has none."""
+        """Returns this rank's rows of the gradient; none where it has none."""
         return torch.zeros_like(self.weight) if self.p.grad is None else local(self.p.grad)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Of all sparse matrices of the model, `mine` are on this rank. `rows`: the groups that hold the other rows of them;
+    """The sparse matrices of the model, of which `mine` are on this rank. `rows`: the groups that hold the other rows of them;
     `model`: those over which all matrices are spread. `names` and `shapes`: of all."""
 
     mine: list[Layer]
@@ -85,7 +85,7 @@ class Layers:
         return sum(shape.numel() for shape in self.shapes)
 
     def choose(self, keys: Sequence[Keys], ks: Sequence[int], bits: int) -> list[Tensor]:
-        """The mask of the k largest keys of every matrix, each on its own. `keys` and `ks` go round `mine`, more than once
+        """Chooses the mask of the k largest keys of every matrix, each on its own. `keys` and `ks` go round `mine`, more than once
         where several choices share their messages. Communicates over `rows`: see `optim.select`."""
         parts = [candidates(self.mine[i % len(self.mine)], key) for i, key in enumerate(keys)]
         problems = [Problem(k, self.size, [part]) for k, part in zip(ks, parts, strict=True)]
@@ -93,26 +93,26 @@ class Layers:
         return [self.taken(part, cut) for part, cut in zip(parts, cuts, strict=True)]
 
     def choose_together(self, keys: Sequence[Keys], k: int, bits: int) -> list[Tensor]:
-        """The masks of the k largest keys of all matrices together. Communicates over `model`."""
+        """Chooses the masks of the k largest keys of all matrices together. Communicates over `model`."""
         parts = [candidates(layer, key) for layer, key in zip(self.mine, keys, strict=True)]
         cut = select([Problem(k, self.size, parts)], bits, self.model, self.device)[0]
         return [self.taken(part, cut) for part in parts]
 
     def taken(self, part: Candidates, cut: Cut) -> Tensor:
-        """The packed mask of what a cut takes."""
+        """Returns the packed mask of what a cut takes."""
         masks = [pack(cut.takes(part, rows, keys)) for rows, keys in part.portions()]
         return join(masks, part.like.size(1), self.device)
 
     def named_masks(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of them."""
+        """Returns what a checkpoint holds of the masks."""
         return {f"{layer.name}.{key}": getattr(layer, key) for layer in self.mine for key in ("mask", "first", "last")}
 
     def extra_masks(self) -> dict[str, Tensor]:
-        """One more mask for every matrix of this rank, empty, by name."""
+        """Makes one more mask for every matrix of this rank, empty, by name."""
         return {layer.name: rows_like(layer.p, packed_columns(layer.columns), torch.uint8) for layer in self.mine}
 
     def counts(self, masks: Sequence[Tensor], groups: Groups) -> list[int]:
-        """How many weights each mask of `mine` has, over all ranks of `groups`; a number for every matrix of the model, 0
+        """Counts how many weights each mask of `mine` has, over all ranks of `groups`; a number for every matrix of the model, 0
         for those that are not there. One all-reduce of as many numbers for each group."""
         counts = self.zeros()
         for layer, mask in zip(self.mine, masks, strict=True):
@@ -120,25 +120,25 @@ class Layers:
         return self.sum(counts, groups)
 
     def zeros(self, *shape: int) -> Tensor:
-        """Whole numbers, a row for every matrix of the model."""
+        """Makes whole numbers of zero, a row for every matrix of the model."""
         return torch.zeros(len(self.names), *shape, dtype=torch.int64, device=self.device)
 
     def sum(self, numbers: Tensor, groups: Groups) -> list[Any]:
-        """The sum over all ranks of `groups`."""
+        """Returns the sum over all ranks of `groups`."""
         for group in groups:
             dist.all_reduce(numbers, group=group)
         return numbers.tolist()
 
 
 def candidates(layer: Layer, keys: Keys) -> Candidates:
-    """The weights of a layer, with ties in their logical order."""
+    """Returns the weights of a layer, with ties in their logical order."""
     return Candidates(layer.weight, layer.origin + layer.before, keys)
 
 
 def find_layers(
     model: nn.Module, names: list[str], shapes: list[torch.Size], stages: dist.ProcessGroup | None
 ) -> Layers:
-    """The sparse matrices `names` of the whole model, those of them that this rank has with full masks. `stages`: the ranks
+    """Finds the sparse matrices `names` of the whole model, those of them that this rank has with full masks. `stages`: the ranks
     that hold the other stages of a pipeline."""
     params = dict(model.named_parameters())
     mine, before = [], 0

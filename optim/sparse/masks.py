@@ -10,12 +10,12 @@ from rowwise.kernels.portions import device_portions
 
 
 def packed_columns(columns: int) -> int:
-    """Bytes of a row."""
+    """Counts the bytes of a packed row."""
     return -(-columns // 8)
 
 
 def pack(mask: Tensor) -> Tensor:
-    """bool (r, n) to uint8 (r, ceil(n / 8)); what is left of the last byte is zero."""
+    """Packs bool (r, n) to uint8 (r, ceil(n / 8)); what is left of the last byte is zero."""
     rows, columns = mask.shape
     padded = torch.zeros(rows, packed_columns(columns) * 8, dtype=torch.uint8, device=mask.device)
     padded[:, :columns] = mask
@@ -23,7 +23,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, columns: int) -> Tensor:
-    """The way back: bool (r, n)."""
+    """Unpacks to bool (r, n)."""
     bits = (packed[:, :, None] >> _bits(packed.device)) & 1
     return bits.flatten(1)[:, :columns].bool()
 
@@ -33,18 +33,18 @@ def _bits(device: torch.device) -> Tensor:
 
 
 def portions(packed: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their mask as bool), a portion of rows at a time."""
+    """Yields (rows, their mask as bool), a portion of rows at a time."""
     for rows in device_portions(packed, columns):
         yield rows, unpack(packed[rows], columns)
 
 
 def join(masks: list[Tensor], columns: int, device: torch.device) -> Tensor:
-    """The packed masks of successive rows in one; there may be none, where a rank has no rows."""
+    """Joins the packed masks of successive rows in one; there may be none, where a rank has no rows."""
     return torch.cat(masks) if masks else torch.zeros(0, packed_columns(columns), dtype=torch.uint8, device=device)
 
 
 def count(packed: Tensor, columns: int) -> Tensor:
-    """How many bits are set, a number on the device."""
+    """Counts how many bits are set, a number on the device."""
     total = torch.zeros((), dtype=torch.int64, device=packed.device)
     for _, mask in portions(packed, columns):
         total += mask.sum()
@@ -57,6 +57,6 @@ def fill_(packed: Tensor, columns: int) -> None:
 
 
 def zero_outside_(x: Tensor, packed: Tensor) -> None:
-    """x (r, n) = 0 where the mask is not set, in place; what is there counts for nothing, not even a NaN."""
+    """Sets x (r, n) to 0 where the mask is not set, in place; what is there counts for nothing, not even a NaN."""
     for rows, mask in portions(packed, x.size(1)):
         x[rows].masked_fill_(~mask, 0)

@@ -54,7 +54,7 @@ class SetRigL:
 
     @property
     def density(self) -> float:
-        """Counted by all ranks where it is not known: masks may have been loaded."""
+        """The density of the masks, counted by all ranks where it is not known: masks may have been loaded."""
         if self._density is None:
             counts = self.layers.counts([layer.bits for layer in self.layers.mine], self.layers.model)
             self._density = sum(counts) / self.layers.size
@@ -62,7 +62,7 @@ class SetRigL:
 
     @torch.no_grad()
     def filter_gradients(self, step: int) -> None:
-        """After the backward of step t, before the norm of its gradients."""
+        """Filters the gradients of step t, after its backward and before their norm."""
         if self._grows_by_gradient(step) and self._due(step):
             self._dense = {layer.name: layer.gradient().clone() for layer in self.layers.mine}
         for layer in self.layers.mine:
@@ -71,7 +71,7 @@ class SetRigL:
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer, step: int, usable: bool) -> None:
-        """The optimizer's step t, unless its gradients are not `usable`; then the masks change, if they are to."""
+        """Makes the optimizer's step t, unless its gradients are not `usable`; then the masks change, if they are to."""
         dense, self._dense = self._dense, {}
         if usable:
             optimizer.step()

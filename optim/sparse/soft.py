@@ -20,7 +20,7 @@ STEADY, TINY = 0.01, 1e-6  # as the authors' code has them
 
 
 def soft_threshold(w: Tensor, threshold: float, mask: Tensor, rescale: bool) -> Tensor:
-    """c mask sign(w) max(|w| - l, 0) of rows w (r, n); c = 1 without `rescale`."""
+    """Computes c mask sign(w) max(|w| - l, 0) of rows w (r, n); c = 1 without `rescale`."""
     wide = _wide(w)
     soft = (wide.sign() * (wide.abs() - threshold).clamp_min(0)).masked_fill(~mask, 0)
     if not rescale:
@@ -30,35 +30,35 @@ def soft_threshold(w: Tensor, threshold: float, mask: Tensor, rescale: bool) -> 
 
 
 def soft_mask(w: Tensor, threshold: float | Tensor, temperature: float) -> Tensor:
-    """z of every weight; `threshold`: of all of them, or (r, n) one each."""
+    """Computes z of every weight; `threshold`: of all of them, or (r, n) one each."""
     return torch.sigmoid((_wide(w).square() - threshold**2) / temperature)
 
 
 def soft_mask_slope(w: Tensor, threshold: float | Tensor, temperature: float) -> Tensor:
-    """d(z w) / dw = z + 2 w^2 z (1 - z) / tau."""
+    """Computes d(z w) / dw = z + 2 w^2 z (1 - z) / tau."""
     z = soft_mask(w, threshold, temperature)
     return z + 2 * _wide(w).square() * z * (1 - z) / temperature
 
 
 def group_thresholds(w: Tensor, n: int, m: int) -> Tensor:
-    """t of every weight's group (r, columns), for 1 <= n < m and whole groups along the rows of w (r, columns)."""
+    """Computes t of every weight's group (r, columns), for 1 <= n < m and whole groups along the rows of w (r, columns)."""
     groups = _wide(w).abs().view(w.size(0), -1, m)
     edges = groups.sort(dim=2, descending=True).values[:, :, n - 1 : n + 1]
     return edges.mean(2, keepdim=True).expand_as(groups).reshape(w.shape)
 
 
 def row_norms(w: Tensor) -> Tensor:
-    """|w|_2 of every row (r, 1), in float64: the order of its sum must not show in who is kept."""
+    """Computes |w|_2 of every row (r, 1), in float64: the order of its sum must not show in who is kept."""
     return w.double().square().sum(1, keepdim=True).sqrt()
 
 
 def soft_row_mask(w: Tensor, threshold: float, temperature: float) -> Tensor:
-    """z of every row (r, 1)."""
+    """Computes z of every row (r, 1)."""
     return soft_mask(row_norms(w), threshold, temperature).to(_wide(w).dtype)
 
 
 def through_row_mask(gradient: Tensor, w: Tensor, threshold: float, temperature: float) -> Tensor:
-    """dL/dw of rows w (r, n), of the gradient of z w."""
+    """Computes dL/dw of rows w (r, n), of the gradient of z w."""
     z, wide, g = soft_row_mask(w, threshold, temperature), _wide(w), _wide(gradient)
     return z * g + 2 * z * (1 - z) / temperature * (wide * g).sum(1, keepdim=True) * wide
 

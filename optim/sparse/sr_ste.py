@@ -49,11 +49,11 @@ class SrSte:
         return self.layers.named_masks()
 
     def filter_gradients(self, step: int) -> None:
-        """Gradients are those of dense weights."""
+        """Leaves gradients as they are, those of dense weights."""
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer, step: int, usable: bool) -> None:
-        """The optimizer's step t, unless its gradients are not `usable`."""
+        """Makes the optimizer's step t, unless its gradients are not `usable`."""
         self.account = None
         if usable:
             n, m, decay = self.config.n, self.config.m, self.config.decay

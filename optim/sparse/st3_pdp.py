@@ -76,7 +76,7 @@ class St3Pdp:
 
     @torch.no_grad()
     def filter_gradients(self, step: int) -> None:
-        """After the backward of step t, before the norm of its gradients: from those of w' to those of w."""
+        """Passes from the gradients of w' to those of w, after the backward of step t and before their norm."""
         if isinstance(self.config, ST3):
             return
         for layer in self.layers.mine:
@@ -90,7 +90,7 @@ class St3Pdp:
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer, step: int, usable: bool) -> None:
-        """The optimizer's step t on the dense weights, unless its gradients are not `usable`; then the thresholds of the
+        """Makes the optimizer's step t on the dense weights, unless its gradients are not `usable`; then the thresholds of the
         density that step t has, and w' anew."""
         self.account = None
         if self._is_hard(step):
@@ -239,7 +239,7 @@ Cuts = list[tuple[Tensor, float, float]]
 
 
 def cut_by_size(layers: Layers, weights: Sequence[Tensor], counts: Sequence[int], together: bool) -> Cuts:
-    """Of every matrix of this rank: the mask of the k largest |w|, the k-th largest, and the largest below it: 0 where
+    """Returns, of every matrix of this rank, the mask of the k largest |w|, the k-th largest, and the largest below it: 0 where
     there is none; both the largest of all where none is kept, both EVERYTHING where all are. All matrices `together` keep
     as many as all counts."""
     parts = [candidates(layer, magnitudes(w)) for layer, w in zip(layers.mine, weights, strict=True)]
@@ -252,7 +252,8 @@ def cut_by_size(layers: Layers, weights: Sequence[Tensor], counts: Sequence[int]
 
 
 def cut_rows_by_norm(layers: Layers, weights: Sequence[Tensor], counts: Sequence[int]) -> Cuts:
-    """The same of rows and their norms; a row's mask is full or empty."""
+    """Returns, of every matrix of this rank, the mask of the k rows of largest norm, and the norms beside the cut; a row's mask is
+    full or empty."""
     dtype = torch.float64 if layers.dtype == torch.float64 else torch.float32
     parts = []
     for layer, w in zip(layers.mine, weights, strict=True):
@@ -274,7 +275,7 @@ def cut_rows_by_norm(layers: Layers, weights: Sequence[Tensor], counts: Sequence
 def edges_of(
     layers: Layers, pools: list[list[Candidates]], ks: Sequence[tuple[int, int]], groups: Groups
 ) -> list[tuple[Cut, tuple[float, float]]]:
-    """Of every pool of candidates: where its k largest end, the k-th largest, and the largest below it. `ks`: (k, how many
+    """Returns, of every pool of candidates, where its k largest end, the k-th largest, and the largest below it. `ks`: (k, how many
     candidates there are over all ranks). Communicates over `groups`: see `optim.select`."""
     problems = [Problem(k, layers.size, pool) for (k, _), pool in zip(ks, pools, strict=True)]
     cuts = select(problems, key_bits(layers.dtype), groups, layers.device)

@@ -14,7 +14,7 @@ def check_stages(layers: int, stages: int) -> None:
 
 
 def balance(first: float, layers: Sequence[float], last: float, stages: int) -> list[range]:
-    """The layers of each stage, contiguous and at least one each, such that the dearest stage is as cheap as can be, and
+    """Chooses the layers of each stage, contiguous and at least one each, such that the dearest stage is as cheap as can be, and
     among those cuts the one whose costs have the smallest sum of squares.
 
     `first` is what comes before the layers (the embedding), `last` what comes after (norm, head and loss). Raises

@@ -33,7 +33,7 @@ def solve(
     upper: float,
     time_limit: float,
 ) -> tuple[Schedule, bool] | None:
-    """The schedule with the shortest makespan on `placement` (`placement[r]`: the stages of rank r) of which no rank holds
+    """Finds the schedule with the shortest makespan on `placement` (`placement[r]`: the stages of rank r) of which no rank holds
     more than `limit`, and whether it is proved to be the shortest (to the solver's 1e-6 of `upper`). I and W are apart
     throughout: B is an I with its W right behind, and sends later. None where no makespan up to `upper` is possible or
     none was found in `time_limit` seconds. Raises ValueError where a stage keeps more after I than it held before."""

@@ -41,7 +41,7 @@ class Bar(NamedTuple):
 
 
 def draw(timelines: dict[str, Timeline], path: Path, unit: str = "") -> None:
-    """A panel for each timeline, under its name and over one time axis, as PNG or SVG by the suffix of `path`.
+    """Draws a panel for each timeline, under its name and over one time axis, as PNG or SVG by the suffix of `path`.
 
     Colour is the kind of work, and a rank's later stages are lighter. Bars bear the number of their micro-batch where
     they are wide enough. `unit` is that of the times. Raises ValueError for another suffix, or without timelines.
@@ -77,7 +77,7 @@ def draw(timelines: dict[str, Timeline], path: Path, unit: str = "") -> None:
 
 
 def lighten(color: str, chunk: int, chunks: int) -> Color:
-    """`color` for the first chunk of a rank, from there evenly towards white."""
+    """Returns `color` for the first chunk of a rank, from there evenly towards white."""
     red, green, blue = to_rgb(color)
     white = 0.55 * chunk / max(1, chunks - 1)
     return red + (1 - red) * white, green + (1 - green) * white, blue + (1 - blue) * white

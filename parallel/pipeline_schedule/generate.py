@@ -35,7 +35,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Generator:
-    """`make` and what it asks of a shape: `chunks` (least, most or None for any) and the fewest micro-batches."""
+    """A way to make a schedule: `make` and what it asks of a shape: `chunks` (least, most or None for any) and the fewest
+    micro-batches."""
 
     make: Callable[[Shape], Schedule]
     chunks: tuple[int, int | None]
@@ -43,7 +44,7 @@ class Generator:
 
 
 def make_schedule(name: str, shape: Shape) -> Schedule:
-    """The schedule `name`. Raises ValueError where the shape does not fit it."""
+    """Makes the schedule `name`. Raises ValueError where the shape does not fit it."""
     check_shape(name, shape)
     return GENERATORS[name].make(shape)
 
@@ -78,7 +79,7 @@ def check_shape(name: str, shape: Shape) -> None:
 
 
 def gpipe(shape: Shape) -> Schedule:
-    """All forwards, chunk by chunk, then all backwards; with chunks this is breadth-first (Lamy-Poirier)."""
+    """Orders all forwards, chunk by chunk, then all backwards; with chunks this is breadth-first (Lamy-Poirier)."""
     count = range(shape.micro_batches)
     return _by_rank(
         shape,
@@ -90,12 +91,12 @@ def gpipe(shape: Shape) -> Schedule:
 
 
 def one_f_one_b(shape: Shape) -> Schedule:
-    """Rank r forwards p - r - 1 micro-batches ahead, then one forward, one backward."""
+    """Has rank r forward p - r - 1 micro-batches ahead, then one forward, one backward."""
     return _by_rank(shape, lambda rank, stages: _alternate(shape, stages, shape.ranks - rank - 1))
 
 
 def interleaved_one_f_one_b(shape: Shape) -> Schedule:
-    """1F1B over chunks: units of micro-batches go through one chunk after another."""
+    """Orders 1F1B over chunks: units of micro-batches go through one chunk after another."""
 
     def order(rank: int, stages: list[int]) -> list[Action]:
         largest = max(map(len, units(shape.micro_batches, shape.ranks)))
@@ -105,18 +106,18 @@ def interleaved_one_f_one_b(shape: Shape) -> Schedule:
 
 
 def zb_h1(shape: Shape) -> Schedule:
-    """1F1B's memory: weight gradients wait as long as no more than p micro-batches are held."""
+    """Orders ZB-H1, with 1F1B's memory: weight gradients wait as long as no more than p micro-batches are held."""
     return _by_rank(shape, lambda rank, stages: _zero_bubble(shape, rank, shape.ranks - rank, shape.ranks))
 
 
 def zb_h2(shape: Shape) -> Schedule:
-    """Enough forwards ahead that no rank waits for its first backward."""
+    """Orders ZB-H2, with enough forwards ahead that no rank waits for its first backward."""
     p = shape.ranks
     return _by_rank(shape, lambda rank, stages: _zero_bubble(shape, rank, 2 * (p - rank) - 1, 2 * p - 1))
 
 
 def zb_v(shape: Shape) -> Schedule:
-    """Two chunks a rank, folded: the rank that forwards first also has the loss, so it gets gradients soon."""
+    """Orders ZB-V: two chunks a rank, folded: the rank that forwards first also has the loss, so it gets gradients soon."""
     p = shape.ranks
 
     def order(rank: int, down: int, up: int) -> list[Action]:
@@ -136,8 +137,8 @@ def zb_v(shape: Shape) -> Schedule:
 
 
 def blockwise(shape: Shape) -> Schedule:
-    """Units: forwards breadth-first over the chunks, then input gradients, so that a chunk's weights are gathered once
-    for each. Weight gradients fill the gaps; those that the next unit's gaps will take, 2 (p - 1 - r) on rank r, wait."""
+    """Orders a step by units: forwards breadth-first over the chunks, then input gradients, so that a chunk's weights are gathered
+    once for each. Weight gradients fill the gaps; those that the next unit's gaps will take, 2 (p - 1 - r) on rank r, wait."""
     placement = loop_placement(shape.ranks, shape.chunks)
     orders = []
     for stages in placement:
@@ -168,7 +169,7 @@ def blockwise(shape: Shape) -> Schedule:
 
 
 def units(micro_batches: int, size: int) -> list[range]:
-    """As many units of at least `size` as there can be, as equal as they can be."""
+    """Returns as many units of at least `size` as there can be, as equal as they can be."""
     count = max(1, micro_batches // size)
     bounds = [micro_batches * i // count for i in range(count + 1)]
     return [range(a, b) for a, b in itertools.pairwise(bounds)]

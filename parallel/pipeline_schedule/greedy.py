@@ -11,8 +11,8 @@ Choose = Callable[[int, Ready], Action | None]
 
 
 def play(placement: Sequence[Sequence[int]], costs: Costs, choose: Choose) -> Schedule:
-    """`placement[r]`: the stages of rank r. `choose(rank, ready)` names the next action of a free rank, one that is
-    `ready`, or None to wait for what arrives next. Ends when nothing arrives any more."""
+    """Makes a schedule action by action. `placement[r]`: the stages of rank r. `choose(rank, ready)` names the next action of a free
+    rank, one that is `ready`, or None to wait for what arrives next. Ends when nothing arrives any more."""
     rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
     last = len(rank_of) - 1
     arrival: dict[tuple[int, bool, int], float] = {}  # (stage, forward, micro-batch) -> when its input is on its rank

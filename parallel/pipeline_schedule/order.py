@@ -32,7 +32,8 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """`ranks[r]` is the order of rank r. `source` names it in messages; `lines[r]` is where its order stands in a file."""
+    """Who does what in which order: `ranks[r]` is the order of rank r. `source` names it in messages; `lines[r]` is where its
+    order stands in a file."""
 
     ranks: tuple[tuple[Action, ...], ...]
     source: str = ""
@@ -76,18 +77,19 @@ class Schedule:
         return {(a.stage, a.micro_batch): a for actions in self.ranks for a in actions if a.kind in "IB"}
 
     def maker(self, action: Action) -> Action | None:
-        """The action whose message this one takes; None: it takes none."""
+        """Returns the action whose message this one takes; None: it takes none."""
         if action.kind == "F":
             return action._replace(stage=action.stage - 1) if action.stage else None
         takes = action.kind != "W" and action.stage + 1 < self.stages
         return self._backward[action.stage + 1, action.micro_batch] if takes else None
 
     def stages_of(self, rank: int) -> list[int]:
-        """The stages that `rank` holds, ascending."""
+        """Returns the stages that `rank` holds, ascending."""
         return sorted(stage for stage, holder in self.rank_of.items() if holder == rank)
 
     def forward_only(self, micro_batches: int) -> "Schedule":
-        """The same stages on the same ranks, forward alone: every micro-batch through one stage, then the next."""
+        """Returns the schedule of a forward alone, of these stages on these ranks: every micro-batch through one stage, then the
+        next."""
         return Schedule(
             tuple(
                 tuple(Action(stage, "F", i) for stage in self.stages_of(rank) for i in range(micro_batches))
@@ -97,7 +99,7 @@ class Schedule:
 
 
 def leading_forwards(schedule: Schedule) -> list[int]:
-    """How many of each rank's first actions are forwards that need nothing but each other: what can be done before any
+    """Counts how many of each rank's first actions are forwards that need nothing but each other: what can be done before any
     backward, on any rank, begins."""
     lengths = [next((n for n, a in enumerate(actions) if a.kind != "F"), len(actions)) for actions in schedule.ranks]
     while True:
@@ -115,7 +117,7 @@ def leading_forwards(schedule: Schedule) -> list[int]:
 
 
 def early_messages(schedule: Schedule, rank: int) -> set[int]:
-    """The positions in a rank's order whose message can arrive while the action before is under way: all but those whose
+    """Returns the positions in a rank's order whose message can arrive while the action before is under way: all but those whose
     message other ranks make of what that action makes. A receive posted ahead for one of those would gain nothing, and a wait
     for the whole device during that action (an allocator's, say) would wait for it without end."""
     actions = schedule.ranks[rank]
@@ -148,17 +150,17 @@ def _followed(schedule: Schedule, rank: int) -> dict[Action, int]:
 
 
 def loop_placement(ranks: int, chunks: int) -> list[list[int]]:
-    """Rank r holds stages r, r + p, r + 2 p, ... of p ranks."""
+    """Gives rank r the stages r, r + p, r + 2 p, ... of p ranks."""
     return [[rank + chunk * ranks for chunk in range(chunks)] for rank in range(ranks)]
 
 
 def v_placement(ranks: int) -> list[list[int]]:
-    """Down and up again: rank r holds stages r and 2 p - 1 - r of p ranks."""
+    """Gives rank r the stages r and 2 p - 1 - r of p ranks: down and up again."""
     return [[rank, 2 * ranks - 1 - rank] for rank in range(ranks)]
 
 
 def read_csv(path: Path) -> Schedule:
-    """The schedule in `path`. Raises ValueError for a cell that is no action, and names the line."""
+    """Reads the schedule in `path`. Raises ValueError for a cell that is no action, and names the line."""
     ranks, lines = [], []
     try:
         with path.open(newline="") as file:
@@ -185,7 +187,7 @@ def _parse(cell: str, path: Path, line: int) -> Action:
 
 
 def parse_action(text: str) -> Action:
-    """The action that is written so. Raises ValueError."""
+    """Reads the action that `text` writes. Raises ValueError."""
     match = _CELL.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is no action; write stage, one of {', '.join(KINDS)}, micro-batch, such as 2F0")

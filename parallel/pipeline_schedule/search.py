@@ -25,9 +25,9 @@ _EXACT = 48  # actions x chunks: up to here the integer programme mostly takes b
 
 @dataclass(frozen=True)
 class Found:
-    """`seconds`, `bubble`: the period of `schedule`. `how` it was made: a generator's name, "heuristic", "local search" or
-    "integer programme". `proved`: nothing on the placements tried and within the limit is faster, since the integer
-    programme says so (to 1e-6) or since the busiest rank waits no longer than it takes a forward to reach it."""
+    """What a search found. `seconds`, `bubble`: the period of `schedule`. `how` it was made: a generator's name, "heuristic",
+    "local search" or "integer programme". `proved`: nothing on the placements tried and within the limit is faster, since the
+    integer programme says so (to 1e-6) or since the busiest rank waits no longer than it takes a forward to reach it."""
 
     schedule: Schedule
     seconds: float
@@ -59,7 +59,7 @@ def find_schedule(
     gathering: Gathering = "none",
     seconds: float = 10.0,
 ) -> Found:
-    """The fastest schedule found for `shape` (its `unit` is chosen here) of which no rank holds more than `limit`, in the
+    """Finds the fastest schedule for `shape` (its `unit` is chosen here) of which no rank holds more than `limit`, in the
     unit of `costs.held`; among equally fast ones the one that holds least. `synchronised`, `gathering`: as in `period`.
 
     Never slower than a schedule with a name that keeps to the limit. Stages go around the ranks in a loop; two chunks a

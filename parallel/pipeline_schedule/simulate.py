@@ -33,7 +33,7 @@ class Costs:
     step: float = 0.0
 
     def seconds(self, action: Action) -> float:
-        """What `action` takes."""
+        """Returns what `action` takes."""
         stage = action.stage
         if action.kind == "F":
             return self.forward[stage]
@@ -53,7 +53,7 @@ def uniform_costs(
     held: float = 1.0,
     kept: float = 1.0,
 ) -> Costs:
-    """Every stage alike."""
+    """Returns the costs of stages that are all alike."""
 
     def each(value: float) -> tuple[float, ...]:
         return (value,) * stages
@@ -79,7 +79,7 @@ class Timeline:
 
     @cached_property
     def makespan(self) -> float:
-        """From the first start to the last end."""
+        """The time from the first start to the last end."""
         return max(e[-1] for e in self.ends if e) - min(s[0] for s in self.starts if s)
 
     @cached_property
@@ -96,7 +96,7 @@ class Timeline:
 def simulate(
     schedule: Schedule, costs: Costs, begin: Sequence[float] | None = None, gathering: Gathering = "none"
 ) -> Timeline:
-    """The timeline of one step. `begin`: when each rank is free. Raises Deadlock where ranks wait for each other."""
+    """Simulates the timeline of one step. `begin`: when each rank is free. Raises Deadlock where ranks wait for each other."""
     ranks, last, count = len(schedule.ranks), schedule.stages - 1, schedule.micro_batches
     rank_of = [schedule.rank_of[stage] for stage in range(last + 1)]
     # (stage, micro-batch) -> when its output, and the gradient of its input, are there; negative: not yet.
@@ -160,7 +160,7 @@ class _Gathers:
 
 
 def gathers(actions: Sequence[Action], gathering: Gathering) -> list[int]:
-    """The positions in a rank's order before which weights are gathered: `micro_batch`, of every F, I and B; `run`, of
+    """Returns the positions in a rank's order before which weights are gathered: `micro_batch`, of every F, I and B; `run`, of
     those that use another stage than the one before."""
     positions: list[int] = []
     held = -1
@@ -174,7 +174,7 @@ def gathers(actions: Sequence[Action], gathering: Gathering) -> list[int]:
 
 
 def peak_activations(actions: Sequence[Action], costs: Costs) -> float:
-    """The most that a rank holds at once: `held` of a stage from the start of F to the end of I or B, and `kept` from
+    """Returns the most that a rank holds at once: `held` of a stage from the start of F to the end of I or B, and `kept` from
     the end of I to the end of W."""
     now = peak = 0.0
     for stage, kind, _ in actions:
@@ -193,7 +193,7 @@ def peak_activations(actions: Sequence[Action], costs: Costs) -> float:
 def period(
     schedule: Schedule, costs: Costs, synchronised: bool = True, gathering: Gathering = "none"
 ) -> tuple[float, float]:
-    """(seconds, bubble share) of a step in the steady state of a run, the optimizer step included.
+    """Returns (seconds, bubble share) of a step in the steady state of a run, the optimizer step included.
 
     `synchronised`: every rank waits for the last before it changes its weights; else each goes on by itself, and a step
     takes as long as the rank that is first and last at work is at it (Qi et al., section 4).

@@ -18,7 +18,7 @@ Span = tuple[Action, float, float]
 
 
 def align(spans_per_rank: Sequence[Sequence[Span]]) -> Timeline:
-    """The timeline of (action, start, end) as the ranks measured them, which counts from the first start of all.
+    """Returns the timeline of (action, start, end) as the ranks measured them, which counts from the first start of all.
 
     The ranks' clocks must tell the same time: those of one host, or since one epoch. The schedule is what was measured:
     each rank's actions in the order of its spans. Raises ValueError where there are none, or a rank goes back in time.
@@ -39,7 +39,7 @@ def write_trace(timeline: Timeline, path: Path, unit: str = "seconds") -> None:
 
 
 def read_trace(path: Path) -> Timeline:
-    """The timeline in `path`. Raises ValueError, which names the file and what is wrong in it."""
+    """Reads the timeline in `path`. Raises ValueError, which names the file and what is wrong in it."""
     try:
         content = json.loads(path.read_text())
         ranks = content.get("ranks") if isinstance(content, dict) else None

@@ -162,7 +162,7 @@ def step_digests(corpus: Corpus, config: BatchConfig, seed: int, position: int) 
 
 
 def holdout_batches(corpus: Corpus, config: BatchConfig, batches: int, share: Share) -> Iterator[MicroBatch]:
-    """The same held-out samples at every evaluation, `batches` global batches of them or all there are. Every rank
+    """Returns the same held-out samples at every evaluation, `batches` global batches of them or all there are. Every rank
     gets the same number of micro-batches; what is missing is padding."""
     count = min(corpus.samples, batches * config.global_size)
     chosen = sample_indices(0, count, corpus.samples, "holdout") if count else np.empty(0, dtype=np.int64)

@@ -35,7 +35,7 @@ class TokenStream:
     documents: np.ndarray
 
     def windows(self, seq_len: int) -> int:
-        """How many samples of `seq_len` the stream holds."""
+        """Counts how many samples of `seq_len` the stream holds."""
         return max(0, (len(self.tokens) - 1) // seq_len)
 
 
@@ -74,8 +74,8 @@ class Corpus:
         return sum(len(stream.tokens) for stream in self.streams)
 
     def sample(self, index: int) -> Sample:
-        """Sample `index` of the corpus, in the order of the files. Where it cannot be one, `watch` is told, and it is padding:
-        all ranks finish the step, and stop."""
+        """Returns sample `index` of the corpus, in the order of the files. Where it cannot be one, `watch` is told, and it is
+        padding: all ranks finish the step, and stop."""
         for stream in self.streams:
             if index < (here := stream.windows(self.seq_len)):
                 return self._cut(stream, index * self.seq_len)
@@ -103,7 +103,7 @@ class Corpus:
 
 
 def cut(stream: TokenStream, start: int, seq_len: int, mask_documents: bool) -> Sample:
-    """The window at `start`. With `mask_documents`, positions restart at each document and the last token of a
+    """Returns the window at `start`. With `mask_documents`, positions restart at each document and the last token of a
     document is not asked to predict the first of the next."""
     tokens = stream.tokens[start : start + seq_len + 1].astype(np.int64)
     inputs, labels = tokens[:-1], tokens[1:].copy()
@@ -117,13 +117,13 @@ def cut(stream: TokenStream, start: int, seq_len: int, mask_documents: bool) -> 
 
 
 def padding(seq_len: int) -> Sample:
-    """A sample without a label."""
+    """Returns a sample without a label."""
     zeros = np.zeros(seq_len, dtype=np.int64)
     return Sample(zeros, np.full(seq_len, IGNORE), np.arange(seq_len), zeros)
 
 
 def is_corpus(folder: Path) -> bool:
-    """Whether a folder is one that Rowwise wrote, whole or not."""
+    """Says whether a folder is one that Rowwise wrote, whole or not."""
     there = [(folder / f"{split}.documents.npy").is_file() for split in SPLITS]
     return any(there) or all((folder / name).is_file() for name in (META, *(f"{split}.bin" for split in SPLITS)))
 
@@ -137,12 +137,12 @@ class Store:
     unread: list[Piece]
 
     def streams(self) -> tuple[TokenStream, TokenStream]:
-        """(training, held-out). Raises DataDamaged."""
+        """Opens (training, held-out). Raises DataDamaged."""
         train, holdout = (self._stream(split) for split in SPLITS)
         return train, holdout
 
     def read(self) -> dict[str, str]:
-        """By the path of each file, a hash of what was read of it."""
+        """Returns, by the path of each file, a hash of what was read of it."""
         left = {piece.path for piece in self.unread}
         files = {self.folder / name: facts.sha256 for name, facts in self.record.files.items()}
         return {
@@ -152,7 +152,7 @@ class Store:
 
     @property
     def hashed(self) -> bool:
-        """Whether its record has hashes."""
+        """Whether the record of the folder has hashes."""
         return any(facts.sha256 for facts in self.record.files.values())
 
     def _stream(self, split: str) -> TokenStream:
@@ -166,7 +166,7 @@ class Store:
 
 
 def open_store(folder: Path, record: Record | None = None) -> Store:
-    """A corpus folder, compared with its record, or with the one that is given. Raises DataDamaged."""
+    """Opens a corpus folder, compared with its record, or with the one that is given. Raises DataDamaged."""
     record = record or read_record(folder)
     return Store(folder, record, check_folder(folder, record))
 
@@ -185,7 +185,7 @@ def require_there(mapped: np.ndarray) -> None:
 
 
 def with_documents(tokens: np.ndarray, separator: int | None) -> TokenStream:
-    """The stream of bare tokens. A document ends with the token `separator`, where one is given."""
+    """Returns the stream of bare tokens. A document ends with the token `separator`, where one is given."""
     if separator is None:
         return TokenStream(tokens, np.zeros(1, dtype=np.int64))
     window = 1 << 24  # a comparison of all at once would take a byte a token
@@ -197,7 +197,7 @@ def with_documents(tokens: np.ndarray, separator: int | None) -> TokenStream:
 
 
 def split_stream(stream: TokenStream, held: int, seq_len: int) -> tuple[TokenStream, TokenStream]:
-    """(train, held-out): the last `held` windows are held out."""
+    """Returns (train, held-out): the last `held` windows are held out."""
     cut_at = (stream.windows(seq_len) - held) * seq_len
     train = TokenStream(stream.tokens[: cut_at + 1], stream.documents[stream.documents <= cut_at])
     starts = stream.documents[stream.documents > cut_at] - cut_at

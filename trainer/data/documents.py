@@ -41,7 +41,7 @@ class Found:
 
 
 def stdlib_files(root: Path) -> list[Path]:
-    """Every .py file of the standard library but its tests and what was installed beside it."""
+    """Returns every .py file of the standard library but its tests and what was installed beside it."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
@@ -52,8 +52,8 @@ def stdlib_files(root: Path) -> list[Path]:
 
 
 def find_files(files: str | list[str], endings: tuple[str, ...]) -> Found:
-    """The files that `files` names, a pattern or a list: a file is itself, a folder all files below it with one of `endings`, anything
-    else a glob. Each once, sorted within a pattern. Raises ValueError where a pattern names none."""
+    """Finds the files that `files` names, a pattern or a list: a file is itself, a folder all files below it with one of
+    `endings`, anything else a glob. Each once, sorted within a pattern. Raises ValueError where a pattern names none."""
     patterns = [files] if isinstance(files, str) else files
     if not any(patterns):
         raise ValueError("data.files is empty; give a path, a folder or a glob, or a list of them")

@@ -30,8 +30,8 @@ _KEYS = {"dtype", "vocab_size", "fingerprint", "tokens"}
 
 
 def record_of_earlier(folder: Path) -> Record | None:
-    """The record of a corpus folder of an earlier release: with hashes, which are then beside its files; without, and to be told,
-    where the folder cannot be written. None where it is of this release. Raises DataDamaged."""
+    """Returns the record of a corpus folder of an earlier release: with hashes, which are then beside its files; without, and to be
+    told, where the folder cannot be written. None where it is of this release. Raises DataDamaged."""
     tree = read_tree(folder)
     if tree.keys() != _KEYS:
         return None
@@ -52,7 +52,7 @@ def record_of_earlier(folder: Path) -> Record | None:
 
 
 def fingerprint_of(folder: Path, dtype: str) -> str:
-    """What the record of a corpus that is read from its files would have. Raises DataDamaged."""
+    """Says what the record of a corpus that is read from its files would have. Raises DataDamaged."""
     digests = []
     for split in SPLITS:
         path, content = folder / f"{split}.bin", hashlib.sha256()

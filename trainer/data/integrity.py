@@ -33,7 +33,7 @@ class DataDamaged(ValueError):
 
 @dataclass(frozen=True)
 class Contents:
-    """Of one file: its size, and the hash of every piece of it."""
+    """The contents of one file: its size, and the hash of every piece of it."""
 
     bytes: int
     sha256: list[str]
@@ -114,7 +114,7 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def read_record(folder: Path) -> Record:
-    """The record of a corpus folder. Raises DataDamaged."""
+    """Reads the record of a corpus folder. Raises DataDamaged."""
     path, tree = folder / META, read_tree(folder)
     if tree.get("version") != VERSION:
         raise DataDamaged(f"{path} is a record of version {tree.get('version')}, and this release reads {VERSION}")
@@ -133,7 +133,7 @@ def read_record(folder: Path) -> Record:
 
 
 def read_tree(folder: Path) -> dict[str, Any]:
-    """What stands in the record of a corpus folder, whatever it is. Raises DataDamaged."""
+    """Reads what stands in the record of a corpus folder, whatever it is. Raises DataDamaged."""
     path = folder / META
     try:
         tree = from_json(path.read_bytes())
@@ -169,21 +169,21 @@ def check_folder(folder: Path, record: Record) -> list[Piece]:
 
 
 def pieces_of(path: Path, facts: Contents) -> Iterator[Piece]:
-    """The pieces of a file, from its beginning."""
+    """Yields the pieces of a file, from its beginning."""
     for number, sha256 in enumerate(facts.sha256):
         start = number * PIECE_BYTES
         yield Piece(path, start, min(PIECE_BYTES, facts.bytes - start), sha256)
 
 
 def contents_of(path: Path) -> Contents:
-    """Of a file as it is."""
+    """Returns the contents of a file as it is."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         return Contents(size, [_hash_of_next(file, min(PIECE_BYTES, size - at)) for at in range(0, size, PIECE_BYTES)])
 
 
 def file_fingerprint(path: Path, window: int = 1 << 20) -> str:
-    """SHA-256 of the size and of 64 windows spread over the file (of all of a small one)."""
+    """Returns the SHA-256 of the size and of 64 windows spread over the file (of all of a small one)."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

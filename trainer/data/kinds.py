@@ -93,7 +93,7 @@ _MAGIC: list[tuple[int, bytes, Kind]] = [
 
 
 def kind_of(path: Path) -> Kind | None:
-    """The kind that the first bytes of a file give away; None of text, bare tokens, and what is not known."""
+    """Returns the kind that the first bytes of a file give away; None of text, bare tokens, and what is not known."""
     head, size = _head(path), path.stat().st_size
     for start, magic, kind in _MAGIC:
         if head.startswith(magic, start):
@@ -116,7 +116,7 @@ def check_text(path: Path) -> None:
 
 
 def check_rows(path: Path) -> Kind | None:
-    """The kind of a file of `data=hf`: Parquet, Arrow, gzip; None of what is to hold JSON lines as they are. Raises
+    """Returns the kind of a file of `data=hf`: Parquet, Arrow, gzip; None of what is to hold JSON lines as they are. Raises
     ValueError for what is none of them."""
     kind = kind_of(path)
     if kind not in (PARQUET, ARROW, ARROW_STREAM, GZIP):
@@ -125,7 +125,7 @@ def check_rows(path: Path) -> Kind | None:
 
 
 def check_tokens(path: Path, bytes_a_token: int) -> Kind | None:
-    """The kind of a file of `data=tokens`: `NPY`, `LLM_C`, or None of bare tokens. Raises ValueError for what is none of
+    """Returns the kind of a file of `data=tokens`: `NPY`, `LLM_C`, or None of bare tokens. Raises ValueError for what is none of
     them: also for text, where a token is more than a byte."""
     kind = kind_of(path)
     if kind not in (NPY, LLM_C):

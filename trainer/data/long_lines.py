@@ -136,7 +136,8 @@ class LongLine:
 
 
 def encoded(text: str) -> bytes:
-    """As UTF-8. JSON spells what is beyond 16 bits as two halves. Raises ValueError where one of them is missing."""
+    """Returns the text as UTF-8. JSON spells what is beyond 16 bits as two halves. Raises ValueError where one of them is
+    missing."""
     try:
         return text.encode()
     except UnicodeEncodeError:

@@ -59,13 +59,13 @@ def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
 
 
 def data_in_words(config: DataConfig, data: Data) -> str:
-    """The corpus of a run: its kind, tokens and files."""
+    """Returns the corpus of a run: its kind, tokens and files."""
     files = len(data.found.files)
     return f"{config.name}: {count(data.tokens)} tokens, {files:,} file{'s' * (files > 1)}"
 
 
 def told_of_data(config: DataConfig, data: Data) -> list[str]:
-    """What is said of the data at the start of a run: what was passed over, left out or cannot be watched."""
+    """Returns what is said of the data at the start of a run: what was passed over, left out or cannot be watched."""
     seq_len, files = data.train.seq_len, len(data.found.files)
     told = []
     if count := data.found.passed_over.total():

@@ -26,7 +26,7 @@ class Permutation:
         self._keys = np.frombuffer(digest, dtype=np.uint64)[:_ROUNDS]
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
-        """The elements at `places` (n,), as int64."""
+        """Returns the elements at `places` (n,), as int64."""
         values = places.astype(np.uint64)
         outside = np.ones(values.shape, dtype=bool)
         while outside.any():
@@ -50,7 +50,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def sample_indices(first: int, count: int, size: int, key: str) -> np.ndarray:
-    """Which of `size` samples are number `first`, ..., `first + count - 1` of the run: int64 (count,)."""
+    """Says which of `size` samples are number `first`, ..., `first + count - 1` of the run: int64 (count,)."""
     numbers = np.arange(first, first + count, dtype=np.int64)
     epochs = numbers // size
     indices = np.empty(count, dtype=np.int64)

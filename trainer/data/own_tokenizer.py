@@ -18,9 +18,9 @@ class OwnTokenizer:
 
 
 def tokenizer_of_run(manifest: Manifest, choice: str | None, or_none: str = "") -> OwnTokenizer | None:
-    """The tokenizer of the run that wrote the checkpoint of `manifest`, or the one that `choice` names: `bytes`, or a path. None
-    where there is none: what read tokens alone has none, whatever made them. `or_none`: what else a refusal advises.
-    Raises ValueError where the file is not there, or not the run's, or not any more what the run read."""
+    """Returns the tokenizer of the run that wrote the checkpoint of `manifest`, or the one that `choice` names: `bytes`, or a path.
+    None where there is none: what read tokens alone has none, whatever made them. `or_none`: what else a refusal advises. Raises
+    ValueError where the file is not there, or not the run's, or not any more what the run read."""
     data, vocab_size = manifest["config"]["data"], manifest["config"]["model"]["vocab_size"]
     given = choice or data.get("tokenizer", "none" if data["name"] == "tokens" else "bytes")
     if given == "none":

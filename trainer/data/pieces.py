@@ -38,7 +38,7 @@ class Document:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stop - self.content.start
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of it. Raises ValueError where the file has become shorter."""
+        """Reads bytes `start` to `stop` of the text. Raises ValueError where the file has become shorter."""
         if isinstance(self.content, bytes):
             return self.content[start:stop]
         with self.content.path.open("rb") as file:
@@ -51,7 +51,7 @@ class Document:
         return found
 
     def blocks(self, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes `start` to `stop` of it, a piece at a time."""
+        """Yields bytes `start` to `stop` of the text, a piece at a time."""
         for at in range(start, stop, PIECE_BYTES):
             yield self.read(at, min(at + PIECE_BYTES, stop))
 
@@ -67,7 +67,7 @@ class Piece:
     last: bool
 
     def require_utf8(self) -> None:
-        """Raises ValueError, and names the file and the line."""
+        """Refuses bytes that are not UTF-8: raises ValueError, which names the file and the line."""
         try:
             self.text.decode()
         except UnicodeDecodeError as error:
@@ -81,7 +81,7 @@ class Piece:
 
 
 def pieces(document: Document, holdout: float) -> Iterator[Piece]:
-    """A document in pieces, of one split, or of a long one its beginning and its end, cut between two lines."""
+    """Yields a document in pieces, of one split, or of a long one its beginning and its end, cut between two lines."""
     size = document.size
     if size < LONG_BYTES or holdout == 0:
         parts = [("holdout" if holdout and _is_held_out(document, holdout) else "train", 0, size)]
@@ -103,7 +103,7 @@ def pieces(document: Document, holdout: float) -> Iterator[Piece]:
 
 
 def border(text: bytes) -> int:
-    """Where a text that goes on is cut: see above."""
+    """Returns where a text that goes on is cut (as the module says)."""
     at = len(text) - 1
     while (at := text.rfind(b"\n", 1, at)) > 0:
         if not text[at - 1 : at].isspace() and not text[at + 1 : at + 2].isspace():
@@ -112,7 +112,7 @@ def border(text: bytes) -> int:
 
 
 def whole_characters(text: bytes) -> int:
-    """How many bytes of it are whole characters of UTF-8: all but up to three."""
+    """Counts how many bytes of a text are whole characters of UTF-8: all but up to three."""
     for back in range(1, min(4, len(text)) + 1):
         lead = text[-back]
         if lead & 0xC0 != 0x80:

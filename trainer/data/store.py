@@ -37,8 +37,8 @@ _FORMAT = 5
 
 
 def cached_store(config: TextSource, files: Sequence[Path], tokenizer: Tokenizer) -> Store:
-    """The corpus of a source's files: built now, or found in the cache; one that is found damaged is made anew, and said to be.
-    Raises ValueError for empty data, and for files of another kind than the source reads."""
+    """Returns the corpus of a source's files: built now, or found in the cache; one that is found damaged is made anew, and said to
+    be. Raises ValueError for empty data, and for files of another kind than the source reads."""
     root = Path(config.cache_dir or user_cache_dir("rowwise")).expanduser()
     folder = root / _cache_key(config, files, tokenizer)
     if (store := _found(folder)) is not None:

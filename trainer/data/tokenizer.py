@@ -19,18 +19,19 @@ class Tokenizer(Protocol):
     left_out: Counter[str]  # characters of all documents so far that have no token, and how often they stood there
 
     def encode(self, texts: Sequence[bytes]) -> list[list[int]] | list[bytes]:
-        """The tokens of documents, or of pieces of them. Raises UnicodeDecodeError for what is not UTF-8, where that matters."""
+        """Returns the tokens of documents, or of pieces of them. Raises UnicodeDecodeError for what is not UTF-8, where that
+        matters."""
         ...
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The tokens of a text that is to go on."""
+        """Returns the tokens of a text that is to go on."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
     def text_bytes(self) -> list[int]:
-        """Of how many bytes of text each token stands; 0: it is a mark, and no text. Raises ValueError where a token alone does
-        not say."""
+        """Says for how many bytes of text each token stands; 0: it is a mark, and no text. Raises ValueError where a token alone
+        does not say."""
         ...
 
 
@@ -57,7 +58,7 @@ class ByteTokenizer:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character as which a tokenizer.json spells each byte: the printable ones of Latin-1 as themselves, the
+    """Returns the printable character as which a tokenizer.json spells each byte: the printable ones of Latin-1 as themselves, the
     others, in their order, as what follows U+00FF."""
     spelt = {b: chr(b) for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
     spelt |= {b: chr(0x100 + place) for place, b in enumerate(b for b in range(256) if b not in spelt)}
@@ -143,7 +144,8 @@ class FileTokenizer:
         return self._library.decode(list(tokens))
 
     def text_bytes(self) -> list[int]:
-        """Of a byte-level tokenizer, whose tokens are spelt with a character a byte; where it normalizes to NFC, of that text."""
+        """Counts the bytes of text of each token of a byte-level tokenizer, whose tokens are spelt with a character a byte; where it
+        normalizes to NFC, of that text."""
         tree = json.loads(self._library.to_str())
         normalizer, decoder = (tree[part] and tree[part]["type"] for part in ("normalizer", "decoder"))
         alphabet = byte_alphabet()
@@ -160,7 +162,7 @@ class FileTokenizer:
 
 
 def marking(library: "Library", mark: int) -> "Library | None":
-    """The same tokenizer, with the token `mark` for each character (or byte of one) that it has no token for and leaves out
+    """Returns this tokenizer with the token `mark` for each character (or byte of one) that it has no token for and leaves out
     without a word: such is byte-pair encoding without an unknown token. None where it leaves out nothing."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, pre_tokenizers
@@ -182,7 +184,7 @@ def marking(library: "Library", mark: int) -> "Library | None":
 
 
 def open_tokenizer(choice: str, end_of_text: str | None = None) -> Tokenizer:
-    """`bytes`, or the tokenizer.json at that path. Raises ValueError where there is none."""
+    """Opens `bytes`, or the tokenizer.json at that path. Raises ValueError where there is none."""
     if choice == "bytes":
         if end_of_text is not None:
             raise ValueError(f"data.end_of_text={end_of_text!r}: data.tokenizer=bytes has no such token; leave it out")

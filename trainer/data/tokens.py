@@ -33,7 +33,7 @@ _LLM_C_HEAD, _LLM_C_DTYPES = 1024, {20240520: "uint16", 20240801: "uint32"}
 
 
 def token_files(config: Tokens) -> Found:
-    """The files and corpus folders that `data.files` names. Raises ValueError."""
+    """Returns the files and corpus folders that `data.files` names. Raises ValueError."""
     patterns = [config.files] if isinstance(config.files, str) else config.files
     found = Found()
     for pattern in patterns or [""]:
@@ -55,7 +55,8 @@ def token_files(config: Tokens) -> Found:
 
 
 def open_folder(path: Path) -> Store:
-    """A corpus folder that Rowwise wrote, in this release or an earlier one, compared with its record. Raises DataDamaged."""
+    """Opens a corpus folder that Rowwise wrote, in this release or an earlier one, compared with its record. Raises
+    DataDamaged."""
     try:
         store = open_store(path, record_of_earlier(path))
         for stream in store.streams():
@@ -72,7 +73,7 @@ def open_folder(path: Path) -> Store:
 
 
 def open_tokens(path: Path, config: Tokens) -> TokenStream:
-    """The tokens of a file, with documents that end with `data.separator`. Raises ValueError for what holds none."""
+    """Opens the tokens of a file, with documents that end with `data.separator`. Raises ValueError for what holds none."""
     if config.mask_documents and config.separator is None:
         raise ValueError(
             "data.mask_documents=true needs data.separator, the token that ends a document in a raw token file"
@@ -98,7 +99,7 @@ def open_tokens(path: Path, config: Tokens) -> TokenStream:
 def split_streams(
     streams: Sequence[TokenStream], holdout: float, seq_len: int
 ) -> tuple[list[TokenStream], list[TokenStream]]:
-    """(training, held-out): of the share `holdout` of all windows each stream gives its part, from its end; at least one
+    """Returns (training, held-out): of the share `holdout` of all windows each stream gives its part, from its end; at least one
     of all, where some stream has two."""
     windows = [stream.windows(seq_len) for stream in streams]
     # Rounded together: shares of many short files would each round to none, or to all.
@@ -111,7 +112,7 @@ def split_streams(
 
 
 def token_range(tokens: np.ndarray, window: int = 1 << 24) -> tuple[int, int]:
-    """The smallest and the largest token: of all up to 64 windows, else of 64 windows spread over them, so that a file of
+    """Returns the smallest and the largest token: of all up to 64 windows, else of 64 windows spread over them, so that a file of
     terabytes opens at once."""
     n = len(tokens)
     starts = range(0, n, window) if n <= 64 * window else range(0, n - window, (n - window) // 63)

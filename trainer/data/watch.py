@@ -61,7 +61,7 @@ class Watch:
         self._pieces, self._sharers = self._pieces[place::sharers], sharers
 
     def complain(self, what: str) -> None:
-        """The first complaint stays. A cache loses its record, so that whoever opens it next makes it anew."""
+        """Keeps the first complaint. A cache loses its record, so that whoever opens it next makes it anew."""
         if self.complaint is not None:
             return
         if self._ours:
@@ -74,7 +74,7 @@ class Watch:
         self.complaint = f"{what}; {advice}"
 
     def unread(self) -> str | None:
-        """What of the content was not compared with its hash; None where all was, or none was to be."""
+        """Says what of the content was not compared with its hash; None where all was, or none was to be."""
         whole, left = len(self._pieces), len(self._pieces) - self._read
         if not left or self.complaint is not None:
             return None

@@ -26,13 +26,13 @@ class CondensedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "CondensedLinear":
-        """The same layer. Raises ValueError where its weight is not of constant fan-in."""
+        """Makes the condensed form of a linear layer. Raises ValueError where its weight is not of constant fan-in."""
         bias = linear.bias
         return cls(condense(linear.weight.detach()), None if bias is None else bias.detach().clone())
 
     @property
     def weight(self) -> Condensed:
-        """Of the buffers as they are: `to` and `load_state_dict(assign=True)` put others in their place."""
+        """The condensed matrix of the buffers as they are: `to` and `load_state_dict(assign=True)` put others in their place."""
         kept, now = self._weight, self._buffers
         if (
             kept.values is not now["values"]
@@ -44,7 +44,7 @@ class CondensedLinear(nn.Module):
         return self._weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out). Raises ValueError where a gradient would be needed."""
+        """Multiplies x (..., in), to (..., out). Raises ValueError where a gradient would be needed."""
         y = condensed_linear(x, self.weight)
         return y if self.bias is None else y + self.bias
 

@@ -42,6 +42,6 @@ class ModelConfig:
 
 
 def model_of(keys: dict[str, Any]) -> ModelConfig:
-    """The configuration of plain model.* keys. Raises KeyError or TypeError for those of another release."""
+    """Returns the configuration of plain model.* keys. Raises KeyError or TypeError for those of another release."""
     scaling = keys["rope_scaling"]
     return ModelConfig(**keys | {"rope_scaling": scaling and RopeScaling(**scaling)})

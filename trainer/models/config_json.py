@@ -32,7 +32,7 @@ _FIXED = {
 def their_config(
     config: "ModelConfig", dtype: "torch.dtype", max_positions: int, end_token: int | None
 ) -> dict[str, Any]:
-    """The config.json of a model, in the form that transformers 4 and 5 both read."""
+    """Returns the config.json of a model, in the form that transformers 4 and 5 both read."""
     scaling = config.rope_scaling
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
@@ -68,7 +68,7 @@ def their_config(
 
 
 def with_form(config_json: dict[str, Any], form: str) -> dict[str, Any]:
-    """The config.json of a model whose hidden weights are in one of FORMS. transformers refuses the model type of all but
+    """Returns the config.json of a model whose hidden weights are in one of FORMS. transformers refuses the model type of all but
     `dense`: it would replace tensors that it does not find by random ones."""
     if form == "dense":
         return config_json
@@ -76,13 +76,13 @@ def with_form(config_json: dict[str, Any], form: str) -> dict[str, Any]:
 
 
 def without_form(config_json: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """What `with_form` made a config.json of, and the form."""
+    """Returns what `with_form` made a config.json of, and the form."""
     form = config_json.get(FORM, "dense")
     return config_json | {"model_type": config_json["model_type"].removeprefix(_TYPE)}, form
 
 
 def our_keys(theirs: dict[str, Any]) -> dict[str, Any]:
-    """The model.* keys that a config.json describes, as plain values. Raises ValueError for what our decoder does not
+    """Returns the model.* keys that a config.json describes, as plain values. Raises ValueError for what our decoder does not
     have."""
     kind = theirs.get("model_type")
     if kind not in ("llama", "qwen3"):
@@ -121,7 +121,7 @@ def _our_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def read_shape(folder: Path) -> dict[str, Any]:
-    """The model.* keys that the config.json of a folder describes; `head_dim` only where it is not dim / heads. Raises
+    """Reads the model.* keys that the config.json of a folder describes; `head_dim` only where it is not dim / heads. Raises
     ValueError."""
     with refusing(folder):
         keys = our_keys(read_config(folder))
@@ -130,12 +130,12 @@ def read_shape(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder. Raises OSError and ValueError."""
+    """Reads the config.json of a folder. Raises OSError and ValueError."""
     return read_object(folder / "config.json")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises OSError and ValueError."""
+    """Reads the JSON object in a file. Raises OSError and ValueError."""
     tree = from_json(path.read_bytes())
     if not isinstance(tree, dict):
         raise ValueError(f"{path.name} holds no JSON object")
@@ -143,7 +143,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_other_shape(folder: Path, pairs: dict[str, tuple[Any, Any]]) -> None:
-    """Raises ValueError where a model.* key is not the same in the folder and in what was given: pairs of both."""
+    """Refuses another shape: raises ValueError where a model.* key is not the same in the folder and in what was given: pairs of
+    both."""
     different = [f"model.{key}={there} there and {here} here" for key, (there, here) in pairs.items() if there != here]
     with refusing(folder):
         if different:
@@ -152,7 +153,7 @@ def refuse_other_shape(folder: Path, pairs: dict[str, tuple[Any, Any]]) -> None:
 
 @contextlib.contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    """What is wrong with a folder to start from, as one ValueError."""
+    """Raises what is wrong with a folder to start from as one ValueError."""
     try:
         yield
     except KeyError as error:

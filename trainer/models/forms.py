@@ -30,7 +30,7 @@ _ROWS, _COLUMNS = 32, 64  # of which 2:4 matrices of 16-bit numbers are multiple
 
 
 def in_form(form: str, name: str, spec: ParameterSpec, w: Tensor) -> dict[str, Tensor]:
-    """The tensors that stand for our parameter `name`, by their names: one where it stays dense.
+    """Returns the tensors that stand for our parameter `name`, by their names: one where it stays dense.
 
     Raises ValueError for a hidden weight that is sparse enough for `form` but has not its pattern or shape.
     """
@@ -72,7 +72,7 @@ def _semi_structured(name: str, w: Tensor) -> dict[str, Tensor]:
 
 
 def semi_structured_weight(values: Tensor, meta: Tensor) -> Tensor:
-    """The 2:4 matrix (out, in) of `values` and `meta`, which F.linear multiplies on CUDA."""
+    """Returns the 2:4 matrix (out, in) of `values` and `meta`, which F.linear multiplies on CUDA."""
     shape = torch.Size((values.size(0), 2 * values.size(1)))
     return SparseSemiStructuredTensorCUTLASS(
         shape, packed=values, meta=meta, packed_t=None, meta_t=None, compressed_swizzled_bitmask=None
@@ -80,7 +80,7 @@ def semi_structured_weight(values: Tensor, meta: Tensor) -> Tensor:
 
 
 def open_exported(folder: str | Path, device: str | torch.device = "cpu") -> Decoder:
-    """The model of a folder that `rowwise.launch.export` wrote, for inference: condensed weights as `CondensedLinear`, 2:4
+    """Opens the model of a folder that `rowwise.launch.export` wrote, for inference: condensed weights as `CondensedLinear`, 2:4
     ones on CUDA from compute capability 8.0 on. Raises ValueError for other folders and devices."""
     folder, device = Path(folder).expanduser(), torch.device(device)
     try:

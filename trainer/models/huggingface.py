@@ -84,7 +84,7 @@ def _check_tied(files: dict[str, Path], copy: str, name: str, shape: torch.Size)
 
 
 def rows_from(folder: Path, specs: Specs) -> Callable[[str, Tensor, int, int], None]:
-    """A function that fills rows of a parameter from the folder's safetensors and reads no others; see
+    """Returns a function that fills rows of a parameter from the folder's safetensors and reads no others; see
     `parallel.shard.materialize`. Raises ValueError for a tensor that `check_source` would have refused."""
     files = weight_files(folder)
     open_ = cache(opened)
@@ -101,7 +101,7 @@ def rows_from(folder: Path, specs: Specs) -> Callable[[str, Tensor, int, int], N
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file."""
+    """Returns tensor name -> file."""
     if (folder / INDEX).is_file():
         return {name: folder / file for name, file in read_object(folder / INDEX)["weight_map"].items()}
     path = folder / SINGLE
@@ -112,7 +112,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def opened(path: Path) -> Any:
-    """A safetensors file, mapped: the header is read and checked against the length, the numbers when asked for."""
+    """Returns a safetensors file, mapped: the header is read and checked against the length, the numbers when asked for."""
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:

@@ -32,14 +32,14 @@ class RopeConfig(Protocol):
 
 
 def rope_frequencies(config: RopeConfig, device: torch.device) -> Tensor:
-    """theta_i, scaled: float32 (E/2,)."""
+    """Returns theta_i, scaled: float32 (E/2,)."""
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device) / config.head_size
     frequencies = 1.0 / config.rope_theta**exponents
     return frequencies if config.rope_scaling is None else scale_frequencies(frequencies, config.rope_scaling)
 
 
 def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3's scaling of each frequency by its wavelength."""
+    """Scales each frequency by its wavelength, as Llama 3 does."""
     turns = scaling.original_length * frequencies / (2 * math.pi)
     mix = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     mix = mix.clamp(0, 1)
@@ -47,7 +47,7 @@ def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_tables(positions_BS: Tensor, config: RopeConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and pair, each pair twice: two (B, S, E), computed in at least float32."""
+    """Computes cos and sin of every position and pair, each pair twice: two (B, S, E), computed in at least float32."""
     angles_BSE = positions_BS.unsqueeze(-1).float() * rope_frequencies(config, positions_BS.device)
     angles_BSE = torch.cat((angles_BSE, angles_BSE), dim=-1)
     return angles_BSE.cos().to(dtype), angles_BSE.sin().to(dtype)
