@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from record import write_record
 from torch import Tensor, nn
 
+from rowwise.kernels.condensed import condense
 from rowwise.kernels.semi_structured import measure_semi_structured
 from rowwise.trainer.models.condensed import CondensedLinear
 
@@ -49,7 +50,7 @@ def ways(w: Tensor, x: Tensor) -> dict[str, Way]:
     """x times w^T: condensed, dense, and every way of torch's with CSR."""
     linear = nn.Linear(w.size(1), w.size(0), bias=False, device=w.device)
     linear.weight.data = w
-    condensed = CondensedLinear.from_linear(linear)
+    condensed = CondensedLinear(condense(w), None)
     csr = w.to_sparse_csr()
     # Each with memory of its own: none finds it in a cache because of another.
     for_linear, for_matrix, for_vector = (int32_csr(csr) for _ in range(3))

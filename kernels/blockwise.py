@@ -57,15 +57,6 @@ def _edges(parts: int) -> Tensor:
     return torch.where(i < (parts + 1) // 2, first + step * i, last - step * (parts - i)).float()
 
 
-def error_bound(signed: bool) -> float:
-    """Returns the largest |x' - x| / a: half of the book's largest gap (0.0071 signed, 0.0036 unsigned).
-
-    -1 has no code of its own, but is just as near to the lowest one. The arithmetic itself adds a few units in the
-    last place of float32, and 2^-149 where x' is subnormal.
-    """
-    return (code_book(signed).double().diff().max() / 2).item()
-
-
 @functools.cache
 def midpoints(signed: bool, device: torch.device = _CPU) -> Tensor:
     """Returns the exact midpoints of neighbouring codes: (255,) float64. A number above midpoint c has a code above c."""

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rowwise.launch.choices import GROUPS, keys_of
-from rowwise.launch.words import CHOICES, MISSING, WORDS, Word
+from rowwise.launch.words import data, layout, model, records, training
+from rowwise.launch.words.choices import CHOICES, MISSING
+from rowwise.launch.words.word import Word
 from rowwise.trainer.keys import unknown_key, without_password
 
 MOST_ANSWERS = 30  # in the one line of a refusal
+WORDS = (*training.WORDS, *layout.WORDS, *model.WORDS, *data.WORDS, *records.WORDS)
 
 
 def unknown_keys(given: Sequence[tuple[str, str]], tree: Mapping[str, Any]) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 
 from rowwise.launch import agent
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.given import as_typed
 from rowwise.launch.job import Job
 from rowwise.launch.leaving import leave_report
 from rowwise.launch.outcome import Outcome
+from rowwise.launch.overrides import as_typed
 from rowwise.launch.rendezvous import Rendezvous
 from rowwise.launch.warm import Warm
 from rowwise.trainer.console import Console, labelled

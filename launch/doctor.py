@@ -26,20 +26,18 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 from filelock import FileLock
 
 from rowwise.launch import health
+from rowwise.launch.backends import PATIENCE_SECONDS, try_backends
 from rowwise.launch.health import Finding
-from rowwise.launch.rendezvous import interfaces
 from rowwise.launch.settings import parse, read_words
-from rowwise.launch.warm import Child, Warm, WarmIsGone, warmed
+from rowwise.launch.warm import Warm, warmed
 from rowwise.trainer.files import write_whole
 from rowwise.trainer.screen import is_terminal, width_of, wrapped
 
-PATIENCE_SECONDS = 60.0  # with two ranks that meet
 TOLD = ("CUDA_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "ROWWISE_KERNELS", "PYTHON")
 HANGING = 15  # of the lines
 
@@ -144,11 +142,10 @@ def required_packages() -> dict[str, str | None]:
 def of_torch(warm: Warm, began: float) -> tuple[list[Finding], int]:
     """Returns what torch is and what it sees, and the GPUs that it sees."""
     try:
-        told = told_in_time(warm, "rowwise.launch.patient:tell_devices")
-    except TimeoutError as error:
-        return [
-            Finding("torch", str(error), "amiss", "dmesg and nvidia-smi, of which one may hang too, tell of a driver")
-        ], 0
+        told = warm.ask("rowwise.launch.patient:tell_devices", seconds=PATIENCE_SECONDS)
+    except TimeoutError:
+        why = f"no word of it and its devices in {PATIENCE_SECONDS:.0f} s: a driver hangs, or the disk it is read from"
+        return [Finding("torch", why, "amiss", "dmesg and nvidia-smi, of which one may hang too, tell of a driver")], 0
     except RuntimeError as error:
         return [Finding("torch", f"it cannot be imported: {error}", "amiss", "python -c 'import torch' says why")], 0
     parts = [f"torch {told['torch']}", f"CUDA {told['cuda']}" if told["cuda"] else "for a CPU", *told["libraries"]]
@@ -156,23 +153,6 @@ def of_torch(warm: Warm, began: float) -> tuple[list[Finding], int]:
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     devices = health.of_devices(len(told["gpus"]), told["gpus"], driver, told["cuda"])
     return [line, *devices], len(told["gpus"])
-
-
-def told_in_time(warm: Warm, call: str, *arguments: Any) -> Any:
-    """Returns what `call` tells in a fork. Raises RuntimeError where it ends without, and TimeoutError where it does neither in
-    time."""
-    child, deadline = warm.start(call, *arguments), time.monotonic() + PATIENCE_SECONDS
-    while not child.told and child.code is None and time.monotonic() < deadline:
-        warm.watch(0.1)
-    if not child.told and child.code is None:
-        child.end(9)
-        child.code = -9  # whether it heard or not: one that waits for a driver never does, and nobody waits for it
-        raise TimeoutError(
-            f"no word of it and its devices in {PATIENCE_SECONDS:.0f} s: a driver hangs, or the disk it is read from"
-        )
-    told = warm.told_by(child)
-    child.code = 0  # nobody waits for its end
-    return told
 
 
 def of_links(gpus: int) -> list[Finding]:
@@ -265,54 +245,6 @@ def try_locks(folder: Path) -> Finding:
     except (NotImplementedError, subprocess.TimeoutExpired) as error:
         return health.of_locks("here", kind, None, str(error))
     return health.of_locks("here", kind, done.stdout.strip() == "kept out")
-
-
-def try_backends(warm: Warm, gpus: int) -> list[Finding]:
-    """Has two ranks exchange something over each backend."""
-    found = [try_backend(warm, "gloo")]
-    if gpus > 1:
-        return [*found, try_backend(warm, "nccl")]
-    return [*found, Finding("nccl", "not tried: two ranks need two GPUs")]
-
-
-def try_backend(warm: Warm, backend: str) -> Finding:
-    with tempfile.TemporaryDirectory(prefix="rowwise-doctor-") as place:
-        logs = [(Path(place) / f"out-{rank}", Path(place) / f"err-{rank}") for rank in (0, 1)]
-        environment = {**interfaces(), "OMP_NUM_THREADS": "1"}
-        ranks = [
-            warm.start(
-                "rowwise.launch.patient:exchange",
-                rank,
-                backend,
-                str(Path(place) / "store"),
-                environment=environment,
-                logs=log,
-            )
-            for rank, log in enumerate(logs)
-        ]
-        seconds = await_ranks(warm, ranks)
-        if seconds is not None:
-            return health.of_collective(backend, seconds["seconds"], seconds["bytes"])
-        why = [line for _, err in logs for line in err.read_text(errors="replace").splitlines() if line.strip()]
-        return health.of_collective(backend, None, 0, why[-1] if why else f"no answer in {PATIENCE_SECONDS:.0f} s")
-
-
-def await_ranks(warm: Warm, ranks: list[Child]) -> dict[str, Any] | None:
-    """Returns what rank 0 tells; None where it does not, and none is left."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    try:
-        while (
-            any(rank.code is None for rank in ranks)
-            and not any(rank.code for rank in ranks)
-            and time.monotonic() < deadline
-        ):
-            warm.watch(0.1)
-    except WarmIsGone:
-        return None
-    finally:
-        for rank in ranks:
-            rank.end(9)
-    return ranks[0].told[0] if ranks[0].told else None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Nothing here needs torch, and nothing of a file is run: no tag of YAML, no resol
 """
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,23 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, QuotedString
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 
-from rowwise.launch.choices import GROUPS, choices_of, sections
-from rowwise.trainer.keys import refuse_control_characters, without_password
+from rowwise.launch.choices import GROUPS
+from rowwise.launch.overrides import SEARCHPATH, parse, quoted, spelt
+from rowwise.launch.settings_file import read_settings, words_of
 from rowwise.trainer.run_length import ALTERNATIVES
 
-SEARCHPATH = "hydra.searchpath"  # how --config-dir stands in a list of overrides
 WHOLE = {"name", "run_dir", "steps", "batch", "model", "data", "optim", "schedule", "parallel", "precision"}
 OF_A_TRIAL = ("name", "run_dir")
-LARGEST_BYTES = 1_000_000  # of a file of settings
-_KEY = re.compile(r"[A-Za-z_][\w.]*")
-_PLAIN = re.compile(r"""(?!=)[^\[\]{}()'"$,\\]*""")  # no character that means something in a value
 
 
 class Arguments(argparse.ArgumentParser):
@@ -102,7 +93,7 @@ def gather(words: Sequence[str], of: str = "train") -> list[str]:
             for number, path in enumerate(_paths(override)):
                 items += _of_file(path, f"{len(items)}.{number}", of)
         else:
-            items.append(_Item(_key(override), spelt(override), None))
+            items.append(_Item(str(override.key_or_group), spelt(override), None))
     if of != "sweep" and (run := _run_of(items)) is not None:
         items = [*_of_run(run, of), *(item for item in items if item.key != "resume")]
     whole = [item for item in items if item.file is not None and item.whole]
@@ -141,72 +132,6 @@ def _lasting(items: list[_Item]) -> Iterable[_Item]:
         yield item
 
 
-def parse(word: str) -> Override:
-    """Reads an override as Hydra reads it; text that Hydra's grammar has no room for, such as ~/folder, is text. Raises
-    ValueError."""
-    key, equals, value = word.partition("=")
-    refuse_control_characters({key: value})
-    bare, told = key.lstrip("+"), without_password(word)
-    if key.startswith("~"):
-        raise ValueError(f"{told}: no key can be taken away; leave it as it is, or give it another value")
-    if not equals:
-        raise ValueError(_no_pair(word))
-    if not re.fullmatch(r"[A-Za-z_][\w./-]*", bare):
-        raise ValueError(f"{told}: {bare or 'nothing'} is no key; give KEY=VALUE, such as optim.lr=1e-3")
-    parser = OverridesParser.create()
-    for text in (value, quoted(value)) if _PLAIN.fullmatch(value) else (value,):
-        try:
-            override = parser.parse_override(f"{bare}={text}")
-            override.value()
-            return override
-        except HydraException:
-            continue
-    raise ValueError(
-        f"{told}: the value cannot be read; a list is [a,b], a table {{a: 1}}, and text that holds one of []{{}}()'\"$, stands "
-        f"in quotes of its own: \"{bare}='...'\""
-    )
-
-
-def as_typed(words: Sequence[str]) -> list[str]:
-    """Returns the words of a command line, --config-dir as it is written there."""
-    found: list[str] = []
-    for word in words:
-        if not word.startswith(f"{SEARCHPATH}=["):
-            found.append(word)
-            continue
-        folders: Any = parse(word).value()
-        for folder in folders:
-            found += ["--config-dir", str(folder).removeprefix("file://")]
-    return found
-
-
-def _no_pair(word: str) -> str:
-    if word.endswith((".yaml", ".yml", ".json")):
-        return f"{word}: an argument is KEY=VALUE; give config={word}"
-    group = next((group for group in GROUPS if word in choices_of(group)), None)
-    example = f"{group}={word}" if group else f"{word}=VALUE" if _KEY.fullmatch(word) else "optim.lr=1e-3"
-    return f"{word}: an argument is KEY=VALUE, such as {example}"
-
-
-def _key(override: Override) -> str:
-    return str(override.key_or_group)
-
-
-def spelt(override: Override) -> str:
-    """Returns an override that was read, as a word."""
-    assert override.type == OverrideType.CHANGE and override.input_line is not None
-    return override.input_line
-
-
-def quoted(value: str, interpolate: bool = False) -> str:
-    """Quotes text as the value of an override that means these characters and nothing else, but for ${KEY} where `interpolate`."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
-    return "'" + (escaped if interpolate else escaped.replace("${", "\\${")) + "'"
-
-
-# Files.
-
-
 def _paths(override: Override) -> list[str]:
     """Of config=A, config=[A,B] and config=A,B."""
     value: Any = override.value()
@@ -230,7 +155,9 @@ def _of_file(path: str, number: str, of: str) -> list[_Item]:
         tree = _as_started(tree, of)
     if of == "sweep":
         tree = _of_every_trial(tree, path, whole)
-    return [_Item(key, text, number, f"config={path}", whole) for key, text in _flat(tree, f"config={path}", not whole)]
+    return [
+        _Item(key, text, number, f"config={path}", whole) for key, text in words_of(tree, f"config={path}", not whole)
+    ]
 
 
 def _of_every_trial(tree: dict[str, Any], path: str, whole: bool) -> dict[str, Any]:
@@ -265,7 +192,7 @@ def _of_run(folder: Path, of: str) -> list[_Item]:
         started["resume"] = "auto"
     if Path(str(tree["run_dir"])).expanduser().resolve() == folder.resolve():
         started["run_dir"] = tree["run_dir"]
-    return [_Item(key, text, "run", str(path), True) for key, text in _flat(started, str(path), False)]
+    return [_Item(key, text, "run", str(path), True) for key, text in words_of(started, str(path), False)]
 
 
 def _as_started(tree: dict[str, Any], of: str) -> dict[str, Any]:
@@ -293,98 +220,3 @@ def _as_asked(tree: dict[str, Any]) -> dict[str, Any]:
         node = {key: value for key, value in node.items() if key not in (first, *others) or key in (asked or [first])}
         tree = tree | {section: node} if section else node
     return tree
-
-
-def read_settings(path: Path, what: str) -> dict[str, Any]:
-    """Reads a YAML file (or JSON, which is one) of keys and values, as plain data. Raises ValueError."""
-    try:
-        if path.stat().st_size > LARGEST_BYTES:
-            raise ValueError(f"{what}: the file has more than {LARGEST_BYTES:,} bytes, as no configuration has")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise ValueError(f"{what} cannot be read: {reason}") from None
-    try:
-        for token in yaml.scan(text, yaml.SafeLoader):
-            if isinstance(token, yaml.TagToken | yaml.AliasToken | yaml.AnchorToken):
-                told = "a tag" if isinstance(token, yaml.TagToken) else "an anchor"
-                raise ValueError(
-                    f"{what}, line {token.start_mark.line + 1}: {told} of YAML is not read; write the value out"
-                )
-        root = yaml.compose(text, yaml.SafeLoader)
-        if not isinstance(root, yaml.MappingNode | None):
-            raise ValueError(f"{what} holds no KEY: VALUE, such as `optim.lr: 1e-3`")
-        # Of this loader 1e-3 is a number, which it is not to YAML 1.1, and a key that stands there twice is an error.
-        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if root else {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{what} is no YAML{_place(error)}") from None
-    except (OmegaConfBaseException, RecursionError, AttributeError, TypeError):
-        raise ValueError(f"{what} is no YAML of KEY: VALUE, such as `optim.lr: 1e-3`") from None
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
-
-
-def _place(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None)
-    where = f": line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-    return f"{where}: {problem}" if where and problem else where
-
-
-def _flat(tree: dict[str, Any], what: str, interpolate: bool) -> Iterable[tuple[str, str]]:
-    """Key -> word. A group's value is the name of a choice, or a table whose `name` chooses and whose other keys are set."""
-    if "defaults" in tree:
-        raise ValueError(f"{what}: `defaults` is of Hydra's own files; write `optim: adamw8bit` for a choice")
-    for key, value in tree.items():
-        if not _KEY.fullmatch(key) or key == "config":
-            raise ValueError(f"{what}: {key!r} is no key; write KEY: VALUE, such as `optim.lr: 1e-3`")
-        for full, leaf in _leaves(key, value, what):
-            choice = full in GROUPS and isinstance(leaf, str) and re.fullmatch(r"[\w.-]+", leaf)
-            yield full, f"{full}={leaf if choice else text_of(leaf, f'{what}: {full}', interpolate)}"
-
-
-def _leaves(key: str, value: Any, what: str) -> Iterable[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield key, value
-        return
-    if not all(isinstance(inner, str) and _KEY.fullmatch(inner) for inner in value):
-        raise ValueError(f"{what}: the keys of {key} are no names; write KEY: VALUE")
-    _refuse_code(value, f"{what}: {key}")
-    name = value.get("name")
-    chooses = key in GROUPS and isinstance(name, str) and name in choices_of(key)
-    if chooses:
-        yield key, name
-    for inner, leaf in value.items():
-        if isinstance(leaf, dict) and key.partition(".")[0] not in sections():
-            yield from _leaves(f"{key}.{inner}", leaf, what)
-        elif not (chooses and inner == "name"):
-            yield f"{key}.{inner}", leaf
-
-
-def _refuse_code(table: dict[Any, Any], what: str) -> None:
-    if "_target_" in table:
-        raise ValueError(f"{what} names code by _target_, and none is run from a file; leave it out")
-
-
-def text_of(value: Any, what: str, interpolate: bool = False) -> str:
-    """Returns a value of a file as the value of an override. Raises ValueError."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int | float):
-        return repr(value) if math.isfinite(value) else str(value)
-    if isinstance(value, str):
-        if interpolate and re.search(r"\$\{[^}]*:", value):
-            raise ValueError(
-                f"{what}={value}: a file looks nothing up but keys of the configuration; give it on the command line"
-            )
-        return quoted(value, interpolate)
-    if isinstance(value, list):
-        return "[" + ",".join(text_of(one, what, interpolate) for one in value) + "]"
-    if isinstance(value, dict):
-        _refuse_code(value, what)
-        if not all(isinstance(key, str) and _KEY.fullmatch(key) for key in value):
-            raise ValueError(f"{what}: its keys are no names")
-        return "{" + ",".join(f"{key}: {text_of(one, what, interpolate)}" for key, one in value.items()) + "}"
-    raise ValueError(
-        f"{what}: {type(value).__name__} is no value here; give text, a number, true, false, null or a list"
-    )

@@ -16,13 +16,13 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
-import argparse
 import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rowwise.launch.settings import bare_words
 from rowwise.launch.standing import Standing, standings
 from rowwise.trainer.files import to_json
 from rowwise.trainer.keys import unknown_key
@@ -48,12 +48,9 @@ class Settings:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the list. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="rowwise runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("settings", nargs="*", metavar="DIR | KEY=VALUE")
+    words = bare_words("rowwise runs", __doc__, arguments, "DIR | KEY=VALUE")
     try:
-        settings = parse(parser.parse_args(arguments).settings)
+        settings = parse(words)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2

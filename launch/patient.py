@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rowwise.launch.warm import Telling
+from rowwise.launch.forked import Telling
 
 BYTES = 4 << 20
 ROUNDS = 5

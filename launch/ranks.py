@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from rowwise.launch.forked import Telling
 from rowwise.launch.job import Job
 from rowwise.launch.rendezvous import Rendezvous
-from rowwise.launch.warm import Telling
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
 

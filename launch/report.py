@@ -19,7 +19,6 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
-import argparse
 import contextlib
 import glob
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 
 from rowwise.launch.outcome import OUTCOME
 from rowwise.launch.pages.records import Run, read_run
+from rowwise.launch.settings import bare_words
 from rowwise.trainer.files import write_whole
 from rowwise.trainer.keys import unknown_key
 from rowwise.trainer.lock import is_held
@@ -52,12 +52,9 @@ class Settings:
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes the page. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="rowwise.launch.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    words = bare_words("rowwise.launch.report", __doc__, arguments)
     try:
-        settings = parse(parser.parse_args(arguments).settings)
+        settings = parse(words)
         print(watch(settings) if settings.watch else report(settings))
     except (ValueError, OSError) as refusal:
         print(f"refused: {refusal}", file=sys.stderr)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rowwise.launch.checkpoints import candidates_of, choose_sound
-from rowwise.launch.given import read_settings
+from rowwise.launch.settings_file import read_settings
 from rowwise.launch.standing import Standing, of_run
 from rowwise.trainer.data.own_tokenizer import tokenizer_of_run
 from rowwise.trainer.manifest import complete_checkpoints, find_checkpoints, step_of

@@ -23,7 +23,6 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
-import argparse
 import difflib
 import json
 import math
@@ -32,6 +31,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from rowwise.launch.settings import bare_words
 from rowwise.parallel.pipeline_schedule.check import check_schedule
 from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
 from rowwise.parallel.pipeline_schedule.order import Schedule, read_csv, write_csv
@@ -73,12 +73,10 @@ class Settings:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table and writes what was asked for. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="rowwise.launch.schedule", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("words", nargs="*", metavar="NAME | FILE.csv | run=runs/NAME, then KEY=VALUE")
+    what = "NAME | FILE.csv | run=runs/NAME, then KEY=VALUE"
+    words = bare_words("rowwise.launch.schedule", __doc__, arguments, what)
     try:
-        print(show(*parser.parse_args(arguments).words))
+        print(show(*words))
     except (ValueError, OSError) as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2

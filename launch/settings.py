@@ -16,10 +16,6 @@ Keys = TypeVar("Keys")
 def read_words(prog: str, description: str | None, arguments: Sequence[str]) -> list[str]:
     """Reads the arguments of a command as KEY=VALUE: --max-tokens=9 and --max-tokens 9 are max_tokens=9. --help prints
     `description` and leaves."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     words, left = list[str](), iter(arguments)
     for word in left:
         if not word.startswith("--") or word == "--help":
@@ -27,7 +23,18 @@ def read_words(prog: str, description: str | None, arguments: Sequence[str]) -> 
             continue
         key, given, value = word.removeprefix("--").partition("=")
         words.append(f"{key.replace('-', '_')}={value if given else next(left, '')}")
-    return parser.parse_args(words).settings
+    return bare_words(prog, description, words)
+
+
+def bare_words(
+    prog: str, description: str | None, arguments: Sequence[str] | None, what: str = "KEY=VALUE"
+) -> list[str]:
+    """Reads the arguments of a command (None: of this process) as they are. --help prints `description` and leaves."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("words", nargs="*", metavar=what)
+    return parser.parse_args(arguments).words
 
 
 def parse(kind: type[Keys], settings: Sequence[str], example: str, also: Sequence[str] = ()) -> Keys:

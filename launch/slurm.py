@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BeforeValidator
 
 from rowwise.launch.compose import compose_part, compose_tree, key_of
-from rowwise.launch.given import SEARCHPATH, Arguments, gather
+from rowwise.launch.given import Arguments, gather
+from rowwise.launch.overrides import SEARCHPATH
 from rowwise.launch.rendezvous import TOKEN
 from rowwise.launch.sweep.config import SweepConfig
 from rowwise.launch.sweep.config import resolve as resolve_sweep

@@ -14,7 +14,6 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
 import argparse
-import gc
 import os
 import shlex
 import traceback
@@ -24,11 +23,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rowwise.launch.compose import compose_tree
+from rowwise.launch.forked import Telling, call_oneself, use_threads
 from rowwise.launch.given import Arguments, gather
+from rowwise.launch.imports import uncollected
 from rowwise.launch.outcome import Ended
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.utf8 import insist_on_utf8
-from rowwise.launch.warm import Telling, call_oneself, use_threads
 from rowwise.trainer.stop import INTERRUPTED, answering, end_now
 
 
@@ -49,13 +49,8 @@ def main(arguments: list[str] | None = None, tree: dict[str, Any] | None = None)
 
 def imported_work() -> Callable[..., None]:
     """Imports what a worker does: it needs torch, which takes seconds, and help needs none."""
-    looks = gc.isenabled()
-    gc.disable()  # which takes a tenth of the imports, and finds nothing
-    from rowwise.launch.worker import work
-
-    if looks:
-        gc.freeze()
-        gc.enable()
+    with uncollected():
+        from rowwise.launch.worker import work
     return work
 
 

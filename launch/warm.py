@@ -1,47 +1,31 @@
-"""A warm process: it has imported what workers need, and forks them, so that each begins at once.
+"""A command's way to a warm process, which has imported what workers need, and forks them, so that each begins at once.
 
     a command, without torch <-- socket --> warm process -- fork --> worker, worker, ..., what they meet in
 
-It touches no device and starts no thread, which a fork would not survive, and waits for nothing but its clients: the command that
-started it, and those that command lends it to (the agents of a search's trials). Messages are JSON of any length, each in a file
-in memory whose descriptor is sent. A client sends {"call": "module:function", ...};
-the function is called in a fork, as `function(tell, *arguments)`, and the client hears {"pid"}, {"pid", "told"} for each thing that
-it tells, and {"pid", "ended"} with its exit code. Where a client is gone, what it started is asked to stop as by SIGTERM.
+`rowwise.launch.warm_process` is that process, `rowwise.launch.messages` what they say to each other.
 """
 
-import sys
-
-if __name__ == "__main__" and not sys.flags.safe_path:
-    del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
-
 import contextlib
-import ctypes
-import gc
-import importlib
-import json
 import math
 import os
 import select
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from rowwise.launch.messages import CLIENT, MESSAGE, NO_MORE, received, send
 from rowwise.launch.rendezvous import TOKEN
-from rowwise.trainer.stop import SIGNALS
 
 BEFOREHAND = ("rowwise.launch.ranks", "rowwise.launch.worker")  # imported while there is nothing else to do
 QUIET = {"OPENBLAS_NUM_THREADS": "1"}  # numpy would start threads when it is imported
-LEAVING_SECONDS = 60  # that is given to what a client left behind
-_MESSAGE, _CLIENT = b"message", b"client"  # what a file descriptor that is sent leads to
-_NAME = 15  # of prctl: what `ps` and `top` show
-_NO_MORE = (BrokenPipeError, ConnectionResetError)
 
 
 class WarmIsGone(RuntimeError):
@@ -115,7 +99,7 @@ class Warm:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rowwise.launch.warm", str(theirs.fileno()), *self._beforehand],
+                [sys.executable, "-P", "-m", "rowwise.launch.warm_process", str(theirs.fileno()), *self._beforehand],
                 pass_fds=[theirs.fileno()], env=_without_token() | QUIET, start_new_session=True,
             )  # fmt: skip
 
@@ -134,10 +118,10 @@ class Warm:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                socket.send_fds(self._control, [_CLIENT], [theirs.fileno()])
-            except _NO_MORE:
+                socket.send_fds(self._control, [CLIENT], [theirs.fileno()])
+            except NO_MORE:
                 self._begin_again()
-                socket.send_fds(self._control, [_CLIENT], [theirs.fileno()])
+                socket.send_fds(self._control, [CLIENT], [theirs.fileno()])
         return ours
 
     def start(
@@ -167,38 +151,48 @@ class Warm:
             return self._start(asked)
 
     def _start(self, asked: dict[str, Any]) -> Child:
-        with contextlib.suppress(*_NO_MORE):  # which is heard below
-            _send(self._control, asked)
+        with contextlib.suppress(*NO_MORE):  # which is heard below
+            send(self._control, asked)
         while True:
             told = self._hear()
             if told.keys() == {"pid"}:
                 return self._children[told["pid"]]
 
-    def ask(self, call: str, *arguments: Any) -> Any:
-        """Returns what `call` tells. Raises Unanswered where it ends without, and WarmIsGone."""
+    def ask(self, call: str, *arguments: Any, seconds: float | None = None) -> Any:
+        """Returns what `call` tells. Raises Unanswered where it ends without, TimeoutError where it does neither in so many
+        `seconds` (None: it may take its time), and WarmIsGone."""
         child = self.start(call, *arguments)
-        told = self.told_by(child)
+        try:
+            told = self.told_by(child, seconds)
+        except TimeoutError:
+            child.end(signal.SIGKILL)
+            child.code = -signal.SIGKILL  # whether it heard or not: one that waits for a driver never does
+            raise
         self._children.pop(child.pid)  # nobody waits for its end
         return told
 
-    def told_by(self, child: Child) -> Any:
-        """Returns the first thing that it tells. Raises Unanswered where it ends without, and WarmIsGone."""
+    def told_by(self, child: Child, seconds: float | None = None) -> Any:
+        """Returns the first thing that it tells. Raises Unanswered where it ends without, TimeoutError, and WarmIsGone."""
+        deadline = None if seconds is None else time.monotonic() + seconds
         while not child.told:
             if child.code is not None:
                 raise Unanswered(f"a process that was forked {ended_by(child.code)}")
-            self._hear()
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"a process that was forked said nothing in {seconds:g} s")
+            self.watch(left)
         return child.told[0]
 
-    def watch(self, seconds: float) -> None:
-        """Waits so long for news of the children, and no longer than for the first."""
+    def watch(self, seconds: float | None) -> None:
+        """Waits so long (None: for ever) for news of the children, and no longer than for the first."""
         if select.select([self._control], [], [], seconds)[0]:
             self._hear()
 
     def _hear(self) -> dict[str, Any]:
         """One message. Raises WarmIsGone."""
         try:
-            told = _received(*socket.recv_fds(self._control, len(_MESSAGE), 1)[:2])
-        except _NO_MORE:
+            told = received(*socket.recv_fds(self._control, len(MESSAGE), 1)[:2])
+        except NO_MORE:
             raise WarmIsGone from None
         child = self._children.get(told["pid"])
         if child is None or child.code is not None:  # its number is that of one before
@@ -228,163 +222,6 @@ def warmed(lent: int | None = None, beforehand: Sequence[str] = BEFOREHAND) -> I
         warm.close()
 
 
-class Server:
-    """The warm process itself."""
-
-    def __init__(self, control: socket.socket, beforehand: Sequence[str]):
-        self._clients: dict[socket.socket, set[int]] = {control: set()}
-        self._left: dict[int, float] = {}  # children without a client, and until when they may stay
-        self._outlasting: set[int] = set()
-        self._needed: dict[int, set[int]] = {}  # those of them that outlast others, and which
-        self._beforehand, self._imported = list(beforehand), list[str]()
-        self._woken, told = os.pipe()
-        for end in (self._woken, told):
-            os.set_blocking(end, False)
-        self._before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-
-    def serve(self) -> Callable[[], None] | None:
-        """Serves until nobody is there. In a fork: returns what it is to do."""
-        while self._clients or self._left:
-            waiting = 0.0 if self._beforehand else 1.0 if self._left else None
-            ends: list[socket.socket | int] = [*self._clients, self._woken]
-            heard = select.select(ends, [], [], waiting)[0]
-            if not heard and self._beforehand:
-                self._import_next()
-            if self._woken in heard:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._woken, 4096)
-            self._bury()
-            for client in [one for one in heard if isinstance(one, socket.socket)]:
-                if (task := self._answer(client)) is not None:
-                    return task
-        return None
-
-    def _answer(self, client: socket.socket) -> Callable[[], None] | None:
-        try:
-            word, fds, _, _ = socket.recv_fds(client, len(_MESSAGE), 1)
-            if word == _CLIENT:
-                self._clients[socket.socket(fileno=fds[0])] = set()
-                return None
-            asked = _received(word, fds)
-        except _NO_MORE:
-            self._forget(client)
-            return None
-        module, _, name = asked["call"].partition(":")
-        self._import_for(module)
-        for other in asked["needs"]:
-            importlib.import_module(other)
-        function = getattr(importlib.import_module(module), name)
-        gc.freeze()  # nobody looks for rubbish among what was imported
-        # No signal is lost between the fork and the child's own handlers, nor one to its group.
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
-        if (pid := os.fork()) == 0:
-            return self._become(client, function, asked)
-        with contextlib.suppress(OSError):  # it has done so itself, or has left
-            os.setpgid(pid, pid)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
-        self._clients[client].add(pid)
-        self._outlasting |= {pid} if asked["outlasts"] else set()
-        _tell(client, {"pid": pid})
-        return None
-
-    def _import_for(self, module: str) -> None:
-        """What is to be there before `module` is called: what comes up to it, or, where it is none of these, all."""
-        while self._beforehand and (module in self._beforehand or module not in self._imported):
-            self._import_next()
-
-    def _import_next(self) -> None:
-        self._imported.append(self._beforehand.pop(0))
-        importlib.import_module(self._imported[-1])
-
-    def _become(self, client: socket.socket, function: Callable[..., Any], asked: dict[str, Any]) -> Callable[[], None]:
-        """In a fork: leaves everything of the warm process behind."""
-        gc.enable()
-        signal.set_wakeup_fd(-1)
-        for number, handler in self._before.items():
-            if number not in SIGNALS or not asked["outlasts"]:
-                signal.signal(number, handler)
-        os.setpgid(0, 0)
-        for other in self._clients.keys() - {client}:
-            other.close()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
-        os.environ.clear()
-        os.environ.update(asked["environment"])
-        for stream, path in zip((1, 2), asked["logs"] or (), strict=False):
-            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            os.dup2(log, stream)
-            os.close(log)
-        return lambda: function(Telling(client), *asked["arguments"])
-
-    def _bury(self) -> None:
-        """Tells of the children that have ended, and ends those that nobody waits for any more."""
-        for pid, until in self._left.items():
-            if time.monotonic() > until:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                pid, status = ended
-                self._left.pop(pid, None)
-                self._outlasting.discard(pid)
-                for client, children in self._clients.items():
-                    if pid in children:
-                        children.remove(pid)
-                        _tell(client, {"pid": pid, "ended": os.waitstatus_to_exitcode(status)})
-
-        for pid, others in list(self._needed.items()):
-            if not others & self._left.keys():
-                del self._needed[pid]
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
-
-    def _forget(self, client: socket.socket) -> None:
-        children = self._clients.pop(client)
-        self._needed |= dict.fromkeys(children & self._outlasting, children - self._outlasting)
-        for pid in children:
-            self._left[pid] = time.monotonic() + LEAVING_SECONDS
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGTERM)
-        client.close()
-
-
-class Telling:
-    """What a forked function tells its client with. One that lasts closes it, so that its client hears where the warm process is
-    gone."""
-
-    def __init__(self, client: socket.socket):
-        self._client = client
-
-    def __call__(self, value: Any) -> None:
-        _tell(self._client, {"pid": os.getpid(), "told": value})
-
-    def close(self) -> None:
-        self._client.close()
-
-
-def _tell(client: socket.socket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(*_NO_MORE):
-        _send(client, message)
-
-
-def _send(to: socket.socket, message: dict[str, Any]) -> None:
-    """Not through the socket itself, which takes 200 kB at most: an environment and a list of files are more."""
-    with os.fdopen(os.memfd_create("message"), "wb") as file:
-        file.write(json.dumps(message).encode())
-        file.flush()
-        socket.send_fds(to, [_MESSAGE], [file.fileno()])
-
-
-def _received(word: bytes, fds: list[int]) -> dict[str, Any]:
-    """Raises ConnectionResetError where nobody is there to send."""
-    if not word:
-        raise ConnectionResetError
-    with os.fdopen(fds[0], "rb") as file:
-        file.seek(0)
-        return json.load(file)
-
-
 def _without_token() -> dict[str, str]:
     """The environment of this process for others, whose environment anybody of the user's may read."""
     return {name: value for name, value in os.environ.items() if name != TOKEN}
@@ -395,25 +232,3 @@ def ended_by(code: int) -> str:
     if code < 0:
         return f"ended by signal {-code} ({signal.strsignal(-code)})"
     return f"ended with exit code {code}; what it printed says why"
-
-
-def call_oneself(name: str) -> None:
-    """Sets the name under which `ps` and `top` show this process, whose command line is the warm one's."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(_NAME, name.encode()[:15], 0, 0, 0)
-
-
-def use_threads() -> None:
-    """Has torch use as many threads as OMP_NUM_THREADS says, which it read when it was imported."""
-    import torch
-
-    if (given := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(given) > 0:
-        torch.set_num_threads(int(given))
-
-
-if __name__ == "__main__":
-    call_oneself("rowwise warm")
-    gc.disable()  # which takes a tenth of the imports, and finds nothing
-    task = Server(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:]).serve()
-    if task is not None:
-        task()

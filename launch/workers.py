@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import rendezvous
 
+from rowwise.launch.forked import Telling
 from rowwise.launch.gate import LOOPBACK
 from rowwise.launch.outcome import Ended, Failed, Refused
 from rowwise.launch.rendezvous import LOGGED, START, interfaces
-from rowwise.launch.warm import Child, Telling
+from rowwise.launch.warm import Child
 from rowwise.parallel.mesh import Workers
 
 MESSAGES_FILE = "collectives-rank-"  # and the rank's number

@@ -38,6 +38,11 @@ def stay(tell: Any) -> None:
         time.sleep(0.01)
 
 
+def say_nothing(tell: Any) -> None:
+    while True:
+        time.sleep(0.01)
+
+
 def hold(tell: Any, path: str, saved: str | None = None) -> None:
     """Leaves a word when it is asked to stop, and leaves once `saved` is there; does not otherwise."""
 

@@ -43,6 +43,29 @@ def test_a_room_imports_only_rooms_below_it(path):
             assert parts[1] == room or parts[1] in BELOW[room], f"{path}: {room} imports {name}"
 
 
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60  # lines
+
+
+def too_long(path: Path) -> list[str]:
+    """A file, or functions in it, that nobody reads in one go."""
+    source = path.read_text()
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    file = [path.name] if source.count("\n") > LONGEST_FILE else []
+    return [*file, *(f.name for f in functions if (f.end_lineno or 0) - f.lineno >= LONGEST_FUNCTION)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_are_read_in_one_go(path):
+    assert not too_long(path), "split it by what it is of, so that its name says what is in it; or make it smaller"
+
+
+def test_what_is_too_long_is_found(tmp_path):
+    (path := tmp_path / "some.py").write_text("def fits():\n" + "    pass\n" * 59 + "\n" * 240)
+    assert too_long(path) == []
+    path.write_text("def fits():\n" + "    pass\n" * 59 + "def long():\n" + "    pass\n" * 60 + "\n" * 180)
+    assert too_long(path) == ["some.py", "long"]
+
+
 # What a model calls its parts. Its own files name them; all others read what a parameter is in its spec.
 PART = re.compile(
     r"(^|[.*])(embed(_\w+)?|head|norm|(q|k|attention|feed_forward)_norm|blocks|feed_forward|lm_head|\w+_proj|w[qkvo123]|bias)([.*]|$)"

@@ -23,8 +23,8 @@ from rowwise.trainer import generate as writing
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.config import Text
 from rowwise.trainer.data.tokenizer import ByteTokenizer, FileTokenizer
+from rowwise.trainer.files import fingerprint
 from rowwise.trainer.generate import Writer, pieces
-from rowwise.trainer.manifest import fingerprint
 from rowwise.trainer.models.decoder import Decoder, ModelConfig
 from rowwise.trainer.sample import Sampling, shares
 from runs import run_train

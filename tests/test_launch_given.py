@@ -8,8 +8,10 @@ from omegaconf import OmegaConf
 
 from rowwise.launch import start, train
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.given import as_typed, gather, quoted, read_settings
+from rowwise.launch.given import gather
 from rowwise.launch.job import Job
+from rowwise.launch.overrides import as_typed, quoted
+from rowwise.launch.settings_file import read_settings
 from rowwise.launch.sweep.config import resolve
 from rowwise.trainer.config import config_from_tree, tree_of
 

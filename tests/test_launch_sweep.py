@@ -25,6 +25,7 @@ from rowwise.launch.outcome import Outcome, clear_outcome, write_outcome
 from rowwise.launch.sweep import search
 from rowwise.launch.sweep.__main__ import main
 from rowwise.launch.sweep.config import keep_plan, resolve
+from rowwise.launch.sweep.halving import Halving
 from rowwise.launch.sweep.running import Running, outcome_of
 from rowwise.launch.sweep.space import Choice, Interval, parse_space
 from rowwise.launch.sweep.trials import Trial, curve, draw, row_of, trial_words, write_table
@@ -351,7 +352,7 @@ def leaving(code: int) -> str:
 @pytest.mark.parametrize("every", [1, 2])
 def test_halving_keeps_the_best_third_at_every_rung(every):
     """Trials one after the other, against the definition; values that stay in order."""
-    study, kept = optuna.create_study(pruner=search.Halving(every, 3)), {1: [], 3: [], 9: []}
+    study, kept = optuna.create_study(pruner=Halving(every, 3)), {1: [], 3: [], 9: []}
     for value in random.Random(5).sample(range(100), 40):
         trial = study.ask()
         for count in range(1, 11):
@@ -385,7 +386,7 @@ def test_a_search_never_prefers_a_trial_for_a_step_without_a_loss(tmp_path):
     assert [(row["eval_loss"], row["best_eval_loss"]) for row in rows] == [(2.5, 2.5), (2.0, 2.0), (None, None)]
     assert draw(trials, tmp_path, "loss").exists()
 
-    study = optuna.create_study(pruner=search.Halving(1, 3))
+    study = optuna.create_study(pruner=Halving(1, 3))
     watched = types.SimpleNamespace(config=types.SimpleNamespace(goal="loss"), _decide=lambda running, step: None)
     for trial in trials:
         asked = study.ask()

@@ -65,6 +65,17 @@ def test_how_a_fork_ends_is_heard(warm):
         warm.ask("forked:leave", 7)
 
 
+def test_who_asks_may_wait_no_longer_than_so_long(warm, monkeypatch):
+    """And what did not answer is killed."""
+    started, start = list[Child](), warm.start
+    monkeypatch.setattr(warm, "start", lambda *asked: started.append(start(*asked)) or started[-1])
+    with pytest.raises(TimeoutError):
+        warm.ask("forked:say_nothing", seconds=0.1)
+    while psutil.pid_exists(started[0].pid):
+        warm.watch(1.0)
+    assert warm.ask("forked:tell_oneself", "PATH", seconds=60.0)["pid"] != started[0].pid
+
+
 def test_what_is_left_behind_is_asked_to_stop(warm, tmp_path):
     """Of one client, while another goes on."""
     other = Warm(warm.lend())

@@ -12,13 +12,14 @@ from mistakes import MISTAKES
 from omegaconf import OmegaConf
 
 from rowwise.launch import start
-from rowwise.launch.answers import numbers
+from rowwise.launch.answers import WORDS, numbers
 from rowwise.launch.choices import choices_of, keys_of, tree_of_files
 from rowwise.launch.compose import compose_part, compose_tree
-from rowwise.launch.given import SEARCHPATH, gather
+from rowwise.launch.given import gather
+from rowwise.launch.overrides import SEARCHPATH
 from rowwise.launch.slurm import SlurmConfig
 from rowwise.launch.sweep.space import parse_space
-from rowwise.launch.words import CHOICES, MISSING, WORDS
+from rowwise.launch.words.choices import CHOICES, MISSING
 from rowwise.trainer.config import config_from_tree
 
 # Of Hydra, OmegaConf and pydantic, as they speak to those who program with them.

@@ -27,8 +27,9 @@ from rowwise.parallel.precision import PrecisionConfig
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.data.config import DataConfig
+from rowwise.trainer.files import fingerprint
 from rowwise.trainer.lock import lock_run
-from rowwise.trainer.manifest import CheckpointConfig, fingerprint
+from rowwise.trainer.manifest import CheckpointConfig
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.config_json import their_config
 from rowwise.trainer.models.decoder import ModelConfig, parameter_specs

@@ -25,6 +25,7 @@ from rowwise.trainer.data.corpus import Corpus
 from rowwise.trainer.data.integrity import FILES, META, DataDamaged
 from rowwise.trainer.data.open import open_data, told_of_data
 from rowwise.trainer.data.watch import Watch
+from rowwise.trainer.files import fingerprint
 from runs import named, run_train
 
 
@@ -69,7 +70,7 @@ def another_version(path: Path) -> None:
 def of_a_stranger(path: Path) -> None:
     """Its own hash is right, and the rest is not."""
     tree = {"version": 1, "dtype": "uint8", "files": {"../../train.bin": {"bytes": 1, "sha256": []}}}
-    path.write_text(json.dumps(tree | {"sha256": integrity._hash_of(tree)}))
+    path.write_text(json.dumps(tree | {"sha256": fingerprint(tree)}))
 
 
 def not_json(path: Path) -> None:
@@ -133,7 +134,7 @@ def test_tokens_beyond_the_vocabulary_that_the_record_states_are_refused(corpus,
     shutil.copytree(store_of(corpus), given)
     tree = json.loads((given / META).read_text()) | {"vocab_size": 100}
     del tree["sha256"]
-    (given / META).write_text(json.dumps(tree | {"sha256": integrity._hash_of(tree)}))
+    (given / META).write_text(json.dumps(tree | {"sha256": fingerprint(tree)}))
     with pytest.raises(ValueError, match=r"given holds the token 11\d, and its record says that there are 100; give"):
         open_data(Tokens(files=str(given)), 16, 256)
 

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from parity import small_config, with_layout
 from rowwise.launch import export
-from rowwise.trainer.manifest import complete_checkpoints, damage, file_facts, fingerprint, read_manifest
+from rowwise.trainer.files import fingerprint
+from rowwise.trainer.manifest import complete_checkpoints, damage, file_facts, read_manifest
 from rowwise.trainer.metadata import METADATA, Reader, read_metadata
 from rowwise.trainer.resume import find_resume
 from runs import run_train

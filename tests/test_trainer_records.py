@@ -13,7 +13,7 @@ import torch
 from parity import small_config
 from rowwise.trainer import manifest as manifests
 from rowwise.trainer.config import config_from_tree, tree_of
-from rowwise.trainer.files import free_name, from_json, full_path, remove, to_json
+from rowwise.trainer.files import fingerprint, free_name, from_json, full_path, remove, to_json
 from rowwise.trainer.lock import is_held, lock_run
 from rowwise.trainer.manifest import (
     OtherVersion,
@@ -24,7 +24,6 @@ from rowwise.trainer.manifest import (
     damage,
     file_facts,
     find_checkpoints,
-    fingerprint,
     newest_sound,
     prune,
     read_manifest,

@@ -3,6 +3,7 @@ takes; and full disks."""
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -109,6 +110,11 @@ def from_json(text: str | bytes) -> Any:
         return json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=lambda _: None)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def fingerprint(tree: Any) -> str:
+    """Returns the SHA-256 of a plain tree."""
+    return hashlib.sha256(to_json(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _finite(tree: Any) -> Any:

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from rowwise.conf.option import MayChange
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.optim.lengths import RunLength
-from rowwise.trainer.files import free_name, from_json, remove, to_json, write_whole
+from rowwise.trainer.files import fingerprint, free_name, from_json, remove, to_json, write_whole
 from rowwise.trainer.manifest_form import VERSION, FileFacts, Manifest
 
 SAVED = ".saved"
@@ -254,11 +254,6 @@ def find_checkpoints(path: Path) -> list[Path]:
 def had_checkpoints(run_dir: Path) -> bool:
     """Says whether the run there has ever saved one."""
     return _is_there(run_dir / SAVED)
-
-
-def fingerprint(tree: Any) -> str:
-    """Returns the SHA-256 of a plain tree."""
-    return hashlib.sha256(to_json(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

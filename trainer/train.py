@@ -26,10 +26,9 @@ from rowwise.trainer.data.open import Data
 from rowwise.trainer.engine import Engine
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.feed import Fed, Feed, eval_batches
-from rowwise.trainer.files import DiskFull
+from rowwise.trainer.files import DiskFull, fingerprint
 from rowwise.trainer.finite import require_usable
 from rowwise.trainer.lr_range import RangeTest
-from rowwise.trainer.manifest import fingerprint
 from rowwise.trainer.memory import keep_memory
 from rowwise.trainer.metrics import Recorded
 from rowwise.trainer.norms import norms_of_next

@@ -23,7 +23,8 @@ import shlex
 from pathlib import Path
 
 from rowwise.launch.compose import key_of
-from rowwise.launch.given import Arguments, as_typed, gather
+from rowwise.launch.given import Arguments, gather
+from rowwise.launch.overrides import as_typed
 from rowwise.launch.streams import patient_streams
 from rowwise.launch.sweep.config import keep_command, resolve
 from rowwise.launch.warm import Warm, WarmIsGone, warmed

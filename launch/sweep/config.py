@@ -10,7 +10,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from rowwise.launch.compose import compose_part, compose_tree, key_of
-from rowwise.launch.given import SEARCHPATH, parse
+from rowwise.launch.overrides import SEARCHPATH, parse
 from rowwise.launch.sweep.space import Space, overrides_of, parse_space
 from rowwise.trainer.files import from_json, to_json, write_whole
 from rowwise.trainer.keys import check_folder_name, without_password

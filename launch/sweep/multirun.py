@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 
 from rowwise.launch.agent import run_workers
 from rowwise.launch.compose import compose_tree, key_of
-from rowwise.launch.given import SEARCHPATH
 from rowwise.launch.job import Job
 from rowwise.launch.leaving import leave_report
+from rowwise.launch.overrides import SEARCHPATH
 from rowwise.launch.ranks import default_nproc, require_ranks
 from rowwise.launch.rendezvous import TOKEN, slurm_rendezvous
 from rowwise.launch.sweep.config import SweepConfig, is_basic, keep_asked, keep_plan

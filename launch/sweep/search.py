@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
 from rowwise.launch.sweep.config import SweepConfig, keep_asked, keep_plan
+from rowwise.launch.sweep.halving import Halving
 from rowwise.launch.sweep.running import Running, outcome_of, slot_environment, start_trial
 from rowwise.launch.sweep.runs import first_rung, largest_nproc
 from rowwise.launch.sweep.space import Choice, Interval, Space
@@ -203,34 +204,6 @@ class Search:
         settings = {key: str(frozen.params.get(key, "")) for key in self.space.varied}
         folder = self.folder / f"trial-{frozen.number}"
         return Trial(frozen.number, settings, folder, state, frozen.user_attrs.get("reason"))
-
-
-class Halving(optuna.pruners.BasePruner):
-    """Asynchronous successive halving (Li et al., 2020, arXiv:1810.05934): at the rungs `first`, `first` x `factor`, ... a trial
-    goes on if it is among the best 1 in `factor` of those that have come so far, or the best.
-
-    Optuna's own keeps what a rung has seen in attributes of the trials, where a kill between two of its writes changes later
-    decisions. This one knows only what was reported.
-    """
-
-    def __init__(self, first: int, factor: int):
-        self._first, self._factor = first, factor
-
-    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
-        values, rung = trial.intermediate_values, self._first
-        while values and rung <= (step := max(values)):
-            if _reached(values, rung) == step:
-                every = [t.intermediate_values for t in study.get_trials(deepcopy=False)]
-                there = sorted(other[at] for other in every if (at := _reached(other, rung)) is not None)
-                if values[step] > there[max(1, len(there) // self._factor) - 1]:
-                    return True
-            rung *= self._factor
-        return False
-
-
-def _reached(values: dict[int, float], rung: int) -> int | None:
-    """The first step there or beyond."""
-    return min((step for step in values if step >= rung), default=None)
 
 
 def _plan(config: SweepConfig, space: Space) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 
-from rowwise.launch.given import parse
+from rowwise.launch.overrides import parse
 
 MOST_VALUES = 10_000  # of a key
 MAY_CHANGE = ("nproc=", "parallel.", "parallel=", "checkpoint.", "tracker", "log_every=", "compile=", "report=")

@@ -4,17 +4,14 @@ step is small, and else local search around the best of these.
 """
 
 import random
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, product, starmap
+from itertools import islice
 
 from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
-from rowwise.parallel.pipeline_schedule.greedy import Ready, play
+from rowwise.parallel.pipeline_schedule.heuristic import Placement, greedy_schedules
 from rowwise.parallel.pipeline_schedule.order import Action, Schedule, loop_placement, v_placement
 from rowwise.parallel.pipeline_schedule.simulate import Costs, Deadlock, Gathering, peak_activations, period
-
-Placement = list[list[int]]
 
 _SLACK = 1 + 1e-9  # sums of floats within it are equal
 _ACTIONS_A_SECOND = 1e6  # simulated; budgets count actions, not time, so that the same question has the same answer
@@ -207,95 +204,6 @@ def _move(order: tuple[Action, ...], at: int, rng: random.Random) -> tuple[Actio
     return (*rest[:to], action, *rest[to:])
 
 
-@dataclass(frozen=True)
-class _Habits:
-    """What a greedy rank does where it has a choice.
-
-    `chunk` that goes first: the one "near" to the end of its pass, the one "far" from it, or that by "units" of p
-    micro-batches. `ahead`: forwards up to the "limit" of memory, or as many as (interleaved) "1f1b". `prefers`: I or F
-    where both are ready, or "turns". `weights`: W in "gaps", where nothing else is ready; "late", where memory or the end
-    asks for it; "joined" with I in B."""
-
-    chunk: str
-    ahead: str
-    prefers: str
-    weights: str
-
-
 def _greedy(aim: _Aim, placements: Sequence[Placement]) -> Iterator[Found]:
-    """A schedule for every set of habits, those that win more often first."""
-    chunk = ("near", "units", "far") if aim.shape.chunks > 1 else ("near",)
-    choices = product(chunk, ("limit", "1f1b"), ("turns", "I", "F"), ("gaps", "joined", "late"))
-    for habits, placement in product(starmap(_Habits, choices), placements):
-        schedule = _play(aim, placement, habits)
+    for schedule in greedy_schedules(aim.shape, aim.costs, aim.limit, placements):
         yield from _rate(aim, _split(schedule), "heuristic") or _rate(aim, schedule, "heuristic")
-
-
-def _play(aim: _Aim, placement: Placement, habits: _Habits) -> Schedule:
-    ranks = [_Rank(aim, rank, stages, habits) for rank, stages in enumerate(placement)]
-    return play(placement, aim.costs, lambda rank, ready: ranks[rank].choose(ready))
-
-
-class _Rank:
-    """A greedy rank: what it has done, and what it does next."""
-
-    def __init__(self, aim: _Aim, rank: int, stages: list[int], habits: _Habits):
-        self._aim, self._held, self._habits = aim, {stage: aim.costs.held[stage] for stage in stages}, habits
-        self._forwards, self._gradients = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)  # done
-        self._weights = deque[Action]()  # of which I is done and W is not
-        self._turn = "F"
-        p, chunks = aim.shape.ranks, aim.shape.chunks
-        way = p - rank if chunks == 1 else 2 * (p - rank - 1) + (chunks - 1) * p + 1
-        self._most_ahead = way if habits.ahead == "1f1b" else aim.shape.micro_batches * chunks
-
-    def choose(self, ready: Ready) -> Action | None:
-        count = self._aim.shape.micro_batches
-        forwards = (Action(stage, "F", i) for stage, i in self._forwards.items() if i < count)
-        gradients = (Action(stage, "I", i) for stage, i in self._gradients.items() if i < self._forwards[stage])
-        forward = min((a for a in forwards if ready(a) and self._admits(a)), key=self._order, default=None)
-        gradient = min((a for a in gradients if ready(a)), key=self._order, default=None)
-        if gradient and not (forward and self._turn == "F"):
-            return self._do(gradient._replace(kind="B") if self._habits.weights == "joined" else gradient)
-        if forward and self._keeps() + self._holds() + self._held[forward.stage] <= self._aim.limit:
-            return self._do(forward)
-        done = all(i == count for i in self._gradients.values())
-        if self._weights and (forward or done or self._habits.weights == "gaps"):
-            return self._weights.popleft()
-        return None
-
-    def _do(self, action: Action) -> Action:
-        if action.kind == "F":
-            self._forwards[action.stage] += 1
-        else:
-            self._gradients[action.stage] += 1
-            if action.kind == "I":
-                self._weights.append(action._replace(kind="W"))
-        prefers = self._habits.prefers
-        self._turn = ("I" if action.kind == "F" else "F") if prefers == "turns" else prefers
-        return action
-
-    def _order(self, action: Action) -> tuple[int, int]:
-        far = action.stage if action.kind == "F" else -action.stage
-        unit = action.micro_batch // self._aim.shape.ranks if self._habits.chunk == "units" else 0
-        return unit, (-far if self._habits.chunk == "near" else far)
-
-    def _holds(self) -> float:
-        return sum(held * (self._forwards[stage] - self._gradients[stage]) for stage, held in self._held.items())
-
-    def _keeps(self) -> float:
-        return sum(self._aim.costs.kept[action.stage] for action in self._weights)
-
-    def _admits(self, forward: Action) -> bool:
-        """Whether every micro-batch can still be finished after `forward`, one after another in their order, each with
-        what those before it leave (the banker's algorithm). So the first unfinished one never waits for memory, whatever
-        the other ranks do."""
-        first, ahead = min(self._gradients.values()), sum(self._forwards.values()) - sum(self._gradients.values())
-        if ahead >= self._most_ahead and forward.micro_batch > first:
-            return False
-        done = {**self._forwards, forward.stage: forward.micro_batch + 1}
-        free = self._aim.limit - self._holds() - self._held[forward.stage]
-        for i in range(first, max(done.values())):
-            if free < sum(held for stage, held in self._held.items() if done[stage] <= i):
-                return False
-            free += sum(held for stage, held in self._held.items() if self._gradients[stage] <= i < done[stage])
-        return True

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rowwise.trainer.files import from_json, to_json, write_whole
+from rowwise.trainer.files import fingerprint, from_json, to_json, write_whole
 
 META = "meta.json"  # of a folder that is a corpus
 SPLITS = ("train", "holdout")
@@ -110,7 +110,7 @@ class HashedFile:
 def write_record(folder: Path, record: Record) -> None:
     """Writes it last: without it the folder is no corpus."""
     tree = {"version": VERSION, **asdict(record)}
-    write_whole(folder / META, to_json(tree | {"sha256": _hash_of(tree)}, indent=1))
+    write_whole(folder / META, to_json(tree | {"sha256": fingerprint(tree)}, indent=1))
 
 
 def read_record(folder: Path) -> Record:
@@ -118,7 +118,7 @@ def read_record(folder: Path) -> Record:
     path, tree = folder / META, read_tree(folder)
     if tree.get("version") != VERSION:
         raise DataDamaged(f"{path} is a record of version {tree.get('version')}, and this release reads {VERSION}")
-    if tree.pop("sha256", None) != _hash_of(tree):
+    if tree.pop("sha256", None) != fingerprint(tree):
         raise DataDamaged(f"{path} is damaged: it does not have the hash that it holds of itself")
     del tree["version"]
     try:
@@ -198,7 +198,3 @@ def _hash_of_next(file: BinaryIO, size: int) -> str:
     for at in range(0, size, _BLOCK_BYTES):
         content.update(file.read(min(_BLOCK_BYTES, size - at)))
     return content.hexdigest()
-
-
-def _hash_of(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(to_json(tree, sort_keys=True).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from rowwise.kernels.condensed import Condensed, condense, condensed_linear
+from rowwise.kernels.condensed import Condensed, condensed_linear
 
 
 class CondensedLinear(nn.Module):
@@ -23,12 +23,6 @@ class CondensedLinear(nn.Module):
         self.register_buffer("starts", weight.starts)
         self.register_buffer("bias", bias)
         self._weight = weight
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear) -> "CondensedLinear":
-        """Makes the condensed form of a linear layer. Raises ValueError where its weight is not of constant fan-in."""
-        bias = linear.bias
-        return cls(condense(linear.weight.detach()), None if bias is None else bias.detach().clone())
 
     @property
     def weight(self) -> Condensed:
