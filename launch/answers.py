@@ -61,7 +61,7 @@ def _answer(word: Word, key: str, value: str, tree: Mapping[str, Any]) -> str | 
     plain = value.strip("'\"[] ").lower()
     write = word.values.get(plain) or word.values.get((plain.split() or [""])[0]) or word.write
     if not write and word.values:
-        write = " or ".join(dict.fromkeys(word.values.values()))
+        write = " or ".join(dict.fromkeys(filter(None, word.values.values())))
     if not write:
         return word.means
     write = write.format(value=value, **numbers(tree, plain))

@@ -20,12 +20,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from rowwise.launch.answers import unknown_choice, unknown_keys
 from rowwise.launch.choices import GROUPS, check_folder, choices_of, tree_of_files
-from rowwise.launch.overrides import SEARCHPATH, parse, quoted, spelt
+from rowwise.launch.overrides import SEARCHPATH, parse, spelt
 from rowwise.trainer.keys import refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.models.config_json import read_shape, refuse_other_shape
 from rowwise.trainer.run_length import INTERVALS, choose, settle
-
-__all__ = ["GROUPS", "compose_part", "compose_tree", "key_of", "one_line", "quoted"]
 
 Part = TypeVar("Part")
 

@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from rowwise.launch.compose import key_of, quoted
+from rowwise.launch.compose import key_of
+from rowwise.launch.overrides import quoted
 
 ROUNDS = 2  # the first also reads files that the second finds in memory
 POLL_SECONDS = 0.01

@@ -130,6 +130,10 @@ def test_several_unknown_keys_are_answered_at_once():
     assert "write optim.lr=1e-3" in said and "write model.dim=64" in said and "did you mean optim.lr?" in said
 
 
+def test_where_one_value_has_an_answer_no_other_is_offered():
+    assert refused(["fp32=maybe"]) == "unknown key fp32: write precision=fp32"
+
+
 ANSWERED = {
     "optim=adam": "did you mean adamw?",
     "optim.rank=8": "optim.rank is of optim=apollo, dct, fira or galore",

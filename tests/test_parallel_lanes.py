@@ -44,7 +44,7 @@ def connected(workers, config: TrainConfig):
         built = communicators(wire.log)
         run_on(mesh, config, steps=1)
         data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-        evaluate(engine, eval_batches(config, mesh, data), mesh)
+        evaluate(engine, eval_batches(config, mesh, data))
         generate(engine, [1, 2, 3], 1, 0.0, config.batch.seq_len, 0, mesh)
         groups = [tuple(dist.get_process_group_ranks(group)) for group in all_groups()]
     save_group = mesh.save_group.group_name

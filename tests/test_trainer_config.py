@@ -18,7 +18,8 @@ from parity import small_config, write_tokens
 from refusals import REFUSED
 from rowwise.launch import train as launch
 from rowwise.launch import worker
-from rowwise.launch.compose import GROUPS, compose_tree
+from rowwise.launch.choices import GROUPS
+from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import OptimConfig
 from rowwise.optim.lr_schedules import ScheduleConfig
 from rowwise.optim.sparse.config import SparsityConfig

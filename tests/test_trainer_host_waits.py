@@ -46,7 +46,7 @@ def waits_of_steps(workers, configs):
             entries.append(waits.sites)
         held_out = list(eval_batches(config, mesh, data))
         with HostWaits() as waits:
-            evaluate(engine, held_out, mesh)
+            evaluate(engine, held_out)
         found.append([*entries, waits.sites])
     return found
 

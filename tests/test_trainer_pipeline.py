@@ -248,7 +248,7 @@ def gathered_after_evaluation(workers, config):
     mesh = make_mesh(config.parallel, workers)
     engine = engine_on(mesh, config)
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-    evaluate(engine, eval_batches(config, mesh, data), mesh)
+    evaluate(engine, eval_batches(config, mesh, data))
     return [p.numel() for module in sharded_modules(engine.model) for param in fsdp_params(module)
             if (p := gathered(param)) is not None and p.untyped_storage().size()]  # fmt: skip
 

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from rowwise.conf.option import MayChange
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.optim.lengths import RunLength
-from rowwise.parallel.mesh import Mesh
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.engine import Engine
 from rowwise.trainer.loss import mean_loss
@@ -43,7 +42,7 @@ EVALUATION: Refusals = (
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Iterable[MicroBatch], mesh: Mesh) -> float:
+def evaluate(engine: Engine, batches: Iterable[MicroBatch]) -> float:
     """Returns nats per token; NaN where none is valid. One all-reduce of two numbers over all ranks. Every rank must pass as many
     micro-batches."""
     totals = engine.losses(batches)

@@ -181,7 +181,7 @@ def answer_spike(
 def eval_record(config: TrainConfig, mesh: Mesh, engine: Engine, data: Data, clock: Clock) -> dict[str, float | None]:
     """Returns what a step that evaluates adds to its record: the held-out loss, and the seconds that it took."""
     started = time.perf_counter()
-    loss = evaluate(engine, eval_batches(config, mesh, data), mesh)
+    loss = evaluate(engine, eval_batches(config, mesh, data))
     clock.evaluated()
     return {"eval_loss": number_or_none(loss), "eval_seconds": time.perf_counter() - started}
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rowwise.launch.compose import key_of, quoted
+from rowwise.launch.compose import key_of
 from rowwise.launch.outcome import read_outcome
+from rowwise.launch.overrides import quoted
 from rowwise.trainer.files import write_whole
 from rowwise.trainer.metrics import number, read_metrics
 from rowwise.trainer.tracker import Mlflow, TrackerConfig, Trackio, Wandb

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from rowwise.launch import agent, cli
-from rowwise.launch.compose import GROUPS, compose_tree, quoted
+from rowwise.launch.choices import GROUPS
+from rowwise.launch.compose import compose_tree
 from rowwise.launch.outcome import Outcome
+from rowwise.launch.overrides import quoted
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree, tree_of
 from rowwise.trainer.keys import flat
