@@ -44,6 +44,8 @@ COLUMNS = {"columns": "*i64", "n": "i32", "rank": "i32", "ROWS": 16, "COLUMNS": 
 COLUMNS |= dict.fromkeys(("first_scale", "scale"), "fp32")
 SQUARES = {"partial": "*fp32", "rows": "i32", "n": "i32", "ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "STEPS": 24}
 GROUPS = {**dict.fromkeys(("groups", "inner", "keep"), "i32"), "WIDTH": 4, "GROUPS": 256, "M": 4}
+CODED = {"codes": "*u8", "ranges": "*fp32", **dict.fromkeys(("rows", "columns", "per_row", "width"), "i32")}
+ENCODED = {**CODED, "tokens": "*i64", "key": "i64", **dict.fromkeys(("count", "first", "repeat"), "i32")}
 PLACES = {**dict.fromkeys(("columns", "rows"), "*i32"), **dict.fromkeys(("live", "k", "batch"), "i32")}
 CONDENSED = {x: {**dict.fromkeys(("xt", "values", "out"), f"*{x}"), **PLACES} for x in ("fp32", "bf16")}
 ONE_VECTOR = {"ABLATED": False, "STEPS": 1, "ROWS": 4, "WIDTH": 512, "BATCH": 1}
@@ -78,6 +80,10 @@ VARIANTS = [
     (80, "condensed", "condensed_linear", CONDENSED["bf16"] | ONE_VECTOR),
     (90, "condensed", "condensed_linear", CONDENSED["bf16"] | MANY_VECTORS),
     (90, "condensed", "condensed_linear", CONDENSED["fp32"] | ONE_VECTOR),
+    (80, "activation_codes", "encode", {"x": "*bf16", **ENCODED, "BLOCKS": 4, "WIDTH": 256}),
+    (90, "activation_codes", "encode", {"x": "*fp32", **ENCODED, "BLOCKS": 8, "WIDTH": 128}),
+    (80, "activation_codes", "decode", {"out": "*fp32", **CODED, "BLOCKS": 8, "WIDTH": 128}),
+    (90, "activation_codes", "decode", {"out": "*bf16", **CODED, "BLOCKS": 4, "WIDTH": 256}),
     (80, "nm", "nm", {"w": "*i16", "out": "*i16", **GROUPS, "LARGEST": 2**15 - 1, "MASK": False}),
     (80, "nm", "nm", {"w": "*i64", "out": "*i64", **GROUPS, "LARGEST": 2**63 - 1, "MASK": False}),
     (90, "nm", "nm", {"w": "*i32", "out": "*i32", **GROUPS, "M": 3, "LARGEST": 2**31 - 1, "MASK": False}),
