@@ -31,6 +31,8 @@ def causal_attention(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: 
     head h looks at key head h K / H."""
     if documents is not None:
         return _packed_attention(q_BSHE, k_BSKE, v_BSKE, documents)
+    if not torch.compiler.is_compiling():
+        return _WholeAttention.apply(q_BSHE, k_BSKE, v_BSKE)
     if q_BSHE.is_cuda and q_BSHE.dtype == torch.float32:  # there torch knows no groups but by whole scores
         k_BSKE, v_BSKE = (repeat_heads(t, q_BSHE.size(2), dim=2) for t in (k_BSKE, v_BSKE))
     y_BHSE = F.scaled_dot_product_attention(
@@ -41,6 +43,23 @@ def causal_attention(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: 
         enable_gqa=q_BSHE.size(2) != k_BSKE.size(2),
     )
     return y_BHSE.transpose(1, 2)
+
+
+class _WholeAttention(torch.autograd.Function):
+    """torch's attention by the operator that gives the log-sum-exp, so that on every device what is kept is q, k, v, out, lse."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = block_forward(q, k, v, True, q.size(-1) ** -0.5)
+        out = out.contiguous()  # as the products behind it take it
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        attended = Attended(*ctx.saved_tensors)
+        return block_backward(d_out, attended, True, attended.q.size(-1) ** -0.5)
 
 
 @left_to_python  # the areas differ from batch to batch

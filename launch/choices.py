@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 GROUPS = (
-    "model", "data", "optim", "schedule", "parallel", "precision", "sparsity", "checkpoint", "tracker", "experiment",
+    "model", "data", "optim", "schedule", "parallel", "precision", "memory", "sparsity", "checkpoint", "tracker", "experiment",
 )  # fmt: skip
 
 

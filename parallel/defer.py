@@ -9,8 +9,9 @@ dx, each by its own; W is the same.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,14 +42,35 @@ class WeightGradients:
 class deferred(TorchFunctionMode):
     """While entered, the weight gradients of linear layers go to `later`."""
 
+    entered: ClassVar[list["deferred"]] = []
+
     def __init__(self, later: WeightGradients):
         super().__init__()
-        self._later = later
+        self.later = later
+
+    def __enter__(self) -> "deferred":
+        deferred.entered.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        deferred.entered.pop()
+        super().__exit__(*exception)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _INPUT_GRADIENTS and torch.is_grad_enabled():
-            return _linear(self._later, function, *args, **(kwargs or {}))
+            return _linear(self.later, function, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+
+def is_deferred() -> bool:
+    """Whether the forward under way puts off its weight gradients."""
+    return bool(deferred.entered)
+
+
+def in_recomputation() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Gives what `torch.utils.checkpoint` enters in a forward, and when it runs that again: there too weight gradients are put
+    off, or the graph would be another."""
+    return nullcontext(), deferred(deferred.entered[-1].later) if is_deferred() else nullcontext()
 
 
 def _linear(

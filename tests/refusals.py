@@ -381,6 +381,12 @@ REFUSED = {
     "keep": (["checkpoint.keep=-1"], r"checkpoint.keep=-1"),
     "clip": (["clip_norm=-1"], r"clip_norm=-1"),
     "name": (["name=a/b"], r"name='a/b'"),
+    "more than all activations": (["memory.recompute=1.5"], r"memory.recompute=1.5: .* may stay, from 0 to 1"),
+    "less than no activation": (["memory.recompute=-0.1"], r"memory.recompute=-0.1: .* may stay, from 0 to 1"),
+    "another way to recompute": (
+        ["memory.recompute=half"],
+        r"memory.recompute='half': .*'none', 'selective' or 'full'",
+    ),
     "norms of gradients that are gone": (
         ["log.norms_every=10", "optim.in_backward=true", "clip_norm=0", "batch.micro_size=8"],
         r"log.norms_every=10 with optim.in_backward: .*give log.norms_every=0, or optim.in_backward=false",

@@ -44,11 +44,13 @@ def run_quietly(workers, config: TrainConfig, stop_at: int | None = None) -> Non
     """A run, up to a step or to its end; with a spike where something is to be done about it. Compiled blocks are traced as they
     are, and their code is torch's own."""
     compile_ = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    compiled = functools.partial(torch.compile, backend="aot_eager")
     spike = second_step if config.on_spike != "record" else rollback.spike_of
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
         mock.patch.object(torch.nn.Module, "compile", compile_),
+        mock.patch.object(torch, "compile", compiled),
         mock.patch.object(rollback, "spike_of", spike),
     ):
         run_train(workers, config) if stop_at is None else run_until(workers, config, stop_at)

@@ -23,6 +23,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import OptimConfig
 from rowwise.optim.lr_schedules import ScheduleConfig
 from rowwise.optim.sparse.config import SparsityConfig
+from rowwise.parallel.activations.config import MemoryConfig
 from rowwise.parallel.mesh import DEGREES, ParallelConfig
 from rowwise.parallel.precision import PrecisionConfig
 from rowwise.trainer.check import check
@@ -116,7 +117,7 @@ def test_every_config_file_holds_all_keys_of_its_dataclass(file):
         assert (CONF / f"{file}.yaml").read_text().startswith("# @package _global_")
         return
     classes = {
-        "model": ModelConfig, "parallel": ParallelConfig, "checkpoint": CheckpointConfig,
+        "model": ModelConfig, "parallel": ParallelConfig, "checkpoint": CheckpointConfig, "memory": MemoryConfig,
         **{f"{name}/{key}": value for name, table in CHOICES.items() for key, value in table.items()},
     }  # fmt: skip
     expected = classes.get(group) or classes[file]

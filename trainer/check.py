@@ -9,10 +9,12 @@ from rowwise.optim.build import MOMENTUM_CYCLE, STEP_BACK, check_optimizer
 from rowwise.optim.in_backward import IN_BACKWARD
 from rowwise.optim.lr_schedules import check_schedule
 from rowwise.optim.sparse.check import MASKED, check_sparsity
+from rowwise.parallel.activations.config import RECOMPUTE
 from rowwise.parallel.mesh import TIMEOUT, resolve_degrees
 from rowwise.parallel.pipeline_schedule.cut import check_stages
 from rowwise.parallel.precision import BF16_PARAMETERS, LOSS_SCALE
 from rowwise.parallel.sequence import HEADS
+from rowwise.trainer.activations import OWN_LAYERS
 from rowwise.trainer.config import FOLDER, LENGTH, LINES, TrainConfig, tree_of
 from rowwise.trainer.data.batches import check_batch
 from rowwise.trainer.evaluate import EVALUATION
@@ -28,8 +30,17 @@ from rowwise.trainer.tracker import check_tracker
 from rowwise.trainer.watching import PROFILE
 
 # What must hold before the mesh is known, and what only then can be asked.
-NUMBERS: Refusals = (*LENGTH, *TIMEOUT, *LINES)
-COMPOSED: Refusals = (*COMPILED_STAGES, *STEP_BACK, *BF16_PARAMETERS, *IN_BACKWARD, *SPIKES, *MASKED, *PROFILE)
+NUMBERS: Refusals = (*LENGTH, *TIMEOUT, *LINES, *RECOMPUTE)
+COMPOSED: Refusals = (
+    *COMPILED_STAGES,
+    *STEP_BACK,
+    *BF16_PARAMETERS,
+    *IN_BACKWARD,
+    *SPIKES,
+    *MASKED,
+    *OWN_LAYERS,
+    *PROFILE,
+)
 
 
 def check(config: TrainConfig, world_size: int) -> TrainConfig:

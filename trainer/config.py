@@ -16,6 +16,7 @@ from rowwise.optim.lengths import RunLength
 from rowwise.optim.lr_schedules import ScheduleConfig
 from rowwise.optim.rates import SHARES, rate_of_size
 from rowwise.optim.sparse.config import SparsityConfig
+from rowwise.parallel.activations.config import MemoryConfig
 from rowwise.parallel.mesh import ParallelConfig
 from rowwise.parallel.precision import PrecisionConfig
 from rowwise.trainer.data.batches import BatchConfig
@@ -80,6 +81,7 @@ class TrainConfig:
     schedule: Annotated[ScheduleConfig, _BY_NAME]
     parallel: ParallelConfig
     precision: Annotated[PrecisionConfig, _BY_NAME]
+    memory: MemoryConfig
     sparsity: Annotated[SparsityConfig, _BY_NAME]
     checkpoint: CheckpointConfig
     tracker: Annotated[TrackerConfig, _BY_NAME]

@@ -12,6 +12,7 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype, master_dtype
 from rowwise.parallel.replicate import replicate_model
 from rowwise.parallel.shard import is_split, materialize, merge_parts, policy, shard_model
+from rowwise.trainer.activations import keep_results
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import Engine, WholeModel
 from rowwise.trainer.models.decoder import Decoder, parameter_specs
@@ -34,8 +35,11 @@ def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh)
     model.to(parameter_dtype(config))
     for convert in CONVERSIONS:
         convert(stages, config, mesh)
-    # How they compute it: a compiled block gathers nothing, so it is inside what FSDP2 gathers.
-    if config.compile:
+    # What of it waits for the backward, and how they compute it: a compiled block gathers nothing, so it is inside what FSDP2
+    # gathers. Where not everything is kept, its results are compiled one by one.
+    if config.memory.recompute != "none":
+        keep_results(stages, config)
+    elif config.compile:
         compile_blocks(stages)
     # Where the parameters live.
     split = is_split(mesh, policy(config.precision))

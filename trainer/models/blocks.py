@@ -3,14 +3,17 @@
 Shapes: B sequences, S tokens, D model dim, H query heads, K key/value heads, E head dim, F feed-forward dim.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rowwise.kernels.swiglu import swiglu
 from rowwise.kernels.visible import Documents
+from rowwise.parallel.activations.results import LayerResults, Make, Result, Sharing, make_plainly, plainly
 from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.norm import RMSNorm
 from rowwise.trainer.models.rope import rotate
 from rowwise.trainer.models.specs import LAYER, Entry
 
@@ -20,17 +23,25 @@ Attend = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
 
 class Layer(nn.Module):
-    """A layer of a decoder, made of its configuration: (B, S, D) to (B, S, D). `TABLE`: what its parameters are, by name."""
+    """A layer of a decoder, made of its configuration: (B, S, D) to (B, S, D). `TABLE`: what its parameters are, by name.
+    `making`: of the input of a forward, what that forward makes its results with (`parallel.activations.results`)."""
 
     TABLE: ClassVar[Mapping[str, Entry]]
+    making: Callable[[Tensor], Make]
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.making = make_plainly
 
     @staticmethod
     def count(config: ModelConfig) -> int:
         """Counts its parameters, by arithmetic alone."""
         raise NotImplementedError
+
+    @staticmethod
+    def results(config: ModelConfig, sharing: Sharing) -> LayerResults | None:
+        """Lists what it makes by name and its backward needs; None where it makes nothing by name."""
+        return None
 
 
 class Attention(nn.Module):
@@ -39,21 +50,52 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         heads, kv_heads, size = config.heads, config.kv_heads, config.head_size
-        self.head_size = size
+        self.head_size, self.qk_norm = size, config.qk_norm
         self.wq = nn.Linear(config.dim, heads * size, bias=False)
         self.wk = nn.Linear(config.dim, kv_heads * size, bias=False)
         self.wv = nn.Linear(config.dim, kv_heads * size, bias=False)
         self.wo = nn.Linear(heads * size, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, documents: Documents | None, attend: Attend
     ) -> Tensor:
-        q_BSHE = self.q_norm(self.wq(x_BSD).unflatten(-1, (-1, self.head_size)))
-        k_BSKE = self.k_norm(self.wk(x_BSD).unflatten(-1, (-1, self.head_size)))
-        v_BSKE = self.wv(x_BSD).unflatten(-1, (-1, self.head_size))
-        y_BSHE = attend(rotate(q_BSHE, cos_BSE, sin_BSE), rotate(k_BSKE, cos_BSE, sin_BSE), v_BSKE, documents)
+        return self.mix(self.look(x_BSD, cos_BSE, sin_BSE, documents, attend))
+
+    def look(
+        self,
+        x_BSD: Tensor,
+        cos_BSE: Tensor,
+        sin_BSE: Tensor,
+        documents: Documents | None,
+        attend: Attend,
+        make: Make = plainly,
+    ) -> Tensor:
+        """What each head sees, (B, S, H, E)."""
+        if self.qk_norm:  # whose backward needs what came before it too
+            q, k, v = make("qkv", self.project, x_BSD)
+            q, k = make("qk", self.turn, q, k, cos_BSE, sin_BSE)
+        else:
+            q, k, v = make("qkv", self.project_and_turn, x_BSD, cos_BSE, sin_BSE)
+        return make("y", attend, q, k, v, documents)
+
+    def project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before they are normed and turned."""
+        q, k, v = (w(x_BSD).unflatten(-1, (-1, self.head_size)) for w in (self.wq, self.wk, self.wv))
+        return q, k, v
+
+    def turn(self, q_BSHE: Tensor, k_BSKE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their positions."""
+        return rotate(self.q_norm(q_BSHE), cos_BSE, sin_BSE), rotate(self.k_norm(k_BSKE), cos_BSE, sin_BSE)
+
+    def project_and_turn(self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention takes them."""
+        q, k, v = self.project(x_BSD)
+        return *self.turn(q, k, cos_BSE, sin_BSE), v
+
+    def mix(self, y_BSHE: Tensor) -> Tensor:
+        """All heads together, (B, S, D)."""
         return self.wo(y_BSHE.flatten(2))
 
 
@@ -73,27 +115,92 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
+        return self.w2(swiglu(*self.widen(x_BSD)))
+
+    def widen(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate and what it lets through, (B, S, F) each."""
+        return self.w1(x_BSD), self.w3(x_BSD)
 
 
 class Block(Layer):
-    """The layer of Llama and Qwen3: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """The layer of Llama and Qwen3: h = x + attention(norm(x)), then h + feed_forward(norm(h)). Its results:
+
+    n1 = norm(x)      qkv, qk: what attention takes      y: what it sees      h = x + wo(y)
+    n2 = norm(h)      gate_up = w1(n2), w3(n2)           s = swiglu(gate_up)  out = h + w2(s)
+    """
 
     TABLE = LAYER
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.feed_forward_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
     def forward(
         self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, documents: Documents | None, attend: Attend
     ) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_BSE, sin_BSE, documents, attend)
-        return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
+        make = self.making(x_BSD)
+        n1_BSD = make("n1", self.attention_norm, x_BSD)
+        # One inside the other, so that without gradients each is freed when it is used.
+        h_BSD = make("h", self.add_seen, x_BSD, self.attention.look(n1_BSD, cos_BSE, sin_BSE, documents, attend, make))
+        gate_up = make("gate_up", self.feed_forward.widen, make("n2", self.feed_forward_norm, h_BSD))
+        return make("out", self.add_fed, h_BSD, make("s", swiglu, *gate_up))
+
+    def add_seen(self, x_BSD: Tensor, y_BSHE: Tensor) -> Tensor:
+        """h, of what is seen."""
+        return x_BSD + self.attention.mix(y_BSHE)
+
+    def add_fed(self, h_BSD: Tensor, s_BSF: Tensor) -> Tensor:
+        """What the layer gives."""
+        return h_BSD + self.feed_forward.w2(s_BSF)
 
     @staticmethod
     def count(config: ModelConfig) -> int:
         return attention_count(config) + 3 * config.dim * config.ffn_dim + 2 * config.dim
+
+    @staticmethod
+    def results(config: ModelConfig, sharing: Sharing) -> LayerResults:
+        dim, wide = config.dim, config.ffn_dim
+        seen = config.heads * config.head_size
+        return LayerResults(
+            dim,
+            (
+                Result("n1", dim, NORM * dim, wide=1),
+                *attention_results(config, sharing),
+                Result("h", dim, 2 * seen * dim + dim, dear=True),
+                Result("n2", dim, NORM * dim, wide=1),
+                Result("gate_up", 2 * wide, 4 * dim * wide, dear=True),
+                Result("s", wide, GATE * wide),
+            ),
+        )
+
+
+# Operations a number of what is elementwise: a norm's square, sum, and two products; RoPE's two products and sum; a gate's
+# exponential, sum, quotient and two products.
+NORM, TURN, GATE = 4, 3, 5
+
+
+def attention_results(config: ModelConfig, sharing: Sharing) -> tuple[Result, ...]:
+    """What `Attention.look` makes. Where ranks share sequences, attention keeps what messages brought it: heads after an
+    all-to-all, and keys and values as one block round a ring; with Ulysses it gives its own output back in another order."""
+    size, normed = config.head_size, config.qk_norm
+    q, k = config.heads * size, config.kv_heads * size
+    products, turning = 2 * config.dim * (q + 2 * k), (TURN + NORM * normed) * (q + k)
+    brought = 2 * math.lcm(config.kv_heads, sharing.ulysses) * size  # keys and values
+    # Queries, and keys with values, as attention takes them, which its backward needs as they are.
+    q_kept = 0 if sharing.ulysses > 1 else q
+    k_kept, v_kept = (0, 0) if sharing.communicates else (k, k)
+    made = (
+        (
+            Result("qkv", q + k + v_kept, products, dear=True),
+            Result("qk", q_kept + k_kept, turning, wide=config.heads + config.kv_heads),
+        )
+        if normed
+        else (Result("qkv", q_kept + k_kept + v_kept, products + turning, dear=True),)
+    )
+    if not sharing.communicates:
+        return *made, Result("y", q, 0, pairs=4 * q, wide=config.heads, dear=True)
+    fixed = brought + q + (2 * q if sharing.ulysses > 1 else 0)
+    return *made, Result("y", 0, 0, pairs=4 * q, wide=config.heads, fixed=fixed, dear=True)

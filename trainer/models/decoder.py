@@ -15,6 +15,7 @@ from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.kernels.visible import Documents
 from rowwise.trainer.models.blocks import Attend, Block, Layer
 from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.norm import RMSNorm
 from rowwise.trainer.models.rope import rope_tables
 from rowwise.trainer.models.specs import decoder_specs
 
@@ -107,7 +108,7 @@ class Decoder(nn.Module):
         embedding = StableEmbedding if config.stable_embedding else nn.Embedding
         self.embed = embedding(config.vocab_size, config.dim, _weight=_normal(config)) if first else None
         self.blocks = nn.ModuleDict({str(layer): BLOCKS[config.block](config) for layer in layers})
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if last else None
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps) if last else None
         needs_head = last and not (first and config.tie_embeddings)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False) if needs_head else None
 

@@ -1,0 +1,25 @@
+"""What of the activations a run keeps, as it is configured."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rowwise.conf.option import MayChange
+from rowwise.conf.refusal import Refusal, Refusals
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """`recompute`: what layers keep for the backward; the rest is computed again in it, the numbers are the same. `none`: everything
+    stays; `selective`: what a product or attention makes; `full`: what goes into a layer; a number from 0 to 1: the share of
+    a layer's bytes that may stay (never less than `full`), chosen so that the fewest operations are made again."""
+
+    recompute: MayChange[Literal["none", "selective", "full"] | float] = "none"
+
+
+RECOMPUTE: Refusals = (
+    Refusal(
+        ("memory.recompute",),
+        lambda run: not isinstance(run.memory.recompute, str) and not 0 <= run.memory.recompute <= 1,
+        "memory.recompute={memory.recompute}: none, selective, full, or the share of the activations that may stay, from 0 to 1",
+    ),
+)

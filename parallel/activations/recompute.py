@@ -1,0 +1,177 @@
+"""Keeps some results of a layer between forward and backward, and makes the others again when the backward asks for them.
+
+A forward of the layer makes its results by name (`parallel.activations.results`). What autograd would save passes by here: a
+tensor that is a result which is not kept becomes a word for it, and the first use of one in the backward makes it again, and
+what it is made of as far as that is gone too, without gradients and with the parameters as they are gathered then. What the
+backward makes again it makes once, and holds until its last use. Tensors that are no results stay: parameters, tables, the
+log-sum-exp of attention and the reciprocal of a norm's root mean square, and whatever messages have brought.
+
+Nothing is drawn from a generator in a layer, so numbers made again are those of the forward to the last bit. No messages are
+sent: attention whose ranks share a sequence is kept. Under ZeRO-3 the parameters are those that were gathered for the backward.
+A layer that makes nothing by name is recomputed whole, by `torch.utils.checkpoint`.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from rowwise.parallel.activations.results import INPUT, Make, plainly
+from rowwise.parallel.defer import in_recomputation, is_deferred
+
+Tensors = tuple[Tensor, ...]
+
+
+class Form(Protocol):
+    """In which form, and where, what is kept waits for the backward."""
+
+    def keep(self, name: str, tensors: Tensors) -> Callable[[], Tensors] | None:
+        """Stores a result of the forward under way, and returns what gives it back, with the strides that it has; None: it
+        stays as it is."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a layer keeps, for its `making`: its input and the results named in `kept`, in `form` (None: as they are).
+    `compiled`: of these names each is made by a compiled function."""
+
+    kept: frozenset[str]
+    form: Form | None = None
+    compiled: frozenset[str] = frozenset()
+    _functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor) -> Make:
+        return Making(self, x) if torch.is_grad_enabled() else self._plainly
+
+    def function(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What makes the result `name`: `function`, or what it is compiled to."""
+        if name not in self.compiled:
+            return function
+        if name not in self._functions:
+            self._functions[name] = torch.compile(function)
+        return self._functions[name]
+
+    def _plainly(self, name: str, function: Callable[..., Any], *given: Any) -> Any:
+        return plainly(name, self.function(name, function), *given)
+
+
+class Making:
+    """One forward of a layer: makes its results, and knows those that autograd is not to keep as they are. It must end with the
+    forward, for it holds them."""
+
+    def __init__(self, keeping: Keeping, x: Tensor):
+        self._keeping = keeping
+        # By the id of its storage, since autograd saves views; the storage is held, so that the id stays its own.
+        self._known: dict[int, tuple[torch.UntypedStorage, Made, int]] = {}
+        self._fresh: list[Saved] = []
+        # Autograd holds on to its hooks as long as to what they gave it.
+        self._hook = partial(_pack, weakref.ref(self))
+        self._register(INPUT, (x,), None)
+
+    def __call__(self, name: str, function: Callable[..., Any], *given: Any) -> Any:
+        function = self._keeping.function(name, function)
+        self._fresh = []
+        with saved_tensors_hooks(self._hook, Saved.tensor):
+            result = function(*given)
+        again = partial(make_again, function, tuple(self._referred(value) for value in given))
+        self._register(name, (result,) if isinstance(result, Tensor) else tuple(result), again)
+        return result
+
+    def _register(self, name: str, tensors: Tensors, again: Callable[[], Tensors] | None) -> None:
+        if again is None or name in self._keeping.kept:
+            form = self._keeping.form
+            again = None if form is None else form.keep(name, tuple(t.detach() for t in tensors))
+        if again is None:  # it stays as it is
+            return
+        made = Made(again)
+        for index, tensor in enumerate(tensors):
+            storage = tensor.untyped_storage()
+            self._known[id(storage)] = storage, made, index
+        # What was saved while it was made, before anyone knew of it: attention saves its own output.
+        for saved in self._fresh:
+            self._refer(saved)
+
+    def pack(self, tensor: Tensor) -> "Saved":
+        """What autograd is to have in the place of a tensor."""
+        saved = self._refer(Saved(tensor.detach()))
+        self._fresh.append(saved)
+        return saved
+
+    def _referred(self, value: Any) -> Any:
+        return self._refer(Saved(value.detach())) if isinstance(value, Tensor) else value
+
+    def _refer(self, saved: "Saved") -> "Saved":
+        if saved.held is not None and (known := self._known.get(id(saved.held.untyped_storage()))):
+            saved.refer(*known[1:])
+        return saved
+
+
+def _pack(making: "weakref.ref[Making]", tensor: Tensor) -> "Saved":
+    this = making()
+    assert this is not None
+    return this.pack(tensor)
+
+
+class Made:
+    """A result that is made again, or brought back, when it is first asked for."""
+
+    __slots__ = ("_again", "_tensors")
+
+    def __init__(self, again: Callable[[], Tensors]):
+        self._again: Callable[[], Tensors] | None = again
+        self._tensors: Tensors | None = None
+
+    def tensors(self) -> Tensors:
+        if self._tensors is None:
+            assert self._again is not None
+            self._tensors = self._again()
+            self._again = None  # and with it what only this was made of
+        return self._tensors
+
+
+class Saved:
+    """What autograd has in the place of a tensor that it saved: `held`, the tensor itself, or where it lies in a result."""
+
+    __slots__ = ("_made", "_place", "held")
+
+    def __init__(self, tensor: Tensor):
+        self.held: Tensor | None = tensor
+        self._made: Made | None = None
+
+    def refer(self, made: Made, index: int) -> None:
+        """From now on `made` gives it, of which it is a view of tensor `index`."""
+        assert self.held is not None
+        self._place = index, self.held.size(), self.held.stride(), self.held.storage_offset()
+        self._made, self.held = made, None
+
+    def tensor(self) -> Tensor:
+        if self.held is not None:
+            return self.held
+        assert self._made is not None
+        index, size, stride, offset = self._place
+        return self._made.tensors()[index].as_strided(size, stride, offset)
+
+
+@torch.no_grad()
+def make_again(function: Callable[..., Any], given: tuple[Any, ...]) -> Tensors:
+    """Makes a result as the forward made it, of what that was given."""
+    result = function(*(value.tensor() if isinstance(value, Saved) else value for value in given))
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def recompute_whole(layer: nn.Module) -> None:
+    """Makes a layer that makes nothing by name keep its input alone, and run again in the backward; in place."""
+    forward = layer.forward
+
+    def forward_again(*given: Any) -> Any:
+        if is_deferred():
+            return checkpoint(forward, *given, use_reentrant=False, context_fn=in_recomputation)
+        return checkpoint(forward, *given, use_reentrant=False)
+
+    layer.forward = forward_again

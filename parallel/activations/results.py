@@ -1,0 +1,80 @@
+"""The results that a layer makes on its way, as data: what the backward needs of it, and what it takes to make that again.
+
+A layer makes each of its results through `make`, by name, from its input or from results before:
+
+    make("n1", self.norm, x)
+
+`plainly` makes it and no more; what is in its place where not everything is kept stands in `parallel.activations.recompute`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Make = Callable[..., Any]  # (name, function, *what it takes): what the function gives of that, a tensor or several
+INPUT = "x"  # the name of what a layer is given, which is kept whatever is chosen
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result that the backward needs. `numbers`: a token, in the dtype of computation. `operations`: to make it again, a token,
+    and `pairs`: beside that a pair of a token and one that it sees (attention). `wide`: numbers a token that its making leaves in
+    at least 32 bits whatever is chosen, and `fixed`: in the dtype of computation. `dear`: a product or attention makes it. A
+    result that messages have gone into is kept whatever is chosen: its numbers are then `fixed`."""
+
+    name: str
+    numbers: int
+    operations: int
+    pairs: int = 0
+    wide: int = 0
+    fixed: int = 0
+    dear: bool = False
+
+    def cost(self, seen: float) -> float:
+        """Operations a token to make it again, where a token sees so many on the mean."""
+        return self.operations + self.pairs * seen
+
+
+class Sharing(NamedTuple):
+    """How many ranks share each sequence: see `parallel.sequence`."""
+
+    ulysses: int = 1
+    ring: int = 1
+
+    @property
+    def communicates(self) -> bool:
+        return self.ulysses * self.ring > 1
+
+
+@dataclass(frozen=True)
+class LayerResults:
+    """The results of a layer, in the order in which they are made; `input`: numbers a token of what it is given."""
+
+    input: int
+    results: tuple[Result, ...]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(result.name for result in self.results)
+
+    def bytes_kept(self, kept: frozenset[str], itemsize: int) -> int:
+        """Counts the bytes a token that wait for the backward where the results named in `kept` stay as they are."""
+        chosen = sum(result.numbers for result in self.results if result.name in kept)
+        fixed = self.input + sum(result.fixed for result in self.results)
+        return (chosen + fixed) * itemsize + sum(result.wide for result in self.results) * max(4, itemsize)
+
+    def operations_again(self, kept: frozenset[str], seen: float) -> float:
+        """Counts the operations a token that the backward makes again."""
+        return sum(r.cost(seen) for r in self.results if r.numbers and r.name not in kept)
+
+
+def plainly(name: str, function: Callable[..., Any], *given: Any) -> Any:
+    """Makes a result, all of whose tensors autograd keeps that its backward needs."""
+    return function(*given)
+
+
+def make_plainly(x: Tensor) -> Make:
+    """What a layer makes its results with where everything is kept."""
+    return plainly

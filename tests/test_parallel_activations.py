@@ -1,0 +1,406 @@
+"""What layers keep between forward and backward: chosen as a knapsack, counted to the byte, and the same numbers. (Laws 2, 4, 5.)"""
+
+import functools
+import itertools
+import random
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from live_bytes import LiveBytes
+from messages import Messages
+from parity import Trace, assert_all_same, engine_on, run_layouts, run_plain, small_config, with_layout
+from rowwise.kernels.attention import causal_attention
+from rowwise.kernels.visible import Documents
+from rowwise.launch.compose import compose_tree
+from rowwise.parallel.activations.choose import fill, kept_results
+from rowwise.parallel.activations.config import MemoryConfig
+from rowwise.parallel.activations.recompute import Keeping, recompute_whole
+from rowwise.parallel.activations.results import Sharing
+from rowwise.parallel.defer import WeightGradients, deferred
+from rowwise.parallel.mesh import Mesh, make_mesh
+from rowwise.trainer.activations import kept_of, results_of
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.data.open import open_data
+from rowwise.trainer.feed import train_batches
+from rowwise.trainer.models.blocks import Block, Layer
+from rowwise.trainer.models.config import ModelConfig, model_of
+from rowwise.trainer.models.decoder import BLOCKS
+from rowwise.trainer.models.rope import rope_tables
+
+SMALL = ModelConfig(layers=1, dim=24, heads=4, kv_heads=2, head_dim=6, ffn_dim=20, vocab_size=61)
+ALONE = Sharing()
+
+
+@functools.cache
+def preset(name: str) -> ModelConfig:
+    return model_of(compose_tree([f"model={name}"])["model"])
+
+
+# What is chosen.
+
+
+def best_by_trying(sizes: list[int], gains: list[float], copies: int, room: int) -> float:
+    every = itertools.product(range(copies + 1), repeat=len(sizes))
+    fits = (c for c in every if sum(n * size for n, size in zip(c, sizes, strict=True)) <= room)
+    return max((sum(n * gain for n, gain in zip(c, gains, strict=True)) for c in fits), default=0.0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_other_choice_gains_more(seed):
+    chance = random.Random(seed)
+    kinds, copies = chance.randint(1, 5), chance.randint(1, 4)
+    sizes, gains = ([chance.randint(1, 30) for _ in range(kinds)] for _ in range(2))
+    room = chance.randint(0, copies * sum(sizes) + 3)
+    counts = fill(sizes, gains, copies, room)
+    assert all(0 <= n <= copies for n in counts)
+    assert sum(n * size for n, size in zip(counts, sizes, strict=True)) <= room
+    gained = sum(n * gain for n, gain in zip(counts, gains, strict=True))
+    assert gained == best_by_trying(sizes, gains, copies, room)
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.55, 0.8, 1])
+def test_a_share_of_the_bytes_stays_and_what_stays_is_spread_over_layers(share):
+    config, itemsize, seen = preset("llama3_8b"), 2, 4096.5
+    layer = Block.results(config, ALONE)
+    kept = kept_results(MemoryConfig(share), layer, config.layers, itemsize, seen)
+    held = sum(layer.bytes_kept(names, itemsize) for names in kept)
+    everything = config.layers * layer.bytes_kept(layer.names, itemsize)
+    least = config.layers * layer.bytes_kept(frozenset(), itemsize)
+    assert held <= max(share * everything, least)
+    assert held > share * everything - 14336 * itemsize, "another result of one layer would have had room"
+    of_stages = [sum(layer.bytes_kept(names, itemsize) for names in kept[n : n + 8]) for n in range(0, 32, 8)]
+    assert max(of_stages) - min(of_stages) <= layer.bytes_kept(layer.names, itemsize), "stages do not hold alike"
+
+
+def test_more_room_never_computes_more_again():
+    config, layer = preset("llama_1b"), Block.results(preset("llama_1b"), ALONE)
+    again = []
+    for percent in range(0, 101, 4):
+        kept = kept_results(MemoryConfig(percent / 100), layer, config.layers, 2, 1024.5)
+        again.append(sum(layer.operations_again(names, 1024.5) for names in kept))
+    assert again == sorted(again, reverse=True) and again[-1] == 0
+    assert again[0] == config.layers * layer.operations_again(frozenset(), 1024.5)
+    # What is elementwise goes first: three tenths of the bytes for less than a hundredth of the operations.
+    assert 0 < again[round(25 * 0.72)] < 0.01 * again[0]
+
+
+def test_selective_keeps_what_products_and_attention_make():
+    layer = Block.results(replace(SMALL, qk_norm=True), ALONE)
+    (kept,) = kept_results(MemoryConfig("selective"), layer, 1, 4, 8.0)
+    assert kept == {"qkv", "y", "h", "gate_up"}
+    (kept,) = kept_results(MemoryConfig("full"), Block.results(SMALL, Sharing(ulysses=2)), 1, 4, 8.0)
+    assert kept == {"qkv", "y"}, "what messages have brought is not to be made again"
+
+
+# What is kept.
+
+
+def made(config: ModelConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Block:
+    """A layer with numbers of its own, the same each time."""
+    with torch.device(device):
+        block = Block(config).to(dtype)
+    chance = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in block.parameters() if device == "cpu" else ():
+            p.copy_(torch.randn(p.shape, generator=chance, dtype=torch.float64) * 0.3)
+    return block
+
+
+def given(config: ModelConfig, dtype: torch.dtype = torch.float32, device: str = "cpu", tokens: int = 8) -> list:
+    """What its forward takes: two sequences."""
+    positions = torch.arange(tokens, device=device).expand(2, tokens)
+    x = torch.randn(2, tokens, config.dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    x = x.to(dtype) if device == "cpu" else torch.empty(x.shape, dtype=dtype, device=device)
+    return [x.requires_grad_(), *rope_tables(positions, config, dtype), None, causal_attention]
+
+
+def bytes_waiting(block: Block, arguments: list) -> int:
+    """Of all that waits for the backward, each storage once."""
+    with LiveBytes() as live:
+        y = block(*arguments)
+        beside = arguments[0].untyped_storage().nbytes() - y.untyped_storage().nbytes()
+        return live.now() + beside
+
+
+@pytest.mark.parametrize("name", ["llama_1b", "llama3_8b", "qwen3_8b"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_bytes_of_a_block_are_those_of_its_table(name, dtype):
+    """On the meta device, for none, selective, full and several shares, two sequences of 128 tokens."""
+    config, tokens = preset(name), 128
+    layer = Block.results(config, ALONE)
+    block, counted = made(config, dtype, "meta"), {}
+    counted["none"] = bytes_waiting(block, given(config, dtype, "meta", tokens)), layer.names
+    for recompute in ("selective", "full", 0.2, 0.4, 0.6, 0.8):
+        (kept,) = kept_results(MemoryConfig(recompute), layer, 1, dtype.itemsize, (tokens + 1) / 2)
+        block.making = Keeping(kept)
+        counted[recompute] = bytes_waiting(block, given(config, dtype, "meta", tokens)), kept
+    for recompute, (bytes_, kept) in counted.items():
+        assert bytes_ == 2 * tokens * layer.bytes_kept(kept, dtype.itemsize), recompute
+    assert counted["none"][0] > counted["selective"][0] > counted[0.2][0] > counted["full"][0]
+
+
+def backward(block: Block, arguments: list, split: bool = False) -> list[Tensor]:
+    """What it gives, and all gradients; `split`: I, and then W."""
+    later = WeightGradients()
+    with deferred(later) if split else nullcontext():
+        y = block(*arguments)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    later.run()
+    found = [y.detach(), arguments[0].grad, *(p.grad for p in block.parameters())]
+    block.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["", "qk_norm"])
+@pytest.mark.parametrize("split", [False, True], ids=["", "split"])
+def test_whatever_is_kept_the_numbers_are_the_same_to_the_last_bit(normed, split):
+    """Each choice of what a layer can keep, with documents and without, in one backward and in two."""
+    config = replace(SMALL, qk_norm=normed)
+    names, block = sorted(Block.results(config, ALONE).names), made(config)
+    documents = Documents(((0, 3), (0, 1, 6)))
+    plain = {with_: backward(block, with_documents(given(config), with_), split) for with_ in (None, documents)}
+    assert all(float(t.abs().max()) > 0 for t in plain[None])
+    for n, kept in enumerate(itertools.chain(*(itertools.combinations(names, n) for n in range(len(names) + 1)))):
+        block.making = Keeping(frozenset(kept))
+        with_ = (None, documents)[n % 2]
+        again = backward(block, with_documents(given(config), with_), split)
+        assert all(map(torch.equal, again, plain[with_])), kept
+
+
+def with_documents(arguments: list, documents: Documents | None) -> list:
+    return [*arguments[:3], documents, arguments[4]]
+
+
+class Recorded:
+    """A form that keeps copies, and writes down what it is given and asked."""
+
+    def __init__(self):
+        self.stored, self.asked = [], []
+
+    def keep(self, name, tensors):
+        self.stored.append(name)
+        copies = tuple(t.clone() for t in tensors)
+
+        def back():
+            self.asked.append(name)
+            return copies
+
+        return back
+
+
+@pytest.mark.parametrize(
+    "kept", [frozenset(), frozenset({"qkv", "y", "h"}), Block.results(SMALL, ALONE).names], ids=len
+)
+def test_each_result_is_stored_once_and_asked_for_once(kept):
+    """Whatever number of operators take it, and what is made again of it."""
+    block, form = made(SMALL), Recorded()
+    plain = backward(block, given(SMALL))
+    block.making = Keeping(kept, form)
+    assert all(map(torch.equal, backward(block, given(SMALL)), plain))
+    assert sorted(form.stored) == sorted(form.asked) == sorted({"x", *kept})
+
+
+def test_a_pass_without_gradients_keeps_nothing():
+    block, form = made(SMALL), Recorded()
+    block.making = Keeping(frozenset({"y"}), form)
+    with torch.no_grad():
+        block(*given(SMALL))
+    assert form.stored == []
+
+
+def test_a_second_backward_through_the_same_graph_is_the_first():
+    block = made(SMALL)
+    block.making = Keeping(frozenset({"y"}))
+    arguments = given(SMALL)
+    y = block(*arguments)
+    first, second = (torch.autograd.grad(y.sum(), arguments[0], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+# Law 2.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("activations")
+
+
+@functools.cache
+def reference(folder: Path, overrides: tuple[str, ...]) -> Trace:
+    return run_plain(small_config(folder, *overrides))
+
+
+def assert_law(ranks, folder: Path, world: int, cases: dict[str, tuple[str, ...]], **layout) -> None:
+    """Each case, recompute -> other options, on the layout: as one process computes that knows of no recomputation."""
+    configs = [
+        with_layout(small_config(folder, *options, f"memory.recompute={recompute}"), world, **layout)
+        for recompute, options in cases.items()
+    ]
+    everyone = ranks.run(run_layouts, world, configs)
+    for number, options in enumerate(cases.values()):
+        assert_all_same([traces[number] for traces in everyone], reference(folder, options))
+
+
+RIGL = ("sparsity=rigl", "sparsity.update_every=1", "sparsity.stop_at=2")
+TWO_FOUR = (
+    "model.dim=32",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.ffn_dim=36",
+    "sparsity=nm",
+    "sparsity.account_every=1",
+)
+
+
+def test_law_2_whole_and_split_by_rows(ranks, folder):
+    assert_law(ranks, folder, 1, {"full": (), "0.4": ("model.qk_norm=true",), "selective": TWO_FOUR})
+    assert_law(
+        ranks, folder, 2, {"full": ("model.qk_norm=true",), "0.4": RIGL, "selective": ("optim=adamw8bit",)}, zero=3
+    )
+    assert_law(ranks, folder, 2, {"full": TWO_FOUR}, zero=2)
+
+
+def test_law_2_where_ranks_share_sequences(ranks, folder):
+    options = {"full": ("model.heads=4", "model.kv_heads=2", "model.head_dim=8"), "0.5": RIGL}
+    options["0.5"] = (*options["full"], *RIGL)
+    assert_law(ranks, folder, 4, options, ulysses=2, ring=2, zero=3)
+    assert_law(ranks, folder, 2, {"0.3": ("model.qk_norm=true",)}, ring=2, zero=1)
+
+
+SCHEDULES = {  # each with its form, and what else it is tried with
+    ("gpipe", 1, 0): ("selective", ()),
+    ("1f1b", 1, 3): ("full", ("optim=adamw8bit",)),
+    ("interleaved_1f1b", 2, 2): ("0.4", ()),
+    ("zb_h1", 1, 1): ("0.4", RIGL),
+    ("zb_h2", 1, 3): ("selective", ()),
+    ("zb_v", 2, 3): ("full", TWO_FOUR),
+    ("blockwise", 2, 3): ("0.25", ()),
+}
+STAGES = ("model.layers=4", "batch.global_size=8", "batch.micro_size=1")
+
+
+@pytest.mark.parametrize("name, chunks, zero", SCHEDULES)
+def test_law_2_in_pipelines(ranks, folder, name, chunks, zero):
+    recompute, options = SCHEDULES[name, chunks, zero]
+    layout = {"pipeline": 2, "pipeline_schedule": name, "virtual_stages": chunks, "zero": zero}
+    assert_law(ranks, folder, 4 if zero else 2, {recompute: (*STAGES, *options)}, **layout)
+
+
+# Messages, and bytes of a run.
+
+
+def counted(workers, configs: list[TrainConfig]) -> list[tuple[Counter[str], Counter[str], int]]:
+    """Of each run, what this rank sends in a forward and backward, and the most bytes that wait at once; in the second step."""
+    mesh = make_mesh(configs[0].parallel, workers)
+    return [count(mesh, config) for config in configs]
+
+
+def count(mesh: Mesh, config: TrainConfig) -> tuple[Counter[str], Counter[str], int]:
+    engine = engine_on(mesh, config)
+    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    batches = train_batches(config, mesh, data, 0)
+    engine.forward_backward(next(batches), 1.0)
+    engine.model.zero_grad()
+    batch = next(batches)
+    with Messages() as messages, LiveBytes() as live:
+        engine.forward_backward(batch, 1.0)
+    return messages.calls, messages.bytes, live.peak
+
+
+@pytest.mark.parametrize(
+    "world, layout",
+    [
+        (4, {"ulysses": 2, "ring": 2, "zero": 3}),
+        (2, {"zero": 3}),
+        (4, {"pipeline": 2, "pipeline_schedule": "zb_h1", "zero": 3}),
+    ],
+    ids=["ulysses 2 x ring 2", "zero 3", "zb_h1"],
+)
+def test_no_message_is_sent_twice(ranks, folder, world, layout):
+    """All-to-alls, rings, gathers: as many, of as many bytes, whatever is made again."""
+    base = small_config(
+        folder, "model.heads=4", "model.kv_heads=2", "model.head_dim=8", "batch.global_size=8", "batch.micro_size=1"
+    )
+    configs = [
+        with_layout(replace(base, memory=MemoryConfig(recompute)), world, **layout)
+        for recompute in ("none", "full", 0.5, "selective")
+    ]
+    for plain, *others in ranks.run(counted, world, configs):
+        assert plain[0] and all(other[:2] == plain[:2] for other in others)
+
+
+def test_the_peak_of_a_run_falls_by_what_the_table_says(ranks, folder):
+    """Bytes at the height of a step, one process, eight layers: what the layers below the one under way keep less."""
+    base = small_config(
+        folder, "precision=fp32", "model.layers=8", "model.dim=32", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=96",
+        "batch.seq_len=64", "batch.global_size=8", "batch.micro_size=8", "parallel.zero=0",
+    )  # fmt: skip
+    forms = ("none", "selective", 0.5, 0.3, "full")
+    configs = [with_layout(replace(base, memory=MemoryConfig(form)), 1) for form in forms]
+    ((_, _, most), *others) = ranks.run(counted, 1, configs)[0]
+    tokens, layer = 8 * 64, results_of(configs[0])
+    everything = 8 * layer.bytes_kept(layer.names, 4)
+    for config, (_, _, peak) in zip(configs[1:], others, strict=True):
+        less = everything - sum(layer.bytes_kept(kept, 4) for kept in kept_of(config))
+        one = tokens * layer.bytes_kept(layer.names, 4)  # of the layer under way everything is there
+        assert tokens * less - one <= most - peak <= tokens * less, config.memory.recompute
+        assert peak < most
+
+
+# Layers of one's own.
+
+
+class Own(Layer):
+    """Makes nothing by name, and draws numbers."""
+
+    TABLE = MappingProxyType({f"inner.{name}": entry for name, entry in Block.TABLE.items()})
+    count = staticmethod(Block.count)
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.inner = Block(config)
+
+    def forward(self, x, cos, sin, documents, attend):
+        return F.dropout(self.inner(x, cos, sin, documents, attend), 0.5)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["", "split"])
+def test_a_layer_that_makes_nothing_by_name_is_made_again_whole(split):
+    with torch.device("cpu"):
+        layer = Own(SMALL)
+    layer.inner.load_state_dict(made(SMALL).state_dict())
+    torch.manual_seed(1)
+    plain = backward(layer, given(SMALL), split)
+    recompute_whole(layer)
+    torch.manual_seed(1)
+    assert all(map(torch.equal, backward(layer, given(SMALL), split), plain))
+    assert bytes_waiting(layer, given(SMALL)) == 2 * 8 * SMALL.dim * 4
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (
+            ["memory.recompute=selective"],
+            r"memory.recompute=selective with model.block=own: .*give memory.recompute=none or full",
+        ),
+        (["memory.recompute=0.5"], r"memory.recompute=0.5 with model.block=own: .*give memory.recompute=none or full"),
+        (
+            ["memory.recompute=full", "parallel.ring=2"],
+            r"memory.recompute=full with model.block=own .*messages .*twice; give",
+        ),
+    ],
+)
+def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch, options, said):
+    monkeypatch.setitem(BLOCKS, "own", Own)
+    with_layout(small_config(tmp_path, "model.block=own", "memory.recompute=full"), 2)
+    with pytest.raises(ValueError, match=said):
+        with_layout(small_config(tmp_path, "model.block=own", *options), 2)
