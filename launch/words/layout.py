@@ -63,11 +63,19 @@ WORDS = (
     Word("expert_parallel_degree expert_model_parallel_size num_experts num_moe_experts moe_router_topk num_experts_per_tok "
          "num_local_experts moe_layer_freq",
          means="there are no mixtures of experts; every model here is dense (model=tiny to llama3_70b)"),
-    Word("gradient_checkpointing activation_checkpointing recompute_granularity recompute_activations checkpoint_activations "
-         "activation_checkpoint.mode activation_checkpoint recompute_method recompute_num_layers "
-         "gradient_checkpointing_kwargs activation_checkpointing.partition_activations selective_checkpointing recompute",
-         means="activations are kept, not computed again; a smaller batch.micro_size, parallel.ulysses, parallel.ring or "
-         "parallel.pipeline makes them fewer on a rank"),
+    Word("gradient_checkpointing activation_checkpointing checkpoint_activations", "memory.recompute=full",
+         "layers keep what goes into them; selective and a share from 0 to 1 keep more",
+         switch("memory.recompute=full", "memory.recompute=none")),
+    Word("recompute_activations selective_checkpointing",
+         values=switch("memory.recompute=selective", "memory.recompute=none")),
+    Word("recompute_granularity activation_checkpoint.mode activation_checkpoint recompute", "memory.recompute={value}",
+         "none, selective, full, or the share of the activations that may stay",
+         {"memory_budget": "memory.recompute=0.5", "op": "memory.recompute=selective"}),
+    Word("activation_checkpoint.memory_budget activation_memory_budget", "memory.recompute={value}",
+         "the share of the activations that may stay"),
+    Word("recompute_method recompute_num_layers gradient_checkpointing_kwargs recompute_modules "
+         "activation_checkpointing.partition_activations",
+         means="which results layers keep follows from memory.recompute: none, selective, full, or the share that may stay"),
     Word("activation_offloading cpu_checkpointing",
          means="activations stay on the device; a smaller batch.micro_size, or parallel.ulysses, makes them fewer"),
     Word("overlap_grad_reduce overlap_param_gather overlap_comm reduce_bucket_size allgather_bucket_size ddp_bucket_cap_mb "
