@@ -20,7 +20,7 @@ from rowwise.trainer.models.decoder import (
     parameter_specs,
 )
 from rowwise.trainer.models.init import random_rows
-from rowwise.trainer.resume import BEFORE, model_facts
+from rowwise.trainer.resume import completed, model_facts
 from runs import run_train
 
 SHAPE = {"layers": 1, "dim": 64, "heads": 2, "kv_heads": 1, "ffn_dim": 72, "vocab_size": 96}
@@ -110,4 +110,5 @@ def test_a_run_learns_and_its_export_is_refused(ranks, tmp_path):
 
 
 def test_checkpoints_of_before_have_none(tmp_path):
-    assert model_facts(small_config(tmp_path))["model.stable_embedding"] is BEFORE["model.stable_embedding"] is False
+    config = small_config(tmp_path)
+    assert model_facts(config)["model.stable_embedding"] is completed({}, config)["model.stable_embedding"] is False

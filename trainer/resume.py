@@ -22,14 +22,8 @@ from rowwise.trainer.manifest import (
 from rowwise.trainer.metadata import METADATA, read_metadata
 from rowwise.trainer.metrics import Recorded, read_metrics
 
-# What the facts were before they were kept.
-BEFORE: dict[str, Any] = {
-    "optim.assign": [],
-    "sparsity.name": "none",
-    "model.block": "llama",
-    "model.stable_embedding": False,
-    "on_spike": "record",
-}
+# What was so before it was kept, where no default says so.
+BEFORE: dict[str, Any] = {"sparsity.name": "none", "on_spike": "record"}
 
 
 def model_facts(config: TrainConfig) -> dict[str, Any]:
@@ -101,8 +95,9 @@ def find_resume(config: TrainConfig, data_fingerprint: str, rolled_back: bool = 
         if not damage(checkpoint, [item for item in manifest["files"].items() if item[0] == METADATA]):
             read_metadata(checkpoint)  # refused here, where one line can say why
         advice = "give the same, or another name"
-        _refuse_difference(checkpoint, manifest["model"], model_facts(config), "is of another model", advice)
-        states = {**_gap(manifest), **manifest["model"], **manifest.get("states", {})}
+        shape = completed(manifest["model"], config)
+        _refuse_difference(checkpoint, shape, model_facts(config), "is of another model", advice)
+        states = completed({**_gap(manifest), **manifest["model"], **manifest.get("states", {})}, config)
         _refuse_difference(checkpoint, states, state_facts(config), "holds other optimizer states", advice)
         _refuse_second_source(checkpoint, manifest, config)
         if auto:
@@ -166,7 +161,7 @@ def changes(manifest: Manifest, config: TrainConfig) -> list[str]:
     """Returns what a run that goes on from the checkpoint of `manifest` does otherwise from here on: every key that differs, and the
     learning rate of the step before and of the step after."""
     before, now = flat(manifest["config"]), flat(tree_of(config))
-    before = {key: value for key, value in (BEFORE | _defaults(config, before)).items() if key in now} | before
+    before = {key: value for key, value in completed(before, config).items() if key in now or key in before}
     apart = keys_that("apart", config)
     keys = [key for key in before | now if key not in apart and before.get(key) != now.get(key)]
     if not keys:
@@ -184,16 +179,17 @@ def changes(manifest: Manifest, config: TrainConfig) -> list[str]:
     return lines
 
 
-def _defaults(config: TrainConfig, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Of keys in groups of which there is the same choice as `before`: what a release did that did not know them."""
-    found: dict[str, Any] = {}
+def completed(before: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """Returns what was kept, key -> value, with what a release did that did not know the other keys: the defaults of a model's, and
+    of those of groups of which there is the same choice."""
+    found = BEFORE | before
     for group, choice in vars(config).items():
-        same = is_dataclass(choice) and before.get(f"{group}.name") == getattr(choice, "name", None)
-        for key in fields(choice) if same else ():
+        same = group == "model" or found.get(f"{group}.name") == getattr(choice, "name", None)
+        for key in fields(choice) if is_dataclass(choice) and same else ():
             if key.default is not MISSING:
-                found[f"{group}.{key.name}"] = key.default
+                found.setdefault(f"{group}.{key.name}", key.default)
             elif key.default_factory is not MISSING:
-                found[f"{group}.{key.name}"] = key.default_factory()
+                found.setdefault(f"{group}.{key.name}", key.default_factory())
     return found
 
 
@@ -265,7 +261,6 @@ def _same_path(one: str, other: str) -> bool:
 
 
 def _refuse_difference(checkpoint: Path, there: dict, here: dict, what: str, advice: str) -> None:
-    there = BEFORE | there
     different = [key for key in here if there.get(key) != here[key]]
     if different:
         pairs = ", ".join(f"{key}={_short(there.get(key))} there and {_short(here[key])} here" for key in different)
