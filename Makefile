@@ -1,5 +1,5 @@
-# make train | make test | make test-slow | make test-slurm | make test-long | make test-walk | make test-compat |
-# make lint: each sets up all that it needs, then does it.
+# make train | make test | make test-full | make test-slow | make test-slurm | make test-long | make test-walk |
+# make test-compat | make lint: each sets up all that it needs, then does it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ ARGS ?=
 # Optimizers that tests hold ours against: their classes are plain Python, and what else they ask for is not needed.
 AUTHORS := galore-torch apollo-torch fira ista-daslab-optimizers
 
-.PHONY: train test test-slow test-slurm test-long test-walk test-compat lint setup chromium slurm clean
+.PHONY: train test test-full test-slow test-slurm test-long test-walk test-compat lint setup chromium slurm clean
 
 setup: $(READY)
 
@@ -36,8 +36,13 @@ slurm:
 
 # Side by side, each taking the next file that no other has: while one waits, another computes. One alone where they see GPUs.
 PROCESSES ?= $(if $(findstring --nccl,$(ARGS)),0,2)
+SIDE_BY_SIDE := -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 test: $(READY)
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+# Those, and every case for which another stands there: whole products, and all of tests/cases.txt. Hours.
+test-full: $(READY)
+	$(BIN)/python -m pytest --full $(SIDE_BY_SIDE) $(ARGS)
 
 # A browser lays reports out, kills come again and again, and Slurm: it waits for most of its quarter of an hour. As root only.
 test-slow: $(READY) chromium slurm

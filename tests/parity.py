@@ -7,11 +7,12 @@ shards.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -27,7 +28,7 @@ from rowwise.optim.build import build_optimizer, named_state
 from rowwise.optim.lr_schedules import OneCycle
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.optim.sparse.masks import unpack
-from rowwise.parallel.mesh import Mesh, Workers, make_mesh
+from rowwise.parallel.mesh import DEGREES, Mesh, Workers, make_mesh
 from rowwise.trainer import parallelize as onto_mesh
 from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
@@ -47,6 +48,7 @@ from textbook_sparse import prune_forwards, textbook_sparsity
 
 TOLERANCE = 1e-9
 VOCABULARY = 61
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass
@@ -108,6 +110,12 @@ def with_layout(config: TrainConfig, world_size: int, **degrees: int) -> TrainCo
     return check(replace(config, parallel=replace(config.parallel, **degrees)), world_size)
 
 
+def in_micro_batches(config: TrainConfig, count: int) -> TrainConfig:
+    """`config`, on its layout, with so many micro-batches a rank and step: small ones cost as much as large ones."""
+    mine = config.batch.global_size // config.parallel.data_degree
+    return replace(config, batch=replace(config.batch, micro_size=mine // count))
+
+
 def run_layout(workers: Workers, config: TrainConfig, steps: int = 3) -> Trace:
     """Runs `config` on its mesh. Every rank returns its numbers; rank 0 also the tensors, put together."""
     return run_on(make_mesh(config.parallel, workers), config, steps)
@@ -117,6 +125,23 @@ def run_layouts(workers: Workers, configs: list[TrainConfig], steps: int = 3, co
     """The same for many configurations of one mesh: a mesh costs more than a few steps."""
     mesh = make_mesh(configs[0].parallel, workers)
     return [run_on(mesh, config, steps, coarse) for config in configs]
+
+
+def run_together(ranks: Any, configs: Mapping[Key, TrainConfig], steps: int = 3) -> dict[Key, list[Trace]]:
+    """Runs each on the ranks of its layout; what every rank returned. Those of one mesh are one call, of at most so many that a
+    busy machine answers in time."""
+    alike = defaultdict[tuple, list[Key]](list)
+    for key, config in configs.items():
+        parallel = config.parallel
+        degrees = tuple(getattr(parallel, degree) for degree in DEGREES)
+        alike[degrees, parallel.zero > 0, parallel.ring_order].append(key)
+    found: dict[Key, list[Trace]] = {}
+    for keys in alike.values():
+        for some in (keys[first : first + 30] for first in range(0, len(keys), 30)):
+            world = configs[some[0]].parallel.world_size
+            everyone = ranks.run(run_layouts, world, [configs[key] for key in some], steps)
+            found |= {key: list(traces) for key, traces in zip(some, zip(*everyone, strict=True), strict=True)}
+    return found
 
 
 def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) -> Trace:
@@ -139,12 +164,15 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
     trace = Trace()
     pieces: dict[tuple[str, int, str], Piece] = {}
     for step in range(steps):
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        # Of rows, not of what DTensor makes of them: it would learn each operation anew for every mesh.
+        before = {name: local(p).detach().clone() for name, p in model.named_parameters()}
         report = update(step_input(config, step + 1, next(batches)))
         if at_once:
             keep_gradients(report)
         optimizer.zero_grad()
-        pieces |= {("updates", step, name): piece_of(p.detach() - before[name]) for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            shape, offset, after = piece_of(p)
+            pieces["updates", step, name] = shape, offset, after - before[name].cpu().numpy()
         for name, state in named_state(model, optimizer).items():
             pieces |= {("states", step, f"{name}.{key}"): piece_of(t) for key, t in state.items()}
         pieces |= sparse_pieces(sparsity, dict(model.named_parameters()), step)

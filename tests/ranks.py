@@ -126,6 +126,7 @@ def quick_start() -> Any:
             "rowwise.trainer.prepare",
             "rowwise.launch.sweep.search",
             "torch.distributed.checkpoint",
+            "torch._dynamo",  # which whatever splits parameters imports: a second in each rank
         ]
     )
     return context

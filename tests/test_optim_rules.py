@@ -1,6 +1,8 @@
 """Laws 2 and 3 for every rule: gradients, updates and the states themselves, against the textbook in one process."""
 
+import functools
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,13 +14,15 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from parity import (
     TOLERANCE,
     Trace,
+    assemble,
     assert_all_same,
     assert_same_codes,
+    piece_of,
     relative_error,
     run_layout,
     run_plain,
+    run_together,
     small_config,
-    whole,
     with_layout,
 )
 from rowwise.launch.compose import compose_tree
@@ -73,10 +77,7 @@ MOVED = [rule for rule in RULES if not rule.endswith("8-bit") and rule not in KA
 MOVED += ["dct 8-bit", "fira short", "dct short 8-bit"]
 # Of the rules, each kind of message once: what is elementwise sees of replicas what tests/test_parallel_shard.py has for AdamW.
 SENT = ("adafactor", "muon", "dct", "fira", "apollo_mini", "dct short 8-bit")
-HYBRID = [
-    rule if rule in SENT else pytest.param(rule, marks=pytest.mark.full)
-    for rule in (*RULES, *(rule for rule in SHORT if rule in MOVED))
-]
+REPLICATED = (*RULES, *(rule for rule in SHORT if rule in MOVED))
 
 
 @pytest.fixture(scope="module")
@@ -113,16 +114,26 @@ STAGES = [
 ] + [(f"{name} short", 3) for name in ("galore", "dct", "apollo")]
 
 
+@pytest.fixture(scope="module")
+def traces(ranks, folder, full):
+    """(rule, stage) on three ranks, and (rule, "hybrid") on two times two -> what each rank returned."""
+    configs = {}
+    for rule, zero in STAGES:
+        configs[rule, zero] = with_layout(rule_config(folder, rule, "batch.micro_size=8"), 3, zero=zero)
+    for rule in REPLICATED if full else SENT:
+        layout = {"zero": 3, "replicate": 2, "shard": 2}
+        configs[rule, "hybrid"] = with_layout(rule_config(folder, rule, "batch.micro_size=6"), 4, **layout)
+    return run_together(ranks, configs)
+
+
 @pytest.mark.parametrize(("rule", "zero"), STAGES)
-def test_three_steps_equal_those_of_the_textbook(ranks, folder, plain, rule, zero):
-    config = with_layout(rule_config(folder, rule, "batch.micro_size=8"), 3, zero=zero)
-    assert_all_same(ranks.run(run_layout, 3, config), plain(rule))
+def test_three_steps_equal_those_of_the_textbook(traces, plain, rule, zero):
+    assert_all_same(traces[rule, zero], plain(rule))
 
 
-@pytest.mark.parametrize("rule", HYBRID)
-def test_hybrid_sharding(ranks, folder, plain, rule):
-    config = with_layout(rule_config(folder, rule, "batch.micro_size=6"), 4, zero=3, replicate=2, shard=2)
-    assert_all_same(ranks.run(run_layout, 4, config), plain(rule))
+@pytest.mark.parametrize("rule", [pytest.param(r, marks=[] if r in SENT else pytest.mark.full) for r in REPLICATED])
+def test_hybrid_sharding(traces, plain, rule):
+    assert_all_same(traces[rule, "hybrid"], plain(rule))
 
 
 @pytest.mark.parametrize("rule", ["adamw", "galore"])
@@ -163,31 +174,37 @@ def optim_config(rule):
     return config_from_tree(compose_tree([f"optim={rule.split()[0]}", *ALL[rule], "optim.lr=0.01"])).optim
 
 
-def run_edges(workers, rule, steps=3):
-    """Parameters and states after steps with random gradients, on this mesh, whole; rules get a few tensors at a time."""
-    whole_portion, module.PORTION_BYTES = module.PORTION_BYTES, 40_000
-    try:
-        return step_edges(workers, rule, steps)
-    finally:
-        module.PORTION_BYTES = whole_portion
+def run_edges(workers, rules, steps=3):
+    """For each rule, this rank's pieces of parameters and states after steps with random gradients; a few tensors at a time."""
+    line = line_of(workers)
+    with mock.patch.object(module, "PORTION_BYTES", 40_000):
+        return [step_edges(line, rule, steps) for rule in rules]
 
 
-def step_edges(workers, rule, steps):
+def line_of(workers):
     torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
-    line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
+    return torch.distributed.init_device_mesh("cpu", (workers.world_size,))
+
+
+def on_line(line, tensor):
+    """Its rows on this rank; every rank has the whole."""
+    return distribute_tensor(tensor, line, [Shard(0)], src_data_rank=None)
+
+
+def step_edges(line, rule, steps):
     model, shapes = bare(Edges(edge_shapes(rule))), edge_shapes(rule)
     for name, p in list(model.named_parameters()):
-        setattr(model, name, nn.Parameter(distribute_tensor(p.data, line, [Shard(0)])))
+        setattr(model, name, nn.Parameter(on_line(line, p.data)))
     optimizer = build_optimizer(model, optim_config(rule), seed=5)
     for step in range(1, steps + 1):
         for i, p in enumerate(model.parameters()):
-            p.grad = distribute_tensor(random(shapes[i], step, i), line, [Shard(0)])
+            p.grad = on_line(line, random(shapes[i], step, i))
         optimizer.step()
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    states = named_state(model, optimizer)
-    return {n: whole(p) for n, p in model.named_parameters()}, {
-        f"{n}.{key}": whole(t) for n, state in states.items() for key, t in state.items()
-    }
+    pieces = {name: piece_of(p) for name, p in model.named_parameters()}
+    for name, state in named_state(model, optimizer).items():
+        pieces |= {f"{name}.{key}": piece_of(t) for key, t in state.items()}
+    return pieces
 
 
 def textbook_edges(rule, steps=3):
@@ -200,14 +217,32 @@ def textbook_edges(rule, steps=3):
     return xs, {f"{n}.{key}": t for n, state in states.items() for key, t in state.items()}
 
 
-@pytest.mark.parametrize("rule", [*RULES, *VARIANTS, "fira short", "apollo_mini short", "dct short 8-bit"])
-def test_shapes_that_straddle_every_edge(ranks, rule):
+AT_EDGES = [*RULES, *VARIANTS, "fira short", "apollo_mini short", "dct short 8-bit"]
+
+
+@pytest.fixture(scope="module")
+def edges(ranks):
+    """world -> rule -> what the ranks have together, in one call."""
+
+    @functools.cache
+    def on(world):
+        everyone = zip(*ranks.run(run_edges, world, AT_EDGES), strict=True)
+        return {
+            rule: {key: assemble([part[key] for part in parts]) for key in parts[0]}
+            for rule, parts in zip(AT_EDGES, everyone, strict=True)
+        }
+
+    return on
+
+
+@pytest.mark.parametrize("rule", AT_EDGES)
+def test_shapes_that_straddle_every_edge(edges, rule):
     xs, states = textbook_edges(rule)
     for world in (1, 4):
-        for params, ours in ranks.run(run_edges, world, rule):
-            for name, x in xs.items():
-                assert relative_error(params[name], x) <= TOLERANCE, name
-            assert_same_states(ours, states)
+        ours = dict(edges(world)[rule])
+        for name, x in xs.items():
+            assert relative_error(ours.pop(name), x) <= TOLERANCE, name
+        assert_same_states(ours, states)
 
 
 def run_rule(ranks, folder, rule, name, world, resume="never", **degrees):
@@ -223,9 +258,9 @@ def half_way(run_dir):
 
 
 @pytest.mark.parametrize("rule", MOVED)
-def test_saved_on_four_ranks_and_resumed_on_three_and_on_one(ranks, folder, rule, full):
+def test_saved_on_two_ranks_and_resumed_on_three_and_on_one(ranks, folder, rule, full):
     """On one, unless in full, some: what is put together again are rows, whatever the rule."""
-    reference = run_rule(ranks, folder, rule, "on-4", 4, zero=3)
+    reference = run_rule(ranks, folder, rule, "on-2", 2, zero=3)
     expected = final_tensors(reference)
     for after in (3, 1) if full or rule in ("adamw8bit", "muon", "dct short 8-bit") else (3,):
         moved = run_rule(ranks, folder, rule, f"on-{after}", after, half_way(reference), zero=2)
@@ -241,13 +276,17 @@ def test_saved_whole_and_resumed_split(ranks, folder, rule):
     assert_same_states(final_tensors(moved), final_tensors(reference))
 
 
-def run_16_bit(workers, rule, steps=3):
-    """bf16 parameters after steps with the same gradients; the optimizer is rebuilt and told where it is half-way."""
-    torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
-    line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
+def run_16_bit(workers, rules, steps=3):
+    """For each rule, pieces of bf16 parameters after steps with the same gradients; the optimizer is rebuilt and told where it
+    is half-way."""
+    line = line_of(workers)
+    return [step_16_bit(line, rule, steps) for rule in rules]
+
+
+def step_16_bit(line, rule, steps):
     model, shapes = bare(Edges(EDGES)), EDGES
     for name, p in list(model.named_parameters()):
-        setattr(model, name, nn.Parameter(distribute_tensor(p.data.bfloat16(), line, [Shard(0)])))
+        setattr(model, name, nn.Parameter(on_line(line, p.data.bfloat16())))
     optimizer = build_optimizer(model, optim_config(rule), seed=5)
     for step in range(1, steps + 1):
         if step == 2:
@@ -258,17 +297,18 @@ def run_16_bit(workers, rule, steps=3):
             set_step(again, step - 1)
             optimizer = again
         for i, p in enumerate(model.parameters()):
-            p.grad = distribute_tensor(random(shapes[i], step, i).bfloat16(), line, [Shard(0)])
+            p.grad = on_line(line, random(shapes[i], step, i).bfloat16())
         optimizer.step()
-    return {name: whole(p) for name, p in model.named_parameters()}
+    return {name: piece_of(p.float()) for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("rule", ["adamw", "lion", "adamw8bit", "lion8bit"])
-def test_stochastic_rounding_is_the_same_on_every_layout(ranks, rule):
+def test_stochastic_rounding_is_the_same_on_every_layout(ranks):
     """To the last bit: these rules are elementwise, and the random bits belong to the logical element and the step."""
-    (alone,) = ranks.run(run_16_bit, 1, rule)
-    for split in ranks.run(run_16_bit, 3, rule):
-        assert all(torch.equal(split[name], alone[name]) for name in alone)
+    rules = ["adamw", "lion", "adamw8bit", "lion8bit"]
+    (alone,), everyone = ranks.run(run_16_bit, 1, rules), ranks.run(run_16_bit, 3, rules)
+    for rule, right, *parts in zip(rules, alone, *everyone, strict=True):
+        for name, piece in right.items():
+            assert torch.equal(assemble([part[name] for part in parts]), assemble([piece])), (rule, name)
 
 
 def assert_same_states(ours, theirs):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parity import Trace, assert_all_same, run_layouts, run_plain, small_config, with_layout
+from parity import Trace, assert_all_same, run_layouts, run_plain, run_together, small_config, with_layout
 
 SCHEDULES = [
     ("gpipe", 1), ("gpipe", 2), ("1f1b", 1), ("interleaved_1f1b", 2), ("zb_h1", 1), ("zb_h2", 1), ("zb_v", 2),
@@ -36,50 +36,61 @@ def reference(folder: Path, layers: int, micro_batches: int, tied: bool) -> Trac
     return run_plain(pipeline_config(folder, layers, micro_batches, tied))
 
 
-def assert_law(ranks, folder: Path, world: int, cases: list[tuple[int, int, bool]], **layout) -> None:
-    """Each case (layers, micro-batches, tied) on the layout."""
-    configs = [with_layout(pipeline_config(folder, *case), world, **layout) for case in cases]
-    everyone = ranks.run(run_layouts, world, configs)
-    for number, case in enumerate(cases):
-        assert_all_same([traces[number] for traces in everyone], reference(folder, *case))
-
-
 # By default every schedule once; between them, each stage of ZeRO with either number of micro-batches, tied and not.
 ON_FOUR_RANKS = [(0, 8, False), (3, 8, True), (1, 7, False), (2, 7, True), (0, 7, True), (3, 7, False), (2, 8, False),
                  (1, 8, True), (3, 7, True)]  # fmt: skip
-# By default each schedule at the stages at which four ranks do not have it.
-ON_TWO_RANKS = [
-    pytest.param(*schedule, zero, marks=pytest.mark.full if zero == on_four[0] else [])
-    for schedule, on_four in zip(SCHEDULES, ON_FOUR_RANKS, strict=True)
+# Ranks of the pipeline, schedule, chunks, stage of ZeRO, micro-batches, tied.
+Case = tuple[int, str, int, int, int, bool]
+
+
+def by_default() -> list[Case]:
+    """On two ranks each schedule at the stages at which four do not have it; micro-batches and tied take turns, so that each
+    stage sees every one."""
+    found: list[Case] = []
+    for number, (schedule, (zero, *case)) in enumerate(zip(SCHEDULES, ON_FOUR_RANKS, strict=True)):
+        found.append((4, *schedule, zero, *case))
+        turns = [(4, False), (4, True), (5, False), (5, True)]
+        found += [(2, *schedule, other, *turns[(number + other) % 4]) for other in range(4) if other != zero]
+    return found
+
+
+NOW = by_default()
+ALL: list[Case] = [
+    (ranks, *schedule, zero, micro_batches, tied)
+    for ranks, counts in ((2, (4, 5)), (4, (7, 8)))
+    for schedule in SCHEDULES
     for zero in range(4)
+    for micro_batches in counts
+    for tied in (False, True)
 ]
 
 
-@pytest.mark.parametrize("name, chunks, zero", ON_TWO_RANKS)
-def test_two_ranks(ranks, folder, name, chunks, zero, full):
-    cases = [(4, m, tied) for m in (4, 5) for tied in (False, True)]
-    if not full:  # they take turns, so that each stage of ZeRO sees every one
-        cases = [cases[(SCHEDULES.index((name, chunks)) + zero) % 4]]
-    assert_law(ranks, folder, 4, cases, pipeline=2, pipeline_schedule=name, virtual_stages=chunks, zero=zero)
+@pytest.fixture(scope="module")
+def traces(ranks, folder, full) -> dict[Case, list[Trace]]:
+    configs = {}
+    for case in ALL if full else NOW:
+        stages, name, chunks, zero, micro_batches, tied = case
+        layout = {"pipeline": stages, "pipeline_schedule": name, "virtual_stages": chunks, "zero": zero}
+        config = pipeline_config(folder, 2 * stages, micro_batches, tied)
+        configs[case] = with_layout(config, 2 * stages, **layout)
+    return run_together(ranks, configs)
 
 
-@pytest.mark.parametrize("name, chunks", SCHEDULES)
-def test_four_ranks(ranks, folder, name, chunks, full):
-    zero, micro_batches, tied = ON_FOUR_RANKS[SCHEDULES.index((name, chunks))]
-    cases = [(8, m, t) for m in (8, 7) for t in (False, True)] if full else [(8, micro_batches, tied)]
-    for stage in range(4) if full else [zero]:
-        layout = {"pipeline": 4, "pipeline_schedule": name, "virtual_stages": chunks, "zero": stage}
-        assert_law(ranks, folder, 8, cases, **layout)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in NOW else pytest.mark.full) for c in ALL], ids=str)
+def test_three_steps_equal_those_of_one_process(traces, folder, case):
+    stages, *_, micro_batches, tied = case
+    assert_all_same(traces[case], reference(folder, 2 * stages, micro_batches, tied))
 
 
-@pytest.mark.parametrize("rule", ["adamw8bit", "dct", "fira", "muon", "adafactor"])
-def test_rules_that_exchange_messages_and_8_bit_states(ranks, folder, rule):
+def test_rules_that_exchange_messages_and_8_bit_states(ranks, folder):
     """A stage's rules see whole matrices, as they do without stages."""
-    options = [f"optim={rule}", *(["optim.rank=4", "optim.refresh_every=2"] if rule in ("dct", "fira") else [])]
-    config = pipeline_config(folder, 4, 4, True, *options)
     layout = {"pipeline": 2, "pipeline_schedule": "zb_v", "virtual_stages": 2, "zero": 3}
-    (traces,) = zip(*ranks.run(run_layouts, 4, [with_layout(config, 4, **layout)]), strict=True)
-    assert_all_same(list(traces), run_plain(config))
+    configs = {}
+    for rule in ("adamw8bit", "dct", "fira", "muon", "adafactor"):
+        options = [f"optim={rule}", *(["optim.rank=4", "optim.refresh_every=2"] if rule in ("dct", "fira") else [])]
+        configs[rule] = with_layout(pipeline_config(folder, 4, 4, True, *options), 4, **layout)
+    for rule, traces in run_together(ranks, configs).items():
+        assert_all_same(traces, run_plain(configs[rule]))
 
 
 def test_hybrid_sharding_under_a_pipeline(ranks, folder):

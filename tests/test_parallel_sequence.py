@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from parity import Trace, assert_all_same, run_layouts, run_plain, small_config, with_layout
+from parity import Trace, assert_all_same, run_plain, run_together, small_config, with_layout
 
 # ulysses, ring, order: two and four ranks
 SHARES = [
@@ -36,12 +36,11 @@ def reference(folder: Path, *case) -> Trace:
     return run_plain(sequence_config(folder, *case))
 
 
-def assert_law(ranks, folder: Path, world: int, cases: list[tuple], **layout) -> None:
-    """Each case (key heads, length, overrides) on the layout."""
-    configs = [with_layout(sequence_config(folder, *case), world, **layout) for case in cases]
-    everyone = ranks.run(run_layouts, world, configs)
-    for number, case in enumerate(cases):
-        assert_all_same([traces[number] for traces in everyone], reference(folder, *case))
+def assert_law(ranks, folder: Path, cases: list[tuple[int, dict, tuple]]) -> None:
+    """Each case: how many ranks, their layout, and (key heads, length, overrides)."""
+    laid = [with_layout(sequence_config(folder, *case), world, **layout) for world, layout, case in cases]
+    for number, traces in run_together(ranks, dict(enumerate(laid))).items():
+        assert_all_same(traces, reference(folder, *cases[number][2]))
 
 
 # By default, stages 0 and 3 take turns: between them every number of key heads meets a length that does not divide.
@@ -59,17 +58,20 @@ STAGES = [
 
 @pytest.mark.parametrize(("ulysses", "ring", "order", "zero"), STAGES)
 def test_three_steps_equal_those_of_one_process(ranks, folder, ulysses, ring, order, zero, full):
+    """And, of whole sequences without documents, the same."""
     everything = [(kv_heads, length) for kv_heads in KV_HEADS for length in LENGTHS]
-    layout = {"ulysses": ulysses, "ring": ring, "ring_order": order, "zero": zero}
-    assert_law(ranks, folder, ulysses * ring, everything if full else CASES[zero], **layout)
+    layout = {"ulysses": ulysses, "ring": ring, "ring_order": order}
+    cases = [(ulysses * ring, layout | {"zero": zero}, case) for case in (everything if full else CASES[zero])]
+    without = (ulysses * ring, layout | {"zero": 1 if zero else 0}, (2, 29, "data.mask_documents=false"))
+    assert_law(ranks, folder, [*cases, without])
 
 
 def test_every_kind_of_rank_at_once(ranks, folder):
     """Replicas, shards and sharers of sequences, at every stage of ZeRO."""
-    for zero in range(4):
-        layout = {"replicate": 2, "shard": 2, "ring": 2, "zero": zero}
-        assert_law(ranks, folder, 8, [(2, 29, "batch.micro_size=1")], **layout)
-    assert_law(ranks, folder, 8, [(1, 29)], replicate=1, shard=2, ring=2, ulysses=2, zero=2)
+    layout = {"replicate": 2, "shard": 2, "ring": 2}
+    cases = [(8, layout | {"zero": zero}, (2, 29, "batch.micro_size=1")) for zero in range(4)]
+    both = (8, {"replicate": 1, "shard": 2, "ring": 2, "ulysses": 2, "zero": 2}, (1, 29))
+    assert_law(ranks, folder, [*cases, both])
 
 
 PIPELINES = [
@@ -95,23 +97,13 @@ def test_under_a_pipeline(ranks, folder, schedule, chunks, ulysses, ring, order,
     layout = {"pipeline": 2, "pipeline_schedule": schedule, "virtual_stages": chunks, "zero": zero}
     layout |= {"ulysses": ulysses, "ring": ring, "ring_order": order}
     model = ("model.tie_embeddings=true", "model.stable_embedding=true", "model.layers=4")
-    assert_law(
-        ranks,
-        folder,
-        2 * ulysses * ring,
-        [(2, 29, *model, "batch.global_size=3", "batch.micro_size=1")],
-        **layout,
-    )
+    case = (2, 29, *model, "batch.global_size=3", "batch.micro_size=1")
+    assert_law(ranks, folder, [(2 * ulysses * ring, layout, case)])
 
 
-def test_whole_sequences_without_documents(ranks, folder):
-    for ulysses, ring, order in SHARES:
-        layout = {"ulysses": ulysses, "ring": ring, "ring_order": order, "zero": 1}
-        assert_law(ranks, folder, ulysses * ring, [(2, 29, "data.mask_documents=false")], **layout)
-
-
-@pytest.mark.parametrize("rule", ["adamw8bit", "dct", "fira", "muon", "adafactor"])
-def test_rules_that_exchange_messages_and_8_bit_states(ranks, folder, rule):
+def test_rules_that_exchange_messages_and_8_bit_states(ranks, folder):
     """States are laid over the ranks that share sequences as over any others."""
-    options = [f"optim={rule}", *(["optim.rank=4", "optim.refresh_every=2"] if rule in ("dct", "fira") else [])]
-    assert_law(ranks, folder, 4, [(2, 29, *options)], ulysses=2, ring=2, zero=2)
+    low = ("optim.rank=4", "optim.refresh_every=2")
+    rules = {"adamw8bit": (), "dct": low, "fira": low, "muon": (), "adafactor": ()}
+    layout = {"ulysses": 2, "ring": 2, "zero": 2}
+    assert_law(ranks, folder, [(4, layout, (2, 29, f"optim={rule}", *options)) for rule, options in rules.items()])

@@ -22,8 +22,8 @@ from rowwise.trainer.sample import generate
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
 
 OVERRIDES = (
-    "model.heads=4", "model.kv_heads=2", "model.head_dim=6", "batch.seq_len=29", "batch.global_size=8", "steps=12",
-    "eval.every=4", "eval.batches=2",
+    "model.heads=4", "model.kv_heads=2", "model.head_dim=6", "batch.seq_len=29", "batch.global_size=8", "batch.micro_size=4",
+    "steps=12", "eval.every=4", "eval.batches=2",
 )  # fmt: skip
 BOTH = {"ulysses": 2, "ring": 2, "ring_order": "zigzag"}
 
@@ -82,13 +82,13 @@ def test_shared_sequences_write_what_one_process_writes(ranks, folder):
 @pytest.mark.parametrize(
     ("options", "layout"),
     [
-        (("optim.in_backward=true", "clip_norm=0", "batch.global_size=2"), BOTH | {"zero": 3}),
+        (("optim.in_backward=true", "clip_norm=0", "batch.micro_size=8"), BOTH | {"zero": 3}),
         (
-            ("parallel.post_validation=true", "batch.micro_size=1", "clip_norm=0.3"),
+            ("parallel.post_validation=true", "batch.micro_size=2", "clip_norm=0.3"),
             {"pipeline": 2, "pipeline_schedule": "zb_h2", "ring": 2, "zero": 2},
         ),
         (
-            ("parallel.pipeline_schedule=auto", "batch.micro_size=1"),
+            ("parallel.pipeline_schedule=auto", "batch.micro_size=2"),
             {"pipeline": 2, "virtual_stages": 1, "ulysses": 2, "zero": 1},
         ),
     ],
@@ -161,7 +161,7 @@ def gradients_and_graphs(workers, config) -> tuple[float, int]:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_blocks_are_not_compiled_anew_for_other_documents(ranks, folder, backend):
     """How often is Dynamo's to say, whatever then makes programs of its graphs."""
-    config = small_config(folder, *OVERRIDES, "batch.global_size=2", "parallel.zero=0")
+    config = small_config(folder, *OVERRIDES, "batch.global_size=2", "batch.micro_size=2", "parallel.zero=0")
     for world, degrees in ((1, {}), (2, {"ring": 2})):
         plain, compiled = (
             ranks.run(compiled_gradients, world, with_layout(replace(config, compile=on), world, **degrees), backend)
