@@ -182,7 +182,7 @@ def changes(manifest: Manifest, config: TrainConfig) -> list[str]:
 def completed(before: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
     """Returns what was kept, key -> value, with what a release did that did not know the other keys: the defaults of a model's, and
     of those of groups of which there is the same choice."""
-    found = BEFORE | before
+    found = {**BEFORE, **before}
     for group, choice in vars(config).items():
         same = group == "model" or found.get(f"{group}.name") == getattr(choice, "name", None)
         for key in fields(choice) if is_dataclass(choice) and same else ():
