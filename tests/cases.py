@@ -95,9 +95,7 @@ def _options() -> Iterable[Option]:
         yield Option(name, "sparsity", (f"sparsity={name}",), EVOLVING)
     for name in ("gradual", "st3", "pdp", "pdp_rows", "pdp_nm"):
         warm = ("sparsity.temperature=0.01",) if name.startswith("pdp") else ()
-        # With a fifth, matrices that compete keep too few weights for gradients to have as many directions as a low rank.
-        half = ("sparsity.density=0.5",) if name == "pdp" else ()
-        yield Option(name, "sparsity", (f"sparsity={name}",), (*FALLING, *warm, *half))
+        yield Option(name, "sparsity", (f"sparsity={name}",), (*FALLING, *warm))
     yield Option("nm", "sparsity", ("sparsity=nm",), ("sparsity.decay=0.3",))
     for key in ("tie_embeddings", "qk_norm", "stable_embedding"):
         yield Option(key, key.replace("_", " "), (f"model.{key}=true",))

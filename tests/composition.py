@@ -134,8 +134,7 @@ with `pytest --full`.
 
 `accumulation` is several micro-batches a step, `assign` 8-bit states for the embedding by `optim.assign`, `norms` is
 `log.norms_every`, `moved` a run that began on one process and went on on this layout; with `on_spike` one step is a spike. Not here:
-`sparsity.semi_structured`, which needs a GPU (`benchmarks/gpu.py`). Nor does law 2 hold where masks leave a gradient of galore or fira
-fewer independent directions than `optim.rank`: roundings choose the directions beyond, and Adam's moments move weights along them.
+`sparsity.semi_structured`, which needs a GPU (`benchmarks/gpu.py`).
 """
 RESUMED = {
     "fixed": "a checkpoint must agree in it",

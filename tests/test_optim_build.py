@@ -195,6 +195,16 @@ def test_the_subspace_is_that_of_the_singular_vectors():
     torch.testing.assert_close((basis.T @ right[:, :8]).abs(), torch.eye(8, dtype=torch.float64), atol=1e-4, rtol=0)
 
 
+def test_directions_beside_a_much_larger_one_are_found_in_float32():
+    """As gradients with a spike have them: squares of a thousandth of the largest would sink in its rounding."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 16, dtype=torch.float64)).Q for n in (90, 60))
+    g = (left * torch.tensor([1.0, *(1e-3 * 0.8**k for k in range(15))]).double() @ right.T).float()
+    (basis,) = subspace_bases([g], [torch.zeros(60, 8)], [g.shape], [0], None)
+    found = (basis.double().T @ right[:, :8]).abs()
+    torch.testing.assert_close(found, torch.eye(8, dtype=torch.float64), atol=0.01, rtol=0)
+
+
 def test_muon_brings_every_singular_value_near_one():
     torch.manual_seed(0)
     x = torch.randn(90, 30, dtype=torch.float64)

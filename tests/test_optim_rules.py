@@ -178,7 +178,7 @@ def run_edges(workers, rules, steps=3):
     """For each rule, this rank's pieces of parameters and states after steps with random gradients; a few tensors at a time."""
     line = line_of(workers)
     with mock.patch.object(module, "PORTION_BYTES", 40_000):
-        return [step_edges(line, rule, steps) for rule in rules]
+        return [step_all(line, rule, edge_shapes(rule), random, steps) for rule in rules]
 
 
 def line_of(workers):
@@ -191,14 +191,14 @@ def on_line(line, tensor):
     return distribute_tensor(tensor, line, [Shard(0)], src_data_rank=None)
 
 
-def step_edges(line, rule, steps):
-    model, shapes = bare(Edges(edge_shapes(rule))), edge_shapes(rule)
+def step_all(line, rule, shapes, gradient, steps):
+    model = bare(Edges(shapes))
     for name, p in list(model.named_parameters()):
         setattr(model, name, nn.Parameter(on_line(line, p.data)))
     optimizer = build_optimizer(model, optim_config(rule), seed=5)
     for step in range(1, steps + 1):
         for i, p in enumerate(model.parameters()):
-            p.grad = on_line(line, random(shapes[i], step, i))
+            p.grad = on_line(line, gradient(shapes[i], step, i))
         optimizer.step()
     assert all(isinstance(p, DTensor) for p in model.parameters())
     pieces = {name: piece_of(p) for name, p in model.named_parameters()}
@@ -207,42 +207,111 @@ def step_edges(line, rule, steps):
     return pieces
 
 
-def textbook_edges(rule, steps=3):
-    config, shapes = optim_config(rule), edge_shapes(rule)
+def textbook_all(rule, shapes, gradient, steps):
+    config = optim_config(rule)
     xs = {f"w{i}": random(shape, 0, i) for i, shape in enumerate(shapes)}
     states = {name: {} for name in xs}
     for step in range(1, steps + 1):
         for i, name in enumerate(xs):
-            xs[name] = textbook_step(name, states[name], xs[name], random(shapes[i], step, i), step, 0.01, config, 5)
+            xs[name] = textbook_step(name, states[name], xs[name], gradient(shapes[i], step, i), step, 0.01, config, 5)
     return xs, {f"{n}.{key}": t for n, state in states.items() for key, t in state.items()}
 
 
 AT_EDGES = [*RULES, *VARIANTS, "fira short", "apollo_mini short", "dct short 8-bit"]
 
 
+def together(rules, everyone):
+    """rule -> what the ranks have together."""
+    return {
+        rule: {key: assemble([part[key] for part in parts]) for key in parts[0]}
+        for rule, parts in zip(rules, zip(*everyone, strict=True), strict=True)
+    }
+
+
 @pytest.fixture(scope="module")
 def edges(ranks):
     """world -> rule -> what the ranks have together, in one call."""
-
-    @functools.cache
-    def on(world):
-        everyone = zip(*ranks.run(run_edges, world, AT_EDGES), strict=True)
-        return {
-            rule: {key: assemble([part[key] for part in parts]) for key in parts[0]}
-            for rule, parts in zip(AT_EDGES, everyone, strict=True)
-        }
-
-    return on
+    return functools.cache(lambda world: together(AT_EDGES, ranks.run(run_edges, world, AT_EDGES)))
 
 
 @pytest.mark.parametrize("rule", AT_EDGES)
 def test_shapes_that_straddle_every_edge(edges, rule):
-    xs, states = textbook_edges(rule)
+    xs, states = textbook_all(rule, edge_shapes(rule), random, steps=3)
     for world in (1, 4):
-        ours = dict(edges(world)[rule])
-        for name, x in xs.items():
-            assert relative_error(ours.pop(name), x) <= TOLERANCE, name
-        assert_same_states(ours, states)
+        assert_same(edges(world)[rule], xs, states)
+
+
+def assert_same(ours, xs, states):
+    ours = dict(ours)
+    for name, x in xs.items():
+        assert relative_error(ours.pop(name), x) <= TOLERANCE, name
+    assert_same_states(ours, states)
+
+
+def few_tokens(g, step):
+    """Has three directions, other ones at every step."""
+    return g[:, :3] @ g[:3]
+
+
+def few_rows(g, step):
+    return torch.where(torch.arange(len(g))[:, None] < 5, g, 0)
+
+
+def few_columns(g, step):
+    return few_rows(g.T, step).T
+
+
+def nothing_at_first(g, step):
+    return g if step > 1 else torch.zeros_like(g)
+
+
+def ever_fainter(g, step):
+    u, s, vt = torch.linalg.svd(g, full_matrices=False)
+    return u * 0.1 ** torch.arange(len(s)) @ vt
+
+
+def one_cosine(g, step):
+    """Is one DCT column at every second step."""
+    n = g.size(1)
+    return g if step % 2 == 0 else g[:, :1] * torch.cos(torch.pi * 3 * (2 * torch.arange(n).double() + 1) / (2 * n))
+
+
+KINDS = (few_tokens, one_cosine, few_rows, few_columns, nothing_at_first, ever_fainter)
+
+
+def few_shapes(rule):
+    """A tall, a square and a wide matrix of each kind; with 8 bits two that are large enough for them."""
+    if "8-bit" in rule:
+        return [(512, 12)] * 2
+    return [shape for shape in ((40, 16), (24, 24), (20, 60)) for _ in KINDS]
+
+
+def few_directions(shape, step, i):
+    return 100 * KINDS[i % len(KINDS)](random(shape, step, i), step)
+
+
+FEW = ["galore", "galore short", "fira", "fira paper", "fira 8-bit", "dct", "dct 8-bit"]
+
+
+def run_few(workers, rules):
+    line = line_of(workers)
+    return [step_all(line, rule, few_shapes(rule), few_directions, 3) for rule in rules]
+
+
+@pytest.fixture(scope="module")
+def few(ranks):
+    """rule -> what four ranks have together, in one call."""
+    return together(FEW, ranks.run(run_few, 4, FEW))
+
+
+@pytest.mark.parametrize("rule", FEW)
+def test_gradients_with_fewer_directions_than_the_rank(few, rule):
+    """Roundings, of which every layout has its own, choose nothing: what they leave of the other directions is 0."""
+    xs, states = textbook_all(rule, few_shapes(rule), few_directions, steps=3)
+    nothing = {name for name, state in states.items() if not state.any()}  # limits that are none
+    assert all(name.endswith("limit") and not few[rule][name].any() for name in nothing)
+    some = {name: t for name, t in few[rule].items() if name not in nothing}
+    assert_same(some, xs, {name: state for name, state in states.items() if name not in nothing})
 
 
 def run_rule(ranks, folder, rule, name, world, resume="never", **degrees):

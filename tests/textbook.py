@@ -153,18 +153,30 @@ def gauss(seed: int, stream: str, rows: int, columns: int) -> Tensor:
 
 
 def subspace(state: dict[str, Tensor], g: Tensor, t: int, c: Any, rank: int, name: str, seed: int) -> Tensor:
-    """Randomised subspace iteration (Halko, Martinsson & Tropp) from the basis of before."""
+    """Randomised subspace iteration (Halko, Martinsson & Tropp) from the basis of before, and random directions in the place of
+    those that G hardly has."""
     if (t - 1) % c.refresh_every == 0:
         extra = min(8, min(g.shape) - rank)
         fresh = rank + extra if "basis" not in state else extra
-        w = gauss(seed, f"subspace/{name}/{t}", g.size(1), fresh)
+        stream = f"subspace/{name}/{t}"
+        w = gauss(seed, stream, g.size(1), fresh)
         w = torch.cat([state["basis"], w], 1) if "basis" in state else w
-        q, _ = torch.linalg.qr(g.T @ (g @ w))
-        _, _, vt = torch.linalg.svd(g @ q, full_matrices=False)
-        basis = (q @ vt.T)[:, :rank]
-        signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-        state["basis"] = basis * signs
+        u, s, _ = torch.linalg.svd(g.T @ torch.linalg.qr(g @ w).Q, full_matrices=False)
+        basis = u[:, :rank][:, s[:rank] > 2**-15 * s[0]]
+        for column in gauss(seed, stream, g.size(1), rank - basis.size(1)).T:
+            for _ in range(2):
+                column = column - basis @ (basis.T @ column)
+            basis = torch.cat([basis, (column / column.norm()).unsqueeze(1)], 1)
+        tops = basis.abs() / basis.abs().amax(0)
+        signs = [column[(top > 1 - 2**-20).nonzero()[0]].sign() for column, top in zip(basis.T, tops.T, strict=True)]
+        state["basis"] = basis * torch.cat(signs)
     return state["basis"]
+
+
+def projected(g: Tensor, q: Tensor) -> Tensor:
+    """G Q, without what is nothing beside its row."""
+    r = g @ q
+    return torch.where(r.abs() < 2**-20 * r.abs().amax(1, keepdim=True), 0.0, r)
 
 
 def low_rank_adam(state: dict[str, Tensor], r: Tensor, t: int, c: Any) -> Tensor:
@@ -176,11 +188,11 @@ def low_rank_adam(state: dict[str, Tensor], r: Tensor, t: int, c: Any) -> Tensor
 
 
 def limit_growth(state: dict[str, Tensor], u: Tensor, growth: float | None, correction: float = 1.0) -> Tensor:
-    """u / correction may grow by a factor of `growth` in its norm (Fira)."""
+    """u / correction may grow by a factor of `growth` in its norm (Fira), from a norm that is not 0."""
     if growth is None:
         return u
     u = u / correction
-    if "limit" in state and u.norm() > growth * state["limit"]:
+    if 0 < growth * state.get("limit", torch.zeros(1)) < u.norm():
         u = u * (growth * state["limit"] / u.norm())
     state["limit"] = u.norm().reshape(1)
     return u * correction
@@ -192,16 +204,18 @@ def bias_correction(t: int, c: Any) -> float:
 
 def galore(state: dict[str, Tensor], g: Tensor, t: int, c: Any, rank: int, name: str, seed: int) -> Tensor:
     q = subspace(state, g, t, c, rank, name, seed)
-    return c.scale * low_rank_adam(state, g @ q, t, c) @ q.T
+    return c.scale * low_rank_adam(state, projected(g, q), t, c) @ q.T
 
 
 def fira(state: dict[str, Tensor], g: Tensor, t: int, c: Any, rank: int, name: str, seed: int) -> Tensor:
     q = subspace(state, g, t, c, rank, name, seed)
-    r = g @ q
+    r = projected(g, q)
     n = low_rank_adam(state, r, t, c)
-    phi = (n.norm(dim=1) / r.norm(dim=1)).unsqueeze(1)
+    phi = torch.where(r.norm(dim=1) > 0, n.norm(dim=1) / r.norm(dim=1), 0.0).unsqueeze(1)
     if c.form == "paper":
-        return c.scale * (n @ q.T + limit_growth(state, phi * (g - r @ q.T), c.growth))
+        s = phi * (g - r @ q.T)
+        s = s if s.norm() > 2**-20 * math.sqrt(r.numel()) else torch.zeros_like(s)
+        return c.scale * (n @ q.T + limit_growth(state, s, c.growth))
     return c.scale * n @ q.T + limit_growth(state, phi * (g - c.scale * r @ q.T), c.growth, bias_correction(t, c))
 
 
@@ -217,7 +231,9 @@ def dct(state: dict[str, Tensor], g: Tensor, t: int, c: Any, rank: int, name: st
     if (t - 1) % c.refresh_every == 0:
         eight = c.state_bits == 8 and g.size(0) * rank >= 4096
         moments = {k: v for k, v in state.items() if k.startswith("exp")}
-        chosen = sorted((g @ d).norm(dim=0).topk(rank).indices.tolist())
+        sizes = (g @ d).norm(dim=0)
+        sizes[sizes <= 2**-20 * sizes.norm()] = 0
+        chosen = sorted(sorted(range(len(sizes)), key=lambda k: (-float(sizes[k]), k))[:rank])
         if "columns" in state:
             before = state["columns"].tolist()
             old = load_pair(moments, None, eight)
@@ -230,7 +246,7 @@ def dct(state: dict[str, Tensor], g: Tensor, t: int, c: Any, rank: int, name: st
         state.update(moments)
         state["columns"] = torch.tensor(chosen, dtype=torch.int32)
     q = d[:, state["columns"].long()]
-    return c.scale * low_rank_adam(state, g @ q, t, c) @ q.T
+    return c.scale * low_rank_adam(state, projected(g, q), t, c) @ q.T
 
 
 def apollo(state: dict[str, Tensor], g: Tensor, t: int, c: Any, rank: int, name: str, seed: int) -> Tensor:

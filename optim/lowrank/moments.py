@@ -15,7 +15,7 @@ KEYS = (("exp_avg", True), ("exp_avg_sq", False))  # the first is signed, the se
 
 
 def new_moments(p: Tensor, rank: int, bits: int) -> dict[str, Tensor]:
-    """Both moments, (m, rank), split like `p`. 8 bits where the logical (m, rank) is large enough for them."""
+    """Makes both moments, (m, rank), split like `p`. 8 bits where the logical (m, rank) is large enough for them."""
     if bits == 8 and is_quantisable(torch.Size((p.size(0), rank))):
         return new_moment(p, rank, *KEYS[0]) | new_moment(p, rank, *KEYS[1])
     return {key: rows_like(p, rank, state_dtype(p)) for key, _ in KEYS}
@@ -24,7 +24,7 @@ def new_moments(p: Tensor, rank: int, bits: int) -> dict[str, Tensor]:
 def adam_directions(
     rs: list[Tensor], states: list[dict[str, Tensor]], step: int, beta1: float, beta2: float, eps: float
 ) -> list[Tensor]:
-    """N = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), with the moments moved towards R and R^2, in place."""
+    """Moves moments towards R and R^2, in place, and makes N = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)."""
     first, second = (list(moment) for moment in zip(*map(read, states, rs), strict=True))
     torch_lists.lerp_(first, rs, 1 - beta1)
     torch_lists.mul_(second, beta2)
@@ -40,7 +40,7 @@ def adam_directions(
 
 
 def read(state: dict[str, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Both moments in full: the states themselves where they are kept so."""
+    """Reads both moments in full: the states themselves where they are kept so."""
     if "exp_avg" in state:
         return state["exp_avg"], state["exp_avg_sq"]
     first, second = _codes(state)

@@ -2,7 +2,7 @@
 
 | projection | Q | crosses the shard axis at a refresh, per matrix | kept between steps |
 |---|---|---|---|
-| subspace | the top r right singular vectors of G, by subspace iteration (Halko et al.) | n (r + p) + (r + p)^2 | Q, n r numbers |
+| subspace | the top r right singular vectors of G, by subspace iteration (Halko et al.) | n (r + p) + 2 (r + p)^2 | Q, n r numbers |
 | DCT | the r columns of the orthonormal DCT-II matrix of largest |G d_j| (Modoranu et al.) | n | r indices |
 | random | Gaussian / sqrt(r) (Johnson-Lindenstrauss), drawn anew from its counter | nothing | nothing |
 
@@ -20,16 +20,21 @@ from rowwise.kernels.philox import normal, stream_key
 from rowwise.optim.rule import all_reduce_
 
 OVERSAMPLE = 8  # p: directions beyond r that the iteration carries, so that the r-th is found well
+# Below this share of the largest singular value float32 finds no direction; float64 finds those above it to 1e-10.
+FAINT = 2**-15
+ROUNDING = (
+    2**-20
+)  # of the largest number beside it: what is smaller is 0, and what differs from it by less is its equal
 
 
 def gaussian(key: int, rows: int, columns: int, like: Tensor) -> Tensor:
-    """(rows, columns) standard normal numbers, the same on every rank and layout."""
+    """Draws (rows, columns) standard normal numbers, the same on every rank and layout."""
     drawn = normal(key, 0, rows * columns, like.device).view(rows, columns)
     return drawn.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
 def random_projection(seed: int, name: str, refresh: int, columns: int, rank: int, like: Tensor) -> Tensor:
-    """Gaussian (n, r) / sqrt(r) of one matrix and refresh."""
+    """Draws the projection of one matrix and refresh: Gaussian (n, r) / sqrt(r)."""
     return gaussian(stream_key(seed, f"projection/{name}/{refresh}"), columns, rank, like) / math.sqrt(rank)
 
 
@@ -40,26 +45,27 @@ def subspace_bases(
     keys: list[int],
     group: dist.ProcessGroup | None,
 ) -> list[Tensor]:
-    """The top r right singular vectors (n, r) of every G, from the bases of before (zeros: from random ones).
+    """Finds the top r right singular vectors (n, r) of every G, from the bases of before (zeros: from random ones).
 
-        Y = G^T (G W), W = [basis of before, Gaussian]      all-reduced: n (r + p)
-        Q' = qr(Y)      B = G Q'      B^T B = U S^2 U^T     all-reduced: (r + p)^2
-        Q = Q' U, the first r columns
+        P = G W, W = [basis of before, Gaussian]    P = P T(P^T P)           all-reduced: (r + p)^2
+        Y = G^T P                                   Y T(P^T P) = Q S U^T     all-reduced: n (r + p) + (r + p)^2
 
-    A singular vector's sign is chosen so that its largest entry is positive.
+    T(P^T P) makes columns of P orthonormal, twice: a direction of P^T P, which has squares of singular values, sinks in
+    rounding where its value is below sqrt(eps) of the largest, and the second time they are near to each other.
     """
     wide = [start_directions(basis, shape, key) for basis, shape, key in zip(starts, shapes, keys, strict=True)]
-    ys = [g.T @ (g @ w) for g, w in zip(grads, wide, strict=True)]
-    all_reduce_(ys, group)
-    qs = [torch.linalg.qr(y).Q for y in ys]
-    bs = [g @ q for g, q in zip(grads, qs, strict=True)]
-    grams = [b.T @ b for b in bs]
+    ps = [g @ w for g, w in zip(grads, wide, strict=True)]
+    grams = [p.T @ p for p in ps]
     all_reduce_(grams, group)
-    return [leading(q, gram, basis.size(1)) for q, gram, basis in zip(qs, grams, starts, strict=True)]
+    ps = [p @ whitening(gram) for p, gram in zip(ps, grams, strict=True)]
+    ys, grams = [g.T @ p for g, p in zip(grads, ps, strict=True)], [p.T @ p for p in ps]
+    all_reduce_([*ys, *grams], group)
+    found = [y @ whitening(gram) for y, gram in zip(ys, grams, strict=True)]
+    return [leading(y, basis.size(1), key) for y, basis, key in zip(found, starts, keys, strict=True)]
 
 
 def start_directions(basis: Tensor, shape: torch.Size, key: int) -> Tensor:
-    """(n, r + p): the basis of before and p random directions; all random where there was none."""
+    """Makes (n, r + p): the basis of before and p random directions; all random where there was none."""
     n, rank = basis.shape
     extra = min(OVERSAMPLE, min(shape) - rank)
     if not basis.any():
@@ -67,20 +73,49 @@ def start_directions(basis: Tensor, shape: torch.Size, key: int) -> Tensor:
     return torch.cat([basis, gaussian(key, n, extra, basis)], dim=1) if extra else basis
 
 
-def leading(q: Tensor, gram: Tensor, rank: int) -> Tensor:
-    """q rotated onto the eigenvectors of `gram`, the `rank` largest first, each with its largest entry positive.
+def whitening(gram: Tensor) -> Tensor:
+    """Finds T, for which P T has orthonormal columns, from P^T P = U D U^T: U D^(-1/2) (Stathopoulos & Wu's SVQB).
 
-    A gradient that is no number gives no number, for the step's report to find; `eigh` would raise here and now."""
+    What of D is rounding counts as eps of the largest. A gradient that is no number gives no number, for the step's report
+    to find; `eigh` would raise here and now."""
     if not gram.isfinite().all():
-        return torch.full_like(q[:, :rank], torch.nan)
-    vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank]
-    rotated = q @ vectors
-    largest = rotated.gather(0, rotated.abs().argmax(0, keepdim=True))
-    return rotated * torch.where(largest < 0, -1, 1).to(rotated.dtype)
+        return torch.full_like(gram, torch.nan)
+    values, vectors = torch.linalg.eigh(gram)
+    limits = torch.finfo(gram.dtype)
+    return vectors * values.clamp(min=limits.eps * values[-1]).clamp(min=limits.tiny).rsqrt()
+
+
+def leading(y: Tensor, rank: int, key: int) -> Tensor:
+    """Finds the first `rank` left singular vectors of y, each with its largest entry positive (of equal ones, the first).
+
+    Of those that are faint roundings decide, and a layout has roundings of its own: random directions at right angles to
+    the others take their place."""
+    if not y.isfinite().all():
+        return torch.full_like(y[:, :rank], torch.nan)
+    q, r = torch.linalg.qr(y)
+    vectors, values, _ = torch.linalg.svd(r)
+    found = q @ vectors[:, : int((values[:rank] > FAINT * values[0]).sum())]
+    if (missing := rank - found.size(1)) > 0:
+        found = torch.linalg.qr(torch.cat([found, gaussian(key, y.size(0), missing, y)], dim=1)).Q
+    sizes = found.abs()
+    largest = (sizes > (1 - ROUNDING) * sizes.amax(0)).byte().argmax(0, keepdim=True)
+    return found * torch.where(found.gather(0, largest) < 0, -1, 1).to(found.dtype)
+
+
+def project(grads: list[Tensor], bases: list[Tensor]) -> list[Tensor]:
+    """Makes R = G Q. What is nothing beside its row's largest is rounding and becomes 0: Adam would make it as large."""
+    rs = [g @ q for g, q in zip(grads, bases, strict=True)]
+    for r in rs:
+        sizes = r.abs()
+        r.mul_(sizes.ge_(ROUNDING * sizes.amax(1, keepdim=True)))
+    return rs
 
 
 def dct_choices(grads: list[Tensor], ranks: list[int], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The indices (r,) of the DCT columns with the largest projections of every G, ascending. All-reduced: n."""
+    """Chooses the DCT columns with the largest projections of every G: indices (r,), ascending. All-reduced: n.
+
+    Projections that are rounding are all 0, and of equal ones the lower frequency is chosen."""
     squares = [column_squares(g) for g in grads]
     all_reduce_(squares, group)
-    return [torch.topk(s, r).indices.sort().values for s, r in zip(squares, ranks, strict=True)]
+    heard = [s.where(s > ROUNDING**2 * s.sum(), 0) for s in squares]
+    return [s.sort(descending=True, stable=True).indices[:r].sort().values for s, r in zip(heard, ranks, strict=True)]

@@ -42,13 +42,13 @@ from rowwise.kernels.row_scale import scale_rows
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.lowrank.config import ApolloConfig, ApolloMiniConfig, FiraConfig, ProjectedBase
 from rowwise.optim.lowrank.moments import adam_directions, new_moments, read, write
-from rowwise.optim.lowrank.projection import dct_choices, random_projection, subspace_bases
+from rowwise.optim.lowrank.projection import ROUNDING, dct_choices, project, random_projection, subspace_bases
 from rowwise.optim.rule import Batch, all_reduce_, apply_, pick
 from rowwise.optim.transpose import from_tall, is_wide, tall_shape, to_tall, transposed_like
 
 
 class LowRank:
-    """What the rules share: moments of R, when the projection is renewed, and which side of a wide matrix it is on. `rank`
+    """Holds what the rules share: moments of R, when the projection is renewed, and which side of a wide matrix it is on. `rank`
     is that of matrices whose narrow side has it."""
 
     name: str
@@ -63,7 +63,7 @@ class LowRank:
         (self.beta1, self._beta2), self._eps = config.betas, config.eps
 
     def rank_of(self, shape: torch.Size) -> int:
-        """r of a matrix."""
+        """Finds r of a matrix."""
         return min(self._rank, *shape)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -81,11 +81,11 @@ class LowRank:
         apply_(batch, from_tall(updates, batch.shapes, batch.group) if self._short else updates)
 
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
-        """The state of a matrix that is projected on the right."""
+        """Makes the state of a matrix that is projected on the right."""
         return new_moments(p, self.rank_of(p.shape), self._bits)
 
     def _updates(self, batch: Batch) -> list[Tensor]:
-        """What is to be subtracted, times the learning rate, of matrices that are projected on the right."""
+        """Computes what is to be subtracted, times the learning rate, of matrices that are projected on the right."""
         raise NotImplementedError
 
     def _due(self, batch: Batch) -> bool:
@@ -95,12 +95,12 @@ class LowRank:
         return adam_directions(rs, batch.states, batch.step, self.beta1, self._beta2, self._eps)
 
     def _correction(self, batch: Batch) -> float:
-        """c: what bias correction has multiplied N by."""
+        """Computes c, what bias correction has multiplied N by."""
         return math.sqrt(1 - self._beta2**batch.step) / (1 - self.beta1**batch.step)
 
 
 class GaLore(LowRank):
-    """State beside the moments: `basis` (n, r), the same on every rank."""
+    """Projects on singular vectors. State beside the moments: `basis` (n, r), the same on every rank."""
 
     name = "galore"
 
@@ -122,7 +122,7 @@ class GaLore(LowRank):
 
 
 class DCT(LowRank):
-    """State beside the moments: `columns` (r,), which columns of the DCT matrix, the same on every rank."""
+    """Projects on cosines. State beside the moments: `columns` (r,), which columns of the DCT matrix, the same on every rank."""
 
     name = "dct"
 
@@ -141,8 +141,7 @@ class DCT(LowRank):
 
 
 class Limited(LowRank):
-    """State of a rule with a norm-growth limiter: `limit` (1,), the norm of the step before (0: none), the same on every
-    rank."""
+    """Limits how fast a norm grows. State: `limit` (1,), the norm of the step before (0: none), the same on every rank."""
 
     def __init__(self, config: FiraConfig | ApolloConfig | ApolloMiniConfig, rank: int, bits: int):
         super().__init__(config, rank, bits)
@@ -161,7 +160,7 @@ class Limited(LowRank):
 
 
 class Fira(Limited, GaLore):
-    """State: GaLore's, and the `limit` of |S|."""
+    """Adds what is outside of the subspace to GaLore. State: GaLore's, and the `limit` of |S|."""
 
     name = "fira"
 
@@ -179,6 +178,9 @@ class Fira(Limited, GaLore):
         squares = [square.reshape(1) for _, square in scaled]
         if self._growth is not None:
             all_reduce_(squares, batch.group)
+            # Where the basis has all of G, the paper's S is rounding beside N, whose numbers are about 1: no limit to later ones.
+            ones = [shape[0] * basis.size(1) for shape, basis in zip(batch.shapes, bases, strict=True)]
+            squares = [s.where(s > ROUNDING**2 * count, 0) for s, count in zip(squares, ones, strict=True)]
         beside = [s for s, _ in scaled]
         self._limit_(batch, beside, squares, 1.0 if self._as_paper else self._correction(batch))
         updates = back(directions, bases, self._scale)
@@ -187,7 +189,9 @@ class Fira(Limited, GaLore):
 
 
 class Apollo(Limited):
-    """State beside the moments: the `limit` of |U|. The projection is drawn anew at every step from (seed, name, refresh)."""
+    """Scales gradients row by row. State beside the moments: the `limit` of |U|.
+
+    The projection is drawn anew at every step from (seed, name, refresh)."""
 
     name = "apollo"
 
@@ -210,7 +214,7 @@ class Apollo(Limited):
 
 
 class ApolloMini(Apollo):
-    """One scale a matrix."""
+    """Scales gradients by one factor a matrix."""
 
     name = "apollo_mini"
 
@@ -229,20 +233,15 @@ class ApolloMini(Apollo):
 
 
 def limited(norm: Tensor, limit: Tensor, growth: float) -> Tensor:
-    """The factor that keeps a norm at most growth x what it was; `limit` becomes what it is, in place."""
+    """Finds the factor that keeps a norm at most growth x what it was; `limit` becomes what it is, in place."""
     most = growth * limit
     factor = torch.where((limit > 0) & (norm > most), most / norm, torch.ones_like(norm))
     limit.copy_(norm * factor)
     return factor
 
 
-def project(grads: list[Tensor], bases: list[Tensor]) -> list[Tensor]:
-    """R = G Q."""
-    return [g @ q for g, q in zip(grads, bases, strict=True)]
-
-
 def back(directions: list[Tensor], bases: list[Tensor], scale: float) -> list[Tensor]:
-    """scale N Q^T."""
+    """Projects back: scale N Q^T."""
     updates = [n @ q.T for n, q in zip(directions, bases, strict=True)]
     torch_lists.mul_(updates, scale)
     return updates
