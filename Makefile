@@ -17,7 +17,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trackers]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(AUTHORS)
 	touch $(READY)
 

@@ -30,7 +30,7 @@ from rowwise.kernels.rows import local, padded_rows
 from rowwise.kernels.torch_dispatch import TorchDispatchMode
 from rowwise.parallel.replicate import buckets_of
 from rowwise.parallel.shard import sharded_modules
-from rowwise.parallel.torch_fsdp import accumulated, flat_buffers, fsdp_params, gathered
+from rowwise.parallel.torch_fsdp import accumulated, flat_buffers, fsdp_group, fsdp_params, gathered
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer) -> StateBytes:
     return StateBytes(
         shards=_storage_bytes(_shards(optimizer)),
         optimizer=_storage_bytes(t for states in optimizer.state.values() for t in states.values()),
-        **_measure_moving(model, _shards(optimizer)),
+        **_Moving(model, _shards(optimizer)).measure(),
     )
 
 
@@ -64,14 +64,14 @@ class PeakStates(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         super().__init__()
-        self._model, self._shards = model, _shards(optimizer)
+        self._moving = _Moving(model, _shards(optimizer))
         self._start = self.peak = measure(model, optimizer)
         self.total = self.peak.total
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         # Shards and optimizer states do not move within a step.
-        now = replace(self._start, **_measure_moving(self._model, self._shards))
+        now = replace(self._start, **self._moving.measure())
         self.peak = StateBytes(*map(max, astuple(self.peak), astuple(now)))
         self.total = max(self.total, now.total)
         return result
@@ -81,20 +81,26 @@ def _shards(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _measure_moving(model: nn.Module, shards: list[Tensor]) -> dict[str, int]:
-    modules = list(sharded_modules(model))
-    inner = [p for module in modules for p in fsdp_params(module)]
-    whole = [p for p in map(gathered, inner) if p is not None]
-    buckets = buckets_of(model)
-    flat = [] if buckets is None else buckets.flat
-    bucketed = {t.untyped_storage().data_ptr() for t in flat}
-    grads = [p.grad for p in [*shards, *whole]] + [accumulated(p) for p in inner]
-    loose = [g for g in grads if g is not None and _plain(g).untyped_storage().data_ptr() not in bucketed]
-    return {
-        "gathered": _storage_bytes(whole),
-        "gradients": _storage_bytes([*flat, *loose]),
-        "buffers": _storage_bytes(buffer for module in modules for buffer in flat_buffers(module)),
-    }
+class _Moving:
+    """What of a model moves within a step. Where that is kept is found once, since it is measured after every operation."""
+
+    def __init__(self, model: nn.Module, shards: list[Tensor]):
+        modules = list(sharded_modules(model))
+        self._shards, self._buckets = shards, buckets_of(model)
+        self._modules = {id(fsdp_group(module)): module for module in modules}.values()  # some are gathered as one
+        self._inner = [p for module in self._modules for p in fsdp_params(module)]
+
+    def measure(self) -> dict[str, int]:
+        whole = [p for p in map(gathered, self._inner) if p is not None]
+        flat = [] if self._buckets is None else self._buckets.flat
+        bucketed = {t.untyped_storage().data_ptr() for t in flat}
+        grads = [p.grad for p in [*self._shards, *whole]] + [accumulated(p) for p in self._inner]
+        loose = [g for g in grads if g is not None and _plain(g).untyped_storage().data_ptr() not in bucketed]
+        return {
+            "gathered": _storage_bytes(whole),
+            "gradients": _storage_bytes([*flat, *loose]),
+            "buffers": _storage_bytes(buffer for module in self._modules for buffer in flat_buffers(module)),
+        }
 
 
 @dataclass(frozen=True)

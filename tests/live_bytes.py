@@ -17,12 +17,13 @@ ALL_TO_ALL = torch.ops.c10d.alltoall_base_.default
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered, knows the storages that operations made and that still live."""
+    """While entered, knows the storages that operations made and that still live; and, unless `peaks` is false, what they came
+    to at most, for which all are looked at after every operation."""
 
-    def __init__(self):
+    def __init__(self, peaks: bool = True):
         super().__init__()
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
+        self._peaks, self.peak = peaks, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = _exchange(*args) if function is ALL_TO_ALL else function(*args, **(kwargs or {}))
@@ -31,7 +32,8 @@ class LiveBytes(TorchDispatchMode):
             storage = t.untyped_storage()
             if storage._cdata not in given:  # else a view, or written in place
                 self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, self.now())
+        if self._peaks:
+            self.peak = max(self.peak, self.now())
         return result
 
     def now(self) -> int:

@@ -39,7 +39,7 @@ def watch(workers, config):
     batches = train_batches(config, mesh, open_data(config.data, config.batch.seq_len, config.model.vocab_size), 0)
     engine.forward_backward(next(batches), 1.0)
     micro_batches = next(batches)
-    with LiveBytes() as live:
+    with LiveBytes(peaks=False) as live:
         watched = Watched(live, mesh.device)
         engine.forward_backward(micro_batches, 1.0, watched)
     return [action for action, _, _ in watched.spans()], watched.bytes

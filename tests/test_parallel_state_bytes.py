@@ -48,8 +48,16 @@ def measured(ranks, tmp_path_factory):
     return measured
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize(("world", "micro_batches"), [(2, 2), (4, 1), (4, 2)])
+# On two ranks and on four, with one micro-batch and with two: at each stage two of the four, which have every value once.
+CASES = [
+    pytest.param(world, count, zero, marks=[] if (world // 2 + count + zero // 2) % 2 else pytest.mark.full)
+    for world in (2, 4)
+    for count in (1, 2)
+    for zero in range(4)
+]
+
+
+@pytest.mark.parametrize(("world", "micro_batches", "zero"), CASES)
 def test_bytes_are_those_of_the_formula(measured, zero, world, micro_batches):
     for between, peak, total, predicted in measured(world, micro_batches, zero)[1]:
         buckets = predicted.shards if zero == 0 else 0
@@ -73,7 +81,7 @@ def test_ranks_that_share_sequences_share_states(ranks, tmp_path, zero):
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_nothing_beyond_the_papers_count_but_a_parameter_shard_and_one_part(measured, zero):
-    config, everyone = measured(4, 2, zero)
+    config, everyone = measured(4, 1 + zero // 2, zero)
     whole, part = _bytes_of(config)
     for rank, (_, peak, _, _) in enumerate(everyone):
         shard, optimizer = peak.shards, peak.optimizer

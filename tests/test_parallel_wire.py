@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parity import TOLERANCE, assert_all_same, engine_on, run_layouts, run_plain, small_config, step_input, with_layout
+from parity import (
+    TOLERANCE,
+    assert_all_same,
+    engine_on,
+    in_micro_batches,
+    run_layouts,
+    run_plain,
+    small_config,
+    step_input,
+    with_layout,
+)
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import ParallelConfig, make_mesh, resolve_degrees
 from rowwise.trainer.data.open import open_data
@@ -50,8 +60,10 @@ LAYOUTS = [
 @pytest.mark.parametrize(("world", "layout", "overrides"), LAYOUTS, ids=lambda value: str(value))
 def test_steps_with_late_messages_in_queues(ranks, folder, world, layout, overrides):
     """The law holds where nothing may be read before it was waited for, and no rank would wait for ever."""
-    config = small_config(folder, *MODEL, *overrides)
-    answers = ranks.run(late_steps, world, [with_layout(config, world, **layout)])
+    config = with_layout(small_config(folder, *MODEL, *overrides), world, **layout)
+    if config.parallel.pipeline == 1:
+        config = in_micro_batches(config, 2)
+    answers = ranks.run(late_steps, world, [config])
     assert_all_same([traces[0] for traces, _ in answers], run_plain(config, steps=2))
     assert held_up({rank: log for rank, (_, log) in enumerate(answers)}) == []
 

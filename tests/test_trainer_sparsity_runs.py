@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parity import small_config, with_layout
+from parity import in_micro_batches, small_config, with_layout
 from rowwise.optim.sparse.masks import count, unpack
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import flops_per_token, parameter_specs
@@ -45,6 +45,11 @@ def config_of(method: str, folder, *more: str):
     return small_config(folder, *SHAPE, *METHODS[method], *more)
 
 
+def on(config, world: int, **degrees):
+    """On a layout, with two micro-batches a rank and step."""
+    return in_micro_batches(with_layout(config, world, **degrees), 2)
+
+
 def hidden(config) -> dict[str, torch.Size]:
     return {
         name: spec.shape
@@ -61,14 +66,14 @@ HALVES = {"set": STOPS, "rigl": STOPS[2:], "srigl": STOPS[:2], "gradual": STOPS[
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_moves_between_layouts(ranks, folder, method, full):
     base = config_of(method, folder)
-    uninterrupted = named(with_layout(base, 1), folder, f"{method}-whole")
+    uninterrupted = named(on(base, 1), folder, f"{method}-whole")
     ranks.run(run_train, 1, uninterrupted)
     moved = named(base, folder, f"{method}-moved")
     for world, degrees, stop_at in STOPS if full else HALVES[method]:
-        states = ranks.run(run_until, world, with_layout(moved, world, **degrees), stop_at)
+        states = ranks.run(run_until, world, on(moved, world, **degrees), stop_at)
         assert states[0].step == stop_at
-    ranks.run(run_train, 3, with_layout(moved, 3, zero=0, shard=1, replicate=3) if method == "nm" else
-              with_layout(moved, 3, zero=3))  # fmt: skip
+    ranks.run(run_train, 3, on(moved, 3, zero=0, shard=1, replicate=3) if method == "nm" else
+              on(moved, 3, zero=3))  # fmt: skip
     assert_same_run(moved.run_dir, uninterrupted.run_dir)
     ours, theirs = final_tensors(moved.run_dir), final_tensors(uninterrupted.run_dir)
     masks = [name for name in theirs if name.endswith((".mask", ".first", ".last", ".fired"))]
@@ -89,12 +94,12 @@ FORMS_OF_PDP = [pytest.param(method, marks=pytest.mark.full) for method in ("pdp
 
 @pytest.mark.parametrize("method", ["rigl", "srigl", "pdp", *FORMS_OF_PDP])
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder, method):
-    config = with_layout(config_of(method, folder), 4, zero=2)
-    assert_resumes_to_the_last_bit(ranks, 4, config, folder / f"{method}-bits", stop_at=5)
+    config = on(config_of(method, folder), 2, zero=2)
+    assert_resumes_to_the_last_bit(ranks, 2, config, folder / f"{method}-bits", stop_at=5)
 
 
 def test_metrics_tell_what_masks_are(ranks, folder):
-    config = named(with_layout(config_of("rigl", folder, "sparsity.redistribute=false"), 3, zero=3), folder, "counted")
+    config = named(on(config_of("rigl", folder, "sparsity.redistribute=false"), 3, zero=3), folder, "counted")
     ranks.run(run_train, 3, config)
     tensors, shapes = final_tensors(config.run_dir), hidden(config)
     records = [record for record in read_metrics(config.run_dir) if "mask_replaced" in record]
@@ -136,7 +141,7 @@ def test_a_run_in_16_bits_stays_sparse(ranks, folder):
         "steps=100",
         "eval.every=0",
     ]
-    config = named(with_layout(config_of("gradual", folder, *more, "sparsity.update_every=1"), 2), folder, "fp16")
+    config = named(on(config_of("gradual", folder, *more, "sparsity.update_every=1"), 2), folder, "fp16")
     ranks.run(run_train, 2, config)
     records = read_metrics(config.run_dir)
     assert records[75]["skipped_steps"] > 60 and records[-1]["loss"] < records[0]["loss"]
@@ -148,7 +153,7 @@ def test_a_run_in_16_bits_stays_sparse(ranks, folder):
 
 
 def test_a_checkpoint_with_other_masks_is_refused(ranks, folder):
-    config = named(with_layout(config_of("rigl", folder), 1), folder, "refused")
+    config = named(on(config_of("rigl", folder), 1), folder, "refused")
     ranks.run(run_until, 1, config, 2)
     cases = {
         ("sparsity=set", "sparsity.update_every=2"): r"sparsity.name=rigl there and set here",

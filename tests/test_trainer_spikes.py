@@ -13,7 +13,16 @@ import pytest
 import torch
 
 import parity
-from parity import TOLERANCE, plain_model, relative_error, run_plain, small_config, with_layout, write_tokens
+from parity import (
+    TOLERANCE,
+    in_micro_batches,
+    plain_model,
+    relative_error,
+    run_plain,
+    small_config,
+    with_layout,
+    write_tokens,
+)
 from ranks import RankFailure
 from rowwise.launch.worker import _reason
 from rowwise.parallel.shard import gradients
@@ -73,10 +82,15 @@ def config_of(folder: Path, *overrides: str):
     new = not (folder / "tokens.bin").exists()
     if new:
         write_tokens(folder, 10_000)
-    config = small_config(folder, *BASE, "batch.micro_size=4", *overrides)
+    config = small_config(folder, *BASE, *overrides)
     if new:
         poison(config, folder / "tokens.bin")
     return config
+
+
+def on(config, world: int, **degrees):
+    """On a layout, with two micro-batches a rank and step."""
+    return in_micro_batches(with_layout(config, world, **degrees), 2)
 
 
 def poison(config, tokens: Path) -> None:
@@ -210,7 +224,7 @@ def test_the_state_is_read_as_it_was_written_and_an_earlier_one_has_no_window():
 def test_a_skipped_update_is_none_on_every_layout(ranks, folder, monkeypatch, layout):
     world, degrees = LAYOUTS[layout]
     options = ("on_spike=skip", f"log.norms_every={AT}")
-    config = named(with_layout(config_of(folder, *options), world, **degrees), folder, f"skip-{layout}")
+    config = named(on(config_of(folder, *options), world, **degrees), folder, f"skip-{layout}")
     states = ranks.run(run_train, world, config)
     assert all(state == states[0] for state in states)
     assert (states[0].updates, states[0].position) == (STEPS - 1, STEPS * 24)
@@ -233,7 +247,7 @@ def test_a_skipped_update_is_none_on_every_layout(ranks, folder, monkeypatch, la
 def test_a_rollback_goes_past_what_was_read_on_every_layout(ranks, folder, monkeypatch, layout):
     world, degrees = LAYOUTS[layout]
     options = ("on_spike=rollback", "tracker=tensorboard")
-    config = named(with_layout(config_of(folder, *options), world, **degrees), folder, f"back-{layout}")
+    config = named(on(config_of(folder, *options), world, **degrees), folder, f"back-{layout}")
     states = ranks.run(run_train, world, config)
     assert all(state == states[0] for state in states)
     assert (states[0].updates, states[0].position) == (STEPS, (STEPS + AT - ANCHOR) * 24)
@@ -252,12 +266,15 @@ def test_a_rollback_goes_past_what_was_read_on_every_layout(ranks, folder, monke
 
 @pytest.mark.parametrize(
     "stops",
-    [(21, 25), *(pytest.param(stops, marks=pytest.mark.full) for stops in [(22, 23, 24), (24,), (27,)])],
+    [
+        (ANCHOR + 1, AT + 2),
+        *(pytest.param(stops, marks=pytest.mark.full) for stops in [(AT - 1, AT, AT + 1), (AT + 1,), (STEPS + 1,)]),
+    ],
     ids=str,
 )
 def test_a_rolled_back_run_that_was_stopped_is_the_same_to_the_last_bit(ranks, folder, stops):
     """Stopped before the spike, where a later checkpoint than that of `checkpoint.every` is there, in it, and after."""
-    base = with_layout(config_of(folder, "on_spike=rollback"), 2, zero=2)
+    base = on(config_of(folder, "on_spike=rollback"), 2, zero=2)
     whole, stopped = named(base, folder, "back-whole"), named(base, folder, f"back-stopped-{stops}")
     ranks.run(run_train, 2, whole)
     for stop_at in stops:
@@ -289,7 +306,7 @@ def stopped_while(workers, config, calling):
 
 @pytest.mark.parametrize("calling", ["go_back", "resume"])
 def test_a_run_that_is_asked_to_stop_while_it_goes_back_stops(ranks, folder, calling):
-    config = named(with_layout(config_of(folder, "on_spike=rollback"), 1), folder, f"stopped-in-{calling}")
+    config = named(on(config_of(folder, "on_spike=rollback"), 1), folder, f"stopped-in-{calling}")
     (state,) = ranks.run(stopped_while, 1, config, calling)
     assert state.step == ANCHOR + 1
     assert [back.step for back in state.spikes.rollbacks] == [AT]
@@ -297,7 +314,7 @@ def test_a_run_that_is_asked_to_stop_while_it_goes_back_stops(ranks, folder, cal
 
 def test_a_run_that_was_given_its_own_checkpoint_goes_back_beyond_it(ranks, folder):
     """Which is gone then: the same command goes on."""
-    config = named(with_layout(config_of(folder, "on_spike=rollback"), 1), folder, "own")
+    config = named(on(config_of(folder, "on_spike=rollback"), 1), folder, "own")
     ranks.run(run_until, 1, config, ANCHOR + 1)
     given = replace(config, resume=f"{config.run_dir}/checkpoints/step-{ANCHOR + 1:08}")
     (state,) = ranks.run(stopped_while, 1, given, "resume")
@@ -319,16 +336,20 @@ def test_a_run_of_spikes_goes_on_on_another_layout(ranks, folder, what):
     masks = ("sparsity=rigl", "sparsity.update_every=4", "sparsity.density=0.5")
     base = config_of(folder, f"on_spike={what}", "model.dim=32", "model.heads=4", *masks)
     whole, moved = (named(base, folder, f"{what}-{name}") for name in ("unmoved", "moved"))
-    ranks.run(run_train, 1, with_layout(whole, 1))
-    for world, degrees, stop_at in ((2, {"zero": 3}, 12), (4, {"pipeline": 2, "zero": 1}, 22), (4, {"ulysses": 2}, 99)):
-        ranks.run(run_until, world, with_layout(moved, world, **degrees), stop_at)
+    ranks.run(run_train, 1, on(whole, 1))
+    for world, degrees, stop_at in (
+        (2, {"zero": 3}, 12),
+        (4, {"pipeline": 2, "zero": 1}, AT - 1),
+        (4, {"ulysses": 2}, 99),
+    ):
+        ranks.run(run_until, world, on(moved, world, **degrees), stop_at)
     assert_same_run(moved.run_dir, whole.run_dir)
     assert spikes_in(moved) == spikes_in(whole) != {}
 
 
 @pytest.mark.full
 def test_a_run_that_is_told_to_record_records(ranks, folder):
-    config = named(with_layout(config_of(folder), 2), folder, "recorded")
+    config = named(on(config_of(folder), 2), folder, "recorded")
     (state, _) = ranks.run(run_train, 2, config)
     assert state.updates == STEPS
     assert spikes_in(config) == {AT: "recorded"}
@@ -337,8 +358,8 @@ def test_a_run_that_is_told_to_record_records(ranks, folder):
 
 @pytest.mark.full
 def test_before_the_first_checkpoint_a_rollback_is_a_skip(ranks, folder):
-    config = config_of(folder, "on_spike=rollback", "checkpoint.every=25")
-    config = named(with_layout(config, 2), folder, "early")
+    config = config_of(folder, "on_spike=rollback", f"checkpoint.every={AT + 2}")
+    config = named(on(config, 2), folder, "early")
     ranks.run(run_train, 2, config)
     assert spikes_in(config) == {AT: "skipped"}
 
@@ -372,7 +393,7 @@ def spoilt_gradient(workers, config, bad):
 
 def test_gradients_that_are_no_numbers_are_spikes_and_not_for_ever(ranks, folder):
     base = config_of(folder, "on_spike=skip", "spike.most=2", "steps=6", "spike.threshold=1e9")
-    config = named(with_layout(base, 2), folder, "nan")
+    config = named(on(base, 2), folder, "nan")
     states = ranks.run(spoilt_gradient, 2, config, {1, 2})
     told = (folder / "nan/train.log").read_text()
     assert "warning: step 1 is a spike (no number): its update is skipped" in told
