@@ -19,7 +19,7 @@ from rowwise.conf.option import Fixed, MayChange
 from rowwise.kernels import torch_lists
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase
-from rowwise.optim.rule import Batch, Rule, all_reduce_, pick, row_slices, rows_like
+from rowwise.optim.rule import Batch, Rule, all_reduce_, pick, row_slices, rows_like, zeros_of
 
 TINY = 1e-30
 
@@ -79,7 +79,7 @@ class Adafactor:
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         if p.ndim < 2:
-            return {"exp_avg_sq": torch.zeros_like(p, dtype=state_dtype(p))}
+            return {"exp_avg_sq": zeros_of(p, state_dtype(p))}
         column = torch.zeros(p.size(1), dtype=state_dtype(p), device=p.device)
         return {"row": rows_like(p, None, state_dtype(p)), "column": column}
 

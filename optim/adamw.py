@@ -15,7 +15,7 @@ from torch import Tensor
 from rowwise.conf.option import Fixed
 from rowwise.kernels.adamw import adamw_
 from rowwise.optim.common import AdamBase
-from rowwise.optim.rule import Batch, Rule, pick
+from rowwise.optim.rule import Batch, Rule, pick, zeros_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,7 @@ class AdamW:
         (self.beta1, self._beta2), self._eps = betas, eps
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        zeros = torch.zeros_like(p, dtype=state_dtype(p))
-        return {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        return {key: zeros_of(p, state_dtype(p)) for key in ("exp_avg", "exp_avg_sq")}
 
     def step_(self, batch: Batch) -> None:
         first, second = pick(batch, "exp_avg"), pick(batch, "exp_avg_sq")

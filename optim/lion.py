@@ -9,7 +9,6 @@ The iterates enter and stay in the box |x| <= 1 / wd. State bytes per parameter:
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from rowwise.conf.option import Fixed, MayChange
@@ -17,7 +16,7 @@ from rowwise.kernels.lion import lion_
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase, check_betas
 from rowwise.optim.lion_kappa import Kappa
-from rowwise.optim.rule import Batch, Rule, pick, row_slices
+from rowwise.optim.rule import Batch, Rule, pick, row_slices, zeros_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class Lion:
         self.beta1, self._beta2 = betas
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        return {"exp_avg": torch.zeros_like(p, dtype=state_dtype(p))}
+        return {"exp_avg": zeros_of(p, state_dtype(p))}
 
     def step_(self, batch: Batch) -> None:
         rates = batch.lr, self.beta1, self._beta2, batch.weight_decay

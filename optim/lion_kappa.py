@@ -28,7 +28,7 @@ from torch import Tensor
 from rowwise.kernels import torch_lists
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.muon import AS_ADAMW, orthogonalise
-from rowwise.optim.rule import Batch, all_reduce_, apply_, pick
+from rowwise.optim.rule import Batch, all_reduce_, apply_, pick, zeros_of
 
 Kappa = Literal["l1", "l2", "rows", "huber", "nuclear"]
 
@@ -71,7 +71,7 @@ class LionKappa:
         self.beta1, self._beta2 = betas
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        return {"exp_avg": torch.zeros_like(p, dtype=state_dtype(p))}
+        return {"exp_avg": zeros_of(p, state_dtype(p))}
 
     def step_(self, batch: Batch) -> None:
         momenta = pick(batch, "exp_avg")

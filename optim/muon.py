@@ -30,7 +30,7 @@ from rowwise.kernels import torch_lists
 from rowwise.kernels.products import product
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import AdamBase
-from rowwise.optim.rule import Batch, Rule, apply_, pick
+from rowwise.optim.rule import Batch, Rule, apply_, pick, zeros_of
 from rowwise.optim.transpose import from_tall, to_tall
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -84,7 +84,7 @@ class Muon:
         self._momentum = momentum
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        return {"momentum": torch.zeros_like(p, dtype=state_dtype(p))}
+        return {"momentum": zeros_of(p, state_dtype(p))}
 
     def step_(self, batch: Batch) -> None:
         momenta = pick(batch, "momentum")

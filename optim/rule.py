@@ -72,6 +72,11 @@ def rows_like(p: Tensor, columns: int | None, dtype: torch.dtype) -> Tensor:
     return _laid_like(p, torch.zeros(local(p).size(0), *tail, dtype=dtype, device=p.device))
 
 
+def zeros_of(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """Makes zeros of the shape of `p`, split as `p` is; by rows, for DTensor learns an operation anew for every shape."""
+    return _laid_like(p, torch.zeros_like(local(p), dtype=dtype))
+
+
 def each_of(p: Tensor, one: Tensor) -> Tensor:
     """Makes copies of `one`, one for each entry of dim 0 of `p`, split as `p` is."""
     return _laid_like(p, one.expand(local(p).size(0), *one.shape).contiguous())
