@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("rowwise", "torch", "triton", "accelerate", "transformers", "deepspeed", "numpy")
+PACKAGES = (
+    "rowwise", "torch", "triton", "accelerate", "transformers", "deepspeed", "numpy", "liger-kernel", "cut-cross-entropy",
+)  # fmt: skip
 
 
 def write_record(name: str, measured: dict[str, Any]) -> Path:

@@ -28,6 +28,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return three_products(a, b)
 
 
+def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b for (m, n), (m, k) and (k, n): where `out` is float32 and the others have 16 bits, their product is not rounded to
+    16 bits before it is added.
+
+    A GPU's tensor cores do so by themselves; elsewhere it holds float32 copies of a and b for the while. Communicates nothing.
+    """
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif a.device.type == "cuda" and torch.cuda.get_device_capability(a.device) >= (8, 0):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
 def three_products(a: Tensor, b: Tensor) -> Tensor:
     """Computes a b by products that may each round their operands to TF32: the parts have no more bits, so nothing is rounded."""
     a_high, b_high = to_tf32(a), to_tf32(b)

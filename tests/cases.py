@@ -80,6 +80,8 @@ def _options() -> Iterable[Option]:
     yield Option("reduce=bf16", "reduction", ("precision.reduce=bf16",), ("precision=bf16",))
     yield Option("param_dtype", "parameters", ("optim.param_dtype=bf16",), ("precision=bf16",))
     yield Option("compile", "compilation", ("compile=true",))
+    for name, value in (("fused_loss", "true"), ("plain_loss", "false")):
+        yield Option(name, "loss", (f"memory.fused_loss={value}",))
     yield Option("in_backward", "in backward", ("optim.in_backward=true",))
     for name in ("adamw", "adamw8bit", "lion", "lion8bit", "adafactor", "muon"):
         yield Option(name, "optimizer", (f"optim={name}",))
@@ -116,7 +118,7 @@ OPTIONS = {option.name: option for option in _options()}
 GROUPS = list(dict.fromkeys(option.group for option in OPTIONS.values()))
 NEAR = {"fp32", "bf16", "fp16", "reduce=bf16", "param_dtype"}  # with these, layouts differ by roundings
 LAYOUT = {  # groups of options that say how a run is carried out, which is nothing to its numbers
-    "ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring", "compilation",
+    "ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring", "compilation", "loss",
     "in backward", "micro-batches", "another layout",
 }  # fmt: skip
 DRAWN = Path(__file__).with_name("cases.txt")

@@ -114,7 +114,7 @@ def _grown(case: set[str], left: set[Pair], allowed: set[Pair], folder: Path, ch
 
 FAMILIES = {
     "Layout": ("ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring"),
-    "Numbers": ("precision", "reduction", "parameters", "compilation", "in backward"),
+    "Numbers": ("precision", "reduction", "parameters", "compilation", "loss", "in backward"),
     "Optimizer": ("optimizer", "low-rank states", "low-rank side", "assignment"),
     "Sparsity": ("sparsity",),
     "Model and batch": (
@@ -132,9 +132,9 @@ the two rounds to fewer bits, and the losses are as near to those of 64 bits as 
 refused before it starts, in the words below. A dash: the two are choices of one. Cases up to {now} run in `make test`, the others
 with `pytest --full`.
 
-`accumulation` is several micro-batches a step, `assign` 8-bit states for the embedding by `optim.assign`, `norms` is
-`log.norms_every`, `moved` a run that began on one process and went on on this layout; with `on_spike` one step is a spike. Not here:
-`sparsity.semi_structured`, which needs a GPU (`benchmarks/gpu.py`).
+`fused_loss` and `plain_loss` are the two values of `memory.fused_loss`, `accumulation` is several micro-batches a step, `assign`
+8-bit states for the embedding by `optim.assign`, `norms` is `log.norms_every`, `moved` a run that began on one process and went on on
+this layout; with `on_spike` one step is a spike. Not here: `sparsity.semi_structured`, which needs a GPU (`benchmarks/gpu.py`).
 """
 RESUMED = {
     "fixed": "a checkpoint must agree in it",

@@ -50,6 +50,13 @@ PLACES = {**dict.fromkeys(("columns", "rows"), "*i32"), **dict.fromkeys(("live",
 CONDENSED = {x: {**dict.fromkeys(("xt", "values", "out"), f"*{x}"), **PLACES} for x in ("fp32", "bf16")}
 ONE_VECTOR = {"ABLATED": False, "STEPS": 1, "ROWS": 4, "WIDTH": 512, "BATCH": 1}
 MANY_VECTORS = {"ABLATED": True, "STEPS": 20, "ROWS": 4, "WIDTH": 16, "BATCH": 64}
+LOSS = {**dict.fromkeys(("tokens", "words", "dim"), "i32"), "labels": "*i64", "ROWS": 128, "COLUMNS": 128}
+SUMS = {**LOSS, **dict.fromkeys(("sums", "at_label"), "*fp32"), "tiles": "i32"}
+GRADIENT = {**LOSS, **dict.fromkeys(("lse", "g"), "*fp32")}
+TILE = {
+    "bf16": {"x": "*bf16", "w": "*bf16", "DEPTH": 64, "TF32": False, "WIDEN": False},
+    "fp32": {"x": "*fp32", "w": "*fp32", "DEPTH": 32, "TF32": True, "WIDEN": False},
+}
 
 # Of every argument its type, or its value if it is a constant of the program. Every processor sees every kernel; the
 # variants of a kernel (dtypes, alignment) are spread over the first two.
@@ -88,6 +95,10 @@ VARIANTS = [
     (80, "nm", "nm", {"w": "*i64", "out": "*i64", **GROUPS, "LARGEST": 2**63 - 1, "MASK": False}),
     (90, "nm", "nm", {"w": "*i32", "out": "*i32", **GROUPS, "M": 3, "LARGEST": 2**31 - 1, "MASK": False}),
     (90, "nm", "nm", {"w": "*i32", "out": "*i8", **GROUPS, "LARGEST": 2**31 - 1, "MASK": True}),
+    (80, "cross_entropy", "sum_and_label", SUMS | TILE["bf16"]),
+    (90, "cross_entropy", "sum_and_label", SUMS | TILE["fp32"]),
+    (80, "cross_entropy", "logit_gradient", GRADIENT | TILE["fp32"] | {"dz": "*fp32"}),
+    (90, "cross_entropy", "logit_gradient", GRADIENT | TILE["bf16"] | {"dz": "*bf16"}),
 ]
 
 KERNELS = [*VARIANTS, *{case[1:3]: (100, *case[1:]) for case in VARIANTS}.values()]

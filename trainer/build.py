@@ -17,10 +17,11 @@ def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:
     attend, axis = attention_on(mesh), mesh.pipeline
     if axis is None:
         with torch.device("meta"):
-            return Decoder(config.model, attend=attend)
+            return Decoder(config.model, attend=attend, fused_loss=config.memory.fused_loss)
     dtype, folder = compute_dtype(config.precision), Path(config.run_dir) / "pipeline"
-    plan = make_plan(config.parallel, config.model, config.batch, dtype, folder, mesh)
+    plan = make_plan(config.parallel, config.model, config.batch, config.memory, dtype, folder, mesh)
     with torch.device("meta"):
         mine = plan.schedule.stages_of(axis.rank)
-        decoders = {stage: Decoder(config.model, plan.layers[stage], attend) for stage in mine}
+        fused = config.memory.fused_loss
+        decoders = {stage: Decoder(config.model, plan.layers[stage], attend, fused) for stage in mine}
         return StagedDecoder(decoders, plan.schedule)

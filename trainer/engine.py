@@ -75,7 +75,7 @@ class WholeModel:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches, 1):
             begin_micro_batch(self.model, self.zero, last=number == len(batches))
-            loss, tokens = summed_loss(self.model, batch.to(self.device))
+            loss, tokens = summed_loss(self.model, batch.to(self.device), scale)
             (loss * scale).backward()
             totals += torch.stack((loss.detach(), tokens)).double()
         finish_backward(self.model)

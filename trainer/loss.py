@@ -2,27 +2,17 @@
 
 import math
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rowwise.trainer.data.batches import MicroBatch
-from rowwise.trainer.data.corpus import IGNORE
+from rowwise.trainer.models.decoder import Target
 
 
-def summed_loss(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """(sum over valid tokens of -log p(label), number of valid tokens), of this rank's micro-batch.
-
-    At least float32: the sum over a vocabulary is lost in 16 bits.
-    """
-    return loss_of(model(batch.inputs, batch.positions, batch.documents), batch.labels)
-
-
-def loss_of(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums the loss of logits, as `summed_loss` does."""
-    wide = logits_BSV if logits_BSV.dtype == torch.float64 else logits_BSV.float()
-    loss = F.cross_entropy(wide.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORE, reduction="sum")
-    return loss, (labels_BS != IGNORE).sum()
+def summed_loss(model: nn.Module, batch: MicroBatch, scale: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gives (sum over valid tokens of -log p(label), number of valid tokens) of this rank's micro-batch, the sum at least float32.
+    `scale`: what the backward that follows will multiply it by, where that is known."""
+    loss = model(batch.inputs, batch.positions, batch.documents, Target(batch.labels, scale))
+    return loss.total, loss.tokens
 
 
 def mean_loss(loss_sum: float, tokens: float) -> float:

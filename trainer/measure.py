@@ -15,15 +15,15 @@ import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from rowwise.parallel.activations.config import MemoryConfig
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.device import Clock, Mark, device_of
 from rowwise.parallel.lanes import receive_from, send_to
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import attention_on, positions_on
 from rowwise.trainer.data.batches import BatchConfig
-from rowwise.trainer.loss import loss_of
 from rowwise.trainer.models.config import ModelConfig
-from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.models.decoder import Decoder, Target
 
 REPEATS = 5
 
@@ -71,13 +71,15 @@ def read_part_times(path: Path) -> PartTimes:
         raise ValueError(f"parallel.pipeline_costs={path}: {where}: {first['msg']}") from None
 
 
-def measure_parts(model: ModelConfig, batch: BatchConfig, dtype: torch.dtype, split: bool, mesh: Mesh) -> PartTimes:
+def measure_parts(
+    model: ModelConfig, batch: BatchConfig, memory: MemoryConfig, dtype: torch.dtype, split: bool, mesh: Mesh
+) -> PartTimes:
     """Returns medians of a few repeats, and of those the slowest rank's. `dtype`: of computation; `split`: whether weights are
     gathered. All ranks must call it."""
     positions = positions_on(mesh, batch.seq_len)
     length = batch.seq_len if positions is None else len(positions)
     tokens = torch.zeros(batch.micro_size, length, dtype=torch.int64, device=mesh.device)
-    ends = [_time_stage(replace(model, layers=3), layer, tokens, dtype, mesh) for layer in range(3)]
+    ends = [_time_stage(replace(model, layers=3), layer, tokens, memory, dtype, mesh) for layer in range(3)]
     send = _time_message(torch.zeros(*tokens.shape, model.dim, dtype=dtype, device=mesh.device), mesh)
     gather = _time_gather(model, dtype, mesh) if split else 0.0
     seconds = torch.tensor([*(t for end in ends for t in end), send, gather], dtype=torch.float64)
@@ -88,21 +90,20 @@ def measure_parts(model: ModelConfig, batch: BatchConfig, dtype: torch.dtype, sp
 
 
 def _time_stage(
-    model: ModelConfig, layer: int, tokens: Tensor, dtype: torch.dtype, mesh: Mesh
+    model: ModelConfig, layer: int, tokens: Tensor, memory: MemoryConfig, dtype: torch.dtype, mesh: Mesh
 ) -> tuple[float, float, float]:
     device = mesh.device
     with torch.device(device):
-        stage = Decoder(model, range(layer, layer + 1), attention_on(mesh)).to(dtype)
+        stage = Decoder(model, range(layer, layer + 1), attention_on(mesh), memory.fused_loss).to(dtype)
         positions = torch.arange(tokens.size(1)).expand_as(tokens)
         x = torch.randn(*tokens.shape, model.dim, dtype=dtype)
-    clock = Clock(device_of(device))
+    clock, last = Clock(device_of(device)), stage.norm is not None
     rounds = []
     for _ in range(REPEATS + 1):
         later, marks = WeightGradients(), [clock.mark()]
         with deferred(later):
-            y = stage(tokens if layer == 0 else x.detach().requires_grad_(), positions)
-        if stage.norm is not None:
-            y, _ = loss_of(y, tokens)
+            given = tokens if layer == 0 else x.detach().requires_grad_()
+            y = stage(given, positions, None, Target(tokens)).total if last else stage(given, positions)
         marks.append(clock.mark())
         y.backward(None if y.ndim == 0 else torch.ones_like(y))
         marks.append(clock.mark())

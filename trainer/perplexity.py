@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rowwise.kernels.products import float32_products
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
-from rowwise.trainer.loss import loss_of, mean_loss
+from rowwise.trainer.loss import mean_loss
+from rowwise.trainer.models.decoder import Target
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,16 @@ def measure(model: nn.Module, batches: Iterable[MicroBatch], sizes: list[int] | 
     with float32_products("high" if tf32 and device.type == "cuda" else "highest"):
         for batch in batches:
             batch = batch.to(device)
-            logits = model(batch.inputs, batch.positions, batch.documents)
-            totals += torch.stack([*loss_of(logits, batch.labels), *_of_text(logits, batch.labels, bytes_V)])
+            loss = model(batch.inputs, batch.positions, batch.documents, Target(batch.labels))
+            totals += torch.stack([loss.total, loss.tokens, *_of_text(loss.each, batch.labels.flatten(), bytes_V)])
     nats, tokens, marks, text_bytes = totals.tolist()
     return Measured(nats, int(tokens), nats - marks, None if sizes is None else int(text_bytes))
 
 
-def _of_text(logits_BSV: Tensor, labels_BS: Tensor, bytes_V: Tensor | None) -> tuple[Tensor, Tensor]:
+def _of_text(losses_N: Tensor, labels_N: Tensor, bytes_V: Tensor | None) -> tuple[Tensor, Tensor]:
     """(nats of the labels that are no text, bytes of those that are)."""
     if bytes_V is None:
-        return logits_BSV.new_zeros(()), labels_BS.new_zeros(())
-    valid = labels_BS != IGNORE
-    bytes_BS = bytes_V[labels_BS.clamp_min(0)] * valid
-    marks = valid & (bytes_BS == 0)
-    return loss_of(logits_BSV[marks][None], labels_BS[marks][None])[0], bytes_BS.sum()
+        return losses_N.new_zeros(()), labels_N.new_zeros(())
+    valid = labels_N != IGNORE
+    bytes_N = bytes_V[labels_N.clamp_min(0)] * valid
+    return (losses_N * (valid & (bytes_N == 0))).sum(), bytes_N.sum()

@@ -6,6 +6,7 @@ gradients cross stages.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from rowwise.kernels.spec import Specs
+from rowwise.parallel.activations.config import MemoryConfig
 from rowwise.parallel.mesh import Mesh, ParallelConfig
 from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.parallel.pipeline import Forward, Pipeline, Step, Trace
 from rowwise.parallel.pipeline_schedule.order import Schedule, write_csv
 from rowwise.parallel.pipeline_schedule.trace import align, write_trace
 from rowwise.trainer.data.batches import BatchConfig, MicroBatch
-from rowwise.trainer.loss import loss_of
 from rowwise.trainer.measure import measure_parts, read_part_times
 from rowwise.trainer.models.config import ModelConfig
-from rowwise.trainer.models.decoder import Decoder, parameter_specs
+from rowwise.trainer.models.decoder import Decoder, Target, parameter_specs
 from rowwise.trainer.stages import (
     PLAN_KEYS,
     SEQUENCE_KEYS,
@@ -36,6 +37,9 @@ from rowwise.trainer.stages import (
 )
 
 T = TypeVar("T")
+Last = Callable[
+    [Target | None], Any
+]  # the last stage's forward of a micro-batch, to its logits or to the loss of a target
 
 
 class StagedDecoder(nn.Module):
@@ -79,10 +83,10 @@ class PipelineStages:
         here = [batch.to(self._device) for batch in batches]
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
 
-        def loss(i: int, logits: Tensor) -> Tensor:
-            loss, tokens = loss_of(logits, here[i].labels)
-            totals.add_(torch.stack((loss.detach(), tokens)).double())
-            return loss
+        def loss(last: Last, i: int) -> Tensor:
+            total, tokens, _ = last(Target(here[i].labels))
+            totals.add_(torch.stack((total.detach(), tokens)).double())
+            return total
 
         step = self.pipeline.begin(self._forward(here, loss), lambda: self._buffer(here[0]), trace)
         self._begun = step, totals
@@ -112,8 +116,9 @@ class PipelineStages:
         for begin in range(0, len(every), size):
             here = [batch.to(self._device) for batch in every[begin : begin + size]]
 
-            def loss(i: int, logits: Tensor, here: list[MicroBatch] = here) -> Tensor:
-                return totals.add_(torch.stack(loss_of(logits, here[i].labels)).double())
+            def loss(last: Last, i: int, here: list[MicroBatch] = here) -> Tensor:
+                total, tokens, _ = last(Target(here[i].labels))
+                return totals.add_(torch.stack((total, tokens)).double())
 
             forward = self._forward(here, loss)
             self.pipeline.forward_only(forward, lambda: self._buffer(every[0]), len(here), refresh=begin == 0)
@@ -124,7 +129,8 @@ class PipelineStages:
         here = batch.to(self._device)
         found = torch.zeros(self._model.config.vocab_size, dtype=torch.float64, device=self._device)
 
-        def keep(_: int, logits: Tensor) -> Tensor:
+        def keep(last: Last, _: int) -> Tensor:
+            logits = last(None)
             return found if place is None else found.copy_(logits[0, place])
 
         self.pipeline.forward_only(self._forward([here], keep), lambda: self._buffer(here), 1, refresh)
@@ -134,13 +140,13 @@ class PipelineStages:
     def release(self) -> None:
         """Does nothing: every pass frees what it gathered."""
 
-    def _forward(self, batches: list[MicroBatch], finish: Callable[[int, Tensor], Tensor]) -> Forward:
-        """What each stage does with each micro-batch; `finish` takes its logits."""
+    def _forward(self, batches: list[MicroBatch], finish: Callable[[Last, int], Tensor]) -> Forward:
+        """What each stage does with each micro-batch; `finish` makes of the last what it is for."""
 
         def forward(stage: int, i: int, x: Tensor | None) -> Tensor:
             batch, decoder = batches[i], self._model.decoders[stage]
-            y = decoder(batch.inputs if x is None else x, batch.positions, batch.documents)
-            return y if decoder.norm is None else finish(i, y)
+            run = partial(decoder, batch.inputs if x is None else x, batch.positions, batch.documents)
+            return run() if decoder.norm is None else finish(run, i)
 
         return forward
 
@@ -161,7 +167,13 @@ def connect_stages(model: StagedDecoder, parallel: ParallelConfig, dtype: torch.
 
 
 def make_plan(
-    config: ParallelConfig, model: ModelConfig, batch: BatchConfig, dtype: torch.dtype, folder: Path, mesh: Mesh
+    config: ParallelConfig,
+    model: ModelConfig,
+    batch: BatchConfig,
+    memory: MemoryConfig,
+    dtype: torch.dtype,
+    folder: Path,
+    mesh: Mesh,
 ) -> Plan:
     """The plan of the run; rank 0 makes it for all. What `auto` finds is kept in `folder` and found there again."""
     micro_batches = batch.global_size // batch.micro_size // mesh.data_degree
@@ -183,7 +195,7 @@ def make_plan(
     if auto and config.pipeline_costs is not None:
         times = read_part_times(Path(config.pipeline_costs).expanduser()) if mesh.rank == 0 else None
     elif auto:
-        times = measure_parts(model, batch, dtype, config.zero == 3, mesh)
+        times = measure_parts(model, batch, memory, dtype, config.zero == 3, mesh)
     if mesh.rank == 0:
         plan = plan_pipeline(config, model, batch.seq_len, micro_batches, times)
         if times is not None:

@@ -23,7 +23,7 @@ from rowwise.trainer.metadata import METADATA, read_metadata
 from rowwise.trainer.metrics import Recorded, read_metrics
 
 # What was so before it was kept, where no default says so.
-BEFORE: dict[str, Any] = {"sparsity.name": "none", "on_spike": "record"}
+BEFORE: dict[str, Any] = {"sparsity.name": "none", "on_spike": "record", "memory.fused_loss": False}
 
 
 def model_facts(config: TrainConfig) -> dict[str, Any]:

@@ -59,6 +59,11 @@ class Source:
         """Whether products of the run on a GPU were in TF32."""
         return self.config["precision"]["name"] == "fp32" and self.config["precision"].get("tf32", True)
 
+    @property
+    def fused_loss(self) -> bool:
+        """Whether it made its loss without logits; a release that had no such choice made them."""
+        return self.config.get("memory", {}).get("fused_loss", False)
+
 
 def device_named(name: str | None) -> torch.device:
     """Returns the device of that name; None: a GPU where there is one. Raises ValueError where it is not there."""
@@ -76,7 +81,7 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype | None =
     that in which the run computed. Raises ValueError where the checkpoint cannot be read, or the device has not
     the memory."""
     with torch.device("meta"):
-        model = Decoder(source.model).to(dtype or source.precision)
+        model = Decoder(source.model, fused_loss=source.fused_loss).to(dtype or source.precision)
     _require_room(model, device)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     fill_(model, source)

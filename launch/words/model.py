@@ -32,8 +32,9 @@ WORDS = (
     Word("attn_implementation use_flash_attn flash_attention use_flash_attention sdp_attention attention_backend "
          "flash_attention_2 flex_attention xformers_attention",
          means="attention is chosen by the device: FlashAttention on GPUs in 16 bits; leave it out"),
-    Word("use_liger_kernel chunked_cross_entropy cross_entropy_loss_fusion cut_cross_entropy flash_attn_cross_entropy",
-         means="kernels are chosen by the device; leave it out"),
+    Word("use_liger_kernel flash_attn_cross_entropy", means="kernels are chosen by the device; leave it out"),
+    Word("chunked_cross_entropy cross_entropy_loss_fusion cut_cross_entropy", "memory.fused_loss={value}",
+         "the loss is made a tile of logits at a time; it is so where nothing is said"),
     Word("torch_compile compile.enable training.compile", "compile={value}", "torch.compile of each block"),
     Word("torch_compile_backend torch_compile_mode compile.backend", "compile=true", "by torch's own backend and mode"),
     Word("lora_r lora_rank lora_alpha lora_dropout lora_target_modules adapter use_peft peft qlora lora_target_linear "

@@ -11,9 +11,12 @@ from rowwise.conf.refusal import Refusal, Refusals
 class MemoryConfig:
     """`recompute`: what layers keep for the backward; the rest is computed again in it, the numbers are the same. `none`: everything
     stays; `selective`: what a product or attention makes; `full`: what goes into a layer; a number from 0 to 1: the share of
-    a layer's bytes that may stay (never less than `full`), chosen so that the fewest operations are made again."""
+    a layer's bytes that may stay (never less than `full`), chosen so that the fewest operations are made again.
+    `fused_loss`: the loss and its gradients are made a tile of logits at a time (`kernels.cross_entropy`); false: all logits of a
+    micro-batch stand in memory, several times."""
 
     recompute: MayChange[Literal["none", "selective", "full"] | float] = "none"
+    fused_loss: MayChange[bool] = True
 
 
 RECOMPUTE: Refusals = (

@@ -1,16 +1,17 @@
-"""A decoder-only transformer: an embedding, layers of one kind, a norm, a head.
+"""A decoder-only transformer: an embedding, layers of one kind, a norm, a head, and the loss of it.
 
 Shapes: B sequences, S tokens, D model dim, E head dim, V vocabulary.
 """
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rowwise.kernels.attention import causal_attention
+from rowwise.kernels.cross_entropy import Loss, cross_entropy, linear_cross_entropy
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.kernels.visible import Documents
 from rowwise.trainer.models.blocks import Attend, Block, Layer
@@ -92,34 +93,72 @@ class StableEmbedding(nn.Embedding):
         return F.layer_norm(e_BSD.to(wide), self.norm.normalized_shape, scale, shift, self.norm.eps).to(e_BSD.dtype)
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a model is to predict: `labels` (B, S), negative where there is none; `scale`: what its loss will be multiplied by in the
+    backward, where that is known."""
+
+    labels: Tensor
+    scale: float | Tensor | None = None
+
+
+class Head(nn.Linear):
+    """Logits, or their loss; `fused`: that of the logits without the logits (`kernels.cross_entropy`)."""
+
+    def __init__(self, dim: int, vocab_size: int, fused: bool = True):
+        super().__init__(dim, vocab_size, bias=False)
+        self.fused = fused
+
+    def forward(self, x: Tensor, target: Target | None = None) -> Tensor | Loss:  # type: ignore[override]
+        return apply_head(x, self.weight, target, self.fused)
+
+
+def apply_head(x_BSD: Tensor, w_VD: Tensor, target: Target | None, fused: bool) -> Tensor | Loss:
+    """Gives the logits (B, S, V), or with a target the loss of them."""
+    if target is None:
+        return F.linear(x_BSD, w_VD)
+    x_ND, labels_N = x_BSD.flatten(0, 1), target.labels.flatten()
+    if fused:
+        return linear_cross_entropy(x_ND, w_VD, labels_N, target.scale)
+    return cross_entropy(F.linear(x_ND, w_VD), labels_N)
+
+
 class Decoder(nn.Module):
-    """Tokens to logits, or a stage of that: the embedding before the first layer, `layers` of the model's, the norm and
+    """Tokens to logits or their loss, or a stage of that: the embedding before the first layer, `layers` of the model's, the norm and
     the head after the last. What is not in the stage is None.
 
     A tied head is the embedding's own matrix; in a stage that has no embedding it is a copy (`tied_copy`). `attend` is
-    all that looks at other tokens.
+    all that looks at other tokens. `fused_loss`: a loss is made without logits.
     """
 
-    def __init__(self, config: ModelConfig, layers: range | None = None, attend: Attend = causal_attention):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: range | None = None,
+        attend: Attend = causal_attention,
+        fused_loss: bool = True,
+    ):
         super().__init__()
         layers = range(config.layers) if layers is None else layers
-        self.config, self.attend = config, attend
+        self.config, self.attend, self.fused_loss = config, attend, fused_loss
         first, last = layers.start == 0, layers.stop == config.layers
         embedding = StableEmbedding if config.stable_embedding else nn.Embedding
         self.embed = embedding(config.vocab_size, config.dim, _weight=_normal(config)) if first else None
         self.blocks = nn.ModuleDict({str(layer): BLOCKS[config.block](config) for layer in layers})
         self.norm = RMSNorm(config.dim, eps=config.norm_eps) if last else None
         needs_head = last and not (first and config.tie_embeddings)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False) if needs_head else None
+        self.head = Head(config.dim, config.vocab_size, fused_loss) if needs_head else None
 
     @property
     def tied_copy(self) -> Tensor | None:
         """The copy of another stage's embedding that this one has for a head."""
         return self.head.weight if self.config.tie_embeddings and self.head is not None else None
 
-    def forward(self, x: Tensor, positions_BS: Tensor, documents: Documents | None = None) -> Tensor:
-        """Tokens (B, S), or what the stage before gave (B, S, D), to what the next one takes, or logits (B, S, V).
-        `positions` count from 0 inside a document; with `documents` a token attends only inside its own."""
+    def forward(
+        self, x: Tensor, positions_BS: Tensor, documents: Documents | None = None, target: Target | None = None
+    ) -> Tensor | Loss:
+        """Takes tokens (B, S), or what the stage before gave (B, S, D), to what the next one takes, or to logits (B, S, V), or with
+        a target to the loss. `positions` count from 0 inside a document; with `documents` a token attends only inside its own."""
         x_BSD = x if self.embed is None else self.embed(x)
         cos_BSE, sin_BSE = rope_tables(positions_BS, self.config, x_BSD.dtype)
         for block in self.blocks.values():
@@ -128,9 +167,9 @@ class Decoder(nn.Module):
             return x_BSD
         x_BSD = self.norm(x_BSD)
         if self.head is not None:
-            return self.head(x_BSD)
+            return self.head(x_BSD, target)
         assert self.embed is not None
-        return F.linear(x_BSD, self.embed.weight)
+        return apply_head(x_BSD, self.embed.weight, target, self.fused_loss)
 
     def parameter_specs(self) -> Specs:
         """Gives the spec of every parameter of the whole model, whichever stage of it this is."""
