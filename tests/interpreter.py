@@ -3,17 +3,16 @@
 Triton reads its environment as it is imported, so nothing here may import it."""
 
 import importlib
+import multiprocessing
 import os
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ranks import quick_start
-
 
 def interpreted(module: str, function: str, *arguments: Any) -> None:
     """Calls a function of a test module where Triton runs on the CPU."""
-    context = quick_start()
+    context = multiprocessing.get_context("spawn")  # what forks ranks has imported torch's compiler, and Triton with it
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(theirs, module, function, arguments))
     process.start()
