@@ -48,5 +48,5 @@ class AdamW:
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
-    """Unquantised states are float32, or float64 where the parameters are."""
+    """Returns the dtype of states in full: float32, or float64 where the parameters are."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
