@@ -25,10 +25,12 @@ _INPUT_GRADIENTS: dict[Any, Callable[..., Tensor]] = {F.linear: torch.matmul, nm
 
 
 class WeightGradients:
-    """What is left to do for the weights of one stage and one micro-batch."""
+    """What is left to do for the weights of one stage and one micro-batch. `hold` keeps what W needs of I, and returns what gives
+    it."""
 
-    def __init__(self) -> None:
+    def __init__(self, hold: Callable[[Tensor], Callable[[], Tensor]] = lambda x: lambda: x) -> None:
         self._work: list[Callable[[], None]] = []
+        self.hold = hold
 
     def add(self, work: Callable[[], None]) -> None:
         self._work.append(work)
@@ -84,7 +86,8 @@ def _linear(
 
 
 def _keep(later: WeightGradients, weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
-    later.add(lambda: add_weight_gradient_(weight, x, dy))
+    held = later.hold(x)
+    later.add(lambda: add_weight_gradient_(weight, held(), dy))
 
 
 class _InputGradient(torch.autograd.Function):

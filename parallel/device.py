@@ -26,6 +26,19 @@ class Mark(Protocol):
         """Returns the milliseconds from here to a later one, both of which the stream has come to."""
 
 
+class Copies(Protocol):
+    """Copies between a device and the host, beside what it computes."""
+
+    def away(self, t: Tensor) -> tuple[Tensor, Mark]:
+        """Begins a copy of `t` on the host, once it is computed, and marks its end; `t` must live until then."""
+
+    def back(self, here: Tensor) -> tuple[Tensor, Mark]:
+        """Begins a copy of `here` on the device, and marks its end; `here` may be let go of at once."""
+
+    def join(self, t: Tensor, mark: Mark) -> None:
+        """Has all that is computed from now on wait for the mark, after which it may use `t`, or its memory."""
+
+
 class Device(Protocol):
     """A kind of device. `pins`: whether it copies to the host by itself, into pinned memory."""
 
@@ -39,6 +52,9 @@ class Device(Protocol):
 
     def pin(self, memory: Tensor) -> None:
         """Pins host memory for as long as it is used."""
+
+    def copies(self) -> Copies:
+        """Opens streams for copies to the host and back."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,44 @@ class Moment:
         return (later.seconds - self.seconds) * 1e3
 
 
+class HostCopies:
+    """Copies of the host's own memory, which are made at once; there is nowhere to bring them back to."""
+
+    def away(self, t: Tensor) -> tuple[Tensor, Mark]:
+        return t.clone(), Moment(time.perf_counter())
+
+    def back(self, here: Tensor) -> tuple[Tensor, Mark]:
+        return here, Moment(time.perf_counter())
+
+    def join(self, t: Tensor, mark: Mark) -> None: ...
+
+
+class GpuCopies:
+    """Copies of a GPU, in two streams: one out, one back."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._out, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def away(self, t: Tensor) -> tuple[Tensor, Mark]:
+        self._out.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._out):
+            here = torch.empty_like(t, device="cpu", pin_memory=True)
+            here.copy_(t, non_blocking=True)
+            return here, self._out.record_event()
+
+    def back(self, here: Tensor) -> tuple[Tensor, Mark]:
+        self._back.wait_stream(self._out)  # what left last may come back first
+        with torch.cuda.stream(self._back):
+            t = here.to(self._device, non_blocking=True)
+            return t, self._back.record_event()
+
+    def join(self, t: Tensor, mark: Mark) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(mark)  # type: ignore[arg-type]
+        t.record_stream(stream)
+
+
 class Host:
     """The CPU: no streams, and memory that is the host's."""
 
@@ -65,6 +119,9 @@ class Host:
     def own_stream(self) -> None: ...
 
     def pin(self, memory: Tensor) -> None: ...
+
+    def copies(self) -> Copies:
+        return HostCopies()
 
 
 @dataclass(frozen=True)
@@ -93,6 +150,9 @@ class Gpu:
             )
         else:
             weakref.finalize(memory, cudart.cudaHostUnregister, memory.data_ptr()).atexit = False
+
+    def copies(self) -> Copies:
+        return GpuCopies(self.device)
 
 
 def device_of(device: torch.device) -> Device:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rowwise.kernels.rows import local
+from rowwise.parallel.activations.saved import keeper_of
 from rowwise.parallel.channels import Channels
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.device import Clock, Mark, device_of
@@ -205,7 +206,8 @@ class Pipeline:
     def _forward(self, action: Action, step: Step, x: Tensor | None) -> Tensor | None:
         """F. Returns what goes to the next stage."""
         stage, _, i = action
-        later = WeightGradients() if (stage, i) in self._split else None
+        keeper = keeper_of(self.stages[stage])
+        later = WeightGradients(*([] if keeper is None else [keeper.read.hold])) if (stage, i) in self._split else None
         if x is not None:
             x.requires_grad_()
         with deferred(later) if later is not None else nullcontext():

@@ -64,12 +64,17 @@ def runs_of(order: RING_ORDER, rank: int, ring: int, length: int) -> tuple[Run, 
     return Run(rank * chunk, 1, chunk), Run((2 * ring - 1 - rank) * chunk, 1, chunk)
 
 
-def positions_of(axes: SequenceAxes, length: int) -> Tensor:
-    """Returns the positions in a sequence of `length` tokens that this rank has; those from `length` on are padding."""
+def ring_positions(axes: SequenceAxes, length: int) -> Tensor:
+    """Returns the positions in a sequence of `length` tokens that this rank's place in the ring has, over its ranks of Ulysses;
+    those from `length` on are padding."""
     ring, ulysses = axes.ring, axes.ulysses
     runs = runs_of(axes.order, ring.rank, ring.size, padded_length(length, axes.order, ring.size, ulysses.size))
-    positions = torch.cat([run.start + run.stride * torch.arange(run.length) for run in runs])
-    return positions.chunk(ulysses.size)[ulysses.rank]
+    return torch.cat([run.start + run.stride * torch.arange(run.length) for run in runs])
+
+
+def positions_of(axes: SequenceAxes, length: int) -> Tensor:
+    """Returns the positions in a sequence of `length` tokens that this rank has; those from `length` on are padding."""
+    return ring_positions(axes, length).chunk(axes.ulysses.size)[axes.ulysses.rank]
 
 
 def positions_on(mesh: Mesh, length: int) -> Tensor | None:
@@ -77,27 +82,39 @@ def positions_on(mesh: Mesh, length: int) -> Tensor | None:
     return None if mesh.sequence is None else positions_of(mesh.sequence, length)
 
 
+# What looks from queries (B, S, H, E) at keys and values (B, S, K, E), each inside its document.
+Attend = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
+
+
 @dataclass(frozen=True)
-class SequenceAttention:
-    """Attention as `kernels.attention.causal_attention`, of what each rank has of the sequences."""
+class RingAttention:
+    """Attention as `kernels.attention.causal_attention`, of the tokens that each rank of a ring has."""
 
     axes: SequenceAxes
 
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        if self.axes.ring.size == 1:
+            return causal_attention(q, k, v, documents)
+        return ring_attention(q, k, v, documents, self.axes.ring, self.axes.order)
+
+
+@dataclass(frozen=True)
+class SequenceAttention:
+    """Attention as `kernels.attention.causal_attention`, of what each rank has of the sequences. `around`: does it for
+    the ring, with some of the heads of all tokens that this rank's place in it has; None: `RingAttention`."""
+
+    axes: SequenceAxes
+    around: Attend | None = None
+
     @left_to_python  # messages
     def __call__(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None) -> Tensor:
-        ulysses = self.axes.ulysses
+        ulysses, around = self.axes.ulysses, self.around or RingAttention(self.axes)
         if ulysses.size == 1:
-            return self._around(q_BSHE, k_BSKE, v_BSKE, documents)
-        return to_tokens(self._around(*to_heads(q_BSHE, k_BSKE, v_BSKE, ulysses), documents), ulysses)
-
-    def _around(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        ring = self.axes.ring
-        if ring.size == 1:
-            return causal_attention(q, k, v, documents)
-        return ring_attention(q, k, v, documents, ring, self.axes.order)
+            return around(q_BSHE, k_BSKE, v_BSKE, documents)
+        return to_tokens(around(*to_heads(q_BSHE, k_BSKE, v_BSKE, ulysses), documents), ulysses)
 
 
-def attention_on(mesh: Mesh) -> Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]:
+def attention_on(mesh: Mesh) -> Attend:
     """Returns what a model on this mesh attends with."""
     return causal_attention if mesh.sequence is None else SequenceAttention(mesh.sequence)
 

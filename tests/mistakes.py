@@ -21,6 +21,7 @@ MISTAKES = {
         ("--fp16 true", "precision=fp16"),
         ("--tf32 false", "precision.tf32=false"),
         ("--gradient_checkpointing", "memory.recompute=full"),
+        ("--activation_offloading", "memory.offload_activations=cpu"),
         ("--max_grad_norm 1.0", "clip_norm=1.0"),
         ("--adam_beta2 0.95", "optim.betas=[0.9,0.95]"),
         ("--adam_epsilon 1e-8", "optim.eps=1e-8"),

@@ -383,6 +383,23 @@ REFUSED = {
     "name": (["name=a/b"], r"name='a/b'"),
     "more than all activations": (["memory.recompute=1.5"], r"memory.recompute=1.5: .* may stay, from 0 to 1"),
     "less than no activation": (["memory.recompute=-0.1"], r"memory.recompute=-0.1: .* may stay, from 0 to 1"),
+    "codes of compiled blocks": (
+        ["memory.compress=int8", "compile=true"],
+        r"memory.compress=int8 with compile=true: what a compiled block keeps is the compiler's choice",
+    ),
+    "codes of what others make again": (
+        ["memory.compress=int8", "memory.recompute=full", "parallel.ulysses=2"],
+        r"memory.compress=int8 with memory.recompute=full parallel.ulysses=2 parallel.ring=1: ranks that share sequences keep",
+    ),
+    "another number of bits": (["memory.compress=int4"], r"memory.compress='int4': .*'none' or 'int8'"),
+    "compiled blocks off the device": (
+        ["memory.offload_activations=cpu", "compile=true"],
+        r"memory.offload_activations=cpu with compile=true: a compiled block keeps what the compiler chooses on the device",
+    ),
+    "activations in no folder": (
+        ["memory.offload_activations=nvme"],
+        r"memory.offload_activations=nvme: there is no such folder; possible are none, cpu, or the path of a folder",
+    ),
     "another way to recompute": (
         ["memory.recompute=half"],
         r"memory.recompute='half': .*'none', 'selective' or 'full'",

@@ -20,6 +20,7 @@ from parity import Trace, assert_all_same, engine_on, run_layouts, run_plain, sm
 from rowwise.kernels.attention import causal_attention
 from rowwise.kernels.visible import Documents
 from rowwise.launch.compose import compose_tree
+from rowwise.parallel.activations import saved
 from rowwise.parallel.activations.choose import fill, kept_results
 from rowwise.parallel.activations.config import MemoryConfig
 from rowwise.parallel.activations.recompute import Keeping, recompute_whole
@@ -180,40 +181,55 @@ def with_documents(arguments: list, documents: Documents | None) -> list:
 
 
 class Recorded:
-    """A form that keeps copies, and writes down what it is given and asked."""
+    """A store that keeps copies, and writes down what it is given and asked."""
 
     def __init__(self):
         self.stored, self.asked = [], []
 
-    def keep(self, name, tensors):
-        self.stored.append(name)
-        copies = tuple(t.clone() for t in tensors)
+    def begin_forward(self): ...
+
+    def begin_block(self): ...
+
+    def close(self): ...
+
+    def put(self, tensors):
+        number, copies = len(self.stored), tuple(t.clone() for t in tensors)
+        self.stored.append(number)
 
         def back():
-            self.asked.append(name)
+            self.asked.append(number)
             return copies
 
         return back
 
 
+def stored_block(kept: frozenset[str], monkeypatch) -> tuple[Block, Recorded]:
+    """A layer all of whose kept tensors, however small, are stored."""
+    monkeypatch.setattr(saved, "LEAST_BYTES", 0)
+    block, store = made(SMALL), Recorded()
+    keeper = saved.Keeper(store=store)
+    block.making = Keeping(kept, keeper)
+    keeper.around("0", block)
+    return block, store
+
+
 @pytest.mark.parametrize(
     "kept", [frozenset(), frozenset({"qkv", "y", "h"}), Block.results(SMALL, ALONE).names], ids=len
 )
-def test_each_result_is_stored_once_and_asked_for_once(kept):
-    """Whatever number of operators take it, and what is made again of it."""
-    block, form = made(SMALL), Recorded()
-    plain = backward(block, given(SMALL))
-    block.making = Keeping(kept, form)
+def test_each_result_is_stored_once_and_asked_for_once(kept, monkeypatch):
+    """Whatever number of operators take it, and what is made again of it. And the log-sum-exp, and the norms' reciprocals."""
+    plain = backward(made(SMALL), given(SMALL))
+    block, store = stored_block(kept, monkeypatch)
     assert all(map(torch.equal, backward(block, given(SMALL)), plain))
-    assert sorted(form.stored) == sorted(form.asked) == sorted({"x", *kept})
+    tensors = sum({"qkv": 3, "gate_up": 2}.get(name, 1) for name in kept)
+    assert len(store.stored) == 1 + tensors + 3 and sorted(store.asked) == store.stored
 
 
-def test_a_pass_without_gradients_keeps_nothing():
-    block, form = made(SMALL), Recorded()
-    block.making = Keeping(frozenset({"y"}), form)
+def test_a_pass_without_gradients_keeps_nothing(monkeypatch):
+    block, store = stored_block(frozenset({"y"}), monkeypatch)
     with torch.no_grad():
         block(*given(SMALL))
-    assert form.stored == []
+    assert store.stored == []
 
 
 def test_a_second_backward_through_the_same_graph_is_the_first():

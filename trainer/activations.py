@@ -1,12 +1,22 @@
 """What the layers of a run keep between forward and backward: `memory.*`, applied where the model is made parallel."""
 
-from collections.abc import Iterable
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.parallel.activations.choose import kept_results
+from rowwise.parallel.activations.compress import Coding, named_attention, tokens_on
+from rowwise.parallel.activations.offload import store_on
 from rowwise.parallel.activations.recompute import Keeping, recompute_whole
 from rowwise.parallel.activations.results import LayerResults, Sharing
+from rowwise.parallel.activations.saved import Keeper, attach
+from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.blocks import Layer
@@ -29,6 +39,58 @@ OWN_LAYERS: Refusals = (
 )
 
 
+PROBE_BYTES = 32 << 20  # what is written to find out how fast a folder is
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Refuses a folder for activations that is none, that cannot be written, that has less room than a rank needs, or that is so
+    slow that other ranks would give up waiting: measured, on this machine. Raises ValueError."""
+    where = config.memory.offload_activations
+    if where in ("none", "cpu"):
+        return
+    given, folder = f"memory.offload_activations={where}", Path(where).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"{given}: there is no such folder; possible are none, cpu, or the path of a folder, which you make"
+        )
+    needed, free = micro_batch_bytes(config), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{given}: a rank keeps {needed / 1e9:,.1f} GB of a micro-batch there, and it has {free / 1e9:,.1f} GB free; give "
+            "another folder, a smaller batch.micro_size, memory.compress=int8 or memory.recompute"
+        )
+    try:
+        seconds = needed / write_speed(folder, min(PROBE_BYTES, needed))
+    except OSError as error:
+        raise ValueError(f"{given} cannot be written ({error.strerror}); give another folder") from None
+    if seconds > config.parallel.timeout_seconds:
+        raise ValueError(
+            f"{given}: {needed / 1e9:,.1f} GB of a micro-batch take {seconds:,.0f} s to be written there, at "
+            f"{needed / seconds / 1e6:,.1f} MB/s, and ranks wait parallel.timeout_seconds={config.parallel.timeout_seconds} for each "
+            "other; give a faster folder, or a smaller batch.micro_size"
+        )
+
+
+def micro_batch_bytes(config: TrainConfig) -> int:
+    """Counts the bytes that the layers of a rank keep of one micro-batch. The degrees of the mesh must be resolved."""
+    results, memory = results_of(config), config.memory
+    tokens = config.batch.micro_size * config.batch.seq_len // sharing_of(config).size
+    if results is None:
+        return 0
+    kept = [results.names] * config.model.layers if memory.recompute == "none" else kept_of(config)
+    itemsize, coded = compute_dtype(config.precision).itemsize, memory.compress != "none"
+    return tokens * sum(results.bytes_kept(names, itemsize, coded) for names in kept) // config.parallel.pipeline
+
+
+def write_speed(folder: Path, size: int) -> float:
+    """Bytes a second that reach a folder's device. Raises OSError where it cannot be written."""
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        started = time.perf_counter()
+        file.write(bytes(size))
+        os.fsync(file.fileno())
+        return size / (time.perf_counter() - started)
+
+
 def sharing_of(run: Any) -> Sharing:
     """How many ranks share each sequence of a run, whose degrees are known."""
     return Sharing(run.parallel.ulysses, run.parallel.ring)
@@ -47,9 +109,32 @@ def kept_of(config: TrainConfig) -> list[frozenset[str]]:
     return kept_results(config.memory, results, config.model.layers, itemsize, (config.batch.seq_len + 1) / 2)
 
 
-def keep_results(stages: Iterable[Decoder], config: TrainConfig) -> None:
-    """Makes the layers of each stage keep what the run says, in place. The functions that make their results are compiled one by
-    one where the run is, but for attention, which messages or unequal documents go through."""
+def keep_results(stages: Sequence[Decoder], config: TrainConfig, mesh: Mesh) -> None:
+    """Makes the layers of each stage keep what the run says, in the form and at the place that it says, in place."""
+    keeper = keeper_on(config, mesh)
+    if config.memory.recompute != "none":
+        recompute(stages, config, keeper)
+    for stage in stages if keeper is not None else ():
+        assert keeper is not None
+        attach(keeper, stage, list(stage.blocks.items()))
+        if config.memory.compress != "none":
+            stage.attend = named_attention(keeper, stage.attend, config.model.kv_heads)
+
+
+def keeper_on(config: TrainConfig, mesh: Mesh) -> Keeper | None:
+    """Makes what keeps the results of this rank's layers in another form or at another place; None: they stay as they are."""
+    memory = config.memory
+    if memory.compress == memory.offload_activations == "none":
+        return None
+    tokens = tokens_on(mesh, config.batch.seq_len)
+    coding = partial(Coding, config.seed, tokens) if memory.compress != "none" else None
+    store = store_on(mesh.device, memory.offload_activations) if memory.offload_activations != "none" else None
+    return Keeper(coding, store)
+
+
+def recompute(stages: Iterable[Decoder], config: TrainConfig, keeper: Keeper | None) -> None:
+    """Makes the layers of each stage make again what the run says, in place. The functions that make their results are compiled
+    one by one where the run is, but for attention, which messages or unequal documents go through."""
     results = results_of(config)
     blocks = [item for stage in stages for item in stage.blocks.items()]
     if results is None:
@@ -61,4 +146,4 @@ def keep_results(stages: Iterable[Decoder], config: TrainConfig) -> None:
     compiled = results.names | {"out"} if config.compile else frozenset()
     for number, block in blocks:
         assert isinstance(block, Layer)
-        block.making = Keeping(kept[int(number)], compiled=compiled - looks)
+        block.making = Keeping(kept[int(number)], keeper, compiled - looks)

@@ -1,9 +1,12 @@
 """What a run may do but its user may not mean: a line each, said before the first step."""
 
+from pathlib import Path
+
 import torch
 
 from rowwise.optim.lr_schedules import LrRange
 from rowwise.optim.rates import SHARES, rate_of_size
+from rowwise.trainer.activations import PROBE_BYTES, micro_batch_bytes, write_speed
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import Data
 from rowwise.trainer.models.config import ModelConfig
@@ -15,7 +18,8 @@ SPARE = 4  # times the tokens of the data
 
 def warnings(config: TrainConfig, data: Data, device: torch.device) -> list[str]:
     """Returns the lines that fit this run."""
-    found = [*_rate(config), *_vocabulary(config, data), *(_dimensions(config.model) if device.type == "cuda" else [])]
+    found = [*_rate(config), *_vocabulary(config, data), *_offloading(config, device)]
+    found += _dimensions(config.model) if device.type == "cuda" else []
     return [f"warning: {line}" for line in found]
 
 
@@ -42,6 +46,22 @@ def _vocabulary(config: TrainConfig, data: Data) -> list[str]:
     return [
         f"model.vocab_size={size} and data={config.data.name} has {used} tokens: the others are never seen, and their rows "
         f"cost memory and time; give data of the model's tokenizer, or model.vocab_size={used}"
+    ]
+
+
+def _offloading(config: TrainConfig, device: torch.device) -> list[str]:
+    where = config.memory.offload_activations
+    if where == "cpu" and device.type == "cpu":
+        return [
+            "memory.offload_activations=cpu on a CPU copies what layers keep and saves nothing: there is no other memory; give the "
+            "path of a folder, or none"
+        ]
+    if where in ("none", "cpu") or not (needed := micro_batch_bytes(config)):
+        return []
+    speed = write_speed(Path(where).expanduser(), min(PROBE_BYTES, needed))
+    return [
+        f"memory.offload_activations={where} takes {speed / 1e6:,.0f} MB/s: what a rank keeps of a micro-batch, "
+        f"{needed / 1e6:,.1f} MB, leaves in {needed / speed:.3g} s, and comes back beside the backward"
     ]
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rowwise.parallel.activations.saved import begin_sequences
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.replicate import gradient_sum
 from rowwise.parallel.shard import begin_micro_batch, finish_backward, release_gathered
@@ -75,6 +76,7 @@ class WholeModel:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches, 1):
             begin_micro_batch(self.model, self.zero, last=number == len(batches))
+            begin_sequences(self.model, batch.first)
             loss, tokens = summed_loss(self.model, batch.to(self.device), scale)
             (loss * scale).backward()
             totals += torch.stack((loss.detach(), tokens)).double()

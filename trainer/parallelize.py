@@ -35,11 +35,10 @@ def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh)
     model.to(parameter_dtype(config))
     for convert in CONVERSIONS:
         convert(stages, config, mesh)
-    # What of it waits for the backward, and how they compute it: a compiled block gathers nothing, so it is inside what FSDP2
-    # gathers. Where not everything is kept, its results are compiled one by one.
-    if config.memory.recompute != "none":
-        keep_results(stages, config)
-    elif config.compile:
+    # What of it waits for the backward, in which form and where; and how they compute it: a compiled block gathers nothing, so it
+    # is inside what FSDP2 gathers. Where not everything is kept, its results are compiled one by one.
+    keep_results(stages, config, mesh)
+    if config.compile and config.memory.recompute == "none":
         compile_blocks(stages)
     # Where the parameters live.
     split = is_split(mesh, policy(config.precision))

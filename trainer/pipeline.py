@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rowwise.kernels.spec import Specs
 from rowwise.parallel.activations.config import MemoryConfig
+from rowwise.parallel.activations.saved import begin_sequences
 from rowwise.parallel.mesh import Mesh, ParallelConfig
 from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.parallel.pipeline import Forward, Pipeline, Step, Trace
@@ -145,6 +146,7 @@ class PipelineStages:
 
         def forward(stage: int, i: int, x: Tensor | None) -> Tensor:
             batch, decoder = batches[i], self._model.decoders[stage]
+            begin_sequences(decoder, batch.first)
             run = partial(decoder, batch.inputs if x is None else x, batch.positions, batch.documents)
             return run() if decoder.norm is None else finish(run, i)
 

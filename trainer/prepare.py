@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from rowwise.parallel.mesh import pick_device
+from rowwise.trainer.activations import check_folder
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import batch_bytes
@@ -34,6 +35,7 @@ def examine(config: TrainConfig, world_size: int, here: bool = True) -> TrainCon
     config = check(config, world_size)
     if here:
         check_semi_structured(config, pick_device(0))
+        check_folder(config)
         check_room(config, *_memory())
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     if config.epochs is not None:

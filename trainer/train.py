@@ -14,6 +14,7 @@ from torch import nn
 from rowwise.kernels.products import float32_products
 from rowwise.optim.build import assignments, build_optimizer, set_step
 from rowwise.optim.lr_schedules import LrRange
+from rowwise.parallel.activations.saved import open_stores
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import product_precision
@@ -84,7 +85,7 @@ def _train(
     state, first, back, saved = begun.state, begun.state.step, Rollbacks(), dict[str, float]()
     set_step(optimizer, state.updates)
     update = make_update(config, mesh, engine, optimizer, sparsity, functools.partial(judge, config, state))
-    with float32_products(product_precision(config.precision, mesh.device)), ExitStack() as stack:
+    with float32_products(product_precision(config.precision, mesh.device)), open_stores(model), ExitStack() as stack:
         parts = of_every_stage(assignments(model, optimizer), mesh)
         reporter = stack.enter_context(open_reporter(config, mesh, data, begun, parts, outlets))
         outlets.tell_start(config, mesh, first)

@@ -76,8 +76,9 @@ WORDS = (
     Word("recompute_method recompute_num_layers gradient_checkpointing_kwargs recompute_modules "
          "activation_checkpointing.partition_activations",
          means="which results layers keep follows from memory.recompute: none, selective, full, or the share that may stay"),
-    Word("activation_offloading cpu_checkpointing",
-         means="activations stay on the device; a smaller batch.micro_size, or parallel.ulysses, makes them fewer"),
+    Word("activation_offloading cpu_checkpointing enable_activation_offloading activation_checkpoint.cpu_offload",
+         "memory.offload_activations=cpu", "in host memory; the path of a folder: in files",
+         switch("memory.offload_activations=cpu", "memory.offload_activations=none")),
     Word("overlap_grad_reduce overlap_param_gather overlap_comm reduce_bucket_size allgather_bucket_size ddp_bucket_cap_mb "
          "contiguous_gradients reduce_scatter stage3_prefetch_bucket_size stage3_max_live_parameters "
          "zero_optimization.stage3_param_persistence_threshold ddp_find_unused_parameters find_unused_parameters "

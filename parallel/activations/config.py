@@ -12,10 +12,16 @@ class MemoryConfig:
     """`recompute`: what layers keep for the backward; the rest is computed again in it, the numbers are the same. `none`: everything
     stays; `selective`: what a product or attention makes; `full`: what goes into a layer; a number from 0 to 1: the share of
     a layer's bytes that may stay (never less than `full`), chosen so that the fewest operations are made again.
+    `compress`: in which form what layers keep waits: `none`, as it is; `int8`, as 8-bit codes rounded at random, so that the
+    backward computes with numbers that are right on the mean, and the same on every layout; the forward is the same.
+    `offload_activations`: where what layers keep waits: `none`, on the device; `cpu`, in pinned host memory; the path of a folder
+    on every machine, in files without a name; the numbers are the same.
     `fused_loss`: the loss and its gradients are made a tile of logits at a time (`kernels.cross_entropy`); false: all logits of a
     micro-batch stand in memory, several times."""
 
     recompute: MayChange[Literal["none", "selective", "full"] | float] = "none"
+    compress: MayChange[Literal["none", "int8"]] = "none"
+    offload_activations: MayChange[str] = "none"
     fused_loss: MayChange[bool] = True
 
 

@@ -15,39 +15,32 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from rowwise.parallel.activations.results import INPUT, Make, plainly
+from rowwise.parallel.activations.results import Make, plainly
+from rowwise.parallel.activations.saved import Keeper, Kept, Scope
 from rowwise.parallel.defer import in_recomputation, is_deferred
 
 Tensors = tuple[Tensor, ...]
 
 
-class Form(Protocol):
-    """In which form, and where, what is kept waits for the backward."""
-
-    def keep(self, name: str, tensors: Tensors) -> Callable[[], Tensors] | None:
-        """Stores a result of the forward under way, and returns what gives it back, with the strides that it has; None: it
-        stays as it is."""
-
-
 @dataclass(frozen=True)
 class Keeping:
-    """What a layer keeps, for its `making`: its input and the results named in `kept`, in `form` (None: as they are).
+    """What a layer keeps, for its `making`: its input and the results named in `kept`, with `keeper` (None: as they are).
     `compiled`: of these names each is made by a compiled function."""
 
     kept: frozenset[str]
-    form: Form | None = None
+    keeper: Keeper | None = None
     compiled: frozenset[str] = frozenset()
     _functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Make:
-        return Making(self, x) if torch.is_grad_enabled() else self._plainly
+        return Making(self) if torch.is_grad_enabled() else self._plainly
 
     def function(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """What makes the result `name`: `function`, or what it is compiled to."""
@@ -65,31 +58,28 @@ class Making:
     """One forward of a layer: makes its results, and knows those that autograd is not to keep as they are. It must end with the
     forward, for it holds them."""
 
-    def __init__(self, keeping: Keeping, x: Tensor):
+    def __init__(self, keeping: Keeping):
         self._keeping = keeping
         # By the id of its storage, since autograd saves views; the storage is held, so that the id stays its own.
         self._known: dict[int, tuple[torch.UntypedStorage, Made, int]] = {}
         self._fresh: list[Saved] = []
         # Autograd holds on to its hooks as long as to what they gave it.
         self._hook = partial(_pack, weakref.ref(self))
-        self._register(INPUT, (x,), None)
+        self._scope = None if keeping.keeper is None else keeping.keeper.scope
 
     def __call__(self, name: str, function: Callable[..., Any], *given: Any) -> Any:
         function = self._keeping.function(name, function)
         self._fresh = []
         with saved_tensors_hooks(self._hook, Saved.tensor):
             result = function(*given)
-        again = partial(make_again, function, tuple(self._referred(value) for value in given))
-        self._register(name, (result,) if isinstance(result, Tensor) else tuple(result), again)
+        if name not in self._keeping.kept:
+            again = partial(make_again, function, tuple(self._referred(value) for value in given))
+            self._drop((result,) if isinstance(result, Tensor) else tuple(result), Made(again))
+        for saved in self._fresh:
+            saved.stay(self._scope)
         return result
 
-    def _register(self, name: str, tensors: Tensors, again: Callable[[], Tensors] | None) -> None:
-        if again is None or name in self._keeping.kept:
-            form = self._keeping.form
-            again = None if form is None else form.keep(name, tuple(t.detach() for t in tensors))
-        if again is None:  # it stays as it is
-            return
-        made = Made(again)
+    def _drop(self, tensors: Tensors, made: "Made") -> None:
         for index, tensor in enumerate(tensors):
             storage = tensor.untyped_storage()
             self._known[id(storage)] = storage, made, index
@@ -99,12 +89,16 @@ class Making:
 
     def pack(self, tensor: Tensor) -> "Saved":
         """What autograd is to have in the place of a tensor."""
-        saved = self._refer(Saved(tensor.detach()))
+        saved = self._refer(Saved(tensor))
         self._fresh.append(saved)
         return saved
 
     def _referred(self, value: Any) -> Any:
-        return self._refer(Saved(value.detach())) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        saved = self._refer(Saved(value))
+        saved.stay(self._scope)
+        return saved
 
     def _refer(self, saved: "Saved") -> "Saved":
         if saved.held is not None and (known := self._known.get(id(saved.held.untyped_storage()))):
@@ -136,13 +130,16 @@ class Made:
 
 
 class Saved:
-    """What autograd has in the place of a tensor that it saved: `held`, the tensor itself, or where it lies in a result."""
+    """What autograd has in the place of a tensor that it saved: `held`, the tensor itself, where it lies in a result, or what
+    keeps it in another form."""
 
-    __slots__ = ("_made", "_place", "held")
+    __slots__ = ("_kept", "_learns", "_made", "_place", "held")
 
     def __init__(self, tensor: Tensor):
-        self.held: Tensor | None = tensor
+        self.held: Tensor | None = tensor.detach()  # an output that held itself would never be freed
+        self._learns = tensor.requires_grad
         self._made: Made | None = None
+        self._kept: Kept | None = None
 
     def refer(self, made: Made, index: int) -> None:
         """From now on `made` gives it, of which it is a view of tensor `index`."""
@@ -150,9 +147,16 @@ class Saved:
         self._place = index, self.held.size(), self.held.stride(), self.held.storage_offset()
         self._made, self.held = made, None
 
+    def stay(self, scope: Scope | None) -> None:
+        """Keeps it in the form that the run asks for, if it is not to be made again."""
+        if scope is not None and self.held is not None:
+            self._kept, self.held = scope.keep(self.held, self._learns), None
+
     def tensor(self) -> Tensor:
         if self.held is not None:
             return self.held
+        if self._kept is not None:
+            return self._kept.read()
         assert self._made is not None
         index, size, stride, offset = self._place
         return self._made.tensors()[index].as_strided(size, stride, offset)

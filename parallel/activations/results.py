@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from rowwise.kernels.activation_codes import CHANNELS, code_bytes
+
 Make = Callable[..., Any]  # (name, function, *what it takes): what the function gives of that, a tensor or several
-INPUT = "x"  # the name of what a layer is given, which is kept whatever is chosen
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Result:
     """A result that the backward needs. `numbers`: a token, in the dtype of computation. `operations`: to make it again, a token,
     and `pairs`: beside that a pair of a token and one that it sees (attention). `wide`: numbers a token that its making leaves in
     at least 32 bits whatever is chosen, and `fixed`: in the dtype of computation. `dear`: a product or attention makes it. A
-    result that messages have gone into is kept whatever is chosen: its numbers are then `fixed`."""
+    result that messages have gone into is kept whatever is chosen: its numbers are then `fixed`. `tensors`: how many equal ones it
+    is; `heads`: the size of heads, where its numbers are those of heads, by which they are coded (`compress`)."""
 
     name: str
     numbers: int
@@ -31,10 +33,17 @@ class Result:
     wide: int = 0
     fixed: int = 0
     dear: bool = False
+    tensors: int = 1
+    heads: int | None = None
 
     def cost(self, seen: float) -> float:
         """Operations a token to make it again, where a token sees so many on the mean."""
         return self.operations + self.pairs * seen
+
+    def bytes(self, numbers: int, itemsize: int, coded: bool) -> int:
+        """Counts the bytes of so many numbers of a token, as they are or as codes."""
+        each = numbers // self.tensors
+        return self.tensors * (code_bytes(each, self.heads or CHANNELS) if coded else each * itemsize)
 
 
 class Sharing(NamedTuple):
@@ -44,8 +53,12 @@ class Sharing(NamedTuple):
     ring: int = 1
 
     @property
+    def size(self) -> int:
+        return self.ulysses * self.ring
+
+    @property
     def communicates(self) -> bool:
-        return self.ulysses * self.ring > 1
+        return self.size > 1
 
 
 @dataclass(frozen=True)
@@ -59,11 +72,11 @@ class LayerResults:
     def names(self) -> frozenset[str]:
         return frozenset(result.name for result in self.results)
 
-    def bytes_kept(self, kept: frozenset[str], itemsize: int) -> int:
-        """Counts the bytes a token that wait for the backward where the results named in `kept` stay as they are."""
-        chosen = sum(result.numbers for result in self.results if result.name in kept)
-        fixed = self.input + sum(result.fixed for result in self.results)
-        return (chosen + fixed) * itemsize + sum(result.wide for result in self.results) * max(4, itemsize)
+    def bytes_kept(self, kept: frozenset[str], itemsize: int, coded: bool = False) -> int:
+        """Counts the bytes a token that wait for the backward where the results named in `kept` stay, as they are or as codes."""
+        given = code_bytes(self.input) if coded else self.input * itemsize
+        chosen = sum(r.bytes(r.fixed + r.numbers * (r.name in kept), itemsize, coded) for r in self.results)
+        return given + chosen + sum(result.wide for result in self.results) * max(4, itemsize)
 
     def operations_again(self, kept: frozenset[str], seen: float) -> float:
         """Counts the operations a token that the backward makes again."""

@@ -44,12 +44,14 @@ class BatchConfig:
 @dataclass(frozen=True)
 class MicroBatch:
     """int64 tensors (B, S), of whole sequences or of this rank's part of them. `documents` is None where attention does
-    not stop at documents; it is always of whole sequences."""
+    not stop at documents; it is always of whole sequences. `first`: the number of its first sequence in the order of the data,
+    where it is of training; those behind it follow."""
 
     inputs: Tensor
     labels: Tensor
     positions: Tensor
     documents: Documents | None
+    first: int = 0
 
     def to(self, device: torch.device) -> "MicroBatch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -65,7 +67,8 @@ class MicroBatch:
         return replace(part, labels=part.labels.where(real, IGNORE))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        return MicroBatch(change(self.inputs), change(self.labels), change(self.positions), self.documents)
+        inputs, labels, positions = map(change, (self.inputs, self.labels, self.positions))
+        return replace(self, inputs=inputs, labels=labels, positions=positions)
 
 
 MOST_TOKENS = 1 << 32  # of a step
@@ -132,10 +135,14 @@ def visible_pairs(batches: Sequence[MicroBatch], seq_len: int) -> int:
     return pairs
 
 
-def micro_batches(indices: np.ndarray, corpus: Corpus, micro_size: int) -> list[MicroBatch]:
-    """The samples `indices` in micro-batches of `micro_size`. An index of -1 is a row of padding, with no label."""
+def micro_batches(indices: np.ndarray, corpus: Corpus, micro_size: int, first: int = 0) -> list[MicroBatch]:
+    """The samples `indices` in micro-batches of `micro_size`; the first of them is number `first` of the order. An index of -1
+    is a row of padding, with no label."""
     samples = [corpus.sample(int(i)) if i >= 0 else padding(corpus.seq_len) for i in indices]
-    return [_stack(samples[i : i + micro_size], corpus.mask_documents) for i in range(0, len(samples), micro_size)]
+    return [
+        replace(_stack(samples[i : i + micro_size], corpus.mask_documents), first=first + i)
+        for i in range(0, len(samples), micro_size)
+    ]
 
 
 def step_batches(
@@ -144,8 +151,9 @@ def step_batches(
     """For ever: this rank's micro-batches of the step at `position`, then of the next."""
     mine = config.global_size // share.degree
     while True:
-        indices = sample_indices(position + share.rank * mine, mine, corpus.samples, f"train/{seed}")
-        batches = [share.of(batch) for batch in micro_batches(indices, corpus, config.micro_size)]
+        first = position + share.rank * mine
+        indices = sample_indices(first, mine, corpus.samples, f"train/{seed}")
+        batches = [share.of(batch) for batch in micro_batches(indices, corpus, config.micro_size, first)]
         yield [batch.pin() for batch in batches] if pin else batches
         position += config.global_size
 

@@ -171,7 +171,7 @@ class Block(Layer):
                 *attention_results(config, sharing),
                 Result("h", dim, 2 * seen * dim + dim, dear=True),
                 Result("n2", dim, NORM * dim, wide=1),
-                Result("gate_up", 2 * wide, 4 * dim * wide, dear=True),
+                Result("gate_up", 2 * wide, 4 * dim * wide, dear=True, tensors=2),
                 Result("s", wide, GATE * wide),
             ),
         )
@@ -194,13 +194,13 @@ def attention_results(config: ModelConfig, sharing: Sharing) -> tuple[Result, ..
     k_kept, v_kept = (0, 0) if sharing.communicates else (k, k)
     made = (
         (
-            Result("qkv", q + k + v_kept, products, dear=True),
-            Result("qk", q_kept + k_kept, turning, wide=config.heads + config.kv_heads),
+            Result("qkv", q + k + v_kept, products, dear=True, heads=size),
+            Result("qk", q_kept + k_kept, turning, wide=config.heads + config.kv_heads, heads=size),
         )
         if normed
-        else (Result("qkv", q_kept + k_kept + v_kept, products + turning, dear=True),)
+        else (Result("qkv", q_kept + k_kept + v_kept, products + turning, dear=True, heads=size),)
     )
     if not sharing.communicates:
-        return *made, Result("y", q, 0, pairs=4 * q, wide=config.heads, dear=True)
+        return *made, Result("y", q, 0, pairs=4 * q, wide=config.heads, dear=True, heads=size)
     fixed = brought + q + (2 * q if sharing.ulysses > 1 else 0)
-    return *made, Result("y", 0, 0, pairs=4 * q, wide=config.heads, fixed=fixed, dear=True)
+    return *made, Result("y", 0, 0, pairs=4 * q, wide=config.heads, fixed=fixed, dear=True, heads=size)

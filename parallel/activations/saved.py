@@ -1,0 +1,283 @@
+"""The seam between a block and what autograd keeps of it: every result passes here once on its way from forward to backward.
+
+While a block runs, `torch.autograd.graph.saved_tensors_hooks` show each tensor that its operators keep. Tensors that are the
+same numbers in the same memory are one *result*, kept once, in the form and at the place that the run asks for
+(`compress`, `offload`); what an operator gets back in the backward is a view of it. Parameters, integers, and what all blocks
+share (the tables of rotary positions) pass as they are. The forward itself is not touched.
+
+It is outermost round a block: hooks further in, which have some results made again (`recompute`), hand over what stays.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from rowwise.kernels.torch_storage import StorageWeakRef, memory_key, storage_key, weak_storage
+
+LEAST_BYTES = 1024  # of what is worth moving
+_HANDLE = "kept_results"
+
+
+class Readers:
+    """Those who wait for one tensor: it is made for the first of them, and let go of by the last who is still there."""
+
+    def __init__(self, make: Callable[[], Tensor]):
+        self._make = make
+        self._waiting: weakref.WeakSet[Kept] = weakref.WeakSet()
+        self._made: Tensor | None = None
+
+    def add(self, reader: "Kept") -> None:
+        self._waiting.add(reader)
+
+    def read(self, reader: "Kept") -> Tensor:
+        self._waiting.discard(reader)
+        made = self._make() if self._made is None else self._made
+        self._made = made if self._waiting else None
+        return made
+
+
+class Stored:
+    """What is kept of a block once, whoever keeps it. `held` gives the tensors that it is kept as, `rebuild` makes its memory of
+    them, flat. It is read in the backward, and again where weight gradients are put off (`later`); `read` knows it by what was
+    read."""
+
+    def __init__(
+        self, held: Callable[[], Sequence[Tensor]], rebuild: Callable[[Sequence[Tensor]], Tensor], read: "Read"
+    ):
+        self._held, self._rebuild, self._read = held, rebuild, read
+        self.now, self.later = Readers(self._make), Readers(self._make)
+
+    def _make(self) -> Tensor:
+        memory = self._rebuild(self._held())
+        self._read.add(memory, self)
+        return memory
+
+
+class Read:
+    """Which results the tensors are of that operators of the backward have."""
+
+    def __init__(self) -> None:
+        self._results: dict[int, tuple[StorageWeakRef, weakref.ref[Stored]]] = {}
+
+    def add(self, memory: Tensor, result: Stored) -> None:
+        self._results = {key: entry for key, entry in self._results.items() if not entry[0].expired()}
+        self._results[storage_key(memory)] = weak_storage(memory), weakref.ref(result)
+
+    def hold(self, t: Tensor) -> Callable[[], Tensor]:
+        """Keeps `t` on in the form and place of its result, if it is of one, and returns what gives it."""
+        _, known = self._results.get(storage_key(t), (None, None))
+        stored = known() if known is not None else None
+        if stored is None:
+            return lambda: t
+        kept = Kept(t)
+        kept.become(stored.later)
+        return kept.read
+
+
+class Kept:
+    """A tensor that an operator keeps: itself, or a view of a result's memory."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor: Tensor | None = tensor.detach()  # an output that held itself would never be freed
+        self._readers: Readers | None = None
+        self._view = tensor.shape, tensor.stride()
+
+    def become(self, readers: Readers) -> None:
+        """From now on it is a view of what these read."""
+        self._tensor, self._readers = None, readers
+        readers.add(self)
+
+    def read(self) -> Tensor:
+        if self._readers is None:
+            assert self._tensor is not None
+            return self._tensor
+        return self._readers.read(self).as_strided(*self._view)
+
+
+class Form(Protocol):
+    """In which form results are kept; one for each forward of a block."""
+
+    def of(self, t: Tensor, learns: bool) -> "Formed | None":
+        """Says how to keep a result of which `t` is a view; None: as it is. `learns`: it has a gradient."""
+
+
+@dataclass(frozen=True)
+class Formed:
+    """How a result is kept: the tensors that `make` makes of its memory, and `rebuild`, which makes it of them."""
+
+    make: Callable[[Tensor], Sequence[Tensor]]
+    rebuild: Callable[[Sequence[Tensor]], Tensor]
+
+
+class Store(Protocol):
+    """Where results are kept."""
+
+    def begin_forward(self) -> None:
+        """Says that another forward of the model begins."""
+
+    def begin_block(self) -> None:
+        """Says that another block of a forward begins."""
+
+    def put(self, tensors: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
+        """Takes tensors away, and returns what brings them back; they are dropped with that."""
+
+    def close(self) -> None:
+        """Ends what works for it."""
+
+
+AS_IT_IS = Formed(lambda memory: (memory,), lambda tensors: tensors[0])
+
+
+class Scope:
+    """One forward of a block: what it keeps, and what only passes. `shared`: what other blocks are given too."""
+
+    def __init__(self, form: Form | None, store: Store | None, read: Read, block: nn.Module, shared: Sequence[Any]):
+        self.form, self._store, self._read = form, store, read
+        self._block, self._shared = block, shared
+        self._passes: set[int] | None = None
+        self._results: dict[tuple[int, ...], tuple[StorageWeakRef, Stored]] = {}
+        self._waiting: list[tuple[Tensor, bool, Kept]] | None = None
+
+    def pack(self, t: Tensor) -> Kept:
+        """What autograd is to have in the place of a tensor."""
+        return self.keep(t.detach(), t.requires_grad)
+
+    def keep(self, t: Tensor, learns: bool) -> Kept:
+        """Keeps `t` in the form and at the place of its result. `learns`: it has a gradient, as what layers make has."""
+        kept = Kept(t)
+        if not t.is_floating_point() or storage_key(t) in self._passing():
+            return kept
+        if self._waiting is not None:
+            self._waiting.append((t, learns, kept))
+        elif (stored := self._stored(t, learns)) is not None:
+            kept.become(stored.now)
+        return kept
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Until it is left, only notes what operators keep: the caller finds out meanwhile what it is."""
+        waiting: list[tuple[Tensor, bool, Kept]] = []
+        self._waiting = waiting
+        try:
+            yield
+        finally:
+            self._waiting = None
+        for t, learns, kept in waiting:
+            if (stored := self._stored(t, learns)) is not None:
+                kept.become(stored.now)
+
+    def _stored(self, t: Tensor, learns: bool) -> Stored | None:
+        """What the memory of `t` is stored as, if need be from now on; None: `t` stays as it is."""
+        key, memory = memory_key(t), memory_of(t)
+        if memory is None or key in self._results:
+            return self._results[key][1] if memory is not None else None
+        formed = self.form.of(t, learns) if self.form is not None else None
+        if formed is None and (self._store is None or memory.nbytes < LEAST_BYTES):
+            return None
+        formed = formed or AS_IT_IS
+        tensors = formed.make(memory)
+        held = self._store.put(tensors) if self._store is not None else _holding(tensors)
+        # The storage's name stays its own as long as somebody knows of it.
+        self._results[key] = weak_storage(t), Stored(held, formed.rebuild, self._read)
+        return self._results[key][1]
+
+    def _passing(self) -> set[int]:
+        """The storages of what only passes. Asked for once the block runs: before, its parameters may not be gathered."""
+        if self._passes is None:
+            given = [t for t in self._shared if isinstance(t, Tensor)]
+            self._passes = {storage_key(t) for t in (*self._block.parameters(), *given)}
+        return self._passes
+
+
+def _holding(tensors: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
+    return lambda: tensors
+
+
+def memory_of(t: Tensor) -> Tensor | None:
+    """The memory that the numbers of `t` fill, as a flat view; None where they do not lie side by side."""
+    strides = t.stride()
+    order = sorted(range(t.ndim), key=lambda dim: -strides[dim])
+    lying = t.detach().permute(order)
+    return lying.flatten() if lying.is_contiguous() and t.numel() else None
+
+
+@dataclass
+class Keeper:
+    """Keeps the results of the blocks of a rank. `form_of(layer, first, x)`: the form for a forward of a block that is given x
+    (B, S, D), of sequences from number `first` on; None: as they are."""
+
+    form_of: Callable[[str, int, Tensor], Form] | None = None
+    store: Store | None = None
+    first: int = 0
+    read: Read = field(default_factory=Read, init=False)
+    scope: Scope | None = field(default=None, init=False)
+
+    def around(self, layer: str, block: nn.Module) -> None:
+        """Has the forwards of a block, number `layer` of the model, kept here."""
+        inner = block.forward
+
+        def forward(x: Tensor, *shared: Any) -> Tensor:
+            if not torch.is_grad_enabled():
+                return inner(x, *shared)
+            with self._running(layer, block, x, shared) as scope:
+                # Autograd holds on to its hooks as long as to what they give it, and a scope knows all of its block.
+                pack = partial(_pack, weakref.ref(scope))
+                with saved_tensors_hooks(pack, Kept.read):
+                    return inner(x, *shared)
+
+        block.forward = forward  # inside of what gathers its parameters
+
+    @contextmanager
+    def _running(self, layer: str, block: nn.Module, x: Tensor, shared: Sequence[Any]) -> Iterator[Scope]:
+        form = None if self.form_of is None else self.form_of(layer, self.first, x)
+        if self.store is not None:
+            self.store.begin_block()
+        self.scope = scope = Scope(form, self.store, self.read, block, shared)
+        try:
+            yield scope
+        finally:
+            self.scope = None
+
+
+def _pack(scope: "weakref.ref[Scope]", t: Tensor) -> Kept:
+    running = scope()
+    assert running is not None
+    return running.pack(t)
+
+
+def attach(keeper: Keeper, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> None:
+    """Has the results of these blocks of `model` kept by `keeper`."""
+    setattr(model, _HANDLE, keeper)
+    for layer, block in blocks:
+        keeper.around(layer, block)
+
+
+def keeper_of(model: nn.Module) -> Keeper | None:
+    """The keeper of what the blocks of `model` make; None: all of it stays as it is."""
+    return getattr(model, _HANDLE, None)
+
+
+def begin_sequences(model: nn.Module, first: int) -> None:
+    """Says which sequences the coming forward of `model` has: those from number `first` on, in the order of the data."""
+    if (keeper := keeper_of(model)) is not None:
+        keeper.first = first
+        if keeper.store is not None:
+            keeper.store.begin_forward()
+
+
+@contextmanager
+def open_stores(model: nn.Module) -> Iterator[None]:
+    """While entered, what the blocks of `model` keep may be stored; then what works for its stores ends."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if (keeper := keeper_of(module)) is not None and keeper.store is not None:
+                keeper.store.close()

@@ -1,0 +1,350 @@
+"""What layers keep as 8-bit codes, on the host, in files: the same forward to the last bit, the same codes and gradients on every
+layout, counted bytes. (Laws 2 and 4.)"""
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from live_bytes import LiveBytes
+from parity import TOLERANCE, Trace, relative_error, run_layout, run_on, small_config, with_layout
+from rowwise.kernels.activation_codes import code_bytes
+from rowwise.kernels.attention import causal_attention
+from rowwise.kernels.visible import Documents
+from rowwise.parallel.activations import compress
+from rowwise.parallel.activations.compress import Coding, Tokens, named_attention
+from rowwise.parallel.activations.offload import LEAVING, Folder, Memory, Offload
+from rowwise.parallel.activations.saved import Keeper, attach, begin_sequences
+from rowwise.parallel.defer import WeightGradients, deferred
+from rowwise.parallel.device import HostCopies, Moment
+from rowwise.parallel.mesh import Workers, make_mesh
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.decoder import Decoder
+
+SHARED = ("model.dim=32", "model.heads=4", "batch.global_size=8")  # heads that two ranks can share, and few sequences
+INT8 = "memory.compress=int8"
+
+
+# Law 2: the same codes, and with them the same gradients, on every layout.
+
+Coded = dict[tuple[int, int, int], bytes]  # (stream, token, group) -> codes and range
+
+
+@contextlib.contextmanager
+def codes_seen(seen: Coded) -> Iterator[None]:
+    """While entered, puts all codes that are made into `seen`, by their logical place."""
+    made = compress.encode
+
+    def encode(x, groups, key, tokens):
+        kept = made(x, groups, key, tokens)
+        codes, ranges = kept.codes.split(groups.width, 1), kept.ranges.unbind(1)
+        for j, (part, its) in enumerate(zip(codes, ranges, strict=True)):
+            group = (groups.first + j) // groups.repeat
+            for token, row, range_ in zip(tokens.tolist(), part.numpy(), its.numpy(), strict=True):
+                found = row.tobytes() + range_.tobytes()
+                if token >= 0:  # no padding
+                    assert seen.setdefault((key, token, group), found) == found
+        return kept
+
+    with mock.patch.object(compress, "encode", encode):
+        yield
+
+
+def run_seen(workers: Workers, config: TrainConfig, steps: int) -> tuple[Trace, Coded]:
+    """A run, and the codes that this rank made."""
+    seen: Coded = {}
+    mesh = make_mesh(config.parallel, workers)
+    with codes_seen(seen):
+        trace = run_on(mesh, config, steps)
+    return trace, seen
+
+
+def all_codes(everyone: list[tuple[Trace, Coded]]) -> Coded:
+    """Those of all ranks, which agree where two have the same."""
+    found: Coded = {}
+    for _, seen in everyone:
+        for place, codes in seen.items():
+            assert found.setdefault(place, codes) == codes
+    return found
+
+
+LAYOUTS = {
+    "data ranks, smaller micro-batches": (4, {"zero": 3, "replicate": 2}, ("batch.micro_size=1",)),
+    "stages, split backwards, half made again": (
+        4,
+        {"zero": 3, "pipeline": 2},
+        ("parallel.pipeline_schedule=zb_h1", "memory.recompute=0.5"),
+    ),
+    "heads and tokens shared": (4, {"zero": 3, "ulysses": 2, "ring": 2}, ()),
+    "more ranks than key heads, whole sequences": (2, {"zero": 1, "ulysses": 2}, ("data.mask_documents=false",)),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, tmp_path_factory):
+    """A step of one process, by what else is asked for."""
+    folder, made = tmp_path_factory.mktemp("forms"), {}
+
+    def run(*words: str) -> tuple[Trace, Coded]:
+        if words not in made:
+            config = with_layout(small_config(folder, *SHARED, *words), 1)
+            made[words] = ranks.run(run_seen, 1, config, 1)[0]
+        return made[words]
+
+    return folder, run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_codes_and_gradients_are_those_of_one_process(ranks, alone, layout):
+    folder, run = alone
+    world, degrees, words = LAYOUTS[layout]
+    same = tuple(word for word in words if word.startswith(("data.", "memory.")))
+    reference, codes = run(INT8, *same)
+    everyone = ranks.run(run_seen, world, with_layout(small_config(folder, *SHARED, INT8, *words), world, **degrees), 1)
+    assert all_codes(everyone) == codes and len(codes) > 1000
+    one = everyone[0][0]
+    assert abs(one.losses[0] - reference.losses[0]) <= TOLERANCE
+    for name, gradient in reference.gradients[0].items():
+        assert relative_error(one.gradients[0][name], gradient) <= TOLERANCE, name
+
+
+def test_the_forward_is_exact_and_gradients_are_near(alone):
+    """To the last bit; and the codes are no decoration."""
+    _, run = alone
+    (exact, none), (coded, codes) = run(), run(INT8)
+    assert coded.losses == exact.losses and codes and not none
+    errors = [relative_error(coded.gradients[0][name], g) for name, g in exact.gradients[0].items()]
+    assert 1e-4 < max(errors) < 0.1
+
+
+def test_where_sums_are_in_one_order_float32_is_the_same_to_the_last_bit(ranks, tmp_path):
+    """On the stages of a pipeline, where each micro-batch is one of one process's. (The fused loss has an order of its own there.)"""
+    words = ("precision=fp32", "model.layers=4", "batch.global_size=8", "memory.fused_loss=false", INT8)
+    one = ranks.run(run_layout, 1, with_layout(small_config(tmp_path, *words), 1, zero=0), 1)[0]
+    four = ranks.run(run_layout, 4, with_layout(small_config(tmp_path, *words), 4, zero=0, pipeline=4), 1)[0]
+    assert four.losses == one.losses
+    for name, gradient in one.gradients[0].items():
+        assert torch.equal(four.gradients[0][name], gradient), name
+
+
+AWAY = {
+    "cpu, whole": ("cpu", 4, {"zero": 3}, ()),
+    "files, split backwards, half made again": (
+        "FOLDER",
+        4,
+        {"zero": 3, "pipeline": 2},
+        ("parallel.pipeline_schedule=zb_h1", "memory.recompute=0.5"),
+    ),
+    "files, sequences shared, as codes": ("FOLDER", 4, {"zero": 3, "ulysses": 2, "ring": 2}, (INT8,)),
+}
+
+
+@pytest.mark.parametrize("where", AWAY)
+def test_what_was_away_is_what_it_was(ranks, alone, where):
+    """Documents, ZeRO 3: what is offloaded changes nothing, in float64."""
+    folder, run = alone
+    place, world, degrees, words = AWAY[where]
+    away = f"memory.offload_activations={place.replace('FOLDER', str(folder))}"
+    config = with_layout(small_config(folder, *SHARED, away, *words), world, **degrees)
+    trace = ranks.run(run_layout, world, config, 1)[0]
+    reference, _ = run(*(word for word in words if word == INT8))
+    for name, gradient in reference.gradients[0].items():
+        assert relative_error(trace.gradients[0][name], gradient) <= TOLERANCE, name
+
+
+# Law 4: what waits for the backward.
+
+SMALL = ModelConfig(layers=6, dim=64, heads=4, kv_heads=2, ffn_dim=96, vocab_size=61)
+TOKENS, SEQUENCES = 32, 2
+
+
+def kept_model(keeper: Keeper, config: ModelConfig = SMALL) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(config)
+    attach(keeper, model, list(model.blocks.items()))
+    model.attend = named_attention(keeper, causal_attention, config.kv_heads)
+    return model
+
+
+def coding_keeper(**more) -> Keeper:
+    places = torch.arange(TOKENS)
+    tokens = Tokens(TOKENS, places, places)
+    return Keeper(lambda layer, first, x: Coding(0, tokens, layer, first, x), **more)
+
+
+def batch(documents: bool = False):
+    tokens = torch.randint(0, 61, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(1))
+    marks = Documents(((0, 5), (0, 11))) if documents else None
+    return tokens, torch.arange(TOKENS).expand_as(tokens), marks
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A store in files."""
+    store = Offload(HostCopies(), Folder(tmp_path, False))
+    yield store
+    store.close()
+
+
+def gradients(model: Decoder, documents: bool = False, **how) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    begin_sequences(model, 3)
+    model(*batch(documents), **how).square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def held(model: Decoder, of: slice = slice(None)) -> int:
+    """Bytes that live after a forward and would not without gradients."""
+    with LiveBytes() as live:
+        begin_sequences(model, 0)
+        x = torch.randn(SEQUENCES, TOKENS, SMALL.dim, requires_grad=True)
+        cos, sin = torch.ones(SEQUENCES, TOKENS, 16), torch.zeros(SEQUENCES, TOKENS, 16)
+        given = live.now()
+        for block in list(model.blocks.values())[of]:
+            x = block(x, cos, sin, None, model.attend)
+        gc.collect()
+        found = live.now() - given - x.nbytes
+        x.sum().backward()
+    return found
+
+
+def bytes_of_codes(config: ModelConfig) -> int:
+    """Of a token in a block, by hand: x, n1, h, n2; queries and outcome; keys and values; gate, up and product."""
+    wide, size = code_bytes(config.dim), config.head_size
+    heads, keys = (code_bytes(n * size, size) for n in (config.heads, config.kv_heads))
+    return 4 * wide + 2 * heads + 2 * keys + 3 * code_bytes(config.ffn_dim)
+
+
+def test_codes_take_the_bytes_of_the_formula():
+    few = 4 * (2 + SMALL.heads)  # two reciprocal roots and the log-sum-exp of a token, in float32
+    blocks, tokens = SMALL.layers, SEQUENCES * TOKENS
+    # The first block's input is the caller's, and stays beside its codes.
+    assert held(kept_model(coding_keeper())) == blocks * tokens * (bytes_of_codes(SMALL) + few)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_forms_and_places_go_together(documents, files):
+    """As they are, as codes, on the host, in files; and what is coded is coded alike wherever it waits."""
+    exact = gradients(kept_model(Keeper()), documents)
+    stores = [None, Offload(HostCopies(), Memory()), files]
+    coded = [gradients(kept_model(coding_keeper(store=store)), documents) for store in stores]
+    away = [gradients(kept_model(Keeper(store=store)), documents) for store in stores[1:]]
+    for name, gradient in exact.items():
+        assert all(torch.equal(found[name], gradient) for found in away)
+        assert all(torch.equal(found[name], coded[0][name]) for found in coded)
+        assert 0 < relative_error(coded[0][name], gradient) < 0.1 or name in ("norm.weight", "head.weight"), name
+
+
+def split_backward(keeper: Keeper) -> tuple[int, list[torch.Tensor]]:
+    """I, then W, of a block that keeps its results with `keeper`: bytes held between them beside gradients, and the gradients."""
+    model = kept_model(keeper, ModelConfig(layers=1, dim=64, heads=4, kv_heads=2, ffn_dim=96, vocab_size=61))
+    block, later = model.blocks["0"], WeightGradients(keeper.read.hold)
+    chance = torch.Generator().manual_seed(2)
+    x = torch.randn(SEQUENCES, TOKENS, 64, generator=chance, requires_grad=True)
+    cos, sin = torch.ones(SEQUENCES, TOKENS, 16), torch.zeros(SEQUENCES, TOKENS, 16)
+    with LiveBytes() as live:
+        given = live.now()
+        with deferred(later):
+            y = block(x, cos, sin, None, model.attend)
+        y.backward(torch.ones_like(y))
+        del y
+        gc.collect()
+        between = live.now() - given - sum(t.grad.nbytes for t in (x, *block.parameters()) if t.grad is not None)
+    later.run()
+    return between, [x.grad, *(p.grad for p in block.parameters())]
+
+
+def test_between_the_two_backwards_codes_stay_codes(files):
+    """W needs the inputs of linear layers and the gradients of their outputs, and nothing is wider for having been read in I."""
+    exact, gradients_exact = split_backward(Keeper())
+    coded, gradients_coded = split_backward(coding_keeper())
+    away, gradients_away = split_backward(coding_keeper(store=files))
+    tokens, inputs = SEQUENCES * TOKENS, 3 * 64 + 96  # n1, the outcome of attention, n2, the product
+    assert exact - coded == tokens * (4 * inputs - 2 * code_bytes(64) - code_bytes(64, 16) - code_bytes(96))
+    assert away <= coded
+    for ours, theirs, right in zip(gradients_away, gradients_coded, gradients_exact, strict=True):
+        assert torch.equal(ours, theirs) and 0 < relative_error(theirs, right) < 0.1
+
+
+# What is away.
+
+
+def test_files_have_no_name_and_are_gone_when_the_backward_is(files, tmp_path):
+    """So nothing is left of a run that is killed."""
+    model = kept_model(Keeper(store=files))
+    begin_sequences(model, 0)
+    loss = model(*batch()).square().mean()
+    (file,) = open_in(tmp_path)
+    assert file.st_nlink == 0 and file.st_size > 4 * SMALL.layers * SEQUENCES * TOKENS * 600
+    assert not list(tmp_path.iterdir())
+    loss.backward()
+    del loss
+    begin_sequences(model, 0)  # the next forward has a file of its own
+    gc.collect()
+    assert not open_in(tmp_path)
+
+
+def open_in(folder: Path) -> list[os.stat_result]:
+    """The files of a folder that this process has open, whether they have a name or not."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if str(descriptor.readlink()).startswith(str(folder)):
+                found.append(descriptor.stat())
+    return found
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    store = Offload(HostCopies(), Folder(tmp_path / "gone", False))
+    with pytest.raises(OSError, match="gone"):
+        gradients(kept_model(Keeper(store=store)))
+    store.close()
+
+
+def test_of_what_is_in_files_the_device_holds_two_blocks(files):
+    """However many there are."""
+    block = held(kept_model(Keeper()), slice(1)) + SEQUENCES * TOKENS * SMALL.dim * 4
+    away = held(kept_model(Keeper(store=files)))
+    # Two blocks that are leaving, and their copies on the way to the file.
+    assert away <= 2 * LEAVING * block < SMALL.layers * block
+
+
+class SlowCopies(HostCopies):
+    """A device whose copies are done only when somebody waits for them; until then the host has garbage."""
+
+    def __init__(self):
+        self.done: dict[int, list] = {}
+        self.away_bytes, self.most, self.order = 0, 0, []
+
+    def away(self, t):
+        here, mark = torch.full_like(t, 111), Moment(len(self.done))
+        self.done[id(mark)] = [here, t, mark]
+        self.away_bytes += t.nbytes
+        self.most = max(self.most, self.away_bytes)
+        return here, mark
+
+    def back(self, here):
+        t, mark = torch.full_like(here, 111), Moment(0)
+        self.done[id(mark)] = [t, here, mark]
+        return t, mark
+
+    def join(self, t, mark):
+        into, source, _ = self.done.pop(id(mark))
+        into.copy_(source)
+        self.away_bytes -= into.nbytes if t is source else 0
+
+
+def test_nothing_is_let_go_of_or_used_before_its_copy_is_done():
+    """A device that takes its time: numbers are right, and what is leaving is bounded."""
+    copies = SlowCopies()
+    exact, away = gradients(kept_model(Keeper())), gradients(kept_model(Keeper(store=Offload(copies, Memory()))))
+    for name, gradient in exact.items():
+        assert torch.equal(away[name], gradient), name
+    total = held(kept_model(Keeper())) + SEQUENCES * TOKENS * SMALL.dim * 4
+    assert 0 < copies.most <= total * (LEAVING + 1) / SMALL.layers
