@@ -120,9 +120,13 @@ def operator_of(q: Tensor) -> str:
 
 
 def _heads_first(t_BSHE: Tensor, operator: str) -> Tensor:
-    """(B, H, S, E), with heads of a size that the operator takes: zeros behind change no score."""
+    """Gives (B, H, S, E), with heads of a size that the operator takes: zeros behind change no score."""
     pad = 0 if operator == "cpu" else -t_BSHE.size(-1) % 8
-    return F.pad(t_BSHE, (0, pad)).transpose(1, 2) if pad else t_BSHE.transpose(1, 2)
+    if pad:
+        t_BSHE = F.pad(t_BSHE, (0, pad))
+    elif t_BSHE.stride(-1) != 1:  # the operators read a head's numbers as if they lay side by side
+        t_BSHE = t_BSHE.contiguous()
+    return t_BSHE.transpose(1, 2)
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:

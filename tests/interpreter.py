@@ -1,7 +1,8 @@
-"""Triton's interpreter: the tests of each kernel run it on the CPU, in a process of their own.
+"""Triton's interpreter: the tests of each kernel run it on the CPU, in processes of their own.
 
-Triton reads its environment as it is imported, so nothing here may import it."""
+Triton reads its environment as it is imported, so nothing here may import it. One process, which has, forks for every call."""
 
+import functools
 import importlib
 import multiprocessing
 import os
@@ -12,24 +13,44 @@ from typing import Any
 
 def interpreted(module: str, function: str, *arguments: Any) -> None:
     """Calls a function of a test module where Triton runs on the CPU."""
-    context = multiprocessing.get_context("spawn")  # what forks ranks has imported torch's compiler, and Triton with it
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=(theirs, module, function, arguments))
-    process.start()
-    theirs.close()
-    with ours:
-        failure = ours.recv()
-    process.join()
+    interpreter = _interpreter()
+    interpreter.send((module, function, arguments))
+    failure = interpreter.recv()
     assert failure is None, failure
 
 
-def _call(tell: Connection, module: str, function: str, arguments: tuple[Any, ...]) -> None:
+@functools.cache
+def _interpreter() -> Connection:
+    context = multiprocessing.get_context("spawn")  # what forks ranks has imported torch's compiler, and Triton with it
+    ours, theirs = context.Pipe()
+    context.Process(target=_serve, args=(theirs,), name="interpreter", daemon=True).start()
+    theirs.close()
+    return ours
+
+
+def _serve(calls: Connection) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    assert triton.knobs.runtime.interpret
+    while True:
+        try:
+            call = calls.recv()
+        except EOFError:  # nobody asks any more
+            return
+        child = os.fork()
+        if child == 0:
+            calls.send(_failure(*call))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            calls.send(f"{call[:2]} ended with {os.waitstatus_to_exitcode(status)}")
+
+
+def _failure(module: str, function: str, arguments: tuple[Any, ...]) -> str | None:
+    """Makes the call. Returns what went wrong in it."""
     try:
         getattr(importlib.import_module(module), function)(*arguments)
-        import triton
-
-        assert triton.knobs.runtime.interpret
-        tell.send(None)
     except BaseException:
-        tell.send(traceback.format_exc()[-3000:])
+        return traceback.format_exc()[-3000:]
+    return None

@@ -47,6 +47,20 @@ def test_the_operator_is_the_formula(shape, dtype, causal):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_may_lie_in_any_order(dtype):
+    """As what a condensed layer makes, laid out by features, and a gradient that is one number for all."""
+    torch.manual_seed(2)
+    q, k, v, out = (torch.randn(2, heads, 8, 7).to(dtype).permute(0, 3, 1, 2) for heads in (4, 2, 2, 4))
+    d_out = torch.ones((), dtype=dtype).expand_as(out)
+    assert all(t.stride(-1) != 1 for t in (q, k, v, out, d_out))
+    lse = plain_forward(q, k, v, True, 0.4)[1] + 0.3
+    ours = (*block_forward(q, k, v, True, 0.4), *block_backward(d_out, Attended(q, k, v, out, lse), True, 0.4))
+    plain = (*plain_forward(q, k, v, True, 0.4), *plain_backward(d_out, Attended(q, k, v, out, lse), True, 0.4))
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_the_plain_backward_is_the_gradient():
     torch.manual_seed(1)
     q, k, v = (torch.randn(2, 5, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
