@@ -82,6 +82,8 @@ def _options() -> Iterable[Option]:
     yield Option("compile", "compilation", ("compile=true",))
     for name, value in (("fused_loss", "true"), ("plain_loss", "false")):
         yield Option(name, "loss", (f"memory.fused_loss={value}",))
+    for form in ("selective", "full", "0.4"):
+        yield Option(f"recompute={form}", "recomputation", (f"memory.recompute={form}",))
     yield Option("in_backward", "in backward", ("optim.in_backward=true",))
     for name in ("adamw", "adamw8bit", "lion", "lion8bit", "adafactor", "muon"):
         yield Option(name, "optimizer", (f"optim={name}",))
@@ -119,6 +121,7 @@ GROUPS = list(dict.fromkeys(option.group for option in OPTIONS.values()))
 NEAR = {"fp32", "bf16", "fp16", "reduce=bf16", "param_dtype"}  # with these, layouts differ by roundings
 LAYOUT = {  # groups of options that say how a run is carried out, which is nothing to its numbers
     "ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring", "compilation", "loss",
+    "recomputation",
     "in backward", "micro-batches", "another layout",
 }  # fmt: skip
 DRAWN = Path(__file__).with_name("cases.txt")

@@ -114,7 +114,7 @@ def _grown(case: set[str], left: set[Pair], allowed: set[Pair], folder: Path, ch
 
 FAMILIES = {
     "Layout": ("ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring"),
-    "Numbers": ("precision", "reduction", "parameters", "compilation", "loss", "in backward"),
+    "Numbers": ("precision", "reduction", "parameters", "compilation", "loss", "recomputation", "in backward"),
     "Optimizer": ("optimizer", "low-rank states", "low-rank side", "assignment"),
     "Sparsity": ("sparsity",),
     "Model and batch": (

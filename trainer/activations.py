@@ -140,6 +140,8 @@ def recompute(stages: Iterable[Decoder], config: TrainConfig, keeper: Keeper | N
     if results is None:
         for _, block in blocks:
             recompute_whole(block)
+            if config.compile:
+                block.compile()
         return
     kept = kept_of(config)
     looks = {result.name for result in results.results if result.pairs}

@@ -1,11 +1,8 @@
 """The model of a run, as plain modules without memory: `trainer.parallelize` puts it on the mesh."""
 
-from pathlib import Path
-
 import torch
 
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.precision import compute_dtype
 from rowwise.parallel.sequence import attention_on
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import Decoder
@@ -18,8 +15,7 @@ def build_model(config: TrainConfig, mesh: Mesh) -> Decoder | StagedDecoder:
     if axis is None:
         with torch.device("meta"):
             return Decoder(config.model, attend=attend, fused_loss=config.memory.fused_loss)
-    dtype, folder = compute_dtype(config.precision), Path(config.run_dir) / "pipeline"
-    plan = make_plan(config.parallel, config.model, config.batch, config.memory, dtype, folder, mesh)
+    plan = make_plan(config, mesh)
     with torch.device("meta"):
         mine = plan.schedule.stages_of(axis.rank)
         fused = config.memory.fused_loss

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from rowwise.parallel.activations.config import MemoryConfig
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.device import Clock, Mark, device_of
 from rowwise.parallel.lanes import receive_from, send_to
 from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.precision import compute_dtype
 from rowwise.parallel.sequence import attention_on, positions_on
-from rowwise.trainer.data.batches import BatchConfig
+from rowwise.trainer.activations import recompute
+from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.decoder import Decoder, Target
 
@@ -71,17 +72,17 @@ def read_part_times(path: Path) -> PartTimes:
         raise ValueError(f"parallel.pipeline_costs={path}: {where}: {first['msg']}") from None
 
 
-def measure_parts(
-    model: ModelConfig, batch: BatchConfig, memory: MemoryConfig, dtype: torch.dtype, split: bool, mesh: Mesh
-) -> PartTimes:
-    """Returns medians of a few repeats, and of those the slowest rank's. `dtype`: of computation; `split`: whether weights are
-    gathered. All ranks must call it."""
+def measure_parts(config: TrainConfig, mesh: Mesh) -> PartTimes:
+    """Measures the parts of a run's model: medians of a few repeats, and of those the slowest rank's. What layers make again in
+    the backward is in I. All ranks must call it."""
+    model, batch, dtype = config.model, config.batch, compute_dtype(config.precision)
     positions = positions_on(mesh, batch.seq_len)
     length = batch.seq_len if positions is None else len(positions)
     tokens = torch.zeros(batch.micro_size, length, dtype=torch.int64, device=mesh.device)
-    ends = [_time_stage(replace(model, layers=3), layer, tokens, memory, dtype, mesh) for layer in range(3)]
+    three = replace(config, model=replace(model, layers=3), compile=False)
+    ends = [_time_stage(three, layer, tokens, mesh) for layer in range(3)]
     send = _time_message(torch.zeros(*tokens.shape, model.dim, dtype=dtype, device=mesh.device), mesh)
-    gather = _time_gather(model, dtype, mesh) if split else 0.0
+    gather = _time_gather(model, dtype, mesh) if config.parallel.zero == 3 else 0.0
     seconds = torch.tensor([*(t for end in ends for t in end), send, gather], dtype=torch.float64)
     dist.all_reduce(seconds, dist.ReduceOp.MAX, group=mesh.save_group)
     first, layer, last, (send, gather) = (part.tolist() for part in seconds.split([3, 3, 3, 2]))
@@ -89,14 +90,14 @@ def measure_parts(
     return PartTimes(Times(*before), Times(*layer), Times(*after), send, gather)
 
 
-def _time_stage(
-    model: ModelConfig, layer: int, tokens: Tensor, memory: MemoryConfig, dtype: torch.dtype, mesh: Mesh
-) -> tuple[float, float, float]:
-    device = mesh.device
+def _time_stage(config: TrainConfig, layer: int, tokens: Tensor, mesh: Mesh) -> tuple[float, float, float]:
+    device, model, dtype = mesh.device, config.model, compute_dtype(config.precision)
     with torch.device(device):
-        stage = Decoder(model, range(layer, layer + 1), attention_on(mesh), memory.fused_loss).to(dtype)
+        stage = Decoder(model, range(layer, layer + 1), attention_on(mesh), config.memory.fused_loss).to(dtype)
         positions = torch.arange(tokens.size(1)).expand_as(tokens)
         x = torch.randn(*tokens.shape, model.dim, dtype=dtype)
+    if config.memory.recompute != "none":
+        recompute([stage], config, None)
     clock, last = Clock(device_of(device)), stage.norm is not None
     rounds = []
     for _ in range(REPEATS + 1):

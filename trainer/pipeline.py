@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from rowwise.kernels.spec import Specs
-from rowwise.parallel.activations.config import MemoryConfig
 from rowwise.parallel.activations.saved import begin_sequences
 from rowwise.parallel.mesh import Mesh, ParallelConfig
 from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.parallel.pipeline import Forward, Pipeline, Step, Trace
 from rowwise.parallel.pipeline_schedule.order import Schedule, write_csv
 from rowwise.parallel.pipeline_schedule.trace import align, write_trace
-from rowwise.trainer.data.batches import BatchConfig, MicroBatch
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.measure import measure_parts, read_part_times
-from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.decoder import Decoder, Target, parameter_specs
 from rowwise.trainer.stages import (
     PLAN_KEYS,
@@ -168,21 +167,16 @@ def connect_stages(model: StagedDecoder, parallel: ParallelConfig, dtype: torch.
     return PipelineStages(model, pipeline, dtype)
 
 
-def make_plan(
-    config: ParallelConfig,
-    model: ModelConfig,
-    batch: BatchConfig,
-    memory: MemoryConfig,
-    dtype: torch.dtype,
-    folder: Path,
-    mesh: Mesh,
-) -> Plan:
-    """The plan of the run; rank 0 makes it for all. What `auto` finds is kept in `folder` and found there again."""
+def make_plan(run: TrainConfig, mesh: Mesh) -> Plan:
+    """The plan of the run; rank 0 makes it for all. What `auto` finds is kept in the run's folder and found there again."""
+    config, model, batch, folder = run.parallel, run.model, run.batch, Path(run.run_dir) / "pipeline"
     micro_batches = batch.global_size // batch.micro_size // mesh.data_degree
     made_for = {
         "parallel": {key: getattr(config, key) for key in ("pipeline", "zero", *SEQUENCE_KEYS, *PLAN_KEYS)},
         "model": asdict(model),
         "micro_batches": [micro_batches, batch.micro_size, batch.seq_len],
+        # Plans of before it had nothing made again.
+        **({} if run.memory.recompute == "none" else {"recompute": run.memory.recompute}),
     }
     auto = config.pipeline_schedule == "auto"
     stages = config.pipeline * config.virtual_stages
@@ -197,7 +191,7 @@ def make_plan(
     if auto and config.pipeline_costs is not None:
         times = read_part_times(Path(config.pipeline_costs).expanduser()) if mesh.rank == 0 else None
     elif auto:
-        times = measure_parts(model, batch, memory, dtype, config.zero == 3, mesh)
+        times = measure_parts(run, mesh)
     if mesh.rank == 0:
         plan = plan_pipeline(config, model, batch.seq_len, micro_batches, times)
         if times is not None:

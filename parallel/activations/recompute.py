@@ -1,8 +1,8 @@
 """Keeps some results of a layer between forward and backward, and makes the others again when the backward asks for them.
 
 A forward of the layer makes its results by name (`parallel.activations.results`). What autograd would save passes by here: a
-tensor that is a result which is not kept becomes a word for it, and the first use of one in the backward makes it again, and
-what it is made of as far as that is gone too, without gradients and with the parameters as they are gathered then. What the
+tensor of a result that is not kept gets a stand-in, and the first use of one in the backward makes the result again, and what
+that is made of as far as it is gone too, without gradients and with the parameters as they are gathered then. What the
 backward makes again it makes once, and holds until its last use. Tensors that are no results stay: parameters, tables, the
 log-sum-exp of attention and the reciprocal of a norm's root mean square, and whatever messages have brought.
 

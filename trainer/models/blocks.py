@@ -142,11 +142,13 @@ class Block(Layer):
         self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, documents: Documents | None, attend: Attend
     ) -> Tensor:
         make = self.making(x_BSD)
-        n1_BSD = make("n1", self.attention_norm, x_BSD)
-        # One inside the other, so that without gradients each is freed when it is used.
-        h_BSD = make("h", self.add_seen, x_BSD, self.attention.look(n1_BSD, cos_BSE, sin_BSE, documents, attend, make))
-        gate_up = make("gate_up", self.feed_forward.widen, make("n2", self.feed_forward_norm, h_BSD))
-        return make("out", self.add_fed, h_BSD, make("s", swiglu, *gate_up))
+        look, widen = self.attention.look, self.feed_forward.widen
+        # One inside the other, so that without gradients each is freed when it has been used.
+        seen = look(make("n1", self.attention_norm, x_BSD), cos_BSE, sin_BSE, documents, attend, make)
+        h_BSD = make("h", self.add_seen, x_BSD, seen)
+        del seen
+        s_BSF = make("s", swiglu, *make("gate_up", widen, make("n2", self.feed_forward_norm, h_BSD)))
+        return make("out", self.add_fed, h_BSD, s_BSF)
 
     def add_seen(self, x_BSD: Tensor, y_BSHE: Tensor) -> Tensor:
         """h, of what is seen."""
