@@ -37,7 +37,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full", action="store_true", help="whole products of cases, where a share of them stands for all"
     )
-    parser.addoption("--slow", action="store_true", help="a browser, Slurm, and the last kills: `make test-slow`")
+    parser.addoption(
+        "--slow", action="store_true", help="a browser, Slurm, the last kills and whole runs: `make test-slow`"
+    )
     parser.addoption("--long", action="store_true", help="every preset, and attacks: `make test-long`")
     parser.addoption(
         "--nccl", action="store_true", help="leaves GPUs visible; worlds for which there are enough of them run on NCCL"
@@ -50,7 +52,9 @@ def pytest_configure(config):
             "--nccl was read too late to leave GPUs visible; give it on the command line, without -n"
         )
     config.addinivalue_line("markers", "full: a case for which another stands, unless --full")
-    config.addinivalue_line("markers", "slow: a case of a browser, of Slurm or of many kills, unless --slow")
+    config.addinivalue_line(
+        "markers", "slow: a case of a browser, of Slurm, of many kills or of one more whole run, unless --slow"
+    )
     config.addinivalue_line("markers", "long: a case that trains for minutes or attacks for minutes, unless --long")
     config.pluginmanager.register(FileSeconds())
 

@@ -295,7 +295,7 @@ def test_a_search_that_is_killed_goes_on(tmp_path, parallel):
         assert steps == list(range(1, len(steps) + 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_search_goes_on_on_another_machine(tmp_path, number):
     """Where it was asked to stop at once; where its machine is gone once it has been silent for some time."""
     process = quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2, "there"))

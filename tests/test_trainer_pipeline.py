@@ -175,7 +175,7 @@ def test_a_step_at_once_is_the_ordinary_step_to_the_last_bit(ranks, folder, sche
     assert any(clipped) == ("clip_norm=1e9" not in options and "clip_norm=0" not in options)
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("chunks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_auto_measures_plans_and_keeps_its_plan(ranks, folder, uninterrupted, chunks):
     recompute = "none" if chunks == 1 else "0.4"  # whose making again is measured too
     base = named(small_config(folder, *OVERRIDES, f"memory.recompute={recompute}"), folder, f"auto-{chunks}")

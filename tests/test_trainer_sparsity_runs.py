@@ -63,7 +63,11 @@ HALVES = {"set": STOPS, "rigl": STOPS[2:], "srigl": STOPS[:2], "gradual": STOPS[
           "pdp_rows": STOPS[2:], "pdp_nm": STOPS[2:], "nm": STOPS[2:]}  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
+# The others go by the same road, in `make test-slow`.
+NOW = ("set", "rigl")
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in NOW else pytest.mark.slow) for m in METHODS])
 def test_a_run_moves_between_layouts(ranks, folder, method, full):
     base = config_of(method, folder)
     uninterrupted = named(on(base, 1), folder, f"{method}-whole")
@@ -89,10 +93,13 @@ KEYS = (
 )  # fmt: skip
 
 
-FORMS_OF_PDP = [pytest.param(method, marks=pytest.mark.full) for method in ("pdp_rows", "pdp_nm")]
+OTHERS = [
+    *(pytest.param(method, marks=pytest.mark.slow) for method in ("srigl", "pdp")),
+    *(pytest.param(method, marks=pytest.mark.full) for method in ("pdp_rows", "pdp_nm")),
+]
 
 
-@pytest.mark.parametrize("method", ["rigl", "srigl", "pdp", *FORMS_OF_PDP])
+@pytest.mark.parametrize("method", ["rigl", *OTHERS])
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder, method):
     config = on(config_of(method, folder), 2, zero=2)
     assert_resumes_to_the_last_bit(ranks, 2, config, folder / f"{method}-bits", stop_at=5)

@@ -267,7 +267,7 @@ def test_a_rollback_goes_past_what_was_read_on_every_layout(ranks, folder, monke
 @pytest.mark.parametrize(
     "stops",
     [
-        (ANCHOR + 1, AT + 2),
+        pytest.param((ANCHOR + 1, AT + 2), marks=pytest.mark.slow),
         *(pytest.param(stops, marks=pytest.mark.full) for stops in [(AT - 1, AT, AT + 1), (AT + 1,), (STEPS + 1,)]),
     ],
     ids=str,

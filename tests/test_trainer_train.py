@@ -203,6 +203,7 @@ def test_fp16_gives_up_where_no_smaller_scale_can_help(ranks, folder):
         ranks.run(run_train, 1, named(with_layout(small_config(folder, *options), 1), folder, "hopeless"))
 
 
+@pytest.mark.slow  # by inductor; by aot_eager: test_trainer_sequence
 def test_compiled_blocks_give_the_same_run(ranks, folder, uninterrupted):
     config = run_config(folder, "compiled", 1, "compile=true", zero=2)
     ranks.run(run_train, 1, config)
