@@ -402,7 +402,7 @@ REFUSED = {
     ),
     "another way to recompute": (
         ["memory.recompute=half"],
-        r"memory.recompute='half': .*'none', 'selective' or 'full'",
+        r"memory.recompute='half': .*'none', 'selective' or 'full', or a number",
     ),
     "norms of gradients that are gone": (
         ["log.norms_every=10", "optim.in_backward=true", "clip_norm=0", "batch.micro_size=8"],

@@ -147,7 +147,7 @@ def test_what_a_resume_changes_is_told_with_both_rates(tmp_path):
     tree = tree_of(short)
     for new in ("on_spike", "spike", "log", "profile", "tokens", "epochs", "peak_flops"):
         del tree[new]
-    del tree["parallel"]["ring_order"]
+    del tree["parallel"]["ring_order"], tree["memory"]["recompute"]
     assert changes({"config": tree, "step": 2}, short) == [], "what an earlier release did not know is as it was"
     spiky = replace(short, on_spike="skip", spike=replace(short.spike, window=64))
     assert (

@@ -224,10 +224,11 @@ def _path(error: Mapping[str, Any], tree: dict[str, Any]) -> list[Any]:
 
 
 def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
-    first = error.errors(include_url=False)[0]
+    first, *others = error.errors(include_url=False)
     path = ".".join(map(str, _path(first, tree)))
     if first["type"] == "union_tag_invalid":
         return f"{path}.name={first['ctx']['tag']!r}: possible are {first['ctx']['expected_tags']}"
     if first["type"] in ("missing", "union_tag_not_found"):
         return f"{path}{'' if first['type'] == 'missing' else '.name'} is missing"
-    return f"{path}={first['input']!r}: {told_of_type(first)}"
+    number = any(one["type"] == "float_type" and _path(one, tree) == _path(first, tree) for one in others)
+    return f"{path}={first['input']!r}: {told_of_type(first)}{', or a number' * (first['type'] == 'literal_error' and number)}"
