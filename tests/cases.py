@@ -84,6 +84,9 @@ def _options() -> Iterable[Option]:
         yield Option(name, "loss", (f"memory.fused_loss={value}",))
     for form in ("selective", "full", "0.4"):
         yield Option(f"recompute={form}", "recomputation", (f"memory.recompute={form}",))
+    yield Option("int8", "compression", ("memory.compress=int8",))
+    for name, place in (("host", "cpu"), ("files", "/FOLDER")):
+        yield Option(f"offload={name}", "offloading", (f"memory.offload_activations={place}",))
     yield Option("in_backward", "in backward", ("optim.in_backward=true",))
     for name in ("adamw", "adamw8bit", "lion", "lion8bit", "adafactor", "muon"):
         yield Option(name, "optimizer", (f"optim={name}",))
@@ -121,8 +124,7 @@ GROUPS = list(dict.fromkeys(option.group for option in OPTIONS.values()))
 NEAR = {"fp32", "bf16", "fp16", "reduce=bf16", "param_dtype"}  # with these, layouts differ by roundings
 LAYOUT = {  # groups of options that say how a run is carried out, which is nothing to its numbers
     "ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring", "compilation", "loss",
-    "recomputation",
-    "in backward", "micro-batches", "another layout",
+    "recomputation", "offloading", "in backward", "micro-batches", "another layout",
 }  # fmt: skip
 DRAWN = Path(__file__).with_name("cases.txt")
 NOW = 16  # of the cases, the first, which try most pairs: the others are run in full alone
@@ -181,8 +183,10 @@ def case_config(names: Iterable[str], folder: Path, zero: int = 1) -> tuple[Trai
 
 
 def alone_config(names: list[str], folder: Path, exact: bool = False) -> TrainConfig:
-    """The same run on one process, in one micro-batch and step by step; `exact`: in 64 bits."""
-    kept = [name for name in names if OPTIONS[name].group not in LAYOUT and not (exact and name in NEAR)]
+    """The same run on one process, in one micro-batch and step by step; `exact`: in 64 bits. (What is made again of codes is another
+    number than what is kept.)"""
+    layout = LAYOUT - {"recomputation"} if "int8" in names else LAYOUT
+    kept = [name for name in names if OPTIONS[name].group not in layout and not (exact and name in NEAR)]
     tree, _ = case_tree(kept, folder)
     tree["model"]["layers"] = case_tree(names, folder)[0]["model"]["layers"]  # of which a pipeline may need more
     tree["parallel"] |= {"shard": 1}
