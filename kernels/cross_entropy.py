@@ -51,14 +51,15 @@ class Loss(NamedTuple):
 def linear_cross_entropy(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, scale: float | Tensor | None = None) -> Loss:
     """Computes the cross entropy of the logits x w^T without them. A negative label is none.
 
-    `scale`: what the backward will multiply the loss by, where that is known. It is for speed: gradients are right whatever the
-    loss is multiplied by then. A label of V or above makes the loss NaN, or is an error of torch's. Bytes: `loss_bytes`.
-    Communicates nothing.
+    `scale`: what the backward will multiply the loss by, where that is known, and not 0. It is for speed: gradients are right
+    whatever the loss is multiplied by then. A label of V or above makes the loss NaN, or is an error of torch's. Bytes:
+    `loss_bytes`. Communicates nothing.
     """
-    if not (torch.is_grad_enabled() and (x_ND.requires_grad or w_VD.requires_grad)):
+    learns = [t.requires_grad and torch.is_grad_enabled() for t in (x_ND, w_VD)]
+    if not any(learns):
         each_N = _losses(*sum_and_label(x_ND, w_VD, labels_N), labels_N)
         return Loss(each_N.sum(), (labels_N >= 0).sum(), each_N)
-    form = _AtOnce if scale is not None and x_ND.itemsize >= 4 else _Later
+    form = _AtOnce if scale is not None and x_ND.itemsize >= 4 and all(learns) else _Later
     total, each_N = form.apply(x_ND, w_VD, labels_N, scale)
     return Loss(total, (labels_N >= 0).sum(), each_N)
 
@@ -118,9 +119,8 @@ class _AtOnce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
-        factor = g / ctx.scale  # 1, but where it was told otherwise
-        wanted = (d.mul_(factor) if needed else None for d, needed in zip((dx, dw), ctx.needs_input_grad, strict=False))
-        return *wanted, None, None
+        factor = g / ctx.scale  # 1, but where the forward was told otherwise
+        return dx.mul_(factor), dw.mul_(factor), None, None
 
 
 def _losses(lse_N: Tensor, at_label_N: Tensor, labels_N: Tensor) -> Tensor:

@@ -37,9 +37,8 @@ from rowwise.trainer.stages import (
 )
 
 T = TypeVar("T")
-Last = Callable[
-    [Target | None], Any
-]  # the last stage's forward of a micro-batch, to its logits or to the loss of a target
+# The last stage's forward of a micro-batch: to its logits, or to the loss of a target.
+Last = Callable[[Target | None], Any]
 
 
 class StagedDecoder(nn.Module):
