@@ -11,9 +11,9 @@ from messages import Messages
 from parity import Trace, assert_all_same, engine_on, run_layouts, run_plain, small_config, with_layout
 from rowwise.kernels.cross_entropy import TILES, Tiles
 from rowwise.parallel.mesh import make_mesh
-from rowwise.trainer.data.open import open_data
 from rowwise.trainer.config import tree_of
 from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.data.open import open_data
 from rowwise.trainer.feed import train_batches
 from rowwise.trainer.resume import changes
 
@@ -109,11 +109,16 @@ def evaluate(workers, configs) -> list[list[torch.Tensor]]:
         data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
         one, two, *_ = next(train_batches(config, mesh, data, 0))
         with mock.patch.dict(TILES, {"cpu": SMALL}):
-            seen = [engine.losses([one, without_labels(two), two]), engine.forward_backward([one, without_labels(two), two], 1.0)]
+            seen = [
+                engine.losses([one, without_labels(two), two]),
+                engine.forward_backward([one, without_labels(two), two], 1.0),
+            ]
             nothing = engine.losses([without_labels(one)])
             engine.model.zero_grad()
             nothing += engine.forward_backward([without_labels(one)], 1.0)
-        found.append([*seen, nothing, torch.stack([p.grad.to_local().abs().sum() for p in engine.model.parameters()]).sum()])
+        found.append(
+            [*seen, nothing, torch.stack([p.grad.to_local().abs().sum() for p in engine.model.parameters()]).sum()]
+        )
     return found
 
 
