@@ -65,6 +65,8 @@ CHECKS = [
     Check("rounding", "gpu_kernels:check_rounding", 20),
     Check("row_scale", "gpu_kernels:check_row_scale", 20),
     Check("dct", "gpu_kernels:check_dct", 30),
+    Check("activation_codes", "gpu_activations:check_activation_codes", 40),
+    Check("offload", "gpu_activations:check_offload", 40),
     Check("nm", "gpu_sparse:check_nm", 30),
     Check("semi_structured", "gpu_sparse:check_semi_structured", 30),
     Check("condensed", "gpu_sparse:check_condensed", 30),

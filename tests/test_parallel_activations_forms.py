@@ -21,7 +21,7 @@ from rowwise.parallel.activations.compress import Coding, Tokens, named_attentio
 from rowwise.parallel.activations.offload import LEAVING, Folder, Memory, Offload
 from rowwise.parallel.activations.saved import Keeper, attach, begin_sequences
 from rowwise.parallel.defer import WeightGradients, deferred
-from rowwise.parallel.device import HostCopies, Moment
+from rowwise.parallel.device import GpuCopies, HostCopies, Moment
 from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.config import ModelConfig
@@ -348,3 +348,40 @@ def test_nothing_is_let_go_of_or_used_before_its_copy_is_done():
         assert torch.equal(away[name], gradient), name
     total = held(kept_model(Keeper())) + SEQUENCES * TOKENS * SMALL.dim * 4
     assert 0 < copies.most <= total * (LEAVING + 1) / SMALL.layers
+
+
+class Stream:
+    """A stream of CUDA that writes down whom it waits for."""
+
+    def __init__(self, said: list[str], name: str):
+        self.said, self.name = said, name
+
+    def wait_stream(self, other):
+        self.said.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.said.append(f"{self.name} waits for {event}")
+
+    def record_event(self):
+        return f"an event of {self.name}"
+
+
+def test_a_gpu_copies_what_is_computed_and_computes_with_what_is_copied(monkeypatch):
+    said: list[str] = []
+    names, now = iter(("out", "back")), Stream(said, "computation")
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream(said, next(names)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: now)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(said.append(f"in {stream.name}")))
+    monkeypatch.setattr(torch, "empty_like", lambda t, **_: empty_like(t))  # pinned only where there is a GPU
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: said.append(f"used by {stream.name}"))
+    copies, t = GpuCopies(torch.device("cpu")), torch.arange(5.0)
+    here, left = copies.away(t)
+    copies.join(t, left)
+    again, came = copies.back(here)
+    copies.join(again, came)
+    assert torch.equal(again, t)
+    assert said == [
+        "out waits for computation", "in out", "computation waits for an event of out", "used by computation",
+        "back waits for out", "in back", "computation waits for an event of back", "used by computation",
+    ]  # fmt: skip
