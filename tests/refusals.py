@@ -392,10 +392,6 @@ REFUSED = {
         r"memory.compress=int8 with memory.recompute=full parallel.ulysses=2 parallel.ring=1: ranks that share sequences keep",
     ),
     "another number of bits": (["memory.compress=int4"], r"memory.compress='int4': .*'none' or 'int8'"),
-    "compiled blocks off the device": (
-        ["memory.offload_activations=cpu", "compile=true"],
-        r"memory.offload_activations=cpu with compile=true: a compiled block keeps what the compiler chooses on the device",
-    ),
     "activations in no folder": (
         ["memory.offload_activations=nvme"],
         r"memory.offload_activations=nvme: there is no such folder; possible are none, cpu, or the path of a folder",

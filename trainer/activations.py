@@ -24,6 +24,13 @@ from rowwise.trainer.models.decoder import BLOCKS, Decoder
 
 OWN_LAYERS: Refusals = (
     Refusal(
+        ("memory.offload_activations", "compile", "model.block"),
+        lambda run: run.memory.offload_activations != "none" and run.compile and results_of(run) is None,
+        "memory.offload_activations={memory.offload_activations} with compile=true model.block={model.block}: its layers make no "
+        "results by name, which could be compiled one by one; give compile=false, memory.offload_activations=none, or the block a "
+        "table of its results (docs/memory.md)",
+    ),
+    Refusal(
         ("memory.recompute", "model.block"),
         lambda run: run.memory.recompute not in ("none", "full") and results_of(run) is None,
         "memory.recompute={memory.recompute} with model.block={model.block}: its layers make no results by name, of which some "
@@ -112,13 +119,20 @@ def kept_of(config: TrainConfig) -> list[frozenset[str]]:
 def keep_results(stages: Sequence[Decoder], config: TrainConfig, mesh: Mesh) -> None:
     """Makes the layers of each stage keep what the run says, in the form and at the place that it says, in place."""
     keeper = keeper_on(config, mesh)
-    if config.memory.recompute != "none":
+    if one_by_one(config):
         recompute(stages, config, keeper)
     for stage in stages if keeper is not None else ():
         assert keeper is not None
         attach(keeper, stage, list(stage.blocks.items()))
         if config.memory.compress != "none":
             stage.attend = named_attention(keeper, stage.attend, config.model.kv_heads)
+
+
+def one_by_one(config: TrainConfig) -> bool:
+    """Whether layers make their results one by one: some are made again, or compiled layers are to keep theirs off the device,
+    which whole ones would not."""
+    memory = config.memory
+    return memory.recompute != "none" or (config.compile and memory.offload_activations != "none")
 
 
 def keeper_on(config: TrainConfig, mesh: Mesh) -> Keeper | None:

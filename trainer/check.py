@@ -11,7 +11,6 @@ from rowwise.optim.lr_schedules import check_schedule
 from rowwise.optim.sparse.check import MASKED, check_sparsity
 from rowwise.parallel.activations.compress import COMPILED_CODES, SHARED_CODES
 from rowwise.parallel.activations.config import RECOMPUTE
-from rowwise.parallel.activations.offload import COMPILED_LAYERS
 from rowwise.parallel.mesh import TIMEOUT, resolve_degrees
 from rowwise.parallel.pipeline_schedule.cut import check_stages
 from rowwise.parallel.precision import BF16_PARAMETERS, LOSS_SCALE
@@ -43,7 +42,6 @@ COMPOSED: Refusals = (
     *OWN_LAYERS,
     *COMPILED_CODES,
     *SHARED_CODES,
-    *COMPILED_LAYERS,
     *PROFILE,
 )
 

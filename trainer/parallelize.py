@@ -12,7 +12,7 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype, master_dtype
 from rowwise.parallel.replicate import replicate_model
 from rowwise.parallel.shard import is_split, materialize, merge_parts, policy, shard_model
-from rowwise.trainer.activations import keep_results
+from rowwise.trainer.activations import keep_results, one_by_one
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import Engine, WholeModel
 from rowwise.trainer.models.decoder import Decoder, parameter_specs
@@ -36,9 +36,9 @@ def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh)
     for convert in CONVERSIONS:
         convert(stages, config, mesh)
     # What of it waits for the backward, in which form and where; and how they compute it: a compiled block gathers nothing, so it
-    # is inside what FSDP2 gathers. Where not everything is kept, its results are compiled one by one.
+    # is inside what FSDP2 gathers. Where not everything is kept as it is, its results are compiled one by one.
     keep_results(stages, config, mesh)
-    if config.compile and config.memory.recompute == "none":
+    if config.compile and not one_by_one(config):
         compile_blocks(stages)
     # Where the parameters live.
     split = is_split(mesh, policy(config.precision))

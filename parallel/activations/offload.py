@@ -26,17 +26,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.parallel.device import Copies, Mark, device_of
 
-COMPILED_LAYERS: Refusals = (
-    Refusal(
-        ("memory.offload_activations", "compile"),
-        lambda run: run.memory.offload_activations != "none" and run.compile,
-        "memory.offload_activations={memory.offload_activations} with compile=true: a compiled block keeps what the compiler "
-        "chooses on the device; give compile=false, or memory.offload_activations=none",
-    ),
-)
 LEAVING = 2  # blocks whose results may be on their way out
 AHEAD = (
     2  # blocks before the one that is differentiated whose results come from files; those of the nearest to the device
