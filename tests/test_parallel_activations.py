@@ -287,60 +287,62 @@ def reference(folder: Path, overrides: tuple[str, ...]) -> Trace:
     return run_plain(small_config(folder, *SHORT, *overrides), STEPS)
 
 
-def assert_law(ranks, folder: Path, world: int, cases: dict[str, tuple[str, ...]], **layout) -> None:
-    """Each case, recompute -> other options, on the layout: as one process computes that knows of no recomputation."""
-    configs = [
-        with_layout(small_config(folder, *SHORT, *options, f"memory.recompute={recompute}"), world, **layout)
-        for recompute, options in cases.items()
-    ]
-    everyone = ranks.run(run_layouts, world, configs, STEPS)
-    for number, options in enumerate(cases.values()):
-        assert_all_same([traces[number] for traces in everyone], reference(folder, options))
-
-
 RIGL = ("sparsity=rigl", "sparsity.update_every=1", "sparsity.stop_at=2")
-TWO_FOUR = (
-    "model.dim=32",
-    "model.heads=4",
-    "model.kv_heads=2",
-    "model.ffn_dim=36",
-    "sparsity=nm",
-    "sparsity.account_every=1",
-)
+GROUPS = ("model.dim=32", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=36")
+TWO_FOUR = (*GROUPS, "sparsity=nm", "sparsity.account_every=1")
+HEADS = ("model.heads=4", "model.kv_heads=2", "model.head_dim=8")
+NORMED, EIGHT_BITS = ("model.qk_norm=true",), ("optim=adamw8bit",)
+OTHERS = ((), NORMED, RIGL, TWO_FOUR, EIGHT_BITS)
+FORMS = ("selective", "full", 0.4)
+Case = tuple[str | float, tuple[str, ...]]  # of memory.recompute, and what else is asked for
 
 
-def test_law_2_whole_and_split_by_rows(ranks, folder):
-    assert_law(ranks, folder, 1, {"full": (), "0.4": ("model.qk_norm=true",), "selective": TWO_FOUR})
-    assert_law(
-        ranks, folder, 2, {"full": ("model.qk_norm=true",), "0.4": RIGL, "selective": ("optim=adamw8bit",)}, zero=3
-    )
-    assert_law(ranks, folder, 2, {"full": TWO_FOUR}, zero=2)
+@pytest.fixture
+def law_2(ranks, folder, full):
+    """Whether each case on the layout is as one process computes that knows of no recomputation; in full, every form with all
+    else that any layout is tried with."""
+
+    def hold(world: int, cases: list[Case], beside: tuple[str, ...] = (), **layout) -> None:
+        if full:
+            cases = list(itertools.product(FORMS, OTHERS))
+        configs = [
+            with_layout(small_config(folder, *SHORT, *beside, *options, f"memory.recompute={form}"), world, **layout)
+            for form, options in cases
+        ]
+        everyone = ranks.run(run_layouts, world, configs, STEPS)
+        for number, (_, options) in enumerate(cases):
+            assert_all_same([traces[number] for traces in everyone], reference(folder, (*beside, *options)))
+
+    return hold
 
 
-def test_law_2_where_ranks_share_sequences(ranks, folder):
-    options = {"full": ("model.heads=4", "model.kv_heads=2", "model.head_dim=8"), "0.5": RIGL}
-    options["0.5"] = (*options["full"], *RIGL)
-    assert_law(ranks, folder, 4, options, ulysses=2, ring=2, zero=3)
-    assert_law(ranks, folder, 2, {"0.3": ("model.qk_norm=true",)}, ring=2, zero=1)
+def test_layers_made_again_are_those_of_one_process(law_2):
+    law_2(1, [("full", ()), (0.4, NORMED), ("selective", TWO_FOUR)])
+    law_2(2, [("full", NORMED), (0.4, RIGL), ("selective", EIGHT_BITS)], zero=3)
+    law_2(2, [("full", TWO_FOUR)], zero=2)
+
+
+def test_layers_made_again_where_ranks_share_sequences(law_2):
+    law_2(4, [("full", ()), (0.5, RIGL)], HEADS, ulysses=2, ring=2, zero=3)
+    law_2(2, [(0.3, NORMED)], ring=2, zero=1)
 
 
 SCHEDULES = {  # each with its form, and what else it is tried with
     ("gpipe", 1, 0): ("selective", ()),
-    ("1f1b", 1, 3): ("full", ("optim=adamw8bit",)),
-    ("interleaved_1f1b", 2, 2): ("0.4", ()),
-    ("zb_h1", 1, 1): ("0.4", RIGL),
+    ("1f1b", 1, 3): ("full", EIGHT_BITS),
+    ("interleaved_1f1b", 2, 2): (0.4, ()),
+    ("zb_h1", 1, 1): (0.4, RIGL),
     ("zb_h2", 1, 3): ("selective", ()),
     ("zb_v", 2, 3): ("full", TWO_FOUR),
-    ("blockwise", 2, 3): ("0.25", ()),
+    ("blockwise", 2, 3): (0.25, ()),
 }
-STAGES = ("model.layers=4", "batch.global_size=8", "batch.micro_size=1")
+STAGES = ("model.layers=4", "batch.micro_size=1")
 
 
 @pytest.mark.parametrize("name, chunks, zero", SCHEDULES)
-def test_law_2_in_pipelines(ranks, folder, name, chunks, zero):
-    recompute, options = SCHEDULES[name, chunks, zero]
+def test_layers_made_again_in_pipelines(law_2, name, chunks, zero):
     layout = {"pipeline": 2, "pipeline_schedule": name, "virtual_stages": chunks, "zero": zero}
-    assert_law(ranks, folder, 4 if zero else 2, {recompute: (*STAGES, *options)}, **layout)
+    law_2(4 if zero else 2, [SCHEDULES[name, chunks, zero]], STAGES, **layout)
 
 
 # Messages, and bytes of a run.
