@@ -18,8 +18,8 @@ from rowwise.kernels.attention import causal_attention
 from rowwise.kernels.visible import Documents
 from rowwise.parallel.activations import compress
 from rowwise.parallel.activations.compress import Coding, Tokens, named_attention
-from rowwise.parallel.activations.offload import LEAVING, Folder, Memory, Offload
-from rowwise.parallel.activations.saved import Keeper, attach, begin_sequences
+from rowwise.parallel.activations.offload import LEAVING, Folder, Memory, Offload, Parcel
+from rowwise.parallel.activations.saved import Keeper, Stored, attach, begin_sequences
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.device import GpuCopies, HostCopies, Moment
 from rowwise.parallel.mesh import Workers, make_mesh
@@ -272,6 +272,21 @@ def test_between_the_two_backwards_codes_stay_codes(files):
         assert torch.equal(ours, theirs) and 0 < relative_error(theirs, right) < 0.1
 
 
+@pytest.mark.parametrize("place", [None, Memory])
+def test_what_was_kept_goes_with_the_backward(place):
+    """And not when Python looks for circles, which may be many steps later. Nor does a forward without a backward leave any."""
+    model = kept_model(coding_keeper(store=Offload(HostCopies(), place()) if place else None))
+    gc.collect()
+    gc.disable()
+    try:
+        gradients(model)
+        begin_sequences(model, 0)
+        model(*batch())
+        assert not [one for one in gc.get_objects() if type(one) in (Stored, Parcel)]
+    finally:
+        gc.enable()
+
+
 # What is away.
 
 
@@ -280,14 +295,21 @@ def test_files_have_no_name_and_are_gone_when_the_backward_is(files, tmp_path):
     model = kept_model(Keeper(store=files))
     begin_sequences(model, 0)
     loss = model(*batch()).square().mean()
+    finish(files)
     (file,) = open_in(tmp_path)
     assert file.st_nlink == 0 and file.st_size > 4 * SMALL.layers * SEQUENCES * TOKENS * 600
     assert not list(tmp_path.iterdir())
     loss.backward()
     del loss
     begin_sequences(model, 0)  # the next forward has a file of its own
-    gc.collect()
+    finish(files)
     assert not open_in(tmp_path)
+
+
+def finish(files: Offload) -> None:
+    """Waits until its threads have nothing to do: each does one thing after the other."""
+    for pool in (files._shelf._writer, files._shelf._reader):
+        pool.submit(int).result()
 
 
 def open_in(folder: Path) -> list[os.stat_result]:

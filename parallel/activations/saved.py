@@ -45,14 +45,20 @@ class Readers:
 
 class Stored:
     """What is kept of a block once, whoever keeps it. `held` gives the tensors that it is kept as, `rebuild` makes its memory of
-    them, flat. It is read in the backward, and again where weight gradients are put off (`later`); `read` knows it by what was
-    read."""
+    them, flat. `read` knows it by what was read. Who waits for it keeps it, and not the other way round: it goes with the last of
+    them, and not when Python looks for circles."""
 
     def __init__(
         self, held: Callable[[], Sequence[Tensor]], rebuild: Callable[[Sequence[Tensor]], Tensor], read: "Read"
     ):
         self._held, self._rebuild, self._read = held, rebuild, read
-        self.now, self.later = Readers(self._make), Readers(self._make)
+        self._readers: weakref.WeakValueDictionary[bool, Readers] = weakref.WeakValueDictionary()
+
+    def readers(self, later: bool = False) -> Readers:
+        """Those who read it in the backward, or those who do `later`, where weight gradients are put off."""
+        if (readers := self._readers.get(later)) is None:
+            readers = self._readers[later] = Readers(self._make)
+        return readers
 
     def _make(self) -> Tensor:
         memory = self._rebuild(self._held())
@@ -77,7 +83,7 @@ class Read:
         if stored is None:
             return lambda: t
         kept = Kept(t)
-        kept.become(stored.later)
+        kept.become(stored.readers(later=True))
         return kept.read
 
 
@@ -157,7 +163,7 @@ class Scope:
         if self._waiting is not None:
             self._waiting.append((t, learns, kept))
         elif (stored := self._stored(t, learns)) is not None:
-            kept.become(stored.now)
+            kept.become(stored.readers())
         return kept
 
     @contextmanager
@@ -171,7 +177,7 @@ class Scope:
             self._waiting = None
         for t, learns, kept in waiting:
             if (stored := self._stored(t, learns)) is not None:
-                kept.become(stored.now)
+                kept.become(stored.readers())
 
     def _stored(self, t: Tensor, learns: bool) -> Stored | None:
         """What the memory of `t` is stored as, if need be from now on; None: `t` stays as it is."""
