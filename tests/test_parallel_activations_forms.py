@@ -21,7 +21,7 @@ from rowwise.parallel.activations.compress import Coding, Tokens, named_attentio
 from rowwise.parallel.activations.offload import LEAVING, Folder, Memory, Offload, Parcel
 from rowwise.parallel.activations.saved import Keeper, Stored, attach, begin_sequences
 from rowwise.parallel.defer import WeightGradients, deferred
-from rowwise.parallel.device import GpuCopies, HostCopies, Moment
+from rowwise.parallel.device import GpuCopies, Host, HostCopies, Moment
 from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.config import ModelConfig
@@ -187,7 +187,7 @@ def batch(documents: bool = False):
 @pytest.fixture
 def files(tmp_path):
     """A store in files."""
-    store = Offload(HostCopies(), Folder(tmp_path, False))
+    store = Offload(HostCopies(), Folder(tmp_path, Host()))
     yield store
     store.close()
 
@@ -323,10 +323,22 @@ def open_in(folder: Path) -> list[os.stat_result]:
 
 
 def test_a_folder_that_is_gone_is_named(tmp_path):
-    store = Offload(HostCopies(), Folder(tmp_path / "gone", False))
-    with pytest.raises(OSError, match="gone"):
+    store = Offload(HostCopies(), Folder(tmp_path / "gone", Host()))
+    with pytest.raises(
+        OSError, match=r"memory.offload_activations=\S+gone cannot be written .*; give another"
+    ) as raised:
         gradients(kept_model(Keeper(store=store)))
+    assert raised.value.filename == str(tmp_path / "gone")  # by which one line tells it
     store.close()
+
+
+def test_threads_of_files_have_their_device(tmp_path):
+    """What a thread asks of another GPU than its own makes a context there."""
+    asked = mock.Mock(pins=False)
+    store = Offload(HostCopies(), Folder(tmp_path, asked))
+    gradients(kept_model(Keeper(store=store)))
+    store.close()
+    assert asked.own_stream.call_count == 2  # one writes, one reads
 
 
 def test_of_what_is_in_files_the_device_holds_two_blocks(files):

@@ -80,6 +80,13 @@ def test_a_folder_must_be_one_and_take_what_comes(tmp_path, monkeypatch):
         check_folder(away(tmp_path, tmp_path))
 
 
+def test_a_layer_without_results_by_name_may_wait_in_a_folder(tmp_path, monkeypatch):
+    """How much it keeps is not known; that the folder can be written is tried all the same."""
+    monkeypatch.setattr(activations, "results_of", lambda run: None)
+    assert micro_batch_bytes(away(tmp_path, tmp_path)) == 0
+    check_folder(away(tmp_path, tmp_path))
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     def full(*_, **__):
         raise PermissionError(13, "Permission denied")

@@ -67,7 +67,7 @@ def check_folder(config: TrainConfig) -> None:
             "another folder, a smaller batch.micro_size, memory.compress=int8 or memory.recompute"
         )
     try:
-        seconds = needed / write_speed(folder, min(PROBE_BYTES, needed))
+        seconds = needed / write_speed(folder, min(PROBE_BYTES, needed or PROBE_BYTES))
     except OSError as error:
         raise ValueError(f"{given} cannot be written ({error.strerror}); give another folder") from None
     if seconds > config.parallel.timeout_seconds:
@@ -79,7 +79,8 @@ def check_folder(config: TrainConfig) -> None:
 
 
 def micro_batch_bytes(config: TrainConfig) -> int:
-    """Counts the bytes that the layers of a rank keep of one micro-batch. The degrees of the mesh must be resolved."""
+    """Counts the bytes that the layers of a rank keep of one micro-batch, 0 where they make nothing by name. The degrees of the mesh
+    must be resolved."""
     results, memory = results_of(config), config.memory
     tokens = config.batch.micro_size * config.batch.seq_len // sharing_of(config).size
     if results is None:

@@ -17,8 +17,9 @@ import os
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rowwise.parallel.device import Copies, Mark, device_of
+from rowwise.parallel.device import Copies, Device, Mark, device_of
 
 LEAVING = 2  # blocks whose results may be on their way out
 AHEAD = (
@@ -70,9 +71,12 @@ class Memory:
 class Folder:
     """Files in a folder, one for each forward of the model, without a name. Raises OSError where they cannot be written."""
 
-    def __init__(self, path: Path, pinned: bool):
-        self._path, self._pinned = path, pinned
-        self._writer, self._reader = (ThreadPoolExecutor(1, f"activations-{verb}") for verb in ("out", "back"))
+    def __init__(self, path: Path, device: Device):
+        self._path, self._pinned = path, device.pins
+        # A thread begins on GPU 0, and what it waits for or pins would make a context there.
+        self._writer, self._reader = (
+            ThreadPoolExecutor(1, f"activations-{verb}", device.own_stream) for verb in ("out", "back")
+        )
         self._file: Any = None
         self._end = 0
         self._under_way: deque[list[Future[None]]] = deque()
@@ -88,7 +92,8 @@ class Folder:
 
     def lay(self, here: Sequence[Tensor], copied: Sequence[Mark]) -> Laid:
         if self._file is None:
-            self._file, self._end = tempfile.TemporaryFile(dir=self._path, buffering=0), 0  # noqa: SIM115
+            with self._named("cannot be written"):
+                self._file, self._end = tempfile.TemporaryFile(dir=self._path, buffering=0), 0  # noqa: SIM115
         file, start, forms = self._file, self._end, [(t.shape, t.dtype) for t in here]
         self._end += sum(t.nbytes for t in here)
         written = self._writer.submit(self._write, file, start, list(here), copied)
@@ -103,23 +108,28 @@ class Folder:
     def _write(self, file: Any, place: int, here: list[Tensor], copied: Sequence[Mark]) -> None:
         for mark in copied:
             mark.synchronize()
-        try:
+        with self._named("cannot be written"):
             while here:
                 place = _write_all(file.fileno(), place, _bytes_of(here.pop(0)))
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"memory.offload_activations={self._path} cannot be written ({error.strerror}); give another folder, or cpu",
-            ) from None
 
     def _read(
         self, file: Any, place: int, forms: Sequence[tuple[torch.Size, torch.dtype]], written: "Future[None]"
     ) -> Sequence[Tensor]:
         written.result()
         found = [torch.empty(shape, dtype=dtype, pin_memory=self._pinned) for shape, dtype in forms]
-        for t in found:
-            place = _read_all(file.fileno(), place, _bytes_of(t))
+        with self._named("cannot be read"):
+            for t in found:
+                place = _read_all(file.fileno(), place, _bytes_of(t))
         return found
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Says of which folder an error is, since files have no name."""
+        try:
+            yield
+        except OSError as error:
+            said = f"memory.offload_activations={self._path} {what} ({error.strerror}); give another folder, or cpu"
+            raise OSError(error.errno, said, str(self._path)) from None
 
 
 def _bytes_of(t: Tensor) -> memoryview:
@@ -245,4 +255,4 @@ class Offload:
 def store_on(device: torch.device, where: str) -> Offload:
     """Opens the store of results of `device`: `cpu`, host memory, or the path of a folder."""
     does = device_of(device)
-    return Offload(does.copies(), Memory() if where == "cpu" else Folder(Path(where).expanduser(), does.pins))
+    return Offload(does.copies(), Memory() if where == "cpu" else Folder(Path(where).expanduser(), does))
