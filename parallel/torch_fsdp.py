@@ -6,6 +6,7 @@
 `unsharded_accumulated_grad`, `reduce_dtype`             where micro-batches add up, in 32 bits, and the dtype ranks sum in
 `post_backward`, `_root_post_backward_final_callback`    sums are begun and awaited when a pipeline's schedule says, not when
                                                          the backward of a whole model ends
+`_partial_reduce_output`                                 where split gradients wait for those of replicas
 `comm_ctx`, `_all_gather_result`                         the flat buffers of messages under way, whose bytes are measured
 """
 
@@ -81,3 +82,10 @@ def flat_buffers(module: "FSDPModule") -> list[Tensor]:
     return [g.all_gather_output for g in gathers if g is not None] + [
         r.reduce_scatter_input for r in reduces if r is not None
     ]
+
+
+def partial_sum(module: "FSDPModule") -> Tensor | None:
+    """Gives the sum of a module's split gradients that replicas have not added up yet, where there is one."""
+    group = fsdp_group(module)
+    partial: Tensor | None = None if group is None else group._partial_reduce_output
+    return partial

@@ -408,6 +408,8 @@ REFUSED = {
     "steps backwards": (["profile.steps=[5,3]"], r"profile.steps=\[5, 3\]: give the first step and the last"),
     "too long a profile": (["profile.steps=[1,200]"], r"profile.steps=\[1, 200\]: .*at most 100"),
     "a profile beyond the end": (["profile.steps=[199,201]"], r"profile.steps=\[199, 201\]: the run has 200 steps"),
+    "less than no memory": (["memory.limit=-1"], r"memory.limit=-1.0: the bytes of a device .* 70e9 say; null: all"),
+    "a step that is not made": (["profile.memory_step=900"], r"profile.memory_step=900: give one of the \d+ steps"),
     "a rank that there is not": (["profile.ranks=[2]"], r"profile.ranks=\[2\]: give some of 0 to 1, or null"),
     "nobody to profile": (["profile.ranks=[]"], r"profile.ranks=\[\]: give some of 0 to 1, or null"),
     "norms by the clock": (["log.norms_every=20min"], r"log.norms_every=20min: .*give steps"),

@@ -200,6 +200,7 @@ REFUSED_AT_ONCE = {
         ["model.init_from=/nowhere"],
     ],
     "check": [["optim.lrr=3"], ["world_sise=3"], ["world_size=0"], ["picture=perhaps"]],
+    "plan": [["device=h101"], ["worldsize=3"], ["optim.lrr=3"], ["world_size=0"], ["to=plan.gif"]],
     "doctor": [["too=here"], ["to="]],
     "sweep": [["sweep.serch=tpe"], ["optim.lrr=1,2"], ["steps=2"], ["optim.lr=1e-3,3e-3", "model.init_from=/nowhere"]],
     "slurm": [["train", "slurm.node=2"], ["train", "optim.lrr=3"], ["sweep", "optim.lrr=1,2"]],

@@ -61,6 +61,14 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     refuse(config, (*MOMENTUM_CYCLE, *RANGE_TEST, *LOSS_SCALE))
     check_sparsity(config.sparsity, specs, config.known_steps)
     refuse(config, (*CHECKPOINTS, *EVALUATION, *SAMPLES))
+    config = check_layout(config, world_size)
+    check_tracker(config.tracker)
+    return config
+
+
+def check_layout(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Refuses, of a run whose numbers are checked, what does not go together on `world_size` workers, and returns it with the degrees
+    of the mesh filled in. Raises ValueError."""
     config = replace(config, parallel=resolve_degrees(config.parallel, world_size))
     check_batch(config.batch, config.parallel.data_degree)
     refuse(config, (*HEADS, *WITHOUT_PIPELINE))
@@ -69,7 +77,6 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
         refuse(config, PIPELINED)
         check_pipeline(config.parallel, config.micro_batches)
     refuse(config, COMPOSED)
-    check_tracker(config.tracker)
     return config
 
 

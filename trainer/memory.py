@@ -1,43 +1,165 @@
-"""memory.json: what every rank holds, by category, once its first step is made."""
+"""memory.json: what every rank holds in its first step, by category: predicted, and measured.
 
-from dataclasses import asdict, dataclass
+On a CPU every operation of the step is watched (`parallel.lifetimes`), and each category has its own peak; the step takes longer, and
+its numbers are the same. A GPU's allocator counts no categories: states are measured when the gradients are there, and what its peak
+has beside them is told as `rest`. So is a compiled run, which is not watched.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from rowwise.kernels.rows import local
 from rowwise.optim.optimizer import Optimizer
+from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
-from rowwise.parallel.state_bytes import measure
-from rowwise.trainer.files import to_json, write_whole
+from rowwise.parallel.state_bytes import StateBytes, measure
+from rowwise.parallel.torch_memory import record_history, write_snapshot
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.files import to_json, write_whole, writing
+from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.peaks import peak_memory_bytes
+from rowwise.trainer.pipeline import StagedDecoder
+from rowwise.trainer.plan.memory import memory_of
+from rowwise.trainer.plan.works import unknown
+from rowwise.trainer.profile import FOLDER
+from rowwise.trainer.stages import Plan
+
+Bytes = dict[str, int]
 
 
-@dataclass(frozen=True)
-class RankMemory:
-    """Bytes of one rank before the gradients of a step are let go: its rows of the parameters and whole ones beside them;
-    gradients; optimizer states; masks; and the most that the process has held (see `metrics.peak_memory_bytes`)."""
+@dataclass
+class Watch:
+    """What is seen of a step: `seen` is None where its operations are not watched. `first`: it is the first of this start."""
 
-    parameters: int
-    gradients: int
-    optimizer: int
-    masks: int
-    peak: int
+    seen: Lifetimes | None
+    first: bool
 
 
-def keep_memory(run_dir: Path, mesh: Mesh, model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Measures on every rank; rank 0 writes. One message of a few numbers a rank, over `mesh.save_group`."""
-    held = measure(model, optimizer)
-    masks = [local(tensor) for name, tensor in tensors.items() if name.startswith("sparsity.")]
-    ours = RankMemory(
-        parameters=held.shards + held.gathered,
-        gradients=held.gradients,
-        optimizer=held.optimizer,
-        masks=sum(mask.numel() * mask.itemsize for mask in masks),
-        peak=peak_memory_bytes(mesh.device),
-    )
-    everyone = from_every_rank(asdict(ours), mesh.save_group)
+@contextmanager
+def _snapshot(config: TrainConfig, mesh: Mesh, step: int, watch: Watch) -> Iterator[None]:
+    """Writes what is held in `profile.memory_step`, which is made inside, of the ranks that `profile.ranks` names. Raises DiskFull."""
+    choice = config.profile
+    if step != choice.memory_step or (choice.ranks is not None and mesh.rank not in choice.ranks):
+        yield
+        return
+    folder = Path(config.run_dir) / FOLDER
+    if mesh.device.type != "cuda":
+        yield
+        assert watch.seen is not None
+        heads = ("category", "operation", "bytes", "storages")
+        peak = [dict(zip(heads, one, strict=True)) for one in watch.seen.at_the_peak()]
+        folder.mkdir(exist_ok=True)
+        write_whole(folder / f"rank-{mesh.rank}.memory.json", to_json({"step": step, "peak": peak}, indent=1) + "\n")
+        return
+    record_history(True)
+    try:
+        yield
+        folder.mkdir(exist_ok=True)
+        with writing(path := folder / f"rank-{mesh.rank}.memory.pickle"):
+            write_snapshot(path)
+    finally:
+        record_history(False)
+
+
+@contextmanager
+def watching(
+    config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, step: int, first: bool
+) -> Iterator[Watch]:
+    """Watches the step that is made inside, where it is the `first` of this start or `profile.memory_step`; raises DiskFull where
+    what is written of that does not fit."""
+    watches = first or step == config.profile.memory_step
+    with _seen(config, mesh, model, watches, first) as watch, _snapshot(config, mesh, step, watch):
+        yield watch
+
+
+@contextmanager
+def _seen(
+    config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, watches: bool, first: bool
+) -> Iterator[Watch]:
+    """Sees every operation, if it `watches` and can: not compiled, and on a CPU."""
+    if not watches or config.compile or mesh.device.type != "cpu":
+        yield Watch(None, first)
+        return
+    stages = list(model.decoders.values()) if isinstance(model, StagedDecoder) else [model]
+    parameters = [p for stage in stages for p in stage.parameters()]
+    seen = Lifetimes(stages, parameters, None if mesh.pipeline is None else mesh.pipeline.group)
+    handles = [stage.norm.register_forward_hook(_tell(seen)) for stage in stages if stage.norm is not None]
+    try:
+        with seen:
+            yield Watch(seen, first)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tell(seen: Lifetimes) -> Any:
+    """Tells where the loss begins, at the last norm's output, and where its backward ends."""
+
+    def after(module: nn.Module, given: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            seen.note_loss(True)
+            output.register_hook(lambda gradient: seen.note_loss(False))
+
+    return after
+
+
+def measured_bytes(watch: Watch, model: nn.Module, optimizer: Optimizer, masks: int) -> tuple[Bytes, StateBytes]:
+    """What a rank held in the step, by category, and `total`; and what it holds now, when its gradients are there."""
+    now = measure(model, optimizer)
+    if watch.seen is None:
+        return {}, now
+    peaks, most = watch.seen.peaks()
+    stays = {"parameters": watch.seen.parameter_bytes, "optimizer": now.optimizer, "masks": masks}
+    return {**stays, **peaks, "total": most + sum(stays.values())}, now
+
+
+def mask_bytes_of(tensors: dict[str, Tensor]) -> int:
+    """What masks, and what is kept beside them, take among the tensors of a run."""
+    return sum(local(t).numel() * t.itemsize for name, t in tensors.items() if name.startswith("sparsity."))
+
+
+def plan_made(model: StagedDecoder) -> Plan:
+    """The plan that a rank's stages were made by, as far as the rank knows it: its own layers."""
+    layers = [range(0)] * model.schedule.stages
+    for stage, decoder in model.decoders.items():
+        numbers = [int(layer) for layer in decoder.blocks]
+        layers[stage] = range(numbers[0], numbers[-1] + 1)
+    return Plan(model.schedule, layers)
+
+
+def keep_memory(
+    config: TrainConfig,
+    mesh: Mesh,
+    model: Decoder | StagedDecoder,
+    optimizer: Optimizer,
+    tensors: dict[str, Tensor],
+    watch: Watch,
+) -> None:
+    """Measures on every rank, after the first step; rank 0 writes. One message of a few numbers a rank, over `mesh.save_group`."""
+    if not watch.first:
+        return
+    masks = mask_bytes_of(tensors)
+    measured, now = measured_bytes(watch, model, optimizer, masks)
+    plan = plan_made(model) if isinstance(model, StagedDecoder) else None
+    known = unknown(config) is None
+    predicted = memory_of(config, mesh.rank, mesh.device.type == "cuda", plan) if known else None
+    ours = {
+        "parameters": now.shards + now.gathered,
+        "gradients": now.gradients,
+        "optimizer": now.optimizer,
+        "masks": masks,
+        "peak": peak_memory_bytes(mesh.device),
+        "measured": measured,
+        "predicted": {} if predicted is None else {**predicted.peaks, "total": predicted.most},
+        "moment": "" if predicted is None else predicted.moment,
+    }
+    everyone = from_every_rank(ours, mesh.save_group)
     if mesh.rank == 0:
         document = {"device": mesh.device.type, "ranks": everyone}
-        write_whole(run_dir / "memory.json", to_json(document) + "\n")
+        write_whole(Path(config.run_dir) / "memory.json", to_json(document) + "\n")

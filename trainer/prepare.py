@@ -16,10 +16,12 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.files import writing
 from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.models.huggingface import check_source
+from rowwise.trainer.plan.require import own_device, require_fit
 from rowwise.trainer.pruned import check_semi_structured
 from rowwise.trainer.resume import find_resume, refuse_other_steps
 from rowwise.trainer.run_length import steps_of_epochs
 from rowwise.trainer.sample import SAMPLED
+from rowwise.trainer.watching import check_watched
 
 
 def prepare(config: TrainConfig, world_size: int) -> TrainConfig:
@@ -36,6 +38,7 @@ def examine(config: TrainConfig, world_size: int, here: bool = True) -> TrainCon
     if here:
         check_semi_structured(config, pick_device(0))
         check_folder(config)
+        check_watched(config.compile, config.profile.memory_step, pick_device(0).type)
         check_room(config, *_memory())
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     if config.epochs is not None:
@@ -60,6 +63,8 @@ def examine(config: TrainConfig, world_size: int, here: bool = True) -> TrainCon
     if config.model.init_from is not None:
         check_source(Path(config.model.init_from).expanduser(), config.model)
     refuse_other_steps(config, find_resume(config, data.train.fingerprint), data.train.fingerprint)
+    if here:
+        require_fit(config, own_device())
     return config
 
 

@@ -14,7 +14,7 @@ from rowwise.parallel.sequence import padded_length
 from rowwise.trainer.advice import warnings
 from rowwise.trainer.begin import Begun
 from rowwise.trainer.config import TrainConfig, tree_of
-from rowwise.trainer.console import Console, forecast
+from rowwise.trainer.console import Console, forecast, labelled
 from rowwise.trainer.data.open import Data, data_in_words, told_of_data
 from rowwise.trainer.files import write_whole
 from rowwise.trainer.manifest import newest_sound
@@ -22,6 +22,7 @@ from rowwise.trainer.metrics import MetricsLog, Recorded, last_records
 from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.pace import recent_pace
 from rowwise.trainer.peaks import device_name
+from rowwise.trainer.plan.require import forecast_in_words
 from rowwise.trainer.runlog import keep_said
 from rowwise.trainer.starts import Start, keep_start
 from rowwise.trainer.state import TrainState
@@ -98,6 +99,8 @@ class RankZeroReporter(Reporter):
         read = data_in_words(config.data, data)
         epochs = config.steps * config.batch.global_size / data.train.samples
         lines = header(config, mesh.world_size, device_name(mesh.device), read, epochs, state_bytes(assigned))
+        if (memory := forecast_in_words(config)) is not None:
+            lines.append(labelled("memory", memory))
         before = last_records(self._run_dir, 1)
         if (
             before

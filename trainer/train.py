@@ -30,7 +30,7 @@ from rowwise.trainer.feed import Fed, Feed, eval_batches
 from rowwise.trainer.files import DiskFull, fingerprint
 from rowwise.trainer.finite import require_usable
 from rowwise.trainer.lr_range import RangeTest
-from rowwise.trainer.memory import keep_memory
+from rowwise.trainer.memory import keep_memory, watching
 from rowwise.trainer.metrics import Recorded
 from rowwise.trainer.norms import norms_of_next
 from rowwise.trainer.parallelize import parallelize
@@ -100,12 +100,12 @@ def _train(
             fed = feed.take(state.step + 1)
             status = RankStatus(stop.requested, data.watch.complaint is not None, fed.digest, *clock.due(), fed.pairs)
             given = input_of(config, mesh, state, fed, status)
-            report, measured = learn(config, mesh, model, update, given)
+            with watching(config, mesh, model, given.step, state.step == first) as watch:
+                report, measured = learn(config, mesh, model, update, given)
             if not report.sound:
                 saver.wait()  # an error would end the save under way
                 require_sound(data, mesh, first, state.step, fed.digest)
-            if state.step == first:
-                keep_memory(Path(config.run_dir), mesh, model, optimizer, tensors)
+            keep_memory(config, mesh, model, optimizer, tensors, watch)
             optimizer.zero_grad()
             if report.spike is not None and (back := answer_spike(config, mesh, state, report, saver, reporter)):
                 return state if report.stop else back

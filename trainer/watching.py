@@ -31,10 +31,12 @@ MOST_PROFILED = 100  # steps: a trace has megabytes of each
 @dataclass(frozen=True)
 class ProfileConfig:
     """`steps`: the first and the last whose time is traced into `runs/NAME/profile`, such as [20,25] (empty: none).
-    `ranks`: which ranks trace theirs (null: all)."""
+    `ranks`: which ranks trace theirs (null: all). `memory_step`: the step of which they write what is held (0: none): torch's memory
+    snapshot on a GPU, what is there at the peak, by the operation that made it, on a CPU."""
 
     steps: MayChange[list[int]] = field(default_factory=list)
     ranks: MayChange[list[int] | None] = field(default_factory=lambda: [0])
+    memory_step: MayChange[int] = 0
 
     def of(self, step: int) -> bool:
         """Says whether the step is one of those that are profiled."""
@@ -61,6 +63,13 @@ PROFILE: Refusals = (
         "profile.steps={profile.steps}: the run has {steps} steps, counted from 1; give some of those",
     ),
     Refusal(
+        ("profile.memory_step", "steps"),
+        lambda run: (
+            run.profile.memory_step < 0 or (run.known_steps is not None and run.profile.memory_step > run.known_steps)
+        ),
+        "profile.memory_step={profile.memory_step}: give one of the {steps} steps, counted from 1, or 0 for none",
+    ),
+    Refusal(
         ("profile.ranks",),
         lambda run: (
             run.profile.ranks == [] or not all(0 <= r < run.parallel.world_size for r in run.profile.ranks or [])
@@ -70,3 +79,12 @@ PROFILE: Refusals = (
         ),
     ),
 )
+
+
+def check_watched(compiled: bool, memory_step: int, device: str) -> None:
+    """Refuses to write what a compiled step holds where nobody sees it. Raises ValueError."""
+    if compiled and memory_step and device == "cpu":
+        raise ValueError(
+            f"profile.memory_step={memory_step} with compile=true: what a compiled layer makes is not seen on a CPU; give "
+            "compile=false, or profile.memory_step=0"
+        )

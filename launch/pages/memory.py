@@ -1,4 +1,4 @@
-"""What the runs hold: the peak over steps, and by category on every rank where memory.json says so."""
+"""What the runs hold: the peak over steps, and by category on every rank where memory.json says so, as predicted and as measured."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ def show(runs: Sequence[Run]) -> list[str]:
     return [
         *grid([over_steps, *(by_rank(run, document, runs) for run, document in measured)]),
         *(numbers(run, document) for run, document in measured),
+        *(told for run, document in measured if (told := foretold(run, document)) is not None),
     ]
 
 
@@ -78,6 +79,30 @@ def numbers(run: Run, document: dict[str, Any]) -> str:
     rows = [[name, *("-" if held.get(key) is None else size(held[key]) for key in head[1:])] for name, held in columns]
     note = "; the peak is the whole process's, with its libraries" if document.get("device") == "cpu" else ""
     return table(f"Memory of {run.label} on {document.get('device', 'its device')} in the first step{note}", head, rows)
+
+
+def foretold(run: Run, document: dict[str, Any]) -> str | None:
+    """Tells what was predicted of each rank's first step and what was measured, by category; None where memory.json says neither, as
+    of a release before. A GPU's allocator knows the total alone."""
+    ranks = [(name, predicted, held) for name, held in bars(document) if (predicted := _bytes(held.get("predicted")))]
+    if not ranks:
+        return None
+    keys = [key for key in ranks[0][1] if any(predicted.get(key) for _, predicted, _ in ranks)]
+    rows = []
+    for name, predicted, held in ranks:
+        measured = _bytes(held.get("measured")) or {"total": float(held.get("peak") or 0)}
+        rows.append([f"{name}, predicted", *(size(predicted.get(key, 0.0)) for key in keys)])
+        rows.append([f"{name}, measured", *(size(measured[key]) if key in measured else "-" for key in keys)])
+    return table(
+        f"Memory of {run.label} in its first step, predicted and measured; each category at its most", ["", *keys], rows
+    )
+
+
+def _bytes(told: Any) -> dict[str, float]:
+    """Bytes by category; none of what is no such table."""
+    if not isinstance(told, dict):
+        return {}
+    return {str(key): float(value) for key, value in told.items() if isinstance(value, int | float)}
 
 
 def _unit(largest: float) -> tuple[int, str]:

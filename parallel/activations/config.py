@@ -17,12 +17,15 @@ class MemoryConfig:
     `offload_activations`: where what layers keep waits: `none`, on the device; `cpu`, in pinned host memory; the path of a folder
     on every machine, in files without a name; the numbers are the same.
     `fused_loss`: the loss and its gradients are made a tile of logits at a time (`kernels.cross_entropy`); false: all logits of a
-    micro-batch stand in memory, several times."""
+    micro-batch stand in memory, several times. `limit`: bytes of a device that the run may take; null: all of a GPU's. `fit`: a
+    run that is forecast to take more is refused; false: it goes on regardless."""
 
     recompute: MayChange[Literal["none", "selective", "full"] | float] = "none"
     compress: MayChange[Literal["none", "int8"]] = "none"
     offload_activations: MayChange[str] = "none"
     fused_loss: MayChange[bool] = True
+    limit: MayChange[float | None] = None
+    fit: MayChange[bool] = True
 
 
 RECOMPUTE: Refusals = (
@@ -30,5 +33,10 @@ RECOMPUTE: Refusals = (
         ("memory.recompute",),
         lambda run: not isinstance(run.memory.recompute, str) and not 0 <= run.memory.recompute <= 1,
         "memory.recompute={memory.recompute}: none, selective, full, or the share of the activations that may stay, from 0 to 1",
+    ),
+    Refusal(
+        ("memory.limit",),
+        lambda run: run.memory.limit is not None and run.memory.limit <= 0,
+        "memory.limit={memory.limit}: the bytes of a device that the run may take, 70e9 say; null: all of a GPU's",
     ),
 )

@@ -18,7 +18,7 @@ from rowwise.trainer.models.blocks import Attend, Block, Layer
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.norm import RMSNorm
 from rowwise.trainer.models.rope import rope_tables
-from rowwise.trainer.models.specs import decoder_specs
+from rowwise.trainer.models.specs import EMBEDDING, decoder_specs
 
 BLOCKS: dict[str, type[Layer]] = {"llama": Block}  # by `model.block`
 
@@ -198,6 +198,30 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     with torch.device("meta"):
         one = Decoder(replace(config, layers=1))
     return decoder_specs(config, BLOCKS[config.block].TABLE, {name: p.shape for name, p in one.named_parameters()})
+
+
+def stage_parts(config: ModelConfig, layers: range) -> tuple[list[Specs], Specs]:
+    """Reads what `Decoder.parts` of these layers hold, and what they leave of the decoder, in specs: nothing is built."""
+    by_module, tied = _specs_by_module(config), config.tie_embeddings
+    first, last = layers.start == 0, layers.stop == config.layers
+    before = by_module["embed"] if first else {}
+    after = by_module["norm"] | by_module.get("head", {}) if last else {}
+    if tied and last and not first:
+        after = after | {"head.weight": replace(by_module["embed"][EMBEDDING], role="head")}
+    blocks: list[Specs] = [by_module[f"blocks.{layer}"] for layer in layers]
+    if tied and first and last:
+        return blocks, before | after
+    return [part for part in [before, *blocks, after] if part], {}
+
+
+@functools.cache
+def _specs_by_module(config: ModelConfig) -> dict[str, dict[str, ParameterSpec]]:
+    """`parameter_specs`, by what they are of: the embedding, a layer, the norm or the head."""
+    found: dict[str, dict[str, ParameterSpec]] = {}
+    for name, spec in parameter_specs(config).items():
+        module, *path = name.split(".")
+        found.setdefault(f"{module}.{path[0]}" if path[0].isdecimal() else module, {})[name] = spec
+    return found
 
 
 def parameter_count(config: ModelConfig) -> tuple[int, int]:

@@ -1,0 +1,168 @@
+"""Law 4: what a rank is said to hold by category, against what it held, of configurations drawn at random.
+
+python tests/forecasts.py 60 SEED            draws and measures so many, and prints the worst and the median
+"""
+
+import random
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from parity import step_input, write_tokens
+from rowwise.launch.compose import compose_tree
+from rowwise.optim.build import build_optimizer
+from rowwise.parallel.mesh import Workers, make_mesh
+from rowwise.trainer.build import build_model
+from rowwise.trainer.check import check
+from rowwise.trainer.checkpoint import tensors_of
+from rowwise.trainer.config import TrainConfig, config_from_tree
+from rowwise.trainer.data.open import open_data
+from rowwise.trainer.feed import train_batches
+from rowwise.trainer.memory import mask_bytes_of, measured_bytes, watching
+from rowwise.trainer.parallelize import parallelize
+from rowwise.trainer.plan.devices import device_named
+from rowwise.trainer.plan.forecast import plan_for
+from rowwise.trainer.plan.memory import memory_of
+from rowwise.trainer.update import make_update
+
+WORTH = 1_000_000  # bytes: of smaller categories nothing is asked
+CATEGORY, TOTAL = 0.05, 0.02
+OPTIMIZERS = (
+    "adamw", "lion", "adafactor", "adamw8bit", "lion8bit", "muon", "galore", "dct", "fira", "apollo", "apollo_mini",
+)  # fmt: skip
+MASKS = ("static", "set", "rigl", "srigl", "st3", "pdp", "pdp_rows", "pdp_nm", "gradual", "nm")
+STAGED = (("1f1b", 1), ("gpipe", 1), ("zb_h1", 1), ("zb_h2", 1), ("zb_v", 2), ("interleaved_1f1b", 2), ("blockwise", 2))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A run that can be: its words, its ranks and its configuration."""
+
+    words: tuple[str, ...]
+    world_size: int
+    config: TrainConfig
+
+
+def forecast_config(folder: Path, world_size: int, *words: str) -> TrainConfig:
+    """A run whose parameters, activations and loss take more than WORTH each, in few operations."""
+    tokens = folder / "tokens.bin"
+    if not tokens.exists():
+        write_tokens(folder, 20_000)
+    base = [
+        f"run_dir={folder}/run", "name=forecast", "steps=8", "model.layers=4", "model.dim=256", "model.heads=4",
+        "model.kv_heads=2", "model.ffn_dim=640", "model.vocab_size=1152", "data=tokens", f"data.files=[{tokens}]",
+        "data.separator=0", "data.mask_documents=false", "batch.global_size=8", "batch.micro_size=2", "batch.seq_len=128",
+        "schedule=constant", "eval.every=0", "sample.tokens=0", "checkpoint.every=0",
+    ]  # fmt: skip
+    return check(config_from_tree(compose_tree([*base, *words])), world_size)
+
+
+def draw(folder: Path, chance: random.Random) -> Drawn:
+    """Draws a run; what is refused is drawn anew."""
+    while True:
+        words, world_size = _words(chance)
+        try:
+            return Drawn(tuple(words), world_size, forecast_config(folder, world_size, *words))
+        except ValueError:
+            continue
+
+
+def _words(chance: random.Random) -> tuple[list[str], int]:
+    pick = chance.choice
+    world_size, narrow = pick((1, 2, 2, 4)), chance.random() < 0.3
+    words = [f"parallel.zero={pick((0, 1, 2, 3))}", f"optim={pick(OPTIMIZERS)}"]
+    words += [f"memory.recompute={pick(('none', 'none', 'selective', 'full', 0.3, 0.7))}"]
+    words += [f"memory.fused_loss={pick(('true', 'true', 'false'))}", f"data.mask_documents={pick(('true', 'false'))}"]
+    words += [f"model.tie_embeddings={pick(('false', 'false', 'true'))}", f"model.qk_norm={pick(('false', 'true'))}"]
+    if narrow:  # 16-bit products are slow on a CPU
+        words += ["precision=bf16", "batch.seq_len=64", f"precision.reduce={pick(('fp32', 'bf16'))}"]
+        words += ["optim.param_dtype=bf16"] * (chance.random() < 0.4)
+    else:
+        words += [f"precision={pick(('fp32', 'fp32', 'fp64'))}"]
+    words += [f"batch.micro_size={pick((1, 2))}", f"batch.global_size={pick((4, 8))}"]
+    layout = pick(("split", "split", "pipeline", "pipeline", "sequence", "replicas")) if world_size > 1 else "split"
+    if layout == "pipeline":
+        schedule, stages = pick(STAGED)
+        words += ["parallel.pipeline=2", f"parallel.pipeline_schedule={schedule}", f"parallel.virtual_stages={stages}"]
+    elif layout == "sequence":
+        words += [f"parallel.{pick(('ulysses', 'ring'))}=2"]
+    elif layout == "replicas":
+        words += ["parallel.replicate=2"]
+    if chance.random() < 0.4:
+        words += [f"sparsity={(name := pick(MASKS))}"]
+        words += ["sparsity.update_every=2"] * (name in ("set", "rigl", "srigl", "gradual"))
+    if chance.random() < 0.15:
+        words += ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4"]
+    return words, world_size
+
+
+def held_in_a_step(workers: Workers, config: TrainConfig) -> tuple[dict[str, int], dict[str, int], str]:
+    """(measured, predicted) by category on this rank, and when the most is held."""
+    torch.set_num_threads(1)
+    mesh = make_mesh(config.parallel, workers)
+    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    model = build_model(config, mesh)
+    engine, sparsity = parallelize(model, config, mesh)
+    optimizer = build_optimizer(model, config.optim, config.seed)
+    update = make_update(config, mesh, engine, optimizer, sparsity)
+    batches = next(train_batches(config, mesh, data, position=0))
+    with watching(config, mesh, model, 1, True) as watch:
+        update(step_input(config, 1, batches))
+    measured, _ = measured_bytes(watch, model, optimizer, mask_bytes_of(tensors_of(model, optimizer, sparsity)))
+    predicted = memory_of(config, mesh.rank, False, plan_for(config, device_named("cpu")))
+    return measured, {**predicted.peaks, "total": predicted.most}, predicted.moment
+
+
+def errors(measured: dict[str, int], predicted: dict[str, int]) -> dict[str, float]:
+    """How far the prediction is off, as a share of what was measured, for each category that is large enough, and for the total. What
+    comes and goes inside an operation's neighbours, `working`, is asked for in the total alone."""
+    return {
+        key: predicted[key] / max(1, size) - 1
+        for key, size in measured.items()
+        if key == "total" or (key != "working" and max(size, predicted[key]) > WORTH)
+    }
+
+
+def off(found: dict[str, float]) -> dict[str, float]:
+    """Those that the law does not allow."""
+    return {key: error for key, error in found.items() if abs(error) > (TOTAL if key == "total" else CATEGORY)}
+
+
+def main(count: int, seed: int) -> int:
+    """Draws, measures, and prints. Returns the exit code."""
+    from ranks import RankPool
+
+    chance, pool, every, wrong = random.Random(seed), RankPool(), {}, 0
+    with tempfile.TemporaryDirectory() as name:
+        for number in range(count):
+            drawn = draw(Path(name), chance)
+            for rank, (measured, predicted, moment) in enumerate(
+                pool.run(held_in_a_step, drawn.world_size, drawn.config)
+            ):
+                found = errors(measured, predicted)
+                for key, error in found.items():
+                    every.setdefault(key, []).append((abs(error), error, number))
+                if amiss := off(found):
+                    wrong += 1
+                    told = ", ".join(
+                        f"{k} {e:+.1%} ({predicted[k]:,} said, {measured[k]:,} held)" for k, e in amiss.items()
+                    )
+                    print(
+                        f"{number} rank {rank} of {drawn.world_size}: {told}; {' '.join(drawn.words)}; {moment}",
+                        flush=True,
+                    )
+    pool.close()
+    for key, found in every.items():
+        print(
+            f"{key:<12} {len(found):>4} ranks, worst {max(found)[1]:+.2%}, median {statistics.median(e for e, *_ in found):.3%}"
+        )
+    print(f"{count} runs of seed {seed}, {wrong} ranks beyond the law")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,62 @@
+"""`rowwise plan` says what a run needs on devices that are not here, and what fits."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rowwise.launch import plan
+
+SMALL = ["model=llama_130m", "precision=bf16", "batch.global_size=64", "device=rtx3090", "world_size=4"]
+
+
+def test_a_plan_is_told(capsys, tmp_path):
+    assert plan.main([*SMALL, "parallel.pipeline=2", "parallel.zero=1", f"to={tmp_path / 'plan.png'}"]) == 0
+    said = capsys.readouterr().out
+    for part in (
+        "4 x rtx3090: pipeline of 2 (1f1b)",
+        "fits",
+        "activations",
+        "rank  layers",
+        "tokens a second and device",
+    ):
+        assert part in said, part
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_fit_is_exit_code_1(capsys):
+    assert plan.main(["model=llama3_8b", "batch.global_size=8", "device=rtx3090", "world_size=1"]) == 1
+    assert "does not fit, by" in capsys.readouterr().out
+
+
+def test_fitting_prints_overrides_to_paste(capsys):
+    assert plan.main([*SMALL, "fit=true", "parallel.zero=1"]) == 0
+    said = capsys.readouterr().out
+    words = next(line for line in said.splitlines() if line.startswith("  batch.micro_size=")).split()
+    assert "parallel.zero=1" not in words, "what was given"
+    assert "what each option costs and saves" in said and "runners-up" in said
+    capsys.readouterr()
+    assert plan.main([*SMALL, "parallel.zero=1", *words]) == 0
+
+
+REFUSED = {
+    "a device": (["device=h101"], "possible are h100"),
+    "a key": (["worldsize=3"], "worldsize"),
+    "a number of workers": (["world_size=0"], "1 or more"),
+    "a picture": (["to=plan.gif"], ".png"),
+    "a run": (["model=tiny", "world_size=3"], "does not divide into 3 data-parallel ranks"),
+    "a limit": (["memory.limit=-1", "world_size=1"], "memory.limit=-1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case, capsys):
+    words, why = REFUSED[case]
+    assert plan.main(words) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.startswith("refused: ") and why in said.err and said.err.count("\n") == 1
+
+
+def test_help_and_refusals_do_not_wait_for_torch():
+    code = "import sys; from rowwise.launch.plan import main; sys.exit(main(['device=h101']) * ('torch' not in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 2

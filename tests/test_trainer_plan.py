@@ -1,0 +1,217 @@
+"""What a run is forecast to hold is what it holds, by category (law 4); how long it takes, and what fits."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import case_config, read_cases, write_times
+from forecasts import draw, errors, forecast_config, held_in_a_step, off
+
+from parity import small_config, with_layout
+from rowwise.launch.compose import compose_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree
+from rowwise.trainer.models.decoder import Decoder, parameter_specs, stage_parts
+from rowwise.trainer.plan.devices import DEVICES, device_named
+from rowwise.trainer.plan.fit import find_fit
+from rowwise.trainer.plan.forecast import forecast, plan_for
+from rowwise.trainer.plan.memory import memory_of
+from rowwise.trainer.plan.require import require_fit
+from rowwise.trainer.plan.works import unknown
+from runs import named, run_train
+
+# Few operations each, and between them every way in which parameters, gradients and activations come and go.
+RUNS = {
+    "buckets": (1, ["memory.fused_loss=false", "batch.global_size=4", "optim=lion"]),
+    "zero 3, recomputed": (2, ["parallel.zero=3", "memory.recompute=full", "optim=adamw8bit", "batch.global_size=8"]),
+    "16 bits, replicas": (2, ["parallel.zero=2", "parallel.replicate=2", "precision=bf16", "batch.seq_len=32"]),
+    "shared sequences": (2, ["parallel.ring=2", "parallel.zero=2", "sparsity=static", "batch.global_size=2"]),
+    "split backwards": (2, ["parallel.pipeline=2", "parallel.pipeline_schedule=zb_v", "model.layers=4", "parallel.virtual_stages=2",
+                            "memory.recompute=selective", "batch.global_size=6"]),
+    "in the backward": (2, ["optim.in_backward=true", "clip_norm=0", "parallel.zero=3", "batch.global_size=4",
+                            "model.tie_embeddings=true", "optim=adafactor"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_rank_holds_what_it_is_said_to(ranks, tmp_path, run):
+    world_size, words = RUNS[run]
+    config = forecast_config(tmp_path, world_size, "batch.seq_len=64", "model.layers=2", *words)
+    for measured, predicted, moment in ranks.run(held_in_a_step, world_size, config):
+        found = errors(measured, predicted)
+        assert not off(found), (off(found), measured, predicted, moment)
+        assert len(found) >= 5, "categories are large enough to be looked at"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", range(60))
+def test_what_is_drawn_holds_what_it_is_said_to(ranks, tmp_path, number):
+    drawn = draw(tmp_path, random.Random(number))
+    for measured, predicted, moment in ranks.run(held_in_a_step, drawn.world_size, drawn.config):
+        found = off(errors(measured, predicted))
+        assert not found, (found, measured, predicted, moment, drawn.words)
+
+
+def test_a_prediction_that_is_off_is_found():
+    held = {"parameters": 2_000_000, "loss": 10, "total": 10_000_000}
+    assert off(errors(held, {**held, "parameters": 2_200_000}))
+    assert off(errors(held, {**held, "total": 10_300_000}))
+    assert not off(errors(held, {**held, "loss": 1_000}))
+    assert off(errors(held, {**held, "loss": 2_000_000}))
+
+
+def one_step(workers, config):
+    from rowwise.parallel.lifetimes import Lifetimes
+
+    seen = []
+    original = Lifetimes.__enter__
+    Lifetimes.__enter__ = lambda self: seen.append(self) or original(self)
+    try:
+        state = run_train(workers, config)
+    finally:
+        Lifetimes.__enter__ = original
+    return state.step, len(seen)
+
+
+def test_every_run_keeps_both_and_its_numbers_are_the_same(ranks, tmp_path):
+    """memory.json of every rank; and the records of a run whose first step is watched are those of one that is compiled, or not
+    watched at all: a resumed one's, whose first step is another."""
+    config = small_config(tmp_path, "precision=fp32", "steps=2", "checkpoint.every=1")
+    whole = named(with_layout(config, 2, zero=3), tmp_path, "whole")
+    assert ranks.run(one_step, 2, whole) == [(2, 1)] * 2, "one step is watched"
+    document = json.loads((tmp_path / "whole" / "memory.json").read_text())
+    for rank in document["ranks"]:
+        assert rank["measured"].keys() == rank["predicted"].keys() >= {"parameters", "activations", "loss", "total"}
+        for key in ("parameters", "optimizer", "gathered", "gradients", "activations"):
+            assert rank["predicted"][key] == pytest.approx(rank["measured"][key], rel=0.05), key
+        assert rank["moment"]
+    first = named(replace(with_layout(config, 2, zero=3), steps=1), tmp_path, "parts")
+    ranks.run(one_step, 2, first)
+    ranks.run(one_step, 2, replace(first, steps=2))
+    records = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    assert [r["loss"] for r in records[0]] == [r["loss"] for r in records[1]]
+    assert [r["grad_norm"] for r in records[0]] == [r["grad_norm"] for r in records[1]]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layers", [range(4), range(2), range(1, 3), range(2, 4)])
+def test_the_parts_of_a_stage_are_those_of_its_decoder(tmp_path, tied, layers):
+    config = replace(small_config(tmp_path).model, layers=4, tie_embeddings=tied, stable_embedding=True)
+    with torch.device("meta"):
+        model = Decoder(config, layers)
+    parts, rest = stage_parts(config, layers)
+    names = {id(p): name for name, p in model.named_parameters()}
+    built = [[names[id(p)] for module in part for p in module.parameters()] for part in model.parts()]
+    assert [list(part) for part in parts] == built
+    left = [name for name in names.values() if not any(name in part for part in built)]
+    assert sorted(rest) == sorted(left)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert {name: spec.shape for part in [*parts, rest] for name, spec in part.items()} == shapes
+    assert all(name in parameter_specs(config) or name == "head.weight" for name in shapes)
+
+
+def planned(*words: str, world_size: int = 8, device: str = "h100"):
+    base = ["precision=bf16", "eval.every=0", "batch.seq_len=4096"]
+    return forecast(check(config_from_tree(compose_tree([*base, *words])), world_size), DEVICES[device])
+
+
+def test_what_is_split_or_made_again_is_not_held():
+    """8B on 8 devices: each option takes what it is said to, and costs what it must."""
+    plain = planned("model=llama3_8b", "batch.global_size=64", "batch.micro_size=2", "parallel.zero=3")
+    full = planned(
+        "model=llama3_8b", "batch.global_size=64", "batch.micro_size=2", "parallel.zero=3", "memory.recompute=full"
+    )
+    layer = 2 * 4096 * 2 * 4096  # tokens x bytes x width: what goes into a layer
+    assert plain.worst.peaks["parameters"] == pytest.approx(4 * 8.03e9 / 8, rel=0.01)
+    assert plain.worst.peaks["optimizer"] == pytest.approx(8 * 8.03e9 / 8, rel=0.01)
+    assert full.worst.peaks["activations"] == pytest.approx(32 * layer, rel=0.1)
+    assert plain.worst.peaks["activations"] > 8 * full.worst.peaks["activations"]
+    assert 1.1 < full.seconds.step / plain.seconds.step < 1.5, "a forward more"
+    assert 0.3 < plain.seconds.mfu < 0.65
+    eight = planned(
+        "model=llama3_8b", "batch.global_size=64", "batch.micro_size=2", "parallel.zero=3", "optim=adamw8bit"
+    )
+    assert eight.worst.peaks["optimizer"] < 0.4 * plain.worst.peaks["optimizer"]
+
+
+def test_the_last_stage_of_a_pipeline_holds_less_activations_than_the_first():
+    found = planned("model=llama3_8b", "batch.global_size=16", "batch.micro_size=1", "parallel.pipeline=4",
+                    "parallel.pipeline_schedule=1f1b", world_size=4)  # fmt: skip
+    activations = [memory.peaks["activations"] for memory in found.memories]
+    assert activations == sorted(activations, reverse=True) and activations[0] > 3 * activations[-1]
+    assert found.seconds.bubble / found.seconds.step == pytest.approx(3 / 19, abs=0.06), "(p - 1) / (m + p - 1)"
+
+
+def test_the_largest_model_is_fitted_in_seconds():
+    """70B on 1,024 devices: what is found fits, and its words lead to the same forecast."""
+    words = ["model=llama3_70b", "precision=bf16", "batch.global_size=1024", "batch.seq_len=8192", "eval.every=0"]
+    config = config_from_tree(compose_tree(words))
+    found = find_fit(config, 1024, DEVICES["h100"], {word.partition("=")[0] for word in words})
+    assert found.best is not None and found.best.room.fits and found.others and found.changes
+    again = forecast(check(config_from_tree(compose_tree([*words, *found.words])), 1024), DEVICES["h100"])
+    assert again.worst == found.best.worst and again.seconds == found.best.seconds
+    assert all(other.forecast.seconds.step >= found.best.seconds.step for other in found.others)
+
+
+def test_what_fits_nowhere_is_told():
+    config = config_from_tree(
+        compose_tree(["model=llama3_70b", "precision=bf16", "batch.global_size=8", "eval.every=0"])
+    )
+    found = find_fit(config, 1, DEVICES["rtx3090"], {"model", "precision", "batch.global_size"})
+    assert found.best is None and found.closest is not None and not found.closest.forecast.room.fits
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would(tmp_path):
+    device = device_named("cpu")
+    config = forecast_config(tmp_path, 1, "memory.fused_loss=false", "batch.global_size=4")
+    needed = forecast(config, device).room.needed
+
+    def limited(limit: float, **more):
+        return replace(config, memory=replace(config.memory, limit=limit, **more))
+
+    require_fit(limited(1.01 * needed), device)
+    require_fit(config, device)  # a CPU has swap, and nobody has set a limit
+    with pytest.raises(ValueError, match=r"memory.limit is .* less; give \S+=\S+, with which it fits"):
+        require_fit(limited(0.9 * needed), device)
+    with pytest.raises(ValueError, match="no single option saves as much"):
+        require_fit(limited(1e6), device)
+    require_fit(limited(1e6, fit=False), device)
+
+
+def test_a_device_of_ones_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("memory: 48e9\nflops: 1e14\nbandwidth: 1e12\nlink: 3e10\nnetwork: 1e9\nhost: 3e10\n")
+    assert device_named(str(path)).name == "mine" and device_named(str(path)).memory == 48e9
+    for content, why in (
+        ("memory: 48e9\n", "is missing"),
+        ("memory: much\nflops: 1\nbandwidth: 1\nlink: 1\nnetwork: 1\nhost: 1\n", "memory="),
+        ("memory: -1\nflops: 1\nbandwidth: 1\nlink: 1\nnetwork: 1\nhost: 1\n", "above 0"),
+        ("memroy: 1\n", "did you mean memory?"),
+        ("- 1\n", "KEY: VALUE"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=why):
+            device_named(str(path))
+    with pytest.raises(ValueError, match="possible are h100"):
+        device_named("h101")
+
+
+def test_every_option_is_forecast(tmp_path, full):
+    """Every rank of cases of options that go together."""
+    write_times(tmp_path)
+    device, told = device_named("cpu"), 0
+    for case in read_cases()[:: 1 if full else 24]:
+        config, world_size = case_config(case, tmp_path)
+        if unknown(config) is not None:
+            continue
+        plan = plan_for(config, device)
+        for rank in range(world_size):
+            memory = memory_of(config, rank, False, plan)
+            assert memory.most >= max(memory.peaks.values()) > 0, case
+        told += 1
+    assert told > 5

@@ -1,0 +1,255 @@
+"""Searches layouts and memory options for the fastest run that fits its devices.
+
+What the user gave stays. Of the rest every combination is counted roughly (operations over all ranks, the bubble by its formula,
+states and activations as shares); those that can fit are forecast in the order of their rough times, until none that is left can
+be faster.
+"""
+
+import itertools
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rowwise.optim.quantized import AdamW8bitConfig
+from rowwise.parallel.mesh import divisors
+from rowwise.trainer.activations import kept_of, results_of
+from rowwise.trainer.check import check, check_layout
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.models.decoder import parameter_count
+from rowwise.trainer.plan.devices import Device
+from rowwise.trainer.plan.forecast import Forecast, forecast
+from rowwise.trainer.plan.states import Place, optimizer_bytes, widths_of
+from rowwise.trainer.plan.time import Clock
+from rowwise.trainer.plan.works import tokens_of
+
+PIPELINES = (1, 2, 4, 8, 16, 32)
+SCHEDULES = (("1f1b", 1), ("zb_h1", 1), ("interleaved_1f1b", 2), ("zb_v", 2))
+SHARING = (1, 2, 4, 8)
+LONG = 16_384  # tokens of a sequence from which it is shared
+MICRO_SIZES = (1, 2, 4, 8, 16)
+RECOMPUTE = ("none", "selective", 0.5, 0.25, "full")
+FORECASTS, OTHERS = 64, 5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run that may be, as overrides and checked, and its rough seconds and bytes."""
+
+    words: tuple[str, ...]
+    config: TrainConfig
+    seconds: float
+    size: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run that was forecast."""
+
+    words: tuple[str, ...]
+    forecast: Forecast
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a search found. `best`: the fastest that fits, None where nothing does, and `words`: its overrides; `others`: the next
+    ones; `changes`: what single options would change of the best; `closest`: what lacks least where nothing fits; `tried`: how
+    many combinations there were; `refused`: why the last of them could not be."""
+
+    best: Forecast | None
+    words: tuple[str, ...]
+    others: list[Found]
+    closest: Found | None
+    tried: int
+    refused: str = ""
+    changes: list[tuple[str, Forecast]] = field(default_factory=list)
+
+
+def find_fit(config: TrainConfig, world_size: int, device: Device, given: Set[str]) -> Fit:
+    """Searches. `config`: not checked yet; `given`: the keys that stay as they are. Raises ValueError for what no layout makes
+    possible."""
+    config = check_numbers(config)
+    search = Search(config, world_size, device, given)
+    candidates = sorted(search.candidates(), key=lambda one: one.seconds)
+    limit = min(device.memory, config.memory.limit or device.memory)
+    hopeful = [one for one in candidates if one.size <= limit]
+    fitting, closest = list[Found](), None
+    for one in (hopeful or sorted(candidates, key=lambda one: one.size))[:FORECASTS]:
+        slowest = sorted(found.forecast.seconds.step for found in fitting)[OTHERS] if len(fitting) > OTHERS else None
+        if slowest is not None and one.seconds > 1.1 * slowest:
+            break
+        found = Found(one.words, forecast(one.config, device, ends=True))
+        if found.forecast.room.fits:
+            fitting.append(found)
+        elif closest is None or found.forecast.room.needed < closest.forecast.room.needed:
+            closest = found
+    fitting.sort(key=lambda found: found.forecast.seconds.step)
+    if not fitting:
+        return Fit(None, (), [], closest, len(candidates), search.refused)
+    best = replace(fitting[0], forecast=forecast(fitting[0].forecast.config, device))
+    return Fit(
+        best.forecast, best.words, fitting[1 : OTHERS + 1], None, len(candidates), changes=changes_of(best.forecast)
+    )
+
+
+def check_numbers(config: TrainConfig) -> TrainConfig:
+    """Checks what no layout changes: on one worker, in one piece. Raises ValueError."""
+    plain = replace(config.parallel, **{key: getattr(type(config.parallel)(), key) for key in LAYOUT})
+    one = replace(config.batch, global_size=config.batch.micro_size)
+    check(replace(config, parallel=replace(plain, shard=1), batch=one), 1)
+    return config
+
+
+LAYOUT = ("replicate", "shard", "pipeline", "pipeline_schedule", "virtual_stages", "ulysses", "ring", "ring_order",
+          "pipeline_unit", "pipeline_gather", "pipeline_memory", "pipeline_costs", "pipeline_trace", "post_validation")  # fmt: skip
+
+
+class Search:
+    """The combinations of a search, roughly counted."""
+
+    def __init__(self, config: TrainConfig, world_size: int, device: Device, given: Set[str]):
+        self._config, self._world, self._device, self._given = config, world_size, device, given
+        self.refused = ""
+        self._known: dict[Any, tuple[float, float]] = {}
+        self._states = optimizer_bytes(config, range(config.model.layers), Place(0, 0, 1, 1))
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Makes every combination that can be."""
+        for words in self._combinations():
+            try:
+                config = check_layout(with_words(self._config, words), self._world)
+            except ValueError as refusal:
+                self.refused = str(refusal)
+                continue
+            shown = tuple(f"{key}={value}" for key, value in words.items() if key not in self._given)
+            yield Candidate(shown, config, *self._roughly(config))
+
+    def _choices(self, key: str, values: Any) -> list[Any]:
+        """The values of a key: the user's own where it was given."""
+        group, _, name = key.partition(".")
+        return [getattr(getattr(self._config, group), name)] if key in self._given else list(values)
+
+    def _combinations(self) -> Iterator[dict[str, Any]]:
+        layers, world, machine = self._config.model.layers, self._world, self._device.per_machine
+        pipelines = [p for p in PIPELINES if p <= layers and world % p == 0]
+        # Ranks share sequences where these are long, or fewer than ranks.
+        shares = self._config.batch.seq_len >= LONG or self._config.batch.global_size < world
+        shared = [u for u in SHARING if world % u == 0 and u <= machine] if shares else [1]
+        rings = [r for r in SHARING if world % r == 0] if self._config.batch.seq_len >= LONG else [1]
+        for pipeline, ulysses, ring in itertools.product(
+            self._choices("parallel.pipeline", pipelines),
+            self._choices("parallel.ulysses", shared),
+            self._choices("parallel.ring", rings),
+        ):
+            if world % (pipeline * ulysses * ring):
+                continue
+            data = world // (pipeline * ulysses * ring)
+            copies = {1, data // machine if data > machine and data % machine == 0 else 1}
+            for replicate, zero, micro, recompute, (schedule, stages) in itertools.product(
+                self._choices("parallel.replicate", sorted(copies)),
+                # A pipeline adds gradients up whole at stage 2 as at stage 1.
+                self._choices("parallel.zero", () if world == pipeline else (1, 3) if pipeline > 1 else (1, 2, 3))
+                or [0],
+                self._choices("batch.micro_size", [m for m in MICRO_SIZES if m in divisors_of(self._config, data)]),
+                self._choices("memory.recompute", RECOMPUTE),
+                self._orders(pipeline),
+            ):
+                words = {"parallel.zero": zero, "batch.micro_size": micro, "memory.recompute": recompute}
+                degrees = {"pipeline": pipeline, "ulysses": ulysses, "ring": ring, "replicate": replicate}
+                words |= {f"parallel.{key}": degree for key, degree in degrees.items() if degree > 1}
+                if pipeline > 1:
+                    words |= {"parallel.pipeline_schedule": schedule, "parallel.virtual_stages": stages}
+                yield words
+
+    def _orders(self, pipeline: int) -> list[tuple[str, int]]:
+        if pipeline == 1:
+            return [("1f1b", 1)]
+        own = self._config.parallel
+        if "parallel.pipeline_schedule" in self._given:
+            return [(own.pipeline_schedule, own.virtual_stages)]
+        return [
+            one for one in SCHEDULES if "parallel.virtual_stages" not in self._given or one[1] == own.virtual_stages
+        ]
+
+    def _roughly(self, config: TrainConfig) -> tuple[float, float]:
+        """(seconds, bytes) of a run that are hardly more than it will take."""
+        parallel = config.parallel
+        key = config.batch.micro_size, config.memory.recompute, parallel.ulysses, parallel.ring
+        if key not in self._known:
+            self._known[key] = self._micro_batch(config)
+        each, kept = self._known[key]
+        stages, count = parallel.pipeline, config.micro_batches
+        # Of a pipeline that waits as 1F1B does; split backwards wait a third of that.
+        waits = (stages - 1) / parallel.virtual_stages / (3 if parallel.pipeline_schedule.startswith("zb") else 1)
+        seconds = each / stages * (count + (waits if stages > 1 else 0))
+        return seconds, self._bytes(config, kept)
+
+    def _micro_batch(self, config: TrainConfig) -> tuple[float, float]:
+        """(seconds, bytes that are kept) of all layers for a micro-batch."""
+        clock, layers, table = Clock(config, self._device), config.model.layers, results_of(config)
+        passes = sum(part.total for part in clock.layer(0)) + 3 * clock.sharing()
+        kept = table.bytes_kept(kept_of(config)[0], widths_of(config).compute) if table is not None else 0
+        return passes * layers + sum(part.total for part in clock.head()), float(kept * tokens_of(config) * layers)
+
+    def _bytes(self, config: TrainConfig, kept: float) -> float:
+        parallel, model, widths = config.parallel, config.model, widths_of(config)
+        numbers, shards = parameter_count(model)[0] / parallel.pipeline, parallel.state_degree if parallel.zero else 1
+        states = (numbers * widths.parameter + self._states / parallel.pipeline) / shards
+        layer = numbers / model.layers * parallel.pipeline
+        gathered = (
+            0.0 if shards == 1 and not widths.mixed else (layer if parallel.zero == 3 else numbers) * widths.compute
+        )
+        whole = parallel.zero < 2 or parallel.pipeline > 1
+        gradients = numbers * (widths.reduce if whole else widths.parameter / shards)
+        flight = min(config.micro_batches, parallel.pipeline)
+        return states + gathered + gradients + kept / parallel.pipeline * flight
+
+
+def divisors_of(config: TrainConfig, data_degree: int) -> list[int]:
+    """The sizes that a rank's share of a batch divides into."""
+    mine, rest = divmod(config.batch.global_size, data_degree)
+    return [] if rest or not mine else divisors(mine)
+
+
+def with_words(config: TrainConfig, words: dict[str, Any]) -> TrainConfig:
+    """A run with these keys, each `group.key`."""
+    for key, value in words.items():
+        group, _, name = key.partition(".")
+        config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+    return config
+
+
+def changes_of(best: Forecast) -> list[tuple[str, Forecast]]:
+    """What single options would change, where they can be."""
+    found = tried_changes(best)
+    if best.config.optim.name == "adamw":
+        own = best.config.optim
+        eight = AdamW8bitConfig(lr=own.lr, weight_decay=own.weight_decay, param_dtype=own.param_dtype)
+        found.append(("optim=adamw8bit", forecast(replace(best.config, optim=eight), best.device)))
+    return found
+
+
+def tried_changes(before: Forecast) -> list[tuple[str, Forecast]]:
+    """Forecasts each of `single_changes`, where it can be, with its words."""
+    found = []
+    for words in single_changes(before.config):
+        try:
+            changed = check_layout(with_words(before.config, words), before.config.parallel.world_size)
+        except ValueError:
+            continue
+        told = " ".join(f"{key}={str(value).lower()}" for key, value in words.items())
+        found.append((told, forecast(changed, before.device, ends=True)))
+    return found
+
+
+def single_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
+    """Each option that saves memory or gives it back, by itself."""
+    for recompute in RECOMPUTE:
+        if recompute != config.memory.recompute:
+            yield {"memory.recompute": recompute}
+    yield {"memory.fused_loss": not config.memory.fused_loss}
+    for zero in (1, 2, 3):
+        if zero != config.parallel.zero and config.parallel.state_degree > 1:
+            yield {"parallel.zero": zero}
+    if config.batch.micro_size % 2 == 0:
+        yield {"batch.micro_size": config.batch.micro_size // 2}
+    yield {"batch.micro_size": config.batch.micro_size * 2}

@@ -1,0 +1,49 @@
+"""What the loss of a micro-batch holds, with its logits or without, in bytes. N tokens, V words, c the width of computation and w that
+of sums, at least 32 bits.
+
+Whole logits: in the forward z, a wide copy where that is another, and its log-softmax, which stays; in the backward that, and the
+gradients of both, 3 w N V. Without them see `kernels.cross_entropy.loss_bytes`: the gradient of the head, and that of its input, are
+made in the forward where the loss is told what it will be multiplied by, and in the backward elsewhere.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rowwise.kernels.cross_entropy import loss_bytes
+from rowwise.trainer.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class LossWork:
+    """Bytes at most in the `forward`, `kept` from there to the backward, at most in the `backward`, and `deferred` for the head's
+    gradient, which takes `head` bytes and is made where `makes` says, within the loss or after it, where other gradients take
+    `after`. `needs_input`: the backward needs what the head takes; `tied`: the head is the embedding, whose gradient is complete
+    when that of the look-up is added."""
+
+    forward: int
+    kept: int
+    backward: int
+    deferred: int
+    head: int
+    makes: Literal["forward", "backward", "after"]
+    needs_input: bool
+    tied: bool
+    after: int = 0
+
+
+def loss_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bool) -> LossWork:
+    """Counts what the loss of so many tokens holds."""
+    model, wide, pipelined = config.model, max(4, width), config.parallel.pipeline > 1
+    head, tied = model.vocab_size * model.dim * width, model.tie_embeddings and not pipelined
+    if not config.memory.fused_loss:
+        numbers = tokens * model.vocab_size
+        forward = numbers * (wide + width + wide * (width < wide))
+        deferred = numbers * width * split
+        after = (numbers + tokens * model.dim) * width
+        return LossWork(forward, numbers * wide, 3 * numbers * wide, deferred, head, "after", True, tied, after)
+    at_once = width >= 4 and not pipelined
+    most = loss_bytes(tokens, model.dim, model.vocab_size, width, at_once, "cuda" if gpu else "cpu")
+    if at_once:
+        kept = tokens * model.dim * width
+        return LossWork(most, kept, kept, 0, head, "forward", False, tied)
+    return LossWork(0, tokens * wide, most, 0, head, "backward", True, tied)

@@ -1,0 +1,95 @@
+"""What a rank of a run holds, by category, before anything of it is started.
+
+Ranks that hold the same part of the model differ in their rows alone, and the first of them has the most; so a run holds at most what
+the first rank of each place of the pipeline does.
+"""
+
+from dataclasses import dataclass
+
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.plan.ledger import Ledger
+from rowwise.trainer.plan.sharded import Sharded
+from rowwise.trainer.plan.states import (
+    Place,
+    groups_of,
+    mask_bytes,
+    optimizer_bytes,
+    parameter_bytes,
+    pieces_of,
+    place_of,
+    rows_of,
+    widths_of,
+)
+from rowwise.trainer.plan.step import Crossing, PipelineRank, Stage, walk_whole
+from rowwise.trainer.plan.update import update_bytes
+from rowwise.trainer.plan.weights import Replicated, Weights
+from rowwise.trainer.plan.works import tokens_of, works_of
+from rowwise.trainer.stages import Plan, gathering
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank: the most of each category, in a step; the most of all together, what it is made of, and when that is."""
+
+    rank: int
+    peaks: dict[str, int]
+    most: int
+    then: dict[str, int]
+    moment: str
+
+
+def worst(memories: list[Memory]) -> Memory:
+    """Finds the rank that holds the most."""
+    return max(memories, key=lambda memory: memory.most)
+
+
+def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> Memory:
+    """Counts what one rank holds."""
+    place, ledger = place_of(rank, config.parallel), Ledger()
+    if plan is None:
+        stages = {0: range(config.model.layers)}
+    else:
+        stages = {stage: plan.layers[stage] for stage in plan.schedule.stages_of(place.pipeline)}
+    widths = widths_of(config)
+    sharded = place.shards > 1 or config.precision.name in ("bf16", "fp16")
+    ledger.at = "the start"
+    for layers in stages.values():
+        ledger.take("parameters", parameter_bytes(config, layers, place, sharded))
+        ledger.take("optimizer", optimizer_bytes(config, layers, place))
+        ledger.take("masks", mask_bytes(config, layers, place))
+    walked = {}
+    for stage, layers in stages.items():
+        split = plan is not None and any(
+            a.kind == "I" and a.stage == stage for a in plan.schedule.ranks[place.pipeline]
+        )
+        works = works_of(config, layers, split, gpu)
+        step = update_bytes(config, layers, place, one_by_one=True) if config.optim.in_backward else 0
+        walked[stage] = Stage(ledger, weights_of(config, layers, place, ledger, sharded), works, step)
+    if plan is None:
+        walk_whole(walked[0], config.micro_batches)
+    else:
+        size = tokens_of(config) * config.model.dim * widths.compute
+        crossing = Crossing(size, tied_bytes(config, place), not gpu)
+        PipelineRank(walked, plan.schedule, place.pipeline, gathering(config.parallel), crossing, ledger).walk()
+    ledger.at = "the optimizer's step"
+    if not config.optim.in_backward:
+        for layers in stages.values():
+            ledger.use("working", update_bytes(config, layers, place))
+    return Memory(rank, ledger.peaks, ledger.most, ledger.then, ledger.moment)
+
+
+def tied_bytes(config: TrainConfig, place: Place) -> int:
+    """Counts what a tied matrix's rows take, whose gradient goes from the last stage to the first; 0 where none is tied."""
+    model = config.model
+    rows = rows_of(model.vocab_size, place) if model.tie_embeddings else 0
+    return rows * model.dim * widths_of(config).parameter
+
+
+def weights_of(config: TrainConfig, layers: range, place: Place, ledger: Ledger, sharded: bool) -> Weights:
+    """How parameters and gradients of a stage come and go."""
+    widths, zero, pipelined = widths_of(config), config.parallel.zero, config.parallel.pipeline > 1
+    if not sharded:
+        tensors = [[spec.shape.numel() for spec in piece.values()] for piece in pieces_of(config, layers)]
+        return Replicated(ledger, tensors, widths.parameter, not config.optim.in_backward, pipelined)
+    ranks, frees = (place.shards, place.replicas), config.optim.in_backward
+    return Sharded(ledger, groups_of(config, layers, place), widths, zero, ranks, pipelined, frees)

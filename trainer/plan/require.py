@@ -1,0 +1,72 @@
+"""Refuses a run that is forecast not to fit its devices, and says the cheapest change with which it would."""
+
+from dataclasses import replace
+
+import torch
+
+from rowwise.parallel.mesh import pick_device
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.peaks import device_name
+from rowwise.trainer.plan.devices import Device, device_here, device_named
+from rowwise.trainer.plan.fit import tried_changes
+from rowwise.trainer.plan.forecast import Forecast, forecast
+from rowwise.trainer.plan.works import unknown
+from rowwise.trainer.screen import byte_count
+
+
+def own_device() -> Device:
+    """Gives the figures of what this machine computes on."""
+    device = pick_device(0)
+    if device.type != "cuda":
+        return device_named("cpu")
+    return device_here(device_name(device), torch.cuda.mem_get_info(device)[1])
+
+
+def forecast_in_words(config: TrainConfig) -> str | None:
+    """Tells what a rank is forecast to hold here, at most; None where that is not known."""
+    if not is_known(config):
+        return None
+    found = forecast(config, own_device())
+    worst = found.worst
+    of = f" of {byte_count(found.room.limit)}" if limit_of(config, found.device) is not None else ""
+    return f"about {byte_count(worst.most)}{of} a rank at most, on rank {worst.rank} in {worst.moment}"
+
+
+def is_known(config: TrainConfig) -> bool:
+    """Whether it is known what layers keep, and the order of a pipeline does not follow from times that are not measured yet."""
+    return unknown(config) is None and config.parallel.pipeline_schedule != "auto"
+
+
+def limit_of(config: TrainConfig, device: Device) -> float | None:
+    """The bytes that a run may take of a device: what the user says, or all of a GPU's."""
+    return config.memory.limit if config.memory.limit is not None or not device.cuda else device.memory
+
+
+def require_fit(config: TrainConfig, device: Device) -> None:
+    """Refuses a run that does not fit, unless `memory.fit=false`. `config`: checked. Raises ValueError."""
+    if not config.memory.fit or limit_of(config, device) is None or not is_known(config):
+        return
+    found = forecast(config, replace(device, memory=limit_of(config, device) or 0.0))
+    room = found.room
+    if room.fits:
+        return
+    raise ValueError(
+        f"the run is forecast to take {byte_count(room.needed)} of a device on rank {found.worst.rank}, in {found.worst.moment}, and "
+        f"{'memory.limit is' if config.memory.limit is not None else f'{device.name} has'} {byte_count(room.limit)}, "
+        f"{byte_count(room.needed - room.limit)} less; {_advice(found)}, or memory.fit=false, which goes on regardless"
+    )
+
+
+def _advice(found: Forecast) -> str:
+    changes = tried_changes(found)
+    fitting = [(one.seconds.step, words) for words, one in changes if one.room.fits]
+    if fitting:
+        seconds, words = min(fitting)
+        slower = seconds / found.seconds.step - 1
+        return (
+            f"give {words}, with which it fits and a step takes {abs(slower):.0%} {'more' if slower >= 0 else 'less'}"
+        )
+    if changes:
+        least, words = min((one.room.needed, words) for words, one in changes)
+        return f"no single option saves as much ({words} comes to {byte_count(least)}); give more devices or a smaller model"
+    return "give more devices or a smaller model"

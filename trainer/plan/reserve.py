@@ -1,0 +1,32 @@
+"""What a device needs beside what a run's own operations hold, and whether all of it fits."""
+
+from dataclasses import dataclass
+
+from rowwise.trainer.plan.devices import GIBI, Device
+from rowwise.trainer.plan.memory import Memory
+
+LIBRARIES = 1.25 * GIBI  # a CUDA context, buffers of NCCL, workspaces of cuBLAS
+FRAGMENTATION = 0.03  # of what is held at most: blocks of an allocator that nothing fits into
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes: what a rank holds at most, what is reserved beside it, and what there is."""
+
+    held: int
+    reserve: int
+    limit: float
+
+    @property
+    def needed(self) -> int:
+        return self.held + self.reserve
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.limit
+
+
+def room_of(memory: Memory, device: Device, limit: float | None = None) -> Room:
+    """The room of the rank on a device; `limit`: of which it may take so much."""
+    reserve = (LIBRARIES if device.cuda else 0) + FRAGMENTATION * memory.most
+    return Room(memory.most, int(reserve), device.memory if limit is None else min(limit, device.memory))

@@ -1,0 +1,193 @@
+"""What a rank keeps of the parameters of its layers: which are gathered as one, its rows of them, of their optimizer states and of
+their masks."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from rowwise.kernels.spec import ParameterSpec, Specs
+from rowwise.optim.build import new_rule, rank_of, rule_name
+from rowwise.optim.rule import Rule
+from rowwise.optim.sparse.config import SET, ST3, NoSparsity, PDPBase, sparse_layers
+from rowwise.optim.sparse.masks import packed_columns
+from rowwise.parallel.mesh import ParallelConfig
+from rowwise.parallel.precision import Bf16, Fp16, Fp64
+from rowwise.parallel.replicate import in_buckets
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.models.decoder import parameter_specs, stage_parts
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of a number of a parameter as it is kept, as it computes, and as ranks sum its gradient; of one that is neither
+    parameter nor activation (`wide`)."""
+
+    parameter: int
+    compute: int
+    reduce: int
+    wide: int
+
+    @property
+    def mixed(self) -> bool:
+        """Whether parameters compute in a copy."""
+        return self.parameter != self.compute
+
+
+def widths_of(config: TrainConfig) -> Widths:
+    """Reads the precision of a run."""
+    kept = 8 if isinstance(config.precision, Fp64) else 4
+    wide = kept
+    if config.optim.param_dtype == "bf16":
+        kept = 2
+    if isinstance(config.precision, Bf16 | Fp16):
+        reduce = 2 if isinstance(config.precision, Bf16) and config.precision.reduce == "bf16" else 4
+        return Widths(kept, 2, reduce, wide)
+    return Widths(kept, kept, kept, wide)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: on the pipeline, and among the ranks that hold the other rows (`shard` of `shards`), of which there are
+    `replicas` sets."""
+
+    pipeline: int
+    shard: int
+    shards: int
+    replicas: int
+
+
+def place_of(rank: int, parallel: ParallelConfig) -> Place:
+    """Finds the place of a rank; `parallel` must be resolved."""
+    a_stage = parallel.data_degree * parallel.ring * parallel.ulysses
+    shards = parallel.state_degree if parallel.zero else 1
+    return Place(rank // a_stage, rank % shards, shards, a_stage // shards)
+
+
+def rows_of(rows: int, place: Place) -> int:
+    """Counts the rows of a matrix that a rank has: all have as many, but for the last ones."""
+    each = -(-rows // place.shards)
+    return max(0, min(each, rows - each * place.shard))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are gathered and reduced as one. `pieces`: the first and the last of the stage that they are of; `tensors`:
+    the piece, the name and the numbers of each; `padded`: the numbers of all, with rows made up to as many on each rank, and `shard`
+    a rank's. `root`: they are what all others leave; `kept`: they stay gathered from the forward to the backward; `late`: nothing
+    tells when their backward is over, so that they are reduced when all is."""
+
+    pieces: tuple[int, int]
+    tensors: tuple[tuple[int, str, int], ...]
+    padded: int
+    shard: int
+    root: bool
+    kept: bool
+    late: bool
+
+
+def pieces_of(config: TrainConfig, layers: range) -> list[Specs]:
+    """Lists the parameters of each piece of a stage: the embedding where it has one, its layers, the norm and the head. A tied matrix
+    is the embedding's: its gradient is complete when that is."""
+    parts, rest = stage_parts(config.model, layers)
+    if not rest:
+        return parts
+    before = stage_parts(replace(config.model, tie_embeddings=False), range(1))[0][0]
+    return [before, *parts, {name: spec for name, spec in rest.items() if name not in before}]
+
+
+def groups_of(config: TrainConfig, layers: range, place: Place) -> list[Group]:
+    """Lists which parameters of these layers FSDP2 gathers as one (see `parallel.shard.shard_model`), in forward order, the root's
+    first."""
+    parts, rest = stage_parts(config.model, layers)
+    zero, first, width = config.parallel.zero, layers.start == 0, widths_of(config).parameter
+    placed = list(enumerate(parts, 1 if rest else 0))
+    last = len(placed) if rest else len(placed) - 1
+    merged = [[one] for one in placed] if zero >= 2 else in_buckets(placed, lambda one: numbers_of(one[1]) * width)
+    pieces = pieces_of(config, layers)
+    of_rest = [(0, pieces[0]), (last, pieces[-1])] if rest else []
+    if len(merged) == 1:
+        return [_group(merged[0] + of_rest, (0, last), place, root=True, kept=True, late=first)]
+    root = [_group(of_rest, (0, last), place, root=True, kept=True, late=True)] if rest else []
+    return root + [
+        _group(some, (some[0][0], some[-1][0]), place, False, zero < 3 or some is merged[-1], first and some[0][0] == 0)
+        for some in merged
+    ]
+
+
+def _group(
+    parts: list[tuple[int, Specs]], pieces: tuple[int, int], place: Place, root: bool, kept: bool, late: bool
+) -> Group:
+    shapes = {name: spec.shape for _, part in parts for name, spec in part.items()}
+    shard = sum(-(-shape[0] // place.shards) * shape[1:].numel() for shape in shapes.values())
+    tensors = tuple((piece, name, spec.shape.numel()) for piece, part in parts for name, spec in part.items())
+    return Group(pieces, tensors, shard * place.shards, shard, root, kept, late)
+
+
+def owned(config: TrainConfig, layers: range) -> Specs:
+    """Lists the parameters of these layers whose optimizer states are kept there: all but the copy of a tied embedding."""
+    parts, rest = stage_parts(config.model, layers)
+    held = {name: spec for part in [*parts, rest] for name, spec in part.items()}
+    known = parameter_specs(config.model)
+    return {name: spec for name, spec in held.items() if name in known}
+
+
+def optimizer_bytes(config: TrainConfig, layers: range, place: Place) -> int:
+    """Counts the states of a rank's rows, by asking each rule what it keeps of a parameter of that shape."""
+    dtype = torch.float64 if widths_of(config).wide == 8 else torch.float32
+    rank = rank_of(config.optim, parameter_specs(config.model))
+    found: dict[tuple[str, torch.Size, bool], int] = {}
+    total = 0
+    for name, spec in owned(config, layers).items():
+        key = rule_name(name, spec, config.optim), spec.shape, spec.batched
+        if key not in found:
+            rule = new_rule(key[0], config.optim, rank)
+            found[key] = _state_bytes(rule, spec, dtype, place)
+        total += found[key]
+    return total
+
+
+def _state_bytes(rule: Rule, spec: ParameterSpec, dtype: torch.dtype, place: Place) -> int:
+    state = rule.new_state(torch.empty(spec.matrix, dtype=dtype, device="meta"))
+    if spec.batched:
+        return rows_of(spec.shape[0], place) * sum(t.nbytes for t in state.values())
+    whole = unsplit(rule, dtype)
+    return sum(
+        t.nbytes if key in whole else rows_of(t.size(0), place) * t[0].numel() * t.itemsize for key, t in state.items()
+    )
+
+
+def unsplit(rule: Rule, dtype: torch.dtype) -> set[str]:
+    """Finds which states of a rule are the same on every rank: those that do not have the rows of the matrix, here one that is
+    not wide, and so is never turned."""
+    rows = 8209  # a prime: nothing else of the state has that size
+    state = rule.new_state(torch.empty(rows, 64, dtype=dtype, device="meta"))
+    return {key for key, t in state.items() if t.size(0) != rows}
+
+
+def parameter_bytes(config: TrainConfig, layers: range, place: Place, held_by_fsdp: bool) -> int:
+    """Counts a rank's rows; FSDP2 makes them up to as many on each rank."""
+    parts, rest = stage_parts(config.model, layers)
+    width, total = widths_of(config).parameter, 0
+    for part in [*parts, rest]:
+        for spec in part.values():
+            rows = -(-spec.shape[0] // place.shards) if held_by_fsdp else rows_of(spec.shape[0], place)
+            total += rows * spec.shape[1:].numel() * width
+    return total
+
+
+def mask_bytes(config: TrainConfig, layers: range, place: Place) -> int:
+    """Counts the masks of a rank's rows (the one in use, that of the first count and that of the last), and what a method keeps
+    beside them: where each weight has ever been, or the dense weights."""
+    choice = config.sparsity
+    if isinstance(choice, NoSparsity):
+        return 0
+    masks = 4 if isinstance(choice, SET) and choice.growth == "unfired" else 3
+    dense = widths_of(config).parameter if isinstance(choice, ST3 | PDPBase) else 0
+    held = owned(config, layers)
+    shapes = [held[name].shape for name in sparse_layers(choice, parameter_specs(config.model)) if name in held]
+    return sum(rows_of(m, place) * (masks * packed_columns(n) + dense * n) for m, n in shapes)
+
+
+def numbers_of(specs: Specs) -> int:
+    """Counts the numbers of parameters."""
+    return sum(spec.shape.numel() for spec in specs.values())

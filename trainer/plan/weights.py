@@ -1,0 +1,87 @@
+"""What a step holds of the parameters of one stage beside a rank's rows: whole ones, gradients, and messages of both.
+
+Two ways, as `parallel` has two: `Replicated` (`parallel.replicate`), whose gradients lie in buckets that stay, and FSDP2's
+(`plan.sharded`). The pieces of a stage are counted from 0: the embedding, its layers, the head.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from rowwise.trainer.plan.ledger import Ledger
+
+
+class Weights(Protocol):
+    """How the parameters of a stage come and go."""
+
+    def begin(self, last: bool) -> None:
+        """Before the forward of a micro-batch; after the `last` gradients cross ranks."""
+
+    def enter(self, piece: int) -> None:
+        """Before the forward of a piece."""
+
+    def leave(self, piece: int) -> None:
+        """After it."""
+
+    def end_forward(self) -> None:
+        """After the forward of the stage."""
+
+    def enter_back(self, piece: int) -> None:
+        """Before the backward of a piece."""
+
+    def holds(self, piece: int) -> bool:
+        """Whether an earlier micro-batch has left the gradients of a piece, whole, to which this one's are added."""
+
+    def add_gradients(self, piece: int, count: int) -> None:
+        """The gradients of a piece's parameters are there, of so many counted from the last."""
+
+    def leave_back(self, piece: int) -> None:
+        """After the backward of a piece."""
+
+    def end_backward(self) -> None:
+        """After the backward of the stage."""
+
+    def keep(self, keeps: bool) -> None:
+        """Whether the coming forward or backward leaves its parameters gathered."""
+
+    def add_up(self) -> None:
+        """After each action of a pipeline that leaves gradients: they are added up in 32 bits."""
+
+    def reduce(self) -> None:
+        """After the last of them: gradients cross ranks."""
+
+    def close(self) -> None:
+        """At the end of a pipeline's step."""
+
+
+class Replicated:
+    """Whole parameters and buckets of whole gradients (none where the optimizer steps in the backward). `tensors`: the numbers of
+    each parameter, by piece; `sums`: as in `Sharded`."""
+
+    def __init__(
+        self, ledger: Ledger, tensors: Sequence[Sequence[int]], width: int, in_buckets: bool = True, sums: bool = False
+    ):
+        self._ledger, self._tensors, self._width, self._sums, self._forwards = ledger, tensors, width, sums, 0
+        if in_buckets:
+            ledger.take("gradients", sum(map(sum, tensors)) * width)
+
+    def begin(self, last: bool) -> None:
+        self._forwards += 1
+
+    def holds(self, piece: int) -> bool:
+        return self._sums or self._forwards > 1
+
+    def enter(self, piece: int) -> None: ...
+    def leave(self, piece: int) -> None: ...
+    def end_forward(self) -> None: ...
+    def enter_back(self, piece: int) -> None: ...
+    def leave_back(self, piece: int) -> None: ...
+    def end_backward(self) -> None: ...
+    def keep(self, keeps: bool) -> None: ...
+    def add_up(self) -> None: ...
+    def reduce(self) -> None: ...
+    def close(self) -> None: ...
+
+    def add_gradients(self, piece: int, count: int) -> None:
+        # One at a time, on its way into its bucket, or into the sum that is there.
+        largest = max(self._tensors[piece][-count:] if count else (), default=0)
+        self._ledger.use("working" if self._sums else "gradients", largest * self._width)

@@ -1,0 +1,128 @@
+"""What the pieces of a stage hold while they compute, and between forward and backward: one micro-batch on one rank."""
+
+import math
+from dataclasses import dataclass, replace
+
+from rowwise.parallel.sequence import padded_length
+from rowwise.trainer.activations import kept_of, results_of
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.plan.layer import ALL, Moment, moments, pieces_of_backward
+from rowwise.trainer.plan.loss import LossWork, loss_work
+from rowwise.trainer.plan.states import widths_of
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes of a piece beside parameters and gradients. `kept`: activations, from its forward to its backward, its input among them;
+    `forward`: what comes and goes meanwhile, at most; `backward`: from moment to moment; `messages`: of attention, at most in the
+    forward and in the backward; `loss`: what the loss holds (None: it is none)."""
+
+    name: str
+    kept: int
+    forward: int
+    backward: tuple[Moment, ...]
+    messages: tuple[int, int] = (0, 0)
+    loss: LossWork | None = None
+
+
+def tokens_of(config: TrainConfig) -> int:
+    """Counts the tokens that a rank has of a micro-batch."""
+    parallel = config.parallel
+    length = padded_length(config.batch.seq_len, parallel.ring_order or "zigzag", parallel.ring, parallel.ulysses)
+    return config.batch.micro_size * length // (parallel.ring * parallel.ulysses)
+
+
+def unknown(config: TrainConfig) -> str | None:
+    """Says why nobody knows what the layers of a run keep on the device; None where it is known."""
+    memory = config.memory
+    if results_of(config) is None:
+        return (
+            f"model.block={config.model.block}: its layers do not say what they make, so that nobody knows what they keep; give the "
+            "block a table of its results (docs/memory.md)"
+        )
+    if memory.compress != "none" or memory.offload_activations != "none":
+        return (
+            f"memory.compress={memory.compress} memory.offload_activations={memory.offload_activations}: what of the activations is "
+            "then on the device is not forecast; leave both at none to see what a run holds without them"
+        )
+    return None
+
+
+def works_of(config: TrainConfig, layers: range, split: bool, gpu: bool) -> list[Work]:
+    """Lists the work of each piece of a stage. `split`: its backward is in two."""
+    tokens, width, model = tokens_of(config), widths_of(config).compute, config.model
+    works = layer_works(config, layers, split, gpu)
+    tables = 2 * model.head_size * width * tokens  # RoPE's, which all layers of a stage share
+    works[0] = replace(works[0], kept=works[0].kept + tables)
+    if layers.start == 0:
+        works.insert(0, embedding_work(config, tokens, width))
+    if layers.stop == model.layers:
+        works.append(head_work(config, tokens, width, split, gpu))
+    return works
+
+
+def embedding_work(config: TrainConfig, tokens: int, width: int) -> Work:
+    """What the embedding holds: its output is counted with the first layer."""
+    size = tokens * config.model.dim
+    if not config.model.stable_embedding:
+        return Work("the embedding", 0, 0, (Moment(0, 0, 0, ALL),))
+    wide = max(4, width)
+    kept = size * wide + 2 * tokens * wide  # what the layer norm takes, its mean and its scale
+    during = size * (2 * wide + width)
+    return Work("the embedding", kept, during, (Moment(0, during, 0, 0), Moment(kept, size * width, 0, ALL)))
+
+
+def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> list[Work]:
+    """What each layer holds."""
+    tokens, width, model, table = tokens_of(config), widths_of(config).compute, config.model, results_of(config)
+    if problem := unknown(config):
+        raise ValueError(problem)
+    assert table is not None
+    pieces, policy = pieces_of_backward(model, width, gpu), kept_of(config)
+    crossing = messages_of(config, tokens, width)
+    known: dict[frozenset[str], Work] = {}
+    works = []
+    for layer in layers:
+        kept = policy[layer]
+        if kept not in known:
+            stays, everything = table.bytes_kept(kept, width), table.bytes_kept(table.names, width)
+            # Until the forward is over all results are there; and what the gate, or the last product and sum, make on the way.
+            during = everything - stays + max(model.ffn_dim, 2 * model.dim) * width
+            back = tuple(scaled(one, tokens) for one in moments(table, kept, pieces, width, split))
+            known[kept] = Work("", stays * tokens, during * tokens, back, crossing)
+        works.append(replace(known[kept], name=f"layer {layer}"))
+    return works
+
+
+def head_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bool) -> Work:
+    """What the last norm, the head and the loss hold."""
+    dim, wide = config.model.dim * width, max(4, width)
+    loss = loss_work(config, tokens, width, split, gpu)
+    kept = (2 if loss.needs_input else 1) * tokens * dim + tokens * wide
+    norm = dim if gpu else (3 if width == wide else 4) * config.model.dim * wide
+    waits = tokens * dim if loss.deferred else 0
+    back = (
+        Moment(0, tokens * dim, 0, 0),
+        Moment(tokens * dim * loss.needs_input, tokens * (dim + norm), waits, ALL),
+        Moment(kept, tokens * dim, waits, ALL),
+    )
+    return Work("the head and the loss", kept, tokens * norm, back, loss=loss)
+
+
+def messages_of(config: TrainConfig, tokens: int, width: int) -> tuple[int, int]:
+    """Counts the bytes of a layer's messages that are under way at once, in its forward and in its backward: what goes and what
+    comes of an all-to-all; a block of keys and values that comes, and in the backward its gradients, which go and come."""
+    parallel, model = config.parallel, config.model
+    if parallel.ulysses * parallel.ring == 1:
+        return 0, 0
+    keys = math.lcm(model.kv_heads, parallel.ulysses) * model.head_size
+    queries = model.heads * model.head_size
+    exchanged = 2 * (queries + 2 * keys) * width if parallel.ulysses > 1 else 0
+    block = 2 * keys * width if parallel.ring > 1 else 0
+    gradients = 4 * keys * max(4, width) if parallel.ring > 1 else 0
+    return tokens * max(exchanged, block), tokens * max(exchanged, block + gradients)
+
+
+def scaled(moment: Moment, tokens: int) -> Moment:
+    """A moment of so many tokens."""
+    return Moment(moment.released * tokens, moment.working * tokens, moment.deferred * tokens, moment.parameters)
