@@ -18,3 +18,19 @@ def memory_key(t: Tensor) -> tuple[int, ...]:
 def weak_storage(t: Tensor) -> StorageWeakRef:
     """Refers to the storage of `t` without keeping its memory; its name is not given to another meanwhile."""
     return StorageWeakRef(t.untyped_storage())
+
+
+def written(t: Tensor) -> int:
+    """Counts how often something was written into the memory of `t`."""
+    return int(t._version)
+
+
+def require_unwritten(t: Tensor, before: int) -> Tensor:
+    """Returns `t`, which was kept when its memory had been written `before` times: torch asks this of what it keeps itself, and of
+    nothing that passes through hooks. Raises RuntimeError."""
+    if written(t) != before:
+        raise RuntimeError(
+            f"a tensor {tuple(t.shape)} that a layer needs in its backward was changed in place after it was kept; have the layer "
+            "make a new one"
+        )
+    return t

@@ -413,6 +413,26 @@ def test_the_peak_of_a_run_falls_by_what_the_table_says(ranks, folder):
 # Layers of one's own.
 
 
+class InPlace(Layer):
+    """A layer that changes a result which its backward needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        make = self.making(x)
+        return make("out", torch.Tensor.mul_, make("gate", torch.sigmoid, x), 2)
+
+
+@pytest.mark.parametrize("kept", [None, frozenset(), frozenset({"gate", "out"})])
+def test_what_is_changed_in_place_is_refused(kept):
+    """As torch refuses it where no hooks are."""
+    layer = InPlace(SMALL)
+    if kept is None:
+        saved.attach(saved.Keeper(), layer, [("0", layer)])
+    else:
+        layer.making = Keeping(kept)
+    with pytest.raises(RuntimeError, match="was changed in place after it was kept"):
+        layer(torch.ones(2, requires_grad=True)).sum().backward()
+
+
 class Own(Layer):
     """Makes nothing by name, and draws numbers."""
 

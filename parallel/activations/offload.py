@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rowwise.kernels.torch_storage import require_unwritten, written
 from rowwise.parallel.device import Copies, Device, Mark, device_of
 
 LEAVING = 2  # blocks whose results may be on their way out
@@ -87,8 +88,8 @@ class Folder:
     def begin_block(self) -> None:
         self._under_way.append([])
         while len(self._under_way) > LEAVING:
-            for written in self._under_way.popleft():
-                written.result()
+            for wrote in self._under_way.popleft():
+                wrote.result()
 
     def lay(self, here: Sequence[Tensor], copied: Sequence[Mark]) -> Laid:
         if self._file is None:
@@ -160,14 +161,14 @@ class Parcel:
         left = [copies.away(t) for t in tensors]
         self._laid = shelf.lay([here for here, _ in left], [mark for _, mark in left])
         self._still: Sequence[Tensor] | None = tensors
-        self._marks = [mark for _, mark in left]
+        self._marks, self._written = [mark for _, mark in left], [written(t) for t in tensors]
         self._loading: Future[Sequence[Tensor]] | None = None
         self._coming: list[tuple[Tensor, Mark]] | None = None
 
     def leave(self) -> None:
         """Lets go of what is on the device: what is computed from now on waits until it has left."""
         if self._still is not None:
-            for t, mark in zip(self._still, self._marks, strict=True):
+            for t, mark in zip(self._here(), self._marks, strict=True):
                 self._copies.join(t, mark)
         self._still = None
 
@@ -186,13 +187,18 @@ class Parcel:
     def read(self) -> Sequence[Tensor]:
         self._block.approach()
         if self._still is not None:
-            return self._still
+            return self._here()
         self.come()
         assert self._coming is not None
         coming, self._coming = self._coming, None
         for t, mark in coming:
             self._copies.join(t, mark)
         return [t for t, _ in coming]
+
+    def _here(self) -> Sequence[Tensor]:
+        """What has not left yet."""
+        assert self._still is not None
+        return [require_unwritten(t, times) for t, times in zip(self._still, self._written, strict=True)]
 
 
 @dataclass(eq=False)

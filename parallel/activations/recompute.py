@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from rowwise.kernels.torch_storage import require_unwritten, written
 from rowwise.parallel.activations.results import Make, plainly
 from rowwise.parallel.activations.saved import Keeper, Kept, Scope
 from rowwise.parallel.defer import in_recomputation, is_deferred
@@ -70,8 +71,11 @@ class Making:
     def __call__(self, name: str, function: Callable[..., Any], *given: Any) -> Any:
         function = self._keeping.function(name, function)
         self._fresh = []
+        taken = [(value, written(value)) for value in given if isinstance(value, Tensor)]
         with saved_tensors_hooks(self._hook, Saved.tensor):
             result = function(*given)
+        for value, times in taken:  # it would be another when it is made again
+            require_unwritten(value, times)
         if name not in self._keeping.kept:
             again = partial(make_again, function, tuple(self._referred(value) for value in given))
             self._drop((result,) if isinstance(result, Tensor) else tuple(result), Made(again))
@@ -133,11 +137,11 @@ class Saved:
     """What autograd has in the place of a tensor that it saved: `held`, the tensor itself, where it lies in a result, or what
     keeps it in another form."""
 
-    __slots__ = ("_kept", "_learns", "_made", "_place", "held")
+    __slots__ = ("_kept", "_learns", "_made", "_place", "_written", "held")
 
     def __init__(self, tensor: Tensor):
         self.held: Tensor | None = tensor.detach()  # an output that held itself would never be freed
-        self._learns = tensor.requires_grad
+        self._learns, self._written = tensor.requires_grad, written(tensor)
         self._made: Made | None = None
         self._kept: Kept | None = None
 
@@ -154,7 +158,7 @@ class Saved:
 
     def tensor(self) -> Tensor:
         if self.held is not None:
-            return self.held
+            return require_unwritten(self.held, self._written)
         if self._kept is not None:
             return self._kept.read()
         assert self._made is not None

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from rowwise.kernels.torch_storage import StorageWeakRef, memory_key, storage_key, weak_storage
+from rowwise.kernels.torch_storage import (
+    StorageWeakRef,
+    memory_key,
+    require_unwritten,
+    storage_key,
+    weak_storage,
+    written,
+)
 
 LEAST_BYTES = 1024  # of what is worth moving
 _HANDLE = "kept_results"
@@ -93,7 +100,7 @@ class Kept:
     def __init__(self, tensor: Tensor):
         self._tensor: Tensor | None = tensor.detach()  # an output that held itself would never be freed
         self._readers: Readers | None = None
-        self._view = tensor.shape, tensor.stride()
+        self._view, self._written = (tensor.shape, tensor.stride()), written(tensor)
 
     def become(self, readers: Readers) -> None:
         """From now on it is a view of what these read."""
@@ -103,7 +110,7 @@ class Kept:
     def read(self) -> Tensor:
         if self._readers is None:
             assert self._tensor is not None
-            return self._tensor
+            return require_unwritten(self._tensor, self._written)
         return self._readers.read(self).as_strided(*self._view)
 
 
