@@ -10,6 +10,7 @@ parameters, states, gradients, activations, messages. A step is forward, backwar
 
 import argparse
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from processes import on_ranks
 from record import write_record
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
@@ -66,34 +68,33 @@ class Size:
 
 
 class Live(TorchDispatchMode):
-    """While entered, the most bytes of storages that live at once: of `given`, and of what operations make."""
+    """While entered, the most bytes of storages that live at once: of `given`, and of what operations make. A storage has the
+    size that it has when it is counted: FSDP2 empties those of parameters that are not gathered, and fills them again."""
 
-    def __init__(self, given: list[Tensor]):
+    def __init__(self, given: Iterable[Tensor]):
         super().__init__()
-        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._bytes = self.peak = 0
-        self._add(given)
+        self._known: dict[int, StorageWeakRef] = {}
+        self.peak = 0
+        self._count(given)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self._add([t for t in tree_leaves(result) if isinstance(t, Tensor)])
+        self._count(t for t in tree_leaves(result) if isinstance(t, Tensor))
         return result
 
-    def _add(self, tensors: list[Tensor]) -> None:
-        for t in tensors:
-            storage = t.untyped_storage()
-            if storage._cdata not in self._known or self._known[storage._cdata][0].expired():
-                self._known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        # Only what may be a new peak is counted anew.
-        self._bytes = sum(size for _, size in self._known.values())
-        if self._bytes > self.peak:
-            self._known = {key: known for key, known in self._known.items() if not known[0].expired()}
-            self._bytes = sum(size for _, size in self._known.values())
-            self.peak = max(self.peak, self._bytes)
+    def _count(self, tensors: Iterable[Tensor]) -> None:
+        for t in map(rows_of, tensors):
+            key = t.untyped_storage()._cdata
+            if key not in self._known or self._known[key].expired():
+                self._known[key] = StorageWeakRef(t.untyped_storage())
+        found = {key: torch.UntypedStorage._new_with_weak_ptr(known.cdata) for key, known in self._known.items()}
+        self._known = {key: self._known[key] for key, storage in found.items() if storage is not None}
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in found.values() if storage is not None))
 
 
-def plain(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def rows_of(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor, without an operation."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def one_rank(rank: int, ranks: int, port: int, config: TrainConfig) -> dict:
@@ -117,7 +118,7 @@ def one_rank(rank: int, ranks: int, port: int, config: TrainConfig) -> dict:
         peak = torch.cuda.max_memory_allocated()
     else:
         states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        with Live([plain(t) for t in (*engine.model.parameters(), *states)]) as live:
+        with Live([*engine.model.parameters(), *states]) as live:
             step(2)
         peak = live.peak
     dist.barrier()

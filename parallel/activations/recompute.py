@@ -117,7 +117,7 @@ def _pack(making: "weakref.ref[Making]", tensor: Tensor) -> "Saved":
 
 
 class Made:
-    """A result that is made again, or brought back, when it is first asked for."""
+    """A result that is made again when it is first asked for."""
 
     __slots__ = ("_again", "_tensors")
 
