@@ -10,7 +10,8 @@ the stream, at counter (t G + g) ceil(W / 8) + j div 8, it is 16 bits of word (j
 The same number gets the same code wherever its token and its head are.
 
 The paper keeps l and h of a head or of channels as running means over batches, which depend on what a rank sees; here they
-are the group's own, in float32: 8 bytes a group. A group with a number that is not finite comes back as NaN.
+are the group's own, in float32: 8 bytes a group. A group with a number that is not finite, or whose h - l is above
+float32's largest number, comes back as NaN.
 
 Shapes: N tokens, C numbers a token, in J groups; the last may be narrower. All arithmetic is in float32.
 """

@@ -69,6 +69,8 @@ def test_a_folder_must_be_one_and_take_what_comes(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.bin"], "the probe is gone"
     with pytest.raises(ValueError, match=r"tokens.bin: there is no such folder; possible are none, cpu, or the path"):
         check_folder(away(tmp_path, tmp_path / "tokens.bin"))
+    with pytest.raises(ValueError, match=r"memory.offload_activations=: there is no such folder"):
+        check_folder(away(tmp_path, ""))
     monkeypatch.setattr(activations, "write_speed", lambda *_: 1e3)
     with pytest.raises(ValueError, match=r"of a micro-batch take \d\d\d s to be written there, at 0.0 MB/s, and ranks wait "
                        r"parallel.timeout_seconds=60 for each other; give a faster folder"):  # fmt: skip

@@ -56,7 +56,7 @@ def check_folder(config: TrainConfig) -> None:
     if where in ("none", "cpu"):
         return
     given, folder = f"memory.offload_activations={where}", Path(where).expanduser()
-    if not folder.is_dir():
+    if not where or not folder.is_dir():
         raise ValueError(
             f"{given}: there is no such folder; possible are none, cpu, or the path of a folder, which you make"
         )
