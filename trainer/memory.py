@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from rowwise.kernels.cross_entropy import Loss
 from rowwise.kernels.rows import local
 from rowwise.optim.optimizer import Optimizer
 from rowwise.parallel.lifetimes import Lifetimes
@@ -89,7 +91,7 @@ def _seen(
     stages = list(model.decoders.values()) if isinstance(model, StagedDecoder) else [model]
     parameters = [p for stage in stages for p in stage.parameters()]
     seen = Lifetimes(stages, parameters, None if mesh.pipeline is None else mesh.pipeline.group)
-    handles = [stage.norm.register_forward_hook(_tell(seen)) for stage in stages if stage.norm is not None]
+    handles = [handle for stage in stages if stage.norm is not None for handle in _tell(seen, stage, stage.norm)]
     try:
         with seen:
             yield Watch(seen, first)
@@ -98,15 +100,20 @@ def _seen(
             handle.remove()
 
 
-def _tell(seen: Lifetimes) -> Any:
-    """Tells where the loss begins, at the last norm's output, and where its backward ends."""
+def _tell(seen: Lifetimes, stage: Decoder, norm: nn.Module) -> list[RemovableHandle]:
+    """Tells where the loss begins and ends, forward and backward: at the last norm's output and at the loss itself."""
 
-    def after(module: nn.Module, given: Any, output: Tensor) -> None:
+    def begins(module: nn.Module, given: Any, output: Tensor) -> None:
         if output.requires_grad:
             seen.note_loss(True)
             output.register_hook(lambda gradient: seen.note_loss(False))
 
-    return after
+    def ends(module: nn.Module, given: Any, output: Any) -> None:
+        if isinstance(output, Loss) and output.total.requires_grad:
+            seen.note_loss(False)
+            output.total.register_hook(lambda gradient: seen.note_loss(True))
+
+    return [norm.register_forward_hook(begins), stage.register_forward_hook(ends)]
 
 
 def measured_bytes(watch: Watch, model: nn.Module, optimizer: Optimizer, masks: int) -> tuple[Bytes, StateBytes]:

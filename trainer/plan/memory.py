@@ -63,7 +63,7 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
             a.kind == "I" and a.stage == stage for a in plan.schedule.ranks[place.pipeline]
         )
         works = works_of(config, layers, split, gpu)
-        step = update_bytes(config, layers, place, one_by_one=True) if config.optim.in_backward else 0
+        step = update_bytes(config, [layers], place, one_by_one=True) if config.optim.in_backward else 0
         walked[stage] = Stage(ledger, weights_of(config, layers, place, ledger, sharded), works, step)
     if plan is None:
         walk_whole(walked[0], config.micro_batches)
@@ -73,8 +73,7 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         PipelineRank(walked, plan.schedule, place.pipeline, gathering(config.parallel), crossing, ledger).walk()
     ledger.at = "the optimizer's step"
     if not config.optim.in_backward:
-        for layers in stages.values():
-            ledger.use("working", update_bytes(config, layers, place))
+        ledger.use("working", update_bytes(config, stages.values(), place))
     return Memory(rank, ledger.peaks, ledger.most, ledger.then, ledger.moment)
 
 

@@ -15,7 +15,7 @@ from rowwise.optim.build import new_rule, rank_of, rule_name
 from rowwise.optim.lowrank.projection import OVERSAMPLE
 from rowwise.optim.optimizer import PORTION_BYTES
 from rowwise.optim.rule import Batch, Rule
-from rowwise.optim.transpose import tall_shape
+from rowwise.optim.transpose import is_wide, tall_shape
 from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_specs
@@ -24,11 +24,11 @@ from rowwise.trainer.plan.states import Place, owned, rows_of, unsplit, widths_o
 Entry = tuple[str, ParameterSpec]
 
 
-def update_bytes(config: TrainConfig, layers: range, place: Place, one_by_one: bool = False) -> int:
-    """Counts what the step holds at most. `one_by_one`: it is made of each parameter by itself."""
+def update_bytes(config: TrainConfig, stages: Iterable[range], place: Place, one_by_one: bool = False) -> int:
+    """Counts what the step of all stages of a rank holds at most. `one_by_one`: it is made of each parameter by itself."""
     rank = rank_of(config.optim, parameter_specs(config.model))
     groups: dict[tuple[str, bool, int, bool], list[Entry]] = {}
-    for name, spec in owned(config, layers).items():
+    for name, spec in (entry for layers in stages for entry in owned(config, layers).items()):
         key = rule_name(name, spec, config.optim), spec.role == "vector", len(spec.matrix), spec.batched
         groups.setdefault(key, []).append((name, spec))
     known: dict[Any, int] = {}
@@ -107,6 +107,8 @@ def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Pl
     )
     # What is mixed of gradients and momenta, and what comes of it, are there of all matrices.
     others = 2 * (_bytes(batch.params) - _bytes(made.params))
+    if getattr(config.optim, "side", "") == "short":  # what is turned is there lying, too
+        others += sum(p.nbytes for p, (_, spec) in zip(batch.params, entries, strict=False) if is_wide(spec.matrix))
     return max(lives.peaks()[1] + others, renewed) + copies
 
 
