@@ -134,6 +134,7 @@ class Sharded:
             self._end(g, reduces=True)
 
     def add_up(self) -> None:
+        self._done.clear()  # weights' gradients may come several times in a row
         for g in range(len(self._groups)) if self._widths.compute < WIDE else ():
             if self._wide.get(g):
                 self._give(self._whole.get(g, {}), self._widths.compute)
