@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -95,8 +96,9 @@ class Lifetimes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._at += 1
-        self._note_phase()
-        self._note_gradients()
+        # A forward leaves gradients as they are.
+        if self._note_phase() or self._returning or not torch.is_grad_enabled():
+            self._note_gradients()
         result = function(*args, **(kwargs or {}))
         given = {id(storage): storage for storage in storages((args, kwargs))}
         for storage in storages(result):
@@ -104,17 +106,18 @@ class Lifetimes(TorchDispatchMode):
                 self._note_birth(storage, function.name())
         if function.namespace in ("c10d", "fsdp"):
             self._note_moves(function.name(), args, given.values())
-        self._note_gradients()
         self._note_gathered()
         return result
 
-    def _note_phase(self) -> None:
-        """Where a backward begins or ends, what is there was kept."""
+    def _note_phase(self) -> bool:
+        """Notes that what is there where a backward begins or ends was kept. Returns whether one did."""
         returning = in_backward()
-        if returning != self._returning:
-            for _, life in self._alive.values():
-                life.kept |= life.returning == self._returning
-            self._returning = returning
+        if returning == self._returning:
+            return False
+        for _, life in self._alive.values():
+            life.kept |= life.returning == self._returning
+        self._returning = returning
+        return True
 
     def _note_birth(self, storage: Any, operation: str) -> None:
         if (key := id(storage)) in self._alive:
@@ -169,6 +172,7 @@ class Lifetimes(TorchDispatchMode):
             self._gathered.append((self._at, total))
 
     def __exit__(self, *error: Any) -> Any:
+        self._note_gradients()  # as before every operation: those that the last one left
         for p in self._parameters:
             if (life := self._life(p)) is not None:
                 life.stays = True  # FSDP2 pads rows anew before the first forward
