@@ -18,11 +18,11 @@ import torch.distributed as dist
 from processes import on_ranks
 from record import write_record
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from rowwise.kernels.torch_dispatch import TorchDispatchMode
+from rowwise.kernels.torch_dtensor import rows_of
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import Workers, make_mesh
@@ -90,11 +90,6 @@ class Live(TorchDispatchMode):
         found = {key: torch.UntypedStorage._new_with_weak_ptr(known.cdata) for key, known in self._known.items()}
         self._known = {key: self._known[key] for key, storage in found.items() if storage is not None}
         self.peak = max(self.peak, sum(storage.nbytes() for storage in found.values() if storage is not None))
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor, without an operation."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def one_rank(rank: int, ranks: int, port: int, config: TrainConfig) -> dict:

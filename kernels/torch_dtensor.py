@@ -24,9 +24,9 @@ def offset_of(tensor: "DTensor") -> tuple[int, ...]:
     return _places.compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
 
 
-def rows_of(tensor: "DTensor") -> Tensor:
-    """Gives this rank's rows, without an operation."""
-    return tensor._local_tensor
+def rows_of(tensor: Tensor) -> Tensor:
+    """Gives this rank's rows of a tensor as `kernels.rows.local` does, but without an operation."""
+    return tensor._local_tensor if isinstance(tensor, _tensors.DTensor) else tensor
 
 
 def laid_out_as(tensor: "DTensor", rows: Tensor) -> "DTensor":

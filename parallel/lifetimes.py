@@ -24,10 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from rowwise.kernels import torch_dtensor
 from rowwise.kernels.torch_dispatch import TorchDispatchMode
+from rowwise.kernels.torch_dtensor import rows_of
 from rowwise.parallel.replicate import buckets_of
 from rowwise.parallel.shard import sharded_modules
 from rowwise.parallel.torch_autograd import in_backward
@@ -82,12 +81,18 @@ class Lifetimes(TorchDispatchMode):
         models = list(models)
         modules = {id(fsdp_state(module)): module for model in models for module in sharded_modules(model)}
         self._modules = list(modules.values())  # those that are gathered as one, once
+        self._params = [param for module in self._modules for param in fsdp_params(module)]
+        self._new = self._params  # those that were never gathered
+        self._whole: list[
+            torch.UntypedStorage
+        ] = []  # of the others, whose storage stays and is empty while they are not gathered
         self._buckets = [
             flat for model in models if (buckets := buckets_of(model)) is not None for flat in buckets.flat
         ]
         self._alive: dict[int, tuple[weakref.ref[Any], Life]] = {}
         self._lives: list[Life] = []
         self._gathered: list[tuple[int, int]] = []
+        self._seen: dict[int, weakref.ref[Tensor]] = {}  # by place, the gradient that was last there
         self._at, self._returning, self._late = 0, False, False
 
     def note_loss(self, begins: bool) -> None:
@@ -130,8 +135,8 @@ class Lifetimes(TorchDispatchMode):
         _, life = self._alive.pop(key)
         life.died = self._at
 
-    def _life(self, tensor: Tensor | None) -> Life | None:
-        found = None if tensor is None else self._alive.get(id(_plain(tensor).untyped_storage()))
+    def _life(self, tensor: Tensor) -> Life | None:
+        found = self._alive.get(id(rows_of(tensor).untyped_storage()))
         return None if found is None else found[1]
 
     def _note_moves(self, name: str, args: Any, given: Iterable[Any]) -> None:
@@ -145,31 +150,36 @@ class Lifetimes(TorchDispatchMode):
                 life.moved = True
 
     def _note_gradients(self) -> None:
-        for tensor in self._gradients():
+        for place, tensor in enumerate(self._gradients()):
+            if tensor is None or ((seen := self._seen.get(place)) is not None and seen() is tensor):
+                continue
+            self._seen[place] = weakref.ref(tensor)
             if (life := self._life(tensor)) is not None:
                 life.gradient = True
 
     def _gradients(self) -> Iterator[Tensor | None]:
         for p in self._parameters:
             yield p.grad
-        for module in self._modules:
-            for param in fsdp_params(module):
-                whole = gathered(param)
-                yield None if whole is None else whole.grad
-                yield accumulated(param)
-            yield partial_sum(module)
+        for param in self._params:
+            whole = gathered(param)
+            yield None if whole is None else whole.grad
+            yield accumulated(param)
+        yield from map(partial_sum, self._modules)
 
     def _note_gathered(self) -> None:
-        total = 0
-        for module in self._modules:
-            for param in fsdp_params(module):
-                if (whole := gathered(param)) is not None:
-                    storage = _plain(whole).untyped_storage()
-                    total += storage.nbytes()
-                    if (found := self._alive.get(id(storage))) is not None:
-                        found[1].whole = True
+        self._new = [param for param in self._new if not self._begins_whole(gathered(param))]
+        total = sum(storage.nbytes() for storage in self._whole)
         if not self._gathered or self._gathered[-1][1] != total:
             self._gathered.append((self._at, total))
+
+    def _begins_whole(self, tensor: Tensor | None) -> bool:
+        """Whether a parameter has been gathered, for the first time."""
+        if tensor is None:
+            return False
+        self._whole.append(rows_of(tensor).untyped_storage())
+        if (life := self._life(tensor)) is not None:
+            life.whole = True
+        return True
 
     def __exit__(self, *error: Any) -> Any:
         self._note_gradients()  # as before every operation: those that the last one left
@@ -229,14 +239,9 @@ class Lifetimes(TorchDispatchMode):
 def storages(tree: Any) -> Iterator[Any]:
     """The storages of all tensors in what an operation takes or gives."""
     if isinstance(tree, Tensor):
-        yield _plain(tree).untyped_storage()
+        yield rows_of(tree).untyped_storage()
     elif isinstance(tree, list | tuple):
         for one in tree:
             yield from storages(one)
     elif isinstance(tree, dict):
         yield from storages(list(tree.values()))
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """This rank's rows, without an operation."""
-    return torch_dtensor.rows_of(tensor) if isinstance(tensor, DTensor) else tensor

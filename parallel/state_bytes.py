@@ -23,11 +23,10 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from rowwise.kernels import torch_dtensor
 from rowwise.kernels.rows import local, padded_rows
 from rowwise.kernels.torch_dispatch import TorchDispatchMode
+from rowwise.kernels.torch_dtensor import rows_of
 from rowwise.parallel.replicate import buckets_of
 from rowwise.parallel.shard import sharded_modules
 from rowwise.parallel.torch_fsdp import accumulated, flat_buffers, fsdp_group, fsdp_params, gathered
@@ -95,7 +94,7 @@ class _Moving:
         flat = [] if self._buckets is None else self._buckets.flat
         bucketed = {t.untyped_storage().data_ptr() for t in flat}
         grads = [p.grad for p in [*self._shards, *whole]] + [accumulated(p) for p in self._inner]
-        loose = [g for g in grads if g is not None and _plain(g).untyped_storage().data_ptr() not in bucketed]
+        loose = [g for g in grads if g is not None and rows_of(g).untyped_storage().data_ptr() not in bucketed]
         return {
             "gathered": _storage_bytes(whole),
             "gradients": _storage_bytes([*flat, *loose]),
@@ -153,12 +152,7 @@ def _storage_bytes(tensors: Iterable[Tensor | None]) -> int:
     for tensor in tensors:
         if tensor is None:
             continue
-        t = _plain(tensor)
+        t = rows_of(tensor)  # an operation PeakStates would measure in turn
         if t.untyped_storage().size():
             seen[(t.untyped_storage().data_ptr(), int(t.storage_offset()))] = t.numel() * t.itemsize
     return sum(seen.values())
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """`local` without an operation, which PeakStates would measure in turn."""
-    return torch_dtensor.rows_of(tensor) if isinstance(tensor, DTensor) else tensor
