@@ -21,11 +21,11 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from rowwise.launch.compose import compose_tree, key_of
+from rowwise.launch.compose import compose_tree
 from rowwise.launch.given import Arguments, gather
-from rowwise.launch.settings import parse
+from rowwise.launch.own_keys import check_world_size, own_keys
 from rowwise.trainer.screen import columns, flowed, holds, is_terminal, width_of, wrapped
 
 LABEL = 11  # of the header's lines
@@ -45,12 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Arguments("rowwise check", __doc__)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     words = parser.read(arguments, sys.argv[1:]).overrides
-    own = [field.name for field in fields(Settings)]
     try:
-        settings = parse(Settings, [word for word in words if key_of(word) in own], "world_size=64")
-        if settings.world_size is not None and settings.world_size < 1:
-            raise ValueError(f"world_size={settings.world_size}: give the number of workers, 1 or more")
-        overrides = gather([word for word in words if key_of(word) not in own])
+        settings, rest = own_keys(Settings, words, "world_size=64")
+        check_world_size(settings.world_size)
+        overrides = gather(rest)
         tree = compose_tree(overrides)
         from rowwise.launch.looking import looked  # torch, which no mistyped key waits for
 

@@ -21,12 +21,12 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from rowwise.launch.compose import compose_tree, key_of
-from rowwise.launch.given import Arguments
-from rowwise.launch.settings import parse
+from rowwise.launch.compose import compose_tree
+from rowwise.launch.given import Arguments, gather
+from rowwise.launch.own_keys import check_world_size, own_keys
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Arguments("rowwise plan", __doc__)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     words = parser.read(arguments, sys.argv[1:]).overrides
-    own = [field.name for field in fields(Settings)]
     try:
-        settings = parse(Settings, [word for word in words if key_of(word) in own], "world_size=64 device=h100")
+        settings, overrides = own_keys(Settings, words, "world_size=64 device=h100")
         check_settings(settings)
-        overrides = [word for word in words if key_of(word) not in own]
-        from rowwise.launch.given import gather
-
         tree = compose_tree(gather(overrides))
         from rowwise.launch.planned import planned  # torch, which no mistyped key waits for
 
@@ -67,8 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check_settings(settings: Settings) -> None:
     """Refuses what needs no torch to be seen. Raises ValueError."""
-    if settings.world_size is not None and settings.world_size < 1:
-        raise ValueError(f"world_size={settings.world_size}: give the number of workers, 1 or more")
+    check_world_size(settings.world_size)
     if settings.device is not None:
         from rowwise.trainer.plan.devices import device_named
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rowwise.launch.compose import key_of
 from rowwise.launch.ranks import default_nproc
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
@@ -21,7 +22,7 @@ def planned(
     world_size = world_size or config.nproc or default_nproc()
     on = device_named(device) if device is not None else own_device()
     if fit:
-        found = find_fit(config, world_size, on, {word.partition("=")[0].lstrip("+") for word in overrides})
+        found = find_fit(config, world_size, on, set(map(key_of, overrides)))
         lines, best = told_of_fit(found, config), found.best
     else:
         best = forecast(check(config, world_size), on)
