@@ -1,6 +1,6 @@
 """What a run needs of memory and time, on devices that need not be here: without workers, GPUs or data.
 
-    rowwise plan model=llama3_8b batch.global_size=128 parallel.zero=3 precision=bf16 world_size=64 device=h100
+    rowwise plan model=llama3_8b batch.global_size=128 batch.micro_size=2 precision=bf16 parallel.zero=3 world_size=64 device=h100
     rowwise plan fit=true model=llama3_70b batch.global_size=512 batch.seq_len=8192 precision=bf16 world_size=64 device=h100
     rowwise plan model=llama_1b precision=bf16 device=mine.yaml to=plan.png
 

@@ -2,10 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+import yaml
 
 from rowwise.launch import plan
+from rowwise.trainer.plan.devices import DEVICES
+
+ROOT = Path(__file__).parents[1]
 
 SMALL = ["model=llama_130m", "precision=bf16", "batch.global_size=64", "device=rtx3090", "world_size=4"]
 
@@ -37,6 +43,23 @@ def test_fitting_prints_overrides_to_paste(capsys):
     assert "what each option costs and saves" in said and "runners-up" in said
     capsys.readouterr()
     assert plan.main([*SMALL, "parallel.zero=1", *words]) == 0
+
+
+def documented() -> list[str]:
+    texts = [plan.__doc__ or "", (ROOT / "README.md").read_text(), (ROOT / "docs/planning.md").read_text()]
+    lines = [line.strip().split("   ")[0] for text in texts for line in text.splitlines()]
+    return sorted({line for line in lines if line.startswith("rowwise plan ") and "=" in line})
+
+
+@pytest.mark.parametrize("line", documented())
+def test_what_is_documented_is_planned(line, capsys, tmp_path, monkeypatch):
+    """As it stands, but that layouts are not searched, which takes seconds for the largest; a device of one's own is h100's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(asdict(DEVICES["h100"])))
+    words = line.split()[2:]
+    if "fit=true" in words:
+        words = [*(word for word in words if word != "fit=true"), "batch.micro_size=1"]
+    assert plan.main(words) in (0, 1), capsys.readouterr().err
 
 
 REFUSED = {
