@@ -81,13 +81,13 @@ def check_folder(config: TrainConfig) -> None:
 def micro_batch_bytes(config: TrainConfig) -> int:
     """Counts the bytes that the layers of a rank keep of one micro-batch, 0 where they make nothing by name. The degrees of the mesh
     must be resolved."""
-    results, memory = results_of(config), config.memory
-    tokens = config.batch.micro_size * config.batch.seq_len // sharing_of(config).size
+    results = results_of(config)
     if results is None:
         return 0
-    kept = [results.names] * config.model.layers if memory.recompute == "none" else kept_of(config)
-    itemsize, coded = compute_dtype(config.precision).itemsize, memory.compress != "none"
-    return tokens * sum(results.bytes_kept(names, itemsize, coded) for names in kept) // config.parallel.pipeline
+    tokens = config.batch.micro_size * config.batch.seq_len // sharing_of(config).size
+    itemsize, coded = compute_dtype(config.precision).itemsize, config.memory.compress != "none"
+    every = sum(results.bytes_kept(names, itemsize, coded) for names in kept_of(config))
+    return tokens * every // config.parallel.pipeline
 
 
 def write_speed(folder: Path, size: int) -> float:

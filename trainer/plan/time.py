@@ -152,7 +152,7 @@ class Clock:
 
     def _again(self, layer: int) -> float:
         table = results_of(self.config)
-        if table is None or self.config.memory.recompute == "none":
+        if table is None:
             return 0.0
         return table.operations_again(self._kept[layer], (self.config.batch.seq_len + 1) / 2)
 
