@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from parity import small_config, with_layout
 from rowwise.launch.outcome import Outcome, write_outcome
-from rowwise.launch.pages.markup import rate, short
+from rowwise.launch.pages.markup import rate, short, size
 from rowwise.launch.pages.page import SECTIONS
 from rowwise.launch.pages.page import page as make_page
 from rowwise.launch.pages.records import POINTS, Curve, leaves, read_fields, read_run, smooth, stretches, thin
@@ -144,7 +144,8 @@ def test_a_dense_run(folder):
     assert page.row("step") == ["6 of 6"] and page.state == "complete"
     for name, field in (("loss", "loss"), ("held-out loss", "eval_loss")):
         assert page.row(name) == [f"{records[-1][field]:.3f} nats per token"]
-    assert page.row("peak memory")[0].endswith(" MiB on rank 0") and "per worker" in page.row("speed")[0]
+    assert page.row("peak memory") == [f"{size(records[-1]['peak_memory_bytes'])} on rank 0"]
+    assert "per worker" in page.row("speed")[0]
     assert page.row("started")[0].endswith(f"{socket.gethostname()}, 1 x cpu") and "torch 2" in page.row("versions")[0]
     assert page.row("tokens") == [f"{records[-1]['tokens'] / 1000:.3g}k"]
     assert page.row("layout") == ["1 worker, ZeRO 1"]

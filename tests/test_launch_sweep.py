@@ -233,7 +233,7 @@ def search_with_small_agents(folder: Path, parallel: int, machine: str = "here")
     """A search whose trials are programs of a few milliseconds, on a machine of that name, where a life is short."""
     os.chdir(folder)
     socket.gethostname = lambda: machine
-    search.ALIVE_SECONDS, search.DEAD_SECONDS = 0.5, 3.0
+    search.ALIVE_SECONDS, search.DEAD_SECONDS, search.UNNAMED_SECONDS = 0.5, 3.0, 1.0
 
     def start_trial(config, space, settings, number, trial, environment, warm):
         clear_outcome(trial)
@@ -246,6 +246,20 @@ def search_with_small_agents(folder: Path, parallel: int, machine: str = "here")
         "optim.lr=1e-3,1e-2", "eval.every=1", "steps=9", "nproc=1",
     ])  # fmt: skip
     search.search(config, space)
+
+
+def search_killed_before_a_name(folder: Path, parallel: int) -> None:
+    """The same, killed once, when trial 12 is begun and nobody can know by whom."""
+    name_machine = optuna.Trial.set_user_attr
+
+    def killed(trial: optuna.Trial, key: str, value: object) -> None:
+        if (trial.number, key) == (12, "machine") and not (folder / "killed").exists():
+            (folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        name_machine(trial, key, value)
+
+    optuna.Trial.set_user_attr = killed
+    search_with_small_agents(folder, parallel)
 
 
 def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
@@ -267,13 +281,14 @@ def await_another_trial(folder: Path, search: Process) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_a_search_that_is_killed_goes_on(tmp_path, parallel):
-    """SIGKILL at random instants. With one trial at a time the trials are those of a search never killed, to the digit."""
+    """SIGKILL at random instants, and where a trial is begun and has no name of a machine. With one trial at a time the trials are
+    those of a search never killed, to the digit."""
     random_instants, killed = random.Random(7), 0
-    for name in ("whole", "killed"):
+    for name, target in (("whole", search_with_small_agents), ("killed", search_killed_before_a_name)):
         (tmp_path / name).mkdir()
         exit_code = None
         while exit_code is None:
-            process = quick_start().Process(target=search_with_small_agents, args=(tmp_path / name, parallel))
+            process = quick_start().Process(target=target, args=(tmp_path / name, parallel))
             process.start()
             if name == "killed" and killed < 8:
                 await_another_trial(tmp_path / name, process)
@@ -283,7 +298,7 @@ def test_a_search_that_is_killed_goes_on(tmp_path, parallel):
             process.join()
             exit_code = None if process.exitcode == -signal.SIGKILL else process.exitcode
         assert exit_code == 0
-    assert killed >= 2
+    assert killed >= 2 and (tmp_path / "killed/killed").exists()
     whole, goes_on = trials_of(tmp_path / "whole"), trials_of(tmp_path / "killed")
     for trials in (whole, goes_on):
         assert len(trials) == 20
