@@ -82,13 +82,18 @@ def find_fit(config: TrainConfig, world_size: int, device: Device, given: Set[st
             fitting.append(found)
         elif closest is None or found.forecast.room.needed < closest.forecast.room.needed:
             closest = found
-    fitting.sort(key=lambda found: found.forecast.seconds.step)
+    fitting.sort(key=_order)
     if not fitting:
         return Fit(None, (), [], closest, len(candidates), search.refused)
     best = replace(fitting[0], forecast=forecast(fitting[0].forecast.config, device))
     return Fit(
         best.forecast, best.words, fitting[1 : OTHERS + 1], None, len(candidates), changes=changes_of(best.forecast)
     )
+
+
+def _order(found: Found) -> tuple[float, int]:
+    """Faster ones first; of those that differ in nothing that an estimate can tell, the one that needs less."""
+    return float(f"{found.forecast.seconds.step:.3g}"), found.forecast.room.needed
 
 
 def check_numbers(config: TrainConfig) -> TrainConfig:
@@ -146,9 +151,7 @@ class Search:
             copies = {1, data // machine if data > machine and data % machine == 0 else 1}
             for replicate, zero, micro, recompute, (schedule, stages) in itertools.product(
                 self._choices("parallel.replicate", sorted(copies)),
-                # A pipeline adds gradients up whole at stage 2 as at stage 1.
-                self._choices("parallel.zero", () if world == pipeline else (1, 3) if pipeline > 1 else (1, 2, 3))
-                or [0],
+                self._choices("parallel.zero", self._stages(pipeline)),
                 self._choices("batch.micro_size", [m for m in MICRO_SIZES if m in divisors_of(self._config, data)]),
                 self._choices("memory.recompute", RECOMPUTE),
                 self._orders(pipeline),
@@ -159,6 +162,13 @@ class Search:
                 if pipeline > 1:
                     words |= {"parallel.pipeline_schedule": schedule, "parallel.virtual_stages": stages}
                 yield words
+
+    def _stages(self, pipeline: int) -> tuple[int, ...]:
+        """The stages of ZeRO that differ. A pipeline adds gradients up whole at stage 2 as at stage 1; a rank that has all rows
+        gathers nothing, but in 16 bits computes in copies, of a layer at a time at stage 3."""
+        if self._world > pipeline:
+            return (1, 3) if pipeline > 1 else (1, 2, 3)
+        return (0, 3) if widths_of(self._config).compute == 2 else (0,)
 
     def _orders(self, pipeline: int) -> list[tuple[str, int]]:
         if pipeline == 1:
@@ -196,10 +206,12 @@ class Search:
         states = (numbers * widths.parameter + self._states / parallel.pipeline) / shards
         layer = numbers / model.layers * parallel.pipeline
         gathered = (
-            0.0 if shards == 1 and not widths.mixed else (layer if parallel.zero == 3 else numbers) * widths.compute
+            0.0 if shards == 1 and widths.compute > 2 else (layer if parallel.zero == 3 else numbers) * widths.compute
         )
         whole = parallel.zero < 2 or parallel.pipeline > 1
         gradients = numbers * (widths.reduce if whole else widths.parameter / shards)
+        if config.optim.in_backward:
+            gradients = 0.0
         flight = min(config.micro_batches, parallel.pipeline)
         return states + gathered + gradients + kept / parallel.pipeline * flight
 
