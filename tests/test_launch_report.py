@@ -20,6 +20,7 @@ from filelock import FileLock
 from parity import small_config, with_layout
 from rowwise.launch.outcome import Outcome, write_outcome
 from rowwise.launch.pages.markup import rate, short, size
+from rowwise.launch.pages.memory import foretold
 from rowwise.launch.pages.page import SECTIONS
 from rowwise.launch.pages.page import page as make_page
 from rowwise.launch.pages.records import POINTS, Curve, leaves, read_fields, read_run, smooth, stretches, thin
@@ -261,6 +262,29 @@ def test_memory_by_category(tmp_path):
         (run / "memory.json").write_text(broken)
         page = write_page(f"run={run}", to=tmp_path / "page.html")
         assert "This section cannot be shown: " in page.text and page.headings["h2"] == EVERY_PAGE
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(tmp_path):
+    """By rank and category; a GPU measured its total alone, and what was not predicted is no table."""
+    run = read_run(write_run(tmp_path / "run", [record(1)]), 0, "run")
+    predicted = {"parameters": 2**20, "masks": 0, "activations": 3 * 2**20, "total": 4 * 2**20}
+    first = {"predicted": predicted, "measured": {"parameters": 2**20, "activations": 2**21, "total": 3 * 2**20}}
+    second = {"predicted": {**predicted, "masks": 2**10}, "measured": {}, "peak": 2**22 + 2**20}
+    table = Page(foretold(run, {"ranks": [first, {"predicted": {}}, second]}) or "")
+    assert table.cells == [
+        ["", "parameters", "masks", "activations", "total"],
+        ["rank 0, predicted", "1 MiB", "0 B", "3 MiB", "4 MiB"],
+        ["rank 0, measured", "1 MiB", "-", "2 MiB", "3 MiB"],
+        ["rank 2, predicted", "1 MiB", "1 KiB", "3 MiB", "4 MiB"],
+        ["rank 2, measured", "-", "-", "-", "5 MiB"],
+    ]
+    assert "predicted and measured" in table.text
+    assert "masks" not in (foretold(run, {"ranks": [first]}) or "masks"), "a category that nothing is of"
+    for told in (None, {}, 3, {"parameters": "x"}):
+        assert foretold(run, {"ranks": [{**first, "predicted": told}]}) is None
+    (tmp_path / "run" / "memory.json").write_text(json.dumps({**MEMORY, "ranks": [MEMORY["ranks"][0] | first]}))
+    page = write_page(f"run={tmp_path / 'run'}", to=tmp_path / "page.html")
+    assert page.row("rank 0, predicted") == ["1 MiB", "3 MiB", "4 MiB"]
 
 
 def test_nothing_recorded_is_invisible(tmp_path):
