@@ -1,6 +1,5 @@
 """Whole runs as a user starts them: evaluated, sampled, killed and resumed, traced; and how fast steps of real models are."""
 
-import contextlib
 import os
 import re
 import signal
@@ -8,32 +7,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-import torch.distributed as dist
 from gpu_place import ROOT, NotPossibleHere, Place
+from stepping import stepping
 from torch.profiler import ProfilerActivity, profile
 
 from rowwise.launch.compose import compose_tree
-from rowwise.optim.build import build_optimizer
-from rowwise.parallel.mesh import Workers, make_mesh
-from rowwise.trainer.build import build_model
+from rowwise.parallel.mesh import Workers
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
-from rowwise.trainer.data.open import open_data
-from rowwise.trainer.feed import train_batches
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import flops_per_token
-from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.peaks import model_flops_utilization, peak_memory_bytes
-from rowwise.trainer.step import StepInput
-from rowwise.trainer.update import make_update
 
 SMALL = ("model.layers=2", "model.dim=64", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=128", "batch.seq_len=64",
          "batch.global_size=4", "batch.micro_size=2", "precision=fp32", "optim.lr=0.003")  # fmt: skip
@@ -171,11 +162,12 @@ def timed_steps(place: Place, model: str, *overrides: str, profiled: bool = Fals
                 *asked, f"model={model}", "precision=bf16", "batch.seq_len=2048", "batch.micro_size=4",
                 "batch.global_size=8", "optim.lr=3e-4",
             )  # fmt: skip
-        with one_rank(config) as step:
+        torch.manual_seed(0)
+        with stepping(config, Workers()) as rank:
             seconds = []
             for number in range(steps + 2):
                 began = time.perf_counter()
-                report = step(number)
+                report = rank.step(number + 1)
                 place.wait()
                 seconds.append(time.perf_counter() - began)
             middle = float(np.median(seconds[2:]))
@@ -188,34 +180,12 @@ def timed_steps(place: Place, model: str, *overrides: str, profiled: bool = Fals
                 "mfu": model_flops_utilization(flops, place.device),
                 "peak_memory_bytes": peak_memory_bytes(place.device),
             }
-            return found | ({"profile": profile_of(place, lambda: step(steps + 2))} if profiled else {})
+            return found | ({"profile": profile_of(place, lambda: rank.step(steps + 3))} if profiled else {})
 
 
 def resolved(*overrides: str) -> TrainConfig:
     """A run of one process."""
     return check(config_from_tree(compose_tree(list(overrides))), 1)
-
-
-@contextlib.contextmanager
-def one_rank(config: TrainConfig) -> Iterator[Any]:
-    """What makes step t (from 0) of a run in this process, as its loop does."""
-    torch.manual_seed(0)
-    mesh = make_mesh(config.parallel, Workers())
-    try:
-        data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-        engine, sparsity = parallelize(build_model(config, mesh), config, mesh)
-        optimizer = build_optimizer(engine.model, config.optim, config.seed)
-        update = make_update(config, mesh, engine, optimizer, sparsity)
-        batches = train_batches(config, mesh, data, position=0)
-
-        def step(number: int) -> Any:
-            report = update(StepInput(number + 1, next(batches), config.batch.positions, config.clip_norm))
-            optimizer.zero_grad()
-            return report
-
-        yield step
-    finally:
-        dist.destroy_process_group()
 
 
 def profile_of(place: Place, step) -> dict[str, Any]:
