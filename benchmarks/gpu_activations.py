@@ -26,15 +26,18 @@ def check_activation_codes(place: Place) -> dict[str, Any]:
     for (rows, columns), dtype in itertools.product(sizes, (torch.float32, torch.bfloat16)):
         x, tokens = torch.randn(rows, columns).to(dtype), torch.arange(rows) * 5 + 2**33
         for groups in (channel_groups(columns), Groups(columns, 3, first=2, repeat=2)):
-            ours, reference = (codes_for(x, groups, device) for device in (place.device, torch.device("cpu")))
-            encode_triton_(x.to(place.device), ours, groups, KEY, tokens.to(place.device))
-            encode_reference_(x, reference, groups, KEY, tokens)
-            apart += sum(int((a.cpu() != b).sum()) for a, b in zip(ours, reference, strict=True))
-            back, right = torch.empty_like(x, device=place.device), torch.empty_like(x)
-            decode_triton_(ours, groups.width, back)
-            decode_reference_(reference, groups.width, right)
-            off = (back.cpu().double() - right.double()).abs().max() / right.double().abs().max()
-            worst = max(worst, float(off) / torch.finfo(dtype).eps)
+            pair = [codes_for(x, groups, device) for device in (place.device, torch.device("cpu"))]
+            for given in (False, True):  # ranges of their own, and then one for all tokens
+                if given:
+                    pair = [Codes(codes, ranges[:1].clone().expand(ranges.shape)) for codes, ranges in pair]
+                encode_triton_(x.to(place.device), pair[0], groups, KEY, tokens.to(place.device), given)
+                encode_reference_(x, pair[1], groups, KEY, tokens, given)
+                apart += sum(int((a.cpu() != b).sum()) for a, b in zip(*pair, strict=True))
+                back, right = torch.empty_like(x, device=place.device), torch.empty_like(x)
+                decode_triton_(pair[0], groups.width, back)
+                decode_reference_(pair[1], groups.width, right)
+                off = (back.cpu().double() - right.double()).abs().max() / right.double().abs().max()
+                worst = max(worst, float(off) / torch.finfo(dtype).eps)
     return {"numbers_apart": apart, "largest_difference_in_last_places": worst, "passed": apart == 0 and worst <= 1}
 
 

@@ -9,9 +9,9 @@ place: token t of the run, group g of the G that a token has, place j of the W i
 the stream, at counter (t G + g) ceil(W / 8) + j div 8, it is 16 bits of word (j mod 8) div 2: the lower ones for an even j.
 The same number gets the same code wherever its token and its head are.
 
-The paper keeps l and h of a head or of channels as running means over batches, which depend on what a rank sees; here they
-are the group's own, in float32: 8 bytes a group. A group with a number that is not finite, or whose h - l is above
-float32's largest number, comes back as NaN.
+l and h are the group's own, in float32: 8 bytes a group. A group with a number that is not finite, or whose h - l is above
+float32's largest number, comes back as NaN. Or they are given, the same for all tokens, as in the paper, which has running
+means over batches of them: then they are kept once, and what lies outside gets the nearest code, NaN code 0.
 
 Shapes: N tokens, C numbers a token, in J groups; the last may be narrower. All arithmetic is in float32.
 """
@@ -45,7 +45,8 @@ class Groups:
 
 
 class Codes(NamedTuple):
-    """What is kept of x (N, C): codes (N, C) uint8, and ranges (N, J, 2) float32, the least number and the worth of a code."""
+    """What is kept of x (N, C): codes (N, C) uint8, and ranges (N, J, 2) float32, the least number and the worth of a code; of
+    ranges that are given, one for all tokens, expanded."""
 
     codes: Tensor
     ranges: Tensor
@@ -61,23 +62,37 @@ def code_bytes(columns: int, width: int = CHANNELS) -> int:
     return columns + RANGE_BYTES * -(-columns // width)
 
 
-def encode(x: Tensor, groups: Groups, key: int, tokens: Tensor) -> Codes:
-    """Rounds x (N, C), contiguous, of any floating dtype, to 8 bits. `tokens` (N,) int64: which of the run's each row is.
+def encode(x: Tensor, groups: Groups, key: int, tokens: Tensor, within: Tensor | None = None) -> Codes:
+    """Rounds x (N, C), contiguous, of any floating dtype, to 8 bits. `tokens` (N,) int64: which of the run's each row is;
+    `within` (J, 2) float32: the least number and the worth of a code of each group here, finite; None: each token's own.
 
     Any rows and groups of a whole, given with their places, get the codes that they have within the whole. Communicates
     nothing.
     """
     rows, columns = x.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=x.device)
-    ranges = torch.empty(rows, -(-columns // groups.width), 2, dtype=torch.float32, device=x.device)
-    made = Codes(codes, ranges)
+    if within is None:
+        ranges = torch.empty(rows, -(-columns // groups.width), 2, dtype=torch.float32, device=x.device)
+    else:
+        ranges = within.expand(rows, -1, -1)
+    made, given = Codes(codes, ranges), within is not None
     if use_triton(x.device):
         from rowwise.kernels.activation_codes_triton import encode_triton_
 
-        encode_triton_(x, made, groups, key, tokens)
+        encode_triton_(x, made, groups, key, tokens, given)
     else:
-        encode_reference_(x, made, groups, key, tokens)
+        encode_reference_(x, made, groups, key, tokens, given)
     return made
+
+
+def extremes(x: Tensor, groups: Groups, tokens: Tensor) -> Tensor:
+    """Finds minus the least number, and the largest, that each group of x (N, C) has over all tokens: (J, 2) float32, of which
+    larger ones say more. Rows whose token is negative are none; where a number is NaN, both are infinite. Communicates nothing."""
+    least, most = _in_groups(x, groups.width).aminmax(dim=2)
+    found = torch.stack((-least, most), dim=2).float()
+    found = found.masked_fill_((tokens < 0)[:, None, None], -torch.inf)
+    none = found.new_full((1, *found.shape[1:]), -torch.inf)
+    return torch.cat((found, none)).amax(0).nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def decode(kept: Codes, width: int, dtype: torch.dtype) -> Tensor:
@@ -92,21 +107,28 @@ def decode(kept: Codes, width: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def encode_reference_(x: Tensor, made: Codes, groups: Groups, key: int, tokens: Tensor) -> None:
-    """`encode` in plain torch."""
+def encode_reference_(x: Tensor, made: Codes, groups: Groups, key: int, tokens: Tensor, given: bool = False) -> None:
+    """`encode` in plain torch. `given`: its ranges are there."""
     rows, columns = x.shape
     for part in row_portions(rows, columns):
         x_NJW = _in_groups(x[part].float(), groups.width)
-        least, most = x_NJW.aminmax(dim=2, keepdim=True)
-        worth = (most - least) / LARGEST
-        finite = worth.isfinite()
-        least, worth = (t.where(finite, torch.nan) for t in (least, worth))
+        if not given:
+            made.ranges[part] = _own_ranges(x_NJW)
+        least, worth = made.ranges[part].unsqueeze(3).unbind(2)
         usable = worth > 0  # neither one number all over, nor NaN
         number = (x_NJW - least).div_(worth.where(usable, 1.0))
         number.add_(_uniform(x_NJW.shape, groups, key, tokens[part])).floor_().clamp_(0, LARGEST)
+        if given:  # own ranges are none where a number is NaN
+            number.nan_to_num_(nan=0.0)
         codes = number.where(usable, 0.0).to(torch.uint8)
         made.codes[part] = codes.flatten(1)[:, :columns]
-        made.ranges[part] = torch.cat((least, worth), dim=2)
+
+
+def _own_ranges(x_NJW: Tensor) -> Tensor:
+    """(N, J, 2): the least number and the worth of a code; NaN where they are not finite."""
+    least, most = x_NJW.aminmax(dim=2)
+    worth = (most - least) / LARGEST
+    return torch.stack((least, worth), dim=2).where(worth.isfinite()[:, :, None], torch.nan)
 
 
 def decode_reference_(kept: Codes, width: int, out: Tensor) -> None:

@@ -37,38 +37,51 @@ def _uniform(key, first, CALLS: tl.constexpr):
 
 
 @triton.jit
-def encode_kernel(
-    x, codes, ranges, tokens, key, rows, columns, per_row, width, count, first, repeat,
-    BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    block, place, exists, inside = _places(rows, columns, per_row, width, BLOCKS, WIDTH)
-    numbers = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+def _own_range(numbers, inside, BLOCKS: tl.constexpr):
+    """The least number of each group, and the worth of a code; NaN where they are not finite."""
     infinity: tl.constexpr = float("inf")
     least = tl.min(tl.where(inside, numbers, infinity), axis=1)
     most = tl.max(tl.where(inside, numbers, -infinity), axis=1)
     usual = tl.min((tl.abs(numbers) < infinity).to(tl.int32), axis=1)  # NaN is not below infinity
     worth = tl.div_rn(most - least, tl.full((BLOCKS,), 255.0, tl.float32))
     finite = (usual != 0) & (worth < infinity)
-    least, worth = tl.where(finite, least, float("nan")), tl.where(finite, worth, float("nan"))
-    usable = finite & (worth > 0)
+    return tl.where(finite, least, float("nan")), tl.where(finite, worth, float("nan"))
+
+
+@triton.jit
+def encode_kernel(
+    x, codes, ranges, tokens, key, rows, columns, per_row, width, count, first, repeat,
+    GIVEN: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    block, place, exists, inside = _places(rows, columns, per_row, width, BLOCKS, WIDTH)
+    numbers = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if GIVEN:  # one range of a group for all tokens
+        least = tl.load(ranges + 2 * (block % per_row), mask=exists, other=0.0)
+        worth = tl.load(ranges + 2 * (block % per_row) + 1, mask=exists, other=0.0)
+    else:
+        least, worth = _own_range(numbers, inside, BLOCKS)
+        tl.store(ranges + 2 * block, least, mask=exists)
+        tl.store(ranges + 2 * block + 1, worth, mask=exists)
+    usable = worth > 0  # neither one number all over, nor NaN
     divisor = tl.where(usable, worth, 1.0)
     number = tl.div_rn(numbers - least[:, None], tl.broadcast_to(divisor[:, None], (BLOCKS, WIDTH)))
     token = tl.load(tokens + block // per_row, mask=exists, other=0)
     group = (first + block % per_row) // repeat
     number += _uniform(key, (token * count + group) * ((width + 7) // 8), WIDTH // 8)
     number = tl.minimum(tl.maximum(tl.floor(number), 0.0), 255.0)
-    tl.store(codes + place, tl.where(usable[:, None], number, 0.0).to(tl.int32).to(tl.uint8), mask=inside)
-    tl.store(ranges + 2 * block, least, mask=exists)
-    tl.store(ranges + 2 * block + 1, worth, mask=exists)
+    is_number = usable[:, None] & (number == number)
+    tl.store(codes + place, tl.where(is_number, number, 0.0).to(tl.int32).to(tl.uint8), mask=inside)
 
 
 @triton.jit
 def decode_kernel(
-    codes, ranges, out, rows, columns, per_row, width, BLOCKS: tl.constexpr, WIDTH: tl.constexpr
+    codes, ranges, out, rows, columns, per_row, width,
+    GIVEN: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     block, place, exists, inside = _places(rows, columns, per_row, width, BLOCKS, WIDTH)
-    least = tl.load(ranges + 2 * block, mask=exists, other=0.0)
-    worth = tl.load(ranges + 2 * block + 1, mask=exists, other=0.0)
+    group = block % per_row if GIVEN else block
+    least = tl.load(ranges + 2 * group, mask=exists, other=0.0)
+    worth = tl.load(ranges + 2 * group + 1, mask=exists, other=0.0)
     numbers = tl.load(codes + place, mask=inside, other=0).to(tl.float32) * worth[:, None] + least[:, None]
     tl.store(out + place, rounded_to(numbers, out.dtype.element_ty), mask=inside)
 
@@ -79,18 +92,20 @@ def _tile(width: int) -> dict[str, int]:
     return {"BLOCKS": max(1, NUMBERS // wide), "WIDTH": wide}
 
 
-def encode_triton_(x: Tensor, made: Codes, groups: Groups, key: int, tokens: Tensor) -> None:
+def encode_triton_(x: Tensor, made: Codes, groups: Groups, key: int, tokens: Tensor, given: bool = False) -> None:
     (rows, columns), per_row = x.shape, made.ranges.size(1)
     if x.numel():
         tile = _tile(groups.width)
         encode_kernel[(triton.cdiv(rows * per_row, tile["BLOCKS"]),)](
             x, *made, tokens, signed_64(key), rows, columns, per_row, groups.width,
-            groups.count, groups.first, groups.repeat, **tile,
+            groups.count, groups.first, groups.repeat, GIVEN=given, **tile,
         )  # fmt: skip
 
 
 def decode_triton_(kept: Codes, width: int, out: Tensor) -> None:
     (rows, columns), per_row = out.shape, kept.ranges.size(1)
     if out.numel():
-        tile = _tile(width)
-        decode_kernel[(triton.cdiv(rows * per_row, tile["BLOCKS"]),)](*kept, out, rows, columns, per_row, width, **tile)
+        tile, given = _tile(width), rows > 1 and kept.ranges.stride(0) == 0  # of one token both are the same
+        decode_kernel[(triton.cdiv(rows * per_row, tile["BLOCKS"]),)](
+            *kept, out, rows, columns, per_row, width, GIVEN=given, **tile
+        )

@@ -391,6 +391,19 @@ REFUSED = {
         ["memory.compress=int8", "memory.recompute=full", "parallel.ulysses=2"],
         r"memory.compress=int8 with memory.recompute=full parallel.ulysses=2 parallel.ring=1: ranks that share sequences keep",
     ),
+    "ranges of no codes": (
+        ["memory.ranges=running"],
+        r"memory.ranges=running with memory.compress=none: there are no codes .*give memory.compress=int8, or memory.ranges=token",
+    ),
+    "ranges of what may be undone": (
+        [
+            "memory.compress=int8",
+            "memory.ranges=running",
+            "parallel.pipeline=2",
+            "parallel.post_validation=true",
+        ],
+        r"memory.ranges=running with parallel.post_validation=true: .* depend on the layout; give memory.ranges=token, or",
+    ),
     "another number of bits": (["memory.compress=int4"], r"memory.compress='int4': .*'none' or 'int8'"),
     "activations in no folder": (
         ["memory.offload_activations=nvme"],

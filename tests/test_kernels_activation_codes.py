@@ -155,6 +155,17 @@ def check_triton():
         decode_triton_(ours, width, back)
         decode_reference_(theirs, width, right)
         torch.testing.assert_close(back, right, rtol=0, atol=0, equal_nan=True)
+        # With one range for all tokens, narrower than most.
+        one = torch.tensor([-1.0, 0.015]).expand(shape[1], 2) * torch.arange(shape[1])[:, None]
+        ours, theirs = (
+            Codes(torch.zeros_like(codes.codes), one.contiguous().expand(shape)) for codes in (ours, theirs)
+        )
+        encode_triton_(x, ours, groups, KEY, tokens, given=True)
+        encode_reference_(x, theirs, groups, KEY, tokens, given=True)
+        assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.ranges[:1], one[None][: len(x)])
+        decode_triton_(ours, width, back)
+        decode_reference_(theirs, width, right)
+        assert torch.equal(back, right)
 
 
 def test_triton_is_the_reference_to_the_last_bit():

@@ -4,26 +4,23 @@ layout, counted bytes. (Laws 2 and 4.)"""
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from codes import Coded, all_codes, run_seen
 
 from live_bytes import LiveBytes
-from parity import TOLERANCE, Trace, relative_error, run_layout, run_on, small_config, with_layout
+from parity import TOLERANCE, Trace, relative_error, run_layout, small_config, with_layout
 from rowwise.kernels.activation_codes import code_bytes
 from rowwise.kernels.attention import causal_attention
 from rowwise.kernels.visible import Documents
-from rowwise.parallel.activations import compress
 from rowwise.parallel.activations.compress import Coding, Tokens, named_attention
 from rowwise.parallel.activations.offload import LEAVING, Folder, Memory, Offload, Parcel
 from rowwise.parallel.activations.saved import Keeper, Stored, attach, begin_sequences
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.device import GpuCopies, Host, HostCopies, Moment
-from rowwise.parallel.mesh import Workers, make_mesh
-from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.decoder import Decoder
 
@@ -32,47 +29,6 @@ INT8 = "memory.compress=int8"
 
 
 # Law 2: the same codes, and with them the same gradients, on every layout.
-
-Coded = dict[tuple[int, int, int], bytes]  # (stream, token, group) -> codes and range
-
-
-@contextlib.contextmanager
-def codes_seen(seen: Coded) -> Iterator[None]:
-    """While entered, puts all codes that are made into `seen`, by their logical place."""
-    made = compress.encode
-
-    def encode(x, groups, key, tokens):
-        kept = made(x, groups, key, tokens)
-        codes, ranges = kept.codes.split(groups.width, 1), kept.ranges.unbind(1)
-        for j, (part, its) in enumerate(zip(codes, ranges, strict=True)):
-            group = (groups.first + j) // groups.repeat
-            for token, row, range_ in zip(tokens.tolist(), part.numpy(), its.numpy(), strict=True):
-                found = row.tobytes() + range_.tobytes()
-                if token >= 0:  # no padding
-                    assert seen.setdefault((key, token, group), found) == found
-        return kept
-
-    with mock.patch.object(compress, "encode", encode):
-        yield
-
-
-def run_seen(workers: Workers, config: TrainConfig, steps: int) -> tuple[Trace, Coded]:
-    """A run, and the codes that this rank made."""
-    seen: Coded = {}
-    mesh = make_mesh(config.parallel, workers)
-    with codes_seen(seen):
-        trace = run_on(mesh, config, steps)
-    return trace, seen
-
-
-def all_codes(everyone: list[tuple[Trace, Coded]]) -> Coded:
-    """Those of all ranks, which agree where two have the same."""
-    found: Coded = {}
-    for _, seen in everyone:
-        for place, codes in seen.items():
-            assert found.setdefault(place, codes) == codes
-    return found
-
 
 LAYOUTS = {
     "data ranks, smaller micro-batches": (4, {"zero": 3, "replicate": 2}, ("batch.micro_size=1",)),

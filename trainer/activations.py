@@ -9,13 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.parallel.activations.choose import kept_results
 from rowwise.parallel.activations.compress import Coding, named_attention, tokens_on
 from rowwise.parallel.activations.offload import store_on
+from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.activations.recompute import Keeping, recompute_whole
 from rowwise.parallel.activations.results import LayerResults, Sharing
-from rowwise.parallel.activations.saved import Keeper, attach
+from rowwise.parallel.activations.saved import Keeper, attach, keeper_of
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype
 from rowwise.trainer.config import TrainConfig
@@ -119,7 +122,7 @@ def kept_of(config: TrainConfig) -> list[frozenset[str]]:
 
 def keep_results(stages: Sequence[Decoder], config: TrainConfig, mesh: Mesh) -> None:
     """Makes the layers of each stage keep what the run says, in the form and at the place that it says, in place."""
-    keeper = keeper_on(config, mesh)
+    keeper = keeper_on(config, mesh, [layer for stage in stages for layer in stage.blocks])
     if one_by_one(config):
         recompute(stages, config, keeper)
     for stage in stages if keeper is not None else ():
@@ -136,15 +139,22 @@ def one_by_one(config: TrainConfig) -> bool:
     return memory.recompute != "none" or (config.compile and memory.offload_activations != "none")
 
 
-def keeper_on(config: TrainConfig, mesh: Mesh) -> Keeper | None:
+def keeper_on(config: TrainConfig, mesh: Mesh, layers: Sequence[str]) -> Keeper | None:
     """Makes what keeps the results of this rank's layers in another form or at another place; None: they stay as they are."""
     memory = config.memory
     if memory.compress == memory.offload_activations == "none":
         return None
     tokens = tokens_on(mesh, config.batch.seq_len)
-    coding = partial(Coding, config.seed, tokens) if memory.compress != "none" else None
+    running = RunningRanges(layers, mesh.states.get_all_groups()) if memory.ranges == "running" else None
+    coding = partial(Coding, config.seed, tokens, running=running) if memory.compress != "none" else None
     store = store_on(mesh.device, memory.offload_activations) if memory.offload_activations != "none" else None
-    return Keeper(coding, store)
+    return Keeper(coding, store, running)
+
+
+def ranges_of(model: nn.Module) -> RunningRanges | None:
+    """Finds the running ranges of what the layers of `model`, or of its stages on this rank, keep; None: there are none."""
+    keepers = (keeper_of(module) for module in model.modules())
+    return next((keeper.ranges for keeper in keepers if keeper is not None), None)
 
 
 def recompute(stages: Iterable[Decoder], config: TrainConfig, keeper: Keeper | None) -> None:

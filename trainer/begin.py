@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from rowwise.optim.lr_schedules import LrRange
+from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_rank_0
 from rowwise.parallel.precision import initial_loss_scale
-from rowwise.trainer.checkpoint import load_first_sound
+from rowwise.trainer.checkpoint import load_first_sound, load_ranges
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import Data
 from rowwise.trainer.lr_range import RangeTest, points_of
@@ -34,9 +35,16 @@ class Begun:
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
-def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tensor], rollbacks: Rollbacks) -> Begun:
-    """Loads the newest sound checkpoint that `config.resume` allows into `tensors`; of a run that was rolled back, its own.
-    Says what was passed over as damaged, where it goes on, what changes, and what it was rolled back by."""
+def resume(
+    config: TrainConfig,
+    mesh: Mesh,
+    data: Data,
+    tensors: dict[str, Tensor],
+    ranges: RunningRanges | None,
+    rollbacks: Rollbacks,
+) -> Begun:
+    """Loads the newest sound checkpoint that `config.resume` allows into `tensors` and `ranges`; of a run that was rolled back, its
+    own. Says what was passed over as damaged, where it goes on, what changes, and what it was rolled back by."""
     here = find_resume(config, data.train.fingerprint, bool(rollbacks)) if mesh.rank == 0 else []
     found = from_rank_0(here, mesh.save_group)
     if not found:
@@ -49,9 +57,19 @@ def resume(config: TrainConfig, mesh: Mesh, data: Data, tensors: dict[str, Tenso
         state.loss_scale = initial_loss_scale(config.precision)
     remarks = [f"warning: {complaint}; passed over" for complaint in complaints]
     remarks += [told_of(checkpoint, config), *changes(manifest, config)]
+    if ranges is not None and not resume_ranges(config, mesh, checkpoint, manifest, ranges):
+        remarks.append("memory.ranges=running begins anew: the checkpoint has no ranges of these results")
     if rollbacks:
         remarks.append(told_of_rollback(pass_over(state, rollbacks)))
     return Begun(state, recorded_by(checkpoint, manifest, config), remarks, manifest)
+
+
+def resume_ranges(
+    config: TrainConfig, mesh: Mesh, checkpoint: Path, manifest: Mapping[str, Any], ranges: RunningRanges
+) -> bool:
+    """Loads what the checkpoint holds of the running ranges of 8-bit codes; says whether that is of the results that are kept now."""
+    same = manifest["config"].get("memory", {}).get("recompute", "none") == config.memory.recompute
+    return same and load_ranges(checkpoint, ranges, mesh)
 
 
 def range_test(config: TrainConfig, mesh: Mesh, step: int) -> RangeTest | None:

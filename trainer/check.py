@@ -11,6 +11,7 @@ from rowwise.optim.lr_schedules import check_schedule
 from rowwise.optim.sparse.check import MASKED, check_sparsity
 from rowwise.parallel.activations.compress import COMPILED_CODES, SHARED_CODES
 from rowwise.parallel.activations.config import RECOMPUTE
+from rowwise.parallel.activations.ranges import RANGES_OF_CODES
 from rowwise.parallel.mesh import TIMEOUT, resolve_degrees
 from rowwise.parallel.pipeline_schedule.cut import check_stages
 from rowwise.parallel.precision import BF16_PARAMETERS, LOSS_SCALE
@@ -42,6 +43,7 @@ COMPOSED: Refusals = (
     *OWN_LAYERS,
     *COMPILED_CODES,
     *SHARED_CODES,
+    *RANGES_OF_CODES,
     *PROFILE,
 )
 

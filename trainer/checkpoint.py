@@ -1,8 +1,8 @@
 """Saving and loading a run: torch distributed checkpoint, in the background, on any layout.
 
 The state is one flat tree of tensors, `model.<parameter>`, `optim.<parameter>.<state>` and `sparsity.<parameter>.<state>`,
-each a DTensor split like its parameter; torch.distributed.checkpoint reads whatever rows a rank needs out of whatever
-files hold them. The few numbers of `TrainState` are in the manifest.
+each a DTensor split like its parameter, and `ranges.<layer>.<result>`, which are whole; torch.distributed.checkpoint reads
+whatever rows a rank needs out of whatever files hold them. The few numbers of `TrainState` are in the manifest.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from rowwise.optim.build import named_state
 from rowwise.optim.sparse.build import Sparsity
+from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.device import Mark, device_of
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
@@ -36,7 +37,7 @@ from rowwise.trainer.manifest import (
     prune,
     read_manifest,
 )
-from rowwise.trainer.metadata import Reader
+from rowwise.trainer.metadata import Reader, read_metadata
 from rowwise.trainer.resume import none_left
 from rowwise.trainer.staging import Staging
 
@@ -53,6 +54,14 @@ def tensors_of(
     return tensors
 
 
+RANGES = "ranges."
+
+
+def range_tensors(ranges: RunningRanges | None) -> dict[str, Tensor]:
+    """Returns what a checkpoint holds of the running ranges of 8-bit codes, by its name in it."""
+    return {f"{RANGES}{name}": t for name, t in ranges.named_state().items()} if ranges is not None else {}
+
+
 class Saver:
     """Writes checkpoints of one run; at most one save is under way.
 
@@ -60,7 +69,7 @@ class Saver:
     hashes and commits, and training's stream is never waited for. The thread's messages (plans and checksums, kilobytes)
     go over `mesh.save_group`. An error in the thread is raised by the next `save`, `poll` or
     `wait`. Weights that are not finite are not saved: that is NotFinite, or, where `spoilt_ends` is false, no error.
-    `is_anchor`: see `manifest.prune`. As a context, it is closed.
+    `is_anchor`: see `manifest.prune`. `ranges`: kept in every checkpoint too. As a context, it is closed.
     """
 
     def __init__(
@@ -71,9 +80,10 @@ class Saver:
         background: bool,
         spoilt_ends: bool = True,
         is_anchor: Callable[[int], bool] = lambda step: False,
+        ranges: RunningRanges | None = None,
     ):
         self._checkpoints, self._mesh, self._keep, self._background = checkpoints, mesh, keep, background
-        self._spoilt_ends, self._is_anchor = spoilt_ends, is_anchor
+        self._spoilt_ends, self._is_anchor, self._ranges = spoilt_ends, is_anchor, ranges
         device = device_of(mesh.device)
         self._staging = Staging(device)
         # torch's writer waits for the current stream once a tensor: training's, if the thread had none of its own.
@@ -87,8 +97,9 @@ class Saver:
         self.close()
 
     def save(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-        """Saves `tensors` as the checkpoint of `step`. All ranks must call it. Waits for the save before."""
+        """Saves `tensors`, and the ranges of codes, as the checkpoint of `step`. All ranks must call it. Waits for the save before."""
         self.wait()
+        tensors = tensors | range_tensors(self._ranges)
         if not self._background:
             self._write(step, tensors, None, manifest)
             return
@@ -178,6 +189,21 @@ def load_first_sound(
 def load(checkpoint: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
     """Reads a checkpoint into `tensors`, in place: each rank its own rows, whatever layout wrote them."""
     dcp.load(dict(tensors), storage_reader=Reader(checkpoint), process_group=mesh.save_group)
+
+
+def load_ranges(checkpoint: Path, ranges: RunningRanges, mesh: Mesh) -> bool:
+    """Goes on from what a checkpoint holds of the running ranges of 8-bit codes, which alone says how large that is; says whether it
+    holds any. All ranks must call it."""
+    tensors = {
+        name: torch.empty(told.size, device=mesh.device)
+        for name, told in read_metadata(checkpoint).state_dict_metadata.items()
+        if name.startswith(RANGES) and isinstance(told, TensorStorageMetadata)
+    }
+    if not tensors:
+        return False
+    load(checkpoint, tensors, mesh)
+    ranges.load({name.removeprefix(RANGES): tensor for name, tensor in tensors.items()})
+    return True
 
 
 def examined(checkpoint: Path, mesh: Mesh) -> tuple[Manifest | None, list[str]]:

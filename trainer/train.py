@@ -14,10 +14,12 @@ from torch import nn
 from rowwise.kernels.products import float32_products
 from rowwise.optim.build import assignments, build_optimizer, set_step
 from rowwise.optim.lr_schedules import LrRange
+from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.activations.saved import open_stores
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import product_precision
+from rowwise.trainer.activations import ranges_of
 from rowwise.trainer.begin import range_test, resume
 from rowwise.trainer.build import build_model
 from rowwise.trainer.checkpoint import Saver, tensors_of
@@ -80,8 +82,8 @@ def _train(
     model = build_model(config, mesh)
     engine, sparsity = parallelize(model, config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
-    tensors = tensors_of(model, optimizer, sparsity)
-    begun = resume(config, mesh, data, tensors, rollbacks)
+    tensors, ranges = tensors_of(model, optimizer, sparsity), ranges_of(model)
+    begun = resume(config, mesh, data, tensors, ranges, rollbacks)
     state, first, back, saved = begun.state, begun.state.step, Rollbacks(), dict[str, float]()
     set_step(optimizer, state.updates)
     update = make_update(config, mesh, engine, optimizer, sparsity, functools.partial(judge, config, state))
@@ -89,7 +91,7 @@ def _train(
         parts = of_every_stage(assignments(model, optimizer), mesh)
         reporter = stack.enter_context(open_reporter(config, mesh, data, begun, parts, outlets))
         outlets.tell_start(config, mesh, first)
-        test, saver = range_test(config, mesh, first), stack.enter_context(make_saver(config, mesh))
+        test, saver = range_test(config, mesh, first), stack.enter_context(make_saver(config, mesh, ranges))
         feed = stack.enter_context(Feed(config, mesh, data, state.position))
         clock, stopping = Clock(config, mesh.rank, begun.manifest), test is not None and test.over
         stop.hear(reporter.say)
@@ -134,11 +136,13 @@ def _train(
         return state
 
 
-def make_saver(config: TrainConfig, mesh: Mesh) -> Saver:
-    """Makes what saves the checkpoints of the run. A range test may end with weights that are no numbers."""
+def make_saver(config: TrainConfig, mesh: Mesh, ranges: RunningRanges | None) -> Saver:
+    """Makes what saves the checkpoints of the run, and in them `ranges`. A range test may end with weights that are no numbers."""
     choice, checkpoints = config.checkpoint, Path(config.run_dir) / "checkpoints"
     spoilt_ends = not isinstance(config.schedule, LrRange)
-    return Saver(checkpoints, mesh, choice.keep, choice.background, spoilt_ends, functools.partial(is_anchor, config))
+    return Saver(
+        checkpoints, mesh, choice.keep, choice.background, spoilt_ends, functools.partial(is_anchor, config), ranges
+    )
 
 
 def input_of(config: TrainConfig, mesh: Mesh, state: TrainState, fed: Fed, status: RankStatus) -> StepInput:

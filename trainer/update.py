@@ -19,6 +19,7 @@ from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import clip_factor, gradients
+from rowwise.trainer.activations import ranges_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
@@ -65,9 +66,14 @@ def make_update(
     else:
         form = functools.partial(step_in_order, engine, optimizer, sparsity, mesh, judge)
 
+    ranges = ranges_of(engine.model)
+
     def update(given: StepInput) -> StepReport:
         lr = follow_schedule(optimizer, config.optim, config.schedule, given.step - 1, config.steps)
-        return replace(form(given), lr=lr)
+        report = replace(form(given), lr=lr)
+        if ranges is not None:
+            ranges.move()
+        return report
 
     return update
 

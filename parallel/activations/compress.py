@@ -8,7 +8,8 @@
 Kept as they are: a number a row (the reciprocal root mean square of norms, attention's log-sum-exp), since they are few and all
 of a row hangs on them. Codes are drawn for the token's place in the order of the data and the number of its head, so that they
 are the same on every layout: where ranks share a sequence by Ulysses, attention has some heads of all tokens of the ring's
-rank; in a ring, the tokens of its order. Communicates nothing.
+rank; in a ring, the tokens of its order. A token's codes have ranges of their own, or running ones (`ranges`). Communicates
+nothing.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from rowwise.kernels.activation_codes import Codes, Groups, channel_groups, deco
 from rowwise.kernels.philox import stream_key
 from rowwise.kernels.torch_storage import StorageWeakRef, memory_key, weak_storage
 from rowwise.kernels.visible import Documents
+from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.activations.saved import Formed, Keeper
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import Attend, RingAttention, SequenceAttention, positions_of, ring_positions
@@ -77,10 +79,13 @@ def tokens_on(mesh: Mesh, length: int) -> Tokens:
 
 class Coding:
     """The codes of one forward of a block that is given x (B, S, D), of sequences from number `first` on. What attention takes and
-    gives is told by `name`; all else is numbered as it comes."""
+    gives is told by `name`; all else is numbered as it comes. `running`: the ranges of all tokens; None: each has its own."""
 
-    def __init__(self, seed: int, tokens: Tokens, layer: str, first: int, x: Tensor):
+    def __init__(
+        self, seed: int, tokens: Tokens, layer: str, first: int, x: Tensor, running: RunningRanges | None = None
+    ):
         self._seed, self._layer, self._tokens, self._first = seed, layer, tokens, first
+        self._running = running
         self._sequences, self._length = x.shape[:2]
         self._numbers: dict[bool, Tensor] = {}  # of tokens
         self._named: dict[tuple[int, ...], tuple[StorageWeakRef, str, Groups, bool]] = {}
@@ -118,19 +123,34 @@ class Coding:
 
     def _formed(self, parts: Sequence[tuple[str, Groups]], columns: int, dtype: torch.dtype, attention: bool) -> Formed:
         width = parts[0][1].width
+        given = [self._given(name, groups, columns) for name, groups in parts]
 
         def make(memory: Tensor) -> list[Tensor]:
             tokens = self._tokens_of(attention)
             kept: list[Tensor] = []
-            for x, (name, groups) in zip(memory.view(len(parts), -1, columns), parts, strict=True):
-                kept += encode(x, groups, stream_key(self._seed, f"activations/{self._layer}/{name}"), tokens)
+            for x, (name, groups), within in zip(memory.view(len(parts), -1, columns), parts, given, strict=True):
+                if self._running is not None:
+                    self._running.see(f"{self._layer}.{name}", x, groups, tokens)
+                key = stream_key(self._seed, f"activations/{self._layer}/{name}")
+                made = encode(x, groups, key, tokens, within)
+                kept += made if within is None else (made.codes,)
             return kept
 
         def rebuild(kept: Sequence[Tensor]) -> Tensor:
-            found = [decode(Codes(*kept[i : i + 2]), width, dtype).view(-1) for i in range(0, len(kept), 2)]
+            left, found = iter(kept), list[Tensor]()
+            for within in given:
+                codes = next(left)
+                ranges = next(left) if within is None else within.expand(len(codes), -1, -1)
+                found.append(decode(Codes(codes, ranges), width, dtype).view(-1))
             return found[0] if len(found) == 1 else torch.cat(found)
 
         return Formed(make, rebuild)
+
+    def _given(self, name: str, groups: Groups, columns: int) -> Tensor | None:
+        """The running ranges of the groups of a token's `columns` numbers; None where each token has its own."""
+        if self._running is None:
+            return None
+        return self._running.within(f"{self._layer}.{name}", groups, -(-columns // groups.width))
 
     def _tokens_of(self, attention: bool) -> Tensor:
         if attention not in self._numbers:

@@ -14,6 +14,8 @@ class MemoryConfig:
     a layer's bytes that may stay (never less than `full`), chosen so that the fewest operations are made again.
     `compress`: in which form what layers keep waits: `none`, as it is; `int8`, as 8-bit codes rounded at random, so that the
     backward computes with numbers that are right on the mean, and the same on every layout; the forward is the same.
+    `ranges`: of those codes: `token`, each token has its own, of a head or of 256 channels; `running`, all tokens have one,
+    which is a running mean over steps.
     `offload_activations`: where what layers keep waits: `none`, on the device; `cpu`, in pinned host memory; the path of a folder
     on every machine, in files without a name; the numbers are the same.
     `fused_loss`: the loss and its gradients are made a tile of logits at a time (`kernels.cross_entropy`); false: all logits of a
@@ -22,6 +24,7 @@ class MemoryConfig:
 
     recompute: MayChange[Literal["none", "selective", "full"] | float] = "none"
     compress: MayChange[Literal["none", "int8"]] = "none"
+    ranges: MayChange[Literal["token", "running"]] = "token"
     offload_activations: MayChange[str] = "none"
     fused_loss: MayChange[bool] = True
     limit: MayChange[float | None] = None

@@ -27,6 +27,7 @@ from rowwise.kernels.torch_storage import (
     weak_storage,
     written,
 )
+from rowwise.parallel.activations.ranges import RunningRanges
 
 LEAST_BYTES = 1024  # of what is worth moving
 _HANDLE = "kept_results"
@@ -224,10 +225,12 @@ def memory_of(t: Tensor) -> Tensor | None:
 @dataclass
 class Keeper:
     """Keeps the results of the blocks of a rank. `form_of(layer, first, x)`: the form for a forward of a block that is given x
-    (B, S, D), of sequences from number `first` on; None: as they are."""
+    (B, S, D), of sequences from number `first` on; None: as they are. `ranges`: what forms learn of the numbers; None:
+    nothing."""
 
     form_of: Callable[[str, int, Tensor], Form] | None = None
     store: Store | None = None
+    ranges: RunningRanges | None = None
     first: int = 0
     read: Read = field(default_factory=Read, init=False)
     scope: Scope | None = field(default=None, init=False)
