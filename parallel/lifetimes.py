@@ -15,6 +15,7 @@ only when the step is over, so it is decided then, for its whole life:
 Parameters, optimizer states and masks are there from the beginning and stay.
 """
 
+import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -24,18 +25,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from rowwise.kernels.torch_dispatch import TorchDispatchMode
+from rowwise.kernels.torch_dispatch import TorchDispatchMode, is_held_once, told_of
 from rowwise.kernels.torch_dtensor import rows_of
 from rowwise.parallel.replicate import buckets_of
 from rowwise.parallel.shard import sharded_modules
-from rowwise.parallel.torch_autograd import in_backward
+from rowwise.parallel.torch_autograd import in_backward, tell_first
 from rowwise.parallel.torch_fsdp import accumulated, fsdp_params, fsdp_state, gathered, partial_sum
 
 MOVING = ("gathered", "gradients", "activations", "loss", "messages", "working")
 
 
-@dataclass
+@dataclass(slots=True)
 class Life:
     """Of one storage: its bytes, what made it, the operation that it was born in and the last at which it was there, counted in
     the step, and what was seen of it. `returning`: born in a backward; `late`: born after the last norm."""
@@ -70,7 +72,12 @@ class Life:
 class Lifetimes(TorchDispatchMode):
     """While entered, notes the life of every storage that operations make. `models`: the modules of this rank, as they were
     parallelized; `parameters`: theirs, before they are gathered; `stages`: the ranks that hold the others of a pipeline, to which
-    what is sent waits to be gone, and is not kept."""
+    what is sent waits to be gone, and is not kept.
+
+    A step of a tiny model is thousands of operations that take a few microseconds each, so little is asked at each of them: what
+    gives only its arguments and views of them makes nothing, gradients are looked at where they can be new, and of the parameters that
+    are gathered as one the first stands for all.
+    """
 
     def __init__(
         self, models: Iterable[nn.Module], parameters: Iterable[Tensor], stages: dist.ProcessGroup | None = None
@@ -81,55 +88,66 @@ class Lifetimes(TorchDispatchMode):
         models = list(models)
         modules = {id(fsdp_state(module)): module for model in models for module in sharded_modules(model)}
         self._modules = list(modules.values())  # those that are gathered as one, once
-        self._params = [param for module in self._modules for param in fsdp_params(module)]
+        self._params = [params for module in self._modules if (params := fsdp_params(module))]
         self._new = self._params  # those that were never gathered
-        self._whole: list[
-            torch.UntypedStorage
-        ] = []  # of the others, whose storage stays and is empty while they are not gathered
+        # Of the others: their storages, which stay and are empty while they are not gathered, and the first of each module.
+        self._whole: list[torch.UntypedStorage] = []
+        self._first: list[torch.UntypedStorage] = []
+        self._sizes: list[int] = []
+        self._whole_sizes: set[int] = set()
         self._buckets = [
             flat for model in models if (buckets := buckets_of(model)) is not None for flat in buckets.flat
         ]
         self._alive: dict[int, tuple[weakref.ref[Any], Life]] = {}
         self._lives: list[Life] = []
         self._gathered: list[tuple[int, int]] = []
-        self._seen: dict[int, weakref.ref[Tensor]] = {}  # by place, the gradient that was last there
+        self._handles: list[RemovableHandle] = []
         self._at, self._returning, self._late = 0, False, False
+        self._looks = False  # for gradients, before the next operation
 
     def note_loss(self, begins: bool) -> None:
         """Says that what is made from now on belongs to the loss, or no longer does."""
         self._late = begins
 
+    def __enter__(self) -> "Lifetimes":
+        self._handles = [tell_first(p, self._note_gradient_of) for p in self._parameters if p.requires_grad]
+        super().__enter__()
+        return self
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._at += 1
-        # A forward leaves gradients as they are.
-        if self._note_phase() or self._returning or not torch.is_grad_enabled():
+        if in_backward() != self._returning:
+            self._note_phase()
+        if self._looks:
             self._note_gradients()
-        result = function(*args, **(kwargs or {}))
-        given = {id(storage): storage for storage in storages((args, kwargs))}
-        for storage in storages(result):
-            if id(storage) not in given:  # else a view, or written in place
-                self._note_birth(storage, function.name())
-        if function.namespace in ("c10d", "fsdp"):
-            self._note_moves(function.name(), args, given.values())
-        self._note_gathered()
+        result = function(*args, **kwargs) if kwargs else function(*args)
+        told = told_of(function)
+        if told.makes:
+            for storage in storages(result):
+                if is_held_once(storage) or not any(storage is given for given in storages((args, kwargs))):
+                    self._note_birth(storage, told.name)
+        if told.moves:
+            self._note_moves(told.name, args, kwargs)
+        if self._params:
+            self._note_gathered()
         return result
 
-    def _note_phase(self) -> bool:
-        """Notes that what is there where a backward begins or ends was kept. Returns whether one did."""
-        returning = in_backward()
-        if returning == self._returning:
-            return False
+    def _note_phase(self) -> None:
+        """Notes that what is there where a backward begins or ends was kept."""
         for _, life in self._alive.values():
             life.kept |= life.returning == self._returning
-        self._returning = returning
-        return True
+        self._returning = not self._returning
+        self._looks = True
 
     def _note_birth(self, storage: Any, operation: str) -> None:
         if (key := id(storage)) in self._alive:
             return
-        life = Life(storage.nbytes(), operation, self._at, self._returning, self._late)
+        size = storage.nbytes()
+        life = Life(size, operation, self._at, self._returning, self._late)
         self._alive[key] = weakref.ref(storage, lambda _: self._note_death(key)), life
         self._lives.append(life)
+        if size in self._whole_sizes and not self._returning and not torch.is_grad_enabled():
+            self._looks = True  # a weight's gradient that was put off is set outside a backward, as soon as it is made
 
     def _note_death(self, key: int) -> None:
         _, life = self._alive.pop(key)
@@ -139,50 +157,62 @@ class Lifetimes(TorchDispatchMode):
         found = self._alive.get(id(rows_of(tensor).untyped_storage()))
         return None if found is None else found[1]
 
-    def _note_moves(self, name: str, args: Any, given: Iterable[Any]) -> None:
+    def _note_moves(self, name: str, args: Any, kwargs: Any) -> None:
         leaves = name.startswith("c10d::send") and dist.ProcessGroup.unbox(args[1]).group_name == self._stages
         gradients = {id(storage) for storage in storages(args[0])} if name.startswith("fsdp::chunk_cat") else ()
-        for storage in given:
+        for storage in storages((args, kwargs)):
             if (found := self._alive.get(id(storage))) is not None:
                 life = found[1]
                 life.gradient |= id(storage) in gradients
                 life.sent |= leaves or name.startswith("fsdp::")
                 life.moved = True
 
-    def _note_gradients(self) -> None:
-        for place, tensor in enumerate(self._gradients()):
-            if tensor is None or ((seen := self._seen.get(place)) is not None and seen() is tensor):
-                continue
-            self._seen[place] = weakref.ref(tensor)
-            if (life := self._life(tensor)) is not None:
-                life.gradient = True
+    def _note_gradient(self, gradient: Tensor | None) -> None:
+        if gradient is not None and (life := self._life(gradient)) is not None:
+            life.gradient = True
 
-    def _gradients(self) -> Iterator[Tensor | None]:
+    def _note_gradient_of(self, p: Tensor) -> None:
+        self._note_gradient(p.grad)
+
+    def _note_gradients(self) -> None:
+        """Notes those that autograd does not tell of too: weights' that were put off, and what FSDP2 keeps until later micro-batches,
+        in 32 bits or split."""
+        self._looks = False
         for p in self._parameters:
-            yield p.grad
-        for param in self._params:
-            whole = gathered(param)
-            yield None if whole is None else whole.grad
-            yield accumulated(param)
-        yield from map(partial_sum, self._modules)
+            self._note_gradient(p.grad)
+        for param in itertools.chain(*self._params):
+            if (whole := gathered(param)) is not None:
+                self._note_gradient(whole.grad)
+            self._note_gradient(accumulated(param))
+        for module in self._modules:
+            self._note_gradient(partial_sum(module))
 
     def _note_gathered(self) -> None:
-        self._new = [param for param in self._new if not self._begins_whole(gathered(param))]
-        total = sum(storage.nbytes() for storage in self._whole)
-        if not self._gathered or self._gathered[-1][1] != total:
-            self._gathered.append((self._at, total))
+        if self._new:
+            self._new = [params for params in self._new if not self._begin_whole(params)]
+        if (sizes := [storage.nbytes() for storage in self._first]) != self._sizes:
+            self._sizes = sizes
+            self._gathered.append((self._at, sum(storage.nbytes() for storage in self._whole)))
 
-    def _begins_whole(self, tensor: Tensor | None) -> bool:
-        """Whether a parameter has been gathered, for the first time."""
-        if tensor is None:
+    def _begin_whole(self, params: list[Any]) -> bool:
+        """Returns whether parameters that are gathered as one have been, for the first time."""
+        tensors = [whole for param in params if (whole := gathered(param)) is not None]
+        if len(tensors) < len(params):
             return False
-        self._whole.append(rows_of(tensor).untyped_storage())
-        if (life := self._life(tensor)) is not None:
-            life.whole = True
+        wholes = [rows_of(tensor).untyped_storage() for tensor in tensors]
+        self._first.append(wholes[0])
+        self._whole += wholes
+        self._whole_sizes |= {storage.nbytes() for storage in wholes}
+        self._handles += [tell_first(p, self._note_gradient_of) for p in tensors if p.requires_grad]
+        for tensor in tensors:
+            if (life := self._life(tensor)) is not None:
+                life.whole = True
         return True
 
     def __exit__(self, *error: Any) -> Any:
-        self._note_gradients()  # as before every operation: those that the last one left
+        self._note_gradients()  # those that are left
+        for handle in self._handles:
+            handle.remove()
         for p in self._parameters:
             if (life := self._life(p)) is not None:
                 life.stays = True  # FSDP2 pads rows anew before the first forward
@@ -236,12 +266,10 @@ class Lifetimes(TorchDispatchMode):
             yield at, dict(now)
 
 
-def storages(tree: Any) -> Iterator[Any]:
+def storages(given: Any) -> list[Any]:
     """The storages of all tensors in what an operation takes or gives."""
-    if isinstance(tree, Tensor):
-        yield rows_of(tree).untyped_storage()
-    elif isinstance(tree, list | tuple):
-        for one in tree:
-            yield from storages(one)
-    elif isinstance(tree, dict):
-        yield from storages(list(tree.values()))
+    if isinstance(given, Tensor):
+        return [given.untyped_storage() if type(given) is Tensor else rows_of(given).untyped_storage()]
+    if isinstance(given, dict):
+        given = list(given.values())
+    return [storage for one in given for storage in storages(one)] if isinstance(given, list | tuple) else []
