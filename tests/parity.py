@@ -28,7 +28,7 @@ from rowwise.optim.build import build_optimizer, named_state
 from rowwise.optim.lr_schedules import OneCycle
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.optim.sparse.masks import unpack
-from rowwise.parallel.mesh import DEGREES, Mesh, Workers, make_mesh
+from rowwise.parallel.mesh import DEGREES, Mesh, Workers, make_mesh, resolve_degrees
 from rowwise.trainer import parallelize as onto_mesh
 from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
@@ -48,6 +48,7 @@ from textbook_sparse import prune_forwards, textbook_sparsity
 
 TOLERANCE = 1e-9
 VOCABULARY = 61
+UNSAID = (24, 8)  # sequences of a step and of a micro-batch, in a configuration that says nothing of either
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -83,7 +84,8 @@ def write_tokens(folder: Path, tokens: int = 6000) -> Path:
 
 
 def small_config(folder: Path, *overrides: str) -> TrainConfig:
-    """A float64 run of a small model with uneven rows everywhere (61, 37, 30, 10), unequal token masks and accumulation."""
+    """A float64 run of a small model with uneven rows everywhere (61, 37, 30, 10), unequal token masks and accumulation: what a
+    rank has is two micro-batches a step (`with_layout`), unless `overrides` say how large they are."""
     tokens = folder / "tokens.bin"
     if not tokens.exists():
         write_tokens(folder)
@@ -91,8 +93,9 @@ def small_config(folder: Path, *overrides: str) -> TrainConfig:
         f"run_dir={folder}/run", "name=parity", "precision=fp64", "steps=3", "log_every=1000",
         "model.layers=2", "model.dim=30", "model.heads=3", "model.kv_heads=1", "model.ffn_dim=37", "model.init_std=0.2",
         f"model.vocab_size={VOCABULARY}", "data=tokens", f"data.files=[{tokens}]", "data.separator=0",
-        "data.mask_documents=true", "data.holdout=0.1", "batch.global_size=24", "batch.micro_size=2", "batch.seq_len=13",
+        "data.mask_documents=true", "data.holdout=0.1", "batch.global_size=24", "batch.seq_len=13",
         "schedule=constant", "optim.lr=0.01", "clip_norm=0.5", "eval.every=0", "sample.tokens=0", "checkpoint.every=0",
+        f"batch.micro_size={2 if any('batch.global_size=' in word for word in overrides) else UNSAID[1]}",
     ]  # fmt: skip
     return config_from_tree(compose_tree(base + list(overrides)))
 
@@ -106,8 +109,11 @@ def with_beta1(config: TrainConfig, step: int) -> TrainConfig:
 
 
 def with_layout(config: TrainConfig, world_size: int, **degrees: int) -> TrainConfig:
-    """`config` on a layout, checked."""
-    return check(replace(config, parallel=replace(config.parallel, **degrees)), world_size)
+    """`config` on a layout, checked; in two micro-batches a rank and step, where it does not say how large they are."""
+    parallel = resolve_degrees(replace(config.parallel, **degrees), world_size)
+    config = replace(config, parallel=parallel)
+    unsaid = (config.batch.global_size, config.batch.micro_size) == UNSAID
+    return check(in_micro_batches(config, 2) if unsaid else config, world_size)
 
 
 def in_micro_batches(config: TrainConfig, count: int) -> TrainConfig:

@@ -127,6 +127,7 @@ def quick_start() -> Any:
             "rowwise.launch.sweep.search",
             "torch.distributed.checkpoint",
             "torch._dynamo",  # which whatever splits parameters imports: a second in each rank
+            "pytest",  # which every test module imports
         ]
     )
     return context

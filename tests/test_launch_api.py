@@ -56,7 +56,7 @@ def trained(workers: Workers, config: TrainConfig, port: int) -> int:
 
 def test_a_script_of_two_processes_is_the_run_of_one(ranks, tmp_path):
     """In float64; the configuration is resolved by rank 0 alone."""
-    more = ["report=never", "eval.every=1", "eval.batches=1", "checkpoint.every=2"]
+    more = ["report=never", "eval.every=1", "eval.batches=1", "checkpoint.every=2", "batch.micro_size=6"]
     config = small_config(tmp_path, *more)
     assert ranks.run(trained, 2, named(config, tmp_path, "two"), free_port()) == [3, 3]
     assert train(named(config, tmp_path, "one")).step == 3

@@ -17,6 +17,7 @@ from parity import (
     assemble,
     assert_all_same,
     assert_same_codes,
+    in_micro_batches,
     piece_of,
     relative_error,
     run_layout,
@@ -103,30 +104,36 @@ def rule_config(folder, rule, *overrides):
     return small_config(folder, choice, *SHAPES, "optim.lr=0.01", *ALL[rule], *overrides)
 
 
-# At stage 0 a rule has whole tensors, as in one process: one rule of each kind of state.
-WHOLE = ("adamw", "adamw8bit", "adafactor", "muon", "fira", "dct", "dct 8-bit", "apollo_mini")
-# Rows are split alike at stages 1 to 3, and tests/test_parallel_shard.py has how gradients get there: 1 and 2 for some.
-STAGES = [
+# Of the model's own gradients a rule sees what tests/test_parallel_shard.py has for AdamW at every stage; of any, on four ranks, what
+# `test_shapes_that_straddle_every_edge` has for every rule. Beside those here: at stage 3 each rule whose update is not another's in
+# 8 bits, at stage 0, where a rule has whole tensors as in one process, one of each kind of state, and at 1 and 2 one of each message.
+WHOLE = ("adamw8bit", "adafactor", "muon", "fira", "dct 8-bit", "apollo_mini")
+BETWEEN = {("adamw8bit", 1), ("adamw8bit", 2), ("dct", 1), ("muon", 2)}
+ELSEWHERE = ("adamw", "lion", "lion huber", "lion8bit", "galore 8-bit", "fira 8-bit", "apollo 8-bit")
+NOW = [
     (rule, zero)
     for rule in RULES
     for zero in (0, 1, 2, 3)
-    if zero == 3 or (zero == 0 and rule in WHOLE) or rule in ("adamw8bit", "dct", "muon")
-] + [(f"{name} short", 3) for name in ("galore", "dct", "apollo")]
+    if (zero == 3 and rule not in ELSEWHERE) or (zero == 0 and rule in WHOLE) or (rule, zero) in BETWEEN
+] + [("galore short", 3), ("dct short", 3)]
+STAGES = [*((rule, zero) for rule in RULES for zero in (0, 1, 2, 3)), *((rule, 3) for rule in SHORT)]
 
 
 @pytest.fixture(scope="module")
 def traces(ranks, folder, full):
     """(rule, stage) on three ranks, and (rule, "hybrid") on two times two -> what each rank returned."""
     configs = {}
-    for rule, zero in STAGES:
-        configs[rule, zero] = with_layout(rule_config(folder, rule, "batch.micro_size=8"), 3, zero=zero)
+    for rule, zero in STAGES if full else NOW:
+        configs[rule, zero] = in_micro_batches(with_layout(rule_config(folder, rule), 3, zero=zero), 1)
     for rule in REPLICATED if full else SENT:
         layout = {"zero": 3, "replicate": 2, "shard": 2}
-        configs[rule, "hybrid"] = with_layout(rule_config(folder, rule, "batch.micro_size=6"), 4, **layout)
+        configs[rule, "hybrid"] = in_micro_batches(with_layout(rule_config(folder, rule), 4, **layout), 1)
     return run_together(ranks, configs)
 
 
-@pytest.mark.parametrize(("rule", "zero"), STAGES)
+@pytest.mark.parametrize(
+    ("rule", "zero"), [pytest.param(*c, marks=[] if c in NOW else pytest.mark.full) for c in STAGES]
+)
 def test_three_steps_equal_those_of_the_textbook(traces, plain, rule, zero):
     assert_all_same(traces[rule, zero], plain(rule))
 
@@ -144,7 +151,7 @@ def test_a_momentum_cycle_is_the_same_on_every_layout(ranks, folder, rule):
         "schedule.end_div=1",
     )  # small rates have few digits of an update
     config = rule_config(folder, rule, *flat, "schedule.momentum=[0.95,0.5]")
-    ranks_of_it = with_layout(replace(config, batch=replace(config.batch, micro_size=8)), 3, zero=3)
+    ranks_of_it = in_micro_batches(with_layout(config, 3, zero=3), 1)
     assert_all_same(ranks.run(run_layout, 3, ranks_of_it), run_plain(config))
 
 
@@ -170,15 +177,16 @@ def edge_shapes(rule):
     ]
 
 
+@functools.cache
 def optim_config(rule):
     return config_from_tree(compose_tree([f"optim={rule.split()[0]}", *ALL[rule], "optim.lr=0.01"])).optim
 
 
-def run_edges(workers, rules, steps=3):
+def run_edges(workers, configs, steps=3):
     """For each rule, this rank's pieces of parameters and states after steps with random gradients; a few tensors at a time."""
     line = line_of(workers)
     with mock.patch.object(module, "PORTION_BYTES", 40_000):
-        return [step_all(line, rule, edge_shapes(rule), random, steps) for rule in rules]
+        return [step_all(line, config, edge_shapes(rule), random, steps) for rule, config in configs.items()]
 
 
 def line_of(workers):
@@ -191,11 +199,11 @@ def on_line(line, tensor):
     return distribute_tensor(tensor, line, [Shard(0)], src_data_rank=None)
 
 
-def step_all(line, rule, shapes, gradient, steps):
+def step_all(line, config, shapes, gradient, steps):
     model = bare(Edges(shapes))
     for name, p in list(model.named_parameters()):
         setattr(model, name, nn.Parameter(on_line(line, p.data)))
-    optimizer = build_optimizer(model, optim_config(rule), seed=5)
+    optimizer = build_optimizer(model, config, seed=5)
     for step in range(1, steps + 1):
         for i, p in enumerate(model.parameters()):
             p.grad = on_line(line, gradient(shapes[i], step, i))
@@ -220,8 +228,9 @@ def textbook_all(rule, shapes, gradient, steps):
 AT_EDGES = [*RULES, *VARIANTS, "fira short", "apollo_mini short", "dct short 8-bit"]
 
 
-def together(rules, everyone):
-    """rule -> what the ranks have together."""
+def together(ranks, run, world, rules):
+    """rule -> what the ranks have together, in one call."""
+    everyone = ranks.run(run, world, {rule: optim_config(rule) for rule in rules})
     return {
         rule: {key: assemble([part[key] for part in parts]) for key in parts[0]}
         for rule, parts in zip(rules, zip(*everyone, strict=True), strict=True)
@@ -230,8 +239,8 @@ def together(rules, everyone):
 
 @pytest.fixture(scope="module")
 def edges(ranks):
-    """world -> rule -> what the ranks have together, in one call."""
-    return functools.cache(lambda world: together(AT_EDGES, ranks.run(run_edges, world, AT_EDGES)))
+    """world -> rule -> what the ranks have together."""
+    return functools.cache(lambda world: together(ranks, run_edges, world, AT_EDGES))
 
 
 @pytest.mark.parametrize("rule", AT_EDGES)
@@ -293,15 +302,15 @@ def few_directions(shape, step, i):
 FEW = ["galore", "galore short", "fira", "fira paper", "fira 8-bit", "dct", "dct 8-bit"]
 
 
-def run_few(workers, rules):
+def run_few(workers, configs):
     line = line_of(workers)
-    return [step_all(line, rule, few_shapes(rule), few_directions, 3) for rule in rules]
+    return [step_all(line, config, few_shapes(rule), few_directions, 3) for rule, config in configs.items()]
 
 
 @pytest.fixture(scope="module")
 def few(ranks):
-    """rule -> what four ranks have together, in one call."""
-    return together(FEW, ranks.run(run_few, 4, FEW))
+    """rule -> what four ranks have together."""
+    return together(ranks, run_few, 4, FEW)
 
 
 @pytest.mark.parametrize("rule", FEW)
@@ -316,9 +325,9 @@ def test_gradients_with_fewer_directions_than_the_rank(few, rule):
 
 def run_rule(ranks, folder, rule, name, world, resume="never", **degrees):
     """The folder of a run of four steps that saves after two, or goes on from there, with one micro-batch a rank."""
-    config = rule_config(folder, rule, "steps=4", "checkpoint.every=2", f"batch.micro_size={24 // world}")
+    config = rule_config(folder, rule, "steps=4", "checkpoint.every=2")
     config = replace(config, run_dir=str(folder / rule.replace(" ", "-") / name), resume=resume)
-    ranks.run(run_train, world, with_layout(config, world, **degrees))
+    ranks.run(run_train, world, in_micro_batches(with_layout(config, world, **degrees), 1))
     return config.run_dir
 
 
@@ -326,7 +335,11 @@ def half_way(run_dir):
     return f"{run_dir}/checkpoints/step-00000002"
 
 
-@pytest.mark.parametrize("rule", MOVED)
+# A rule whose states are of the kind of another's stands for it: moments by element, in 32 bits and in 8; a basis and what it has.
+ALIKE = ("adamw", "lion", "lion8bit", "galore")
+
+
+@pytest.mark.parametrize("rule", [pytest.param(r, marks=pytest.mark.full if r in ALIKE else []) for r in MOVED])
 def test_saved_on_two_ranks_and_resumed_on_three_and_on_one(ranks, folder, rule, full):
     """On one, unless in full, some: what is put together again are rows, whatever the rule."""
     reference = run_rule(ranks, folder, rule, "on-2", 2, zero=3)
@@ -345,21 +358,21 @@ def test_saved_whole_and_resumed_split(ranks, folder, rule):
     assert_same_states(final_tensors(moved), final_tensors(reference))
 
 
-def run_16_bit(workers, rules, steps=3):
+def run_16_bit(workers, configs, steps=3):
     """For each rule, pieces of bf16 parameters after steps with the same gradients; the optimizer is rebuilt and told where it
     is half-way."""
     line = line_of(workers)
-    return [step_16_bit(line, rule, steps) for rule in rules]
+    return [step_16_bit(line, config, steps) for config in configs]
 
 
-def step_16_bit(line, rule, steps):
+def step_16_bit(line, config, steps):
     model, shapes = bare(Edges(EDGES)), EDGES
     for name, p in list(model.named_parameters()):
         setattr(model, name, nn.Parameter(on_line(line, p.data.bfloat16())))
-    optimizer = build_optimizer(model, optim_config(rule), seed=5)
+    optimizer = build_optimizer(model, config, seed=5)
     for step in range(1, steps + 1):
         if step == 2:
-            again = build_optimizer(model, optim_config(rule), seed=5)
+            again = build_optimizer(model, config, seed=5)
             for p, state in optimizer.state.items():
                 for key, t in state.items():
                     again.state[p][key].copy_(t)
@@ -374,7 +387,8 @@ def step_16_bit(line, rule, steps):
 def test_stochastic_rounding_is_the_same_on_every_layout(ranks):
     """To the last bit: these rules are elementwise, and the random bits belong to the logical element and the step."""
     rules = ["adamw", "lion", "adamw8bit", "lion8bit"]
-    (alone,), everyone = ranks.run(run_16_bit, 1, rules), ranks.run(run_16_bit, 3, rules)
+    configs = [optim_config(rule) for rule in rules]
+    (alone,), everyone = ranks.run(run_16_bit, 1, configs), ranks.run(run_16_bit, 3, configs)
     for rule, right, *parts in zip(rules, alone, *everyone, strict=True):
         for name, piece in right.items():
             assert torch.equal(assemble([part[name] for part in parts]), assemble([piece])), (rule, name)

@@ -159,7 +159,7 @@ def test_what_a_resume_changes_is_told_with_both_rates(tmp_path):
 
 
 def test_every_key_that_a_resume_changes_is_told(tmp_path):
-    before = small_config(tmp_path, "steps=8")
+    before = small_config(tmp_path, "steps=8", "batch.micro_size=2")
     now = small_config(
         tmp_path,
         "steps=8",

@@ -232,7 +232,7 @@ def test_shares_and_steps_go_together_in_a_run_of_epochs(options, shorter):
 
 
 def test_resumed_with_other_tokens_as_with_other_steps(ranks, tmp_path):
-    base = tree_of(small_config(tmp_path, "eval.every=25%"))
+    base = tree_of(small_config(tmp_path, "eval.every=25%", "batch.micro_size=12"))
     step = 24 * 13
     asked = check(config_from_tree({**base, "tokens": 5 * step - 1}), 1)
     assert asked.steps == 4
