@@ -130,8 +130,8 @@ Made by `python tests/composition.py`, by asking the cases of the tests and the 
 A number is a case, the line of `tests/cases.txt` that has both options: `tests/test_composition.py` runs it on its layout and on
 one process, and losses, gradient norms, held-out losses, parameters, states and masks are the same to 1e-9 in 64 bits. `~`: one of
 the two rounds to fewer bits, and the losses are as near to those of 64 bits as one process's are. `r` and a number: the run is
-refused before it starts, in the words below. A dash: the two are choices of one. Cases up to {now} run in `make test`, the others
-with `pytest --full`.
+refused before it starts, in the words below. A dash: the two are choices of one. Of the cases {now}
+run in `make test`, the others with `pytest --full`.
 
 `fused_loss` and `plain_loss` are the two values of `memory.fused_loss`, `int8` is `memory.compress=int8`, `offload=files`
 `memory.offload_activations=FOLDER`, `accumulation` is several micro-batches a step, `assign`
@@ -163,7 +163,7 @@ def page(folder: Path) -> str:
         )
     words = list(dict.fromkeys(said for said in refused.values() if said is not None))
     cells = proved | {pair: f"r{words.index(said) + 1}" for pair, said in refused.items() if said is not None}
-    lines = [HEAD.format(now=NOW)]
+    lines = [HEAD.format(now=", ".join(map(str, NOW)))]
     rows = list(OPTIONS)
     for family, groups in FAMILIES.items():
         columns = [name for name, option in OPTIONS.items() if option.group in groups]

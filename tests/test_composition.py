@@ -56,7 +56,7 @@ def run_quietly(workers, config: TrainConfig, stop_at: int | None = None) -> Non
         run_train(workers, config) if stop_at is None else run_until(workers, config, stop_at)
 
 
-NUMBERS = [pytest.param(n, marks=[] if n <= NOW else pytest.mark.full, id=f"{n}") for n in range(1, len(CASES) + 1)]
+NUMBERS = [pytest.param(n, marks=[] if n in NOW else pytest.mark.full, id=f"{n}") for n in range(1, len(CASES) + 1)]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
