@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from parity import Trace, assert_all_same, run_layouts, run_plain, run_together, small_config, with_layout
+from parity import Trace, assert_all_same, run_plain, run_together, small_config, with_layout
 
 SCHEDULES = [
     ("gpipe", 1), ("gpipe", 2), ("1f1b", 1), ("interleaved_1f1b", 2), ("zb_h1", 1), ("zb_h2", 1), ("zb_v", 2),
     ("blockwise", 1), ("blockwise", 2),
 ]  # fmt: skip
+
+STEPS = 2  # the second sees that the update of the first arrived; a third would see no more
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def pipeline_config(folder: Path, layers: int, micro_batches: int, tied: bool, *
 
 @functools.cache
 def reference(folder: Path, layers: int, micro_batches: int, tied: bool) -> Trace:
-    return run_plain(pipeline_config(folder, layers, micro_batches, tied))
+    return run_plain(pipeline_config(folder, layers, micro_batches, tied), STEPS)
 
 
 # By default every schedule once; between them, each stage of ZeRO with either number of micro-batches, tied and not.
@@ -73,11 +75,11 @@ def traces(ranks, folder, full) -> dict[Case, list[Trace]]:
         layout = {"pipeline": stages, "pipeline_schedule": name, "virtual_stages": chunks, "zero": zero}
         config = pipeline_config(folder, 2 * stages, micro_batches, tied)
         configs[case] = with_layout(config, 2 * stages, **layout)
-    return run_together(ranks, configs)
+    return run_together(ranks, configs, STEPS)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in NOW else pytest.mark.full) for c in ALL], ids=str)
-def test_three_steps_equal_those_of_one_process(traces, folder, case):
+def test_steps_equal_those_of_one_process(traces, folder, case):
     stages, *_, micro_batches, tied = case
     assert_all_same(traces[case], reference(folder, 2 * stages, micro_batches, tied))
 
@@ -94,11 +96,13 @@ def test_rules_that_exchange_messages_and_8_bit_states(ranks, folder):
 
 
 def test_hybrid_sharding_under_a_pipeline(ranks, folder):
-    config = pipeline_config(folder, 4, 2, True, "batch.global_size=16")
+    config, configs = pipeline_config(folder, 4, 2, True, "batch.global_size=16"), {}
+    reference = run_plain(config, STEPS)
     for zero in (1, 3):
         layout = {"pipeline": 2, "pipeline_schedule": "zb_h1", "zero": zero, "replicate": 2, "shard": 2}
-        (traces,) = zip(*ranks.run(run_layouts, 8, [with_layout(config, 8, **layout)]), strict=True)
-        assert_all_same(list(traces), run_plain(config))
+        configs[zero] = with_layout(config, 8, **layout)
+    for traces in run_together(ranks, configs, STEPS).values():
+        assert_all_same(traces, reference)
 
 
 def test_a_schedule_of_the_users_own(ranks, folder):
@@ -109,7 +113,6 @@ def test_a_schedule_of_the_users_own(ranks, folder):
     file.write_text("\n".join(",".join(row) for row in rows) + "\n")
     config = pipeline_config(folder, 4, 2, True)
     layout = {"pipeline": 2, "pipeline_schedule": str(file), "virtual_stages": 2, "zero": 3}
-    for gather in ("micro_batch", "run"):
-        own = with_layout(config, 4, **layout, pipeline_gather=gather)
-        (traces,) = zip(*ranks.run(run_layouts, 4, [own]), strict=True)
-        assert_all_same(list(traces), reference(folder, 4, 2, True))
+    gathered = {way: with_layout(config, 4, **layout, pipeline_gather=way) for way in ("micro_batch", "run")}
+    for traces in run_together(ranks, gathered, STEPS).values():
+        assert_all_same(traces, reference(folder, 4, 2, True))

@@ -87,10 +87,10 @@ DAMAGE = {
 
 @pytest.fixture(scope="module")
 def saved_twice(ranks, tmp_path_factory):
-    """A run stopped at step 8 with checkpoints at 4 and 8, and the same run to its end."""
+    """A run stopped at step 4 with checkpoints at 2 and 4, and the same run to its end."""
     folder = tmp_path_factory.mktemp("damage")
-    config = with_layout(small_config(folder, "steps=12", "checkpoint.every=4"), 2, zero=1)
-    ranks.run(run_until, 2, config, 8)
+    config = with_layout(small_config(folder, "steps=6", "checkpoint.every=2"), 2, zero=1)
+    ranks.run(run_until, 2, config, 4)
     whole = replace(config, run_dir=str(folder / "whole"))
     ranks.run(run_train, 2, whole)
     return config, whole

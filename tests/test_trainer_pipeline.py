@@ -1,6 +1,7 @@
 """Whole runs on pipelines: moved between layouts, evaluated, sampled, traced, planned by measurement, validated late. (Law 3.)"""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -48,9 +49,9 @@ def uninterrupted(ranks, folder):
 def test_a_run_moves_from_four_stages_to_one_process_and_back(ranks, folder, uninterrupted):
     base = named(small_config(folder, *OVERRIDES), folder, "moved")
     four = {"pipeline": 4, "pipeline_schedule": "zb_h2"}
-    stops = [(4, four, 3), (1, {}, 5), (4, {**four, "pipeline_schedule": "1f1b"}, 7)]
-    for world, degrees, stop_at in stops:
-        states = ranks.run(run_until, world, with_layout(base, world, **degrees), stop_at)
+    stops = [(4, four, 3, 8), (1, {}, 5, 1), (4, {**four, "pipeline_schedule": "1f1b"}, 7, 4)]
+    for world, degrees, stop_at, count in stops:
+        states = ranks.run(run_until, world, in_micro_batches(with_layout(base, world, **degrees), count), stop_at)
         assert states[0].step == stop_at
     last = with_layout(base, 4, pipeline=2, pipeline_schedule="zb_v", virtual_stages=2, zero=3)
     ranks.run(run_train, 4, last)
@@ -121,9 +122,14 @@ def test_16_bit_gradients_are_added_up_in_32_bits(ranks, folder, name, chunks):
             assert torch.equal(gradient, alone[key]), key
 
 
-def five_updates(workers, config):
-    """(reports, this rank's rows of every parameter and state) after five steps, the next one begun where that may be."""
-    mesh = make_mesh(config.parallel, workers)
+def five_updates(workers, configs):
+    """For each of some configurations of one mesh, (reports, this rank's rows of every parameter and state) after five steps,
+    the next one begun where that may be."""
+    mesh = make_mesh(configs[0].parallel, workers)
+    return [five_updates_on(mesh, config) for config in configs]
+
+
+def five_updates_on(mesh, config):
     engine = engine_on(mesh, config)
     model = engine.model
     optimizer = build_optimizer(model, config.optim, config.seed)
@@ -143,35 +149,50 @@ def five_updates(workers, config):
     return reports, {name: t.clone() for name, t in kept.items()}
 
 
-@pytest.mark.parametrize(
-    "schedule, chunks, zero, options",
-    [
-        ("zb_h1", 1, 1, ("clip_norm=0.5",)),
-        ("zb_v", 2, 3, ("clip_norm=0.5",)),
-        ("zb_v", 2, 3, ("clip_norm=1e9",)),
-        ("interleaved_1f1b", 2, 0, ("clip_norm=0",)),
-        ("interleaved_1f1b", 2, 0, ("clip_norm=1e-3", "optim=lion")),
-        ("zb_h1", 1, 2, ("clip_norm=0.5", "optim=adamw8bit")),
-        ("zb_v", 2, 3, ("clip_norm=0.5", "optim=lion8bit")),
-        ("zb_v", 2, 3, ("precision=fp16", "clip_norm=0.5")),
-        ("zb_h1", 1, 1, ("precision=fp16", "clip_norm=1e9")),
-        ("zb_h1", 1, 3, ("precision=bf16", "optim.param_dtype=bf16", "clip_norm=0.5")),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
-)
-def test_a_step_at_once_is_the_ordinary_step_to_the_last_bit(ranks, folder, schedule, chunks, zero, options):
-    """Clipped or not, and where gradients overflow; with the next step begun before that is known, and without."""
+AT_ONCE = [
+    ("zb_h1", 1, 1, ("clip_norm=0.5",)),
+    ("zb_v", 2, 3, ("clip_norm=0.5",)),
+    ("zb_v", 2, 3, ("clip_norm=1e9",)),
+    ("interleaved_1f1b", 2, 0, ("clip_norm=0",)),
+    ("interleaved_1f1b", 2, 0, ("clip_norm=1e-3", "optim=lion")),
+    ("zb_h1", 1, 2, ("clip_norm=0.5", "optim=adamw8bit")),
+    ("zb_v", 2, 3, ("clip_norm=0.5", "optim=lion8bit")),
+    ("zb_v", 2, 3, ("precision=fp16", "clip_norm=0.5")),
+    ("zb_h1", 1, 1, ("precision=fp16", "clip_norm=1e9")),
+    ("zb_h1", 1, 3, ("precision=bf16", "optim.param_dtype=bf16", "clip_norm=0.5")),
+]
+
+
+def at_once_config(folder, schedule, chunks, zero, options, post_validation=False):
     fewest = 3 if schedule == "zb_v" else 2  # micro-batches, of each of two data-parallel ranks
     config = small_config(folder, *OVERRIDES, f"batch.global_size={2 * fewest}", *options)
     layout = {"pipeline": 2, "pipeline_schedule": schedule, "virtual_stages": chunks, "zero": zero}
-    ordinary = ranks.run(five_updates, 4, with_layout(config, 4, **layout))
-    at_once = ranks.run(five_updates, 4, with_layout(config, 4, **layout, post_validation=True))
-    for (reports, tensors), (reports_at_once, tensors_at_once) in zip(ordinary, at_once, strict=True):
+    return with_layout(config, 4, **layout, post_validation=post_validation)
+
+
+@pytest.fixture(scope="module")
+def at_once_and_not(ranks, folder):
+    """case -> of every rank the ordinary updates and those at once; those of a mesh in one call."""
+    found = {}
+    for whole in (True, False):
+        cases = [case for case in AT_ONCE if (case[2] == 0) == whole]
+        configs = [at_once_config(folder, *case, at_once) for case in cases for at_once in (False, True)]
+        everyone = ranks.run(five_updates, 4, configs)
+        found |= {case: [updates[2 * i : 2 * i + 2] for updates in everyone] for i, case in enumerate(cases)}
+    return found
+
+
+@pytest.mark.parametrize("case", AT_ONCE, ids=lambda case: " ".join(map(str, (*case[:3], *case[3]))))
+def test_a_step_at_once_is_the_ordinary_step_to_the_last_bit(at_once_and_not, folder, case):
+    """Clipped or not, and where gradients overflow; with the next step begun before that is known, and without."""
+    config, options, found = at_once_config(folder, *case), case[3], at_once_and_not[case]
+    for (reports, tensors), (reports_at_once, tensors_at_once) in found:
         assert reports == reports_at_once
         assert all(torch.equal(tensor, tensors_at_once[name]) for name, tensor in tensors.items())
-    finite = [report.finite for report in ordinary[0][0]]
+    ordinary = found[0][0][0]
+    finite = [report.finite for report in ordinary]
     assert finite == ([True, False, True, True, False] if "precision=fp16" in options else [True] * 5)
-    clipped = [report.finite and report.grad_norm > config.clip_norm > 0 for report in ordinary[0][0]]
+    clipped = [report.finite and report.grad_norm > config.clip_norm > 0 for report in ordinary]
     assert any(clipped) == ("clip_norm=1e9" not in options and "clip_norm=0" not in options)
 
 
@@ -204,11 +225,19 @@ def test_a_run_that_validates_late_is_the_same_run(ranks, folder, uninterrupted)
     assert_same_run(config.run_dir, uninterrupted.run_dir)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "cut", "other"])
-def test_a_damaged_plan_is_made_anew(ranks, folder, damage):
-    base = named(small_config(folder, *OVERRIDES, "steps=2", "eval.every=0"), folder, f"damaged-{damage or 'empty'}")
+@pytest.fixture(scope="module")
+def planned(ranks, folder):
+    """A run that planned by what it measured, stopped after its first step."""
+    base = named(small_config(folder, *OVERRIDES, "steps=2", "eval.every=0"), folder, "planned")
     config = in_micro_batches(with_layout(base, 2, pipeline=2, pipeline_schedule="auto"), 4)
     ranks.run(run_until, 2, config, 1)
+    return config
+
+
+@pytest.mark.parametrize("damage", ["", "{", "cut", "other"])
+def test_a_damaged_plan_is_made_anew(ranks, folder, planned, damage):
+    config = named(planned, folder, f"damaged-{damage or 'empty'}")
+    shutil.copytree(planned.run_dir, config.run_dir)
     file = Path(config.run_dir) / "pipeline/plan.json"
     plan = json.loads(file.read_text())
     if damage == "cut":  # half of the micro-batches, a sound schedule of another step

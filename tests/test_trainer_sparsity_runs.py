@@ -58,8 +58,8 @@ def hidden(config) -> dict[str, torch.Size]:
     }
 
 
-# By default set goes over all of them, and the others take turns with one half.
-HALVES = {"set": STOPS, "rigl": STOPS[2:], "srigl": STOPS[:2], "gradual": STOPS[2:], "st3": STOPS[:2], "pdp": STOPS[:2],
+# By default methods take turns with the halves; in full each goes over all.
+HALVES = {"set": STOPS[:2], "rigl": STOPS[2:], "srigl": STOPS[:2], "gradual": STOPS[2:], "st3": STOPS[:2], "pdp": STOPS[:2],
           "pdp_rows": STOPS[2:], "pdp_nm": STOPS[2:], "nm": STOPS[2:]}  # fmt: skip
 
 
@@ -143,15 +143,15 @@ def test_a_run_in_16_bits_stays_sparse(ranks, folder):
     """fp16 with a loss scale so high that steps overflow, one of them where masks are to change."""
     more = [
         "precision=fp16",
-        "precision.initial_scale=1e30",
+        "precision.initial_scale=1e18",
         "precision.growth_every=1000",
-        "steps=100",
+        "steps=40",
         "eval.every=0",
     ]
     config = named(on(config_of("gradual", folder, *more, "sparsity.update_every=1"), 2), folder, "fp16")
     ranks.run(run_train, 2, config)
     records = read_metrics(config.run_dir)
-    assert records[75]["skipped_steps"] > 60 and records[-1]["loss"] < records[0]["loss"]
+    assert records[29]["skipped_steps"] > 22 and records[-1]["loss"] < records[0]["loss"]
     assert records[-1]["density"] == pytest.approx(0.2, abs=1e-4)
     tensors = final_tensors(config.run_dir)
     assert sum(int((tensors[f"model.{name}"] != 0).sum()) for name in hidden(config)) <= 0.2 * 1.001 * sum(

@@ -17,8 +17,8 @@ from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import read_metrics
 from runs import final_tensors, named, records, run_train, run_until
 
-STEPS = 20
-OVERRIDES = (f"steps={STEPS}", "schedule=cosine", "schedule.warmup_steps=4", "eval.every=5", "eval.batches=2")
+STEPS = 12
+OVERRIDES = (f"steps={STEPS}", "schedule=cosine", "schedule.warmup_steps=3", "eval.every=3", "eval.batches=2")
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +34,18 @@ def run_config(folder, name, world, *options, **degrees):
 
 @pytest.fixture(scope="module")
 def uninterrupted(ranks, folder):
-    """Twenty steps on two ranks, never stopped."""
-    config = run_config(folder, "uninterrupted", 2, "checkpoint.every=8", zero=2)
+    """Twelve steps on two ranks, never stopped."""
+    config = run_config(folder, "uninterrupted", 2, "checkpoint.every=5", zero=2)
     states = ranks.run(run_train, 2, config)
     assert states[0] == states[1]
     assert states[0].step == STEPS
     return config
 
 
-def test_ten_and_ten_are_twenty_bit_for_bit(ranks, folder, uninterrupted):
+def test_six_and_six_are_twelve_bit_for_bit(ranks, folder, uninterrupted):
     config = named(uninterrupted, folder, "stopped")
-    for state in ranks.run(run_until, 2, config, 10):
-        assert state.step == 10
+    for state in ranks.run(run_until, 2, config, 6):
+        assert state.step == 6
     ranks.run(run_train, 2, config)
     assert records(config.run_dir) == records(uninterrupted.run_dir)
     theirs, ours = final_tensors(uninterrupted.run_dir), final_tensors(config.run_dir)
@@ -65,7 +65,7 @@ def test_ten_and_ten_are_twenty_bit_for_bit(ranks, folder, uninterrupted):
 )
 def test_a_run_goes_on_on_another_layout(ranks, folder, uninterrupted, before, after, request):
     """Its held-out losses are the same too: one from the layout before, three from that after."""
-    for (world, degrees), stop_at in ((before, 7), (after, STEPS + 1)):
+    for (world, degrees), stop_at in ((before, 4), (after, STEPS + 1)):
         config = run_config(folder, f"moved-{request.node.callspec.id}", world, **degrees)
         ranks.run(run_until, world, config, stop_at)
     ours, theirs = np.array(records(config.run_dir)), np.array(records(uninterrupted.run_dir))
@@ -73,7 +73,7 @@ def test_a_run_goes_on_on_another_layout(ranks, folder, uninterrupted, before, a
     evaluated = [
         [r["eval_loss"] for r in read_metrics(Path(c.run_dir)) if "eval_loss" in r] for c in (config, uninterrupted)
     ]
-    assert len(evaluated[0]) == STEPS // 5
+    assert len(evaluated[0]) == STEPS // 3
     np.testing.assert_allclose(*evaluated, rtol=TOLERANCE)
     reference = final_tensors(uninterrupted.run_dir)
     for key, tensor in final_tensors(config.run_dir).items():
@@ -85,9 +85,9 @@ def test_the_record_of_a_step_and_the_manifest(uninterrupted):
     assert [record["step"] for record in lines] == list(range(1, STEPS + 1))
     keys = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "step_seconds", "data_seconds"}
     assert keys | {"peak_memory_bytes"} <= lines[0].keys()
-    assert [record["step"] for record in lines if "eval_loss" in record] == [5, 10, 15, 20]
-    assert [record["step"] for record in lines if record.get("eval_seconds", 0) > 0] == [5, 10, 15, 20]
-    assert [record["step"] for record in lines if record.get("save_seconds", 0) > 0] == [9, 17]  # after the saves
+    assert [record["step"] for record in lines if "eval_loss" in record] == [3, 6, 9, 12]
+    assert [record["step"] for record in lines if record.get("eval_seconds", 0) > 0] == [3, 6, 9, 12]
+    assert [record["step"] for record in lines if record.get("save_seconds", 0) > 0] == [6, 11]  # after the saves
     assert lines[-1]["loss"] < lines[0]["loss"]
     checkpoint = Path(uninterrupted.run_dir) / "checkpoints" / f"step-{STEPS:08d}"
     manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -110,13 +110,16 @@ def test_only_the_newest_checkpoints_stay(ranks, folder):
     assert sorted(p.name for p in (folder / "pruned/checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
-def test_fp16_skips_an_overflow_everywhere_and_counts_it(ranks, folder, zero):
+@pytest.mark.parametrize(
+    "layouts",
+    [[(1, 0), (3, 0), (3, 3)], *(pytest.param([(1, z), (3, z)], marks=pytest.mark.full) for z in (1, 2))],
+    ids=str,
+)
+def test_fp16_skips_an_overflow_everywhere_and_counts_it(ranks, folder, layouts):
     options = ("precision=fp16", "precision.initial_scale=2.68e8", "precision.growth_every=1000", "steps=14")
     counts = []
-    for world in (1, 3):
-        config = small_config(folder, *options, f"batch.micro_size={12 // world}")
-        config = named(with_layout(config, world, zero=zero), folder, f"fp16-{zero}-{world}")
+    for world, zero in layouts:
+        config = named(with_layout(small_config(folder, *options), world, zero=zero), folder, f"fp16-{zero}-{world}")
         states = ranks.run(run_train, world, config)
         assert all(state == states[0] for state in states)
         lines = read_metrics(Path(config.run_dir))
@@ -127,7 +130,7 @@ def test_fp16_skips_an_overflow_everywhere_and_counts_it(ranks, folder, zero):
         # What was skipped changed nothing: the same first loss-bearing weights serve the next step.
         assert lines[-1]["loss"] < lines[0]["loss"]
         counts.append(len(skipped))
-    assert counts[0] == counts[1]
+    assert len(set(counts)) == 1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -164,22 +167,29 @@ def spoilt(workers, config, step):
         Optimizer.step = original
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
-def test_weights_that_are_not_finite_are_never_saved(ranks, folder, background):
+@pytest.mark.parametrize(
+    ("background", "step", "said"),
+    [
+        ("true", 4, r"after step 4 weights are not finite \([\w.]+\); that step is not saved"),
+        ("false", 6, r"after step 6 weights are not finite"),
+        (
+            "true",
+            3,
+            r"step 4: the gradient norm is not a number .*; weights are not finite \(\S+\) since the update of step 3",
+        ),
+    ],
+    ids=["on the way", "at the end", "between saves"],
+)
+def test_weights_that_are_not_finite_are_never_saved(ranks, folder, background, step, said):
     """The run ends in words, and its newest checkpoint is sound; where the next step comes first, that names the update."""
     options = ["steps=6", "checkpoint.every=2", f"checkpoint.background={background}"]
-    for step, said in (
-        (4, r"after step 4 weights are not finite \([\w.]+\); that step is not saved"),
-        (6, r"after step 6 weights are not finite"),
-        (3, r"step 4: the gradient norm is not a number .*; weights are not finite \(\S+\) since the update of step 3"),
-    ):
-        config = named(with_layout(small_config(folder, *options), 2, zero=1), folder, f"spoilt-{background}-{step}")
-        with pytest.raises(RankFailure, match=said):
-            ranks.run(spoilt, 2, config, step)
-        newest = complete_checkpoints(Path(config.run_dir) / "checkpoints")[0]
-        assert newest.name == f"step-0000000{(step - 1) // 2 * 2}"
-        assert all(tensor.isfinite().all() for tensor in final_tensors(config.run_dir).values())
-        assert not list(newest.parent.glob("*.incomplete"))
+    config = named(with_layout(small_config(folder, *options), 2, zero=1), folder, f"spoilt-{step}")
+    with pytest.raises(RankFailure, match=said):
+        ranks.run(spoilt, 2, config, step)
+    newest = complete_checkpoints(Path(config.run_dir) / "checkpoints")[0]
+    assert newest.name == f"step-0000000{(step - 1) // 2 * 2}"
+    assert all(tensor.isfinite().all() for tensor in final_tensors(config.run_dir).values())
+    assert not list(newest.parent.glob("*.incomplete"))
 
 
 def different_data(workers, config):
