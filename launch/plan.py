@@ -8,7 +8,7 @@ Arguments are those of `rowwise train`; of its own are
 
     world_size=N     the workers of all machines (default: nproc, or one a GPU, on this machine)
     device=NAME      h100, h200, a100_40, a100_80, b200, rtx4090, rtx3090, cpu, or a YAML of one of your own: memory, flops,
-                     bandwidth, link, network, host, per_machine (default: this machine's GPUs, or cpu)
+                     bandwidth, link, network, host, disk, ram, per_machine (default: this machine's GPUs, or cpu)
     fit=true         searches layouts and memory options for the fastest that fits; what is given here stays as it is
     to=FILE.png      draws what each place of the pipeline holds (.png or .svg)
 

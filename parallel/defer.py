@@ -86,7 +86,7 @@ def _linear(
 
 
 def _keep(later: WeightGradients, weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
-    held = later.hold(x)
+    held = later.hold(x.detach())  # which knows how it was made, down to what the stage was given
     later.add(lambda: add_weight_gradient_(weight, held(), dy))
 
 

@@ -9,6 +9,7 @@ only when the step is over, so it is decided then, for its whole life:
 | gradients | was a gradient of a parameter, whole or split, or on its way to one |
 | messages | crossed ranks, and was not kept for a backward |
 | loss | was made between the last norm's output and its gradient, and is none of those before |
+| host | is where offloaded activations wait in the host's memory; not counted in the total |
 | activations | was made by a forward and there when a backward began, or by a backward and there when that ended |
 | working | is none of them: it came and went inside a forward, a backward or the optimizer's step |
 
@@ -34,7 +35,7 @@ from rowwise.parallel.shard import sharded_modules
 from rowwise.parallel.torch_autograd import in_backward, tell_first
 from rowwise.parallel.torch_fsdp import accumulated, fsdp_params, fsdp_state, gathered, partial_sum
 
-MOVING = ("gathered", "gradients", "activations", "loss", "messages", "working")
+MOVING = ("gathered", "gradients", "activations", "loss", "messages", "working", "host")
 
 
 @dataclass(slots=True)
@@ -54,12 +55,15 @@ class Life:
     sent: bool = False
     moved: bool = False
     kept: bool = False
+    host: bool = False
 
     @property
     def category(self) -> str | None:
         """None: not of this step, or counted elsewhere."""
         if self.stays or self.whole:
             return None
+        if self.host:
+            return "host"
         if self.gradient:
             return "gradients"
         if self.sent or self.moved:
@@ -108,6 +112,15 @@ class Lifetimes(TorchDispatchMode):
     def note_loss(self, begins: bool) -> None:
         """Says that what is made from now on belongs to the loss, or no longer does."""
         self._late = begins
+
+    def note_host(self, tensor: Tensor) -> None:
+        """Says that a tensor is one that has left the device."""
+        if (life := self._life(tensor)) is not None:
+            life.host = True
+
+    def note_return(self, tensor: Tensor) -> None:
+        """Says that a tensor is one that has come back to the device, which no operation made where a file was read."""
+        self._note_birth(rows_of(tensor).untyped_storage(), "returned")
 
     def __enter__(self) -> "Lifetimes":
         self._handles = [tell_first(p, self._note_gradient_of) for p in self._parameters if p.requires_grad]
@@ -225,18 +238,18 @@ class Lifetimes(TorchDispatchMode):
         return sum(every.values())
 
     def peaks(self) -> tuple[dict[str, int], int]:
-        """The most bytes of each of MOVING, and of all together."""
+        """The most bytes of each of MOVING, and of all together on the device."""
         now = dict.fromkeys(MOVING, 0)
         peaks, most = dict(now), 0
         for _, now in self._moments():
             peaks = {category: max(peaks[category], size) for category, size in now.items()}
-            most = max(most, sum(now.values()))
+            most = max(most, on_device(now))
         return peaks, most
 
     def at_the_peak(self) -> list[tuple[str, str, int, int]]:
         """(category, the operation that made it, bytes, how many) of the storages that are there when most is held, the largest
         first; gathered parameters and buckets of gradients apart."""
-        peak = max(self._moments(), key=lambda moment: sum(moment[1].values()), default=(0, {}))[0]
+        peak = max(self._moments(), key=lambda moment: on_device(moment[1]), default=(0, {}))[0]
         found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
         for life in self._lives:
             if life.category is not None and life.born <= peak <= (self._at if life.died is None else life.died):
@@ -264,6 +277,11 @@ class Lifetimes(TorchDispatchMode):
             for category, change in changes[at].items():
                 now[category] += change
             yield at, dict(now)
+
+
+def on_device(held: dict[str, int]) -> int:
+    """Adds up the categories that a device holds."""
+    return sum(held.values()) - held["host"]
 
 
 def storages(given: Any) -> list[Any]:

@@ -95,6 +95,10 @@ def _words(chance: random.Random) -> tuple[list[str], int]:
     if chance.random() < 0.4:
         words += [f"sparsity={(name := pick(MASKS))}"]
         words += ["sparsity.update_every=2"] * (name in ("set", "rigl", "srigl", "gradual"))
+    if chance.random() < 0.35:
+        words += ["memory.compress=int8"]
+    if chance.random() < 0.35:
+        words += [f"memory.offload_activations={pick(('cpu', 'cpu', tempfile.gettempdir()))}"]
     if chance.random() < 0.15:
         words += ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4"]
     return words, world_size
@@ -117,14 +121,20 @@ def held_in_a_step(workers: Workers, config: TrainConfig) -> tuple[dict[str, int
     return measured, {**predicted.peaks, "total": predicted.most}, predicted.moment
 
 
-def errors(measured: dict[str, int], predicted: dict[str, int]) -> dict[str, float]:
+def errors(measured: dict[str, int], predicted: dict[str, int], bounds: tuple[str, ...] = ()) -> dict[str, float]:
     """How far the prediction is off, as a share of what was measured, for each category that is large enough, and for the total. What
-    comes and goes inside an operation's neighbours, `working`, is asked for in the total alone."""
+    comes and goes inside an operation's neighbours, `working`, is asked for in the total alone. `bounds`: of these it is told how
+    much there may be at most."""
     return {
-        key: predicted[key] / max(1, size) - 1
+        key: max(0.0, size / max(1, predicted[key]) - 1) if key in bounds else predicted[key] / max(1, size) - 1
         for key, size in measured.items()
         if key == "total" or (key != "working" and max(size, predicted[key]) > WORTH)
     }
+
+
+def bounds_of(config: TrainConfig) -> tuple[str, ...]:
+    """What is on the host's way to files, which depends on how fast they are written."""
+    return () if config.memory.offload_activations in ("none", "cpu") else ("host",)
 
 
 def off(found: dict[str, float]) -> dict[str, float]:
@@ -143,7 +153,7 @@ def main(count: int, seed: int) -> int:
             for rank, (measured, predicted, moment) in enumerate(
                 pool.run(held_in_a_step, drawn.world_size, drawn.config)
             ):
-                found = errors(measured, predicted)
+                found = errors(measured, predicted, bounds_of(drawn.config))
                 for key, error in found.items():
                     every.setdefault(key, []).append((abs(error), error, number))
                 if amiss := off(found):

@@ -4,6 +4,7 @@ layout, counted bytes. (Laws 2 and 4.)"""
 import contextlib
 import gc
 import os
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -226,6 +227,22 @@ def test_between_the_two_backwards_codes_stay_codes(files):
     assert away <= coded
     for ours, theirs, right in zip(gradients_away, gradients_coded, gradients_exact, strict=True):
         assert torch.equal(ours, theirs) and 0 < relative_error(theirs, right) < 0.1
+
+
+def test_between_the_two_backwards_what_the_block_was_given_is_gone():
+    """No weight's gradient needs it, and what they need does not know how it was made."""
+    model = kept_model(Keeper())
+    block, later = model.blocks["0"], WeightGradients()
+    x = torch.randn(SEQUENCES, TOKENS, SMALL.dim, requires_grad=True)
+    with deferred(later):
+        y = block(x, torch.ones(SEQUENCES, TOKENS, 16), torch.zeros(SEQUENCES, TOKENS, 16), None, model.attend)
+    y.sum().backward()
+    given = weakref.ref(x)
+    del x, y
+    gc.collect()
+    assert given() is None
+    later.run()
+    assert block.attention.wq.weight.grad is not None
 
 
 @pytest.mark.parametrize("place", [None, Memory])

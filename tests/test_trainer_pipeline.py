@@ -23,7 +23,7 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.feed import eval_batches, train_batches
 from rowwise.trainer.models.decoder import Decoder
-from rowwise.trainer.pipeline import StagedDecoder
+from rowwise.trainer.pipeline import StagedDecoder, made_for
 from rowwise.trainer.sample import generate
 from rowwise.trainer.update import make_update
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, records, run_train, run_until
@@ -212,6 +212,14 @@ def test_auto_measures_plans_and_keeps_its_plan(ranks, folder, uninterrupted, ch
     ranks.run(run_train, 2, config)
     assert (kept / "plan.json").read_text() == plan and (kept / "times.json").read_text() == times
     assert_same_run(config.run_dir, uninterrupted.run_dir)
+
+
+def test_a_plan_holds_for_what_it_was_measured_with(folder):
+    config = with_layout(small_config(folder, *OVERRIDES), 2, pipeline=2, pipeline_schedule="auto")
+    plain = made_for(config, 4)
+    assert plain.keys() == {"parallel", "model", "micro_batches"}, "as earlier releases wrote it"
+    for option in ({"recompute": "full"}, {"compress": "int8"}, {"offload_activations": "cpu"}, {"fused_loss": False}):
+        assert made_for(replace(config, memory=replace(config.memory, **option)), 4) == plain | option
 
 
 def test_a_run_that_validates_late_is_the_same_run(ranks, folder, uninterrupted):

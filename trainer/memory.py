@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from rowwise.kernels.cross_entropy import Loss
 from rowwise.kernels.rows import local
 from rowwise.optim.optimizer import Optimizer
+from rowwise.parallel.activations.saved import keeper_of
 from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
@@ -92,12 +93,17 @@ def _seen(
     parameters = [p for stage in stages for p in stage.parameters()]
     seen = Lifetimes(stages, parameters, None if mesh.pipeline is None else mesh.pipeline.group)
     handles = [handle for stage in stages if stage.norm is not None for handle in _tell(seen, stage, stage.norm)]
+    stores = [keeper.store for stage in stages if (keeper := keeper_of(stage)) is not None and keeper.store is not None]
+    for store in stores:
+        store.witness = seen
     try:
         with seen:
             yield Watch(seen, first)
     finally:
         for handle in handles:
             handle.remove()
+        for store in stores:
+            store.witness = None
 
 
 def _tell(seen: Lifetimes, stage: Decoder, norm: nn.Module) -> list[RemovableHandle]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rowwise.kernels.spec import Specs
+from rowwise.parallel.activations.config import MemoryConfig
 from rowwise.parallel.activations.saved import begin_sequences
 from rowwise.parallel.mesh import Mesh, ParallelConfig
 from rowwise.parallel.objects import from_every_rank, from_rank_0
@@ -170,18 +171,12 @@ def make_plan(run: TrainConfig, mesh: Mesh) -> Plan:
     """The plan of the run; rank 0 makes it for all. What `auto` finds is kept in the run's folder and found there again."""
     config, model, batch, folder = run.parallel, run.model, run.batch, Path(run.run_dir) / "pipeline"
     micro_batches = batch.global_size // batch.micro_size // mesh.data_degree
-    made_for = {
-        "parallel": {key: getattr(config, key) for key in ("pipeline", "zero", *SEQUENCE_KEYS, *PLAN_KEYS)},
-        "model": asdict(model),
-        "micro_batches": [micro_batches, batch.micro_size, batch.seq_len],
-        # Plans of before it had nothing made again.
-        **({} if run.memory.recompute == "none" else {"recompute": run.memory.recompute}),
-    }
+    about = made_for(run, micro_batches)
     auto = config.pipeline_schedule == "auto"
     stages = config.pipeline * config.virtual_stages
     plan: Plan | None = None
     if auto and mesh.rank == 0:
-        plan = saved_plan(made_for, config.pipeline, stages, micro_batches, folder)
+        plan = saved_plan(about, config.pipeline, stages, micro_batches, folder)
     if auto:
         plan = from_rank_0(plan, mesh.save_group)
     if plan is not None:
@@ -194,10 +189,23 @@ def make_plan(run: TrainConfig, mesh: Mesh) -> Plan:
     if mesh.rank == 0:
         plan = plan_pipeline(config, model, batch.seq_len, micro_batches, times)
         if times is not None:
-            save_plan(plan, times, made_for, folder)
+            save_plan(plan, times, about, folder)
     plan = from_rank_0(plan, mesh.save_group)
     assert plan is not None
     return plan
+
+
+def made_for(run: TrainConfig, micro_batches: int) -> dict[str, Any]:
+    """Names what a plan that `auto` finds holds for. What of a run's memory changes how long stages take is named where it is not what
+    plans of before that option were made for."""
+    plain, memory = MemoryConfig(), run.memory
+    keys = ("recompute", "compress", "offload_activations", "fused_loss")
+    return {
+        "parallel": {key: getattr(run.parallel, key) for key in ("pipeline", "zero", *SEQUENCE_KEYS, *PLAN_KEYS)},
+        "model": asdict(run.model),
+        "micro_batches": [micro_batches, run.batch.micro_size, run.batch.seq_len],
+        **{key: value for key in keys if (value := getattr(memory, key)) != getattr(plain, key)},
+    }
 
 
 def keep_trace(trace: Trace, folder: Path, mesh: Mesh) -> None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.torch_storage import require_unwritten, written
+from rowwise.parallel.activations.store import Witness
 from rowwise.parallel.device import Copies, Device, Mark, device_of
 
 LEAVING = 2  # blocks whose results may be on their way out
@@ -156,9 +157,15 @@ def _read_all(file: int, place: int, data: memoryview) -> int:
 class Parcel:
     """Results that left together. On the device until they have left, and again from when they come back to when they are read."""
 
-    def __init__(self, block: "Block", copies: Copies, shelf: Shelf, tensors: Sequence[Tensor]):
+    def __init__(
+        self, block: "Block", copies: Copies, shelf: Shelf, tensors: Sequence[Tensor], witness: Witness | None
+    ):
         self._block, self._copies = block, copies
         left = [copies.away(t) for t in tensors]
+        self._witness = witness
+        if witness is not None:
+            for here, _ in left:
+                witness.note_host(here)
         self._laid = shelf.lay([here for here, _ in left], [mark for _, mark in left])
         self._still: Sequence[Tensor] | None = tensors
         self._marks, self._written = [mark for _, mark in left], [written(t) for t in tensors]
@@ -183,6 +190,9 @@ class Parcel:
         if self._coming is None and self._loading is not None:
             self._coming = [self._copies.back(t) for t in self._loading.result()]
             self._loading = None
+            if self._witness is not None:
+                for t, _ in self._coming:
+                    self._witness.note_return(t)
 
     def read(self) -> Sequence[Tensor]:
         self._block.approach()
@@ -229,10 +239,11 @@ class Block:
 
 
 class Offload:
-    """A store (`saved.Store`) on the host or in files."""
+    """A store (`store.Store`) on the host or in files."""
 
     def __init__(self, copies: Copies, shelf: Shelf):
         self._copies, self._shelf = copies, shelf
+        self.witness: Witness | None = None
         self._block: Block | None = None
         self._leaving: deque[Block] = deque()
 
@@ -250,7 +261,7 @@ class Offload:
 
     def put(self, tensors: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
         assert self._block is not None
-        parcel = Parcel(self._block, self._copies, self._shelf, tensors)
+        parcel = Parcel(self._block, self._copies, self._shelf, tensors, self.witness)
         self._block.parcels.append(weakref.ref(parcel))
         return parcel.read
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rowwise.kernels.activation_codes import CHANNELS, code_bytes
 
+INPUT = "x"  # what a layer is given, among the results that others are made of and that its backward needs
 Make = Callable[..., Any]  # (name, function, *what it takes): what the function gives of that, a tensor or several
 
 
@@ -24,7 +25,8 @@ class Result:
     and `pairs`: beside that a pair of a token and one that it sees (attention). `wide`: numbers a token that its making leaves in
     at least 32 bits whatever is chosen, and `fixed`: in the dtype of computation. `dear`: a product or attention makes it. A
     result that messages have gone into is kept whatever is chosen: its numbers are then `fixed`. `tensors`: how many equal ones it
-    is; `heads`: the size of heads, where its numbers are those of heads, by which they are coded (`compress`)."""
+    is; `heads`: the size of heads, where its numbers are those of heads, by which they are coded (`compress`); `of`: what it is made
+    of, the layer's input and results before it."""
 
     name: str
     numbers: int
@@ -35,6 +37,7 @@ class Result:
     dear: bool = False
     tensors: int = 1
     heads: int | None = None
+    of: tuple[str, ...] = (INPUT,)
 
     def cost(self, seen: float) -> float:
         """Operations a token to make it again, where a token sees so many on the mean."""
@@ -81,6 +84,31 @@ class LayerResults:
     def operations_again(self, kept: frozenset[str], seen: float) -> float:
         """Counts the operations a token that the backward makes again."""
         return sum(r.cost(seen) for r in self.results if r.numbers and r.name not in kept)
+
+
+@dataclass(frozen=True)
+class BackwardPiece:
+    """A piece of a layer's backward, in bytes a token. `needs`: results; `during`: gradients and temporaries; `parameters`: how many
+    of the layer's, counted from the last, have their gradients when it begins. Where weights' gradients are computed later: they
+    need of it the results `inputs`, and gradients of `outputs` bytes from here on, beside which there are `beside`."""
+
+    needs: tuple[str, ...]
+    during: int
+    parameters: int
+    outputs: int
+    beside: int
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What a layer has at once beside what is kept of it, in bytes a token. `last`: what its forward makes at its end, beside all
+    results; `alone`: the most in its forward where each result is let go of as soon as nothing of the layer takes it, its input among
+    them; `backward`: the pieces of its backward, in their order."""
+
+    last: int
+    alone: int
+    backward: tuple[BackwardPiece, ...]
 
 
 def plainly(name: str, function: Callable[..., Any], *given: Any) -> Any:

@@ -28,6 +28,7 @@ from rowwise.kernels.torch_storage import (
     written,
 )
 from rowwise.parallel.activations.ranges import RunningRanges
+from rowwise.parallel.activations.store import Store
 
 LEAST_BYTES = 1024  # of what is worth moving
 _HANDLE = "kept_results"
@@ -130,22 +131,6 @@ class Formed:
     rebuild: Callable[[Sequence[Tensor]], Tensor]
 
 
-class Store(Protocol):
-    """Where results are kept."""
-
-    def begin_forward(self) -> None:
-        """Says that another forward of the model begins."""
-
-    def begin_block(self) -> None:
-        """Says that another block of a forward begins."""
-
-    def put(self, tensors: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
-        """Takes tensors away, and returns what brings them back; they are dropped with that."""
-
-    def close(self) -> None:
-        """Ends what works for it."""
-
-
 AS_IT_IS = Formed(lambda memory: (memory,), lambda tensors: tensors[0])
 
 
@@ -165,6 +150,8 @@ class Scope:
 
     def keep(self, t: Tensor, learns: bool) -> Kept:
         """Keeps `t` in the form and at the place of its result. `learns`: it has a gradient, as what layers make has."""
+        if self._store is not None and is_part(t):
+            t = t.contiguous()  # of what came with it nothing could leave
         kept = Kept(t)
         if not t.is_floating_point() or storage_key(t) in self._passing():
             return kept
@@ -220,6 +207,11 @@ def memory_of(t: Tensor) -> Tensor | None:
     order = sorted(range(t.ndim), key=lambda dim: -strides[dim])
     lying = t.detach().permute(order)
     return lying.flatten() if lying.is_contiguous() and t.numel() else None
+
+
+def is_part(t: Tensor) -> bool:
+    """Whether the numbers of `t` lie among others, each once: heads of what an all-to-all brought, say."""
+    return t.nbytes < t.untyped_storage().nbytes() and memory_of(t) is None
 
 
 @dataclass

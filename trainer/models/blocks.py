@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from rowwise.kernels.swiglu import swiglu
 from rowwise.kernels.visible import Documents
-from rowwise.parallel.activations.results import LayerResults, Make, Result, Sharing, make_plainly, plainly
+from rowwise.parallel.activations.results import (
+    INPUT,
+    BackwardPiece,
+    LayerResults,
+    LayerWork,
+    Make,
+    Result,
+    Sharing,
+    make_plainly,
+    plainly,
+)
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.norm import RMSNorm
 from rowwise.trainer.models.rope import rotate
@@ -41,6 +51,12 @@ class Layer(nn.Module):
     @staticmethod
     def results(config: ModelConfig, sharing: Sharing) -> LayerResults | None:
         """Lists what it makes by name and its backward needs; None where it makes nothing by name."""
+        return None
+
+    @staticmethod
+    def work(config: ModelConfig, width: int, gpu: bool) -> LayerWork | None:
+        """Tells what its forward and its backward have at once, of numbers of `width` bytes; None: nobody knows, and no run of it is
+        forecast."""
         return None
 
 
@@ -171,12 +187,39 @@ class Block(Layer):
             (
                 Result("n1", dim, NORM * dim, wide=1),
                 *attention_results(config, sharing),
-                Result("h", dim, 2 * seen * dim + dim, dear=True),
-                Result("n2", dim, NORM * dim, wide=1),
-                Result("gate_up", 2 * wide, 4 * dim * wide, dear=True, tensors=2),
-                Result("s", wide, GATE * wide),
+                Result("h", dim, 2 * seen * dim + dim, dear=True, of=(INPUT, "y")),
+                Result("n2", dim, NORM * dim, wide=1, of=("h",)),
+                Result("gate_up", 2 * wide, 4 * dim * wide, dear=True, tensors=2, of=("n2",)),
+                Result("s", wide, GATE * wide, of=("gate_up",)),
             ),
         )
+
+    @staticmethod
+    def work(config: ModelConfig, width: int, gpu: bool) -> LayerWork:
+        """A `gpu` makes the gradient of a norm in one operator, and adds the gradients of queries up in float32."""
+        c, w = width, max(4, width)
+        d, f, q, k = (
+            n * c
+            for n in (config.dim, config.ffn_dim, config.heads * config.head_size, config.kv_heads * config.head_size)
+        )
+        # Of a norm: x / r, the gradient, its product with the weight, one more product.
+        norm = d if gpu else (3 if c == w else 4) * config.dim * w
+        turned = max(3 * q, 0 if gpu or not config.qk_norm else 4 * q // c * w)
+        sums = q // c * w if gpu and c < w else 0
+        looked, turned_of = ("y", "qkv", *(("qk",) if config.qk_norm else ())), ("qkv",) if config.qk_norm else ()
+        backward = (
+            BackwardPiece(("s",), d + f, 0, d, f, ("s",)),
+            BackwardPiece(("gate_up",), d + 3 * f, 1, f, 2 * f),
+            BackwardPiece(("gate_up",), d + 3 * f, 1, f, f),
+            BackwardPiece(("n2",), max(2 * d + 2 * f, 3 * d + f), 1, 0, 2 * d, ("n2",)),
+            BackwardPiece(("h",), 2 * d + norm, 3, d, d + norm),
+            BackwardPiece(("y",), d + q, 4, 0, q, ("y",)),
+            BackwardPiece(looked, d + 2 * q + 2 * k + sums, 5, k, 2 * q + k + sums),
+            BackwardPiece(turned_of, d + q + 2 * k + turned, 5, q + k, turned),
+            BackwardPiece(("n1",), 3 * d + q + 2 * k, 5, 0, 2 * d, ("n1",)),
+            BackwardPiece((INPUT,), 2 * d + norm, 10, 0, d + norm),
+        )
+        return LayerWork(max(f, 2 * d), 2 * d + max(3 * f, 2 * d + f), backward)
 
 
 # Operations a number of what is elementwise: a norm's square, sum, and two products; RoPE's two products and sum; a gate's
@@ -196,13 +239,14 @@ def attention_results(config: ModelConfig, sharing: Sharing) -> tuple[Result, ..
     k_kept, v_kept = (0, 0) if sharing.communicates else (k, k)
     made = (
         (
-            Result("qkv", q + k + v_kept, products, dear=True, heads=size),
-            Result("qk", q_kept + k_kept, turning, wide=config.heads + config.kv_heads, heads=size),
+            Result("qkv", q + k + v_kept, products, dear=True, heads=size, of=("n1",)),
+            Result("qk", q_kept + k_kept, turning, wide=config.heads + config.kv_heads, heads=size, of=("qkv",)),
         )
         if normed
-        else (Result("qkv", q_kept + k_kept + v_kept, products + turning, dear=True, heads=size),)
+        else (Result("qkv", q_kept + k_kept + v_kept, products + turning, dear=True, heads=size, of=("n1",)),)
     )
+    looks_at = tuple(result.name for result in made)
     if not sharing.communicates:
-        return *made, Result("y", q, 0, pairs=4 * q, wide=config.heads, dear=True, heads=size)
+        return *made, Result("y", q, 0, pairs=4 * q, wide=config.heads, dear=True, heads=size, of=looks_at)
     fixed = brought + q + (2 * q if sharing.ulysses > 1 else 0)
-    return *made, Result("y", 0, 0, pairs=4 * q, wide=config.heads, fixed=fixed, dear=True, heads=size)
+    return *made, Result("y", 0, 0, pairs=4 * q, wide=config.heads, fixed=fixed, dear=True, heads=size, of=looks_at)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rowwise.optim.quantized import AdamW8bitConfig
+from rowwise.parallel.activations.offload import LEAVING
 from rowwise.parallel.mesh import divisors
 from rowwise.trainer.activations import kept_of, results_of
 from rowwise.trainer.check import check, check_layout
@@ -28,6 +29,8 @@ SHARING = (1, 2, 4, 8)
 LONG = 16_384  # tokens of a sequence from which it is shared
 MICRO_SIZES = (1, 2, 4, 8, 16)
 RECOMPUTE = ("none", "selective", 0.5, 0.25, "full")
+COMPRESS = ("none", "int8")
+PLACES = ("none", "cpu")  # a folder only where the user names one
 FORECASTS, OTHERS = 64, 5
 
 
@@ -149,14 +152,18 @@ class Search:
                 continue
             data = world // (pipeline * ulysses * ring)
             copies = {1, data // machine if data > machine and data % machine == 0 else 1}
-            for replicate, zero, micro, recompute, (schedule, stages) in itertools.product(
+            for replicate, zero, micro, recompute, compress, place, (schedule, stages) in itertools.product(
                 self._choices("parallel.replicate", sorted(copies)),
                 self._choices("parallel.zero", self._stages(pipeline)),
                 self._choices("batch.micro_size", [m for m in MICRO_SIZES if m in divisors_of(self._config, data)]),
                 self._choices("memory.recompute", RECOMPUTE),
+                self._choices("memory.compress", COMPRESS),
+                self._choices("memory.offload_activations", PLACES),
                 self._orders(pipeline),
             ):
                 words = {"parallel.zero": zero, "batch.micro_size": micro, "memory.recompute": recompute}
+                kept = {"memory.compress": compress, "memory.offload_activations": place}
+                words |= {key: value for key, value in kept.items() if value != "none"}
                 degrees = {"pipeline": pipeline, "ulysses": ulysses, "ring": ring, "replicate": replicate}
                 words |= {f"parallel.{key}": degree for key, degree in degrees.items() if degree > 1}
                 if pipeline > 1:
@@ -183,7 +190,7 @@ class Search:
     def _roughly(self, config: TrainConfig) -> tuple[float, float]:
         """(seconds, bytes) of a run that are hardly more than it will take."""
         parallel = config.parallel
-        key = config.batch.micro_size, config.memory.recompute, parallel.ulysses, parallel.ring
+        key = config.batch.micro_size, config.memory, parallel.ulysses, parallel.ring
         if key not in self._known:
             self._known[key] = self._micro_batch(config)
         each, kept = self._known[key]
@@ -194,11 +201,19 @@ class Search:
         return seconds, self._bytes(config, kept)
 
     def _micro_batch(self, config: TrainConfig) -> tuple[float, float]:
-        """(seconds, bytes that are kept) of all layers for a micro-batch."""
-        clock, layers, table = Clock(config, self._device), config.model.layers, results_of(config)
+        """(seconds, bytes that are kept on the device) of all layers for a micro-batch."""
+        clock, layers, table, memory = (
+            Clock(config, self._device),
+            config.model.layers,
+            results_of(config),
+            config.memory,
+        )
         passes = sum(part.total for part in clock.layer(0)) + 3 * clock.sharing()
-        kept = table.bytes_kept(kept_of(config)[0], widths_of(config).compute) if table is not None else 0
-        return passes * layers + sum(part.total for part in clock.head()), float(kept * tokens_of(config) * layers)
+        passes = max(passes, 2 * clock.leaving(0))
+        width, coded = widths_of(config).compute, memory.compress != "none"
+        kept = table.bytes_kept(kept_of(config)[0], width, coded) if table is not None else 0
+        there = layers if memory.offload_activations == "none" else min(layers, LEAVING)
+        return passes * layers + sum(part.total for part in clock.head()), float(kept * tokens_of(config) * there)
 
     def _bytes(self, config: TrainConfig, kept: float) -> float:
         parallel, model, widths = config.parallel, config.model, widths_of(config)
@@ -212,6 +227,8 @@ class Search:
         gradients = numbers * (widths.reduce if whole else widths.parameter / shards)
         if config.optim.in_backward:
             gradients = 0.0
+        if config.memory.offload_activations != "none":  # so many layers, whichever
+            return states + gathered + gradients + kept
         flight = min(config.micro_batches, parallel.pipeline)
         return states + gathered + gradients + kept / parallel.pipeline * flight
 
@@ -258,6 +275,10 @@ def single_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
     for recompute in RECOMPUTE:
         if recompute != config.memory.recompute:
             yield {"memory.recompute": recompute}
+    for key, values in (("compress", COMPRESS), ("offload_activations", PLACES)):
+        for value in values:
+            if value != getattr(config.memory, key):
+                yield {f"memory.{key}": value}
     yield {"memory.fused_loss": not config.memory.fused_loss}
     for zero in (1, 2, 3):
         if zero != config.parallel.zero and config.parallel.state_degree > 1:

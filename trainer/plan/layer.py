@@ -1,36 +1,31 @@
-"""What a layer holds in its backward, from moment to moment: gradients of its results, what is made again, and what is still kept.
+"""What a layer holds in its backward, from moment to moment: gradients of its results, what is made again or decoded, and what of
+it is still kept.
 
-The layer of Llama and Qwen3 is told as the pieces of its backward, in their order (`pieces_of_backward`): which results each needs
-(`trainer.models.blocks`), and how many bytes a token of gradients and temporaries are there during it and after it. A result that
-is not kept is made again, with all that it is made of, when it is first needed, and held until it is needed no more
-(`parallel.activations.recompute`).
+A layer tells the pieces of its backward, in their order (`Layer.work`): which of its results each needs, and how many bytes a token
+of gradients and temporaries are there during it and after it. A result that is not kept is made again, with all that it is made of,
+when it is first needed, and one that is kept as codes is decoded; both are held until they are needed no more
+(`parallel.activations.recompute`, `parallel.activations.saved`).
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rowwise.parallel.activations.results import LayerResults
-from rowwise.trainer.models.config import ModelConfig
+from rowwise.parallel.activations.results import INPUT, LayerResults, LayerWork, Result
 
 
 @dataclass(frozen=True)
-class BackwardPiece:
-    """A piece of a layer's backward, in bytes a token. `needs`: results; `during`: gradients and temporaries; `parameters`: how many
-    of the layer's, counted from the last, have their gradients when it begins. Where weights' gradients are computed later: they
-    need of it the results `inputs`, and gradients of `outputs` bytes from here on, beside which there are `beside`."""
+class Kept:
+    """What a layer keeps beside its input: the results `names`, in numbers of `width` bytes or `coded`."""
 
-    needs: tuple[str, ...]
-    during: int
-    parameters: int
-    outputs: int
-    beside: int
-    inputs: tuple[str, ...] = ()
+    names: frozenset[str]
+    width: int
+    coded: bool = False
 
 
 @dataclass(frozen=True)
 class Moment:
     """Of a layer's backward, bytes a token: of what was kept `released` are gone, `working` are there beside what is left of it, and
-    `deferred` wait for the weights' gradients. `parameters`: as in `BackwardPiece`."""
+    `deferred` wait for the weights' gradients, beside what was kept that these need. `parameters`: as in `BackwardPiece`."""
 
     released: int
     working: int
@@ -40,71 +35,73 @@ class Moment:
 
 ALL = 1 << 30  # parameters: more than a layer has
 
-# What each result of the layer is made of.
-MADE_OF = {
-    "n1": (),
-    "qkv": ("n1",),
-    "qk": ("qkv",),
-    "y": ("qkv", "qk"),
-    "h": ("y",),
-    "n2": ("h",),
-    "gate_up": ("n2",),
-    "s": ("gate_up",),
-}
 
-
-def pieces_of_backward(model: ModelConfig, width: int, gpu: bool) -> tuple[BackwardPiece, ...]:
-    """Lists the pieces of the layer's backward for numbers of `width` bytes. A `gpu` makes that of a norm in one operator, and adds
-    the gradients of queries up in float32."""
-    c, w = width, max(4, width)
-    d, f, q, k = (
-        n * c for n in (model.dim, model.ffn_dim, model.heads * model.head_size, model.kv_heads * model.head_size)
-    )
-    # Of a norm: x / r, the gradient, its product with the weight, one more product.
-    norm = d if gpu else (3 if c == w else 4) * model.dim * w
-    turned = max(3 * q, 0 if gpu or not model.qk_norm else 4 * q // c * w)
-    sums = q // c * w if gpu and c < w else 0
-    looked, turned_of = ("y", "qkv", *(("qk",) if model.qk_norm else ())), ("qkv",) if model.qk_norm else ()
-    return (
-        BackwardPiece(("s",), d + f, 0, d, f, ("s",)),
-        BackwardPiece(("gate_up",), d + 3 * f, 1, f, 2 * f),
-        BackwardPiece(("gate_up",), d + 3 * f, 1, f, f),
-        BackwardPiece(("n2",), max(2 * d + 2 * f, 3 * d + f), 1, 0, 2 * d, ("n2",)),
-        BackwardPiece(("h",), 2 * d + norm, 3, d, d + norm),
-        BackwardPiece(("y",), d + q, 4, 0, q, ("y",)),
-        BackwardPiece(looked, d + 2 * q + 2 * k + sums, 5, k, 2 * q + k + sums),
-        BackwardPiece(turned_of, d + q + 2 * k + turned, 5, q + k, turned),
-        BackwardPiece(("n1",), 3 * d + q + 2 * k, 5, 0, 2 * d, ("n1",)),
-        BackwardPiece((), 2 * d + norm, 10, 0, d + norm),
-    )
-
-
-def moments(
-    table: LayerResults, kept: frozenset[str], pieces: Sequence[BackwardPiece], width: int, split: bool
-) -> tuple[Moment, ...]:
+def moments(table: LayerResults, kept: Kept, work: LayerWork, split: bool) -> tuple[Moment, ...]:
     """Walks through a layer's backward; the last moment is its end. `split`: weights' gradients come later."""
-    made = {result.name: result for result in table.results}
-    last = {name: n for n, piece in enumerate(pieces) for name in piece.needs if name in made}
-    waiting = {name for piece in pieces for name in piece.inputs} if split else set()
-    again, released, outputs, found = set[str](), 0, 0, []
-    for n, piece in enumerate(pieces):
-        for name in piece.needs:
-            _make(name, made.keys(), kept, again)
+    known, width = results_by_name(table), kept.width
+    read = reads(table, kept, work)
+    last = {name: n for n, piece in enumerate(work.backward) for name in piece.needs if name in known}
+    waiting = waits(table, work) if split else frozenset[str]()
+    opened = {name: whole(known[name], kept) for name in read if kept.coded or name not in stored(kept)}
+    again = {name for name in opened if name not in stored(kept)}
+    released, outputs, found = 0, 0, []
+    for n, piece in enumerate(work.backward):
         outputs += piece.outputs if split else 0
-        held = sum(made[name].numbers * width for name in again - waiting)
-        deferred = outputs + sum(made[name].numbers * width for name in again & waiting)
+        deferred = outputs + sum(opened[name] for name in again & waiting if read[name][0] <= n)
+        held = sum(opened[name] for name in opened.keys() - (again & waiting) if read[name][0] <= n <= read[name][-1])
         found.append(Moment(released, held + (piece.beside if split else piece.during), deferred, piece.parameters))
         for name in (name for name, end in last.items() if end == n):
-            released += made[name].wide * max(4, width) + made[name].fixed * width
-            released += made[name].numbers * width * (name in kept - waiting)
-        again = {name for name in again if name in waiting or last.get(name, -1) > n}
-    deferred = outputs + sum(made[name].numbers * width for name in waiting)
-    return (*found, Moment(table.bytes_kept(kept, width), table.input * width, deferred, ALL))
+            released += lies(known[name], kept, name in stored(kept) - waiting)
+    deferred = outputs + sum(opened.get(name, 0) for name in waiting - stored(kept))
+    gone = table.bytes_kept(kept.names, width, kept.coded) - later(table, kept, waiting)
+    return (*found, Moment(gone, table.input * width, deferred, ALL))
 
 
-def _make(name: str, known: Container[str], kept: frozenset[str], again: set[str]) -> None:
-    """Makes a result again, and what it is made of, unless it is there."""
-    if name in known and name not in kept and name not in again:
-        for given in MADE_OF.get(name, ()):
-            _make(given, known, kept, again)
-        again.add(name)
+def results_by_name(table: LayerResults) -> dict[str, Result]:
+    """The results of a layer, its input among them."""
+    return {INPUT: Result(INPUT, table.input, 0), **{result.name: result for result in table.results}}
+
+
+def stored(kept: Kept) -> frozenset[str]:
+    """What a layer keeps, its input among it."""
+    return kept.names | {INPUT}
+
+
+def waits(table: LayerResults, work: LayerWork) -> frozenset[str]:
+    """The results that weights' gradients need."""
+    return frozenset(name for piece in work.backward for name in piece.inputs) & table.names
+
+
+def later(table: LayerResults, kept: Kept, waiting: frozenset[str]) -> int:
+    """Bytes a token of what is kept that stays for weights' gradients."""
+    known = results_by_name(table)
+    return sum(known[name].bytes(known[name].numbers, kept.width, kept.coded) for name in waiting & stored(kept))
+
+
+def lies(result: Result, kept: Kept, is_stored: bool) -> int:
+    """Bytes a token of a result as it is kept."""
+    numbers = result.fixed + result.numbers * is_stored
+    return result.wide * max(4, kept.width) + result.bytes(numbers, kept.width, kept.coded)
+
+
+def whole(result: Result, kept: Kept) -> int:
+    """Bytes a token of a result as an operator reads it, made again or decoded."""
+    return (result.numbers + result.fixed * kept.coded) * kept.width
+
+
+def reads(table: LayerResults, kept: Kept, work: LayerWork) -> Mapping[str, list[int]]:
+    """In which pieces of the backward each result is read: by an operator, or to make another again, which is done once."""
+    known, found = results_by_name(table), dict[str, list[int]]()
+
+    def read(name: str, piece: int) -> None:
+        made = name in found
+        found.setdefault(name, []).append(piece)
+        if name not in stored(kept) and not made:
+            for given in known[name].of:
+                read(given, piece)
+
+    for n, piece in enumerate(work.backward):
+        for name in piece.needs:
+            if name in known:
+                read(name, n)
+    return found

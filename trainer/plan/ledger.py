@@ -1,4 +1,4 @@
-"""Bytes that come and go in the course of a step, by category; the most of each, and of all together."""
+"""Bytes that come and go in the course of a step, by category; the most of each, and of all together that are on the device."""
 
 CATEGORIES = (
     "parameters",
@@ -11,6 +11,7 @@ CATEGORIES = (
     "messages",
     "working",
 )
+HOST = "host"  # what waits in the host's memory
 
 
 class Ledger:
@@ -18,7 +19,7 @@ class Ledger:
     `then`."""
 
     def __init__(self) -> None:
-        self.now = dict.fromkeys(CATEGORIES, 0)
+        self.now = dict.fromkeys((*CATEGORIES, HOST), 0)
         self.peaks = dict(self.now)
         self.then = dict(self.now)
         self.most, self.moment, self.at = 0, "", ""
@@ -27,7 +28,7 @@ class Ledger:
     def take(self, category: str, size: int) -> None:
         """Makes room for `size` bytes."""
         self.now[category] += size
-        self._total += size
+        self._total += size if category != HOST else 0
         self.peaks[category] = max(self.peaks[category], self.now[category])
         if self._total > self.most:
             self.most, self.moment, self.then = self._total, self.at, dict(self.now)
@@ -35,8 +36,15 @@ class Ledger:
     def give(self, category: str, size: int) -> None:
         """Lets go of `size` bytes."""
         self.now[category] -= size
-        self._total -= size
+        self._total -= size if category != HOST else 0
         assert self.now[category] >= 0, category
+
+    def change(self, category: str, size: int) -> None:
+        """Makes room for so many bytes, or lets go of them where that is below 0."""
+        if size > 0:
+            self.take(category, size)
+        else:
+            self.give(category, -size)
 
     def use(self, category: str, size: int) -> None:
         """Makes room for `size` bytes and lets go of them at once."""

@@ -7,7 +7,8 @@ the first rank of each place of the pipeline does.
 from dataclasses import dataclass
 
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.plan.ledger import Ledger
+from rowwise.trainer.plan.away import Keeping
+from rowwise.trainer.plan.ledger import HOST, Ledger
 from rowwise.trainer.plan.sharded import Sharded
 from rowwise.trainer.plan.states import (
     Place,
@@ -29,13 +30,19 @@ from rowwise.trainer.stages import Plan, gathering
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank: the most of each category, in a step; the most of all together, what it is made of, and when that is."""
+    """Bytes of a rank: the most of each category, in a step; the most of all together on the device, what it is made of, and when that
+    is."""
 
     rank: int
     peaks: dict[str, int]
     most: int
     then: dict[str, int]
     moment: str
+
+    @property
+    def host(self) -> int:
+        """Bytes of the host's memory that activations wait in, at most."""
+        return self.peaks[HOST]
 
 
 def worst(memories: list[Memory]) -> Memory:
@@ -57,6 +64,8 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         ledger.take("parameters", parameter_bytes(config, layers, place, sharded))
         ledger.take("optimizer", optimizer_bytes(config, layers, place))
         ledger.take("masks", mask_bytes(config, layers, place))
+    where = config.memory.offload_activations
+    keeping = Keeping(ledger, where not in ("none", "cpu"), gpu or where != "cpu")
     walked = {}
     for stage, layers in stages.items():
         split = plan is not None and any(
@@ -64,7 +73,7 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         )
         works = works_of(config, layers, split, gpu)
         step = update_bytes(config, [layers], place, one_by_one=True) if config.optim.in_backward else 0
-        walked[stage] = Stage(ledger, weights_of(config, layers, place, ledger, sharded), works, step)
+        walked[stage] = Stage(ledger, keeping, weights_of(config, layers, place, ledger, sharded), works, step)
     if plan is None:
         walk_whole(walked[0], config.micro_batches)
     else:

@@ -19,7 +19,7 @@ def own_device() -> Device:
     device = pick_device(0)
     if device.type != "cuda":
         return device_named("cpu")
-    return device_here(device_name(device), torch.cuda.mem_get_info(device)[1])
+    return device_here(device_name(device), torch.cuda.mem_get_info(device)[1], torch.cuda.device_count())
 
 
 def forecast_in_words(config: TrainConfig) -> str | None:
@@ -50,6 +50,12 @@ def require_fit(config: TrainConfig, device: Device) -> None:
     room = found.room
     if room.fits:
         return
+    if room.needed <= room.limit:
+        raise ValueError(
+            f"memory.offload_activations={config.memory.offload_activations}: {byte_count(room.host)} of activations would wait on "
+            f"the host on rank {found.worst.rank}, which has {byte_count(room.ram)} a device; {_advice(found)}, or memory.fit=false, "
+            "which goes on regardless"
+        )
     raise ValueError(
         f"the run is forecast to take {byte_count(room.needed)} of a device on rank {found.worst.rank}, in {found.worst.moment}, and "
         f"{'memory.limit is' if config.memory.limit is not None else f'{device.name} has'} {byte_count(room.limit)}, "

@@ -1,5 +1,6 @@
 """What a device needs beside what a run's own operations hold, and whether all of it fits."""
 
+import math
 from dataclasses import dataclass
 
 from rowwise.trainer.plan.devices import GIBI, Device
@@ -11,11 +12,14 @@ FRAGMENTATION = 0.03  # of what is held at most: blocks of an allocator that not
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes: what a rank holds at most, what is reserved beside it, and what there is."""
+    """Bytes: what a rank holds at most, what is reserved beside it, and what there is; what waits on the `host`, and what a rank may
+    take there."""
 
     held: int
     reserve: int
     limit: float
+    host: int = 0
+    ram: float = math.inf
 
     @property
     def needed(self) -> int:
@@ -23,10 +27,13 @@ class Room:
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.limit
+        return self.needed <= self.limit and self.host <= self.ram
 
 
 def room_of(memory: Memory, device: Device, limit: float | None = None) -> Room:
     """The room of the rank on a device; `limit`: of which it may take so much."""
     reserve = (LIBRARIES if device.cuda else 0) + FRAGMENTATION * memory.most
-    return Room(memory.most, int(reserve), device.memory if limit is None else min(limit, device.memory))
+    there = device.memory if limit is None else min(limit, device.memory)
+    if not device.cuda:  # whose memory is the host's
+        return Room(memory.most + memory.host, int(reserve), there)
+    return Room(memory.most, int(reserve), there, memory.host, device.ram)

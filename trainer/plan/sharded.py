@@ -65,8 +65,8 @@ class Sharded:
         for g in self._begin.get(piece, ()):
             if g not in self._here:
                 self._fetch(g)
-                self.end_forward()
                 self._arrive(g)
+                self.end_forward()
                 self._buffer = g if self._shards > 1 else None
 
     def leave(self, piece: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rowwise.parallel.pipeline import last_uses
 from rowwise.parallel.pipeline_schedule.order import Action, Schedule, early_messages
 from rowwise.parallel.pipeline_schedule.simulate import Gathering
+from rowwise.trainer.plan.away import Keeping, Visit
 from rowwise.trainer.plan.layer import ALL
 from rowwise.trainer.plan.ledger import Ledger
 from rowwise.trainer.plan.loss import LossWork
@@ -29,20 +30,23 @@ class Crossing:
 
 
 class Stage:
-    """The pieces of a stage, walked on a ledger. `update`: bytes of an optimizer's step that is made in the backward."""
+    """The pieces of a stage, walked on a ledger. `keeping`: what this rank keeps of its forwards; `update`: bytes of an optimizer's
+    step that is made in the backward."""
 
-    def __init__(self, ledger: Ledger, weights: Weights, works: Sequence[Work], update: int = 0):
-        self.ledger, self.weights, self.works, self._update = ledger, weights, works, update
+    def __init__(self, ledger: Ledger, keeping: Keeping, weights: Weights, works: Sequence[Work], update: int = 0):
+        self.ledger, self.keeping, self.weights, self.works, self._update = ledger, keeping, weights, works, update
+        self._visits: dict[int, list[Visit]] = {}  # by micro-batch
         self._head: tuple[str, int] | None = None  # the head's gradient, where the loss has made it: category and bytes
 
-    def forward(self, last: bool, told: str) -> None:
+    def forward(self, micro_batch: int, last: bool, told: str) -> None:
         """Walks the forward of a micro-batch."""
         ledger, weights = self.ledger, self.weights
         weights.begin(last)
+        visits = self._visits[micro_batch] = []
         for piece, work in enumerate(self.works):
             ledger.at = f"the forward of {work.name}{told}"
             weights.enter(piece)
-            ledger.take("activations", work.kept)
+            visits.append(self.keeping.begin(work))
             ledger.use("working", work.forward)
             ledger.use("messages", work.messages[0])
             if (loss := work.loss) is not None:
@@ -55,11 +59,11 @@ class Stage:
             weights.leave(piece)
         weights.end_forward()
 
-    def backward(self, told: str, split: bool = False) -> None:
+    def backward(self, micro_batch: int, told: str, split: bool = False) -> None:
         """Walks the backward of a micro-batch; `split`: the weights' gradients come later, by `rest`."""
-        ledger, weights = self.ledger, self.weights
+        ledger, weights, visits = self.ledger, self.weights, self._visits[micro_batch]
         for piece in reversed(range(len(self.works))):
-            work = self.works[piece]
+            work, visit = self.works[piece], visits[piece]
             ledger.at = f"the backward of {work.name}{told}"
             weights.enter_back(piece)
             if (loss := work.loss) is not None:
@@ -71,16 +75,14 @@ class Stage:
                 self._make_head_gradient(piece, loss, "after")
                 self._take_head_gradient(piece, loss)
             ledger.use("messages", work.messages[1])
-            held = work.kept
+            self.keeping.approach(visits[: piece + 1])
+            there, deferred = visit.here, work.backward[-1].deferred
             for moment in work.backward:
-                now = work.kept - moment.released + moment.deferred
-                ledger.give("activations", max(0, held - now))
-                ledger.take("activations", max(0, now - held))
-                held = now
-                if not (split and work.backward[-1].deferred):
+                self.keeping.hold(visit, there - moment.released * visit.readable + moment.deferred)
+                if not (split and deferred):
                     weights.add_gradients(piece, moment.parameters)
                 ledger.use("working", moment.working)
-            ledger.give("activations", held - work.backward[-1].deferred)
+            self.keeping.end(visit, deferred)
             if piece == 0:
                 self._add_tied_gradient()
             weights.leave_back(piece)
@@ -107,14 +109,15 @@ class Stage:
             self.ledger.give(*self._head)
             self._head = None
 
-    def rest(self, told: str) -> None:
+    def rest(self, micro_batch: int, told: str) -> None:
         """Walks the weights' gradients of a micro-batch."""
-        for piece in reversed(range(len(self.works))):
-            self.ledger.at = f"the weights' gradients of {self.works[piece].name}{told}"
-            if deferred := self.works[piece].backward[-1].deferred:
+        for piece, visit in reversed(list(enumerate(self._visits[micro_batch]))):
+            self.ledger.at = f"the weights' gradients of {visit.work.name}{told}"
+            if visit.work.backward[-1].deferred:
                 self.weights.add_gradients(piece, ALL)
-                self.ledger.give("activations", deferred)
-            if (loss := self.works[piece].loss) is not None:
+                self.ledger.use("working", visit.work.decoded)
+                self.keeping.drop(visit)
+            if (loss := visit.work.loss) is not None:
                 self.ledger.give("loss", loss.deferred)
 
 
@@ -124,8 +127,8 @@ def walk_whole(stage: Stage, micro_batches: int) -> None:
     for number in range(1, walked + 1):
         last = number == walked
         told = f" of micro-batch {micro_batches if last else number}" if micro_batches > 1 else ""
-        stage.forward(last, told)
-        stage.backward(told)
+        stage.forward(number, last, told)
+        stage.backward(number, told)
 
 
 @dataclass
@@ -178,13 +181,13 @@ class PipelineRank:
         if kind == "F":
             if takes:  # so is this, with the first
                 self.ledger.give("activations", self.crossing.size)
-            mine.forward(False, told)
+            mine.forward(i, False, told)
         elif kind == "W":
-            mine.rest(told)
+            mine.rest(i, told)
         else:
             if takes:  # from here on it is counted with the last layer
                 self.ledger.give("activations", self.crossing.size)
-            mine.backward(told, kind == "I")
+            mine.backward(i, told, kind == "I")
         target = stage + (1 if kind == "F" else -1)
         if kind != "W" and 0 <= target < self.schedule.stages:
             self._send(target)

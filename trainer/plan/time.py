@@ -2,12 +2,13 @@
 
     products      2 operations a weight and token forward, 4 backward, and what is made again
     attention     4 H E a pair of a token and one that it sees forward, 2.5 times that backward
-    elementwise   bytes that norms, rotations, gates and sums read and write, twice as many backward
-    messages      what the computation beside them does not hide, by the bandwidth of the links that they cross
+    elementwise   bytes that norms, rotations, gates and sums read and write, twice as many backward, and those of codes
+    messages      what the computation beside them does not hide, by the bandwidth of the links that they cross; so do
+                  activations that wait elsewhere, on their way there and back
     bubble        what ranks of a pipeline wait for each other (`pipeline_schedule.simulate`)
 
-Devices reach a share of their peaks (`SHARES`), such that 8B models on 8 H100 come to what is published of them, 35 to 46 % of the
-peak; they are not measured here. All tokens are taken to see all before them: documents make attention cheaper than told.
+Devices reach a share of their peaks (`SHARES`, `LINKS`), such that 8B models on 8 H100 come to what is published of them, 35 to 46 %
+of the peak; they are not measured here. All tokens are taken to see all before them: documents make attention cheaper than told.
 """
 
 from collections.abc import Sequence
@@ -21,12 +22,13 @@ from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.measure import PartTimes, Times
 from rowwise.trainer.models.decoder import flops_of, layer_flops
 from rowwise.trainer.plan.devices import Device
+from rowwise.trainer.plan.links import LINKS, Links
 from rowwise.trainer.plan.loss import loss_work
 from rowwise.trainer.plan.states import Place, numbers_of, optimizer_bytes, pieces_of, place_of, widths_of
 from rowwise.trainer.plan.works import tokens_of
 from rowwise.trainer.stages import Plan, gathering
 
-SHARES = {"products": 0.55, "attention": 0.35, "memory": 0.6, "links": 0.7}
+SHARES = {"products": 0.55, "attention": 0.35, "memory": 0.6}
 BACKWARD_OF_ATTENTION = 2.5
 
 
@@ -67,40 +69,6 @@ class Pass:
         return Pass(self.products * factor, self.attention * factor, self.elementwise * factor)
 
 
-@dataclass(frozen=True)
-class Links:
-    """How fast messages are on a device's links. Ranks are counted with ulysses, ring, shard, replicate and pipeline varying ever
-    slower."""
-
-    device: Device
-
-    def machines(self, stride: int, size: int) -> tuple[int, int]:
-        """(machines that a group of ranks is on, its ranks on each)."""
-        here = max(1, min(size, self.device.per_machine // stride))
-        return -(-size // here), here
-
-    def collective(self, whole: float, stride: int, size: int) -> float:
-        """Seconds of a gather of `whole` bytes on every rank, or of a reduction to shares of it: each machine takes in what others
-        have over all its network links, each device over its own."""
-        if size == 1:
-            return 0.0
-        machines, here = self.machines(stride, size)
-        inside = whole * (size - 1) / size / self.device.link
-        outside = whole * (machines - 1) / machines / (here * self.device.network)
-        return max(inside, outside) / SHARES["links"]
-
-    def exchange(self, mine: float, stride: int, size: int) -> float:
-        """Seconds of an all-to-all of `mine` bytes a rank."""
-        _, here = self.machines(stride, size)
-        inside, outside = mine * (here - 1) / size / self.device.link, mine * (size - here) / size / self.device.network
-        return max(inside, outside) / SHARES["links"]
-
-    def message(self, size: float, stride: int) -> float:
-        """Seconds of a message to the next rank of an axis."""
-        near = stride < self.device.per_machine
-        return size / (self.device.link if near else self.device.network) / SHARES["links"]
-
-
 class Clock:
     """The seconds of the parts of a run on a device."""
 
@@ -119,8 +87,9 @@ class Clock:
         looked = Pass(attention=attention * tokens / self.rate / SHARES["attention"])
         moved = Pass(elementwise=self._traffic() * tokens / self.device.bandwidth / SHARES["memory"])
         again = Pass(products=self._again(layer) * tokens / self.rate / SHARES["products"])
-        back = products + looked.times(BACKWARD_OF_ATTENTION) + moved.times(2) + again
-        return products + looked + moved, back, products
+        codes = Pass(elementwise=self._coded(layer) * tokens / self.device.bandwidth / SHARES["memory"])
+        back = products + looked.times(BACKWARD_OF_ATTENTION) + moved.times(2) + again + codes
+        return products + looked + moved + codes, back, products
 
     def head(self) -> tuple[Pass, Pass, Pass]:
         """The same of the head and the loss."""
@@ -155,6 +124,22 @@ class Clock:
         if table is None:
             return 0.0
         return table.operations_again(self._kept[layer], (self.config.batch.seq_len + 1) / 2)
+
+    def _coded(self, layer: int) -> float:
+        """Bytes a token that are read and written where a layer's results are coded, and again where they are decoded."""
+        table = results_of(self.config)
+        if table is None or self.config.memory.compress == "none":
+            return 0.0
+        return sum(table.bytes_kept(self._kept[layer], self.widths.compute, coded) for coded in (False, True))
+
+    def leaving(self, layer: int) -> float:
+        """Seconds that what a layer keeps takes to leave the device; as many again to come back."""
+        table, memory = results_of(self.config), self.config.memory
+        if table is None or memory.offload_activations == "none":
+            return 0.0
+        size = self.tokens * table.bytes_kept(self._kept[layer], self.widths.compute, memory.compress != "none")
+        speed = self.device.host if memory.offload_activations == "cpu" else min(self.device.host, self.device.disk)
+        return size / speed / LINKS
 
     @cached_property
     def _kept(self) -> Sequence[frozenset[str]]:
@@ -195,7 +180,8 @@ def _whole(clock: Clock, place: Place) -> Seconds:
     for layer, numbers in zip(layers, pieces[1:-1], strict=True):
         f, i, w = clock.layer(layer)
         forward, backward = forward + f, backward + i + w
-        exposed += count * 3 * clock.sharing()
+        away = clock.leaving(layer)
+        exposed += count * (3 * clock.sharing() + max(0.0, away - f.total) + max(0.0, away - i.total - w.total))
         if zero == 3:
             gather = clock.links.collective(numbers * clock.widths.compute, *states)
             reduce = clock.links.collective(numbers * clock.widths.reduce, *states)
@@ -259,8 +245,9 @@ def _stage(clock: Clock, layers: range) -> tuple[Pass, Pass, Pass]:
     if layers.stop == clock.config.model.layers:
         parts.append(clock.head())
     forward, inputs, weights = (sum((part[n] for part in parts), Pass()) for n in range(3))
-    shared = Pass(elementwise=len(layers) * clock.sharing())
-    return forward + shared, inputs + shared.times(2), weights
+    shared, away = len(layers) * clock.sharing(), sum(clock.leaving(layer) for layer in layers)
+    there, back = max(0.0, away - forward.total), max(0.0, away - inputs.total - weights.total)
+    return forward + Pass(elementwise=shared + there), inputs + Pass(elementwise=2 * shared + back), weights
 
 
 def _summed(clock: Clock, spent: Pass, exposed: float, optimizer: float, bubble: float) -> Seconds:

@@ -5,6 +5,7 @@ from rowwise.trainer.console import labelled
 from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.plan.fit import Fit
 from rowwise.trainer.plan.forecast import Forecast
+from rowwise.trainer.plan.ledger import CATEGORIES, HOST
 from rowwise.trainer.screen import byte_count, count
 from rowwise.trainer.summary import batch_in_words, layout_in_words
 
@@ -18,6 +19,7 @@ MEANINGS = {
     "loss": "the loss, its logits and gradients",
     "messages": "buffers of what crosses ranks",
     "working": "what operations make on the way",
+    HOST: "on the host, beside the device: activations that wait there",
 }
 
 
@@ -45,7 +47,12 @@ def told(forecast: Forecast) -> list[str]:
 def in_words(forecast: Forecast) -> str:
     """Tells what the fullest rank needs, and of what, in a line."""
     room = forecast.room
-    verdict = "fits" if room.fits else f"does not fit, by {byte_count(room.needed - room.limit)}"
+    if room.fits:
+        verdict = "fits"
+    elif room.needed > room.limit:
+        verdict = f"does not fit, by {byte_count(room.needed - room.limit)}"
+    else:
+        verdict = f"does not fit: {byte_count(room.host)} wait on the host, which has {byte_count(room.ram)} a device"
     return (
         f"{byte_count(room.needed)} of {byte_count(room.limit)} a {forecast.device.name}: {byte_count(room.held)} at most and "
         f"{byte_count(room.reserve)} for libraries and fragmentation; {verdict}"
@@ -60,7 +67,9 @@ def _table(forecast: Forecast) -> list[str]:
         for name, peak in worst.peaks.items()
         if peak
     ]
-    rows.append(("together", byte_count(worst.most), byte_count(sum(worst.then.values())), ""))
+    rows.append(
+        ("together", byte_count(worst.most), byte_count(sum(worst.then[category] for category in CATEGORIES)), "")
+    )
     rows.append(("reserve", byte_count(forecast.room.reserve), "", "for libraries and fragmentation"))
     widths = [max(len(row[n]) for row in rows) for n in range(3)]
     return [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]

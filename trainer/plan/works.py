@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from rowwise.parallel.sequence import padded_length
 from rowwise.trainer.activations import kept_of, results_of
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.plan.layer import ALL, Moment, moments, pieces_of_backward
+from rowwise.trainer.models.decoder import BLOCKS
+from rowwise.trainer.plan.codes import coding_bytes, decoding_bytes
+from rowwise.trainer.plan.layer import ALL, Kept, Moment, later, moments, waits
 from rowwise.trainer.plan.loss import LossWork, loss_work
 from rowwise.trainer.plan.states import widths_of
 
@@ -14,13 +16,18 @@ from rowwise.trainer.plan.states import widths_of
 @dataclass(frozen=True)
 class Work:
     """Bytes of a piece beside parameters and gradients. `kept`: activations, from its forward to its backward, its input among them;
-    `forward`: what comes and goes meanwhile, at most; `backward`: from moment to moment; `messages`: of attention, at most in the
-    forward and in the backward; `loss`: what the loss holds (None: it is none)."""
+    of these `away` wait elsewhere, and `stays` of those here too; `forward`: what comes and goes meanwhile, at most; `backward`: from
+    moment to moment; `rest`: what of what was kept weights' gradients need, and `decoded`: of that at once; `messages`: of attention,
+    at most in the forward and in the backward; `loss`: what the loss holds (None: it is none)."""
 
     name: str
     kept: int
     forward: int
     backward: tuple[Moment, ...]
+    away: int = 0
+    stays: int = 0
+    rest: int = 0
+    decoded: int = 0
     messages: tuple[int, int] = (0, 0)
     loss: LossWork | None = None
 
@@ -34,16 +41,15 @@ def tokens_of(config: TrainConfig) -> int:
 
 def unknown(config: TrainConfig) -> str | None:
     """Says why nobody knows what the layers of a run keep on the device; None where it is known."""
-    memory = config.memory
     if results_of(config) is None:
         return (
             f"model.block={config.model.block}: its layers do not say what they make, so that nobody knows what they keep; give the "
             "block a table of its results (docs/memory.md)"
         )
-    if memory.compress != "none" or memory.offload_activations != "none":
+    if BLOCKS[config.model.block].work(config.model, widths_of(config).compute, False) is None:
         return (
-            f"memory.compress={memory.compress} memory.offload_activations={memory.offload_activations}: what of the activations is "
-            "then on the device is not forecast; leave both at none to see what a run holds without them"
+            f"model.block={config.model.block}: its layers do not say what their backward holds; give the block a method `work` "
+            "beside its table of results (docs/memory.md)"
         )
     return None
 
@@ -53,7 +59,11 @@ def works_of(config: TrainConfig, layers: range, split: bool, gpu: bool) -> list
     tokens, width, model = tokens_of(config), widths_of(config).compute, config.model
     works = layer_works(config, layers, split, gpu)
     tables = 2 * model.head_size * width * tokens  # RoPE's, which all layers of a stage share
-    works[0] = replace(works[0], kept=works[0].kept + tables)
+    memory = config.memory
+    # What a stage was given it holds itself, beside what its first layer keeps of that.
+    given = tokens * model.dim * width if layers.start > 0 else 0
+    beside, stays = (given, 0) if memory.compress != "none" else (0, min(given, works[0].away))
+    works[0] = replace(works[0], kept=works[0].kept + tables + beside, stays=stays)
     if layers.start == 0:
         works.insert(0, embedding_work(config, tokens, width))
     if layers.stop == model.layers:
@@ -78,19 +88,34 @@ def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> l
     if problem := unknown(config):
         raise ValueError(problem)
     assert table is not None
-    pieces, policy = pieces_of_backward(model, width, gpu), kept_of(config)
+    work = BLOCKS[model.block].work(model, width, gpu)
+    assert work is not None
+    policy, memory = kept_of(config), config.memory
     crossing = messages_of(config, tokens, width)
+    coded, away = memory.compress != "none", memory.offload_activations != "none"
+    coding, decoding = (0, 0) if gpu or not coded else (coding_bytes(table, tokens), decoding_bytes(table, tokens))
     known: dict[frozenset[str], Work] = {}
     works = []
     for layer in layers:
-        kept = policy[layer]
-        if kept not in known:
-            stays, everything = table.bytes_kept(kept, width), table.bytes_kept(table.names, width)
-            # Until the forward is over all results are there; and what the gate, or the last product and sum, make on the way.
-            during = everything - stays + max(model.ffn_dim, 2 * model.dim) * width
-            back = tuple(scaled(one, tokens) for one in moments(table, kept, pieces, width, split))
-            known[kept] = Work("", stays * tokens, during * tokens, back, crossing)
-        works.append(replace(known[kept], name=f"layer {layer}"))
+        kept = Kept(policy[layer], width, coded)
+        if kept.names not in known:
+            stays, everything = (table.bytes_kept(names, width, coded) for names in (kept.names, table.names))
+            # Until the forward is over all results are there; and what is made on the way to the last of them.
+            during = everything - stays + work.last
+            if coded:  # of what is coded nothing else stays, and what is made again stays until then as it is
+                again = sum(result.numbers for result in table.results if result.name not in kept.names) * width
+                during = max(work.alone, again + table.input * width + work.last)
+            back = tuple(scaled(one, tokens, decoding) for one in moments(table, kept, work, split))
+            waiting = waits(table, work) if split else frozenset[str]()
+            rest = later(table, kept, waiting)
+            decoded = (
+                max((r.numbers * width for r in table.results if r.name in waiting & kept.names), default=0) * coded
+            )
+            known[kept.names] = Work(
+                "", stays * tokens, during * tokens + coding, back, stays * tokens * away, rest=rest * tokens,
+                decoded=decoded * tokens + decoding * split, messages=crossing,
+            )  # fmt: skip
+        works.append(replace(known[kept.names], name=f"layer {layer}"))
     return works
 
 
@@ -123,6 +148,8 @@ def messages_of(config: TrainConfig, tokens: int, width: int) -> tuple[int, int]
     return tokens * max(exchanged, block), tokens * max(exchanged, block + gradients)
 
 
-def scaled(moment: Moment, tokens: int) -> Moment:
-    """A moment of so many tokens."""
-    return Moment(moment.released * tokens, moment.working * tokens, moment.deferred * tokens, moment.parameters)
+def scaled(moment: Moment, tokens: int, beside: int) -> Moment:
+    """A moment of so many tokens; `beside`: bytes that work on its results takes however many these are."""
+    return Moment(
+        moment.released * tokens, moment.working * tokens + beside, moment.deferred * tokens, moment.parameters
+    )
