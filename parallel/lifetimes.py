@@ -106,7 +106,7 @@ class Lifetimes(TorchDispatchMode):
         self._lives: list[Life] = []
         self._gathered: list[tuple[int, int]] = []
         self._handles: list[RemovableHandle] = []
-        self._at, self._returning, self._late = 0, False, False
+        self._at, self._since, self._returning, self._late = 0, 0, False, False
         self._looks = False  # for gradients, before the next operation
 
     def note_loss(self, begins: bool) -> None:
@@ -201,11 +201,12 @@ class Lifetimes(TorchDispatchMode):
             self._note_gradient(partial_sum(module))
 
     def _note_gathered(self) -> None:
+        self._since = self._at
         if self._new:
             self._new = [params for params in self._new if not self._begin_whole(params)]
         if (sizes := [storage.nbytes() for storage in self._first]) != self._sizes:
             self._sizes = sizes
-            self._gathered.append((self._at, sum(storage.nbytes() for storage in self._whole)))
+            self._gathered.append((self._since, sum(storage.nbytes() for storage in self._whole)))
 
     def _begin_whole(self, params: list[Any]) -> bool:
         """Returns whether parameters that are gathered as one have been, for the first time."""
@@ -220,6 +221,7 @@ class Lifetimes(TorchDispatchMode):
         for tensor in tensors:
             if (life := self._life(tensor)) is not None:
                 life.whole = True
+                self._since = min(self._since, life.born)  # it is known when all are, and was there before
         return True
 
     def __exit__(self, *error: Any) -> Any:
