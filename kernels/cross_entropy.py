@@ -128,7 +128,7 @@ def _losses(lse_N: Tensor, at_label_N: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def sum_and_label(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(lse, the logit of the label), both (N,) and at least float32. Where there is no label, lse is infinite, so that
+    """Computes (lse, the logit of the label), both (N,) and at least float32. Where there is no label, lse is infinite, so that
     exp(z - lse) is 0; where there is no such word, NaN."""
     if x_ND.dtype != torch.float64 and use_triton(x_ND.device):
         from rowwise.kernels.cross_entropy_triton import sum_and_label_triton
@@ -141,7 +141,7 @@ def sum_and_label(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> tuple[Tensor,
 
 
 def sum_and_label_reference(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """`sum_and_label` in plain torch."""
+    """Computes `sum_and_label` in plain torch."""
     rows, columns = _tiles(x_ND, w_VD)
     at_label = x_ND.new_zeros(x_ND.size(0), dtype=wide_dtype(x_ND))
     sums = at_label.new_empty(len(columns), x_ND.size(0))
@@ -163,7 +163,7 @@ def _of_tile(x_RD: Tensor, w_CD: Tensor, labels_R: Tensor) -> tuple[Tensor, Tens
 def gradients(
     x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, lse_N: Tensor, g: Tensor, wanted: tuple[bool, bool] = (True, True)
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dw) in the dtypes of x and w, as far as `wanted`: each tile of logits is made again."""
+    """Computes (dx, dw) in the dtypes of x and w, as far as `wanted`: each tile of logits is made again."""
     dx = torch.zeros_like(x_ND, dtype=lse_N.dtype) if wanted[0] else None
     dw = torch.empty_like(w_VD) if wanted[1] else None
     rows, columns = _tiles(x_ND, w_VD)
@@ -194,7 +194,7 @@ def logit_gradient(x_RD: Tensor, w_CD: Tensor, labels_R: Tensor, lse_R: Tensor, 
 
 
 def logit_gradient_reference(x_RD: Tensor, w_CD: Tensor, labels_R: Tensor, lse_R: Tensor, g: Tensor) -> Tensor:
-    """`logit_gradient` in plain torch."""
+    """Computes `logit_gradient` in plain torch."""
     z = x_RD @ w_CD.t()
     p = z.to(lse_R.dtype).sub_(lse_R.unsqueeze(1)).exp_()
     place, inside = _places(labels_R, w_CD.size(0))
@@ -205,7 +205,7 @@ def logit_gradient_reference(x_RD: Tensor, w_CD: Tensor, labels_R: Tensor, lse_R
 def gradients_at_once(
     x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, scale: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(the loss of each token, dx, dw), made a tile of tokens at a time."""
+    """Computes (the loss of each token, dx, dw), a tile of tokens at a time."""
     (tokens, words), size = (x_ND.size(0), w_VD.size(0)), _size_on(x_ND.device)
     each, dx, dw = x_ND.new_empty(tokens), torch.empty_like(x_ND), torch.zeros_like(w_VD)
     for part in row_portions(tokens, 1, max(size.least, size.elements // words)):

@@ -31,7 +31,7 @@ def logits(
     TF32: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """z (ROWS, COLUMNS) of these tokens and words, rounded to the dtype of x, float32; 0 beyond the last."""
+    """Computes z (ROWS, COLUMNS) of these tokens and words, rounded to the dtype of x, float32; 0 beyond the last."""
     z = tl.zeros([ROWS, COLUMNS], tl.float32)
     some, one = (row < tokens)[:, None], (column < words)[None, :]
     for first in range(0, dim, DEPTH):

@@ -43,7 +43,7 @@ FORMATS = (".png", ".svg")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints, and returns the exit code."""
+    """Prints what a run needs, and returns the exit code."""
     parser = Arguments("rowwise plan", __doc__)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     words = parser.read(arguments, sys.argv[1:]).overrides

@@ -94,7 +94,7 @@ def micro_batch_bytes(config: TrainConfig) -> int:
 
 
 def write_speed(folder: Path, size: int) -> float:
-    """Bytes a second that reach a folder's device. Raises OSError where it cannot be written."""
+    """Measures the bytes a second that reach a folder's device. Raises OSError where it cannot be written."""
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         started = time.perf_counter()
         file.write(bytes(size))
@@ -103,12 +103,12 @@ def write_speed(folder: Path, size: int) -> float:
 
 
 def sharing_of(run: Any) -> Sharing:
-    """How many ranks share each sequence of a run, whose degrees are known."""
+    """Tells how many ranks share each sequence of a run, whose degrees are known."""
     return Sharing(run.parallel.ulysses, run.parallel.ring)
 
 
 def results_of(run: Any) -> LayerResults | None:
-    """What a layer of a run makes by name; None: nothing."""
+    """Lists what a layer of a run makes by name; None: nothing."""
     return BLOCKS[run.model.block].results(run.model, sharing_of(run))
 
 
@@ -133,7 +133,7 @@ def keep_results(stages: Sequence[Decoder], config: TrainConfig, mesh: Mesh) -> 
 
 
 def one_by_one(config: TrainConfig) -> bool:
-    """Whether layers make their results one by one: some are made again, or compiled layers are to keep theirs off the device,
+    """Says whether layers make their results one by one: some are made again, or compiled layers are to keep theirs off the device,
     which whole ones would not."""
     memory = config.memory
     return memory.recompute != "none" or (config.compile and memory.offload_activations != "none")

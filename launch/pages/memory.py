@@ -19,6 +19,7 @@ MEBI, GIBI = 2**20, 2**30
 
 
 def show(runs: Sequence[Run]) -> list[str]:
+    """Draws the section: the peak over the steps of all runs, and of each that has a memory.json its ranks."""
     measured = [(run, document) for run in runs if (document := run.document("memory.json")) is not None]
     peaks = [curve.known.values.max() for run in runs if (curve := run.curve("peak_memory_bytes")) is not None]
     unit, word = _unit(max(peaks, default=0))
@@ -39,14 +40,14 @@ def bars(document: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
 
 
 def parts(held: dict[str, float]) -> dict[str, float]:
-    """Bytes by category, and what the peak has beside them: activations, buffers, and on a CPU, where the peak is the whole
-    process's, its libraries too."""
+    """Splits what a rank held into bytes by category, and what the peak has beside them: activations, buffers, and on a CPU, where the
+    peak is the whole process's, its libraries too."""
     known = {name: float(held.get(name) or 0) for name in CATEGORIES}
     return {**known, REST: max(0.0, (held.get("peak") or 0) - sum(known.values()))}
 
 
 def by_rank(run: Run, document: dict[str, Any], runs: Sequence[Run]) -> str:
-    """Draws a bar a rank."""
+    """Draws what each rank of a run held, as a bar."""
     columns = [(name, parts(held)) for name, held in bars(document)]
     colors = {**CATEGORIES, REST: GREY}
     largest = max((held for _, held in columns), key=lambda held: sum(held.values()))
@@ -74,6 +75,7 @@ def by_rank(run: Run, document: dict[str, Any], runs: Sequence[Run]) -> str:
 
 
 def numbers(run: Run, document: dict[str, Any]) -> str:
+    """Lists what each rank held, as a table."""
     head = ["rank", *CATEGORIES, REST, "peak"]
     columns = [(name, held | ({REST: parts(held)[REST]} if held.get("peak") else {})) for name, held in bars(document)]
     rows = [[name, *("-" if held.get(key) is None else size(held[key]) for key in head[1:])] for name, held in columns]

@@ -44,7 +44,7 @@ class Keeping:
         return Making(self) if torch.is_grad_enabled() else self._plainly
 
     def function(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What makes the result `name`: `function`, or what it is compiled to."""
+        """Gives what makes the result `name`: `function`, or what it is compiled to."""
         if name not in self.compiled:
             return function
         if name not in self._functions:
@@ -92,7 +92,7 @@ class Making:
             self._refer(saved)
 
     def pack(self, tensor: Tensor) -> "Saved":
-        """What autograd is to have in the place of a tensor."""
+        """Gives what autograd is to have in the place of a tensor."""
         saved = self._refer(Saved(tensor))
         self._fresh.append(saved)
         return saved
@@ -146,7 +146,7 @@ class Saved:
         self._kept: Kept | None = None
 
     def refer(self, made: Made, index: int) -> None:
-        """From now on `made` gives it, of which it is a view of tensor `index`."""
+        """Lets `made` give it from now on, of which it is a view of tensor `index`."""
         assert self.held is not None
         self._place = index, self.held.size(), self.held.stride(), self.held.storage_offset()
         self._made, self.held = made, None

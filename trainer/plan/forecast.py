@@ -42,7 +42,7 @@ def forecast(config: TrainConfig, device: Device, ends: bool = False) -> Forecas
 
 
 def plan_for(config: TrainConfig, device: Device) -> Plan | None:
-    """The stages and the order of a pipeline; that of `auto` is found for the times that parts are forecast to take."""
+    """Finds the stages and the order of a pipeline; that of `auto` is found for the times that parts are forecast to take."""
     parallel = config.parallel
     if parallel.pipeline == 1:
         return None

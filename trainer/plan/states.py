@@ -29,7 +29,7 @@ class Widths:
 
     @property
     def mixed(self) -> bool:
-        """Whether parameters compute in a copy."""
+        """Says whether parameters compute in a copy."""
         return self.parameter != self.compute
 
 

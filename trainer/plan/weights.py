@@ -14,43 +14,43 @@ class Weights(Protocol):
     """How the parameters of a stage come and go."""
 
     def begin(self, last: bool) -> None:
-        """Before the forward of a micro-batch; after the `last` gradients cross ranks."""
+        """Begins the forward of a micro-batch; after the `last` one gradients cross ranks."""
 
     def enter(self, piece: int) -> None:
-        """Before the forward of a piece."""
+        """Begins the forward of a piece."""
 
     def leave(self, piece: int) -> None:
-        """After it."""
+        """Ends the forward of a piece."""
 
     def end_forward(self) -> None:
-        """After the forward of the stage."""
+        """Ends the forward of the stage."""
 
     def enter_back(self, piece: int) -> None:
-        """Before the backward of a piece."""
+        """Begins the backward of a piece."""
 
     def holds(self, piece: int) -> bool:
-        """Whether an earlier micro-batch has left the gradients of a piece, whole, to which this one's are added."""
+        """Says whether an earlier micro-batch has left the gradients of a piece, whole, to which this one's are added."""
 
     def add_gradients(self, piece: int, count: int) -> None:
-        """The gradients of a piece's parameters are there, of so many counted from the last."""
+        """Takes in the gradients of a piece's parameters, of so many counted from the last."""
 
     def leave_back(self, piece: int) -> None:
-        """After the backward of a piece."""
+        """Ends the backward of a piece."""
 
     def end_backward(self) -> None:
-        """After the backward of the stage."""
+        """Ends the backward of the stage."""
 
     def keep(self, keeps: bool) -> None:
-        """Whether the coming forward or backward leaves its parameters gathered."""
+        """Says whether the coming forward or backward leaves its parameters gathered."""
 
     def add_up(self) -> None:
-        """After each action of a pipeline that leaves gradients: they are added up in 32 bits."""
+        """Adds gradients up in 32 bits, after each action of a pipeline that leaves some."""
 
     def reduce(self) -> None:
-        """After the last of them: gradients cross ranks."""
+        """Sends gradients across ranks, after the last action that leaves some."""
 
     def close(self) -> None:
-        """At the end of a pipeline's step."""
+        """Ends a pipeline's step."""
 
 
 class Replicated:
