@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rowwise.kernels.dispatch import use_triton
 from rowwise.kernels.portions import row_portions
+from rowwise.kernels.wide import wide_dtype
 
 BLOCK = 256
 _CPU = torch.device("cpu")
@@ -129,7 +130,7 @@ def quantise_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
 
 def quantise_reference_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
     """Computes `quantise_` in plain torch."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x.dtype)
     for rows in row_portions(*x.shape):
         encode_(x[rows].to(dtype, copy=True), codes[rows], absmax[rows], signed)
 
@@ -148,7 +149,7 @@ def dequantise(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype =
 
 def dequantise_reference_(codes: Tensor, absmax: Tensor, signed: bool, out: Tensor) -> None:
     """Computes `dequantise` in plain torch, into `out`."""
-    dtype = torch.promote_types(out.dtype, torch.float32)
+    dtype = wide_dtype(out.dtype)
     for rows in row_portions(*codes.shape):
         out[rows] = decode(codes[rows], absmax[rows], signed, dtype)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rowwise.kernels.dispatch import use_triton
 from rowwise.kernels.portions import row_portions
+from rowwise.kernels.wide import wide_dtype
 
 MOST_PADDING = 1.5  # times the non-zeros; beyond, the rows are not of one width
 _FEW = 16  # vectors: MKL's product with a few columns is faster than sums of rows of x^T, which are shorter than a register
@@ -160,7 +161,7 @@ def csr_multiplies() -> bool:
 
 def _gathered(x: Tensor, c: Condensed) -> Tensor:
     """One vector: gathered and multiplied in portions that stay in cache."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     x, sums = x.to(wide), torch.empty(len(c.values), dtype=wide, device=x.device)
     for rows in row_portions(*c.values.shape):
         values = c.values[rows].to(wide)

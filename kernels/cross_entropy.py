@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from rowwise.kernels.dispatch import use_triton
 from rowwise.kernels.portions import row_portions
 from rowwise.kernels.products import add_product_
+from rowwise.kernels.wide import wide, wide_dtype
 
 
 class Tiles(NamedTuple):
@@ -66,7 +67,7 @@ def linear_cross_entropy(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, scale: fl
 
 def cross_entropy(z_NV: Tensor, labels_N: Tensor) -> Loss:
     """Computes the cross entropy of whole logits: the plain form."""
-    each_N = F.cross_entropy(z_NV.to(wide_dtype(z_NV)), labels_N, reduction="none")
+    each_N = F.cross_entropy(wide(z_NV), labels_N, reduction="none")
     return Loss(each_N.sum(), (labels_N >= 0).sum(), each_N.detach())
 
 
@@ -83,11 +84,6 @@ def loss_bytes(tokens: int, dim: int, words: int, itemsize: int, at_once: bool =
         return dx + tile
     copies = 0 if device == "cuda" else 4 * rows * columns + 4 * dim * max(rows, columns)
     return dx + max(tile + copies, tokens * dim * itemsize)
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """Gives the dtype of sums and exponentials: that of `x`, or float32 if it has fewer bits."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 class _Later(torch.autograd.Function):
@@ -143,7 +139,7 @@ def sum_and_label(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> tuple[Tensor,
 def sum_and_label_reference(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """Computes `sum_and_label` in plain torch."""
     rows, columns = _tiles(x_ND, w_VD)
-    at_label = x_ND.new_zeros(x_ND.size(0), dtype=wide_dtype(x_ND))
+    at_label = x_ND.new_zeros(x_ND.size(0), dtype=wide_dtype(x_ND.dtype))
     sums = at_label.new_empty(len(columns), x_ND.size(0))
     for tile, words in enumerate(columns):
         for part in rows:
@@ -154,7 +150,7 @@ def sum_and_label_reference(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> tup
 
 def _of_tile(x_RD: Tensor, w_CD: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
     """(lse over the words of a tile, the logit of the label or 0)."""
-    z = (x_RD @ w_CD.t()).to(wide_dtype(x_RD))
+    z = wide(x_RD @ w_CD.t())
     place, inside = _places(labels_R, w_CD.size(0))
     at_label, top = z.gather(1, place).squeeze(1) * inside, z.amax(1, keepdim=True)
     return z.sub_(top).exp_().sum(1).log_().add_(top.squeeze(1)), at_label

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rowwise.kernels.dispatch import use_triton
 from rowwise.kernels.portions import row_portions
+from rowwise.kernels.wide import wide_dtype
 
 
 def dct_columns(n: int, columns: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -42,7 +43,7 @@ def dct_columns_reference(n: int, columns: Tensor, dtype: torch.dtype, device: t
     """Computes `dct_columns` in plain torch."""
     k = columns.to(device, non_blocking=True)
     out = torch.empty(n, len(k), dtype=dtype, device=device)
-    scale = torch.where(k == 0, 1, 2).to(torch.promote_types(dtype, torch.float32)).div(n).sqrt()
+    scale = torch.where(k == 0, 1, 2).to(wide_dtype(dtype)).div(n).sqrt()
     for rows in row_portions(n, len(k)):
         odd = 2 * torch.arange(rows.start, rows.stop, device=device) + 1
         out[rows] = _cosine(odd[:, None] * k, n, scale.dtype) * scale
@@ -70,7 +71,7 @@ def column_squares(g: Tensor) -> Tensor:
 
 def column_squares_reference(g: Tensor) -> Tensor:
     """Computes `column_squares` by a real FFT of each row."""
-    (m, n), dtype = g.shape, torch.promote_types(g.dtype, torch.float32)
+    (m, n), dtype = g.shape, wide_dtype(g.dtype)
     half = n // 2 + 1
     angle = torch.arange(half, dtype=torch.float64, device=g.device) * (-math.pi / (2 * n))
     turn = torch.polar(torch.ones_like(angle), angle).to(dtype.to_complex())

@@ -16,6 +16,7 @@ from rowwise.kernels.blockwise import BLOCK, blocks_per_row, decode, encode_
 from rowwise.kernels.moment_pair import Moment, decode_pair, encode_pair_
 from rowwise.kernels.portions import shared_portions
 from rowwise.kernels.rounding import round_reference_
+from rowwise.kernels.wide import wide_dtype
 
 Rounding = Sequence[tuple[int, int]] | None  # of each bfloat16 parameter: key, logical index of its first element
 Rule = Callable[..., None]  # rule(params, grads, moments, ...): lists of (rows, n) of one dtype, changed in place
@@ -73,7 +74,7 @@ def step_reference_(
     params, grads = [_fold(p) for p in params], [_fold(g) for g in grads]
     for portion in shared_portions(params):
         rows = [params[i][part] for i, part in portion]
-        dtype = torch.promote_types(rows[0].dtype, torch.float32)
+        dtype = wide_dtype(rows[0].dtype)
         x, g = [p.to(dtype) for p in rows], [grads[i][part].to(dtype) for i, part in portion]
         parts = [[(moment[i][0][part], moment[i][1][part]) for i, part in portion] for moment in moments]
         states = [_joined(pieces) for pieces in parts]

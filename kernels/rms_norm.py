@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rowwise.kernels.wide import wide
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Norms x (..., n) by its root mean square, and multiplies by weight (n,): (..., n), in the dtype of x. Communicates nothing."""
@@ -25,21 +27,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _wide(x)
-        r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        wide_x = wide(x)
+        r = wide_x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (wide * r).mul_(weight).to(x.dtype)
+        return (wide_x * r).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, r = ctx.saved_tensors
-        normed, dy = _wide(x) * r, _wide(dy)
+        normed, dy = wide(x) * r, wide(dy)
         dw = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         g = dy * weight
         dx = g.sub_(normed.mul_((g * normed).mean(-1, keepdim=True))).mul_(r)
         return dx.to(x.dtype), dw, None
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rowwise.kernels.dispatch import use_triton
 from rowwise.kernels.portions import row_portions
+from rowwise.kernels.wide import wide_dtype
 
 
 def scale_rows(numerator: Tensor, denominator: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,7 @@ def scale_rows(numerator: Tensor, denominator: Tensor, x: Tensor) -> tuple[Tenso
 
 def scale_rows_reference(numerator: Tensor, denominator: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Computes `scale_rows` in plain torch."""
-    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    y = torch.empty_like(x, dtype=wide_dtype(x.dtype))
     squares = torch.zeros((), dtype=torch.float64, device=x.device)
     for rows in row_portions(*x.shape):
         top, bottom = (_norms(low_rank[rows], y.dtype) for low_rank in (numerator, denominator))

@@ -29,6 +29,7 @@ from rowwise.kernels import torch_lists
 from rowwise.kernels.later import Later
 from rowwise.kernels.rows import local, row_offset
 from rowwise.kernels.spec import specs_of
+from rowwise.kernels.wide import wide_dtype
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import DTYPES, Bf16, Fp16, PrecisionConfig
 from rowwise.parallel.replicate import buckets_of, in_buckets
@@ -221,7 +222,7 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
     # 16-bit gradients have no 16-bit norm: it would depend on how they are split.
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    wide = wide_dtype(tensors[0].dtype)
     return torch.stack(torch_lists.norm(tensors, 2, wide)).double().square().sum()
 
 

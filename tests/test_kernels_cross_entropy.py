@@ -29,7 +29,7 @@ def operands(tokens, dim, words, dtype=torch.float64, device="cpu"):
 
 def whole(x, w, labels, g=G):
     """(loss, dx, dw) by way of the logits."""
-    loss = F.cross_entropy((x @ w.t()).to(module.wide_dtype(x)), labels, reduction="sum")
+    loss = F.cross_entropy((x @ w.t()).to(module.wide_dtype(x.dtype)), labels, reduction="sum")
     return loss.detach(), *torch.autograd.grad(loss * g, (x, w))
 
 

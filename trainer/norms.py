@@ -9,9 +9,10 @@ has no norms; where no update was made, its norms are zero.
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from rowwise.kernels.rows import local
+from rowwise.kernels.wide import wide
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import clip_factor
 from rowwise.trainer.config import TrainConfig
@@ -43,7 +44,7 @@ class Norms:
             now = local(p)
             changed = wide(now) - wide(self._before.pop(name))
             for kind, tensor in enumerate((now, None if p.grad is None else local(p.grad), changed)):
-                if tensor is not None and tensor.numel():
+                if tensor is not None and tensor.numel():  # a sum of squares in 16 bits depends on how it is split
                     squares[kind, place[name]] = torch.linalg.vector_norm(wide(tensor)).double().square()
         dist.all_reduce(squares)
         squares /= squares.new_tensor([mesh.views[spec.view].replicas for spec in specs.values()])
@@ -53,11 +54,6 @@ class Norms:
             kind: dict(zip(names, row, strict=True)) for kind, row in zip(KINDS, squares.sqrt().tolist(), strict=True)
         }
         return found if report.finite else {kind: norms for kind, norms in found.items() if kind != "gradient_norms"}
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Returns the tensor in 32 bits at least: a sum of squares in 16 depends on how it is split."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def norms_of_next(config: TrainConfig, step: int, model: nn.Module) -> Norms | None:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rowwise.kernels.nm import nm_mask
 from rowwise.kernels.spec import Specs
+from rowwise.kernels.wide import wide_dtype
 from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.files import behind
@@ -133,7 +134,7 @@ def reader(source: Source, specs: Specs) -> Callable[[dict[str, Tensor]], None]:
         if as_they_are := {name: tensor for name, tensor in tensors.items() if name not in pruned}:
             read_(source.checkpoint, as_they_are)
         for name in tensors.keys() & pruned:
-            w = torch.empty(specs[name].shape, dtype=torch.promote_types(own, torch.float32))
+            w = torch.empty(specs[name].shape, dtype=wide_dtype(own))
             read_(source.checkpoint, {name: w})
             kept = nm_mask(w.to(own), sparsity["n"], sparsity["m"])
             tensors[name].copy_(w.masked_fill_(~kept, 0))

@@ -16,33 +16,35 @@ t is a number to the gradient.
 import torch
 from torch import Tensor
 
+from rowwise.kernels.wide import wide
+
 STEADY, TINY = 0.01, 1e-6  # as the authors' code has them
 
 
 def soft_threshold(w: Tensor, threshold: float, mask: Tensor, rescale: bool) -> Tensor:
     """Computes c mask sign(w) max(|w| - l, 0) of rows w (r, n); c = 1 without `rescale`."""
-    wide = _wide(w)
-    soft = (wide.sign() * (wide.abs() - threshold).clamp_min(0)).masked_fill(~mask, 0)
+    wide_w = wide(w)
+    soft = (wide_w.sign() * (wide_w.abs() - threshold).clamp_min(0)).masked_fill(~mask, 0)
     if not rescale:
         return soft
-    kept, whole = ((wide.abs() * part).mean(1, keepdim=True) + TINY for part in (mask, 1))
+    kept, whole = ((wide_w.abs() * part).mean(1, keepdim=True) + TINY for part in (mask, 1))
     return soft * ((1 + STEADY) / (kept / whole + STEADY))
 
 
 def soft_mask(w: Tensor, threshold: float | Tensor, temperature: float) -> Tensor:
     """Computes z of every weight; `threshold`: of all of them, or (r, n) one each."""
-    return torch.sigmoid((_wide(w).square() - threshold**2) / temperature)
+    return torch.sigmoid((wide(w).square() - threshold**2) / temperature)
 
 
 def soft_mask_slope(w: Tensor, threshold: float | Tensor, temperature: float) -> Tensor:
     """Computes d(z w) / dw = z + 2 w^2 z (1 - z) / tau."""
     z = soft_mask(w, threshold, temperature)
-    return z + 2 * _wide(w).square() * z * (1 - z) / temperature
+    return z + 2 * wide(w).square() * z * (1 - z) / temperature
 
 
 def group_thresholds(w: Tensor, n: int, m: int) -> Tensor:
     """Computes t of every weight's group (r, columns), for 1 <= n < m and whole groups along the rows of w (r, columns)."""
-    groups = _wide(w).abs().view(w.size(0), -1, m)
+    groups = wide(w).abs().view(w.size(0), -1, m)
     edges = groups.sort(dim=2, descending=True).values[:, :, n - 1 : n + 1]
     return edges.mean(2, keepdim=True).expand_as(groups).reshape(w.shape)
 
@@ -54,14 +56,10 @@ def row_norms(w: Tensor) -> Tensor:
 
 def soft_row_mask(w: Tensor, threshold: float, temperature: float) -> Tensor:
     """Computes z of every row (r, 1)."""
-    return soft_mask(row_norms(w), threshold, temperature).to(_wide(w).dtype)
+    return soft_mask(row_norms(w), threshold, temperature).to(wide(w).dtype)
 
 
 def through_row_mask(gradient: Tensor, w: Tensor, threshold: float, temperature: float) -> Tensor:
     """Computes dL/dw of rows w (r, n), of the gradient of z w."""
-    z, wide, g = soft_row_mask(w, threshold, temperature), _wide(w), _wide(gradient)
-    return z * g + 2 * z * (1 - z) / temperature * (wide * g).sum(1, keepdim=True) * wide
-
-
-def _wide(w: Tensor) -> Tensor:
-    return w if w.dtype == torch.float64 else w.float()
+    z, wide_w, g = soft_row_mask(w, threshold, temperature), wide(w), wide(gradient)
+    return z * g + 2 * z * (1 - z) / temperature * (wide_w * g).sum(1, keepdim=True) * wide_w

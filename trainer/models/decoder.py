@@ -14,6 +14,7 @@ from rowwise.kernels.attention import causal_attention
 from rowwise.kernels.cross_entropy import Loss, cross_entropy, linear_cross_entropy
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.kernels.visible import Documents
+from rowwise.kernels.wide import wide_dtype
 from rowwise.trainer.models.blocks import Attend, Block, Layer
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.norm import RMSNorm
@@ -88,7 +89,7 @@ class StableEmbedding(nn.Embedding):
 
     def forward(self, x: Tensor) -> Tensor:
         e_BSD = super().forward(x)
-        wide = torch.promote_types(e_BSD.dtype, torch.float32)
+        wide = wide_dtype(e_BSD.dtype)
         scale, shift = self.norm.weight.to(wide), self.norm.bias.to(wide)
         return F.layer_norm(e_BSD.to(wide), self.norm.normalized_shape, scale, shift, self.norm.eps).to(e_BSD.dtype)
 
