@@ -34,3 +34,16 @@ def require_unwritten(t: Tensor, before: int) -> Tensor:
             "make a new one"
         )
     return t
+
+
+def memory_of(t: Tensor) -> Tensor | None:
+    """The memory that the numbers of `t` fill, as a flat view; None where they do not lie side by side."""
+    strides = t.stride()
+    order = sorted(range(t.ndim), key=lambda dim: -strides[dim])
+    lying = t.detach().permute(order)
+    return lying.flatten() if lying.is_contiguous() and t.numel() else None
+
+
+def is_part(t: Tensor) -> bool:
+    """Whether the numbers of `t` lie among others, each once: heads of what an all-to-all brought, say."""
+    return t.nbytes < t.untyped_storage().nbytes() and memory_of(t) is None

@@ -38,6 +38,7 @@ from rowwise.trainer.files import DiskFull, behind, want_of_room, writing
 from rowwise.trainer.lock import lock_run
 from rowwise.trainer.manifest import clear_interrupted, newest_sound
 from rowwise.trainer.metrics import RunMoved
+from rowwise.trainer.offloading import FolderUnfit
 from rowwise.trainer.prepare import prepare
 from rowwise.trainer.runlog import rank_log
 from rowwise.trainer.spike import TooManySpikes
@@ -131,7 +132,7 @@ def _reason(error: BaseException, run_dir: Path) -> str | None:
             saved = newest_sound(run_dir / "checkpoints")
             sound = "no checkpoint was saved before" if saved is None else f"the newest sound checkpoint is {saved}"
             return f"not a number: {one}; {sound}"
-        if isinstance(one, NoneSound | RunMoved | DataDamaged | TooManySpikes):
+        if isinstance(one, NoneSound | RunMoved | DataDamaged | FolderUnfit | TooManySpikes):
             return str(one)
         if isinstance(one, OSError) and one.filename is not None:
             return f"{one.filename}: {one.strerror}"

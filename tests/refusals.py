@@ -404,6 +404,14 @@ REFUSED = {
         ],
         r"memory.ranges=running with parallel.post_validation=true: .* depend on the layout; give memory.ranges=token, or",
     ),
+    "a share of nothing that leaves": (
+        ["memory.offload_share=0.5"],
+        r"memory.offload_share=0.5 with memory.offload_activations=none: nothing leaves the device; give memory.offload_activations=",
+    ),
+    "more than everything leaves": (
+        ["memory.offload_activations=cpu", "memory.offload_share=1.5"],
+        r"memory.offload_share=1.5: all, auto, or the share of what layers keep that leaves the device, from 0 to 1",
+    ),
     "another number of bits": (["memory.compress=int4"], r"memory.compress='int4': .*'none' or 'int8'"),
     "activations in no folder": (
         ["memory.offload_activations=nvme"],

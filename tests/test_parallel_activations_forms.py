@@ -19,9 +19,12 @@ from rowwise.kernels.attention import causal_attention
 from rowwise.kernels.visible import Documents
 from rowwise.parallel.activations.compress import Coding, Tokens, named_attention
 from rowwise.parallel.activations.offload import LEAVING, Folder, Memory, Offload, Parcel
+from rowwise.parallel.activations.recompute import Keeping
+from rowwise.parallel.activations.results import Sharing
 from rowwise.parallel.activations.saved import Keeper, Stored, attach, begin_sequences
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.parallel.device import GpuCopies, Host, HostCopies, Moment
+from rowwise.trainer.models.blocks import Block
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.decoder import Decoder
 
@@ -97,6 +100,12 @@ AWAY = {
         4,
         {"zero": 3, "pipeline": 2},
         ("parallel.pipeline_schedule=zb_h1", "memory.recompute=0.5"),
+    ),
+    "half of it in files, some made again": (
+        "FOLDER",
+        2,
+        {"zero": 3, "pipeline": 2},
+        ("parallel.pipeline_schedule=zb_h1", "memory.recompute=0.7", "memory.offload_share=0.5"),
     ),
     "files, sequences shared, as codes": ("FOLDER", 4, {"zero": 3, "ulysses": 2, "ring": 2}, (INT8,)),
 }
@@ -312,6 +321,34 @@ def test_threads_of_files_have_their_device(tmp_path):
     gradients(kept_model(Keeper(store=store)))
     store.close()
     assert asked.own_stream.call_count == 2  # one writes, one reads
+
+
+class Counted:
+    """A store that counts what is put there."""
+
+    def __init__(self):
+        self.bytes = 0
+
+    def begin_forward(self): ...
+
+    def begin_block(self): ...
+
+    def put(self, tensors):
+        self.bytes += sum(t.nbytes for t in tensors)
+        return lambda: tensors
+
+
+@pytest.mark.parametrize("leaves", [frozenset(), frozenset({"y", "gate_up"})])
+def test_what_is_not_to_leave_stays(leaves):
+    """The input of a layer leaves whatever is chosen; with what attention gives goes its log-sum-exp."""
+    keeper = Keeper(store=Counted())
+    model, names = kept_model(keeper), Block.results(SMALL, Sharing()).names
+    for block in model.blocks.values():
+        block.making = Keeping(names, keeper, leaves=leaves)
+    exact, found = gradients(kept_model(Keeper())), gradients(model)
+    assert all(torch.equal(found[name], gradient) for name, gradient in exact.items())
+    numbers = SMALL.dim + (2 * SMALL.ffn_dim + SMALL.dim + SMALL.heads if leaves else 0)
+    assert keeper.store.bytes == SMALL.layers * SEQUENCES * TOKENS * 4 * numbers
 
 
 def test_of_what_is_in_files_the_device_holds_two_blocks(files):

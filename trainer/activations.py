@@ -1,18 +1,13 @@
 """What the layers of a run keep between forward and backward: `memory.*`, applied where the model is made parallel."""
 
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from rowwise.conf.refusal import Refusal, Refusals
-from rowwise.parallel.activations.choose import kept_results
+from rowwise.parallel.activations.choose import kept_results, leaving_results
 from rowwise.parallel.activations.compress import Coding, named_attention, tokens_on
 from rowwise.parallel.activations.offload import store_on
 from rowwise.parallel.activations.ranges import RunningRanges
@@ -34,6 +29,12 @@ OWN_LAYERS: Refusals = (
         "table of its results (docs/memory.md)",
     ),
     Refusal(
+        ("memory.offload_share", "model.block"),
+        lambda run: run.memory.offload_share != "all" and results_of(run) is None,
+        "memory.offload_share={memory.offload_share} with model.block={model.block}: its layers make no results by name, of "
+        "which some could leave; give memory.offload_share=all, or the block a table of its results (docs/memory.md)",
+    ),
+    Refusal(
         ("memory.recompute", "model.block"),
         lambda run: run.memory.recompute not in ("none", "full") and results_of(run) is None,
         "memory.recompute={memory.recompute} with model.block={model.block}: its layers make no results by name, of which some "
@@ -49,57 +50,20 @@ OWN_LAYERS: Refusals = (
 )
 
 
-PROBE_BYTES = 32 << 20  # what is written to find out how fast a folder is
-
-
-def check_folder(config: TrainConfig) -> None:
-    """Refuses a folder for activations that is none, that cannot be written, that has less room than a rank needs, or that is so
-    slow that other ranks would give up waiting: measured, on this machine. Raises ValueError."""
-    where = config.memory.offload_activations
-    if where in ("none", "cpu"):
-        return
-    given, folder = f"memory.offload_activations={where}", Path(where).expanduser()
-    if not where or not folder.is_dir():
-        raise ValueError(
-            f"{given}: there is no such folder; possible are none, cpu, or the path of a folder, which you make"
-        )
-    needed, free = micro_batch_bytes(config), shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"{given}: a rank keeps {needed / 1e9:,.1f} GB of a micro-batch there, and it has {free / 1e9:,.1f} GB free; give "
-            "another folder, a smaller batch.micro_size, memory.compress=int8 or memory.recompute"
-        )
-    try:
-        seconds = needed / write_speed(folder, min(PROBE_BYTES, needed or PROBE_BYTES))
-    except OSError as error:
-        raise ValueError(f"{given} cannot be written ({error.strerror}); give another folder") from None
-    if seconds > config.parallel.timeout_seconds:
-        raise ValueError(
-            f"{given}: {needed / 1e9:,.1f} GB of a micro-batch take {seconds:,.0f} s to be written there, at "
-            f"{needed / seconds / 1e6:,.1f} MB/s, and ranks wait parallel.timeout_seconds={config.parallel.timeout_seconds} for each "
-            "other; give a faster folder, or a smaller batch.micro_size"
-        )
-
-
 def micro_batch_bytes(config: TrainConfig) -> int:
     """Counts the bytes that the layers of a rank keep of one micro-batch, 0 where they make nothing by name. The degrees of the mesh
     must be resolved."""
     results = results_of(config)
     if results is None:
         return 0
-    tokens = config.batch.micro_size * config.batch.seq_len // sharing_of(config).size
-    itemsize, coded = compute_dtype(config.precision).itemsize, config.memory.compress != "none"
+    itemsize, coded, _ = stored_as(config)
     every = sum(results.bytes_kept(names, itemsize, coded) for names in kept_of(config))
-    return tokens * every // config.parallel.pipeline
+    return tokens_of(config) * every // config.parallel.pipeline
 
 
-def write_speed(folder: Path, size: int) -> float:
-    """Measures the bytes a second that reach a folder's device. Raises OSError where it cannot be written."""
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        started = time.perf_counter()
-        file.write(bytes(size))
-        os.fsync(file.fileno())
-        return size / (time.perf_counter() - started)
+def tokens_of(config: TrainConfig) -> int:
+    """Counts the tokens that a rank has of a micro-batch."""
+    return config.batch.micro_size * config.batch.seq_len // sharing_of(config).size
 
 
 def sharing_of(run: Any) -> Sharing:
@@ -116,15 +80,16 @@ def kept_of(config: TrainConfig) -> list[frozenset[str]]:
     """Names, for each layer of the whole model, the results that it keeps."""
     results = results_of(config)
     assert results is not None
-    itemsize = compute_dtype(config.precision).itemsize
-    return kept_results(config.memory, results, config.model.layers, itemsize, (config.batch.seq_len + 1) / 2)
+    itemsize, _, seen = stored_as(config)
+    return kept_results(config.memory, results, config.model.layers, itemsize, seen)
 
 
-def keep_results(stages: Sequence[Decoder], config: TrainConfig, mesh: Mesh) -> None:
-    """Makes the layers of each stage keep what the run says, in the form and at the place that it says, in place."""
+def keep_results(stages: Sequence[Decoder], config: TrainConfig, mesh: Mesh, share: float = 1.0) -> None:
+    """Makes the layers of each stage keep what the run says, in the form and at the place that it says, in place. `share`: of its
+    bytes, what leaves the device, where that is asked for."""
     keeper = keeper_on(config, mesh, [layer for stage in stages for layer in stage.blocks])
     if one_by_one(config):
-        recompute(stages, config, keeper)
+        recompute(stages, config, keeper, share)
     for stage in stages if keeper is not None else ():
         assert keeper is not None
         attach(keeper, stage, list(stage.blocks.items()))
@@ -133,10 +98,11 @@ def keep_results(stages: Sequence[Decoder], config: TrainConfig, mesh: Mesh) -> 
 
 
 def one_by_one(config: TrainConfig) -> bool:
-    """Says whether layers make their results one by one: some are made again, or compiled layers are to keep theirs off the device,
-    which whole ones would not."""
+    """Says whether layers make their results one by one: some are made again, or leave and others stay, or compiled layers are to
+    keep theirs off the device, which whole ones would not."""
     memory = config.memory
-    return memory.recompute != "none" or (config.compile and memory.offload_activations != "none")
+    leave = memory.offload_activations != "none" and (config.compile or memory.offload_share != "all")
+    return memory.recompute != "none" or leave
 
 
 def keeper_on(config: TrainConfig, mesh: Mesh, layers: Sequence[str]) -> Keeper | None:
@@ -151,15 +117,22 @@ def keeper_on(config: TrainConfig, mesh: Mesh, layers: Sequence[str]) -> Keeper 
     return Keeper(coding, store, running)
 
 
-def ranges_of(model: nn.Module) -> RunningRanges | None:
-    """Finds the running ranges of what the layers of `model`, or of its stages on this rank, keep; None: there are none."""
+def keeper_in(model: nn.Module) -> Keeper | None:
+    """Finds what keeps the results of the layers of `model`, or of its stages on this rank; None: they stay as they are."""
     keepers = (keeper_of(module) for module in model.modules())
-    return next((keeper.ranges for keeper in keepers if keeper is not None), None)
+    return next((keeper for keeper in keepers if keeper is not None), None)
 
 
-def recompute(stages: Iterable[Decoder], config: TrainConfig, keeper: Keeper | None) -> None:
-    """Makes the layers of each stage make again what the run says, in place. The functions that make their results are compiled
-    one by one where the run is, but for attention, which messages or unequal documents go through."""
+def ranges_of(model: nn.Module) -> RunningRanges | None:
+    """Finds the running ranges of what the layers of `model` keep; None: there are none."""
+    keeper = keeper_in(model)
+    return None if keeper is None else keeper.ranges
+
+
+def recompute(stages: Iterable[Decoder], config: TrainConfig, keeper: Keeper | None, share: float = 1.0) -> None:
+    """Makes the layers of each stage make again what the run says, in place, and of what they keep let a `share` leave. The
+    functions that make their results are compiled one by one where the run is, but for attention, which messages or unequal
+    documents go through."""
     results = results_of(config)
     blocks = [item for stage in stages for item in stage.blocks.items()]
     if results is None:
@@ -168,9 +141,33 @@ def recompute(stages: Iterable[Decoder], config: TrainConfig, keeper: Keeper | N
             if config.compile:
                 block.compile()
         return
-    kept = kept_of(config)
+    every = kept_of(config)
+    kept = [every[int(number)] for number, _ in blocks]
+    leaves: Sequence[frozenset[str] | None] = [None] * len(kept)
+    if config.memory.offload_share != "all":
+        leaves = leaving_results(share, results, kept, *stored_as(config))
+        if keeper is not None:
+            keeper.told = offload_in_words(config, share, results, leaves)
     looks = {result.name for result in results.results if result.pairs}
     compiled = results.names | {"out"} if config.compile else frozenset()
-    for number, block in blocks:
+    for (_, block), names, leave in zip(blocks, kept, leaves, strict=True):
         assert isinstance(block, Layer)
-        block.making = Keeping(kept[int(number)], keeper, compiled - looks)
+        block.making = Keeping(names, keeper, compiled - looks, leave)
+
+
+def stored_as(config: TrainConfig) -> tuple[int, bool, float]:
+    """Returns what the bytes of results and the operations behind them depend on: the bytes of a number, whether they are codes,
+    and how many tokens one sees on the mean."""
+    return compute_dtype(config.precision).itemsize, config.memory.compress != "none", (config.batch.seq_len + 1) / 2
+
+
+def offload_in_words(
+    config: TrainConfig, share: float, results: LayerResults, leaves: Sequence[frozenset[str] | None]
+) -> str:
+    """Says which results of a rank's layers leave the device."""
+    counts = {result.name: sum(result.name in (names or ()) for names in leaves) for result in results.results}
+    some = ", ".join(f"{name} of {count}" for name, count in counts.items() if count)
+    return (
+        f"memory.offload_activations={config.memory.offload_activations} takes {share:.0%} of what layers keep away: what goes into "
+        f"each, and of {len(leaves)} layers {some or 'nothing else'}; the rest stays on the device"
+    )

@@ -6,11 +6,12 @@ import torch
 
 from rowwise.optim.lr_schedules import LrRange
 from rowwise.optim.rates import SHARES, rate_of_size
-from rowwise.trainer.activations import PROBE_BYTES, micro_batch_bytes, write_speed
+from rowwise.trainer.activations import micro_batch_bytes
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import Data
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.decoder import parameter_count
+from rowwise.trainer.offloading import PROBE_BYTES, write_speed
 
 FAR = 5.0  # times the rate that the size asks for
 SPARE = 4  # times the tokens of the data

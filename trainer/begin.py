@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rowwise.optim.lr_schedules import LrRange
 from rowwise.parallel.activations.ranges import RunningRanges
+from rowwise.parallel.activations.saved import Keeper
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_rank_0
 from rowwise.parallel.precision import initial_loss_scale
@@ -40,15 +41,17 @@ def resume(
     mesh: Mesh,
     data: Data,
     tensors: dict[str, Tensor],
-    ranges: RunningRanges | None,
+    keeper: Keeper | None,
     rollbacks: Rollbacks,
 ) -> Begun:
-    """Loads the newest sound checkpoint that `config.resume` allows into `tensors` and `ranges`; of a run that was rolled back, its
-    own. Says what was passed over as damaged, where it goes on, what changes, and what it was rolled back by."""
+    """Loads the newest sound checkpoint that `config.resume` allows into `tensors` and the ranges of `keeper`; of a run that was
+    rolled back, its own. Says what was passed over as damaged, where it goes on, what changes, what it was rolled back by, and what
+    there is to say of `keeper`."""
+    told = [keeper.told] if keeper is not None and keeper.told is not None else []
     here = find_resume(config, data.train.fingerprint, bool(rollbacks)) if mesh.rank == 0 else []
     found = from_rank_0(here, mesh.save_group)
     if not found:
-        return Begun(TrainState(loss_scale=initial_loss_scale(config.precision)), Recorded(), [])
+        return Begun(TrainState(loss_scale=initial_loss_scale(config.precision)), Recorded(), told)
     checkpoint, manifest, complaints = load_first_sound(found, tensors, mesh)
     if mesh.rank == 0:
         set_aside(Path(config.run_dir) / "checkpoints", beyond=manifest["step"])
@@ -56,7 +59,8 @@ def resume(
     if manifest["precision"] != config.precision.name:
         state.loss_scale = initial_loss_scale(config.precision)
     remarks = [f"warning: {complaint}; passed over" for complaint in complaints]
-    remarks += [told_of(checkpoint, config), *changes(manifest, config)]
+    remarks += [told_of(checkpoint, config), *changes(manifest, config), *told]
+    ranges = None if keeper is None else keeper.ranges
     if ranges is not None and not resume_ranges(config, mesh, checkpoint, manifest, ranges):
         remarks.append("memory.ranges=running begins anew: the checkpoint has no ranges of these results")
     if rollbacks:

@@ -18,6 +18,7 @@ from rowwise.trainer.engine import Engine, WholeModel
 from rowwise.trainer.models.decoder import Decoder, parameter_specs
 from rowwise.trainer.models.huggingface import rows_from
 from rowwise.trainer.models.init import random_rows
+from rowwise.trainer.offloading import leaving_share
 from rowwise.trainer.pipeline import StagedDecoder, connect_stages
 from rowwise.trainer.pruned import prune_groups
 
@@ -37,7 +38,7 @@ def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh)
         convert(stages, config, mesh)
     # What of it waits for the backward, in which form and where; and how they compute it: a compiled block gathers nothing, so it
     # is inside what FSDP2 gathers. Where not everything is kept as it is, its results are compiled one by one.
-    keep_results(stages, config, mesh)
+    keep_results(stages, config, mesh, leaving_share(config, mesh))
     if config.compile and not one_by_one(config):
         compile_blocks(stages)
     # Where the parameters live.

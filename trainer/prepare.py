@@ -8,7 +8,6 @@ import psutil
 import torch
 
 from rowwise.parallel.mesh import pick_device
-from rowwise.trainer.activations import check_folder
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import batch_bytes
@@ -16,6 +15,7 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.files import writing
 from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.models.huggingface import check_source
+from rowwise.trainer.offloading import check_folder
 from rowwise.trainer.plan.require import own_device, require_fit
 from rowwise.trainer.pruned import check_semi_structured
 from rowwise.trainer.resume import find_resume, refuse_other_steps

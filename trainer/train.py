@@ -14,12 +14,11 @@ from torch import nn
 from rowwise.kernels.products import float32_products
 from rowwise.optim.build import assignments, build_optimizer, set_step
 from rowwise.optim.lr_schedules import LrRange
-from rowwise.parallel.activations.ranges import RunningRanges
-from rowwise.parallel.activations.saved import open_stores
+from rowwise.parallel.activations.saved import Keeper, open_stores
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import product_precision
-from rowwise.trainer.activations import ranges_of
+from rowwise.trainer.activations import keeper_in
 from rowwise.trainer.begin import range_test, resume
 from rowwise.trainer.build import build_model
 from rowwise.trainer.checkpoint import Saver, tensors_of
@@ -35,6 +34,7 @@ from rowwise.trainer.lr_range import RangeTest
 from rowwise.trainer.memory import keep_memory, watching
 from rowwise.trainer.metrics import Recorded
 from rowwise.trainer.norms import norms_of_next
+from rowwise.trainer.offloading import require_folder
 from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.pipeline import keep_trace, of_every_stage
 from rowwise.trainer.profile import Profiler
@@ -57,12 +57,13 @@ def train(config: TrainConfig, workers: Workers | None = None, command: str | No
     was started, for whoever reads its folder.
 
     Every worker calls it with the same configuration, checked and resolved by `trainer.prepare` on rank 0. Makes the
-    process groups and takes them down. Raises FloatingPointError where the loss is no number, and DataDamaged.
+    process groups and takes them down. Raises FloatingPointError where the loss is no number, DataDamaged, and FolderUnfit.
     """
     # Before the groups exist: where a corpus is built first, they would lose patience.
     opened, workers = try_data(config), workers or Workers()
     mesh = make_mesh(config.parallel, workers)
     data = require_same_data(opened, mesh)
+    require_folder(config, mesh)
     data.watch.share(workers.local_rank, workers.local_world_size)
     with data.watch, StopRequest() as stop, Outlets(command) as outlets:
         end = _train(config, mesh, data, stop, outlets, [])
@@ -82,8 +83,8 @@ def _train(
     model = build_model(config, mesh)
     engine, sparsity = parallelize(model, config, mesh)
     optimizer = build_optimizer(model, config.optim, config.seed)
-    tensors, ranges = tensors_of(model, optimizer, sparsity), ranges_of(model)
-    begun = resume(config, mesh, data, tensors, ranges, rollbacks)
+    tensors, keeper = tensors_of(model, optimizer, sparsity), keeper_in(model)
+    begun = resume(config, mesh, data, tensors, keeper, rollbacks)
     state, first, back, saved = begun.state, begun.state.step, Rollbacks(), dict[str, float]()
     set_step(optimizer, state.updates)
     update = make_update(config, mesh, engine, optimizer, sparsity, functools.partial(judge, config, state))
@@ -91,7 +92,7 @@ def _train(
         parts = of_every_stage(assignments(model, optimizer), mesh)
         reporter = stack.enter_context(open_reporter(config, mesh, data, begun, parts, outlets))
         outlets.tell_start(config, mesh, first)
-        test, saver = range_test(config, mesh, first), stack.enter_context(make_saver(config, mesh, ranges))
+        test, saver = range_test(config, mesh, first), stack.enter_context(make_saver(config, mesh, keeper))
         feed = stack.enter_context(Feed(config, mesh, data, state.position))
         clock, stopping = Clock(config, mesh.rank, begun.manifest), test is not None and test.over
         stop.hear(reporter.say)
@@ -136,8 +137,10 @@ def _train(
         return state
 
 
-def make_saver(config: TrainConfig, mesh: Mesh, ranges: RunningRanges | None) -> Saver:
-    """Makes what saves the checkpoints of the run, and in them `ranges`. A range test may end with weights that are no numbers."""
+def make_saver(config: TrainConfig, mesh: Mesh, keeper: Keeper | None) -> Saver:
+    """Makes what saves the checkpoints of the run, and in them the running ranges of what `keeper` keeps. A range test may end with
+    weights that are no numbers."""
+    ranges = None if keeper is None else keeper.ranges
     choice, checkpoints = config.checkpoint, Path(config.run_dir) / "checkpoints"
     spoilt_ends = not isinstance(config.schedule, LrRange)
     return Saver(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rowwise.parallel.activations.config import MemoryConfig
-from rowwise.parallel.activations.results import LayerResults
+from rowwise.parallel.activations.results import LayerResults, Result
 
 MOST_STATES = 1 << 16
 
@@ -49,6 +49,29 @@ def _in_room(
     counts = fill([kind.numbers * itemsize for kind in kinds], [kind.cost(seen) for kind in kinds], layers, room)
     chosen = list(zip(kinds, counts, strict=True))
     return [always | {kind.name for kind, count in chosen if _is_one_of(count, n, layers)} for n in range(layers)]
+
+
+def leaving_results(
+    share: float, layer: LayerResults, kept: Sequence[frozenset[str]], itemsize: int, coded: bool, seen: float
+) -> list[frozenset[str]]:
+    """Names, for each layer of a rank, what leaves the device of the results that it keeps, named in `kept`, where a `share` of
+    their bytes may: after the inputs of layers, which always do, those with the most operations a byte (Liao et al., *Fuyou*), and of
+    a kind the first layers', which wait the longest."""
+    room = share * sum(layer.bytes_kept(names, itemsize, coded) for names in kept)
+    room -= len(kept) * layer.input_bytes(itemsize, coded)
+    leaves: list[set[str]] = [set() for _ in kept]
+    for result in sorted(layer.results, key=lambda result: -_worth(result, itemsize, coded, seen)):
+        for names, leave in zip(kept, leaves, strict=True):
+            needed = result.bytes_waiting(result.name in names, itemsize, coded)
+            if 0 < needed <= room:
+                leave.add(result.name)
+                room -= needed
+    return [frozenset(leave) for leave in leaves]
+
+
+def _worth(result: Result, itemsize: int, coded: bool, seen: float) -> float:
+    """Operations that a byte stands for of a result that is kept."""
+    return result.cost(seen) / max(1, result.bytes_waiting(True, itemsize, coded))
 
 
 def _is_one_of(count: int, n: int, of: int) -> bool:

@@ -18,6 +18,8 @@ class MemoryConfig:
     which is a running mean over steps.
     `offload_activations`: where what layers keep waits: `none`, on the device; `cpu`, in pinned host memory; the path of a folder
     on every machine, in files without a name; the numbers are the same.
+    `offload_share`: how much of it leaves: `all`; a number from 0 to 1, that share of its bytes, of the results that take the most
+    operations a byte; `auto`, the share that goes away beside the forward, measured on every machine. The rest stays.
     `fused_loss`: the loss and its gradients are made a tile of logits at a time (`kernels.cross_entropy`); false: all logits of a
     micro-batch stand in memory, several times. `limit`: bytes of a device that the run may take; null: all of a GPU's. `fit`: a
     run that is forecast to take more is refused; false: it goes on regardless."""
@@ -26,6 +28,7 @@ class MemoryConfig:
     compress: MayChange[Literal["none", "int8"]] = "none"
     ranges: MayChange[Literal["token", "running"]] = "token"
     offload_activations: MayChange[str] = "none"
+    offload_share: MayChange[Literal["all", "auto"] | float] = "all"
     fused_loss: MayChange[bool] = True
     limit: MayChange[float | None] = None
     fit: MayChange[bool] = True
@@ -36,6 +39,17 @@ RECOMPUTE: Refusals = (
         ("memory.recompute",),
         lambda run: not isinstance(run.memory.recompute, str) and not 0 <= run.memory.recompute <= 1,
         "memory.recompute={memory.recompute}: none, selective, full, or the share of the activations that may stay, from 0 to 1",
+    ),
+    Refusal(
+        ("memory.offload_share",),
+        lambda run: not isinstance(run.memory.offload_share, str) and not 0 <= run.memory.offload_share <= 1,
+        "memory.offload_share={memory.offload_share}: all, auto, or the share of what layers keep that leaves the device, from 0 to 1",
+    ),
+    Refusal(
+        ("memory.offload_share", "memory.offload_activations"),
+        lambda run: run.memory.offload_share != "all" and run.memory.offload_activations == "none",
+        "memory.offload_share={memory.offload_share} with memory.offload_activations=none: nothing leaves the device; give "
+        "memory.offload_activations=cpu or a folder, or memory.offload_share=all",
     ),
     Refusal(
         ("memory.limit",),

@@ -12,7 +12,7 @@ A layer that makes nothing by name is recomputed whole, by `torch.utils.checkpoi
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from rowwise.kernels.torch_storage import require_unwritten, written
+from rowwise.kernels.torch_storage import StorageWeakRef, require_unwritten, storage_key, weak_storage, written
 from rowwise.parallel.activations.results import Make, plainly
 from rowwise.parallel.activations.saved import Keeper, Kept, Scope
 from rowwise.parallel.defer import in_recomputation, is_deferred
@@ -33,15 +33,17 @@ Tensors = tuple[Tensor, ...]
 @dataclass(frozen=True)
 class Keeping:
     """What a layer keeps, for its `making`: its input and the results named in `kept`, with `keeper` (None: as they are).
-    `compiled`: of these names each is made by a compiled function."""
+    `compiled`: of these names each is made by a compiled function. `leaves`: beside its input, the results that `keeper` is to
+    store away from the device, where it has a store; None: all."""
 
     kept: frozenset[str]
     keeper: Keeper | None = None
     compiled: frozenset[str] = frozenset()
+    leaves: frozenset[str] | None = None
     _functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Make:
-        return Making(self) if torch.is_grad_enabled() else self._plainly
+        return Making(self, x) if torch.is_grad_enabled() else self._plainly
 
     def function(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Gives what makes the result `name`: `function`, or what it is compiled to."""
@@ -59,8 +61,10 @@ class Making:
     """One forward of a layer: makes its results, and knows those that autograd is not to keep as they are. It must end with the
     forward, for it holds them."""
 
-    def __init__(self, keeping: Keeping):
+    def __init__(self, keeping: Keeping, x: Tensor):
         self._keeping = keeping
+        self._stays: dict[int, tuple[StorageWeakRef, bool]] = {}  # of results, whether they stay on the device
+        self._place([x], stays=False)
         # By the id of its storage, since autograd saves views; the storage is held, so that the id stays its own.
         self._known: dict[int, tuple[torch.UntypedStorage, Made, int]] = {}
         self._fresh: list[Saved] = []
@@ -76,12 +80,25 @@ class Making:
             result = function(*given)
         for value, times in taken:  # it would be another when it is made again
             require_unwritten(value, times)
+        tensors = (result,) if isinstance(result, Tensor) else tuple(result)
+        stays = self._keeping.leaves is not None and name not in self._keeping.leaves
+        self._place(tensors, stays)
         if name not in self._keeping.kept:
-            again = partial(make_again, function, tuple(self._referred(value) for value in given))
-            self._drop((result,) if isinstance(result, Tensor) else tuple(result), Made(again))
+            again = partial(make_again, function, tuple(self._referred(value, stays) for value in given))
+            self._drop(tensors, Made(again))
         for saved in self._fresh:
-            saved.stay(self._scope)
+            self._settle(saved, stays)
         return result
+
+    def _place(self, tensors: Iterable[Tensor], stays: bool) -> None:
+        """Says of the tensors of a result whether they stay on the device."""
+        self._stays |= {storage_key(t): (weak_storage(t), stays) for t in tensors}
+
+    def _settle(self, saved: "Saved", stays: bool) -> None:
+        """Keeps it where its result is to be; `stays`: that of which it is, if it is of none that is known."""
+        if saved.held is not None:
+            _, stays = self._stays.get(storage_key(saved.held), (None, stays))
+            saved.stay(self._scope, leaves=not stays)
 
     def _drop(self, tensors: Tensors, made: "Made") -> None:
         for index, tensor in enumerate(tensors):
@@ -97,11 +114,11 @@ class Making:
         self._fresh.append(saved)
         return saved
 
-    def _referred(self, value: Any) -> Any:
+    def _referred(self, value: Any, stays: bool) -> Any:
         if not isinstance(value, Tensor):
             return value
         saved = self._refer(Saved(value))
-        saved.stay(self._scope)
+        self._settle(saved, stays)
         return saved
 
     def _refer(self, saved: "Saved") -> "Saved":
@@ -151,10 +168,10 @@ class Saved:
         self._place = index, self.held.size(), self.held.stride(), self.held.storage_offset()
         self._made, self.held = made, None
 
-    def stay(self, scope: Scope | None) -> None:
-        """Keeps it in the form that the run asks for, if it is not to be made again."""
+    def stay(self, scope: Scope | None, leaves: bool) -> None:
+        """Keeps it in the form that the run asks for, if it is not to be made again; where it `leaves`, off the device."""
         if scope is not None and self.held is not None:
-            self._kept, self.held = scope.keep(self.held, self._learns), None
+            self._kept, self.held = scope.keep(self.held, self._learns, leaves), None
 
     def tensor(self) -> Tensor:
         if self.held is not None:

@@ -43,6 +43,10 @@ class Result:
         """Operations a token to make it again, where a token sees so many on the mean."""
         return self.operations + self.pairs * seen
 
+    def bytes_waiting(self, kept: bool, itemsize: int, coded: bool) -> int:
+        """Counts the bytes a token that wait for the backward where it is `kept`, or not: as they are or as codes."""
+        return self.bytes(self.fixed + self.numbers * kept, itemsize, coded) + self.wide * max(4, itemsize)
+
     def bytes(self, numbers: int, itemsize: int, coded: bool) -> int:
         """Counts the bytes of so many numbers of a token, as they are or as codes."""
         each = numbers // self.tensors
@@ -77,9 +81,12 @@ class LayerResults:
 
     def bytes_kept(self, kept: frozenset[str], itemsize: int, coded: bool = False) -> int:
         """Counts the bytes a token that wait for the backward where the results named in `kept` stay, as they are or as codes."""
-        given = code_bytes(self.input) if coded else self.input * itemsize
-        chosen = sum(r.bytes(r.fixed + r.numbers * (r.name in kept), itemsize, coded) for r in self.results)
-        return given + chosen + sum(result.wide for result in self.results) * max(4, itemsize)
+        waiting = sum(result.bytes_waiting(result.name in kept, itemsize, coded) for result in self.results)
+        return self.input_bytes(itemsize, coded) + waiting
+
+    def input_bytes(self, itemsize: int, coded: bool = False) -> int:
+        """Counts the bytes a token of what it is given, as it is or as codes."""
+        return code_bytes(self.input) if coded else self.input * itemsize
 
     def operations_again(self, kept: frozenset[str], seen: float) -> float:
         """Counts the operations a token that the backward makes again."""

@@ -21,7 +21,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rowwise.kernels.torch_storage import (
     StorageWeakRef,
+    is_part,
     memory_key,
+    memory_of,
     require_unwritten,
     storage_key,
     weak_storage,
@@ -142,49 +144,51 @@ class Scope:
         self._block, self._shared = block, shared
         self._passes: set[int] | None = None
         self._results: dict[tuple[int, ...], tuple[StorageWeakRef, Stored]] = {}
-        self._waiting: list[tuple[Tensor, bool, Kept]] | None = None
+        self._waiting: list[tuple[Tensor, bool, bool, Kept]] | None = None
 
     def pack(self, t: Tensor) -> Kept:
         """What autograd is to have in the place of a tensor."""
         return self.keep(t.detach(), t.requires_grad)
 
-    def keep(self, t: Tensor, learns: bool) -> Kept:
-        """Keeps `t` in the form and at the place of its result. `learns`: it has a gradient, as what layers make has."""
-        if self._store is not None and is_part(t):
+    def keep(self, t: Tensor, learns: bool, leaves: bool = True) -> Kept:
+        """Keeps `t` in the form and at the place of its result. `learns`: it has a gradient, as what layers make has. `leaves`: its
+        place is the store, if there is one."""
+        if leaves and self._store is not None and is_part(t):
             t = t.contiguous()  # of what came with it nothing could leave
         kept = Kept(t)
         if not t.is_floating_point() or storage_key(t) in self._passing():
             return kept
         if self._waiting is not None:
-            self._waiting.append((t, learns, kept))
-        elif (stored := self._stored(t, learns)) is not None:
+            self._waiting.append((t, learns, leaves, kept))
+        elif (stored := self._stored(t, learns, leaves)) is not None:
             kept.become(stored.readers())
         return kept
 
     @contextmanager
     def waits(self) -> Iterator[None]:
         """Until it is left, only notes what operators keep: the caller finds out meanwhile what it is."""
-        waiting: list[tuple[Tensor, bool, Kept]] = []
+        waiting: list[tuple[Tensor, bool, bool, Kept]] = []
         self._waiting = waiting
         try:
             yield
         finally:
             self._waiting = None
-        for t, learns, kept in waiting:
-            if (stored := self._stored(t, learns)) is not None:
+        for t, learns, leaves, kept in waiting:
+            if (stored := self._stored(t, learns, leaves)) is not None:
                 kept.become(stored.readers())
 
-    def _stored(self, t: Tensor, learns: bool) -> Stored | None:
+    def _stored(self, t: Tensor, learns: bool, leaves: bool) -> Stored | None:
         """What the memory of `t` is stored as, if need be from now on; None: `t` stays as it is."""
         key, memory = memory_key(t), memory_of(t)
         if memory is None or key in self._results:
             return self._results[key][1] if memory is not None else None
         formed = self.form.of(t, learns) if self.form is not None else None
-        if formed is None and (self._store is None or memory.nbytes < LEAST_BYTES):
+        store = self._store if leaves else None
+        if formed is None and (store is None or memory.nbytes < LEAST_BYTES):
             return None
         formed = formed or AS_IT_IS
         tensors = formed.make(memory)
-        held = self._store.put(tensors) if self._store is not None else _holding(tensors)
+        held = store.put(tensors) if store is not None else _holding(tensors)
         # The storage's name stays its own as long as somebody knows of it.
         self._results[key] = weak_storage(t), Stored(held, formed.rebuild, self._read)
         return self._results[key][1]
@@ -201,28 +205,16 @@ def _holding(tensors: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
     return lambda: tensors
 
 
-def memory_of(t: Tensor) -> Tensor | None:
-    """The memory that the numbers of `t` fill, as a flat view; None where they do not lie side by side."""
-    strides = t.stride()
-    order = sorted(range(t.ndim), key=lambda dim: -strides[dim])
-    lying = t.detach().permute(order)
-    return lying.flatten() if lying.is_contiguous() and t.numel() else None
-
-
-def is_part(t: Tensor) -> bool:
-    """Whether the numbers of `t` lie among others, each once: heads of what an all-to-all brought, say."""
-    return t.nbytes < t.untyped_storage().nbytes() and memory_of(t) is None
-
-
 @dataclass
 class Keeper:
     """Keeps the results of the blocks of a rank. `form_of(layer, first, x)`: the form for a forward of a block that is given x
     (B, S, D), of sequences from number `first` on; None: as they are. `ranges`: what forms learn of the numbers; None:
-    nothing."""
+    nothing. `told`: what is to be said of it."""
 
     form_of: Callable[[str, int, Tensor], Form] | None = None
     store: Store | None = None
     ranges: RunningRanges | None = None
+    told: str | None = None
     first: int = 0
     read: Read = field(default_factory=Read, init=False)
     scope: Scope | None = field(default=None, init=False)
