@@ -122,6 +122,11 @@ def test_a_layer_of_ones_own_is_forecast_by_what_it_says(tmp_path, monkeypatch):
     plain, silent, own = (forecast_config(tmp_path, 1, f"model.block={name}") for name in ("llama", "silent", "own"))
     with pytest.raises(ValueError, match=r"model\.block=silent: its layers do not say what their backward holds; give"):
         memory_of(silent, 0, False, None)
+    some = forecast_config(tmp_path, 1, "memory.offload_activations=cpu", "memory.offload_share=0.5")
+    with pytest.raises(
+        ValueError, match=r"memory\.offload_share=0\.5: which results then stay on the device is not forecast"
+    ):
+        memory_of(some, 0, False, None)
     before, after = (memory_of(config, 0, False, None).peaks for config in (plain, own))
     assert after["working"] > 5 * before["working"] and after["activations"] == before["activations"]
 

@@ -51,6 +51,11 @@ def unknown(config: TrainConfig) -> str | None:
             f"model.block={config.model.block}: its layers do not say what their backward holds; give the block a method `work` "
             "beside its table of results (docs/memory.md)"
         )
+    if config.memory.offload_share != "all":
+        return (
+            f"memory.offload_share={config.memory.offload_share}: which results then stay on the device is not forecast; give "
+            "memory.offload_share=all to see what a run holds when everything leaves"
+        )
     return None
 
 
