@@ -217,6 +217,16 @@ def test_the_largest_model_is_fitted_in_seconds():
     assert all((told_seconds(other.forecast), other.forecast.room.needed) >= best for other in found.others)
 
 
+@pytest.mark.parametrize("limit", ["93e9", "103e9"])
+def test_what_fits_is_found_whatever_is_faster_and_seems_to_fit(monkeypatch, limit):
+    words = ["model=llama3_8b", "precision=bf16", "optim=adamw8bit", "batch.global_size=4", "batch.seq_len=4096",
+             "memory.offload_activations=none", "memory.compress=none", f"memory.limit={limit}"]  # fmt: skip
+    monkeypatch.setattr("rowwise.trainer.plan.fit.FORECASTS", 4)
+    config, given = config_from_tree(compose_tree(words)), {word.partition("=")[0] for word in words}
+    found = find_fit(config, 1, DEVICES["h200"], given)
+    assert found.best is not None and found.best.room.fits
+
+
 def told_seconds(found: Forecast) -> float:
     return float(f"{found.seconds.step:.3g}")
 

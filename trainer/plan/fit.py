@@ -75,8 +75,22 @@ def find_fit(config: TrainConfig, world_size: int, device: Device, given: Set[st
     candidates = sorted(search.candidates(), key=lambda one: one.seconds)
     limit = min(device.memory, config.memory.limit or device.memory)
     hopeful = [one for one in candidates if one.size <= limit]
+    fitting, closest = _tried(hopeful, device)
+    if not fitting:  # what is counted roughly may fit less than it seems
+        fitting, closest = _tried(sorted(candidates, key=lambda one: one.size), device)
+    fitting.sort(key=_order)
+    if not fitting:
+        return Fit(None, (), [], closest, len(candidates), search.refused)
+    best = replace(fitting[0], forecast=forecast(fitting[0].forecast.config, device))
+    return Fit(
+        best.forecast, best.words, fitting[1 : OTHERS + 1], None, len(candidates), changes=changes_of(best.forecast)
+    )
+
+
+def _tried(candidates: list[Candidate], device: Device) -> tuple[list[Found], Found | None]:
+    """Forecasts the first of these until none that is left can be among the fastest: what fits, and of the rest what lacks least."""
     fitting, closest = list[Found](), None
-    for one in (hopeful or sorted(candidates, key=lambda one: one.size))[:FORECASTS]:
+    for one in candidates[:FORECASTS]:
         slowest = sorted(found.forecast.seconds.step for found in fitting)[OTHERS] if len(fitting) > OTHERS else None
         if slowest is not None and one.seconds > 1.1 * slowest:
             break
@@ -85,13 +99,7 @@ def find_fit(config: TrainConfig, world_size: int, device: Device, given: Set[st
             fitting.append(found)
         elif closest is None or found.forecast.room.needed < closest.forecast.room.needed:
             closest = found
-    fitting.sort(key=_order)
-    if not fitting:
-        return Fit(None, (), [], closest, len(candidates), search.refused)
-    best = replace(fitting[0], forecast=forecast(fitting[0].forecast.config, device))
-    return Fit(
-        best.forecast, best.words, fitting[1 : OTHERS + 1], None, len(candidates), changes=changes_of(best.forecast)
-    )
+    return fitting, closest
 
 
 def _order(found: Found) -> tuple[float, int]:
@@ -202,18 +210,18 @@ class Search:
 
     def _micro_batch(self, config: TrainConfig) -> tuple[float, float]:
         """(seconds, bytes that are kept on the device) of all layers for a micro-batch."""
-        clock, layers, table, memory = (
-            Clock(config, self._device),
-            config.model.layers,
-            results_of(config),
-            config.memory,
-        )
-        passes = sum(part.total for part in clock.layer(0)) + 3 * clock.sharing()
-        passes = max(passes, 2 * clock.leaving(0))
+        clock, table, memory = Clock(config, self._device), results_of(config), config.memory
         width, coded = widths_of(config).compute, memory.compress != "none"
-        kept = table.bytes_kept(kept_of(config)[0], width, coded) if table is not None else 0
-        there = layers if memory.offload_activations == "none" else min(layers, LEAVING)
-        return passes * layers + sum(part.total for part in clock.head()), float(kept * tokens_of(config) * there)
+        layers = kept_of(config) if table is not None else (frozenset[str](),) * config.model.layers
+        seconds, size = sum(part.total for part in clock.head()), 0.0
+        for kept in set(layers):  # of layers that keep the same, one is looked at
+            layer, share = layers.index(kept), layers.count(kept)
+            passes = sum(part.total for part in clock.layer(layer)) + 3 * clock.sharing()
+            seconds += max(passes, 2 * clock.leaving(layer)) * share
+            size += (table.bytes_kept(kept, width, coded) if table is not None else 0) * share
+        if memory.offload_activations != "none":
+            size *= min(1, LEAVING / len(layers))
+        return seconds, size * tokens_of(config)
 
     def _bytes(self, config: TrainConfig, kept: float) -> float:
         parallel, model, widths = config.parallel, config.model, widths_of(config)
@@ -227,10 +235,10 @@ class Search:
         gradients = numbers * (widths.reduce if whole else widths.parameter / shards)
         if config.optim.in_backward:
             gradients = 0.0
-        if config.memory.offload_activations != "none":  # so many layers, whichever
-            return states + gathered + gradients + kept
-        flight = min(config.micro_batches, parallel.pipeline)
-        return states + gathered + gradients + kept / parallel.pipeline * flight
+        if config.memory.offload_activations == "none":  # else so many layers, whichever
+            kept *= min(config.micro_batches, parallel.pipeline) / parallel.pipeline
+        # The gradients of a single micro-batch come as what its layers kept goes.
+        return states + gathered + (max(gradients, kept) if config.micro_batches == 1 else gradients + kept)
 
 
 def divisors_of(config: TrainConfig, data_degree: int) -> list[int]:
