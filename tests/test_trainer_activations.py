@@ -61,11 +61,11 @@ def away(tmp_path, where, *words):
 
 
 def test_bytes_of_a_micro_batch_follow_the_options(tmp_path):
-    whole = micro_batch_bytes(away(tmp_path, "cpu"))
-    layer = Block.results(away(tmp_path, "cpu").model, Sharing())
+    config = away(tmp_path, "cpu", "batch.micro_size=2")
+    whole, layer = micro_batch_bytes(config), Block.results(config.model, Sharing())
     assert whole == 2 * 13 * 2 * layer.bytes_kept(layer.names, 8)  # sequences, tokens, layers
     for less in ("memory.compress=int8", "memory.recompute=full", "memory.recompute=0.5", "batch.micro_size=1"):
-        assert micro_batch_bytes(away(tmp_path, "cpu", less)) < whole
+        assert micro_batch_bytes(away(tmp_path, "cpu", "batch.micro_size=2", less)) < whole
 
 
 def test_a_folder_must_be_one_and_take_what_comes(tmp_path, monkeypatch):
