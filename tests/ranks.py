@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 600  # that nothing here takes on the busiest machine: it hangs
 PATIENCE_SECONDS = 5  # with the others, once a rank has failed
 
 DEAD = "the worker died"
@@ -143,6 +143,7 @@ def _work(pipe: Connection, port: int, sees_gpus: bool) -> None:
     from rowwise.parallel.mesh import Workers
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the server loaded stays, on pages that all its forks share until one looks through them
     store = dist.TCPStore("localhost", port)
     modules = 0
     while True:

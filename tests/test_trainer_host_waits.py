@@ -15,7 +15,7 @@ from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.update import make_update
 
 MODEL = ("model.dim=12", "model.heads=4", "model.kv_heads=2", "model.head_dim=6", "model.ffn_dim=9", "model.layers=2",
-         "batch.global_size=8", "batch.micro_size=2", "steps=12")  # fmt: skip
+         "batch.global_size=8", "steps=12")  # fmt: skip
 LOW = ("optim.rank=4", "optim.refresh_every=2")
 PRUNED = ("sparsity.update_every=2", "sparsity.density=0.5")
 PIPELINE = {"pipeline": 2, "pipeline_schedule": "zb_h1"}
@@ -83,7 +83,10 @@ RULES = {
     ids=["alone", "replicas", "shards", "pipeline", "post-validation"],
 )
 def test_a_step_waits_once(ranks, folder, world, layout, cases):
-    configs = [with_layout(small_config(folder, *MODEL, *options), world, **layout) for options, _ in cases.values()]
+    two = f"batch.micro_size={8 // world // 2 if 'pipeline' not in layout else 2}"  # micro-batches, and four under a pipeline
+    configs = [
+        with_layout(small_config(folder, *MODEL, two, *options), world, **layout) for options, _ in cases.values()
+    ]
     for found in ranks.run(waits_of_steps, world, configs):
         for (name, (_, expected)), (*steps, evaluation) in zip(cases.items(), found, strict=True):
             for step, (sites, count) in enumerate(zip(steps, expected, strict=True), 1):

@@ -339,8 +339,8 @@ def test_a_run_of_spikes_goes_on_on_another_layout(ranks, folder, what):
     ranks.run(run_train, 1, on(whole, 1))
     for world, degrees, stop_at in (
         (2, {"zero": 3}, 12),
-        (4, {"pipeline": 2, "zero": 1}, AT - 1),
-        (4, {"ulysses": 2}, 99),
+        (2, {"pipeline": 2}, AT - 1),
+        (2, {"ulysses": 2}, 99),
     ):
         ranks.run(run_until, world, on(moved, world, **degrees), stop_at)
     assert_same_run(moved.run_dir, whole.run_dir)
