@@ -48,7 +48,7 @@ from textbook_sparse import prune_forwards, textbook_sparsity
 
 TOLERANCE = 1e-9
 VOCABULARY = 61
-UNSAID = (24, 8)  # sequences of a step and of a micro-batch, in a configuration that says nothing of either
+UNSAID = (24, 3)  # sequences of a step and of a micro-batch, in a configuration that says nothing of either
 Key = TypeVar("Key", bound=Hashable)
 
 

@@ -132,7 +132,8 @@ def folder(ranks, tmp_path_factory):
     ranks.run(run_train, 1, with_layout(named(base, folder, "dense"), 1))
     sparse = small_config(folder, *eval_, "sparsity=rigl", "sparsity.update_every=2", "sparsity.density=0.3")
     ranks.run(run_train, 1, with_layout(named(sparse, folder, "sparse"), 1))
-    piped = with_layout(named(base, folder, "piped"), 2, pipeline=2, pipeline_schedule="zb_h1", pipeline_trace=3)
+    many = named(small_config(folder, *eval_, "batch.micro_size=2"), folder, "piped")
+    piped = with_layout(many, 2, pipeline=2, pipeline_schedule="zb_h1", pipeline_trace=3)
     ranks.run(run_train, 2, piped)
     return folder
 
