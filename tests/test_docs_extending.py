@@ -82,7 +82,7 @@ def test_the_tests_of_the_page_pass_in_a_copy_of_the_package(copy):
     guard = "import rowwise.optim.build as own, pytest, sys; print(own.__file__); sys.exit(pytest.main(sys.argv[1:]))"
     options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", f"--rootdir={copy}", "-c", "/dev/null"]
     done = subprocess.run([sys.executable, "-c", guard, *options, str(copy / "tests")], env=environment, cwd=copy,
-                          capture_output=True, text=True, timeout=240)  # fmt: skip
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert said.startswith(str(copy)), f"another package was tested: {said[:200]}"

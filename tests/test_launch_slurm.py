@@ -62,7 +62,7 @@ def said(folder: Path, name: str) -> list[str]:
 
 def await_both(job: subprocess.Popen, folder: Path) -> None:
     """Until the script and srun have set their traps."""
-    deadline, caught = time.monotonic() + 20, 0
+    deadline, caught = time.monotonic() + 300, 0
     while not (caught >> signal.SIGUSR1 - 1 & 1 and said(folder, "arguments")):
         status = Path(f"/proc/{job.pid}/status").read_text()
         caught = int(status.split("SigCgt:")[1].split()[0], 16)

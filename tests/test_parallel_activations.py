@@ -18,7 +18,17 @@ from torch import Tensor
 
 from live_bytes import LiveBytes
 from messages import Messages
-from parity import VOCABULARY, Trace, assert_all_same, engine_on, run_layouts, run_plain, small_config, with_layout
+from parity import (
+    VOCABULARY,
+    Trace,
+    assert_all_same,
+    engine_on,
+    in_micro_batches,
+    run_layouts,
+    run_plain,
+    small_config,
+    with_layout,
+)
 from rowwise.kernels.attention import causal_attention
 from rowwise.kernels.visible import Documents
 from rowwise.launch.compose import compose_tree
@@ -309,6 +319,7 @@ def law_2(ranks, folder, full):
             with_layout(small_config(folder, *SHORT, *beside, *options, f"memory.recompute={form}"), world, **layout)
             for form, options in cases
         ]
+        configs = [in_micro_batches(config, 4 if "pipeline" in layout else 2) for config in configs]
         everyone = ranks.run(run_layouts, world, configs, STEPS)
         for number, (_, options) in enumerate(cases):
             assert_all_same([traces[number] for traces in everyone], reference(folder, (*beside, *options)))
@@ -385,7 +396,7 @@ def test_no_message_is_sent_twice(ranks, folder, world, layout):
         folder, "model.heads=4", "model.kv_heads=2", "model.head_dim=8", "batch.global_size=8", "batch.micro_size=1"
     )
     configs = [
-        with_layout(replace(base, memory=MemoryConfig(recompute)), world, **layout)
+        in_micro_batches(with_layout(replace(base, memory=MemoryConfig(recompute)), world, **layout), 2)
         for recompute in ("none", "full", 0.5)
     ]
     for plain, *others in ranks.run(sent, world, configs):

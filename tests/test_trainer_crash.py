@@ -46,7 +46,7 @@ def test_killed_at_random_instants(ranks, tmp_path, wanted):
     assert complete_checkpoints(Path(config.run_dir) / "checkpoints"), "the kills left nothing to go on from"
     reached = read_metrics(Path(config.run_dir))[-1]["step"]
     config = replace(config, steps=reached + 10)
-    assert Job(config, 2, log).wait(timeout_seconds=180) == [0, 0], log.read_text()[-3000:]  # a hang says where
+    assert Job(config, 2, log).wait(timeout_seconds=600) == [0, 0], log.read_text()[-3000:]  # a hang says where
 
     whole = replace(config, run_dir=str(tmp_path / "whole"), checkpoint=replace(config.checkpoint, every=0))
     ranks.run(run_train, 2, whole)

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from messages import Messages
-from parity import Trace, assert_all_same, engine_on, run_layouts, run_plain, small_config, with_layout
+from parity import (
+    Trace,
+    assert_all_same,
+    engine_on,
+    in_micro_batches,
+    run_layouts,
+    run_plain,
+    small_config,
+    with_layout,
+)
 from rowwise.kernels.cross_entropy import TILES, Tiles
 from rowwise.parallel.mesh import make_mesh
 from rowwise.trainer.config import tree_of
@@ -25,6 +34,7 @@ LAYOUTS = {  # workers, degrees, which heads by default: every kind of backward 
     "split backwards": (4, {"zero": 3, "pipeline": 2, "pipeline_schedule": "zb_v", "virtual_stages": 2}, [TIED]),
     "shared sequences": (4, {"zero": 3, "ulysses": 2, "ring": 2}, [UNTIED]),
 }
+STEPS = 2  # the second sees that the update of the first arrived; a third would see no more
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +54,22 @@ def config_of(folder, *overrides: str):
 @functools.cache
 def reference(folder, tied: str) -> Trace:
     """By way of logits, in one process."""
-    return run_plain(config_of(folder, tied))
+    return run_plain(config_of(folder, tied), STEPS)
 
 
 def in_small_tiles(workers, configs) -> list[Trace]:
     with mock.patch.dict(TILES, {"cpu": SMALL}):
-        return run_layouts(workers, configs)
+        return run_layouts(workers, configs, STEPS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_three_steps_equal_those_of_one_process_with_logits(ranks, folder, layout, full):
+def test_steps_equal_those_of_one_process_with_logits(ranks, folder, layout, full):
     world, degrees, heads = LAYOUTS[layout]
     every = {
-        tied: with_layout(config_of(folder, tied), world, **degrees) for tied in ([TIED, UNTIED] if full else heads)
+        tied: in_micro_batches(
+            with_layout(config_of(folder, tied), world, **degrees), 4 if "pipeline" in degrees else 2
+        )
+        for tied in ([TIED, UNTIED] if full else heads)
     }
     assert all(config.memory.fused_loss for config in every.values())
     traces = zip(*ranks.run(in_small_tiles, world, list(every.values())), strict=True)
@@ -68,7 +81,7 @@ def test_three_steps_equal_those_of_one_process_with_logits(ranks, folder, layou
 def test_so_do_those_with_logits_on_every_rank(ranks, folder, layout):
     world, degrees, _ = LAYOUTS[layout]
     config = with_layout(config_of(folder, UNTIED, "memory.fused_loss=false"), world, **degrees)
-    (traces,) = zip(*ranks.run(run_layouts, world, [config]), strict=True)
+    (traces,) = zip(*ranks.run(run_layouts, world, [config], STEPS), strict=True)
     assert_all_same(list(traces), reference(folder, UNTIED))
 
 

@@ -28,7 +28,7 @@ LAYOUTS = {
     "stages": (4, {"pipeline": 2, "pipeline_schedule": "zb_h1", "zero": 2, "post_validation": True}),
     "2 x 2 of a sequence": (4, {"ring": 2, "replicate": 2, "zero": 0}),
 }
-OPTIONS = ["steps=3", "batch.micro_size=4", "log.norms_every=2", "peak_flops=1e9", "checkpoint.every=0"]
+OPTIONS = ["steps=3", "log.norms_every=2", "peak_flops=1e9", "checkpoint.every=0"]
 
 
 @pytest.fixture(scope="module")
