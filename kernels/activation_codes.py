@@ -108,7 +108,7 @@ def decode(kept: Codes, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def encode_reference_(x: Tensor, made: Codes, groups: Groups, key: int, tokens: Tensor, given: bool = False) -> None:
-    """`encode` in plain torch. `given`: its ranges are there."""
+    """Computes `encode` in plain torch. `given`: its ranges are there."""
     rows, columns = x.shape
     for part in row_portions(rows, columns):
         x_NJW = _in_groups(x[part].float(), groups.width)
@@ -132,7 +132,7 @@ def _own_ranges(x_NJW: Tensor) -> Tensor:
 
 
 def decode_reference_(kept: Codes, width: int, out: Tensor) -> None:
-    """`decode` in plain torch."""
+    """Computes `decode` in plain torch."""
     rows, columns = out.shape
     for part in row_portions(rows, columns):
         least, worth = kept.ranges[part].unsqueeze(3).unbind(2)

@@ -59,7 +59,7 @@ class Life:
 
     @property
     def category(self) -> str | None:
-        """None: not of this step, or counted elsewhere."""
+        """Names what it is counted as; None: not of this step, or counted elsewhere."""
         if self.stays or self.whole:
             return None
         if self.host:
@@ -235,12 +235,12 @@ class Lifetimes(TorchDispatchMode):
 
     @property
     def parameter_bytes(self) -> int:
-        """What the rows of the parameters take, as they lie now."""
+        """Counts what the rows of the parameters take, as they lie now."""
         every = {id(storage): storage.nbytes() for p in self._parameters for storage in storages(p.detach())}
         return sum(every.values())
 
     def peaks(self) -> tuple[dict[str, int], int]:
-        """The most bytes of each of MOVING, and of all together on the device."""
+        """Counts the most bytes of each of MOVING, and of all together on the device."""
         now = dict.fromkeys(MOVING, 0)
         peaks, most = dict(now), 0
         for _, now in self._moments():
@@ -249,7 +249,7 @@ class Lifetimes(TorchDispatchMode):
         return peaks, most
 
     def at_the_peak(self) -> list[tuple[str, str, int, int]]:
-        """(category, the operation that made it, bytes, how many) of the storages that are there when most is held, the largest
+        """Lists (category, the operation that made it, bytes, how many) of the storages that are there when most is held, the largest
         first; gathered parameters and buckets of gradients apart."""
         peak = max(self._moments(), key=lambda moment: on_device(moment[1]), default=(0, {}))[0]
         found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
@@ -287,7 +287,7 @@ def on_device(held: dict[str, int]) -> int:
 
 
 def storages(given: Any) -> list[Any]:
-    """The storages of all tensors in what an operation takes or gives."""
+    """Lists the storages of all tensors in what an operation takes or gives."""
     if isinstance(given, Tensor):
         return [given.untyped_storage() if type(given) is Tensor else rows_of(given).untyped_storage()]
     if isinstance(given, dict):

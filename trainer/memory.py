@@ -123,7 +123,7 @@ def _tell(seen: Lifetimes, stage: Decoder, norm: nn.Module) -> list[RemovableHan
 
 
 def measured_bytes(watch: Watch, model: nn.Module, optimizer: Optimizer, masks: int) -> tuple[Bytes, StateBytes]:
-    """What a rank held in the step, by category, and `total`; and what it holds now, when its gradients are there."""
+    """Counts what a rank held in the step, by category, and `total`; and what it holds now, when its gradients are there."""
     now = measure(model, optimizer)
     if watch.seen is None:
         return {}, now
@@ -133,12 +133,12 @@ def measured_bytes(watch: Watch, model: nn.Module, optimizer: Optimizer, masks: 
 
 
 def mask_bytes_of(tensors: dict[str, Tensor]) -> int:
-    """What masks, and what is kept beside them, take among the tensors of a run."""
+    """Counts what masks, and what is kept beside them, take among the tensors of a run."""
     return sum(local(t).numel() * t.itemsize for name, t in tensors.items() if name.startswith("sparsity."))
 
 
 def plan_made(model: StagedDecoder) -> Plan:
-    """The plan that a rank's stages were made by, as far as the rank knows it: its own layers."""
+    """Finds the plan that a rank's stages were made by, as far as the rank knows it: its own layers."""
     layers = [range(0)] * model.schedule.stages
     for stage, decoder in model.decoders.items():
         numbers = [int(layer) for layer in decoder.blocks]

@@ -201,7 +201,7 @@ class NamedAttention:
 
 
 def named_attention(keeper: Keeper, attend: Attend, key_heads: int) -> Attend:
-    """`attend`, of whose results `keeper` makes codes."""
+    """Makes of `attend` one of whose results `keeper` makes codes."""
     if isinstance(attend, SequenceAttention):
         ulysses, inner = attend.axes.ulysses, attend.around or RingAttention(attend.axes)
         around = NamedAttention(keeper, inner, key_heads, ulysses.rank, ulysses.size)

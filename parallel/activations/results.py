@@ -40,7 +40,7 @@ class Result:
     of: tuple[str, ...] = (INPUT,)
 
     def cost(self, seen: float) -> float:
-        """Operations a token to make it again, where a token sees so many on the mean."""
+        """Counts the operations a token to make it again, where a token sees so many on the mean."""
         return self.operations + self.pairs * seen
 
     def bytes_waiting(self, kept: bool, itemsize: int, coded: bool) -> int:
@@ -124,5 +124,5 @@ def plainly(name: str, function: Callable[..., Any], *given: Any) -> Any:
 
 
 def make_plainly(x: Tensor) -> Make:
-    """What a layer makes its results with where everything is kept."""
+    """Returns what a layer makes its results with where everything is kept."""
     return plainly

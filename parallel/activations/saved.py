@@ -66,7 +66,7 @@ class Stored:
         self._readers: weakref.WeakValueDictionary[bool, Readers] = weakref.WeakValueDictionary()
 
     def readers(self, later: bool = False) -> Readers:
-        """Those who read it in the backward, or those who do `later`, where weight gradients are put off."""
+        """Names those who read it in the backward, or those who do `later`, where weight gradients are put off."""
         if (readers := self._readers.get(later)) is None:
             readers = self._readers[later] = Readers(self._make)
         return readers
@@ -107,7 +107,7 @@ class Kept:
         self._view, self._written = (tensor.shape, tensor.stride()), written(tensor)
 
     def become(self, readers: Readers) -> None:
-        """From now on it is a view of what these read."""
+        """Makes it a view of what these read, from now on."""
         self._tensor, self._readers = None, readers
         readers.add(self)
 
@@ -147,7 +147,7 @@ class Scope:
         self._waiting: list[tuple[Tensor, bool, bool, Kept]] | None = None
 
     def pack(self, t: Tensor) -> Kept:
-        """What autograd is to have in the place of a tensor."""
+        """Gives what autograd is to have in the place of a tensor."""
         return self.keep(t.detach(), t.requires_grad)
 
     def keep(self, t: Tensor, learns: bool, leaves: bool = True) -> Kept:
@@ -166,7 +166,7 @@ class Scope:
 
     @contextmanager
     def waits(self) -> Iterator[None]:
-        """Until it is left, only notes what operators keep: the caller finds out meanwhile what it is."""
+        """Only notes what operators keep, until it is left: the caller finds out meanwhile what it is."""
         waiting: list[tuple[Tensor, bool, bool, Kept]] = []
         self._waiting = waiting
         try:
@@ -260,7 +260,7 @@ def attach(keeper: Keeper, model: nn.Module, blocks: Sequence[tuple[str, nn.Modu
 
 
 def keeper_of(model: nn.Module) -> Keeper | None:
-    """The keeper of what the blocks of `model` make; None: all of it stays as it is."""
+    """Returns the keeper of what the blocks of `model` make; None: all of it stays as it is."""
     return getattr(model, _HANDLE, None)
 
 
@@ -274,7 +274,7 @@ def begin_sequences(model: nn.Module, first: int) -> None:
 
 @contextmanager
 def open_stores(model: nn.Module) -> Iterator[None]:
-    """While entered, what the blocks of `model` keep may be stored; then what works for its stores ends."""
+    """Lets what the blocks of `model` keep be stored, while entered; then what works for its stores ends."""
     try:
         yield
     finally:

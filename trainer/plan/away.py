@@ -29,7 +29,7 @@ class Visit:
 
     @property
     def readable(self) -> bool:
-        """Whether what the backward lets go of is on the device."""
+        """Says whether what the backward lets go of is on the device."""
         return self.back or not self.left
 
 
@@ -41,7 +41,7 @@ class Keeping:
         self._leaving: deque[Visit] = deque()
 
     def begin(self, work: Work) -> Visit:
-        """A piece begins its forward."""
+        """Begins the forward of a piece."""
         visit = Visit(work, moves=work.away - work.stays)
         if work.away:
             self._leaving.append(visit)
@@ -52,7 +52,7 @@ class Keeping:
         return visit
 
     def approach(self, visits: Sequence[Visit]) -> None:
-        """The backward comes to the last of these pieces: what it keeps is there, what the one before keeps sets out, and that of the
+        """Brings the backward to the last of these pieces: what it keeps is there, what the one before keeps sets out, and that of the
         one before that comes from its file."""
         for distance, visit in enumerate(reversed(visits[-3:])):
             if not visit.left or visit.back or not self._returns:
@@ -65,7 +65,7 @@ class Keeping:
                 self._on_host(visit, visit.work.away)
 
     def end(self, visit: Visit, deferred: int) -> None:
-        """The backward of a piece is over, but for weights' gradients: `deferred` bytes wait for them, and what they need of what was
+        """Ends the backward of a piece, but for weights' gradients: `deferred` bytes wait for them, and what they need of what was
         kept."""
         rest = visit.work.rest
         visit.moves = 0 if visit.left else rest
@@ -73,13 +73,13 @@ class Keeping:
         self._on_host(visit, min(visit.host, rest))
 
     def drop(self, visit: Visit) -> None:
-        """Nothing needs it any more."""
+        """Drops what nothing needs any more."""
         visit.moves = 0
         self.hold(visit, 0)
         self._on_host(visit, 0)
 
     def hold(self, visit: Visit, size: int) -> None:
-        """So many bytes of a piece are on the device from now on."""
+        """Holds so many bytes of a piece on the device from now on."""
         self._ledger.change("activations", size - visit.here)
         visit.here = size
 

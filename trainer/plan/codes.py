@@ -12,12 +12,12 @@ from rowwise.parallel.lifetimes import Lifetimes
 
 
 def coding_bytes(table: LayerResults, tokens: int) -> int:
-    """Bytes at most beside what a layer's results are coded from and to."""
+    """Counts the bytes at most beside what a layer's results are coded from and to."""
     return max(_bytes(_rows(tokens, columns), columns, portion_elements())[0] for columns in _columns(table))
 
 
 def decoding_bytes(table: LayerResults, tokens: int) -> int:
-    """Bytes at most beside what they are decoded from and to."""
+    """Counts the bytes at most beside what a layer's results are decoded from and to."""
     return max(_bytes(_rows(tokens, columns), columns, portion_elements())[1] for columns in _columns(table))
 
 

@@ -242,13 +242,13 @@ class Search:
 
 
 def divisors_of(config: TrainConfig, data_degree: int) -> list[int]:
-    """The sizes that a rank's share of a batch divides into."""
+    """Lists the sizes that a rank's share of a batch divides into."""
     mine, rest = divmod(config.batch.global_size, data_degree)
     return [] if rest or not mine else divisors(mine)
 
 
 def with_words(config: TrainConfig, words: dict[str, Any]) -> TrainConfig:
-    """A run with these keys, each `group.key`."""
+    """Gives a run these keys, each `group.key`."""
     for key, value in words.items():
         group, _, name = key.partition(".")
         config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
@@ -256,7 +256,7 @@ def with_words(config: TrainConfig, words: dict[str, Any]) -> TrainConfig:
 
 
 def changes_of(best: Forecast) -> list[tuple[str, Forecast]]:
-    """What single options would change, where they can be."""
+    """Forecasts what single options would change, where they can be."""
     found = tried_changes(best)
     if best.config.optim.name == "adamw":
         own = best.config.optim
@@ -279,7 +279,7 @@ def tried_changes(before: Forecast) -> list[tuple[str, Forecast]]:
 
 
 def single_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
-    """Each option that saves memory or gives it back, by itself."""
+    """Yields each option that saves memory or gives it back, by itself."""
     for recompute in RECOMPUTE:
         if recompute != config.memory.recompute:
             yield {"memory.recompute": recompute}

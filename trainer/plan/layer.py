@@ -58,39 +58,39 @@ def moments(table: LayerResults, kept: Kept, work: LayerWork, split: bool) -> tu
 
 
 def results_by_name(table: LayerResults) -> dict[str, Result]:
-    """The results of a layer, its input among them."""
+    """Gives the results of a layer, its input among them, by name."""
     return {INPUT: Result(INPUT, table.input, 0), **{result.name: result for result in table.results}}
 
 
 def stored(kept: Kept) -> frozenset[str]:
-    """What a layer keeps, its input among it."""
+    """Names what a layer keeps, its input among it."""
     return kept.names | {INPUT}
 
 
 def waits(table: LayerResults, work: LayerWork) -> frozenset[str]:
-    """The results that weights' gradients need."""
+    """Names the results that weights' gradients need."""
     return frozenset(name for piece in work.backward for name in piece.inputs) & table.names
 
 
 def later(table: LayerResults, kept: Kept, waiting: frozenset[str]) -> int:
-    """Bytes a token of what is kept that stays for weights' gradients."""
+    """Counts the bytes a token of what is kept that stays for weights' gradients."""
     known = results_by_name(table)
     return sum(known[name].bytes(known[name].numbers, kept.width, kept.coded) for name in waiting & stored(kept))
 
 
 def lies(result: Result, kept: Kept, is_stored: bool) -> int:
-    """Bytes a token of a result as it is kept."""
+    """Counts the bytes a token of a result as it is kept."""
     numbers = result.fixed + result.numbers * is_stored
     return result.wide * max(4, kept.width) + result.bytes(numbers, kept.width, kept.coded)
 
 
 def whole(result: Result, kept: Kept) -> int:
-    """Bytes a token of a result as an operator reads it, made again or decoded."""
+    """Counts the bytes a token of a result as an operator reads it, made again or decoded."""
     return (result.numbers + result.fixed * kept.coded) * kept.width
 
 
 def reads(table: LayerResults, kept: Kept, work: LayerWork) -> Mapping[str, list[int]]:
-    """In which pieces of the backward each result is read: by an operator, or to make another again, which is done once."""
+    """Finds in which pieces of the backward each result is read: by an operator, or to make another again, which is done once."""
     known, found = results_by_name(table), dict[str, list[int]]()
 
     def read(name: str, piece: int) -> None:

@@ -15,13 +15,13 @@ class Links:
     device: Device
 
     def machines(self, stride: int, size: int) -> tuple[int, int]:
-        """(machines that a group of ranks is on, its ranks on each)."""
+        """Counts (machines that a group of ranks is on, its ranks on each)."""
         here = max(1, min(size, self.device.per_machine // stride))
         return -(-size // here), here
 
     def collective(self, whole: float, stride: int, size: int) -> float:
-        """Seconds of a gather of `whole` bytes on every rank, or of a reduction to shares of it: each machine takes in what others
-        have over all its network links, each device over its own."""
+        """Estimates the seconds of a gather of `whole` bytes on every rank, or of a reduction to shares of it: each machine takes in
+        what others have over all its network links, each device over its own."""
         if size == 1:
             return 0.0
         machines, here = self.machines(stride, size)
@@ -30,12 +30,12 @@ class Links:
         return max(inside, outside) / LINKS
 
     def exchange(self, mine: float, stride: int, size: int) -> float:
-        """Seconds of an all-to-all of `mine` bytes a rank."""
+        """Estimates the seconds of an all-to-all of `mine` bytes a rank."""
         _, here = self.machines(stride, size)
         inside, outside = mine * (here - 1) / size / self.device.link, mine * (size - here) / size / self.device.network
         return max(inside, outside) / LINKS
 
     def message(self, size: float, stride: int) -> float:
-        """Seconds of a message to the next rank of an axis."""
+        """Estimates the seconds of a message to the next rank of an axis."""
         near = stride < self.device.per_machine
         return size / (self.device.link if near else self.device.network) / LINKS

@@ -41,7 +41,7 @@ class Memory:
 
     @property
     def host(self) -> int:
-        """Bytes of the host's memory that activations wait in, at most."""
+        """Counts the bytes of the host's memory that activations wait in, at most."""
         return self.peaks[HOST]
 
 
@@ -94,7 +94,7 @@ def tied_bytes(config: TrainConfig, place: Place) -> int:
 
 
 def weights_of(config: TrainConfig, layers: range, place: Place, ledger: Ledger, sharded: bool) -> Weights:
-    """How parameters and gradients of a stage come and go."""
+    """Chooses how parameters and gradients of a stage come and go."""
     widths, zero, pipelined = widths_of(config), config.parallel.zero, config.parallel.pipeline > 1
     if not sharded:
         tensors = [[spec.shape.numel() for spec in piece.values()] for piece in pieces_of(config, layers)]

@@ -33,12 +33,12 @@ def forecast_in_words(config: TrainConfig) -> str | None:
 
 
 def is_known(config: TrainConfig) -> bool:
-    """Whether it is known what layers keep, and the order of a pipeline does not follow from times that are not measured yet."""
+    """Says whether it is known what layers keep, and the order of a pipeline does not follow from times that are not measured yet."""
     return unknown(config) is None and config.parallel.pipeline_schedule != "auto"
 
 
 def limit_of(config: TrainConfig, device: Device) -> float | None:
-    """The bytes that a run may take of a device: what the user says, or all of a GPU's."""
+    """Gives the bytes that a run may take of a device: what the user says, or all of a GPU's."""
     return config.memory.limit if config.memory.limit is not None or not device.cuda else device.memory
 
 

@@ -31,7 +31,7 @@ class Room:
 
 
 def room_of(memory: Memory, device: Device, limit: float | None = None) -> Room:
-    """The room of the rank on a device; `limit`: of which it may take so much."""
+    """Gives the room of the rank on a device; `limit`: of which it may take so much."""
     reserve = (LIBRARIES if device.cuda else 0) + FRAGMENTATION * memory.most
     there = device.memory if limit is None else min(limit, device.memory)
     if not device.cuda:  # whose memory is the host's

@@ -79,7 +79,7 @@ class Clock:
         self.rate = device.flops / slower
 
     def layer(self, layer: int) -> tuple[Pass, Pass, Pass]:
-        """The forward of a layer, its input gradients with what is made again, and its weights' gradients."""
+        """Estimates the forward of a layer, its input gradients with what is made again, and its weights' gradients."""
         model, tokens = self.config.model, self.tokens
         _, forward, _ = layer_flops(model, self.config.batch.seq_len)
         attention = 2.0 * model.heads * model.head_size * (self.config.batch.seq_len + 1)
@@ -92,7 +92,7 @@ class Clock:
         return products + looked + moved + codes, back, products
 
     def head(self) -> tuple[Pass, Pass, Pass]:
-        """The same of the head and the loss."""
+        """Estimates the forward, the input gradients and the weights' gradients of the head and the loss."""
         words, width = self.config.model.vocab_size, self.widths.compute
         _, _, forward = layer_flops(self.config.model, self.config.batch.seq_len)
         products = Pass(products=forward * self.tokens / self.rate / SHARES["products"])
@@ -103,7 +103,7 @@ class Clock:
         return products + moved, products + moved + again, products
 
     def part_times(self) -> PartTimes:
-        """Of what comes before the layers, of a layer and of what comes after, as a run measures them for `auto`."""
+        """Estimates what comes before the layers, a layer, and what comes after, as a run measures them for `auto`."""
         layer, head = (Times(*(part.total for part in parts)) for parts in (self.layer(0), self.head()))
         parallel, model = self.config.parallel, self.config.model
         size = self.tokens * model.dim * self.widths.compute
@@ -133,7 +133,7 @@ class Clock:
         return sum(table.bytes_kept(self._kept[layer], self.widths.compute, coded) for coded in (False, True))
 
     def leaving(self, layer: int) -> float:
-        """Seconds that what a layer keeps takes to leave the device; as many again to come back."""
+        """Estimates the seconds that what a layer keeps takes to leave the device; as many again to come back."""
         table, memory = results_of(self.config), self.config.memory
         if table is None or memory.offload_activations == "none":
             return 0.0
@@ -146,7 +146,7 @@ class Clock:
         return kept_of(self.config)
 
     def sharing(self) -> float:
-        """Seconds that the messages of a layer's attention take in its forward; its backward sends as many again."""
+        """Estimates the seconds that the messages of a layer's attention take in its forward; its backward sends as many again."""
         parallel, model = self.config.parallel, self.config.model
         heads, keys = model.heads * model.head_size, model.kv_heads * model.head_size
         size = self.tokens * self.widths.compute

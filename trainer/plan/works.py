@@ -77,7 +77,7 @@ def works_of(config: TrainConfig, layers: range, split: bool, gpu: bool) -> list
 
 
 def embedding_work(config: TrainConfig, tokens: int, width: int) -> Work:
-    """What the embedding holds: its output is counted with the first layer."""
+    """Counts what the embedding holds: its output is counted with the first layer."""
     size = tokens * config.model.dim
     if not config.model.stable_embedding:
         return Work("the embedding", 0, 0, (Moment(0, 0, 0, ALL),))
@@ -88,7 +88,7 @@ def embedding_work(config: TrainConfig, tokens: int, width: int) -> Work:
 
 
 def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> list[Work]:
-    """What each layer holds."""
+    """Counts what each layer holds."""
     tokens, width, model, table = tokens_of(config), widths_of(config).compute, config.model, results_of(config)
     if problem := unknown(config):
         raise ValueError(problem)
@@ -125,7 +125,7 @@ def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> l
 
 
 def head_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bool) -> Work:
-    """What the last norm, the head and the loss hold."""
+    """Counts what the last norm, the head and the loss hold."""
     dim, wide = config.model.dim * width, max(4, width)
     loss = loss_work(config, tokens, width, split, gpu)
     kept = (2 if loss.needs_input else 1) * tokens * dim + tokens * wide
@@ -154,7 +154,7 @@ def messages_of(config: TrainConfig, tokens: int, width: int) -> tuple[int, int]
 
 
 def scaled(moment: Moment, tokens: int, beside: int) -> Moment:
-    """A moment of so many tokens; `beside`: bytes that work on its results takes however many these are."""
+    """Gives a moment of so many tokens; `beside`: bytes that work on its results takes however many these are."""
     return Moment(
         moment.released * tokens, moment.working * tokens + beside, moment.deferred * tokens, moment.parameters
     )
