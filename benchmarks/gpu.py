@@ -64,6 +64,7 @@ CHECKS = [
     Check("philox", "gpu_kernels:check_philox", 20),
     Check("rounding", "gpu_kernels:check_rounding", 20),
     Check("row_scale", "gpu_kernels:check_row_scale", 20),
+    Check("elementwise", "gpu_kernels:check_elementwise", 30),
     Check("dct", "gpu_kernels:check_dct", 30),
     Check("activation_codes", "gpu_activations:check_activation_codes", 40),
     Check("offload", "gpu_activations:check_offload", 40),

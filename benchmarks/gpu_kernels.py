@@ -21,10 +21,14 @@ from rowwise.kernels.lion8bit import lion8bit_reference_
 from rowwise.kernels.lion8bit_triton import lion8bit_triton_
 from rowwise.kernels.philox import normal_reference, stream_key
 from rowwise.kernels.philox_triton import normal_triton
+from rowwise.kernels.rms_norm import norm_gradients_reference, normed_reference
+from rowwise.kernels.rms_norm_triton import norm_gradients_triton, normed_triton
 from rowwise.kernels.rounding import round_reference_
 from rowwise.kernels.rounding_triton import round_triton_
 from rowwise.kernels.row_scale import scale_rows_reference
 from rowwise.kernels.row_scale_triton import scale_rows_triton
+from rowwise.kernels.swiglu import gate_gradients_reference, gated_reference
+from rowwise.kernels.swiglu_triton import gate_gradients_triton, gated_triton
 
 CPU = torch.device("cpu")
 
@@ -126,6 +130,24 @@ def check_row_scale(place: Place) -> dict[str, Any]:
         ours = scale_rows_triton(*moved((*low_rank, x), place.device))
         worst = max(worst, *map(relative, ours, scale_rows_reference(*low_rank, x)))
     return {"largest_relative_difference": worst, "passed": worst < 1e-5}
+
+
+def check_elementwise(place: Place) -> dict[str, Any]:
+    """The RMS norm and SwiGLU, forward and backward; in bf16 to a last place."""
+    worst = {}
+    for dtype, bits in ((torch.float32, 2.0**-18), (torch.bfloat16, 2.0**-7)):
+        apart = 0.0
+        for m, n in shapes(place):
+            x, other, dy, w = (torch.randn(*size).to(dtype) for size in ((m, n), (m, n), (m, n), (n,)))
+            here = moved((x, other, dy, w), place.device)
+            y, r = normed_reference(x, w, 1e-5)
+            ours = [*normed_triton(here[0], here[3], 1e-5), *norm_gradients_triton(here[2], here[0], here[3], r.to(place.device)),
+                    gated_triton(*here[:2]), *gate_gradients_triton(here[2], *here[:2])]  # fmt: skip
+            right = [y, r, *norm_gradients_reference(dy, x, w, r), gated_reference(x, other),
+                     *gate_gradients_reference(dy, x, other)]  # fmt: skip
+            apart = max(apart, *(relative(a, b) for a, b in zip(ours, right, strict=True)))
+        worst[str(dtype).removeprefix("torch.")] = apart / bits
+    return {"largest_difference_over_what_may_be": worst, "passed": max(worst.values()) <= 1}
 
 
 def check_dct(place: Place) -> dict[str, Any]:

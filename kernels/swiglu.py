@@ -2,7 +2,8 @@
 
     y = silu(g) u,  silu(g) = g sigmoid(g)        du = silu(g) dy        dg = u dy sigmoid(g) (1 + g (1 - sigmoid(g)))
 
-Kept for the backward: g and u. silu(g), which autograd would keep too, is computed again.
+silu(g), y, u dy, du and dg are each rounded to the dtype of g and u, as torch's operators round. Kept for the backward: g and u.
+silu(g), which autograd would keep too, is computed again.
 """
 
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from rowwise.kernels.dispatch import use_triton
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -22,10 +25,43 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return gated(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+        return gate_gradients(dy, gate, up)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Makes y of the formulas. Communicates nothing."""
+    if _in_one_kernel(gate):
+        from rowwise.kernels.swiglu_triton import gated_triton
+
+        return gated_triton(gate, up)
+    return gated_reference(gate, up)
+
+
+def gated_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """Makes y in plain torch."""
+    return F.silu(gate) * up
+
+
+def gate_gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes dg and du of the formulas. Communicates nothing."""
+    if _in_one_kernel(gate):
+        from rowwise.kernels.swiglu_triton import gate_gradients_triton
+
+        return gate_gradients_triton(dy, gate, up)
+    return gate_gradients_reference(dy, gate, up)
+
+
+def gate_gradients_reference(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes dg and du in plain torch."""
+    return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
+def _in_one_kernel(t: Tensor) -> bool:
+    """Says whether it is Triton's; a compiler makes one kernel of the plain form itself, and of what is around it."""
+    return t.dtype != torch.float64 and not torch.compiler.is_compiling() and use_triton(t.device)

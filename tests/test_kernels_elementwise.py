@@ -1,12 +1,15 @@
-"""The RMS norm and SwiGLU: their formulas, torch's own numbers, and what they keep for the backward."""
+"""The RMS norm and SwiGLU: their formulas, torch's own numbers, what they keep for the backward, Triton against torch. (Law 1.)"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from rowwise.kernels.rms_norm import rms_norm
-from rowwise.kernels.swiglu import swiglu
+from interpreter import interpreted
+from rowwise.kernels import rms_norm as norms
+from rowwise.kernels import swiglu as gates
+from rowwise.kernels.rms_norm import norm_gradients_reference, normed_reference, rms_norm
+from rowwise.kernels.swiglu import gate_gradients_reference, gated_reference, swiglu
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NEAR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -65,3 +68,64 @@ def test_their_gradients_are_those_of_the_formulas():
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5), given)
     pair = random(3, 8, dtype=torch.float64, seed=1), random(3, 8, dtype=torch.float64, seed=2)
     assert torch.autograd.gradcheck(swiglu, pair)
+
+
+# A row in one step and in two; rows of one segment and of several; nothing.
+SHAPES = [(5, 30), (2, 1, 64), (1, 1), (34, 3), (2, 4100), (0, 8)]
+
+
+def check_norm():
+    from rowwise.kernels import rms_norm_triton
+
+    rms_norm_triton.SEGMENTS = 2  # so that few rows are several
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x, w, dy = (
+                random(*shape[i:], dtype=dtype, seed=s).detach() for i, s in ((0, 1), (len(shape) - 1, 2), (0, 3))
+            )
+            ours, right = rms_norm_triton.normed_triton(x, w, 1e-5), normed_reference(x, w, 1e-5)
+            torch.testing.assert_close(ours.r, right.r, rtol=2e-6, atol=0)
+            assert_near(ours.y, right.y, dtype)
+            gradients = rms_norm_triton.norm_gradients_triton(dy, x, w, right.r)
+            for mine, other in zip(gradients, norm_gradients_reference(dy, x, w, right.r), strict=True):
+                assert_near(mine, other, dtype)
+            assert rms_norm_triton.norm_gradients_triton(dy, x, w, right.r, learns=False)[1] is None
+
+
+def check_gate():
+    from rowwise.kernels.swiglu_triton import gate_gradients_triton, gated_triton
+
+    for shape in [(3, 5, 17), (1, 1), (2, 1030), (0, 8)]:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            gate, up, dy = (random(*shape, dtype=dtype, seed=seed).detach() * 4 for seed in (1, 2, 3))
+            assert_near(gated_triton(gate, up), gated_reference(gate, up), dtype)
+            apart = gate_gradients_triton(dy.mT.contiguous().mT, gate, up)  # as a backward may bring it
+            for mine, other in zip(apart, gate_gradients_reference(dy, gate, up), strict=True):
+                assert_near(mine, other, dtype)
+
+
+def assert_near(ours: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> None:
+    """To float32's rounding, or to the last place of 16 bits."""
+    assert ours.dtype == right.dtype == dtype and ours.shape == right.shape
+    last = {torch.float32: 4e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
+    torch.testing.assert_close(ours, right, rtol=last, atol=last * 2)
+
+
+@pytest.mark.parametrize("check", ["check_norm", "check_gate"])
+def test_triton_agrees_with_torch(check):
+    interpreted("test_kernels_elementwise", check)
+
+
+def test_on_a_gpu_they_are_tritons(monkeypatch):
+    """But in 64 bits, and where a compiler makes kernels itself."""
+    x, w = random(2, 8, dtype=torch.float32, seed=1), random(8, dtype=torch.float32, seed=2)
+    asked = []
+    for module in (norms, gates):
+        monkeypatch.setattr(module, "use_triton", lambda device: asked.append(device) or False)
+    gradients(lambda x, w: rms_norm(x, w, 1e-5), x, w)
+    gradients(swiglu, x, x.detach().requires_grad_())
+    assert len(asked) == 4  # forward and backward of both
+    gradients(swiglu, x.double().detach().requires_grad_(), x.double().detach().requires_grad_())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    gates.gated(x, x)
+    assert len(asked) == 4

@@ -57,6 +57,11 @@ TILE = {
     "bf16": {"x": "*bf16", "w": "*bf16", "DEPTH": 64, "TF32": False, "WIDEN": False},
     "fp32": {"x": "*fp32", "w": "*fp32", "DEPTH": 32, "TF32": True, "WIDEN": False},
 }
+NORM = {**dict.fromkeys(("x", "weight", "y", "dy", "dx"), "*bf16"), "r": "*fp32", "columns": "i32", "eps": "fp32"}
+ROW = {"STEPS": 2, "WIDTH": 4096}
+DOWN = {"sums": "*fp32", **dict.fromkeys(("rows", "per_segment"), "i32"), "ROWS": 32, "WIDTH": 64}
+GATE = {x: {**dict.fromkeys(("gate", "up", "y", "dy", "dg", "du"), f"*{x}"), "count": "i32", "NUMBERS": 1024}
+        for x in ("fp32", "bf16", "fp16")}  # fmt: skip
 
 # Of every argument its type, or its value if it is a constant of the program. Every processor sees every kernel; the
 # variants of a kernel (dtypes, alignment) are spread over the first two.
@@ -91,6 +96,16 @@ VARIANTS = [
     (90, "activation_codes", "encode", {"x": "*fp32", **ENCODED, "GIVEN": False, "BLOCKS": 8, "WIDTH": 128}),
     (80, "activation_codes", "decode", {"out": "*fp32", **CODED, "GIVEN": False, "BLOCKS": 8, "WIDTH": 128}),
     (90, "activation_codes", "decode", {"out": "*bf16", **CODED, "GIVEN": True, "BLOCKS": 4, "WIDTH": 256}),
+    (80, "rms_norm", "norm", NORM | ROW),
+    (90, "rms_norm", "norm", NORM | dict.fromkeys(("x", "weight", "y"), "*fp32") | {"STEPS": 1, "WIDTH": 2048}),
+    (80, "rms_norm", "norm_gradient", NORM | dict.fromkeys(("dy", "x", "weight", "dx"), "*fp32") | ROW),
+    (90, "rms_norm", "norm_gradient", NORM | {"STEPS": 1, "WIDTH": 2048}),
+    (80, "rms_norm", "weight_gradient", NORM | DOWN),
+    (90, "rms_norm", "weight_gradient", NORM | dict.fromkeys(("dy", "x"), "*fp32") | DOWN),
+    (80, "swiglu", "gate", GATE["bf16"]),
+    (90, "swiglu", "gate", GATE["fp32"]),
+    (80, "swiglu", "gate_gradient", GATE["fp16"]),
+    (90, "swiglu", "gate_gradient", GATE["bf16"]),
     (80, "nm", "nm", {"w": "*i16", "out": "*i16", **GROUPS, "LARGEST": 2**15 - 1, "MASK": False}),
     (80, "nm", "nm", {"w": "*i64", "out": "*i64", **GROUPS, "LARGEST": 2**63 - 1, "MASK": False}),
     (90, "nm", "nm", {"w": "*i32", "out": "*i32", **GROUPS, "M": 3, "LARGEST": 2**31 - 1, "MASK": False}),
