@@ -80,7 +80,7 @@ class Lifetimes(TorchDispatchMode):
 
     A step of a tiny model is thousands of operations that take a few microseconds each, so little is asked at each of them: what
     gives only its arguments and views of them makes nothing, gradients are looked at where they can be new, and of the parameters that
-    are gathered as one the first stands for all.
+    are gathered as one the last stands for all.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class Lifetimes(TorchDispatchMode):
         self._modules = list(modules.values())  # those that are gathered as one, once
         self._params = [params for module in self._modules if (params := fsdp_params(module))]
         self._new = self._params  # those that were never gathered
-        # Of the others: their storages, which stay and are empty while they are not gathered, and the first of each module.
+        # Of the others: their storages, which stay and are empty while they are not gathered, and the last of each module, which is filled last.
         self._whole: list[torch.UntypedStorage] = []
-        self._first: list[torch.UntypedStorage] = []
+        self._last: list[torch.UntypedStorage] = []
         self._sizes: list[int] = []
         self._whole_sizes: set[int] = set()
         self._buckets = [
@@ -204,7 +204,7 @@ class Lifetimes(TorchDispatchMode):
         self._since = self._at
         if self._new:
             self._new = [params for params in self._new if not self._begin_whole(params)]
-        if (sizes := [storage.nbytes() for storage in self._first]) != self._sizes:
+        if (sizes := [storage.nbytes() for storage in self._last]) != self._sizes:
             self._sizes = sizes
             self._gathered.append((self._since, sum(storage.nbytes() for storage in self._whole)))
 
@@ -214,7 +214,7 @@ class Lifetimes(TorchDispatchMode):
         if len(tensors) < len(params):
             return False
         wholes = [rows_of(tensor).untyped_storage() for tensor in tensors]
-        self._first.append(wholes[0])
+        self._last.append(wholes[-1])
         self._whole += wholes
         self._whole_sizes |= {storage.nbytes() for storage in wholes}
         self._handles += [tell_first(p, self._note_gradient_of) for p in tensors if p.requires_grad]

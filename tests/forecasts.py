@@ -73,7 +73,7 @@ def draw(folder: Path, chance: random.Random) -> Drawn:
 
 def _words(chance: random.Random) -> tuple[list[str], int]:
     pick = chance.choice
-    world_size, narrow = pick((1, 2, 2, 4)), chance.random() < 0.3
+    world_size, narrow = pick((1, 2, 2, 2, 2, 4)), chance.random() < 0.3
     words = [f"parallel.zero={pick((0, 1, 2, 3))}", f"optim={pick(OPTIMIZERS)}"]
     words += [f"memory.recompute={pick(('none', 'none', 'selective', 'full', 0.3, 0.7))}"]
     words += [f"memory.fused_loss={pick(('true', 'true', 'false'))}", f"data.mask_documents={pick(('true', 'false'))}"]
