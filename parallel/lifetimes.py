@@ -94,7 +94,8 @@ class Lifetimes(TorchDispatchMode):
         self._modules = list(modules.values())  # those that are gathered as one, once
         self._params = [params for module in self._modules if (params := fsdp_params(module))]
         self._new = self._params  # those that were never gathered
-        # Of the others: their storages, which stay and are empty while they are not gathered, and the last of each module, which is filled last.
+        # Of the others: their storages, which stay and are empty while they are not gathered, and that of each module which is
+        # filled last.
         self._whole: list[torch.UntypedStorage] = []
         self._last: list[torch.UntypedStorage] = []
         self._sizes: list[int] = []

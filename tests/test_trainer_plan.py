@@ -28,7 +28,8 @@ from runs import named, run_train
 RUNS = {
     "buckets": (1, ["memory.fused_loss=false", "batch.global_size=4", "optim=lion"]),
     "zero 3, recomputed": (2, ["parallel.zero=3", "memory.recompute=full", "optim=adamw8bit", "batch.global_size=8"]),
-    "16 bits, replicas": (2, ["parallel.zero=2", "parallel.replicate=2", "precision=bf16", "batch.seq_len=32"]),
+    "16 bits, replicas": (2, ["parallel.zero=2", "parallel.replicate=2", "precision=bf16", "batch.seq_len=32",
+                             "memory.compress=int8"]),
     "shared sequences": (2, ["parallel.ulysses=2", "parallel.zero=2", "sparsity=static", "batch.global_size=2",
                              "memory.offload_activations=cpu", "model.layers=3"]),
     "split backwards": (2, ["parallel.pipeline=2", "parallel.pipeline_schedule=zb_v", "model.layers=4", "parallel.virtual_stages=2",

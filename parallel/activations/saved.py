@@ -11,7 +11,7 @@ It is outermost round a block: hooks further in, which have some results made ag
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -205,19 +205,21 @@ def _holding(tensors: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
     return lambda: tensors
 
 
-@dataclass
 class Keeper:
     """Keeps the results of the blocks of a rank. `form_of(layer, first, x)`: the form for a forward of a block that is given x
     (B, S, D), of sequences from number `first` on; None: as they are. `ranges`: what forms learn of the numbers; None:
-    nothing. `told`: what is to be said of it."""
+    nothing. `told`: what is to be said of it. (No dataclass: FSDP2 copies those that a block is given, and attention has this.)"""
 
-    form_of: Callable[[str, int, Tensor], Form] | None = None
-    store: Store | None = None
-    ranges: RunningRanges | None = None
-    told: str | None = None
-    first: int = 0
-    read: Read = field(default_factory=Read, init=False)
-    scope: Scope | None = field(default=None, init=False)
+    def __init__(
+        self,
+        form_of: Callable[[str, int, Tensor], Form] | None = None,
+        store: Store | None = None,
+        ranges: RunningRanges | None = None,
+        told: str | None = None,
+    ):
+        self.form_of, self.store, self.ranges, self.told = form_of, store, ranges, told
+        self.first, self.read = 0, Read()
+        self.scope: Scope | None = None
 
     def around(self, layer: str, block: nn.Module) -> None:
         """Has the forwards of a block, number `layer` of the model, kept here."""
