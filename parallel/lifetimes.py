@@ -251,14 +251,17 @@ class Lifetimes(TorchDispatchMode):
 
     def at_the_peak(self) -> list[tuple[str, str, int, int]]:
         """Lists (category, the operation that made it, bytes, how many) of the storages that are there when most is held, the largest
-        first; gathered parameters and buckets of gradients apart."""
-        peak = max(self._moments(), key=lambda moment: on_device(moment[1]), default=(0, {}))[0]
+        first; and what FSDP2 holds, which no operation makes: gathered parameters, and gradients in buckets."""
+        peak, held = max(self._moments(), key=lambda moment: on_device(moment[1]))
         found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
         for life in self._lives:
             if life.category is not None and life.born <= peak <= (self._at if life.died is None else life.died):
                 entry = found[life.category, life.operation]
                 entry[0] += life.size
                 entry[1] += 1
+        for category, operation in (("gathered", "all_gather"), ("gradients", "bucket")):
+            if rest := held[category] - sum(size for (one, _), (size, _) in found.items() if one == category):
+                found[category, operation] = [rest, 1]
         every = [(category, operation, size, count) for (category, operation), (size, count) in found.items()]
         return sorted(every, key=lambda one: -one[2])
 

@@ -1,9 +1,11 @@
 """What is watched of a run beside its losses: norms of parameters and the operations of a step, alike on every layout. (Law 2.)"""
 
+import contextlib
 import gzip
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +16,14 @@ from rowwise.launch.pages import watched
 from rowwise.launch.report import read_runs
 from rowwise.trainer.data.batches import MicroBatch, visible_pairs
 from rowwise.trainer.data.open import open_data
+from rowwise.trainer.memory import watching
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import ModelConfig, flops_of, flops_per_token, parameter_count
 from rowwise.trainer.norms import KINDS
 from rowwise.trainer.profile import KINDS as PROFILED
 from rowwise.trainer.profile import Event, parts_of, slowest
 from rowwise.trainer.update import may_begin_next
+from rowwise.trainer.watching import check_watched
 from runs import named, run_train
 
 LAYOUTS = {
@@ -166,6 +170,7 @@ def test_the_slowest_rank_is_named_beside_the_median():
         ("profile.steps=[4,6]", [1, 2, 7, 8, 9]),
         ("log.ranks_every=5", [1, 2, 3, 6, 7, 8]),
         ("log.norms_every=5", [1, 2, 3, 6, 7, 8]),
+        ("profile.memory_step=5", [1, 2, 3, 6, 7, 8, 9]),
     ],
 )
 def test_no_step_is_begun_before_one_that_is_watched_or_in_it(tmp_path, option, begun):
@@ -174,6 +179,55 @@ def test_no_step_is_begun_before_one_that_is_watched_or_in_it(tmp_path, option, 
     quiet = ("steps=10", "batch.micro_size=4", "eval.every=0", "checkpoint.every=0", "profile.ranks=[1]")
     config = with_layout(small_config(tmp_path, *quiet, option), 2, **layout)
     assert [step for step in range(1, 11) if may_begin_next(config, step)] == begun
+
+
+@pytest.mark.parametrize(
+    ("world", "step", "options"),
+    [(1, 2, ("parallel.zero=0",)), (1, 2, ()), (2, 1, ("parallel.zero=3", "profile.ranks=[1]"))],
+)
+def test_what_is_held_at_the_peak_of_a_step_is_listed(ranks, folder, tmp_path, world, step, options):
+    """All of it, as memory.json counts it, by the ranks that are asked for, and of that step alone."""
+    options = ("batch.global_size=4", "steps=2", f"profile.memory_step={step}", *options)
+    config = with_layout(named(small_config(folder, *options), tmp_path, "run"), world)
+    ranks.run(run_train, world, config)
+    assert [path.name for path in (tmp_path / "run/profile").iterdir()] == [f"rank-{world - 1}.memory.json"]
+    found = json.loads((tmp_path / f"run/profile/rank-{world - 1}.memory.json").read_text())
+    held = json.loads((tmp_path / "run/memory.json").read_text())["ranks"][world - 1]["measured"]
+    stays = sum(held[category] for category in ("parameters", "optimizer", "masks"))
+    assert found["step"] == step and sum(one["bytes"] for one in found["peak"]) == held["total"] - stays
+    sizes = [one["bytes"] for one in found["peak"]]
+    assert sizes == sorted(sizes, reverse=True) and all(one["storages"] >= 1 for one in found["peak"])
+    made = {one["operation"] for one in found["peak"]}
+    assert "aten::mm" in made and ("all_gather" in made) == (world == 2)
+    assert {one["category"] for one in found["peak"]} <= held.keys()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_a_gpu_it_is_the_snapshot_of_torch(tmp_path, monkeypatch, fails):
+    """Of that step and rank alone; and its allocator keeps no notes beyond the step, however that ends."""
+    said: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled: said.append(f"notes {enabled}"))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: said.append(path))
+    config = named(small_config(tmp_path, "profile.memory_step=2"), tmp_path, "run")
+    (tmp_path / "run").mkdir()
+    gpu, other = (SimpleNamespace(device=torch.device("cuda"), rank=rank) for rank in (0, 1))
+    for mesh, step in ((gpu, 1), (other, 2), (gpu, 2)):
+        with contextlib.suppress(KeyError), watching(config, mesh, torch.nn.Linear(1, 1), step, first=False) as watch:
+            assert watch.seen is None
+            if fails:
+                raise KeyError
+    written = [] if fails else [str(tmp_path / "run/profile/rank-0.memory.pickle")]
+    assert said == ["notes all", *written, "notes None"]
+
+
+def test_what_a_compiled_step_holds_is_not_seen_on_a_cpu():
+    check_watched(compiled=True, memory_step=0, device="cpu")
+    check_watched(compiled=True, memory_step=3, device="cuda")
+    check_watched(compiled=False, memory_step=3, device="cpu")
+    with pytest.raises(
+        ValueError, match=r"profile.memory_step=3 with compile=true: .* give compile=false, or profile.memory_"
+    ):
+        check_watched(compiled=True, memory_step=3, device="cpu")
 
 
 def slow_last_rank(workers, config):

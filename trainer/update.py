@@ -180,4 +180,5 @@ def may_begin_next(config: TrainConfig, step: int) -> bool:
     watched = (config.log.with_norms, config.log.with_ranks)
     for one in (step, step + 1):
         between |= any(asked(one, config.length) for asked in watched) or config.profile.of(one)
+        between |= one == config.profile.memory_step
     return config.parallel.post_validation and not between and step + 1 != config.parallel.pipeline_trace
