@@ -18,7 +18,7 @@ Parameters, optimizer states and masks are there from the beginning and stay.
 
 import itertools
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -242,17 +242,15 @@ class Lifetimes(TorchDispatchMode):
 
     def peaks(self) -> tuple[dict[str, int], int]:
         """Counts the most bytes of each of MOVING, and of all together on the device."""
-        now = dict.fromkeys(MOVING, 0)
-        peaks, most = dict(now), 0
-        for _, now in self._moments():
-            peaks = {category: max(peaks[category], size) for category, size in now.items()}
-            most = max(most, on_device(now))
-        return peaks, most
+        changes = self._changes()
+        most = {category: max((size for _, size in held(by)), default=0) for category, by in changes.items()}
+        return most, max(size for _, size in held(on_device(changes)))
 
     def at_the_peak(self) -> list[tuple[str, str, int, int]]:
         """Lists (category, the operation that made it, bytes, how many) of the storages that are there when most is held, the largest
         first; and what FSDP2 holds, which no operation makes: gathered parameters, and gradients in buckets."""
-        peak, held = max(self._moments(), key=lambda moment: on_device(moment[1]))
+        changes = self._changes()
+        peak = max(held(on_device(changes)), key=lambda moment: moment[1])[0]
         found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
         for life in self._lives:
             if life.category is not None and life.born <= peak <= (self._at if life.died is None else life.died):
@@ -260,34 +258,39 @@ class Lifetimes(TorchDispatchMode):
                 entry[0] += life.size
                 entry[1] += 1
         for category, operation in (("gathered", "all_gather"), ("gradients", "bucket")):
-            if rest := held[category] - sum(size for (one, _), (size, _) in found.items() if one == category):
+            there = sum(change for at, change in changes[category].items() if at <= peak)
+            if rest := there - sum(size for (one, _), (size, _) in found.items() if one == category):
                 found[category, operation] = [rest, 1]
         every = [(category, operation, size, count) for (category, operation), (size, count) in found.items()]
         return sorted(every, key=lambda one: -one[2])
 
-    def _moments(self) -> Iterator[tuple[int, dict[str, int]]]:
-        """(when, bytes of each of MOVING) after each change."""
-        changes: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    def _changes(self) -> dict[str, Counter[int]]:
+        """Lists by how many bytes each of MOVING changes, and when."""
+        changes = {category: Counter[int]() for category in MOVING}
+        changes["gradients"][0] = sum(flat.untyped_storage().nbytes() for flat in self._buckets)
         for life in self._lives:
             if (category := life.category) is not None:
-                changes[life.born][category] += life.size
-                changes[(self._at if life.died is None else life.died) + 1][category] -= life.size
-        before = 0
-        for at, total in self._gathered:
-            changes[at]["gathered"] += total - before
-            before = total
-        now = dict.fromkeys(MOVING, 0)
-        now["gradients"] += sum(flat.untyped_storage().nbytes() for flat in self._buckets)
-        yield 0, dict(now)
-        for at in sorted(changes):
-            for category, change in changes[at].items():
-                now[category] += change
-            yield at, dict(now)
+                changes[category][life.born] += life.size
+                if life.died is not None:
+                    changes[category][life.died + 1] -= life.size
+        for (_, before), (at, total) in itertools.pairwise([(0, 0), *self._gathered]):
+            changes["gathered"][at] += total - before
+        return changes
 
 
-def on_device(held: dict[str, int]) -> int:
-    """Adds up the categories that a device holds."""
-    return sum(held.values()) - held["host"]
+def on_device(changes: dict[str, Counter[int]]) -> Counter[int]:
+    """Adds up the changes of the categories that a device holds."""
+    every = Counter[int]()
+    for category, by in changes.items():
+        if category != "host":
+            every.update(by)
+    return every
+
+
+def held(changes: Counter[int]) -> Iterator[tuple[int, int]]:
+    """Gives (when, bytes) after each change."""
+    when = sorted(changes)
+    return zip(when, itertools.accumulate(changes[at] for at in when), strict=True)
 
 
 def storages(given: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.plan.states import Place, owned, rows_of, unsplit, widths_of
 
 Entry = tuple[str, ParameterSpec]
+_known: dict[Any, int] = {}  # bytes of steps that were made: a run asks for them again, and a search for many layouts
 
 
 def update_bytes(config: TrainConfig, stages: Iterable[range], place: Place, one_by_one: bool = False) -> int:
@@ -31,14 +32,16 @@ def update_bytes(config: TrainConfig, stages: Iterable[range], place: Place, one
     for name, spec in (entry for layers in stages for entry in owned(config, layers).items()):
         key = rule_name(name, spec, config.optim), spec.role == "vector", len(spec.matrix), spec.batched
         groups.setdefault(key, []).append((name, spec))
-    known: dict[Any, int] = {}
+    most = 0
     for (name, *_), entries in groups.items():
         rule = new_rule(name, config.optim, rank)
         for portion in _portions(rule, entries, config, place, one_by_one):
-            alike = name, tuple(spec.shape for _, spec in portion)
-            if alike not in known:
-                known[alike] = _step_bytes(rule, portion, config, place)
-    return max(known.values(), default=0)
+            shapes = tuple((spec.shape, spec.batched) for _, spec in portion)
+            alike = repr(config.optim), rank, widths_of(config), place.shard, place.shards, name, shapes
+            if alike not in _known:
+                _known[alike] = _step_bytes(rule, portion, config, place)
+            most = max(most, _known[alike])
+    return most
 
 
 def _portions(
