@@ -25,11 +25,12 @@ torch.set_num_threads(1)
 
 # What takes longest begins first, so that no process is left alone with it at the end; see docs/testing.md.
 FIRST = (
-    "test_launch_sweep", "test_optim_rules", "test_trainer_pipeline", "test_trainer_sparsity", "test_parallel_pipeline",
-    "test_trainer_sequence", "test_parallel_shard", "test_parallel_sequence", "test_optim_in_backward",
-    "test_launch_report", "test_launch_train", "test_launch_start", "test_trainer_sparsity_runs", "test_trainer_spikes",
-    "test_trainer_crash", "test_trainer_config", "test_house", "test_trainer_train", "test_trainer_clock",
-    "test_parallel_pipeline_counts", "test_kernels_triton", "test_docs_extending",
+    "test_launch_sweep", "test_trainer_sparsity", "test_optim_rules", "test_composition", "test_trainer_pipeline",
+    "test_trainer_sequence", "test_trainer_sparsity_runs", "test_parallel_pipeline", "test_trainer_train", "test_trainer_config",
+    "test_launch_train", "test_trainer_spikes", "test_parallel_sequence", "test_launch_report", "test_parallel_activations",
+    "test_kernels_triton", "test_docs_extending", "test_trainer_crash", "test_launch_start", "test_parallel_pipeline_counts",
+    "test_parallel_shard", "test_optim_build", "test_trainer_plan", "test_optim_in_backward", "test_house", "test_trainer_clock",
+    "test_parallel_pipeline_schedule_search",
 )  # fmt: skip
 
 

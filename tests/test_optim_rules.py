@@ -336,7 +336,7 @@ def half_way(run_dir):
 
 
 # A rule whose states are of the kind of another's stands for it: moments by element, in 32 bits and in 8; a basis and what it has.
-ALIKE = ("adamw", "lion", "lion8bit", "galore")
+ALIKE = ("adamw", "lion", "lion8bit", "galore", "dct", "fira short")
 
 
 @pytest.mark.parametrize("rule", [pytest.param(r, marks=pytest.mark.full if r in ALIKE else []) for r in MOVED])
@@ -350,7 +350,9 @@ def test_saved_on_two_ranks_and_resumed_on_three_and_on_one(ranks, folder, rule,
         assert_same_states(final_tensors(moved), expected)
 
 
-@pytest.mark.parametrize("rule", ["adamw8bit", "adafactor", "dct", "fira"])
+@pytest.mark.parametrize(
+    "rule", ["adamw8bit", "fira", *(pytest.param(rule, marks=pytest.mark.full) for rule in ("adafactor", "dct"))]
+)
 def test_saved_whole_and_resumed_split(ranks, folder, rule):
     """At stage 0 states are plain tensors, at stage 3 rows of them."""
     reference = run_rule(ranks, folder, rule, "whole", 2, zero=0)

@@ -58,8 +58,8 @@ def test_a_run_moves_between_degrees_and_back(ranks, folder, uninterrupted):
 
 
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
-    config = with_layout(small_config(folder, *OVERRIDES, "steps=6"), 4, **BOTH, zero=3)
-    assert_resumes_to_the_last_bit(ranks, 4, config, folder, stop_at=3)
+    config = with_layout(small_config(folder, *OVERRIDES, "steps=6"), 2, ring=2, zero=3)
+    assert_resumes_to_the_last_bit(ranks, 2, config, folder, stop_at=3)
 
 
 def sample(workers, config):
