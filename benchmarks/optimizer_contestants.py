@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from optimizer_bytes import LOW_RANK, optim_config, storage_bytes
+from record import spread
 from torch import Tensor, nn
 
 from rowwise.kernels.spec import specs_of
@@ -161,8 +162,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": middle, "quartiles": [low, high], "all": values}

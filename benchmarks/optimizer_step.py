@@ -32,8 +32,8 @@ from typing import Any
 
 import torch
 from optimizer_bytes import RULES, model_config, rank_of
-from optimizer_contestants import Contestant, find_peers, held_beside, ours, seconds_of, spread, versions
-from record import write_record
+from optimizer_contestants import Contestant, find_peers, held_beside, ours, seconds_of, versions
+from record import spread, write_record
 from torch import Tensor
 
 from rowwise.kernels.adamw8bit import adamw8bit_

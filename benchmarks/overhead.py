@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 from contestants import CONTESTANTS, Clock, Job
-from record import write_record
+from record import spread, write_record
 from saves import STEPS_BESIDE, saves
 
 FIXED = ["resume=never", "eval.every=0", "sample.tokens=0", "checkpoint.every=0", "schedule=constant"]
@@ -177,11 +177,6 @@ def run_saves(job: Job) -> dict[str, dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = answers(start("saves", which, Path(folder)), which, Path(folder))[0]
     return found
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": middle, "quartiles": [low, high], "all": values}
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,9 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Tells the median of values that were measured in turns, their quartiles, and each."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": middle, "quartiles": [low, high], "all": values}

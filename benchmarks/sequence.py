@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rowwise.kernels.visible import Documents, visible_areas
 from rowwise.parallel.mesh import RING_ORDER, Mesh, ParallelConfig, SequenceAxes, Workers, make_mesh
-from rowwise.parallel.sequence import SequenceAttention, positions_of, runs_of
+from rowwise.parallel.sequence import Attend, SequenceAttention, positions_of, runs_of
 from rowwise.trainer.models.blocks import Block
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.rope import rope_tables
@@ -42,7 +42,6 @@ from messages import Messages
 RANKS = 2
 MODEL = ModelConfig(dim=256, heads=8, kv_heads=4, ffn_dim=704)
 ORDERS: tuple[RING_ORDER, ...] = ("contiguous", "zigzag", "striped")
-Attend = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
 
 def some_documents(length: int, count: int) -> Documents:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from rowwise.trainer.plan.devices import GIBI
 from rowwise.trainer.plan.forecast import Forecast
 from rowwise.trainer.plan.ledger import CATEGORIES
 
 # Okabe and Ito's, and greys for what nobody chooses.
 COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#AA4499", "#E69F00", "#F0E442", "#505050", "#C8C8C8")
-GIBI = 1 << 30
 
 
 def draw_plan(forecast: Forecast, path: Path) -> None:

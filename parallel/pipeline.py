@@ -31,6 +31,7 @@ from rowwise.parallel.device import Clock, Mark, device_of
 from rowwise.parallel.lanes import Axis, open_lanes, receive_from, send_to
 from rowwise.parallel.pipeline_schedule.order import Action, Schedule, early_messages, leading_forwards
 from rowwise.parallel.pipeline_schedule.simulate import Gathering, gathers
+from rowwise.parallel.pipeline_schedule.trace import Span
 from rowwise.parallel.shard import (
     add_up_gradients,
     forget_forwards,
@@ -43,7 +44,6 @@ from rowwise.parallel.shard import (
 )
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
-Span = tuple[Action, float, float]
 
 
 class Trace:
