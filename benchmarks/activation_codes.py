@@ -27,6 +27,7 @@ from rowwise.kernels.attention import causal_attention
 from rowwise.launch.checkpoints import choose_sound
 from rowwise.launch.compose import compose_tree
 from rowwise.parallel.activations.compress import Coding, Tokens, named_attention
+from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.activations.results import Sharing
 from rowwise.parallel.activations.saved import Keeper, attach, begin_sequences
 from rowwise.trainer.config import config_from_tree
@@ -45,6 +46,7 @@ SMALL = [
     "batch.global_size=8", "batch.micro_size=8", "sample.tokens=0", "report=never", "eval.batches=8",
 ]  # fmt: skip
 EVALUATIONS = 10
+BATCHES = 20  # of which running ranges are
 
 
 def bytes_of(preset: str) -> dict[str, float]:
@@ -68,27 +70,32 @@ def run(folder: Path, seed: int, steps: int, compress: str) -> dict[str, Any]:
     return {"losses": losses, "seconds_a_step": statistics.median(record["step_seconds"] for record in records)}
 
 
-def gradients(source: Source, coded: bool) -> dict[str, torch.Tensor]:
-    """Of one batch, in float32, of the model that a run has made."""
+def gradients(source: Source, ranges: str | None) -> dict[str, torch.Tensor]:
+    """Of one batch, in float32, of the model that a run has made; with codes in `ranges`, of a token or running ones, which have seen
+    BATCHES others."""
     model = load_model(source, torch.device("cpu"), torch.float32).requires_grad_().train()
     config = config_from_tree(dict(source.config))
-    length = config.batch.seq_len
-    if coded:
+    length, running = config.batch.seq_len, RunningRanges(list(model.blocks)) if ranges == "running" else None
+    if ranges is not None:
         tokens = Tokens(length, torch.arange(length), torch.arange(length))
-        keeper = Keeper(lambda layer, first, x: Coding(0, tokens, layer, first, x))
+        keeper = Keeper(lambda layer, first, x: Coding(0, tokens, layer, first, x, running), ranges=running)
         attach(keeper, model, list(model.blocks.items()))
         model.attend = named_attention(keeper, causal_attention, config.model.kv_heads)
-        begin_sequences(model, 0)
     data = open_data(config.data, length, config.model.vocab_size)
-    (batch,) = micro_batches(range(32), data.train, 32)
-    logits = model(batch.inputs, batch.positions, batch.documents)
-    F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
+    for number in range(BATCHES, -1, -1) if running is not None else (0,):
+        begin_sequences(model, 32 * number)
+        (batch,) = micro_batches(range(32 * number, 32 * (number + 1)), data.train, 32)
+        model.zero_grad()
+        logits = model(batch.inputs, batch.positions, batch.documents)
+        F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
+        if running is not None:
+            running.move()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def errors(source: Source) -> dict[str, float]:
+def errors(source: Source, ranges: str) -> dict[str, float]:
     """|g - exact| / |exact| by kind of layer, the largest of all layers."""
-    exact, coded = gradients(source, False), gradients(source, True)
+    exact, coded = gradients(source, None), gradients(source, ranges)
     found: dict[str, float] = defaultdict(float)
     for name, g in exact.items():
         kind = ".".join(part for part in name.split(".") if part not in ("blocks", "weight") and not part.isdigit())
@@ -109,13 +116,15 @@ def main() -> None:
                 made.append(run(Path(folder), seed, options.steps, compress))
                 print(f"seed {seed} {compress:4} {made[-1]['losses'][-1]:.4f}", flush=True)
         sound = choose_sound(Path(folder) / f"none-{options.seeds[0]}", None)
-        by_kind = errors(Source(sound.path, sound.manifest))
+        source = Source(sound.path, sound.manifest)
+        by_kind, of_running = errors(source, "token"), errors(source, "running")
     sizes = {preset: bytes_of(preset) for preset in PRESETS}
     last = {compress: [made["losses"][-1] for made in of] for compress, of in runs.items()}
     differences = [a - b for a, b in zip(last["int8"], last["none"], strict=True)]
-    print_tables(sizes, by_kind, last, differences)
+    print_tables(sizes, by_kind, of_running, last, differences)
     path = write_record("activation_codes", {
         "steps": options.steps, "settings": SMALL, "bytes_of_a_token_in_a_block": sizes, "gradient_errors": by_kind,
+        "gradient_errors_of_running_ranges": of_running,
         "runs": runs, "minus_exact": {"mean": statistics.mean(differences), "each": differences},
         "deviation_of_seeds": statistics.stdev(last["none"]) if len(options.seeds) > 1 else None,
     })  # fmt: skip
@@ -125,6 +134,7 @@ def main() -> None:
 def print_tables(
     sizes: dict[str, dict[str, float]],
     by_kind: dict[str, float],
+    of_running: dict[str, float],
     last: dict[str, list[float]],
     differences: list[float],
 ) -> None:
@@ -135,9 +145,9 @@ def print_tables(
         print(
             f"| {preset} | {row['torch']:,} | {row['exact']:,} | {row['int8']:,} | {row['of_exact']:.1%} | {row['of_torch']:.1%} |"
         )
-    print("\n| gradient of | relative error |\n|---|---|")
+    print("\n| gradient of | relative error | with running ranges |\n|---|---|---|")
     for kind, error in by_kind.items():
-        print(f"| {kind} | {error:.2e} |")
+        print(f"| {kind} | {error:.2e} | {of_running[kind]:.2e} |")
     print("\n| seed | exact | int8 | difference |\n|---|---|---|---|")
     for seed, (exact, coded, difference) in enumerate(zip(last["none"], last["int8"], differences, strict=True)):
         print(f"| {seed} | {exact:.4f} | {coded:.4f} | {difference:+.4f} |")

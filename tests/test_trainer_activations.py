@@ -19,7 +19,7 @@ from rowwise.parallel.activations.results import Sharing
 from rowwise.parallel.activations.saved import Keeper, attach, begin_sequences
 from rowwise.parallel.mesh import make_mesh
 from rowwise.trainer import activations, advice, offloading
-from rowwise.trainer.activations import micro_batch_bytes
+from rowwise.trainer.activations import micro_batch_bytes, offload_in_words
 from rowwise.trainer.models.blocks import Block
 from rowwise.trainer.models.config import model_of
 from rowwise.trainer.models.decoder import Decoder
@@ -147,10 +147,12 @@ def test_the_slowest_machine_says_how_much_leaves(ranks, tmp_path):
 
 
 def test_a_run_says_what_leaves(ranks, tmp_path):
-    config = small_config(tmp_path, f"memory.offload_activations={tmp_path}", "memory.offload_share=auto", "steps=1")
+    config = small_config(tmp_path, f"memory.offload_activations={tmp_path}", "memory.offload_share=0.6", "steps=1")
     (said,) = ranks.run(run_said, 1, with_layout(config, 1))
-    told = r"memory.offload_activations=\S+ takes \d+% of what layers keep away: what goes into each, and of 2 layers .*; the rest"
+    told = r"memory.offload_activations=\S+ takes 60% of what layers keep away: what goes into each, and of 2 layers .*; the rest"
     assert re.search(told, said)
+    table = Block.results(config.model, Sharing())
+    assert offload_in_words(config, 1.0, table, [table.names]).endswith("takes all of what layers keep away")
 
 
 def test_speeds_are_measured(tmp_path):

@@ -165,9 +165,12 @@ def offload_in_words(
     config: TrainConfig, share: float, results: LayerResults, leaves: Sequence[frozenset[str] | None]
 ) -> str:
     """Says which results of a rank's layers leave the device."""
+    where = f"memory.offload_activations={config.memory.offload_activations}"
+    if share >= 1:
+        return f"{where} takes all of what layers keep away"
     counts = {result.name: sum(result.name in (names or ()) for names in leaves) for result in results.results}
     some = ", ".join(f"{name} of {count}" for name, count in counts.items() if count)
     return (
-        f"memory.offload_activations={config.memory.offload_activations} takes {share:.0%} of what layers keep away: what goes into "
-        f"each, and of {len(leaves)} layers {some or 'nothing else'}; the rest stays on the device"
+        f"{where} takes {share:.0%} of what layers keep away: what goes into each, and of {len(leaves)} layers "
+        f"{some or 'nothing else'}; the rest stays on the device"
     )
