@@ -2,6 +2,7 @@
 
 python benchmarks/memory_stack.py                                        llama_60m, 2 ranks (GPUs where there are enough, else CPU)
 python benchmarks/memory_stack.py --model llama_1b --ranks 1 --seq-len 4096 --precision bf16
+python benchmarks/memory_stack.py --model tiny --seq-len 1024 --micro-size 4 --to memory_stack_long      activations are most of it
 python benchmarks/memory_stack.py --only plain,full --rounds 1           some of the rungs, once
 
 A rung has what those above it have. Bytes are rank 0's in its first step, forward, backward and update: torch's own count of a GPU's
@@ -146,12 +147,13 @@ def main() -> None:
     parser.add_argument(
         "--only", default=",".join(RUNGS), help="names of rungs, the first of which all others are beside"
     )
+    parser.add_argument("--to", default="memory_stack", help="the name of the results file")
     given = parser.parse_args()
     size = Size(given.model, given.ranks, given.seq_len, given.micro_size, given.precision)
     print(f"{size.model} in {size.precision}, {size.ranks} ranks, {size.micro_size} x {size.seq_len} tokens a forward")
     rungs = ladder(size, given.only.split(","), given.rounds)
     show(rungs)
-    print(write_record("memory_stack", {"size": vars(size), "rungs": rungs}))
+    print(write_record(given.to, {"size": vars(size), "rungs": rungs}))
 
 
 if __name__ == "__main__":
