@@ -237,7 +237,7 @@ def test_16_bit_parameters_move_by_less_than_they_can_show(name):
     assert model.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("rule", ["adamw8bit", "galore"])
+@pytest.mark.parametrize("rule", ["adamw8bit", pytest.param("galore", marks=pytest.mark.full)])
 def test_a_run_in_16_bits_stays_near_float64(ranks, tmp_path, rule):
     low = ["optim.rank=8"] if rule == "galore" else []
     shape = ["model.dim=64", "model.heads=2", "model.ffn_dim=128", "batch.micro_size=6", "steps=10", "optim.lr=0.003"]
