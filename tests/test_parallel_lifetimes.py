@@ -1,4 +1,4 @@
-"""What a step holds is told of every storage, though little is asked of each operation."""
+"""What a step holds is told of every storage, though little is asked of each operation. (Law 4.)"""
 
 import pytest
 import torch
