@@ -261,17 +261,19 @@ import sys
 from rowwise.launch.compose import compose_tree
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
-config = check(config_from_tree(compose_tree(["parallel.zero=3"])), 2)
+check(config_from_tree(compose_tree(["parallel.zero=3"])), 2)
 import torch
+from rowwise.kernels.torch_compiler import left_to_python
 from rowwise.parallel.lifetimes import Lifetimes
 with Lifetimes([], []):
-    torch.ones(2) + 1
+    left_to_python(torch.add)(torch.ones(2), 1)
 print(*sys.modules)
 """
 
 
 def test_what_refuses_a_run_waits_for_no_compiler_and_no_sharding():
-    """They take as long to import as torch itself, and only a run needs them: to look at operations does not."""
+    """They take as long to import as torch itself, and only a run needs them: what looks at operations does not, nor what
+    is left to Python of a block that is not compiled."""
     modules = set(in_a_process(CHECKED).split())
     assert not modules & {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy"}
 
