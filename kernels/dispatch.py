@@ -5,6 +5,7 @@ import logging
 import os
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +18,12 @@ def use_triton(device: torch.device) -> bool:
     triton = device.type == "cuda" and choice == "auto"
     _log_once(device.type, "triton" if triton else "reference")
     return triton
+
+
+def one_kernel(t: Tensor) -> bool:
+    """Says whether arithmetic on each number or row of `t` is a kernel of Triton: not in 64 bits, and not where a compiler makes one
+    of the plain form, and of what is around it."""
+    return t.dtype != torch.float64 and not torch.compiler.is_compiling() and use_triton(t.device)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rowwise.kernels.dispatch import use_triton
+from rowwise.kernels.dispatch import one_kernel
 from rowwise.kernels.wide import wide
 
 
@@ -50,7 +50,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Normed:
     """Makes y and r of the formulas. Communicates nothing."""
-    if x.dtype != torch.float64 and use_triton(x.device):
+    if one_kernel(x):
         from rowwise.kernels.rms_norm_triton import normed_triton
 
         return normed_triton(x, weight, eps)
@@ -68,7 +68,7 @@ def norm_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, learns: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Makes dx, and dw where the weight `learns`, in the dtypes of x and of the weight. Communicates nothing."""
-    if x.dtype != torch.float64 and use_triton(x.device):
+    if one_kernel(x):
         from rowwise.kernels.rms_norm_triton import norm_gradients_triton
 
         return norm_gradients_triton(dy, x, weight, r, learns)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rowwise.kernels.dispatch import use_triton
+from rowwise.kernels.dispatch import one_kernel
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """Makes y of the formulas. Communicates nothing."""
-    if _in_one_kernel(gate):
+    if one_kernel(gate):
         from rowwise.kernels.swiglu_triton import gated_triton
 
         return gated_triton(gate, up)
@@ -50,7 +50,7 @@ def gated_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 def gate_gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Makes dg and du of the formulas. Communicates nothing."""
-    if _in_one_kernel(gate):
+    if one_kernel(gate):
         from rowwise.kernels.swiglu_triton import gate_gradients_triton
 
         return gate_gradients_triton(dy, gate, up)
@@ -60,8 +60,3 @@ def gate_gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
 def gate_gradients_reference(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Makes dg and du in plain torch."""
     return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
-
-
-def _in_one_kernel(t: Tensor) -> bool:
-    """Says whether it is Triton's; a compiler makes one kernel of the plain form itself, and of what is around it."""
-    return t.dtype != torch.float64 and not torch.compiler.is_compiling() and use_triton(t.device)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from interpreter import interpreted
+from rowwise.kernels import dispatch
 from rowwise.kernels import rms_norm as norms
 from rowwise.kernels import swiglu as gates
 from rowwise.kernels.rms_norm import norm_gradients_reference, normed_reference, rms_norm
@@ -120,12 +121,21 @@ def test_on_a_gpu_they_are_tritons(monkeypatch):
     """But in 64 bits, and where a compiler makes kernels itself."""
     x, w = random(2, 8, dtype=torch.float32, seed=1), random(8, dtype=torch.float32, seed=2)
     asked = []
-    for module in (norms, gates):
-        monkeypatch.setattr(module, "use_triton", lambda device: asked.append(device) or False)
+    monkeypatch.setattr(dispatch, "use_triton", lambda device: asked.append(device) or False)
     gradients(lambda x, w: rms_norm(x, w, 1e-5), x, w)
     gradients(swiglu, x, x.detach().requires_grad_())
     assert len(asked) == 4  # forward and backward of both
     gradients(swiglu, x.double().detach().requires_grad_(), x.double().detach().requires_grad_())
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    gates.gated(x, x)
+    gates.gated(x, x), norms.normed(x, w, 1e-5)
     assert len(asked) == 4
+
+
+def test_a_compiler_sees_them_whole():
+    """Nothing of the choice between forms is left to Python in its graph."""
+    x, w = random(2, 8, dtype=torch.float32, seed=1), random(8, dtype=torch.float32, seed=2)
+    compiled = torch.compile(lambda x, w: swiglu(rms_norm(x, w, 1e-5), x), backend="eager", fullgraph=True)
+    for mine, other in zip(
+        gradients(compiled, x, w), gradients(lambda x, w: swiglu(rms_norm(x, w, 1e-5), x), x, w), strict=True
+    ):
+        assert torch.equal(mine, other)

@@ -341,14 +341,17 @@ class Counted:
 @pytest.mark.parametrize("leaves", [frozenset(), frozenset({"y", "gate_up"})])
 def test_what_is_not_to_leave_stays(leaves):
     """The input of a layer leaves whatever is chosen; with what attention gives goes its log-sum-exp."""
-    keeper = Keeper(store=Counted())
-    model, names = kept_model(keeper), Block.results(SMALL, Sharing()).names
-    for block in model.blocks.values():
-        block.making = Keeping(names, keeper, leaves=leaves)
-    exact, found = gradients(kept_model(Keeper())), gradients(model)
-    assert all(torch.equal(found[name], gradient) for name, gradient in exact.items())
-    numbers = SMALL.dim + (2 * SMALL.ffn_dim + SMALL.dim + SMALL.heads if leaves else 0)
-    assert keeper.store.bytes == SMALL.layers * SEQUENCES * TOKENS * 4 * numbers
+    for make in (Keeper, coding_keeper):
+        keeper = make(store=Counted())
+        model, names = kept_model(keeper), Block.results(SMALL, Sharing()).names
+        for block in model.blocks.values():
+            block.making = Keeping(names, keeper, leaves=leaves)
+        whole, found = gradients(kept_model(make())), gradients(model)
+        assert all(torch.equal(found[name], gradient) for name, gradient in whole.items())
+        numbers = SMALL.dim + (2 * SMALL.ffn_dim + SMALL.dim + SMALL.heads if leaves else 0)
+        codes = code_bytes(SMALL.dim) + (2 * code_bytes(SMALL.ffn_dim) + code_bytes(SMALL.dim, 16) if leaves else 0)
+        of_a_token = 4 * numbers if make is Keeper else codes + 4 * SMALL.heads * bool(leaves)
+        assert keeper.store.bytes == SMALL.layers * SEQUENCES * TOKENS * of_a_token
 
 
 def test_of_what_is_in_files_the_device_holds_two_blocks(files):
