@@ -13,6 +13,7 @@ from live_bytes import LiveBytes
 from parity import small_config, with_layout
 from rowwise.kernels.attention import causal_attention
 from rowwise.launch.compose import compose_tree
+from rowwise.launch.worker import _reason
 from rowwise.parallel.activations.choose import leaving_results
 from rowwise.parallel.activations.compress import Coding, Tokens, named_attention
 from rowwise.parallel.activations.results import Sharing
@@ -118,6 +119,7 @@ def test_a_folder_is_tried_on_every_machine(ranks, tmp_path):
     config = small_config(tmp_path, f"memory.offload_activations={tmp_path}")
     told = ranks.run(require_on, 2, with_layout(config, 2), 1)
     assert told[0] == told[1] and re.match(r"rank 1 \(\S+\): memory.offload_activations=\S+: a rank keeps", told[0])
+    assert _reason(FolderUnfit(told[0]), tmp_path) == told[0]
 
 
 def share_on(workers, config) -> float:
