@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings, overrides = own_keys(Settings, words, "world_size=64 device=h100")
         check_settings(settings)
-        tree = compose_tree(gather(overrides))
+        overrides = gather(overrides)
+        tree = compose_tree(overrides)
         from rowwise.launch.planned import planned  # torch, which no mistyped key waits for
 
         lines, fits = planned(tree, overrides, settings.world_size, settings.device, settings.fit, settings.to)

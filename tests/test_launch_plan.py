@@ -45,6 +45,18 @@ def test_fitting_prints_overrides_to_paste(capsys):
     assert plan.main([*SMALL, "parallel.zero=1", *words]) == 0
 
 
+def test_what_a_file_gives_stays_too(capsys, tmp_path):
+    """As what the command line gives: it is not searched, and not among what is printed to paste."""
+    (tmp_path / "mine.yaml").write_text(
+        "parallel: {zero: 1}\nmemory: {recompute: full, offload_activations: none, compress: none}\n"
+    )
+    assert plan.main([*SMALL, "fit=true", f"config={tmp_path / 'mine.yaml'}"]) == 0
+    said = capsys.readouterr().out
+    words = said.partition("as overrides:\n")[2].splitlines()[0].split()
+    assert words and not [word for word in words if word.startswith(("parallel.zero", "memory."))]
+    assert "ZeRO-1" in said
+
+
 def documented() -> list[str]:
     texts = [plan.__doc__ or "", (ROOT / "README.md").read_text(), (ROOT / "docs/planning.md").read_text()]
     lines = [line.strip().split("   ")[0] for text in texts for line in text.splitlines()]
@@ -64,6 +76,7 @@ def test_what_is_documented_is_planned(line, capsys, tmp_path, monkeypatch):
 
 REFUSED = {
     "a device": (["device=h101"], "possible are h100"),
+    "a device's file": (["device=gone.yaml"], "device=gone.yaml: there is no such file; give a YAML of name, memory"),
     "a key": (["worldsize=3"], "worldsize"),
     "a number of workers": (["world_size=0"], "1 or more"),
     "a picture": (["to=plan.gif"], ".png"),

@@ -78,6 +78,10 @@ def device_named(name: str) -> Device:
 
 def _read(path: Path) -> Device:
     known = [field.name for field in fields(Device)]
+    if not path.is_file():
+        raise ValueError(
+            f"device={path}: there is no such file; give a YAML of {', '.join(known)}, or one of {', '.join(DEVICES)}, cpu"
+        )
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -5,6 +5,7 @@ the first rank of each place of the pipeline does.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.away import Keeping
@@ -72,8 +73,11 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
             a.kind == "I" and a.stage == stage for a in plan.schedule.ranks[place.pipeline]
         )
         works = works_of(config, layers, split, gpu)
-        step = update_bytes(config, [layers], place, one_by_one=True) if config.optim.in_backward else 0
-        walked[stage] = Stage(ledger, keeping, weights_of(config, layers, place, ledger, sharded), works, step)
+        steps = (0, 0)
+        if config.optim.in_backward:
+            each = partial(update_bytes, config, [layers], place, one_by_one=True)
+            steps = each(), each(only="head.weight")
+        walked[stage] = Stage(ledger, keeping, weights_of(config, layers, place, ledger, sharded), works, steps)
     if plan is None:
         walk_whole(walked[0], config.micro_batches)
     else:

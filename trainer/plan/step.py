@@ -30,11 +30,18 @@ class Crossing:
 
 
 class Stage:
-    """The pieces of a stage, walked on a ledger. `keeping`: what this rank keeps of its forwards; `update`: bytes of an optimizer's
-    step that is made in the backward."""
+    """The pieces of a stage, walked on a ledger. `keeping`: what this rank keeps of its forwards; `updates`: bytes of an optimizer's
+    step that is made in the backward, of any parameter and of the head, which is made within the loss."""
 
-    def __init__(self, ledger: Ledger, keeping: Keeping, weights: Weights, works: Sequence[Work], update: int = 0):
-        self.ledger, self.keeping, self.weights, self.works, self._update = ledger, keeping, weights, works, update
+    def __init__(
+        self,
+        ledger: Ledger,
+        keeping: Keeping,
+        weights: Weights,
+        works: Sequence[Work],
+        updates: tuple[int, int] = (0, 0),
+    ):
+        self.ledger, self.keeping, self.weights, self.works, self._updates = ledger, keeping, weights, works, updates
         self._visits: dict[int, list[Visit]] = {}  # by micro-batch
         self._head: tuple[str, int] | None = None  # the head's gradient, where the loss has made it: category and bytes
 
@@ -69,6 +76,7 @@ class Stage:
             if (loss := work.loss) is not None:
                 self._make_head_gradient(piece, loss, "backward")
                 ledger.use("loss", max(0, loss.backward - loss.kept))
+                ledger.use("loss", self._updates[1])
                 ledger.give("loss", loss.kept)
                 again = loss.makes == "after" and not loss.deferred and weights.holds(piece)
                 ledger.use("loss", loss.after + loss.head * again)
@@ -87,7 +95,7 @@ class Stage:
             if piece == 0:
                 self._add_tied_gradient()
             weights.leave_back(piece)
-            ledger.use("working", self._update)
+            ledger.use("working", self._updates[0])
         weights.end_backward()
 
     def _make_head_gradient(self, piece: int, loss: LossWork, where: str) -> None:

@@ -25,11 +25,16 @@ Entry = tuple[str, ParameterSpec]
 _known: dict[Any, int] = {}  # bytes of steps that were made: a run asks for them again, and a search for many layouts
 
 
-def update_bytes(config: TrainConfig, stages: Iterable[range], place: Place, one_by_one: bool = False) -> int:
-    """Counts what the step of all stages of a rank holds at most. `one_by_one`: it is made of each parameter by itself."""
+def update_bytes(
+    config: TrainConfig, stages: Iterable[range], place: Place, one_by_one: bool = False, only: str | None = None
+) -> int:
+    """Counts what the step of all stages of a rank holds at most. `one_by_one`: it is made of each parameter by itself, `only`: of one
+    of this name."""
     rank = rank_of(config.optim, parameter_specs(config.model))
     groups: dict[tuple[str, bool, int, bool], list[Entry]] = {}
     for name, spec in (entry for layers in stages for entry in owned(config, layers).items()):
+        if only is not None and name != only:
+            continue
         key = rule_name(name, spec, config.optim), spec.role == "vector", len(spec.matrix), spec.batched
         groups.setdefault(key, []).append((name, spec))
     most = 0
