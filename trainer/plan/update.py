@@ -110,9 +110,8 @@ def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Pl
     made = _share(batch, place.shards) if rule.shared else batch
     with torch.no_grad(), Lifetimes([], []) as lives:
         rule.step_(made)
-    renewed = sum(
-        _basis_bytes(state, p) for state, p in zip(batch.states, batch.params, strict=True) if "basis" in state
-    )
+    renewing = [_renewal(state, p) for state, p in zip(batch.states, batch.params, strict=True) if "basis" in state]
+    renewed = sum(all_ for all_, _ in renewing) + max((one for _, one in renewing), default=0)
     # What is mixed of gradients and momenta, and what comes of it, are there of all matrices.
     others = 2 * (_bytes(batch.params) - _bytes(made.params))
     if getattr(config.optim, "side", "") == "short":  # what is turned is there lying, too
@@ -131,8 +130,12 @@ def _share(batch: Batch, ranks: int) -> Batch:
     return replace(batch, **{key: getattr(batch, key)[:count] for key in lists})
 
 
-def _basis_bytes(state: dict[str, torch.Tensor], p: torch.Tensor) -> int:
-    """What the renewal of a basis (n, r) holds of a matrix: four times n (r + p) numbers, and its rows' twice."""
+def _renewal(state: dict[str, torch.Tensor], p: torch.Tensor) -> tuple[int, int]:
+    """What the renewal of a basis (n, r) holds of a matrix when the last is found: of all matrices the directions that it began with,
+    P, Y, what is made of it, the gram matrix and the basis; and of one beside that Q, its vectors, their sizes, and R and two like
+    it (`optim.lowrank.projection.subspace_bases`)."""
     columns, rank = state["basis"].shape
     wider = rank + min(OVERSAMPLE, columns - rank, p.size(0))
-    return (4 * columns + 2 * p.size(0)) * wider * state["basis"].itemsize
+    every = (3 * columns + p.size(0) + wider) * wider + columns * rank
+    one = (columns + 3 * wider) * wider + 2 * columns * rank
+    return every * state["basis"].itemsize, one * state["basis"].itemsize
