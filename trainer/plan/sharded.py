@@ -136,10 +136,7 @@ class Sharded:
     def add_up(self) -> None:
         self._done.clear()  # weights' gradients may come several times in a row
         for g in range(len(self._groups)) if self._widths.compute < WIDE else ():
-            if self._wide.get(g):
-                self._give(self._whole.get(g, {}), self._widths.compute)
-            elif self._whole.get(g):
-                self._widen(g)
+            self._widen(g)
 
     def close(self) -> None:
         self._drop_buffer()
@@ -170,9 +167,9 @@ class Sharded:
 
     def _end(self, g: int, reduces: bool = False) -> None:
         """After the backward of a group: its gradients are added up or reduced, as the stage of ZeRO says."""
+        if self._wide.get(g):
+            self._widen(g)
         widths, whole, wide = self._widths, self._whole.get(g, {}), self._wide.get(g, {})
-        if wide:
-            self._give(whole, widths.compute)  # into the sum
         if not reduces and (self._sums or (self._zero <= 1 and not self._last)):
             if self._zero == 3 and not self._keeps:
                 self._free(g)
@@ -186,12 +183,13 @@ class Sharded:
             self._reduce(g, whole, wide)
 
     def _widen(self, g: int) -> None:
-        """Makes of gradients as the backward leaves them what they are added up in."""
-        whole = self._whole.pop(g, {})
-        for numbers in whole.values():
-            self._ledger.take("gradients", numbers * self._sum_width)
+        """Makes of gradients as the backward leaves them what they are added up in, or adds them to that where it is there."""
+        wide = self._wide.setdefault(g, {})
+        for name, numbers in self._whole.pop(g, {}).items():
+            if name not in wide:
+                self._ledger.take("gradients", numbers * self._sum_width)
+                wide[name] = numbers
             self._ledger.give("gradients", numbers * self._widths.compute)
-        self._wide[g] = whole
 
     def _narrow(self, g: int) -> None:
         """Makes of what a pipeline has added up what ranks sum."""

@@ -78,7 +78,7 @@ class Stage:
                 ledger.use("loss", max(0, loss.backward - loss.kept))
                 ledger.use("loss", self._updates[1])
                 ledger.give("loss", loss.kept)
-                again = loss.makes == "after" and not loss.deferred and weights.holds(piece)
+                again = loss.makes == "after" and not loss.deferred and (loss.tied or weights.holds(piece))
                 ledger.use("loss", loss.after + loss.head * again)
                 ledger.take("loss", loss.deferred)
                 self._make_head_gradient(piece, loss, "after")
