@@ -20,13 +20,17 @@ from rowwise.trainer.models.decoder import BLOCKS, Decoder, parameter_specs, sta
 from rowwise.trainer.plan.devices import DEVICES, device_named
 from rowwise.trainer.plan.fit import find_fit
 from rowwise.trainer.plan.forecast import Forecast, forecast, plan_for
+from rowwise.trainer.plan.layer import ALL
+from rowwise.trainer.plan.ledger import Ledger
 from rowwise.trainer.plan.memory import memory_of
 from rowwise.trainer.plan.require import require_fit
+from rowwise.trainer.plan.sharded import Sharded
+from rowwise.trainer.plan.states import Group, Widths
 from runs import named, run_train
 
 # Few operations each, and between them every way in which parameters, gradients and activations come and go.
 RUNS = {
-    "buckets": (1, ["memory.fused_loss=false", "batch.global_size=4", "optim=lion"]),
+    "buckets": (1, ["memory.fused_loss=false", "batch.global_size=4", "optim=galore"]),
     "zero 3, recomputed": (2, ["parallel.zero=3", "memory.recompute=full", "optim=adamw8bit", "batch.global_size=8"]),
     "16 bits, replicas": (2, ["parallel.zero=2", "parallel.replicate=2", "precision=bf16", "batch.seq_len=32",
                              "memory.compress=int8"]),
@@ -56,6 +60,18 @@ def test_what_is_drawn_holds_what_it_is_said_to(ranks, tmp_path, number):
     for measured, predicted, moment in ranks.run(held_in_a_step, drawn.world_size, drawn.config):
         found = off(errors(measured, predicted, bounds_of(drawn.config)))
         assert not found, (found, measured, predicted, moment, drawn.words)
+
+
+def test_gradients_that_are_added_up_in_32_bits_are_there_one_by_one():
+    """Those of the embedding come before the layer's, whose weights' are put off, and both are of one group."""
+    ledger = Ledger()
+    group = Group((0, 1), ((0, "embedding", 1000), (1, "layer", 3000)), 4000, 4000, True, True, True)
+    stage = Sharded(ledger, [group], Widths(4, 2, 2, 4), 1, (1, 1), sums=True)
+    stage.begin(False)
+    for piece in (0, 1, 1):
+        stage.add_gradients(piece, ALL)
+        stage.add_up()
+    assert ledger.now["gradients"] == 4 * 4000 and ledger.peaks["gradients"] == 4 * 4000 + 2 * 3000
 
 
 def test_a_prediction_that_is_off_is_found():
