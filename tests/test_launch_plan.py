@@ -1,14 +1,19 @@
 """`rowwise plan` says what a run needs on devices that are not here, and what fits."""
 
+import importlib
+import json
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 
 from rowwise.launch import plan
+from rowwise.launch.compose import compose_tree
+from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.plan.devices import DEVICES
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +77,33 @@ def test_what_is_documented_is_planned(line, capsys, tmp_path, monkeypatch):
     if "fit=true" in words:
         words = [*(word for word in words if word != "fit=true"), "batch.micro_size=1"]
     assert plan.main(words) in (0, 1), capsys.readouterr().err
+
+
+BENCHMARKS = ROOT / "benchmarks"
+ANSWERS = json.loads((BENCHMARKS / "results/largest_llamas.json").read_text())["answers"]
+
+
+@pytest.fixture
+def llamas(monkeypatch) -> ModuleType:
+    """benchmarks/largest_llamas.py, which found the answers and tells them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("largest_llamas")
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: answer["asked"])
+def test_what_is_said_to_fit_is_what_is_forecast_today(answer, llamas):
+    """And of the largest, that a layer more does not fit."""
+    today = llamas.again(answer)
+    assert llamas.needs(today) == llamas.needs(answer) and today["needed_bytes"] <= today["limit_bytes"]
+    if answer["asked"].startswith("the largest"):
+        config = config_from_tree(compose_tree(answer["words"]))
+        more = {"layers": config.model.layers + 1}
+        assert not llamas.fit_at_least(llamas.least(config, answer["world_size"]), more, answer["device"])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/planning.md"])
+def test_what_is_said_to_fit_is_what_was_found(page, llamas):
+    assert llamas.BEGINS + llamas.PAGES[page](ANSWERS) + llamas.ENDS in (ROOT / page).read_text()
 
 
 REFUSED = {
