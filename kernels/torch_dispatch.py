@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _python_dispatch
+
+from rowwise.kernels.torch_dtensor import rows_of
 
 
 class TorchDispatchMode(_python_dispatch.TorchDispatchMode):
@@ -47,3 +50,12 @@ def told_of(function: Any) -> Told:
 def is_held_once(storage: torch.UntypedStorage) -> bool:
     """Tells whether one tensor alone has a storage, beside whoever asks."""
     return torch._C._storage_Use_Count(storage._cdata) <= 2
+
+
+def storages(given: Any) -> list[Any]:
+    """Lists the storages of all tensors in what an operation takes or gives."""
+    if isinstance(given, Tensor):
+        return [given.untyped_storage() if type(given) is Tensor else rows_of(given).untyped_storage()]
+    if isinstance(given, dict):
+        given = list(given.values())
+    return [storage for one in given for storage in storages(one)] if isinstance(given, list | tuple) else []

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rowwise.kernels.torch_dispatch import TorchDispatchMode, is_held_once, told_of
+from rowwise.kernels.torch_dispatch import TorchDispatchMode, is_held_once, storages, told_of
 from rowwise.kernels.torch_dtensor import rows_of
 from rowwise.parallel.replicate import buckets_of
 from rowwise.parallel.shard import sharded_modules
@@ -291,12 +291,3 @@ def held(changes: Counter[int]) -> Iterator[tuple[int, int]]:
     """Gives (when, bytes) after each change."""
     when = sorted(changes)
     return zip(when, itertools.accumulate(changes[at] for at in when), strict=True)
-
-
-def storages(given: Any) -> list[Any]:
-    """Lists the storages of all tensors in what an operation takes or gives."""
-    if isinstance(given, Tensor):
-        return [given.untyped_storage() if type(given) is Tensor else rows_of(given).untyped_storage()]
-    if isinstance(given, dict):
-        given = list(given.values())
-    return [storage for one in given for storage in storages(one)] if isinstance(given, list | tuple) else []

@@ -75,8 +75,8 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         works = works_of(config, layers, split, gpu)
         steps = (0, 0)
         if config.optim.in_backward:
-            each = partial(update_bytes, config, [layers], place, one_by_one=True)
-            steps = each(), each(only="head.weight")
+            each = partial(update_bytes, config, [layers], place, gpu, one_by_one=True)
+            steps = each(), each(role="head")
         walked[stage] = Stage(ledger, keeping, weights_of(config, layers, place, ledger, sharded), works, steps)
     if plan is None:
         walk_whole(walked[0], config.micro_batches)
@@ -86,7 +86,7 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         PipelineRank(walked, plan.schedule, place.pipeline, gathering(config.parallel), crossing, ledger).walk()
     ledger.at = "the optimizer's step"
     if not config.optim.in_backward:
-        ledger.use("working", update_bytes(config, stages.values(), place))
+        ledger.use("working", update_bytes(config, stages.values(), place, gpu))
     return Memory(rank, ledger.peaks, ledger.most, ledger.then, ledger.moment)
 
 

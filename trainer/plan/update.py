@@ -4,12 +4,15 @@ A rule is given as many parameters at a time as the optimizer gives it (`optim.o
 for it is not made, and not counted.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from rowwise.kernels.portions import portion_elements
+from rowwise.kernels.rounding import random_16
 from rowwise.kernels.spec import ParameterSpec
 from rowwise.optim.build import new_rule, rank_of, rule_name
 from rowwise.optim.lowrank.projection import OVERSAMPLE
@@ -26,14 +29,19 @@ _known: dict[Any, int] = {}  # bytes of steps that were made: a run asks for the
 
 
 def update_bytes(
-    config: TrainConfig, stages: Iterable[range], place: Place, one_by_one: bool = False, only: str | None = None
+    config: TrainConfig,
+    stages: Iterable[range],
+    place: Place,
+    gpu: bool,
+    one_by_one: bool = False,
+    role: str | None = None,
 ) -> int:
-    """Counts what the step of all stages of a rank holds at most. `one_by_one`: it is made of each parameter by itself, `only`: of one
-    of this name."""
+    """Counts what the step of all stages of a rank holds at most. `one_by_one`: it is made of each parameter by itself, `role`: of
+    those that have it alone."""
     rank = rank_of(config.optim, parameter_specs(config.model))
     groups: dict[tuple[str, bool, int, bool], list[Entry]] = {}
     for name, spec in (entry for layers in stages for entry in owned(config, layers).items()):
-        if only is not None and name != only:
+        if role is not None and spec.role != role:
             continue
         key = rule_name(name, spec, config.optim), spec.role == "vector", len(spec.matrix), spec.batched
         groups.setdefault(key, []).append((name, spec))
@@ -42,9 +50,9 @@ def update_bytes(
         rule = new_rule(name, config.optim, rank)
         for portion in _portions(rule, entries, config, place, one_by_one):
             shapes = tuple((spec.shape, spec.batched) for _, spec in portion)
-            alike = repr(config.optim), rank, widths_of(config), place.shard, place.shards, name, shapes
+            alike = repr(config.optim), rank, widths_of(config), place.shard, place.shards, gpu, name, shapes
             if alike not in _known:
-                _known[alike] = _step_bytes(rule, portion, config, place)
+                _known[alike] = _step_bytes(rule, portion, config, place, gpu)
             most = max(most, _known[alike])
     return most
 
@@ -67,13 +75,16 @@ def _portions(
     return portions
 
 
-def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Place) -> int:
-    """Makes a step of these parameters, and counts."""
+def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Place, gpu: bool) -> int:
+    """Makes a step of these parameters, and counts. What no rule rounds to 16 bits is copied into 32, with its gradient, and rounded
+    behind the rule."""
     widths = widths_of(config)
     narrow = widths.parameter == 2
+    copied = entries if narrow and not rule.rounds else []
+    numbers = [rows_of(spec.shape[0], place) * spec.shape[1:].numel() for _, spec in copied]
+    copies, rounding = 8 * sum(numbers), 0 if gpu or not copied else _rounding_bytes(max(numbers))
     if rule.fused:  # it needs nothing beside its operands
-        copied = entries if narrow and not rule.rounds else []
-        return 8 * sum(rows_of(spec.shape[0], place) * spec.shape[1:].numel() for _, spec in copied)
+        return copies + rounding
     wide = torch.float64 if widths.wide == 8 else torch.float32
     whole = unsplit(rule, wide)
     dtype = torch.bfloat16 if narrow and rule.rounds else wide
@@ -106,7 +117,6 @@ def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Pl
         batch.offsets.append(0)
     if not batch.names:
         return 0  # this rank has no rows of them
-    copies = 8 * sum(p.numel() for p in batch.params) if narrow and not rule.rounds else 0
     made = _share(batch, place.shards) if rule.shared else batch
     with torch.no_grad(), Lifetimes([], []) as lives:
         rule.step_(made)
@@ -116,7 +126,16 @@ def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Pl
     others = 2 * (_bytes(batch.params) - _bytes(made.params))
     if getattr(config.optim, "side", "") == "short":  # what is turned is there lying, too
         others += sum(p.nbytes for p, (_, spec) in zip(batch.params, entries, strict=False) if is_wide(spec.matrix))
-    return max(lives.peaks()[1] + others, renewed) + copies
+    return max(lives.peaks()[1] + others, renewed, rounding) + copies
+
+
+@functools.cache
+def _rounding_bytes(numbers: int) -> int:
+    """What a CPU holds to draw the bits by which so many numbers are rounded, which is more than to round them: of those of a portion
+    (`kernels.rounding`)."""
+    with torch.no_grad(), Lifetimes([], []) as lives:
+        random_16(0, 0, min(numbers, portion_elements()), torch.device("meta"))
+    return lives.peaks()[1]
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:

@@ -141,16 +141,17 @@ def head_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bo
 
 def messages_of(config: TrainConfig, tokens: int, width: int) -> tuple[int, int]:
     """Counts the bytes of a layer's messages that are under way at once, in its forward and in its backward: what goes and what
-    comes of an all-to-all; a block of keys and values that comes, and in the backward its gradients, which go and come."""
+    comes of an all-to-all; round a ring the keys and values of one rank, or of the next one too where there is a third, and in the
+    backward three times their gradients: those at work, and those of the block before, which go and come."""
     parallel, model = config.parallel, config.model
     if parallel.ulysses * parallel.ring == 1:
         return 0, 0
     keys = math.lcm(model.kv_heads, parallel.ulysses) * model.head_size
     queries = model.heads * model.head_size
     exchanged = 2 * (queries + 2 * keys) * width if parallel.ulysses > 1 else 0
-    block = 2 * keys * width if parallel.ring > 1 else 0
-    gradients = 4 * keys * max(4, width) if parallel.ring > 1 else 0
-    return tokens * max(exchanged, block), tokens * max(exchanged, block + gradients)
+    blocks = min(2, parallel.ring - 1) * 2 * keys * width
+    gradients = 3 * 2 * keys * max(4, width) if parallel.ring > 1 else 0
+    return tokens * max(exchanged, blocks), tokens * max(exchanged, blocks + gradients)
 
 
 def scaled(moment: Moment, tokens: int, beside: int) -> Moment:
