@@ -178,7 +178,8 @@ class Lifetimes(TorchDispatchMode):
             if (found := self._alive.get(id(storage))) is not None:
                 life = found[1]
                 life.gradient |= id(storage) in gradients
-                life.sent |= leaves or name.startswith("fsdp::")
+                # What is summed over ranks may wait for the thread that did it past the end of a backward.
+                life.sent |= leaves or name.startswith(("fsdp::", "c10d::allreduce"))
                 life.moved = True
 
     def _note_gradient(self, gradient: Tensor | None) -> None:

@@ -212,7 +212,7 @@ class Sharded:
         waits = self._replicas > 1 and not self._last  # for the sums of replicas
         cast = widths.reduce != widths.parameter and not waits
         adds = g in self._partial if waits else g in self._split
-        alone = self._shards * self._replicas == 1
+        alone = self._shards == 1 and (self._replicas == 1 or waits)  # no rank is sent this, now
         where = "gradients" if not (cast or adds) else "working" if alone else "messages"
         ledger.take(where, summed)
         if self._shards == 1:
