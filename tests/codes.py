@@ -1,14 +1,17 @@
 """The 8-bit codes that runs make, by their logical place."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest import mock
 
-from parity import Trace, run_on
+from parity import Trace, run_on, small_config, with_layout
+from ranks import RankPools
 from rowwise.parallel.activations import compress
 from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.config import TrainConfig
 
+SHARED = ("model.dim=32", "model.heads=4", "batch.global_size=8")  # heads that two ranks can share, and few sequences
 Coded = dict[tuple[int, int, int], bytes]  # (stream, token, group) -> codes and range
 
 
@@ -48,3 +51,16 @@ def all_codes(everyone: list[tuple[Trace, Coded]]) -> Coded:
         for place, codes in seen.items():
             assert found.setdefault(place, codes) == codes
     return found
+
+
+def seen_alone(ranks: RankPools, folder: Path, steps: int) -> Callable[..., tuple[Trace, Coded]]:
+    """Steps of one process, by what else is asked for, each made once."""
+    made: dict[tuple[str, ...], tuple[Trace, Coded]] = {}
+
+    def run(*words: str) -> tuple[Trace, Coded]:
+        if words not in made:
+            config = with_layout(small_config(folder, *SHARED, *words), 1)
+            made[words] = ranks.run(run_seen, 1, config, steps)[0]
+        return made[words]
+
+    return run

@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 import torch
-from codes import Coded, all_codes, run_seen
+from codes import SHARED, all_codes, run_seen, seen_alone
 
 from live_bytes import LiveBytes
-from parity import TOLERANCE, Trace, relative_error, run_layout, small_config, with_layout
+from parity import TOLERANCE, relative_error, run_layout, small_config, with_layout
 from rowwise.kernels.activation_codes import code_bytes
 from rowwise.kernels.attention import causal_attention
 from rowwise.kernels.visible import Documents
@@ -28,7 +28,6 @@ from rowwise.trainer.models.blocks import Block
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.decoder import Decoder
 
-SHARED = ("model.dim=32", "model.heads=4", "batch.global_size=8")  # heads that two ranks can share, and few sequences
 INT8 = "memory.compress=int8"
 
 
@@ -49,15 +48,8 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def alone(ranks, tmp_path_factory):
     """A step of one process, by what else is asked for."""
-    folder, made = tmp_path_factory.mktemp("forms"), {}
-
-    def run(*words: str) -> tuple[Trace, Coded]:
-        if words not in made:
-            config = with_layout(small_config(folder, *SHARED, *words), 1)
-            made[words] = ranks.run(run_seen, 1, config, 1)[0]
-        return made[words]
-
-    return folder, run
+    folder = tmp_path_factory.mktemp("forms")
+    return folder, seen_alone(ranks, folder, 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,15 +4,14 @@ import math
 
 import pytest
 import torch
-from codes import Coded, all_codes, run_seen
+from codes import SHARED, all_codes, run_seen, seen_alone
 
-from parity import TOLERANCE, Trace, relative_error, small_config, with_layout
+from parity import TOLERANCE, relative_error, small_config, with_layout
 from rowwise.kernels.activation_codes import Groups, decode, encode, extremes
 from rowwise.parallel.activations.ranges import RunningRanges, move_ranges
 from runs import assert_same_run, final_tensors, named, run_said, run_train, run_until
 
 RUNNING = ("memory.compress=int8", "memory.ranges=running")
-SHARED = ("model.dim=32", "model.heads=4", "batch.global_size=8")  # heads that two ranks can share, and few sequences
 STEPS = 2  # the second has the ranges of the first
 
 
@@ -106,15 +105,8 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def alone(ranks, tmp_path_factory):
     """Steps of one process, by what else is asked for."""
-    folder, made = tmp_path_factory.mktemp("ranges"), {}
-
-    def run(*words: str) -> tuple[Trace, Coded]:
-        if words not in made:
-            config = with_layout(small_config(folder, *SHARED, *words), 1)
-            made[words] = ranks.run(run_seen, 1, config, STEPS)[0]
-        return made[words]
-
-    return folder, run
+    folder = tmp_path_factory.mktemp("ranges")
+    return folder, seen_alone(ranks, folder, STEPS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -16,6 +16,7 @@ from rowwise.parallel.activations.results import LayerResults, Sharing
 from rowwise.parallel.activations.saved import Keeper, attach, keeper_of
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype
+from rowwise.parallel.sequence import padded_length
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.blocks import Layer
 from rowwise.trainer.models.decoder import BLOCKS, Decoder
@@ -62,8 +63,10 @@ def micro_batch_bytes(config: TrainConfig) -> int:
 
 
 def tokens_of(config: TrainConfig) -> int:
-    """Counts the tokens that a rank has of a micro-batch."""
-    return config.batch.micro_size * config.batch.seq_len // sharing_of(config).size
+    """Counts the tokens that a rank has of a micro-batch, with those that fill sequences up so that ranks share them alike."""
+    parallel = config.parallel
+    length = padded_length(config.batch.seq_len, parallel.ring_order or "zigzag", parallel.ring, parallel.ulysses)
+    return config.batch.micro_size * length // sharing_of(config).size
 
 
 def sharing_of(run: Any) -> Sharing:

@@ -78,7 +78,7 @@ class Search:
             self._watch(running)
         while not self.asked_to_stop and len(self.running) < self.config.parallel:
             with FileLock(self.folder / ".lock"):  # nobody takes a trial up between its beginning and its lock
-                trial = self._take_up() or (None if self._one_is_begun() else self._ask())
+                trial = self._take_up() or self._ask()
             if trial is None:
                 break
             self._start(*trial)
@@ -107,15 +107,12 @@ class Search:
             lock.release()
         return None
 
-    def _one_is_begun(self) -> bool:
-        """Whether a trial has no machine's name yet. It will at once, or was left by a kill and is taken up soon: a trial that was
-        drawn meanwhile would not know how it ends."""
-        begun = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return any("machine" not in trial.user_attrs for trial in begun if trial.number < self.limit)
-
     def _ask(self) -> tuple[optuna.Trial, FileLock] | None:
         begun = self.study.get_trials(deepcopy=False)
-        if len(begun) >= self.limit:
+        # One without a machine's name will have one at once, or was left by a kill and is taken up soon: what is drawn meanwhile would
+        # not know how it ends.
+        nameless = any(trial.state == TrialState.RUNNING and "machine" not in trial.user_attrs for trial in begun)
+        if len(begun) >= self.limit or nameless:
             return None
         trial = self.study.ask()
         lock = self._lock(trial.number)

@@ -13,7 +13,7 @@ from typing import Any
 from rowwise.optim.quantized import AdamW8bitConfig
 from rowwise.parallel.activations.offload import LEAVING
 from rowwise.parallel.mesh import divisors
-from rowwise.trainer.activations import kept_of, results_of
+from rowwise.trainer.activations import kept_of, results_of, tokens_of
 from rowwise.trainer.check import check, check_layout
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_count
@@ -21,7 +21,6 @@ from rowwise.trainer.plan.devices import Device
 from rowwise.trainer.plan.forecast import Forecast, forecast
 from rowwise.trainer.plan.states import Place, optimizer_bytes, widths_of
 from rowwise.trainer.plan.time import Clock
-from rowwise.trainer.plan.works import tokens_of
 
 PIPELINES = (1, 2, 4, 8, 16, 32)
 SCHEDULES = (("1f1b", 1), ("zb_h1", 1), ("interleaved_1f1b", 2), ("zb_v", 2))

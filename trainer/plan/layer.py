@@ -51,7 +51,7 @@ def moments(table: LayerResults, kept: Kept, work: LayerWork, split: bool) -> tu
         held = sum(opened[name] for name in opened.keys() - (again & waiting) if read[name][0] <= n <= read[name][-1])
         found.append(Moment(released, held + (piece.beside if split else piece.during), deferred, piece.parameters))
         for name in (name for name, end in last.items() if end == n):
-            released += lies(known[name], kept, name in stored(kept) - waiting)
+            released += known[name].bytes_waiting(name in stored(kept) - waiting, width, kept.coded)
     deferred = outputs + sum(opened.get(name, 0) for name in waiting - stored(kept))
     gone = table.bytes_kept(kept.names, width, kept.coded) - later(table, kept, waiting)
     return (*found, Moment(gone, table.input * width, deferred, ALL))
@@ -76,12 +76,6 @@ def later(table: LayerResults, kept: Kept, waiting: frozenset[str]) -> int:
     """Counts the bytes a token of what is kept that stays for weights' gradients."""
     known = results_by_name(table)
     return sum(known[name].bytes(known[name].numbers, kept.width, kept.coded) for name in waiting & stored(kept))
-
-
-def lies(result: Result, kept: Kept, is_stored: bool) -> int:
-    """Counts the bytes a token of a result as it is kept."""
-    numbers = result.fixed + result.numbers * is_stored
-    return result.wide * max(4, kept.width) + result.bytes(numbers, kept.width, kept.coded)
 
 
 def whole(result: Result, kept: Kept) -> int:

@@ -7,6 +7,7 @@ the first rank of each place of the pipeline does.
 from dataclasses import dataclass
 from functools import partial
 
+from rowwise.trainer.activations import tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.away import Keeping
 from rowwise.trainer.plan.ledger import HOST, Ledger
@@ -25,7 +26,7 @@ from rowwise.trainer.plan.states import (
 from rowwise.trainer.plan.step import Crossing, PipelineRank, Stage, walk_whole
 from rowwise.trainer.plan.update import update_bytes
 from rowwise.trainer.plan.weights import Replicated, Weights
-from rowwise.trainer.plan.works import tokens_of, works_of
+from rowwise.trainer.plan.works import works_of
 from rowwise.trainer.stages import Plan, gathering
 
 

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from rowwise.parallel.pipeline_schedule.simulate import Costs, period
 from rowwise.parallel.precision import Fp64
-from rowwise.trainer.activations import kept_of, results_of
+from rowwise.trainer.activations import kept_of, results_of, tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.measure import PartTimes, Times
 from rowwise.trainer.models.decoder import flops_of, layer_flops
@@ -25,7 +25,6 @@ from rowwise.trainer.plan.devices import Device
 from rowwise.trainer.plan.links import LINKS, Links
 from rowwise.trainer.plan.loss import loss_work
 from rowwise.trainer.plan.states import Place, numbers_of, optimizer_bytes, pieces_of, place_of, widths_of
-from rowwise.trainer.plan.works import tokens_of
 from rowwise.trainer.stages import Plan, gathering
 
 SHARES = {"products": 0.55, "attention": 0.35, "memory": 0.6}

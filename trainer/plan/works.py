@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from rowwise.parallel.sequence import padded_length
-from rowwise.trainer.activations import kept_of, results_of
+from rowwise.trainer.activations import kept_of, results_of, tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import BLOCKS
 from rowwise.trainer.plan.codes import coding_bytes, decoding_bytes
@@ -30,13 +29,6 @@ class Work:
     decoded: int = 0
     messages: tuple[int, int] = (0, 0)
     loss: LossWork | None = None
-
-
-def tokens_of(config: TrainConfig) -> int:
-    """Counts the tokens that a rank has of a micro-batch."""
-    parallel = config.parallel
-    length = padded_length(config.batch.seq_len, parallel.ring_order or "zigzag", parallel.ring, parallel.ulysses)
-    return config.batch.micro_size * length // (parallel.ring * parallel.ulysses)
 
 
 def unknown(config: TrainConfig) -> str | None:
