@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rowwise.conf.option import Fixed, MayChange
 from rowwise.kernels.adamw8bit import adamw8bit_
-from rowwise.kernels.blockwise import blocks_per_row, code_book
+from rowwise.kernels.blockwise import blocks_per_row, code_book, code_table
 from rowwise.kernels.lion8bit import lion8bit_
 from rowwise.optim.common import AdamBase, OptimBase, check_betas
 from rowwise.optim.rule import Batch, Rule, rows_like
@@ -62,7 +62,10 @@ def zero_code(signed: bool) -> int:
 
 
 def new_moment(p: Tensor, columns: int, key: str, signed: bool) -> dict[str, Tensor]:
-    """Makes a moment of zeros in 8 bits, `columns` wide, with the rows of `p`: `<key>.codes` and `<key>.absmax`."""
+    """Makes a moment of zeros in 8 bits, `columns` wide, with the rows of `p`: `<key>.codes` and `<key>.absmax`. What codes are looked
+    up in stays for the process (131 kB), and is made here, so that no step holds more than another."""
+    if p.dtype != torch.float64:
+        code_table(signed, p.device)
     codes = rows_like(p, columns, torch.uint8)
     return {
         f"{key}.codes": codes.fill_(zero_code(signed)),

@@ -5,6 +5,7 @@ import torch
 from test_kernels_moment_pair import ALLOWED
 from torch import nn
 
+from rowwise.kernels.blockwise import code_table
 from rowwise.kernels.spec import ParameterSpec
 from rowwise.optim.adamw import AdamWConfig
 from rowwise.optim.build import build_optimizer
@@ -83,3 +84,15 @@ def test_eight_bits_move_no_weight_further_than_32(rule):
     for kind, gradients in kinds(seed=5).items():
         ours, theirs = (changes(config, gradients).cummax(0).values for config in (eight, plain))
         assert theirs[-1] > 0 and (ours <= ALLOWED * theirs).all(), (kind, (ours / theirs).max())
+
+
+def test_no_step_makes_the_tables_that_codes_are_looked_up_in():
+    """They stay for the process, and what a step holds is what any step does."""
+    code_table.cache_clear()
+    model = Weights()
+    optimizer = build_optimizer(model, AdamW8bitConfig())
+    made = code_table.cache_info().misses
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert made == code_table.cache_info().misses == 2

@@ -17,15 +17,17 @@ from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.models.blocks import Block, Layer
 from rowwise.trainer.models.decoder import BLOCKS, Decoder, parameter_specs, stage_parts
+from rowwise.trainer.plan.away import Keeping
 from rowwise.trainer.plan.devices import DEVICES, device_named
 from rowwise.trainer.plan.fit import find_fit
 from rowwise.trainer.plan.forecast import Forecast, forecast, plan_for
-from rowwise.trainer.plan.layer import ALL
+from rowwise.trainer.plan.layer import ALL, Kept, Moment, moments
 from rowwise.trainer.plan.ledger import Ledger
 from rowwise.trainer.plan.memory import memory_of
 from rowwise.trainer.plan.require import require_fit
 from rowwise.trainer.plan.sharded import Sharded
 from rowwise.trainer.plan.states import Group, Widths
+from rowwise.trainer.plan.works import Work
 from runs import named, run_train
 
 # Few operations each, and between them every way in which parameters, gradients and activations come and go.
@@ -72,6 +74,36 @@ def test_gradients_that_are_added_up_in_32_bits_are_there_one_by_one():
         stage.add_gradients(piece, ALL)
         stage.add_up()
     assert ledger.now["gradients"] == 4 * 4000 and ledger.peaks["gradients"] == 4 * 4000 + 2 * 3000
+
+
+def test_what_was_away_comes_back_ahead_of_its_backward_or_as_it_is_read():
+    """A stage of two layers, of which nothing is left: its last comes one result at a time, the other while that is differentiated."""
+    ledger, results = Ledger(), (60, 40)
+    ends = Moment(sum(results), 0, 0, ALL)
+    work = Work("", 100, 0, (Moment(0, 0, 0, 0, *results), Moment(60, 0, 0, 0, 40), ends), away=100)
+    keeping = Keeping(ledger, files=True, returns=True)
+    first, last, *_ = visits = [keeping.begin(work) for _ in range(4)]
+    assert [visit.here for visit in visits] == [0, 0, 100, 100]
+
+    def there(visit):
+        return [keeping.read(visit, visit.here, moment) or ledger.now["working"] for moment in work.backward]
+
+    keeping.approach([first, last])
+    assert there(last) == [100 + 60, 100 + 40, 100]
+    keeping.end(last, 0)
+    keeping.approach([first])
+    assert there(first) == [100, 40, 0] and ledger.peaks["activations"] == 200
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_all_that_a_layer_keeps_is_read_or_read_later(tmp_path, coded):
+    config = forecast_config(tmp_path, 1, "model.qk_norm=true", f"memory.compress={'int8' if coded else 'none'}")
+    table = BLOCKS["llama"].results(config.model, Sharing())
+    work, kept = BLOCKS["llama"].work(config.model, 4, False), Kept(table.names, 4, coded)
+    every = moments(table, kept, work, split=True)
+    assert every[0].read + every[0].unread == table.bytes_kept(table.names, 4, coded)
+    assert every[-1].read == every[-1].unread == 0
+    assert any(moment.decoding for moment in every) == coded
 
 
 def test_a_prediction_that_is_off_is_found():

@@ -25,12 +25,17 @@ class Kept:
 @dataclass(frozen=True)
 class Moment:
     """Of a layer's backward, bytes a token: of what was kept `released` are gone, `working` are there beside what is left of it, and
-    `deferred` wait for the weights' gradients, beside what was kept that these need. `parameters`: as in `BackwardPiece`."""
+    `deferred` wait for the weights' gradients, beside what was kept that these need. `parameters`: as in `BackwardPiece`. Of what
+    was away, of which nothing stays once it was read: `read` is read now, and `unread` later. `decoding`: what is there of `working`
+    while codes are decoded, 0 where none are."""
 
     released: int
     working: int
     deferred: int
     parameters: int
+    read: int = 0
+    unread: int = 0
+    decoding: int = 0
 
 
 ALL = 1 << 30  # parameters: more than a layer has
@@ -44,12 +49,20 @@ def moments(table: LayerResults, kept: Kept, work: LayerWork, split: bool) -> tu
     waiting = waits(table, work) if split else frozenset[str]()
     opened = {name: whole(known[name], kept) for name in read if kept.coded or name not in stored(kept)}
     again = {name for name in opened if name not in stored(kept)}
-    released, outputs, found = 0, 0, []
+    # Codes are needed no more once they are decoded, and what is as it was when its last reader has it.
+    back = {name: (known[name].bytes_waiting(name in stored(kept), width, kept.coded), read[name]) for name in read}
+    released, outputs, found, before = 0, 0, [], table.input * width
     for n, piece in enumerate(work.backward):
         outputs += piece.outputs if split else 0
         deferred = outputs + sum(opened[name] for name in again & waiting if read[name][0] <= n)
         held = sum(opened[name] for name in opened.keys() - (again & waiting) if read[name][0] <= n <= read[name][-1])
-        found.append(Moment(released, held + (piece.beside if split else piece.during), deferred, piece.parameters))
+        unread = sum(size for size, at in back.values() if at[0] > n)
+        there = sum(size for size, at in back.values() if at[0] <= n <= (at[0] if kept.coded else at[-1]))
+        beside = piece.beside if split else piece.during
+        # Of gradients there are then those that the piece before has left to this one.
+        decoding = (held + min(before, beside)) * (kept.coded and any(at[0] == n for _, at in back.values()))
+        before = beside
+        found.append(Moment(released, held + beside, deferred, piece.parameters, there, unread, decoding))
         for name in (name for name, end in last.items() if end == n):
             released += known[name].bytes_waiting(name in stored(kept) - waiting, width, kept.coded)
     deferred = outputs + sum(opened.get(name, 0) for name in waiting - stored(kept))

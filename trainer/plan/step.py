@@ -87,7 +87,7 @@ class Stage:
             self.keeping.approach(visits[: piece + 1])
             there, deferred = visit.here, work.backward[-1].deferred
             for moment in work.backward:
-                self.keeping.hold(visit, there - moment.released * visit.readable + moment.deferred)
+                self.keeping.read(visit, there, moment)
                 if not (split and deferred):
                     weights.add_gradients(piece, moment.parameters)
                 ledger.use("working", moment.working)

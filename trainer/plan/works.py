@@ -147,7 +147,12 @@ def messages_of(config: TrainConfig, tokens: int, width: int) -> tuple[int, int]
 
 
 def scaled(moment: Moment, tokens: int, beside: int) -> Moment:
-    """Gives a moment of so many tokens; `beside`: bytes that work on its results takes however many these are."""
-    return Moment(
-        moment.released * tokens, moment.working * tokens + beside, moment.deferred * tokens, moment.parameters
+    """Gives a moment of so many tokens; `beside`: bytes that it takes to decode its results however many these are."""
+    return replace(
+        moment,
+        released=moment.released * tokens,
+        working=max(moment.working * tokens, (moment.decoding * tokens + beside) * (moment.decoding > 0)),
+        deferred=moment.deferred * tokens,
+        read=moment.read * tokens,
+        unread=moment.unread * tokens,
     )
