@@ -11,6 +11,9 @@ ARGS ?=
 # Optimizers that tests hold ours against: their classes are plain Python, and what else they ask for is not needed.
 AUTHORS := galore-torch apollo-torch fira ista-daslab-optimizers
 
+# What Python makes of modules is kept, also where the environment asks for none: every process that a test starts reads it.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: train test test-full test-slow test-slurm test-long test-walk test-compat lint setup chromium slurm clean
 
 setup: $(READY)

@@ -31,21 +31,29 @@ def keys_of(group: str) -> dict[str, frozenset[str]]:
 def tree_of_files(choices: tuple[str, ...]) -> dict[str, Any] | None:
     """Returns what GROUP=NAME... come to, read from conf/ as Hydra composes it in ten times the time; None where files say more than
     keys and values (an experiment), and Hydra is to be asked."""
-    conf = Path(str(files("rowwise.conf")))
-    tree = yaml.safe_load((conf / "train.yaml").read_text())
-    chosen = {group: name for one in tree.pop("defaults") if isinstance(one, dict) for group, name in one.items()}
+    tree = _file("train")
+    chosen = {group: name for one in tree["defaults"] if isinstance(one, dict) for group, name in one.items()}
     chosen |= dict(choice.split("=", 1) for choice in choices)
     if chosen.pop("experiment") or not chosen.keys() <= set(GROUPS):
         return None
-    groups = {group: yaml.safe_load((conf / group / f"{name}.yaml").read_text()) for group, name in chosen.items()}
-    return None if any("defaults" in group for group in groups.values()) else groups | tree
+    groups = {group: _file(f"{group}/{name}") for group, name in chosen.items()}
+    if any("defaults" in group for group in groups.values()):
+        return None
+    return groups | {key: value for key, value in tree.items() if key != "defaults"}
+
+
+@functools.cache
+def _file(name: str) -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load(Path(str(files("rowwise.conf")), f"{name}.yaml").read_text())
+    return tree
 
 
 @functools.cache
 def sections() -> frozenset[str]:
     """Returns the keys of a command line that have keys below them."""
-    tree = yaml.safe_load(Path(str(files("rowwise.conf")), "train.yaml").read_text())
-    return frozenset({*GROUPS, "sweep", "slurm", *(key for key, value in tree.items() if isinstance(value, dict))})
+    return frozenset(
+        {*GROUPS, "sweep", "slurm", *(key for key, value in _file("train").items() if isinstance(value, dict))}
+    )
 
 
 def check_folder(folder: Path) -> None:

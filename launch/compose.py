@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,18 +37,15 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     own = _own_folders(read)
     choices = tuple(filter(None, (_choice(one, own) for one in read if one.key_or_group in (*GROUPS, SEARCHPATH))))
     values = [override for override in read if override.key_or_group not in (*GROUPS, SEARCHPATH)]
-    if (tree := tree_of_files(choices)) is not None:
-        _checked(tree, values)  # what is mistyped does not wait for Hydra
-    with _conf("train"):
-        chosen, tree = _chosen(choices)
-        fitting = _checked(tree, values)
-        config = copy.deepcopy(chosen)
-        with _looked_up(values):
-            for key, value in fitting:
-                OmegaConf.update(config, key, value, merge=True)
-        _take_shape_(config, list(overrides))
-        with _looked_up(values):
-            resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    chosen, tree = _chosen(choices)
+    fitting = _checked(tree, values)
+    config = copy.deepcopy(chosen)
+    with _looked_up(values):
+        for key, value in fitting:
+            OmegaConf.update(config, key, value, merge=True)
+    _take_shape_(config, list(overrides))
+    with _looked_up(values):
+        resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     given = [key_of(override) for override in overrides]
     return settle(choose({str(key): value for key, value in resolved.items()}, given))
 
@@ -188,14 +186,19 @@ def _looked_up(values: Sequence[Override]) -> Iterator[None]:
 
 @functools.cache
 def _chosen(choices: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
-    """What Hydra composes of choices, for which it takes its time: once in a process, for a sweep checks many trials of the
-    same; and that as a plain tree. Raises ValueError."""
-    try:
-        config = compose("train", overrides=list(choices))
-        tree: Any = OmegaConf.to_container(config)
-        return config, tree
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{' '.join(choices) or 'conf/'}: these cannot be composed: {_first_line(error)}") from None
+    """What choices come to, and that as a plain tree: once in a process, for a sweep checks many trials of the same. Hydra, which
+    takes its time, is asked only where files say more than keys and values. Raises ValueError."""
+    setup_globals()  # ${now:...}, and what else Hydra looks up
+    tree: Any = tree_of_files(choices)
+    if tree is None:
+        try:
+            with _conf("train"):
+                tree = OmegaConf.to_container(compose("train", overrides=list(choices)))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(
+                f"{' '.join(choices) or 'conf/'}: these cannot be composed: {_first_line(error)}"
+            ) from None
+    return OmegaConf.create(tree, flags={"struct": True}), tree
 
 
 def _take_shape_(config: DictConfig, overrides: list[str]) -> None:
@@ -206,14 +209,14 @@ def _take_shape_(config: DictConfig, overrides: list[str]) -> None:
     if not isinstance(source, str):
         return
     folder, words = Path(source).expanduser(), {key_of(override) for override in overrides}
-    theirs, default = read_shape(folder), compose("train").model
+    theirs, default = read_shape(folder), _chosen(())[1]["model"]
     ours: Any = OmegaConf.to_container(config.model)
     given = [key for key in theirs if {"model", f"model.{key}"} & words or ours[key] != default[key]]
     if ours["head_dim"] == theirs["dim"] // theirs["heads"]:
         theirs["head_dim"] = theirs["head_dim"] or ours["head_dim"]  # it may be said
     refuse_other_shape(folder, {key: (theirs[key], ours[key]) for key in given})
     config.model.update(theirs)
-    if ours["name"] == default.name and not {"model", "model.name"} & words:
+    if ours["name"] == default["name"] and not {"model", "model.name"} & words:
         config.model.name = folder.resolve().name
 
 

@@ -1,5 +1,6 @@
 """An override KEY=VALUE: read as Hydra reads it, and written so that it reads it back."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +17,10 @@ KEY = re.compile(r"[A-Za-z_][\w.]*")
 _PLAIN = re.compile(r"""(?!=)[^\[\]{}()'"$,\\]*""")  # no character that means something in a value
 
 
+@functools.lru_cache(maxsize=10_000)
 def parse(word: str) -> Override:
-    """Reads an override as Hydra reads it; text that Hydra's grammar has no room for, such as ~/folder, is text. Raises
-    ValueError."""
+    """Reads an override as Hydra reads it; text that Hydra's grammar has no room for, such as ~/folder, is text: once each of
+    those that the trials of a sweep share. Raises ValueError."""
     key, equals, value = word.partition("=")
     refuse_control_characters({key: value})
     bare, told = key.lstrip("+"), without_password(word)
@@ -28,10 +30,9 @@ def parse(word: str) -> Override:
         raise ValueError(_no_pair(word))
     if not re.fullmatch(r"[A-Za-z_][\w./-]*", bare):
         raise ValueError(f"{told}: {bare or 'nothing'} is no key; give KEY=VALUE, such as optim.lr=1e-3")
-    parser = OverridesParser.create()
     for text in (value, quoted(value)) if _PLAIN.fullmatch(value) else (value,):
         try:
-            override = parser.parse_override(f"{bare}={text}")
+            override = _parser().parse_override(f"{bare}={text}")
             override.value()
             return override
         except HydraException:
@@ -40,6 +41,11 @@ def parse(word: str) -> Override:
         f"{told}: the value cannot be read; a list is [a,b], a table {{a: 1}}, and text that holds one of []{{}}()'\"$, stands "
         f"in quotes of its own: \"{bare}='...'\""
     )
+
+
+@functools.cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
 
 
 def _no_pair(word: str) -> str:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from rowwise.launch import start
 from rowwise.launch.answers import WORDS, numbers
-from rowwise.launch.choices import choices_of, keys_of, tree_of_files
+from rowwise.launch.choices import GROUPS, choices_of, keys_of, tree_of_files
 from rowwise.launch.compose import compose_part, compose_tree
 from rowwise.launch.given import gather
 from rowwise.launch.overrides import SEARCHPATH
@@ -233,17 +233,19 @@ def test_sweeps_and_scripts_speak_so_too():
         assert "\n" not in str(refusal.value) and not [leak for leak in LEAKS if leak in str(refusal.value).lower()]
 
 
-CHOSEN = [(), ("optim=dct", "schedule=wsd", "model=llama3_8b"), ("sparsity=srigl", "data=hf")]
+# Each file of each group once, and none chosen.
+NAMES = {group: choices_of(group) for group in GROUPS if group != "experiment"}
+CHOSEN = [(), *(tuple(f"{group}={names[turn % len(names)]}" for group, names in NAMES.items()) for turn in range(11))]
 
 
-@pytest.mark.parametrize("choices", CHOSEN)
-def test_files_read_by_themselves_are_what_hydra_composes(choices):
-    with initialize_config_module("rowwise.conf", version_base="1.3"):
-        theirs = OmegaConf.to_container(compose("train", overrides=list(choices)))
-    assert tree_of_files(choices) == theirs
-    assert (
-        tree_of_files((*choices, "experiment=quick")) is None and tree_of_files((*choices, f"{SEARCHPATH}=[]")) is None
-    )
+def test_files_read_by_themselves_are_what_hydra_composes():
+    assert len(CHOSEN) > max(map(len, NAMES.values()))
+    for choices in CHOSEN:
+        with initialize_config_module("rowwise.conf", version_base="1.3"):
+            theirs = OmegaConf.to_container(compose("train", overrides=list(choices)))
+        ours = tree_of_files(choices)
+        assert ours is not None and (ours, [*ours]) == (theirs, [*theirs]), choices
+    assert tree_of_files(("experiment=quick",)) is None and tree_of_files((f"{SEARCHPATH}=[]",)) is None
 
 
 def test_choices_are_the_files_of_conf():
