@@ -41,8 +41,8 @@ def round_reference_(x: Tensor, out: Tensor, key: int, start: int) -> None:
     """Computes `round_bf16_` in plain torch."""
     flat, flat_out = x.view(-1), out.view(-1)
     for part in row_portions(flat.numel(), 1):
-        bits = random_16(key, start + part.start, part.stop - part.start, x.device)
-        flat_out[part] = _round(flat[part], bits)
+        # Nothing of a portion is held while the next one's bits are drawn.
+        flat_out[part] = _round(flat[part], random_16(key, start + part.start, part.stop - part.start, x.device))
 
 
 def random_16(key: int, start: int, count: int, device: torch.device) -> Tensor:

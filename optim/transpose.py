@@ -46,17 +46,41 @@ def transpose(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGro
     """
     if group is None or not xs:
         return [x.T.contiguous() for x in xs]
-    degree, mine = range(group.size()), group.rank()
-    rows, columns = ([splits(shape[dim], len(degree)) for shape in shapes] for dim in (0, 1))
-    sent = [x.split(c, dim=1) for x, c in zip(xs, columns, strict=True)]
-    received = [[r[rank] * c[mine] for r, c in zip(rows, columns, strict=True)] for rank in degree]
-    flat = torch.cat([parts[rank].flatten() for rank in degree for parts in sent])
-    into = flat.new_empty(sum(map(sum, received)))
-    counts = [sum(parts[rank].numel() for parts in sent) for rank in degree]
-    dist.all_to_all_single(into, flat, [sum(sizes) for sizes in received], counts, group=group)
-    pieces = iter(into.split([size for sizes in received for size in sizes]))
-    turned = [[next(pieces).view(r[rank], c[mine]).T for r, c in zip(rows, columns, strict=True)] for rank in degree]
-    return [torch.cat(parts, dim=1) for parts in zip(*turned, strict=True)]
+    degree, mine = group.size(), group.rank()
+    rows, columns = ([splits(shape[dim], degree) for shape in shapes] for dim in (0, 1))
+    turned = [x.T.contiguous() for x in xs]
+    sent = [sum(t.size(1) * c[rank] for t, c in zip(turned, columns, strict=True)) for rank in range(degree)]
+    received = [sum(r[rank] * c[mine] for r, c in zip(rows, columns, strict=True)) for rank in range(degree)]
+    flat = _by_rank(turned, columns)
+    into = flat.new_empty(sum(received))
+    del turned
+    dist.all_to_all_single(into, flat, received, sent, group=group)
+    return _from_ranks(into, rows, [c[mine] for c in columns])
+
+
+def _by_rank(ts: list[Tensor], rows: list[list[int]]) -> Tensor:
+    """Lays the rows of all matrices one after the other, those for the first rank first: `rows` says how many of each are for each."""
+    degree = len(rows[0])
+    if all(len(set(each)) == 1 for each in rows):  # a few operations a matrix, however many ranks there are
+        return torch.cat([t.view(degree, t.numel() // degree) for t in ts], dim=1).view(-1)
+    parts = [t.split(each) for t, each in zip(ts, rows, strict=True)]
+    return torch.cat([part[rank].flatten() for rank in range(degree) for part in parts])
+
+
+def _from_ranks(flat: Tensor, columns: list[list[int]], rows: list[int]) -> list[Tensor]:
+    """Puts matrices of so many `rows` together, of which each rank has sent some `columns`."""
+    degree = len(columns[0])
+    if all(len(set(each)) == 1 for each in columns):
+        sizes = [m * each[0] for m, each in zip(rows, columns, strict=True)]
+        parts = flat.view(degree, sum(sizes)).split(sizes, dim=1)
+        ours = [part.view(degree, m, each[0]) for m, each, part in zip(rows, columns, parts, strict=True)]
+        return [part.transpose(0, 1).contiguous().view(part.size(1), degree * part.size(2)) for part in ours]
+    sizes = [m * each[rank] for rank in range(degree) for m, each in zip(rows, columns, strict=True)]
+    pieces = iter(flat.split(sizes))
+    found = [
+        [next(pieces).view(m, each[rank]) for m, each in zip(rows, columns, strict=True)] for rank in range(degree)
+    ]
+    return [torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
 
 
 def transposed_like(p: Tensor) -> Tensor:

@@ -114,6 +114,11 @@ class Lifetimes(TorchDispatchMode):
         """Says that what is made from now on belongs to the loss, or no longer does."""
         self._late = begins
 
+    def note_message(self, tensor: Tensor) -> None:
+        """Says that a tensor crosses ranks, which no operation says where these are not there."""
+        if (life := self._life(tensor)) is not None:
+            life.moved = True
+
     def note_host(self, tensor: Tensor) -> None:
         """Says that a tensor is one that has left the device."""
         if (life := self._life(tensor)) is not None:

@@ -8,9 +8,12 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from messages import Messages
+from rowwise.kernels.torch_dispatch import TorchDispatchMode
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer
+from rowwise.optim.transpose import splits, transpose
 from rowwise.trainer.config import config_from_tree
+from rowwise.trainer.plan.on_paper import OnPaper
 
 RANK, EXTRA, WORLD = 8, 8, 4
 SHAPES = [(64, 80), (90, 60), (48, 48)]
@@ -85,6 +88,49 @@ def test_wide_matrices_go_twice_by_all_to_all_and_the_others_not_at_all(ranks, r
             there = sum(held(m, rank) * n for m, n in wide)
             back = sum(m * held(n, rank) for m, n in wide)
             assert sent == BYTES * (there + back)
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts operations."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+UNEVEN = [[(8, 16), (4, 12)], [(7, 16)], [(8, 15)], [(3, 9), (5, 8)], [(2, 16)], [(8, 16), (5, 7)]]
+
+
+def turned(workers, batches):
+    """Whether this rank's rows of the transposes are those, and what goes back is what came."""
+    torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
+    found = []
+    for shapes in batches:
+        whole = [torch.arange(m * n).view(m, n) for m, n in shapes]
+        mine, theirs = (
+            [t.split(splits(len(t), WORLD))[workers.rank] for t in ts] for ts in (whole, [t.T for t in whole])
+        )
+        there = transpose(mine, [t.shape for t in whole], torch.distributed.group.WORLD)
+        back = transpose(there, [t.T.shape for t in whole], torch.distributed.group.WORLD)
+        every = zip([*there, *back], [*theirs, *mine], strict=True)
+        found.append(all(torch.equal(t, expected) and t.is_contiguous() for t, expected in every))
+    return found
+
+
+def test_rows_become_columns_however_many_a_rank_has(ranks):
+    assert ranks.run(turned, WORLD, UNEVEN) == [[True] * len(UNEVEN)] * WORLD
+
+
+def test_a_transpose_takes_as_many_operations_among_many_ranks():
+    """Where rows and columns divide: at 1,024 ranks a step of muon would be a million small copies."""
+    operations = []
+    for degree in (2, 64):
+        with CountCalls() as counted:
+            transpose([torch.ones(128 // degree, 256)], [torch.Size((128, 256))], OnPaper(0, degree, lambda _: None))
+        operations.append(counted.calls)
+    assert operations[0] == operations[1]
 
 
 def held(size, rank):

@@ -40,6 +40,8 @@ RUNS = {
                              "memory.offload_activations=cpu", "model.layers=3"]),
     "split backwards": (2, ["parallel.pipeline=2", "parallel.pipeline_schedule=zb_v", "model.layers=4", "parallel.virtual_stages=2",
                             "memory.recompute=selective", "memory.compress=int8", "batch.global_size=6"]),
+    "a rule that exchanges": (2, ["parallel.zero=3", "optim=muon", "batch.seq_len=16", "batch.micro_size=1",
+                                 "batch.global_size=2"]),
     "in the backward": (2, ["optim.in_backward=true", "clip_norm=0", "parallel.zero=3", "batch.global_size=4",
                             "model.tie_embeddings=true", "optim=adafactor"]),
 }  # fmt: skip

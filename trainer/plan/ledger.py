@@ -46,7 +46,9 @@ class Ledger:
         else:
             self.give(category, -size)
 
-    def use(self, category: str, size: int) -> None:
-        """Makes room for `size` bytes and lets go of them at once."""
-        self.take(category, size)
-        self.give(category, size)
+    def use(self, category: str, size: int, messages: int = 0) -> None:
+        """Makes room for `size` bytes, `messages` of them of what crosses ranks, and lets go of them at once."""
+        self.take("messages", messages)
+        self.take(category, size - messages)
+        self.give(category, size - messages)
+        self.give("messages", messages)

@@ -24,7 +24,7 @@ from rowwise.trainer.plan.states import (
     widths_of,
 )
 from rowwise.trainer.plan.step import Crossing, PipelineRank, Stage, walk_whole
-from rowwise.trainer.plan.update import update_bytes
+from rowwise.trainer.plan.update import NONE, StepBytes, update_bytes
 from rowwise.trainer.plan.weights import Replicated, Weights
 from rowwise.trainer.plan.works import works_of
 from rowwise.trainer.stages import Plan, gathering
@@ -74,11 +74,12 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
             a.kind == "I" and a.stage == stage for a in plan.schedule.ranks[place.pipeline]
         )
         works = works_of(config, layers, split, gpu)
-        steps = (0, 0)
+        update, of_head = None, NONE
         if config.optim.in_backward:
             each = partial(update_bytes, config, [layers], place, gpu, one_by_one=True)
-            steps = each(), each(role="head")
-        walked[stage] = Stage(ledger, keeping, weights_of(config, layers, place, ledger, sharded), works, steps)
+            update, of_head = each(), each(role="head")
+        weights = weights_of(config, layers, place, ledger, sharded, update)
+        walked[stage] = Stage(ledger, keeping, weights, works, of_head)
     if plan is None:
         walk_whole(walked[0], config.micro_batches)
     else:
@@ -87,7 +88,7 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         PipelineRank(walked, plan.schedule, place.pipeline, gathering(config.parallel), crossing, ledger).walk()
     ledger.at = "the optimizer's step"
     if not config.optim.in_backward:
-        ledger.use("working", update_bytes(config, stages.values(), place, gpu))
+        ledger.use("working", *update_bytes(config, stages.values(), place, gpu))
     return Memory(rank, ledger.peaks, ledger.most, ledger.then, ledger.moment)
 
 
@@ -98,11 +99,13 @@ def tied_bytes(config: TrainConfig, place: Place) -> int:
     return rows * model.dim * widths_of(config).parameter
 
 
-def weights_of(config: TrainConfig, layers: range, place: Place, ledger: Ledger, sharded: bool) -> Weights:
+def weights_of(
+    config: TrainConfig, layers: range, place: Place, ledger: Ledger, sharded: bool, update: StepBytes | None
+) -> Weights:
     """Chooses how parameters and gradients of a stage come and go."""
     widths, zero, pipelined = widths_of(config), config.parallel.zero, config.parallel.pipeline > 1
     if not sharded:
         tensors = [[spec.shape.numel() for spec in piece.values()] for piece in pieces_of(config, layers)]
-        return Replicated(ledger, tensors, widths.parameter, not config.optim.in_backward, pipelined)
-    ranks, frees = (place.shards, place.replicas), config.optim.in_backward
-    return Sharded(ledger, groups_of(config, layers, place), widths, zero, ranks, pipelined, frees)
+        return Replicated(ledger, tensors, widths.parameter, pipelined, update)
+    ranks = place.shards, place.replicas
+    return Sharded(ledger, groups_of(config, layers, place), widths, zero, ranks, pipelined, update)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from rowwise.trainer.plan.ledger import Ledger
 from rowwise.trainer.plan.states import Group, Widths
+from rowwise.trainer.plan.update import StepBytes
 
 WIDE = 4  # bytes of a number that has 32 bits
 
@@ -20,7 +21,7 @@ WIDE = 4  # bytes of a number that has 32 bits
 class Sharded:
     """What FSDP2 does on one of `shards` ranks with other rows, of which there are `replicas` sets. `zero` below 3 keeps parameters
     from the first forward of a step to its last backward. `sums`: a pipeline adds gradients up, whole, and has them reduced.
-    `frees`: the optimizer steps in the backward, and frees them."""
+    `update`: of the optimizer's step, where it is made in the backward, of each parameter by itself, and frees its gradient."""
 
     def __init__(
         self,
@@ -30,10 +31,10 @@ class Sharded:
         zero: int,
         ranks: tuple[int, int],
         sums: bool = False,
-        frees: bool = False,
+        update: StepBytes | None = None,
     ):
         self._ledger, self._groups, self._widths, self._zero = ledger, groups, widths, zero
-        (self._shards, self._replicas), self._sums, self._frees = ranks, sums, frees
+        (self._shards, self._replicas), self._sums, self._update = ranks, sums, update
         self._order = sorted(range(len(groups)), key=lambda g: (groups[g].pieces[1], groups[g].root))
         self._place = {g: place for place, g in enumerate(self._order)}
         self._begin: dict[int, list[int]] = {}  # piece -> the groups that begin with it
@@ -225,9 +226,10 @@ class Sharded:
             ledger.give("working" if cast else where, kept if cast else summed)
         elif waits:
             self._partial[g] = summed
-        elif not self._frees:
+        elif self._update is None:
             self._split.add(g)
         else:
+            ledger.use("working", *self._update)
             ledger.give("gradients", kept)
         if not waits:
             ledger.give("gradients", self._partial.pop(g, 0))

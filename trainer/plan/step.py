@@ -15,6 +15,7 @@ from rowwise.trainer.plan.away import Keeping, Visit
 from rowwise.trainer.plan.layer import ALL
 from rowwise.trainer.plan.ledger import Ledger
 from rowwise.trainer.plan.loss import LossWork
+from rowwise.trainer.plan.update import NONE, StepBytes
 from rowwise.trainer.plan.weights import Weights
 from rowwise.trainer.plan.works import Work
 
@@ -30,8 +31,8 @@ class Crossing:
 
 
 class Stage:
-    """The pieces of a stage, walked on a ledger. `keeping`: what this rank keeps of its forwards; `updates`: bytes of an optimizer's
-    step that is made in the backward, of any parameter and of the head, which is made within the loss."""
+    """The pieces of a stage, walked on a ledger. `keeping`: what this rank keeps of its forwards; `update`: of the optimizer's step of
+    the head, where it is made in the backward, within the loss."""
 
     def __init__(
         self,
@@ -39,9 +40,9 @@ class Stage:
         keeping: Keeping,
         weights: Weights,
         works: Sequence[Work],
-        updates: tuple[int, int] = (0, 0),
+        update: StepBytes = NONE,
     ):
-        self.ledger, self.keeping, self.weights, self.works, self._updates = ledger, keeping, weights, works, updates
+        self.ledger, self.keeping, self.weights, self.works, self._update = ledger, keeping, weights, works, update
         self._visits: dict[int, list[Visit]] = {}  # by micro-batch
         self._head: tuple[str, int] | None = None  # the head's gradient, where the loss has made it: category and bytes
 
@@ -76,7 +77,7 @@ class Stage:
             if (loss := work.loss) is not None:
                 self._make_head_gradient(piece, loss, "backward")
                 ledger.use("loss", max(0, loss.backward - loss.kept))
-                ledger.use("loss", self._updates[1])
+                ledger.use("loss", *self._update)
                 ledger.give("loss", loss.kept)
                 again = loss.makes == "after" and not loss.deferred and (loss.tied or weights.holds(piece))
                 ledger.use("loss", loss.after + loss.head * again)
@@ -95,7 +96,6 @@ class Stage:
             if piece == 0:
                 self._add_tied_gradient()
             weights.leave_back(piece)
-            ledger.use("working", self._updates[0])
         weights.end_backward()
 
     def _make_head_gradient(self, piece: int, loss: LossWork, where: str) -> None:

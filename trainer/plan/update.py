@@ -1,13 +1,12 @@
 """What an optimizer's step holds beside what it changes: found by making it, on the meta device, where nothing takes memory.
 
-A rule is given as many parameters at a time as the optimizer gives it (`optim.optimizer`), with this rank's rows. What ranks exchange
-for it is not made, and not counted.
+A rule is given as many parameters at a time as the optimizer gives it (`optim.optimizer`), with this rank's rows, and sends what it
+sends to ranks that are not there (`OnPaper`).
 """
 
 import functools
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,14 +17,27 @@ from rowwise.optim.build import new_rule, rank_of, rule_name
 from rowwise.optim.lowrank.projection import OVERSAMPLE
 from rowwise.optim.optimizer import PORTION_BYTES
 from rowwise.optim.rule import Batch, Rule
-from rowwise.optim.transpose import is_wide, tall_shape
+from rowwise.optim.transpose import is_wide
 from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_specs
+from rowwise.trainer.plan.on_paper import OnPaper
 from rowwise.trainer.plan.states import Place, owned, rows_of, unsplit, widths_of
 
 Entry = tuple[str, ParameterSpec]
-_known: dict[Any, int] = {}  # bytes of steps that were made: a run asks for them again, and a search for many layouts
+
+
+class StepBytes(NamedTuple):
+    """Bytes of an optimizer's step: at most, and of `messages` at most."""
+
+    most: int
+    messages: int
+
+
+NONE = StepBytes(0, 0)
+_known: dict[
+    Any, StepBytes
+] = {}  # bytes of steps that were made: a run asks for them again, and a search for many layouts
 
 
 def update_bytes(
@@ -35,7 +47,7 @@ def update_bytes(
     gpu: bool,
     one_by_one: bool = False,
     role: str | None = None,
-) -> int:
+) -> StepBytes:
     """Counts what the step of all stages of a rank holds at most. `one_by_one`: it is made of each parameter by itself, `role`: of
     those that have it alone."""
     rank = rank_of(config.optim, parameter_specs(config.model))
@@ -45,7 +57,7 @@ def update_bytes(
             continue
         key = rule_name(name, spec, config.optim), spec.role == "vector", len(spec.matrix), spec.batched
         groups.setdefault(key, []).append((name, spec))
-    most = 0
+    most = NONE
     for (name, *_), entries in groups.items():
         rule = new_rule(name, config.optim, rank)
         for portion in _portions(rule, entries, config, place, one_by_one):
@@ -53,7 +65,7 @@ def update_bytes(
             alike = repr(config.optim), rank, widths_of(config), place.shard, place.shards, gpu, name, shapes
             if alike not in _known:
                 _known[alike] = _step_bytes(rule, portion, config, place, gpu)
-            most = max(most, _known[alike])
+            most = StepBytes(*map(max, most, _known[alike]))
     return most
 
 
@@ -75,7 +87,7 @@ def _portions(
     return portions
 
 
-def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Place, gpu: bool) -> int:
+def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Place, gpu: bool) -> StepBytes:
     """Makes a step of these parameters, and counts. What no rule rounds to 16 bits is copied into 32, with its gradient, and rounded
     behind the rule."""
     widths = widths_of(config)
@@ -84,49 +96,48 @@ def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Pl
     numbers = [rows_of(spec.shape[0], place) * spec.shape[1:].numel() for _, spec in copied]
     copies, rounding = 8 * sum(numbers), 0 if gpu or not copied else _rounding_bytes(max(numbers))
     if rule.fused:  # it needs nothing beside its operands
-        return copies + rounding
+        return StepBytes(copies + rounding, 0)
+    lives = Lifetimes([], [])
+    batch = _batch(rule, entries, config, place, lives)
+    if not batch.names:
+        return NONE  # this rank has none of a batch of matrices
+    with torch.no_grad(), lives:
+        rule.step_(batch)
+    peaks, most = lives.peaks()
+    renewed = (
+        _renewal(batch, place, getattr(config.optim, "side", "") == "short") if "basis" in batch.states[0] else NONE
+    )
+    return StepBytes(max(most, renewed.most, rounding) + copies, max(peaks["messages"], renewed.messages))
+
+
+def _batch(rule: Rule, entries: list[Entry], config: TrainConfig, place: Place, lives: Lifetimes) -> Batch:
+    """Makes what a rule is given of these parameters in a step, of this rank's rows; `lives` is told what it sends."""
+    widths = widths_of(config)
     wide = torch.float64 if widths.wide == 8 else torch.float32
-    whole = unsplit(rule, wide)
-    dtype = torch.bfloat16 if narrow and rule.rounds else wide
+    whole, dtype = unsplit(rule, wide), torch.bfloat16 if widths.parameter == 2 and rule.rounds else wide
 
-    def empty(shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+    def rows(t: torch.Tensor, batched: bool) -> torch.Size:
+        return t.shape if batched else torch.Size((rows_of(t.size(0), place), *t.shape[1:]))
 
+    exchanges = place.shards > 1 and not entries[0][1].batched
+    group: Any = OnPaper(place.shard, place.shards, lives.note_message) if exchanges else None
     # Most is held where a projection is renewed; but to renew a basis looks at numbers.
     step = 2 if "basis" in whole else 1
-    batch = Batch([], [], [], [], [], [], None, step, 1e-3, 0.1, 0)
+    batch = Batch([], [], [], [], [], [], group, step, 1e-3, 0.1, 0)
     for name, spec in entries:
-        # A wide matrix that its rule turns round is split by its columns then, and its states with it.
-        matrix = (
-            tall_shape(spec.matrix)
-            if getattr(config.optim, "side", "") == "short" and not spec.batched
-            else spec.matrix
-        )
-        mine = matrix if spec.batched else torch.Size((rows_of(matrix[0], place), *matrix[1:]))
-        if not mine.numel():
-            continue
-        state = {
-            key: empty(t.shape if key in whole or spec.batched else (rows_of(t.size(0), place), *t.shape[1:]), t.dtype)
-            for key, t in rule.new_state(empty(matrix, wide)).items()
-        }
-        batch.names.append(name)
-        batch.params.append(empty(mine, dtype))
-        batch.grads.append(empty(mine, dtype))
-        batch.states.append(state)
-        batch.shapes.append(matrix)
-        batch.offsets.append(0)
-    if not batch.names:
-        return 0  # this rank has no rows of them
-    made = _share(batch, place.shards) if rule.shared else batch
-    with torch.no_grad(), Lifetimes([], []) as lives:
-        rule.step_(made)
-    renewing = [_renewal(state, p) for state, p in zip(batch.states, batch.params, strict=True) if "basis" in state]
-    renewed = sum(all_ for all_, _ in renewing) + max((one for _, one in renewing), default=0)
-    # What is mixed of gradients and momenta, and what comes of it, are there of all matrices.
-    others = 2 * (_bytes(batch.params) - _bytes(made.params))
-    if getattr(config.optim, "side", "") == "short":  # what is turned is there lying, too
-        others += sum(p.nbytes for p, (_, spec) in zip(batch.params, entries, strict=False) if is_wide(spec.matrix))
-    return max(lives.peaks()[1] + others, renewed, rounding) + copies
+        logical = torch.empty(spec.matrix, dtype=wide, device="meta")
+        for _ in range(rows_of(spec.shape[0], place) if spec.batched else 1):
+            state = {
+                key: torch.empty(t.shape if key in whole else rows(t, spec.batched), dtype=t.dtype, device="meta")
+                for key, t in rule.new_state(logical).items()
+            }
+            batch.names.append(name)
+            batch.params.append(torch.empty(rows(logical, spec.batched), dtype=dtype, device="meta"))
+            batch.grads.append(torch.empty_like(batch.params[-1]))
+            batch.states.append(state)
+            batch.shapes.append(spec.matrix)
+            batch.offsets.append(0)
+    return batch
 
 
 @functools.cache
@@ -138,23 +149,20 @@ def _rounding_bytes(numbers: int) -> int:
     return lives.peaks()[1]
 
 
-def _bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(t.nbytes for t in tensors)
-
-
-def _share(batch: Batch, ranks: int) -> Batch:
-    """The matrices of a batch that one of so many ranks works on for all."""
-    count = -(-len(batch.names) // ranks)
-    lists = ("names", "params", "grads", "states", "shapes", "offsets")
-    return replace(batch, **{key: getattr(batch, key)[:count] for key in lists})
-
-
-def _renewal(state: dict[str, torch.Tensor], p: torch.Tensor) -> tuple[int, int]:
-    """What the renewal of a basis (n, r) holds of a matrix when the last is found: of all matrices the directions that it began with,
-    P, Y, what is made of it, the gram matrix and the basis; and of one beside that Q, its vectors, their sizes, and R and two like
-    it (`optim.lowrank.projection.subspace_bases`)."""
-    columns, rank = state["basis"].shape
-    wider = rank + min(OVERSAMPLE, columns - rank, p.size(0))
-    every = (3 * columns + p.size(0) + wider) * wider + columns * rank
-    one = (columns + 3 * wider) * wider + 2 * columns * rank
-    return every * state["basis"].itemsize, one * state["basis"].itemsize
+def _renewal(batch: Batch, place: Place, turns: bool) -> StepBytes:
+    """What the renewal of bases (n, r) holds when the last is found: of all matrices the directions that they began with, P, Y, what
+    is made of it, the gram matrix and the basis; and of one beside that Q, its vectors, their sizes, and R and two like it
+    (`optim.lowrank.projection.subspace_bases`). Y and the gram matrices are sent. `turns`: wide matrices are turned round, and
+    what they become is there."""
+    every, most, sent = 0, 0, 0
+    for state, g, shape in zip(batch.states, batch.grads, batch.shapes, strict=True):
+        basis = state["basis"]
+        columns, rank = basis.shape
+        turned = turns and is_wide(shape)
+        rows = rows_of(shape[1], place) if turned else g.size(0)
+        wider = rank + min(OVERSAMPLE, min(shape) - rank)
+        held = (3 * columns + rows + wider) * wider + columns * rank + turned * rows * columns
+        every += held * basis.itemsize
+        most = max(most, ((columns + 3 * wider) * wider + 2 * columns * rank) * basis.itemsize)
+        sent += (columns + wider) * wider * basis.itemsize
+    return StepBytes(every + most, sent if batch.group is not None else 0)

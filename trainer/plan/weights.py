@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rowwise.trainer.plan.ledger import Ledger
+from rowwise.trainer.plan.update import StepBytes
 
 
 class Weights(Protocol):
@@ -55,13 +56,19 @@ class Weights(Protocol):
 
 class Replicated:
     """Whole parameters and buckets of whole gradients (none where the optimizer steps in the backward). `tensors`: the numbers of
-    each parameter, by piece; `sums`: as in `Sharded`."""
+    each parameter, by piece; `sums`, `update`: as in `Sharded`."""
 
     def __init__(
-        self, ledger: Ledger, tensors: Sequence[Sequence[int]], width: int, in_buckets: bool = True, sums: bool = False
+        self,
+        ledger: Ledger,
+        tensors: Sequence[Sequence[int]],
+        width: int,
+        sums: bool = False,
+        update: StepBytes | None = None,
     ):
         self._ledger, self._tensors, self._width, self._sums, self._forwards = ledger, tensors, width, sums, 0
-        if in_buckets:
+        self._update = update
+        if update is None:
             ledger.take("gradients", sum(map(sum, tensors)) * width)
 
     def begin(self, last: bool) -> None:
@@ -74,7 +81,6 @@ class Replicated:
     def leave(self, piece: int) -> None: ...
     def end_forward(self) -> None: ...
     def enter_back(self, piece: int) -> None: ...
-    def leave_back(self, piece: int) -> None: ...
     def end_backward(self) -> None: ...
     def keep(self, keeps: bool) -> None: ...
     def add_up(self) -> None: ...
@@ -85,3 +91,7 @@ class Replicated:
         # One at a time, on its way into its bucket, or into the sum that is there.
         largest = max(self._tensors[piece][-count:] if count else (), default=0)
         self._ledger.use("working" if self._sums else "gradients", largest * self._width)
+
+    def leave_back(self, piece: int) -> None:
+        if self._update is not None:
+            self._ledger.use("working", *self._update)
