@@ -14,6 +14,7 @@ operands a rank holds the keys of one portion of rows; the host waits for the de
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -157,13 +158,14 @@ def _radix(
         counts = counts[:, :BINS].contiguous()
         for group in groups:
             dist.all_reduce(counts, group=group)
-        at_least = counts.flip(1).cumsum(1).flip(1).tolist()
+        at_least = counts.flip(1).cumsum(1).flip(1).cpu().numpy()
+        digits = (at_least >= np.array(left)[:, None]).sum(1) - 1  # the largest that so many have, or more
         for i, total in enumerate(at_least):
             if not ks[i]:
                 continue
             if total[0] < left[i]:
                 raise ValueError(f"{ks[i]} are to be chosen, and there are {total[0]} candidates")
-            digit = max(d for d in range(BINS) if total[d] >= left[i])
-            above = total[digit + 1] if digit + 1 < BINS else 0
-            prefixes[i], left[i], equal[i] = prefixes[i] << 8 | digit, left[i] - above, total[digit] - above
+            digit = int(digits[i])
+            above = int(total[digit + 1]) if digit + 1 < BINS else 0
+            prefixes[i], left[i], equal[i] = prefixes[i] << 8 | digit, left[i] - above, int(total[digit]) - above
     return [(p, n, e) if k else (None, 0, 0) for k, p, n, e in zip(ks, prefixes, left, equal, strict=True)]

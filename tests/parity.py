@@ -67,6 +67,7 @@ class Trace:
 
 
 Piece = tuple[torch.Size, int, np.ndarray]  # logical shape, logical row of the first, the rows that a rank holds
+Offsets = dict[tuple[Any, ...], int]  # shape, placements and mesh -> logical row of the first
 
 
 def write_tokens(folder: Path, tokens: int = 6000) -> Path:
@@ -161,7 +162,7 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
     def keep_gradients(report: StepReport) -> StepReport:
         """Before the update, in which masks may change them."""
         for name, p in model.named_parameters():
-            pieces["gradients", len(trace.losses), name] = piece_of(p.grad)
+            pieces["gradients", len(trace.losses), name] = piece_of(p.grad, offsets)
         return report
 
     at_once = config.parallel.post_validation  # they are clipped after they were judged
@@ -169,6 +170,7 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
     batches = train_batches(config, mesh, data, position=0)
     trace = Trace()
     pieces: dict[tuple[str, int, str], Piece] = {}
+    offsets: Offsets = {}
     for step in range(steps):
         # Of rows, not of what DTensor makes of them: it would learn each operation anew for every mesh.
         before = {name: local(p).detach().clone() for name, p in model.named_parameters()}
@@ -177,11 +179,11 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
             keep_gradients(report)
         optimizer.zero_grad()
         for name, p in model.named_parameters():
-            shape, offset, after = piece_of(p)
+            shape, offset, after = piece_of(p, offsets)
             pieces["updates", step, name] = shape, offset, after - before[name].cpu().numpy()
         for name, state in named_state(model, optimizer).items():
-            pieces |= {("states", step, f"{name}.{key}"): piece_of(t) for key, t in state.items()}
-        pieces |= sparse_pieces(sparsity, dict(model.named_parameters()), step)
+            pieces |= {("states", step, f"{name}.{key}"): piece_of(t, offsets) for key, t in state.items()}
+        pieces |= sparse_pieces(sparsity, dict(model.named_parameters()), step, offsets)
         trace.losses.append(report.loss)
         trace.norms.append(report.grad_norm)
         trace.valid_tokens.append(report.valid_tokens)
@@ -199,17 +201,17 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
 
 
 def sparse_pieces(
-    sparsity: Sparsity | None, params: dict[str, Tensor], step: int
+    sparsity: Sparsity | None, params: dict[str, Tensor], step: int, offsets: "Offsets"
 ) -> dict[tuple[str, int, str], "Piece"]:
     """Packed masks, the weights under them, and dense weights behind them, which are states as others are."""
     pieces = {}
     for key, t in sparsity.named_state().items() if sparsity is not None else ():
         name, _, what = key.rpartition(".")
         if what == "mask":
-            pieces["masks", step, name] = piece_of(t)
-            pieces["weights", step, name] = piece_of(params[name].detach())
+            pieces["masks", step, name] = piece_of(t, offsets)
+            pieces["weights", step, name] = piece_of(params[name].detach(), offsets)
         elif what == "dense":
-            pieces["states", step, key] = piece_of(t)
+            pieces["states", step, key] = piece_of(t, offsets)
     return pieces
 
 
@@ -247,9 +249,17 @@ def coarsen_(tensors: Sequence[Tensor]) -> None:
             w.copy_(torch.where(w.abs() > 0.2, 2, 1) * torch.where(w < 0, -1, 1) / 16)
 
 
-def piece_of(tensor: Tensor) -> "Piece":
-    """What this rank has of `tensor`; no tensors, which take far longer to send."""
-    return tensor.shape, row_offset(tensor), local(tensor).detach().cpu().numpy().copy()
+def piece_of(tensor: Tensor, offsets: "Offsets | None" = None) -> "Piece":
+    """What this rank has of `tensor`; no tensors, which take far longer to send. `offsets`: of those that lie alike, which DTensor
+    takes as long to say as an update takes."""
+    offset = 0
+    if isinstance(tensor, DTensor):
+        place = tensor.shape, tensor.placements, id(tensor.device_mesh)
+        offsets = {} if offsets is None else offsets
+        if place not in offsets:
+            offsets[place] = row_offset(tensor)
+        offset = offsets[place]
+    return tensor.shape, offset, local(tensor).detach().cpu().numpy().copy()
 
 
 def assemble(pieces: list["Piece"]) -> Tensor:

@@ -6,6 +6,7 @@ docs/composition.md names for every pair the case that has it, or the words that
 import contextlib
 import functools
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -22,7 +23,7 @@ from rowwise.trainer import rollback
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.norms import KINDS
-from runs import final_tensors, named, records, run_train, run_until
+from runs import final_tensors, named, records, run_train, run_until, run_watched
 
 CASES = read_cases()
 
@@ -40,7 +41,7 @@ def second_step(seen, loss, norm, config):
     return 99.0 if len(seen.losses) == 1 and not seen.skipped and not seen.rollbacks else None
 
 
-def run_quietly(workers, config: TrainConfig, stop_at: int | None = None) -> None:
+def run_quietly(workers, config: TrainConfig, run: Callable[..., object], *arguments: object) -> None:
     """A run, up to a step or to its end; with a spike where something is to be done about it. Compiled blocks are traced as they
     are, and their code is torch's own."""
     compile_ = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
@@ -53,7 +54,7 @@ def run_quietly(workers, config: TrainConfig, stop_at: int | None = None) -> Non
         mock.patch.object(torch, "compile", compiled),
         mock.patch.object(rollback, "spike_of", spike),
     ):
-        run_train(workers, config) if stop_at is None else run_until(workers, config, stop_at)
+        run(workers, config, *arguments)
 
 
 NUMBERS = [pytest.param(n, marks=[] if n in NOW else pytest.mark.full, id=f"{n}") for n in range(1, len(CASES) + 1)]
@@ -61,17 +62,18 @@ NUMBERS = [pytest.param(n, marks=[] if n in NOW else pytest.mark.full, id=f"{n}"
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_run_of_these_options_is_the_run_of_one_process(ranks, folder, number):
+    """The one's first step is watched, and the other's is not."""
     case = CASES[number - 1]
     config, world = case_config(case, folder)
     shared = named(config, folder, f"shared-{number}")
     alone = named(alone_config(case, folder), folder, f"alone-{number}")
-    ranks.run(run_quietly, 1, alone)
+    ranks.run(run_quietly, 1, alone, run_train)
     if "moved" in case:
-        ranks.run(run_quietly, 1, replace(alone, run_dir=shared.run_dir), 1)
-    ranks.run(run_quietly, world, shared)
+        ranks.run(run_quietly, 1, replace(alone, run_dir=shared.run_dir), run_until, 1)
+    ranks.run(run_quietly, world, shared, run_watched)
     if set(case) & NEAR:
         exact = named(alone_config(case, folder, exact=True), folder, f"exact-{number}")
-        ranks.run(run_quietly, 1, exact)
+        ranks.run(run_quietly, 1, exact, run_train)
         assert_near(shared, alone, exact)
     else:
         assert_equal(shared, alone)

@@ -1,6 +1,7 @@
 """The architecture: imports run one way, the namespace stays clean, a worker's import stays light."""
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -22,9 +23,15 @@ BELOW = {
 FILES = sorted(path for room in BELOW for path in (ROOT / room).rglob("*.py"))
 
 
+@functools.cache
+def nodes_of(source: str) -> list[ast.AST]:
+    """What a file is made of, read once for all that looks at it."""
+    return list(ast.walk(ast.parse(source)))
+
+
 def imports_of(path: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path.read_text()):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -48,9 +55,8 @@ LONGEST_FILE, LONGEST_FUNCTION = 300, 60  # lines
 
 def too_long(path: Path) -> list[str]:
     """A file, or functions in it, that nobody reads in one go."""
-    source = path.read_text()
-    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    file = [path.name] if source.count("\n") > LONGEST_FILE else []
+    functions = [node for node in nodes_of(path.read_text()) if isinstance(node, ast.FunctionDef)]
+    file = [path.name] if path.read_text().count("\n") > LONGEST_FILE else []
     return [*file, *(f.name for f in functions if (f.end_lineno or 0) - f.lineno >= LONGEST_FUNCTION)]
 
 
@@ -76,7 +82,7 @@ OF_A_ROLE = {"kernels/spec.py", "optim/build.py", "trainer/plan/memory.py"}
 
 def parts_named(source: str) -> list[str]:
     """Strings in code that name, or begin or end to name, a parameter: `embed`, `.head.weight`, `*.w1.*`."""
-    strings = [n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    strings = [n.value for n in nodes_of(source) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     return [text for text in strings if re.fullmatch(r"[\w.*]+", text) and PART.search(text)]
 
 
@@ -125,10 +131,10 @@ def is_private(name: str) -> bool:
 def private_uses(path: Path) -> set[str]:
     """The private names of others that a file uses: of torch's modules and, since nobody sees whose an object is, every
     private attribute that the file does not itself define."""
-    tree = ast.parse(path.read_text())
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    nodes = nodes_of(path.read_text())
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute):
             of_itself = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
             of_its_base = isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()"

@@ -27,7 +27,7 @@ from rowwise.launch.pages.records import POINTS, Curve, leaves, read_fields, rea
 from rowwise.launch.report import main
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.starts import Sample, Start, keep_sample, keep_start
-from runs import named, run_train
+from runs import named, run_watched
 
 EVERY_PAGE = ["Summary", "Learning", "Speed", "Memory", "Configuration"]
 VOID = {"meta", "br", "wbr", "line", "path", "use", "rect"}
@@ -129,12 +129,12 @@ def folder(ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reported-runs")
     eval_ = ("steps=6", "eval.every=2", "eval.batches=2")
     base = small_config(folder, *eval_)
-    ranks.run(run_train, 1, with_layout(named(base, folder, "dense"), 1))
+    ranks.run(run_watched, 1, with_layout(named(base, folder, "dense"), 1))
     sparse = small_config(folder, *eval_, "sparsity=rigl", "sparsity.update_every=2", "sparsity.density=0.3")
-    ranks.run(run_train, 1, with_layout(named(sparse, folder, "sparse"), 1))
+    ranks.run(run_watched, 1, with_layout(named(sparse, folder, "sparse"), 1))
     many = named(small_config(folder, *eval_, "batch.micro_size=2"), folder, "piped")
     piped = with_layout(many, 2, pipeline=2, pipeline_schedule="zb_h1", pipeline_trace=3)
-    ranks.run(run_train, 2, piped)
+    ranks.run(run_watched, 2, piped)
     return folder
 
 

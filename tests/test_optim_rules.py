@@ -167,6 +167,11 @@ class Edges(nn.Module):
 
 
 def random(shape, step, i):
+    return drawn(shape, step, i).clone()
+
+
+@functools.cache
+def drawn(shape, step, i):
     generator = torch.Generator().manual_seed(1000 * step + i)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -336,7 +341,7 @@ def half_way(run_dir):
 
 
 # A rule whose states are of the kind of another's stands for it: moments by element, in 32 bits and in 8; a basis and what it has.
-ALIKE = ("adamw", "lion", "lion8bit", "galore", "dct", "fira short")
+ALIKE = ("adamw", "lion", "lion8bit", "galore", "dct", "dct 8-bit", "apollo_mini", "fira short")
 
 
 @pytest.mark.parametrize("rule", [pytest.param(r, marks=pytest.mark.full if r in ALIKE else []) for r in MOVED])

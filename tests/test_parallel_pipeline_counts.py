@@ -72,7 +72,7 @@ def without_messages(actions, live: list[int], own: set[int], boundary: int) -> 
 )  # fmt: skip
 def test_activations_are_what_the_checker_says(ranks, tmp_path, name, chunks):
     config = small_config(
-        tmp_path, "model.layers=8", "model.dim=24", "model.ffn_dim=96", "model.heads=2", "batch.global_size=16",
+        tmp_path, f"model.layers={4 * chunks}", "model.dim=24", "model.ffn_dim=96", "model.heads=2", "batch.global_size=16",
         "batch.micro_size=2", "batch.seq_len=32",
     )  # fmt: skip
     config = with_layout(config, 4, pipeline=4, pipeline_schedule=name, virtual_stages=chunks, zero=0)

@@ -8,6 +8,7 @@ import pytest
 from parity import Trace, assert_all_same, run_layout, run_plain, run_together, small_config, with_layout
 from rowwise.parallel import replicate
 
+STEPS = 2  # the second sees that the update of the first arrived; a third would see no more
 # world size, parallel.replicate, parallel.shard
 LAYOUTS = [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, 4), (4, 2, 2), (2, 2, 1)]
 
@@ -35,7 +36,7 @@ STAGES = [
 
 @functools.cache
 def plain(folder: Path, *overrides: str) -> Trace:
-    return run_plain(small_config(folder, *overrides))
+    return run_plain(small_config(folder, *overrides), STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +50,12 @@ def traces(ranks, folder, full) -> dict[tuple, list[Trace]]:
             configs[world, replicas, shard, zero] = with_layout(config, world, **degrees)
     for name, zero in (case.values for case in STAGES if full or not case.marks):
         configs[name, zero] = with_layout(small_config(folder, *OPTIONS[name]), 4, zero=zero, replicate=2, shard=2)
-    return run_together(ranks, configs)
+    return run_together(ranks, configs, STEPS)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize(("world", "replicate", "shard"), LAYOUTS)
-def test_three_steps_equal_those_of_one_process(traces, folder, zero, world, replicate, shard):
+def test_steps_equal_those_of_one_process(traces, folder, zero, world, replicate, shard):
     """Each rank with two micro-batches; `test_options_of_the_model_and_the_step` has one, three and six."""
     assert_all_same(traces[world, replicate, shard, zero], plain(folder))
 
@@ -68,7 +69,7 @@ def run_layout_in_small_buckets(workers, config) -> Trace:
     """The small model in buckets of its own size: three of them, the first of two parts."""
     whole, replicate.BUCKET_BYTES = replicate.BUCKET_BYTES, 20_000
     try:
-        return run_layout(workers, config)
+        return run_layout(workers, config, STEPS)
     finally:
         replicate.BUCKET_BYTES = whole
 
@@ -79,7 +80,7 @@ def run_layout_in_small_buckets(workers, config) -> Trace:
 )
 def test_many_buckets(ranks, folder, zero, tied):
     config = small_config(folder, f"model.tie_embeddings={tied}", "model.layers=3", "batch.micro_size=4")
-    reference = run_plain(config)
+    reference = run_plain(config, STEPS)
     assert_all_same(ranks.run(run_layout_in_small_buckets, 3, with_layout(config, 3, zero=zero)), reference)
 
 
@@ -97,5 +98,5 @@ def test_more_ranks_than_rows(ranks, folder):
     overrides = ("model.dim=6", "model.heads=3", "model.kv_heads=3", "model.ffn_dim=3", "model.head_dim=2")
     config = small_config(folder, *overrides)
     configs = {zero: with_layout(config, 4, zero=zero) for zero in (1, 3)}
-    for traces in run_together(ranks, configs).values():
+    for traces in run_together(ranks, configs, STEPS).values():
         assert_all_same(traces, plain(folder, *overrides))

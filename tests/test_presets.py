@@ -9,7 +9,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.prepare import prepare
-from runs import run_train
+from runs import run_watched
 
 CONF = Path(__file__).parents[1] / "conf"
 QUIET = ["data=stdlib", "eval.every=0", "sample.tokens=0", "checkpoint.every=0", "checkpoint.background=false"]
@@ -38,7 +38,7 @@ def learned(ranks, config: TrainConfig) -> tuple[float, float]:
     """The loss of the first step, and the mean of the last tenth's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ranks.TIMEOUT_SECONDS", 3600)  # 200 steps on a busy core
-        ranks.run(run_train, 1, config)
+        ranks.run(run_watched, 1, config)
     losses = [record["loss"] for record in read_metrics(Path(config.run_dir))]
     assert len(losses) == config.steps
     return losses[0], float(np.mean(losses[-config.steps // 10 :]))

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from dataclasses import asdict, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import get_args
 
@@ -90,20 +91,34 @@ def data_overrides(choice: str, folder: Path) -> list[str]:
     return [f"data={choice}", *found, *(["sample.tokens=null"] if choice == "tokens" else [])]
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_every_config_file_is_composed_and_run(ranks, tmp_path, text, file):
-    group, choice = file.split("/")
-    overrides = [f"{group}={choice}", *SMALL, *SHORT, f"run_dir={tmp_path}/run"]
-    if "rank" in yaml.safe_load((CONF / f"{file}.yaml").read_text()):
-        overrides.append("optim.rank=4")
-    if file in ("sparsity/set", "sparsity/rigl", "sparsity/srigl"):
-        overrides += ["sparsity.update_every=1", "sparsity.stop_at=2"]
-    if group == "data":
-        overrides += data_overrides(choice, text)
-    if file == "tracker/wandb":
-        overrides.append("tracker.mode=offline")
-    if file in ("tracker/mlflow", "tracker/trackio"):
-        return  # optional packages: test_trainer_trackers
+OPTIONAL = ("tracker/mlflow", "tracker/trackio")  # packages: test_trainer_trackers
+
+
+def runs_of_files() -> list[tuple[str, ...]]:
+    """What is chosen by default is one run. Optimizers, sparse methods and experiments are one each; the others leave each other
+    alone, and are run together."""
+    defaults = yaml.safe_load((CONF / "train.yaml").read_text())["defaults"]
+    chosen = {f"{group}/{choice}" for one in defaults if isinstance(one, dict) for group, choice in one.items()}
+    others = [file for file in FILES if file not in chosen and file not in OPTIONAL]
+    alone = [(file,) for file in others if file.startswith(("optim/", "sparsity/", "experiment/"))]
+    rest = [file for file in others if (file,) not in alone]
+    groups = [[file for file in rest if file.startswith(f"{group}/")] for group in GROUPS]
+    return [(), *alone, *(tuple(filter(None, files)) for files in zip_longest(*groups))]
+
+
+@pytest.mark.parametrize("together", runs_of_files(), ids=lambda files: " ".join(files) or "by default")
+def test_every_config_file_is_composed_and_run(ranks, tmp_path, text, together):
+    overrides = [*(file.replace("/", "=") for file in together), *SMALL, *SHORT, f"run_dir={tmp_path}/run"]
+    for file in together:
+        group, choice = file.split("/")
+        if "rank" in yaml.safe_load((CONF / f"{file}.yaml").read_text()):
+            overrides.append("optim.rank=4")
+        if file in ("sparsity/set", "sparsity/rigl", "sparsity/srigl"):
+            overrides += ["sparsity.update_every=1", "sparsity.stop_at=2"]
+        if group == "data":
+            overrides += data_overrides(choice, text)
+        if file == "tracker/wandb":
+            overrides.append("tracker.mode=offline")
     config = config_from_tree(compose_tree(overrides))
     world = math.prod(getattr(config.parallel, axis) for axis in DEGREES if axis != "shard")
     ranks.run(run_train, world, prepare(config, world))

@@ -20,7 +20,7 @@ from rowwise.trainer.metrics import MetricsLog, MetricsTail, read_metrics
 from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.peaks import model_flops_utilization, peak_flops
 from rowwise.trainer.sample import generate
-from runs import named, run_said, run_train, run_until
+from runs import named, run_said, run_train, run_until, run_watched
 
 RECORD = {"step": 1, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 1234.0, "step_seconds": 0.5}
 
@@ -200,7 +200,7 @@ def test_what_every_rank_holds_is_kept(ranks, tmp_path):
         ("sparse", ("sparsity=static", "sparsity.density=0.5"), {"zero": 1}),
     ):
         config = named(small_config(tmp_path, "precision=fp32", "steps=1", *options), tmp_path, name)
-        ranks.run(run_train, 2, with_layout(config, 2, **degrees))
+        ranks.run(run_watched, 2, with_layout(config, 2, **degrees))
         document = json.loads((tmp_path / name / "memory.json").read_text())
         held, total = document["ranks"], 4 * parameter_count(config.model)[0]
         assert document["device"] == "cpu"

@@ -165,7 +165,8 @@ AT_ONCE = [
 
 def at_once_config(folder, schedule, chunks, zero, options, post_validation=False):
     fewest = 3 if schedule == "zb_v" else 2  # micro-batches, of each of two data-parallel ranks
-    config = small_config(folder, *OVERRIDES, f"batch.global_size={2 * fewest}", *options)
+    sizes = (f"model.layers={2 * chunks}", f"batch.global_size={2 * fewest}")
+    config = small_config(folder, *OVERRIDES, *sizes, *options)
     layout = {"pipeline": 2, "pipeline_schedule": schedule, "virtual_stages": chunks, "zero": zero}
     return with_layout(config, 4, **layout, post_validation=post_validation)
 

@@ -28,7 +28,7 @@ from rowwise.trainer.plan.require import require_fit
 from rowwise.trainer.plan.sharded import Sharded
 from rowwise.trainer.plan.states import Group, Widths
 from rowwise.trainer.plan.works import Work
-from runs import named, run_train
+from runs import named, run_watched
 
 # Few operations each, and between them every way in which parameters, gradients and activations come and go.
 RUNS = {
@@ -123,7 +123,7 @@ def one_step(workers, config):
     original = Lifetimes.__enter__
     Lifetimes.__enter__ = lambda self: seen.append(self) or original(self)
     try:
-        state = run_train(workers, config)
+        state = run_watched(workers, config)
     finally:
         Lifetimes.__enter__ = original
     return state.step, len(seen)

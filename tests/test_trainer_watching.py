@@ -24,7 +24,7 @@ from rowwise.trainer.profile import KINDS as PROFILED
 from rowwise.trainer.profile import Event, parts_of, slowest
 from rowwise.trainer.update import may_begin_next
 from rowwise.trainer.watching import check_watched
-from runs import named, run_train
+from runs import named, run_watched
 
 LAYOUTS = {
     "1": (1, {}),
@@ -45,7 +45,7 @@ def made(ranks, folder, layout: str, *overrides: str) -> tuple:
     world, degrees = LAYOUTS[layout]
     name = f"{layout}-{len(overrides)}"
     config = named(with_layout(small_config(folder, *OPTIONS, *overrides), world, **degrees), folder, name)
-    ranks.run(run_train, world, config)
+    ranks.run(run_watched, world, config)
     return config, read_metrics(Path(config.run_dir))
 
 
@@ -189,7 +189,7 @@ def test_what_is_held_at_the_peak_of_a_step_is_listed(ranks, folder, tmp_path, w
     """All of it, as memory.json counts it, by the ranks that are asked for, and of that step alone."""
     options = ("batch.global_size=4", "steps=2", f"profile.memory_step={step}", *options)
     config = with_layout(named(small_config(folder, *options), tmp_path, "run"), world)
-    ranks.run(run_train, world, config)
+    ranks.run(run_watched, world, config)
     assert [path.name for path in (tmp_path / "run/profile").iterdir()] == [f"rank-{world - 1}.memory.json"]
     found = json.loads((tmp_path / f"run/profile/rank-{world - 1}.memory.json").read_text())
     held = json.loads((tmp_path / "run/memory.json").read_text())["ranks"][world - 1]["measured"]
@@ -243,7 +243,7 @@ def slow_last_rank(workers, config):
 
     engine.summed_loss = late
     try:
-        return run_train(workers, config)
+        return run_watched(workers, config)
     finally:
         engine.summed_loss = original
 

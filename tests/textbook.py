@@ -30,14 +30,12 @@ def attention(q, k, v, documents):
 def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """The nearest of all 256 codes, block by block."""
     book = code_book(signed).double()
-    codes, tops = [], []
-    for row in x:
-        blocks = [row[i : i + 256] for i in range(0, len(row), 256)]
-        top = [block.abs().max().float() for block in blocks]
-        scaled = torch.cat([b / t.double() if t > 0 else b for b, t in zip(blocks, top, strict=True)])
-        codes.append((scaled.unsqueeze(1) - book).abs().argmin(1).to(torch.uint8))
-        tops.append(torch.stack(top))
-    return torch.stack(codes), torch.stack(tops)
+    tops = torch.cat([block.abs().amax(1, keepdim=True) for block in x.split(256, dim=1)], 1).float()
+    spread = tops.double().repeat_interleave(256, dim=1)[:, : x.size(1)]
+    scaled = torch.where(spread > 0, x / spread, x)
+    few = max(1, 4096 // x.size(1))  # rows at a time, so that their distances to all codes stay in cache
+    codes = [(rows.unsqueeze(2) - book).abs().argmin(2).to(torch.uint8) for rows in scaled.split(few)]
+    return torch.cat(codes), tops
 
 
 def dequantise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
