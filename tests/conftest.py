@@ -2,6 +2,7 @@
 each file, printed at the end."""
 
 import contextlib
+import gc
 import itertools
 import os
 import sys
@@ -26,10 +27,10 @@ torch.set_num_threads(1)
 # What takes longest begins first, so that no process is left alone with it at the end; see docs/testing.md.
 FIRST = (
     "test_launch_sweep", "test_trainer_sparsity", "test_optim_rules", "test_composition", "test_trainer_pipeline",
-    "test_trainer_sequence", "test_trainer_sparsity_runs", "test_parallel_pipeline", "test_trainer_train", "test_trainer_config",
-    "test_launch_train", "test_trainer_spikes", "test_parallel_sequence", "test_launch_report", "test_parallel_activations",
-    "test_kernels_triton", "test_docs_extending", "test_trainer_crash", "test_launch_start", "test_parallel_pipeline_counts",
-    "test_parallel_shard", "test_optim_build", "test_trainer_plan", "test_optim_in_backward", "test_house", "test_trainer_clock",
+    "test_trainer_sequence", "test_parallel_pipeline", "test_launch_report", "test_kernels_triton", "test_trainer_sparsity_runs",
+    "test_trainer_spikes", "test_parallel_sequence", "test_launch_train", "test_trainer_train", "test_parallel_activations",
+    "test_docs_extending", "test_launch_start", "test_trainer_crash", "test_trainer_config", "test_parallel_pipeline_counts",
+    "test_optim_in_backward", "test_trainer_plan", "test_parallel_shard", "test_optim_build", "test_house", "test_trainer_clock",
     "test_parallel_pipeline_schedule_search",
 )  # fmt: skip
 
@@ -58,6 +59,17 @@ def pytest_configure(config):
     )
     config.addinivalue_line("markers", "long: a case that trains for minutes or attacks for minutes, unless --long")
     config.pluginmanager.register(FileSeconds())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported for the tests stays, and is not looked through for what does not, again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

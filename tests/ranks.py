@@ -10,6 +10,7 @@ end soon, since they wait for the one that failed, the pool is started anew.
 Ranks see no GPU and use gloo. Where pytest is given --nccl, those of a world for which there are enough GPUs have one each.
 """
 
+import functools
 import gc
 import importlib.util
 import inspect
@@ -141,8 +142,12 @@ def _work(pipe: Connection, port: int, sees_gpus: bool) -> None:
     import torch.distributed as dist
 
     from rowwise.parallel.mesh import Workers
+    from rowwise.trainer.models import init
 
     torch.set_num_threads(1)
+    init.normal = functools.lru_cache(10_000)(
+        init.normal
+    )  # models of one seed begin with the same numbers again and again
     gc.freeze()  # what the server loaded stays, on pages that all its forks share until one looks through them
     store = dist.TCPStore("localhost", port)
     modules = 0

@@ -70,7 +70,7 @@ def test_steps_equal_those_of_one_process(ranks, folder, ulysses, ring, order, z
 def test_every_kind_of_rank_at_once(ranks, folder):
     """Replicas, shards and sharers of sequences, at every stage of ZeRO."""
     layout = {"replicate": 2, "shard": 2, "ring": 2}
-    cases = [(8, layout | {"zero": zero}, (2, 29, "batch.micro_size=1")) for zero in range(4)]
+    cases = [(8, layout | {"zero": zero}, (2, 29, "batch.micro_size=1")) for zero in (0, 1, 3)]
     both = (8, {"replicate": 1, "shard": 2, "ring": 2, "ulysses": 2, "zero": 2}, (1, 29))
     assert_law(ranks, folder, [*cases, both])
 

@@ -143,15 +143,15 @@ def test_a_run_in_16_bits_stays_sparse(ranks, folder):
     """fp16 with a loss scale so high that steps overflow, one of them where masks are to change."""
     more = [
         "precision=fp16",
-        "precision.initial_scale=1e18",
+        "precision.initial_scale=1e14",
         "precision.growth_every=1000",
-        "steps=40",
+        "steps=24",
         "eval.every=0",
     ]
     config = named(on(config_of("gradual", folder, *more, "sparsity.update_every=1"), 2), folder, "fp16")
     ranks.run(run_train, 2, config)
     records = read_metrics(config.run_dir)
-    assert records[29]["skipped_steps"] > 22 and records[-1]["loss"] < records[0]["loss"]
+    assert records[17]["skipped_steps"] > 8 and records[-1]["loss"] < records[0]["loss"]
     assert records[-1]["density"] == pytest.approx(0.2, abs=1e-4)
     tensors = final_tensors(config.run_dir)
     assert sum(int((tensors[f"model.{name}"] != 0).sum()) for name in hidden(config)) <= 0.2 * 1.001 * sum(
