@@ -21,6 +21,7 @@ COMMANDS = {
     "runs": ("rowwise.launch.listing", "every run and sweep below a folder: how it stands, and what goes on with it"),
     "report": ("rowwise.launch.report", "one page about one or several runs"),
     "export": ("rowwise.launch.export", "a run's model as Hugging Face safetensors"),
+    "convert": ("rowwise.launch.convert", "a checkpoint of DeepSpeed as one of a run, and back"),
     "generate": ("rowwise.launch.generate", "text from a run's model"),
     "evaluate": ("rowwise.launch.evaluate", "loss, perplexity and bits per byte of a run on a text"),
     "schedule": ("rowwise.launch.schedule", "a pipeline schedule's table and picture"),
@@ -39,6 +40,7 @@ EXAMPLES = """\
   rowwise runs watch=true
   rowwise report run=runs/NAME
   rowwise export run=runs/NAME to=DIR
+  rowwise convert from=CHECKPOINTS to=runs/NAME model=llama_1b optim=adamw batch.global_size=128 steps=2000
   rowwise generate run=runs/NAME prompt='def main('
   rowwise evaluate run=runs/NAME steps=all data=text data.files=other.txt
   rowwise schedule zb_v ranks=4 micro_batches=12 to=zb_v.png

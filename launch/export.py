@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rowwise.launch.checkpoints import choose_sound
-from rowwise.launch.settings import parse, read_words
+from rowwise.launch.settings import free_folder, parse, read_words
 from rowwise.trainer.models.config_json import FORMS
 
 POSSIBLE_DTYPES = ("fp32", "bf16", "fp16")
@@ -64,7 +64,7 @@ def export(config: ExportConfig) -> str:
         raise ValueError(f"form={config.form}: possible are {', '.join(FORMS)}")
     if config.form == "semi_structured" and config.dtype == "fp32":
         raise ValueError("dtype=fp32: form=semi_structured has 16-bit numbers; give dtype=bf16 or dtype=fp16")
-    max_file_bytes, folder = _bytes(config.max_file_bytes), _free(Path(config.to).expanduser())
+    max_file_bytes, folder = _bytes(config.max_file_bytes), free_folder(Path(config.to).expanduser())
     chosen = choose_sound(config.run, config.checkpoint)
     from rowwise.trainer.export import Target, write  # torch, which no refusal above waits for
     from rowwise.trainer.whole import Source
@@ -81,18 +81,6 @@ def _bytes(text: str) -> int:
     if number < 1:
         raise ValueError(f"max_file_bytes={text}: a number of bytes of at least 1, such as 5e9")
     return number
-
-
-def _free(final: Path) -> Path:
-    """The folder to make: what a link leads to, not the link. Raises ValueError."""
-    if final.is_symlink() and not final.exists():
-        raise ValueError(
-            f"to={final} is a link to {final.readlink()}, which is not there; make that folder, or give another"
-        )
-    final = final.resolve() if final.is_symlink() else final
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise ValueError(f"to={final} exists and is not empty; give a new folder, or remove it")
-    return final
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The words of a command that looks at a run without starting it: keys of its own, and those of the run."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TypeVar
 
 from rowwise.launch.compose import key_of
-from rowwise.launch.settings import parse
+from rowwise.launch.settings import keys_of, parse
 
 Keys = TypeVar("Keys")
 
@@ -13,7 +12,7 @@ Keys = TypeVar("Keys")
 def own_keys(kind: type[Keys], words: Sequence[str], example: str) -> tuple[Keys, list[str]]:
     """Splits words into the keys of a command, as the dataclass `kind`, and the overrides of its run. `example`: as in
     `settings.parse`. Raises ValueError."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    names = keys_of(kind)
     own = [word for word in words if key_of(word) in names]
     return parse(kind, own, example), [word for word in words if key_of(word) not in names]
 

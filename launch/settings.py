@@ -40,8 +40,7 @@ def bare_words(
 def parse(kind: type[Keys], settings: Sequence[str], example: str, also: Sequence[str] = ()) -> Keys:
     """Reads the keys that were given, as the dataclass `kind`, strictly: each once, each known and of its type. `example` is what
     is advised where one is missing; `also`: keys that are read elsewhere. Raises ValueError."""
-    own: Any = fields(kind)  # type: ignore[arg-type]
-    known, given = [field.name for field in own], dict[str, str]()
+    known, given = keys_of(kind), dict[str, str]()
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in known:
@@ -49,14 +48,31 @@ def parse(kind: type[Keys], settings: Sequence[str], example: str, also: Sequenc
         if not value or key in given:
             raise ValueError(f"{setting}: give {key}=VALUE, once")
         given[key] = value
-    for field in own:
-        if field.default is MISSING and field.name not in given:
-            raise ValueError(f"{field.name}= is missing; give {example}")
+    for key, field in known.items():
+        if field.default is MISSING and key not in given:
+            raise ValueError(f"{key}= is missing; give {example}")
     try:
-        return TypeAdapter(kind).validate_python(given)
+        return TypeAdapter(kind).validate_python({known[key].name: value for key, value in given.items()})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ValueError(f"{first['loc'][0]}={first['input']}: {told_of_type(first)}") from None
+        raise ValueError(f"{str(first['loc'][0]).rstrip('_')}={first['input']}: {told_of_type(first)}") from None
+
+
+def keys_of(kind: type[Any]) -> dict[str, Any]:
+    """Returns key -> field of a dataclass of keys. A field that would be a word of Python ends in _, which its key does not."""
+    return {field.name.rstrip("_"): field for field in fields(kind)}
+
+
+def free_folder(final: Path) -> Path:
+    """The folder to make: what a link leads to, not the link. Raises ValueError."""
+    if final.is_symlink() and not final.exists():
+        raise ValueError(
+            f"to={final} is a link to {final.readlink()}, which is not there; make that folder, or give another"
+        )
+    final = final.resolve() if final.is_symlink() else final
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise ValueError(f"to={final} exists and is not empty; give a new folder, or remove it")
+    return final
 
 
 def _advice(setting: str) -> str:

@@ -116,9 +116,9 @@ def test_hydra_and_the_environment_stay_in_launch(path):
         assert "environ" not in path.read_text()
 
 
-# Of other libraries, not of torch's: os._exit leaves no handler to run, pickle's reader in Python can be looked at; the rest are
+# Of other libraries, not of torch's: os._exit leaves no handler to run, pickle's in Python can be looked at; the rest are
 # documented (NamedTuple's _replace, hydra's _target_) or say which trial it is (optuna's).
-ELSEWHERE = {"_exit", "_Unpickler", "_replace", "_target_", "_trial_id"}
+ELSEWHERE = {"_exit", "_Pickler", "_Unpickler", "_replace", "_target_", "_trial_id"}
 # By its name alone: what a worker would import for itself is imported beforehand.
 NAMED = {("local.py", "torch._dynamo")}
 WITHOUT_UNDERSCORE = {"distributed_c10d", "unsharded_accumulated_grad", "post_backward", "comm_ctx"}
@@ -214,6 +214,13 @@ REFUSED_AT_ONCE = {
     "runs": [["/nowhere"], ["wacth=true"], ["watch=yes"], ["watch=true", "json=true"]],
     "report": [["runn=here"], ["run=/nowhere"], ["run=/nowhere/*"]],
     "export": [["runn=here"], ["run=/nowhere", "to=here"], ["run=/nowhere", "to=here", "dtype=fp8"]],
+    "convert": [
+        ["fromm=here"],
+        ["from=/nowhere", "to=here"],
+        ["from=tests", "to=here"],
+        ["from=/nowhere", "to=here", "names=ours"],
+        ["from=/nowhere"],
+    ],
     "generate": [["runn=here"], ["run=/nowhere", "prompt=a"], ["run=/nowhere", "prompt=a", "top_p=2"]],
     "evaluate": [["runn=here"], ["run=/nowhere"], ["run=/nowhere", "seq_len=0"], ["run=/nowhere", "data=text"]],
     "schedule": [["zbv"], ["zb_v", "rank=4"], ["run=/nowhere"]],

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from parity import relative_error, small_config, with_layout
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.export import ExportConfig, _free, main
+from rowwise.launch.export import ExportConfig, main
+from rowwise.launch.settings import free_folder
 from rowwise.parallel.mesh import Workers
 from rowwise.trainer import whole as reading
 from rowwise.trainer.config import TrainConfig, config_from_tree
@@ -432,10 +433,10 @@ def test_help_names_every_key(capsys):
 def test_an_export_to_a_link_makes_what_it_leads_to(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
-    assert _free(tmp_path / "link") == (tmp_path / "disk").resolve()
+    assert free_folder(tmp_path / "link") == (tmp_path / "disk").resolve()
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"to=\S+/lost is a link to \S+/nowhere, which is not there; make that folder"):
-        _free(tmp_path / "lost")
+        free_folder(tmp_path / "lost")
     (tmp_path / "disk/full").touch()
     with pytest.raises(ValueError, match="exists and is not empty"):
-        _free(tmp_path / "link")
+        free_folder(tmp_path / "link")

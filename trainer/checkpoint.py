@@ -134,7 +134,7 @@ class Saver:
             begin(self._checkpoints, step)
         dist.barrier(group=group)
         with writing(folder):
-            dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group)
+            dcp.save(dict(tensors), storage_writer=Writer(folder), process_group=group)
         mine = [path for path in folder.iterdir() if self._is_mine(path)]
         facts = {path.name: file_facts(path) for path in mine}
         everyone = from_every_rank(facts, group)
@@ -150,7 +150,7 @@ class Saver:
         return self._mesh.rank == 0
 
 
-class _Writer(dcp.FileSystemWriter):
+class Writer(dcp.FileSystemWriter):
     """Says that the disk is full as long as that is known: what the ranks are then sent is the last error alone."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:

@@ -1,7 +1,6 @@
 """A run's checkpoint, written as a Hugging Face folder; see `rowwise.launch.export` for the command."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.data.own_tokenizer import tokenizer_of_run
 from rowwise.trainer.data.tokenizer import byte_tokenizer_json
+from rowwise.trainer.files import new_folder
 from rowwise.trainer.metadata import read_metadata
 from rowwise.trainer.models.config_json import their_config, with_form
 from rowwise.trainer.models.decoder import parameter_specs
@@ -55,17 +55,13 @@ def write(source: Source, target: Target) -> str:
         changed.extend([name] if their_name(name, specs[name]) not in tensors else [])
         return tensors
 
-    partial = _begin(target.folder)
-    try:
+    with new_folder(target.folder) as partial:
         read = reader(source, specs)
         files = write_folder(partial, config_json, specs, read, dtype, target.max_file_bytes, form)
         if target.form != "dense" and not changed:
             raise ValueError(f"form={target.form}: every hidden weight would be larger than dense; give form=dense")
         for name, content in tokenizer.items():
             (partial / name).write_bytes(content)
-        partial.rename(target.folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     parameters = sum(spec.shape.numel() for spec in specs.values())
     told = f"{source.checkpoint} -> {target.folder}: {parameters:,} parameters in {target.dtype}, files: {len(files)}"
     return f"{told}, {target.form} matrices: {len(changed)}" if changed else told
@@ -84,14 +80,3 @@ def tokenizer_of(source: Source, choice: str | None) -> tuple[dict[str, bytes], 
         settings["eos_token"] = own.end_of_text
     files = {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
     return files, own.end_token
-
-
-def _begin(final: Path) -> Path:
-    """An empty folder beside `final`, to be renamed. What an interrupted export left is removed."""
-    partial = final.with_name(final.name + ".incomplete")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"to={final} cannot be written ({error.strerror}); give another folder") from None
-    return partial

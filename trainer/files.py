@@ -86,6 +86,23 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Makes a folder that is there whole or not at all: what is done inside fills `final`.incomplete, which then gets its name, or
+    is removed where it fails. What an interrupted one left is removed. Raises ValueError where it cannot be made."""
+    partial = final.with_name(final.name + ".incomplete")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"to={final} cannot be written ({error.strerror}); give another folder") from None
+    try:
+        yield partial
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def free_name(path: Path) -> Path:
     """Returns `path`-1, or the first number that is free."""
     return next(free for n in range(1, 1 << 30) if not os.path.lexists(free := path.with_name(f"{path.name}-{n}")))

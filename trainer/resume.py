@@ -171,7 +171,7 @@ def changes(manifest: Manifest, config: TrainConfig) -> list[str]:
     lines = [f"changed since: {told}"]
     if step < config.steps:
         was, becomes = (
-            _rate_then(manifest["config"], step - 1),
+            rate_of(manifest["config"], step - 1),
             config.optim.lr * config.schedule.factor(step, config.steps),
         )
         old = "an unknown one" if was is None else f"{was:.3g}"
@@ -193,8 +193,9 @@ def completed(before: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-def _rate_then(tree: Mapping[str, Any], step: int) -> float | None:
-    """The learning rate of a step under an earlier configuration; None where this release cannot read it."""
+def rate_of(tree: Mapping[str, Any], step: int) -> float | None:
+    """Returns the learning rate of a step, counted from 0, under the configuration of a manifest; None where this release cannot
+    read it."""
     try:
         schedule = schedule_of(tree["schedule"])
         return tree["optim"]["lr"] * schedule.factor(step, tree["steps"])

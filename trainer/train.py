@@ -194,7 +194,9 @@ def eval_record(config: TrainConfig, mesh: Mesh, engine: Engine, data: Data, clo
     return {"eval_loss": number_or_none(loss), "eval_seconds": time.perf_counter() - started}
 
 
-def manifest_of(config: TrainConfig, mesh: Mesh, data: Data, state: TrainState, recorded: Recorded) -> dict[str, Any]:
+def manifest_of(
+    config: TrainConfig, mesh: Mesh | Workers, data: Data, state: TrainState, recorded: Recorded
+) -> dict[str, Any]:
     """Returns what a checkpoint says of itself, beside its files."""
     tree = tree_of(config)
     prints = {"config": fingerprint(tree), "data": data.train.fingerprint}

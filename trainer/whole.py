@@ -105,13 +105,18 @@ def fill_(model: Decoder, source: Source) -> None:
 
 
 def read_(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fills `tensors` (our parameters by name) from the checkpoint, in their dtype; reads nothing else. One process is
+    """Fills `tensors` (our parameters by name) from the checkpoint; see `read_tensors`."""
+    read_tensors(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()})
+
+
+def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills `tensors` (by their names in the checkpoint) in their dtype; reads nothing else. One process is
     enough, whatever layout wrote it. Raises ValueError where it is gone, which may be as the run goes on and keeps few."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process")
         try:
             dcp.load(
-                {f"model.{name}": tensor for name, tensor in tensors.items()},
+                dict(tensors),
                 storage_reader=Reader(checkpoint),
                 no_dist=True,
             )
