@@ -145,6 +145,7 @@ def _work(pipe: Connection, port: int, sees_gpus: bool) -> None:
     from rowwise.trainer.models import init
 
     torch.set_num_threads(1)
+    os.fsync = lambda file: None  # no test of the pool cuts the power, and each run would wait for a disk a dozen times
     init.normal = functools.lru_cache(10_000)(
         init.normal
     )  # models of one seed begin with the same numbers again and again
