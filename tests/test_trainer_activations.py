@@ -191,6 +191,17 @@ def test_a_run_is_refused_before_it_has_a_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_check_measured_is_said_and_not_measured_again(tmp_path, monkeypatch):
+    speeds = iter([2e6, 3e6])
+    monkeypatch.setattr(offloading, "write_speed", lambda *_: next(speeds))
+    monkeypatch.setattr(offloading, "_measured", {})
+    config = away(tmp_path, tmp_path)
+    check_folder(config)
+    assert all("takes 2 MB/s" in advice._offloading(config, torch.device("cpu"))[0] for _ in range(2))
+    check_folder(config)
+    assert "takes 3 MB/s" in advice._offloading(config, torch.device("cpu"))[0]
+
+
 def test_what_offloading_costs_is_said(tmp_path):
     said = advice._offloading(away(tmp_path, tmp_path), torch.device("cpu"))
     assert len(said) == 1 and "MB/s: what a rank keeps of a micro-batch, 0." in said[0]

@@ -21,12 +21,14 @@ from rowwise.trainer.plan.away import Keeping
 from rowwise.trainer.plan.devices import DEVICES, device_named
 from rowwise.trainer.plan.fit import find_fit
 from rowwise.trainer.plan.forecast import Forecast, forecast, plan_for
-from rowwise.trainer.plan.layer import ALL, Kept, Moment, moments
+from rowwise.trainer.plan.layer import ALL, Kept, Moment, moments, weight_gradients
 from rowwise.trainer.plan.ledger import Ledger
-from rowwise.trainer.plan.memory import memory_of
+from rowwise.trainer.plan.memory import Memory, memory_of
 from rowwise.trainer.plan.require import require_fit
+from rowwise.trainer.plan.reserve import room_of
 from rowwise.trainer.plan.sharded import Sharded
 from rowwise.trainer.plan.states import Group, Widths
+from rowwise.trainer.plan.update import StepBytes
 from rowwise.trainer.plan.works import Work
 from runs import named, run_watched
 
@@ -76,6 +78,37 @@ def test_gradients_that_are_added_up_in_32_bits_are_there_one_by_one():
         stage.add_gradients(piece, ALL)
         stage.add_up()
     assert ledger.now["gradients"] == 4 * 4000 and ledger.peaks["gradients"] == 4 * 4000 + 2 * 3000
+
+
+def test_a_step_in_the_backward_is_made_of_each_group_beside_its_gradients():
+    ledger, steps = Ledger(), {"first": StepBytes(100, 40), "second": StepBytes(7000, 0)}
+    numbers = {"first": 8000, "second": 1000}
+    groups = [
+        Group((n, n), ((n, name, count),), count, count // 2, False, False, False)
+        for n, (name, count) in enumerate(numbers.items())
+    ]
+    weights = Sharded(ledger, groups, Widths(4, 4, 4, 4), 3, (2, 1), updates=steps)
+    weights.begin(True)
+    for piece in (0, 1):
+        weights.enter(piece)
+        weights.leave(piece)
+    weights.end_forward()
+    for piece in (1, 0):
+        weights.enter_back(piece)
+        weights.add_gradients(piece, ALL)
+        weights.leave_back(piece)
+    weights.end_backward()
+    # The first group's gradients, whole and this rank's rows, what it was reduced from, and its own parameter's step.
+    assert ledger.most == 4 * (8000 + 4000 + 8000) + 100 and ledger.now["gradients"] == 0
+    assert ledger.peaks["working"] == 7000
+
+
+def test_weights_gradients_that_come_later_let_go_of_what_they_used():
+    """Those of a feed-forward's two inner weights are there together, when both their outputs' gradients have been."""
+    backward = [
+        Moment(0, 0, deferred, parameters) for deferred, parameters in ((3, 0), (5, 1), (9, 1), (9, 3), (9, ALL))
+    ]
+    assert list(weight_gradients(backward)) == [(0, 0), (1, 3), (1, 3), (3, 9), (ALL, 9)]
 
 
 def test_what_was_away_comes_back_ahead_of_its_backward_or_as_it_is_read():
@@ -318,6 +351,16 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(tmp_path):
     with pytest.raises(ValueError, match="no single option saves as much"):
         require_fit(limited(1e6), device)
     require_fit(limited(1e6, fit=False), device)
+
+
+def test_a_host_is_not_filled():
+    """With activations: there are the workers themselves, what they read, and the system."""
+    device = DEVICES["h100"]
+    peaks = {"host": int(0.8 * device.ram)}
+    memory = Memory(0, peaks, 1, {}, "")
+    assert room_of(memory, device).fits
+    peaks["host"] = int(0.9 * device.ram)
+    assert not room_of(memory, device).fits
 
 
 def test_a_device_of_ones_own(tmp_path):

@@ -1,7 +1,5 @@
 """What a run may do but its user may not mean: a line each, said before the first step."""
 
-from pathlib import Path
-
 import torch
 
 from rowwise.optim.lr_schedules import LrRange
@@ -11,7 +9,7 @@ from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import Data
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.decoder import parameter_count
-from rowwise.trainer.offloading import PROBE_BYTES, write_speed
+from rowwise.trainer.offloading import folder_speed
 
 FAR = 5.0  # times the rate that the size asks for
 SPARE = 4  # times the tokens of the data
@@ -59,7 +57,7 @@ def _offloading(config: TrainConfig, device: torch.device) -> list[str]:
         ]
     if where in ("none", "cpu") or not (needed := micro_batch_bytes(config)):
         return []
-    speed = write_speed(Path(where).expanduser(), min(PROBE_BYTES, needed))
+    speed = folder_speed(config)
     return [
         f"memory.offload_activations={where} takes {speed / 1e6:,.0f} MB/s: what a rank keeps of a micro-batch, "
         f"{needed / 1e6:,.1f} MB, leaves in {needed / speed:.3g} s, and comes back beside the backward"

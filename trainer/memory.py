@@ -17,12 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from rowwise.kernels.cross_entropy import Loss
 from rowwise.kernels.rows import local
 from rowwise.optim.optimizer import Optimizer
-from rowwise.parallel.activations.saved import keeper_of
 from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
 from rowwise.parallel.state_bytes import StateBytes, measure
 from rowwise.parallel.torch_memory import record_history, write_snapshot
+from rowwise.trainer.activations import keeper_in
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.files import to_json, write_whole, writing
 from rowwise.trainer.models.decoder import Decoder
@@ -93,8 +93,9 @@ def _seen(
     parameters = [p for stage in stages for p in stage.parameters()]
     seen = Lifetimes(stages, parameters, None if mesh.pipeline is None else mesh.pipeline.group)
     handles = [handle for stage in stages if stage.norm is not None for handle in _tell(seen, stage, stage.norm)]
-    stores = [keeper.store for stage in stages if (keeper := keeper_of(stage)) is not None and keeper.store is not None]
-    for store in stores:
+    keeper = keeper_in(model)
+    store = None if keeper is None else keeper.store
+    if store is not None:
         store.witness = seen
     try:
         with seen:
@@ -102,7 +103,7 @@ def _seen(
     finally:
         for handle in handles:
             handle.remove()
-        for store in stores:
+        if store is not None:
             store.witness = None
 
 

@@ -28,6 +28,7 @@ from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import layer_flops
 
 PROBE_BYTES = 32 << 20  # what is moved to find out how fast that goes
+_measured: dict[str, float] = {}  # bytes a second into a folder, as this process found when it last checked it
 
 
 class FolderUnfit(ValueError):
@@ -52,10 +53,10 @@ def check_folder(config: TrainConfig) -> None:
             "another folder, a smaller batch.micro_size, memory.compress=int8 or memory.recompute"
         )
     try:
-        seconds = needed / write_speed(folder, min(PROBE_BYTES, needed or PROBE_BYTES))
+        _measured[where] = write_speed(folder, min(PROBE_BYTES, needed or PROBE_BYTES))
     except OSError as error:
         raise ValueError(f"{given} cannot be written ({error.strerror}); give another folder") from None
-    if seconds > config.parallel.timeout_seconds:
+    if (seconds := needed / _measured[where]) > config.parallel.timeout_seconds:
         raise ValueError(
             f"{given}: {needed / 1e9:,.1f} GB of a micro-batch take {seconds:,.0f} s to be written there, at "
             f"{needed / seconds / 1e6:,.1f} MB/s, and ranks wait parallel.timeout_seconds={config.parallel.timeout_seconds} for each "
@@ -76,6 +77,15 @@ def require_folder(config: TrainConfig, mesh: Mesh) -> None:
     for rank, (node, complaint) in enumerate(from_every_rank((platform.node(), mine), mesh.save_group)):
         if complaint is not None:
             raise FolderUnfit(f"rank {rank} ({node}): {complaint}")
+
+
+def folder_speed(config: TrainConfig) -> float:
+    """Tells the bytes a second that reach the folder for activations, as `check_folder` measured them in this process, or measures
+    them."""
+    where = config.memory.offload_activations
+    if where not in _measured:
+        check_folder(config)
+    return _measured[where]
 
 
 def leaving_share(config: TrainConfig, mesh: Mesh) -> float:

@@ -7,7 +7,7 @@ when it is first needed, and one that is kept as codes is decoded; both are held
 (`parallel.activations.recompute`, `parallel.activations.saved`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rowwise.parallel.activations.results import INPUT, LayerResults, LayerWork, Result
@@ -39,6 +39,14 @@ class Moment:
 
 
 ALL = 1 << 30  # parameters: more than a layer has
+
+
+def weight_gradients(backward: Sequence[Moment]) -> Iterator[tuple[int, int]]:
+    """Gives, for each moment, how many parameters have their gradients then where these come later, and how much of what waited for
+    them they have used: what was there before the first of the parameters of that moment."""
+    for n, moment in enumerate(backward):
+        used = (before.deferred for before in backward[:n] if before.parameters < moment.parameters)
+        yield moment.parameters, max(used, default=0)
 
 
 def moments(table: LayerResults, kept: Kept, work: LayerWork, split: bool) -> tuple[Moment, ...]:

@@ -5,7 +5,6 @@ the first rank of each place of the pipeline does.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 from rowwise.trainer.activations import tokens_of
 from rowwise.trainer.config import TrainConfig
@@ -17,6 +16,7 @@ from rowwise.trainer.plan.states import (
     groups_of,
     mask_bytes,
     optimizer_bytes,
+    owned,
     parameter_bytes,
     pieces_of,
     place_of,
@@ -24,7 +24,7 @@ from rowwise.trainer.plan.states import (
     widths_of,
 )
 from rowwise.trainer.plan.step import Crossing, PipelineRank, Stage, walk_whole
-from rowwise.trainer.plan.update import NONE, StepBytes, update_bytes
+from rowwise.trainer.plan.update import NONE, Updates, update_bytes, update_bytes_of_each
 from rowwise.trainer.plan.weights import Replicated, Weights
 from rowwise.trainer.plan.works import works_of
 from rowwise.trainer.stages import Plan, gathering
@@ -74,11 +74,10 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
             a.kind == "I" and a.stage == stage for a in plan.schedule.ranks[place.pipeline]
         )
         works = works_of(config, layers, split, gpu)
-        update, of_head = None, NONE
-        if config.optim.in_backward:
-            each = partial(update_bytes, config, [layers], place, gpu, one_by_one=True)
-            update, of_head = each(), each(role="head")
-        weights = weights_of(config, layers, place, ledger, sharded, update)
+        updates = update_bytes_of_each(config, layers, place, gpu) if config.optim.in_backward else None
+        weights = weights_of(config, layers, place, ledger, sharded, updates)
+        heads = [name for name, spec in owned(config, layers).items() if spec.role == "head"]
+        of_head = NONE.or_more(*(updates[name] for name in heads)) if updates is not None else NONE
         walked[stage] = Stage(ledger, keeping, weights, works, of_head)
     if plan is None:
         walk_whole(walked[0], config.micro_batches)
@@ -100,12 +99,12 @@ def tied_bytes(config: TrainConfig, place: Place) -> int:
 
 
 def weights_of(
-    config: TrainConfig, layers: range, place: Place, ledger: Ledger, sharded: bool, update: StepBytes | None
+    config: TrainConfig, layers: range, place: Place, ledger: Ledger, sharded: bool, updates: Updates | None
 ) -> Weights:
     """Chooses how parameters and gradients of a stage come and go."""
     widths, zero, pipelined = widths_of(config), config.parallel.zero, config.parallel.pipeline > 1
     if not sharded:
-        tensors = [[spec.shape.numel() for spec in piece.values()] for piece in pieces_of(config, layers)]
-        return Replicated(ledger, tensors, widths.parameter, pipelined, update)
+        tensors = [{name: spec.shape.numel() for name, spec in piece.items()} for piece in pieces_of(config, layers)]
+        return Replicated(ledger, tensors, widths.parameter, pipelined, updates)
     ranks = place.shards, place.replicas
-    return Sharded(ledger, groups_of(config, layers, place), widths, zero, ranks, pipelined, update)
+    return Sharded(ledger, groups_of(config, layers, place), widths, zero, ranks, pipelined, updates)

@@ -53,7 +53,7 @@ def require_fit(config: TrainConfig, device: Device) -> None:
     if room.needed <= room.limit:
         raise ValueError(
             f"memory.offload_activations={config.memory.offload_activations}: {byte_count(room.host)} of activations would wait on "
-            f"the host on rank {found.worst.rank}, which has {byte_count(room.ram)} a device; {_advice(found)}, or memory.fit=false, "
+            f"the host on rank {found.worst.rank}, where {byte_count(room.ram)} a device may; {_advice(found)}, or memory.fit=false, "
             "which goes on regardless"
         )
     raise ValueError(

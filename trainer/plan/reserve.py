@@ -8,12 +8,13 @@ from rowwise.trainer.plan.memory import Memory
 
 LIBRARIES = 1.25 * GIBI  # a CUDA context, buffers of NCCL, workspaces of cuBLAS
 FRAGMENTATION = 0.03  # of what is held at most: blocks of an allocator that nothing fits into
+HOST = 0.15  # of a machine's memory: its system, what reads the data and writes checkpoints, and the workers themselves
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes: what a rank holds at most, what is reserved beside it, and what there is; what waits on the `host`, and what a rank may
-    take there."""
+    """Bytes: what a rank holds at most, what is reserved beside it, and what there is; what waits on the `host`, and how much of a
+    rank's part of that may."""
 
     held: int
     reserve: int
@@ -36,4 +37,4 @@ def room_of(memory: Memory, device: Device, limit: float | None = None) -> Room:
     there = device.memory if limit is None else min(limit, device.memory)
     if not device.cuda:  # whose memory is the host's
         return Room(memory.most + memory.host, int(reserve), there)
-    return Room(memory.most, int(reserve), there, memory.host, device.ram)
+    return Room(memory.most, int(reserve), there, memory.host, (1 - HOST) * device.ram)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from rowwise.trainer.plan.ledger import Ledger
 from rowwise.trainer.plan.states import Group, Widths
-from rowwise.trainer.plan.update import StepBytes
+from rowwise.trainer.plan.update import NONE, Updates
 
 WIDE = 4  # bytes of a number that has 32 bits
 
@@ -21,7 +21,7 @@ WIDE = 4  # bytes of a number that has 32 bits
 class Sharded:
     """What FSDP2 does on one of `shards` ranks with other rows, of which there are `replicas` sets. `zero` below 3 keeps parameters
     from the first forward of a step to its last backward. `sums`: a pipeline adds gradients up, whole, and has them reduced.
-    `update`: of the optimizer's step, where it is made in the backward, of each parameter by itself, and frees its gradient."""
+    `updates`: of the optimizer's step of each parameter, where it is made in the backward, and frees its gradient."""
 
     def __init__(
         self,
@@ -31,10 +31,10 @@ class Sharded:
         zero: int,
         ranks: tuple[int, int],
         sums: bool = False,
-        update: StepBytes | None = None,
+        updates: Updates | None = None,
     ):
         self._ledger, self._groups, self._widths, self._zero = ledger, groups, widths, zero
-        (self._shards, self._replicas), self._sums, self._update = ranks, sums, update
+        (self._shards, self._replicas), self._sums, self._updates = ranks, sums, updates
         self._order = sorted(range(len(groups)), key=lambda g: (groups[g].pieces[1], groups[g].root))
         self._place = {g: place for place, g in enumerate(self._order)}
         self._begin: dict[int, list[int]] = {}  # piece -> the groups that begin with it
@@ -226,10 +226,10 @@ class Sharded:
             ledger.give("working" if cast else where, kept if cast else summed)
         elif waits:
             self._partial[g] = summed
-        elif self._update is None:
+        elif self._updates is None:
             self._split.add(g)
         else:
-            ledger.use("working", *self._update)
+            ledger.use("working", *NONE.or_more(*(self._updates[name] for _, name, _ in self._groups[g].tensors)))
             ledger.give("gradients", kept)
         if not waits:
             ledger.give("gradients", self._partial.pop(g, 0))

@@ -12,7 +12,7 @@ from rowwise.parallel.pipeline import last_uses
 from rowwise.parallel.pipeline_schedule.order import Action, Schedule, early_messages
 from rowwise.parallel.pipeline_schedule.simulate import Gathering
 from rowwise.trainer.plan.away import Keeping, Visit
-from rowwise.trainer.plan.layer import ALL
+from rowwise.trainer.plan.layer import weight_gradients
 from rowwise.trainer.plan.ledger import Ledger
 from rowwise.trainer.plan.loss import LossWork
 from rowwise.trainer.plan.update import NONE, StepBytes
@@ -123,7 +123,10 @@ class Stage:
         for piece, visit in reversed(list(enumerate(self._visits[micro_batch]))):
             self.ledger.at = f"the weights' gradients of {visit.work.name}{told}"
             if visit.work.backward[-1].deferred:
-                self.weights.add_gradients(piece, ALL)
+                there = visit.here
+                for parameters, used in weight_gradients(visit.work.backward):
+                    self.weights.add_gradients(piece, parameters)
+                    self.keeping.hold(visit, there - used)
                 self.ledger.use("working", visit.work.decoded)
                 self.keeping.drop(visit)
             if (loss := visit.work.loss) is not None:

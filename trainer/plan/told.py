@@ -52,7 +52,7 @@ def in_words(forecast: Forecast) -> str:
     elif room.needed > room.limit:
         verdict = f"does not fit, by {byte_count(room.needed - room.limit)}"
     else:
-        verdict = f"does not fit: {byte_count(room.host)} wait on the host, which has {byte_count(room.ram)} a device"
+        verdict = f"does not fit: {byte_count(room.host)} wait on the host, where {byte_count(room.ram)} a device may"
     return (
         f"{byte_count(room.needed)} of {byte_count(room.limit)} a {forecast.device.name}: {byte_count(room.held)} at most and "
         f"{byte_count(room.reserve)} for libraries and fragmentation; {verdict}"

@@ -5,7 +5,7 @@ sends to ranks that are not there (`OnPaper`).
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,48 +33,55 @@ class StepBytes(NamedTuple):
     most: int
     messages: int
 
+    def or_more(self, *others: "StepBytes") -> "StepBytes":
+        """Gives the most of each of these steps, one of which is made at a time."""
+        return StepBytes(*map(max, zip(self, *others, strict=True)))
+
 
 NONE = StepBytes(0, 0)
+Updates = Mapping[str, StepBytes]  # of the step of each parameter by itself, by name
 _known: dict[
     Any, StepBytes
 ] = {}  # bytes of steps that were made: a run asks for them again, and a search for many layouts
 
 
-def update_bytes(
-    config: TrainConfig,
-    stages: Iterable[range],
-    place: Place,
-    gpu: bool,
-    one_by_one: bool = False,
-    role: str | None = None,
-) -> StepBytes:
-    """Counts what the step of all stages of a rank holds at most. `one_by_one`: it is made of each parameter by itself, `role`: of
-    those that have it alone."""
+def update_bytes(config: TrainConfig, stages: Iterable[range], place: Place, gpu: bool) -> StepBytes:
+    """Counts what the step of all stages of a rank holds at most."""
     rank = rank_of(config.optim, parameter_specs(config.model))
     groups: dict[tuple[str, bool, int, bool], list[Entry]] = {}
     for name, spec in (entry for layers in stages for entry in owned(config, layers).items()):
-        if role is not None and spec.role != role:
-            continue
         key = rule_name(name, spec, config.optim), spec.role == "vector", len(spec.matrix), spec.batched
         groups.setdefault(key, []).append((name, spec))
     most = NONE
     for (name, *_), entries in groups.items():
         rule = new_rule(name, config.optim, rank)
-        for portion in _portions(rule, entries, config, place, one_by_one):
-            shapes = tuple((spec.shape, spec.batched) for _, spec in portion)
-            alike = repr(config.optim), rank, widths_of(config), place.shard, place.shards, gpu, name, shapes
-            if alike not in _known:
-                _known[alike] = _step_bytes(rule, portion, config, place, gpu)
-            most = StepBytes(*map(max, most, _known[alike]))
+        for portion in _portions(rule, entries, config, place):
+            most = most.or_more(_portion_bytes(rule, rank, portion, config, place, gpu))
     return most
 
 
-def _portions(
-    rule: Rule, entries: list[Entry], config: TrainConfig, place: Place, one_by_one: bool
-) -> Iterable[list[Entry]]:
+def update_bytes_of_each(config: TrainConfig, layers: range, place: Place, gpu: bool) -> Updates:
+    """Counts what the step of each parameter of a stage by itself holds, by name."""
+    rank = rank_of(config.optim, parameter_specs(config.model))
+    found = {}
+    for name, spec in owned(config, layers).items():
+        rule = new_rule(rule_name(name, spec, config.optim), config.optim, rank)
+        found[name] = _portion_bytes(rule, rank, [(name, spec)], config, place, gpu)
+    return found
+
+
+def _portion_bytes(
+    rule: Rule, rank: int, portion: list[Entry], config: TrainConfig, place: Place, gpu: bool
+) -> StepBytes:
+    shapes = tuple((spec.shape, spec.batched) for _, spec in portion)
+    alike = repr(config.optim), rank, widths_of(config), place.shard, place.shards, gpu, rule.name, shapes
+    if alike not in _known:
+        _known[alike] = _step_bytes(rule, portion, config, place, gpu)
+    return _known[alike]
+
+
+def _portions(rule: Rule, entries: list[Entry], config: TrainConfig, place: Place) -> Iterable[list[Entry]]:
     """As `optim.optimizer` gives a rule its parameters."""
-    if one_by_one:
-        return [[entry] for entry in entries]
     if rule.fused and (rule.rounds or widths_of(config).parameter > 2):
         return [entries]
     least, portions, held = place.shards if rule.shared else 1, list[list[Entry]]([[]]), 0

@@ -4,11 +4,11 @@ Two ways, as `parallel` has two: `Replicated` (`parallel.replicate`), whose grad
 (`plan.sharded`). The pieces of a stage are counted from 0: the embedding, its layers, the head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from rowwise.trainer.plan.ledger import Ledger
-from rowwise.trainer.plan.update import StepBytes
+from rowwise.trainer.plan.update import NONE, Updates
 
 
 class Weights(Protocol):
@@ -56,20 +56,20 @@ class Weights(Protocol):
 
 class Replicated:
     """Whole parameters and buckets of whole gradients (none where the optimizer steps in the backward). `tensors`: the numbers of
-    each parameter, by piece; `sums`, `update`: as in `Sharded`."""
+    each parameter, by piece; `sums`, `updates`: as in `Sharded`."""
 
     def __init__(
         self,
         ledger: Ledger,
-        tensors: Sequence[Sequence[int]],
+        tensors: Sequence[Mapping[str, int]],
         width: int,
         sums: bool = False,
-        update: StepBytes | None = None,
+        updates: Updates | None = None,
     ):
         self._ledger, self._tensors, self._width, self._sums, self._forwards = ledger, tensors, width, sums, 0
-        self._update = update
-        if update is None:
-            ledger.take("gradients", sum(map(sum, tensors)) * width)
+        self._updates = updates
+        if updates is None:
+            ledger.take("gradients", sum(sum(piece.values()) for piece in tensors) * width)
 
     def begin(self, last: bool) -> None:
         self._forwards += 1
@@ -89,9 +89,9 @@ class Replicated:
 
     def add_gradients(self, piece: int, count: int) -> None:
         # One at a time, on its way into its bucket, or into the sum that is there.
-        largest = max(self._tensors[piece][-count:] if count else (), default=0)
+        largest = max(list(self._tensors[piece].values())[-count:] if count else (), default=0)
         self._ledger.use("working" if self._sums else "gradients", largest * self._width)
 
     def leave_back(self, piece: int) -> None:
-        if self._update is not None:
-            self._ledger.use("working", *self._update)
+        if self._updates is not None:
+            self._ledger.use("working", *NONE.or_more(*(self._updates[name] for name in self._tensors[piece])))
