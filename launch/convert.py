@@ -22,7 +22,8 @@ learning rate, betas and eps; their weight decay stays.
     step=STEP            the checkpoint, by step or path; default: the newest whose checksums are right
     names=huggingface    of its parameters: huggingface (transformers' Llama, Qwen3), or rowwise
     adam=torch           of that script, which counts its steps otherwise: torch (torch.optim.AdamW), or deepspeed (FusedAdam,
-                         DeepSpeedCPUAdam)
+                         DeepSpeedCPUAdam). At stage 3 DeepSpeed lets all groups count by one tensor, so that torch's count too
+                         fast where there are several: have DeepSpeed's there
 
 Exit code 0: DIR is complete; 2: refused, and there is no DIR. It gets its name last: what a killed one leaves behind
 is DIR.incomplete, which the next one removes. DeepSpeed itself is not needed, and nothing of its pickles is run.
@@ -71,12 +72,17 @@ def main(arguments: list[str] | None = None) -> int:
         settings, rest = own_keys(Settings, words, "from=PATH to=DIR")
         done, remarks = convert(settings, rest)
     except ValueError as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
+        print(_printable(f"refused: {refusal}"), file=sys.stderr)
         return 2
     for remark in remarks:
-        print(remark, file=sys.stderr)
+        print(_printable(remark), file=sys.stderr)
     print(done)
     return 0
+
+
+def _printable(line: str) -> str:
+    """Without what a terminal would obey: names in a checkpoint are whoever's made it."""
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def convert(settings: Settings, rest: list[str]) -> tuple[str, list[str]]:

@@ -61,7 +61,12 @@ def engine_settings(config: TrainConfig, told: dict[str, Any], world: int) -> di
         "train_micro_batch_size_per_gpu": batch.micro_size,
         "gradient_accumulation_steps": batch.global_size // batch.micro_size // world,
         "gradient_clipping": config.clip_norm,
-        "zero_optimization": {"stage": told["stage"], "stage3_param_persistence_threshold": 40},
+        "zero_optimization": {
+            "stage": told["stage"],
+            "stage3_param_persistence_threshold": 40,
+            "sub_group_size": 2000,
+            "round_robin_gradients": told["stage"] == 2,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"load_universal": told.get("load") is not None},

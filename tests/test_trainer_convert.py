@@ -25,6 +25,7 @@ from rowwise.trainer.convert.foreign import Counts, Foreign
 from rowwise.trainer.convert.pickles import DynamicScaler, Fragment, Scaler, Stage
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.models.decoder import parameter_specs
+from rowwise.trainer.prepare import examine
 from runs import final_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the tests' own reading
@@ -406,6 +407,24 @@ def test_what_is_no_checkpoint_is_refused_by_name(words, tmp_path, capsys):
     )
     after(lambda: latest.write_text("../saved/global_step5"), "names no folder beside it")
     after(lambda: latest.write_text("global_step7"), "there is no checkpoint of ZeRO 1, 2 or 3 in")
+
+
+def test_a_run_that_would_go_on_from_it_is_told_of_the_command(words, tmp_path):
+    saved = save_zero(tmp_path / "saved", states_of(words)[0], 1)
+    for folder in (saved, saved.parent):
+        config = config_from_tree(compose_tree([*words, f"run_dir={tmp_path}/run", f"resume={folder}"]))
+        with pytest.raises(
+            ValueError, match=f"is a checkpoint of DeepSpeed: make it a run first, by rowwise convert from={folder}"
+        ):
+            examine(config, 1)
+
+
+def test_names_in_it_are_no_orders_to_a_terminal(words, tmp_path, capsys):
+    states, _ = states_of(words)
+    save_zero(tmp_path / "saved", {**states, "\x1b[2Jgone\n": states["norm.weight"]}, 1)
+    assert "has ?[2Jgone?, which the model does not have" in refused(
+        capsys, f"from={tmp_path}/saved", f"to={tmp_path}/run", *words
+    )
 
 
 def test_another_model_and_another_rule_are_refused_by_name(words, tmp_path, capsys):

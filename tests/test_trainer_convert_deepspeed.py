@@ -18,7 +18,10 @@ import torch
 from parity import relative_error, with_layout, write_tokens
 from rowwise.launch import convert
 from rowwise.launch.compose import compose_tree
+from rowwise.parallel.precision import LossScale, next_loss_scale
 from rowwise.trainer.config import TrainConfig, config_from_tree
+from rowwise.trainer.convert.pickles import save
+from rowwise.trainer.convert.universal import scaler_of
 from rowwise.trainer.manifest import read_manifest
 from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import parameter_specs
@@ -45,6 +48,12 @@ def overrides_of(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def outside() -> dict[str, str]:
+    """The environment of processes of DeepSpeed's: no GPU, and what it has compiled is where it keeps it, beyond these tests."""
+    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {key: value for key, value in os.environ.items() if key != "XDG_CACHE_HOME"} | own
+
+
 def deepspeed(folder: Path, overrides: list[str], **told: Any) -> dict[str, Any]:
     """Runs the script on its ranks, in `folder`, and returns what it said."""
     folder.mkdir()
@@ -58,8 +67,7 @@ def deepspeed(folder: Path, overrides: list[str], **told: Any) -> dict[str, Any]
     }
     (folder / "settings.json").write_text(json.dumps(settings))
     script = Path(__file__).with_name("deepspeed_script.py")
-    # Ranks of the CPU that see GPUs compile for these too.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = outside()
     command = [sys.executable, str(script), str(folder / "settings.json")]
     logs = [(folder / f"rank{rank}.log").open("w+") for rank in range(settings["world"])]
     ranks = [
@@ -86,9 +94,7 @@ def universal(saved: Path) -> None:
         f"{saved}/global_step{SAVED}_universal",
     ]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    subprocess.run(
-        [*command, *folders, *workers], check=True, capture_output=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}
-    )
+    subprocess.run([*command, *folders, *workers], check=True, capture_output=True, env=outside())
 
 
 def theirs_as_ours(states: dict[str, dict[str, torch.Tensor]], config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -143,7 +149,7 @@ def test_a_checkpoint_of_deepspeed_goes_on_here(case, ranks, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("stage", "world", "names", "adam"),
-    [(1, 2, "rowwise", "torch"), (2, 3, "huggingface", "deepspeed"), (3, 2, "huggingface", "torch")],
+    [(1, 2, "rowwise", "torch"), (2, 3, "huggingface", "torch"), (3, 2, "huggingface", "deepspeed")],
 )
 def test_a_run_goes_on_in_deepspeed(stage, world, names, adam, ranks, tmp_path):
     overrides = overrides_of(tmp_path, "checkpoint.every=5", "checkpoint.keep=0")
@@ -170,3 +176,31 @@ def test_a_run_goes_on_in_deepspeed(stage, world, names, adam, ranks, tmp_path):
     assert back.keys() == ours.keys()
     for name, tensor in ours.items():
         assert relative_error(back[name], tensor) <= 1e-4, name
+
+
+SCALER = """
+import sys, torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+scaler = torch.load(sys.argv[1], weights_only=False)
+assert type(scaler) is DynamicLossScaler
+for _ in range(9):
+    scaler.update_scale(False)
+    print(scaler.loss_scale)
+"""
+
+
+def test_the_loss_scaler_is_deepspeeds_and_doubles_when_ours_does(tmp_path):
+    precision = config_from_tree(compose_tree(["precision=fp16", "precision.growth_every=4"])).precision
+    state = {"step": 20, "loss_scale": {"scale": 512.0, "good_steps": 2, "skipped": 0}}
+    save(scaler_of(state, {"growth_every": 4}), tmp_path / "scaler.pt")
+    command = [sys.executable, "-c", SCALER, str(tmp_path / "scaler.pt")]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env=outside()).stdout
+    now, expected = LossScale(512.0, 2), []
+    for _ in range(9):
+        now = next_loss_scale(now, precision, overflow=False)
+        expected.append(now.scale)
+    assert (
+        [float(word) for word in said.split()[-9:]]
+        == expected
+        == [512.0, 1024.0, 1024.0, 1024.0, 1024.0, *[2048.0] * 4]
+    )

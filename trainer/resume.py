@@ -9,6 +9,7 @@ from typing import Any
 from rowwise.conf.option import Resume, keys_that
 from rowwise.optim.sparse.config import TimedBase, every
 from rowwise.trainer.config import TrainConfig, schedule_of, tree_of
+from rowwise.trainer.convert.find import is_deepspeeds
 from rowwise.trainer.keys import flat
 from rowwise.trainer.manifest import (
     Manifest,
@@ -207,6 +208,11 @@ def _given(config: TrainConfig, own: list[Path]) -> list[Path]:
     """The checkpoints that `resume` names by a path. Raises ValueError where there are none, or `own` would be passed
     over for them."""
     given = find_checkpoints(Path(config.resume).expanduser())
+    if not given and is_deepspeeds(Path(config.resume).expanduser()):
+        raise ValueError(
+            f"resume={config.resume} is a checkpoint of DeepSpeed: make it a run first, by rowwise convert from={config.resume} "
+            "to=runs/NAME and these arguments, then give resume=runs/NAME"
+        )
     if not given:
         raise ValueError(
             f"resume={config.resume}: no checkpoint there; give auto, never, or the path of a run or of a checkpoint "

@@ -6,7 +6,7 @@ from typing import Any
 
 from rowwise.kernels.spec import Specs
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.convert.foreign import Foreign, Group
+from rowwise.trainer.convert.foreign import Foreign, Group, as_written_by_deepspeed
 from rowwise.trainer.convert.names import theirs_by_ours
 from rowwise.trainer.models.decoder import parameter_specs
 
@@ -18,9 +18,10 @@ def differences(foreign: Foreign, config: TrainConfig) -> list[str]:
     parameters than the run has."""
     specs = parameter_specs(config.model)
     ours = {theirs: name for name, theirs in theirs_by_ours(specs, foreign.parameters, foreign.place).items()}
-    pairs = [*_of_run(foreign, config)]
-    for group in foreign.groups:
-        pairs += _of_group(group, {ours[name] for name in group.names if name in ours}, config, specs)
+    with as_written_by_deepspeed(foreign.place):
+        pairs = [*_of_run(foreign, config)]
+        for group in foreign.groups:
+            pairs += _of_group(group, {ours[name] for name in group.names if name in ours}, config, specs)
     told = [
         f"{key}={_short(there)} there and {_short(here)} here" for key, there, here in pairs if _differ(there, here)
     ]

@@ -34,6 +34,11 @@ def find(given: str) -> Found:
     )
 
 
+def is_deepspeeds(folder: Path) -> bool:
+    """Says whether a folder is what DeepSpeed saved, or holds that."""
+    return _form(folder) is not None or any((folder / name).is_file() for name in LATEST)
+
+
 def _latest(folder: Path, name: str) -> Found:
     with (folder / name).open(encoding="utf-8", errors="replace") as file:
         tag = file.read(1000).strip()

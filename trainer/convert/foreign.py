@@ -66,9 +66,10 @@ class Foreign:
         if not isinstance(precision, Fp16) or not isinstance(scaler, DynamicScaler):
             begins = initial_loss_scale(precision)
             return LossScale(begins.scale, 0, self.counts.skipped)
-        since = scaler.cur_iter - scaler.last_overflow_iter - 1
-        good = max(0, since - 1) % int(scaler.scale_window)
-        return LossScale(float(scaler.cur_scale), good, self.counts.skipped)
+        with as_written_by_deepspeed(self.place):
+            since = int(scaler.cur_iter) - int(scaler.last_overflow_iter) - 1
+            good = max(0, since - 1) % int(scaler.scale_window)
+            return LossScale(float(scaler.cur_scale), good, self.counts.skipped)
 
 
 @contextmanager
@@ -76,7 +77,7 @@ def as_written_by_deepspeed(path: Path) -> Iterator[None]:
     """Raises ValueError, naming `path`, where what is read inside has not the form that DeepSpeed gives it."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is not as DeepSpeed writes it ({said})") from None
 

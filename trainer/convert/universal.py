@@ -20,7 +20,7 @@ from torch import Tensor
 from rowwise.kernels.spec import Specs
 from rowwise.trainer.convert.foreign import MASTER, Foreign, as_written_by_deepspeed, counts_of, key_of
 from rowwise.trainer.convert.pickles import DynamicScaler, load, save
-from rowwise.trainer.convert.zero import MODEL_STATES, clip_norm_of, grouped, read_model_states
+from rowwise.trainer.convert.zero import MODEL_STATES, clip_norm_of, grouped, read_model_states, shapes_of
 from rowwise.trainer.files import new_folder, write_whole
 from rowwise.trainer.metadata import read_metadata
 from rowwise.trainer.models.decoder import parameter_specs
@@ -56,12 +56,14 @@ def read_universal(folder: Path) -> Foreign:
         steps += [state[STEP] for state in inner.values() if STEP in state]
         settings, scaler = common["param_groups"], common.get("loss_scaler")
     with as_written_by_deepspeed(path):
-        groups = model_states["param_shapes"]
-        shapes = {name: shape for group in groups for name, shape in group.items()}
+        groups = shapes_of(model_states)
+        # Those of parts, where tensor parallelism had cut what is whole here.
+        whole = model_states.get("mp_world_size", 1) == 1
+        shapes = {name: shape for group in groups for name, shape in group.items() if whole}
         counts = counts_of(model_states, next(iter(steps), None))
         pieces = {name: {state: [tensor] for state, tensor in states.items()} for name, states in found.items()}
-        groups = grouped(groups, settings) if len(groups) == len(settings) else []
-        return Foreign(folder, pieces, shapes, groups, counts, scaler, clip_norm_of(model_states))
+        known = grouped(groups, settings) if len(groups) == len(settings) else []
+        return Foreign(folder, pieces, shapes, known, counts, scaler, clip_norm_of(model_states))
 
 
 def _states(place: Path) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def _optimizer_state(source: Source, step: Any) -> dict[str, Any]:
     """What stage 3 reads of the optimizer, and what the others do. A group's weight decay is the script's: which parameters are in
     it is not known here."""
     optim, precision = source.config["optim"], source.config["precision"]
-    settings = {"betas": tuple(optim["betas"]), "eps": optim["eps"]}
+    settings: dict[str, Any] = {key: optim[key] for key in ("betas", "eps") if key in optim}
     if (rate := rate_of(source.config, source.manifest["step"] - 1)) is not None:
         settings["lr"] = rate
     groups = [settings] * GROUPS
@@ -142,12 +144,12 @@ def _optimizer_state(source: Source, step: Any) -> dict[str, Any]:
         "ds_version": AS_VERSION,
     }
     if precision["name"] == "fp16":
-        tree |= {"loss_scaler": _scaler(source.manifest["state"], precision), "dynamic_loss_scale": True}
+        tree |= {"loss_scaler": scaler_of(source.manifest["state"], precision), "dynamic_loss_scale": True}
     return tree
 
 
-def _scaler(state: Mapping[str, Any], precision: Mapping[str, Any]) -> DynamicScaler:
-    """DeepSpeed's scaler that doubles next when ours would."""
+def scaler_of(state: Mapping[str, Any], precision: Mapping[str, Any]) -> DynamicScaler:
+    """Returns the scaler of DeepSpeed that doubles next when ours would."""
     scaler, ours = DynamicScaler(), state["loss_scale"]
     vars(scaler).clear()
     vars(scaler).update(

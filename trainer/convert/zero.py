@@ -28,12 +28,11 @@ Flat = dict[str, Tensor]  # state -> all of it that a rank has of a group
 
 def read_zero(folder: Path) -> Foreign:
     """Reads where everything of a checkpoint stands, and no numbers. Raises ValueError."""
+    _refuse_other_cuts(folder)
     model_states, path = read_model_states(folder)
     with as_written_by_deepspeed(path):
-        groups: list[Mapping[str, torch.Size]] = [
-            {name: torch.Size(shape) for name, shape in one.items()} for one in model_states["param_shapes"]
-        ]
-        frozen = list(model_states.get("frozen_param_shapes") or ())
+        groups = shapes_of(model_states)
+        frozen = list(map(str, model_states.get("frozen_param_shapes") or ()))
         shapes = {name: shape for group in groups for name, shape in group.items()}
         pieces: dict[str, dict[str, list[Tensor]]] = {name: {} for name in shapes}
     if frozen:
@@ -69,15 +68,19 @@ def read_zero(folder: Path) -> Foreign:
         )
 
 
-def read_model_states(folder: Path) -> tuple[Mapping[str, Any], Path]:
-    """Reads what a checkpoint says of the model and the run, of any stage. Raises ValueError."""
+def _refuse_other_cuts(folder: Path) -> None:
+    """Refuses what was cut otherwise too than by ZeRO. Raises ValueError."""
     others = [path.name for path in folder.glob("*mp_rank_*_model_states.pt") if "mp_rank_00_" not in path.name]
     others = sorted([*others, *(path.name for path in folder.glob("layer_*"))])
     if others:
         raise ValueError(
-            f"{folder} is of tensor or pipeline parallelism or of experts ({others[0]}), whose parts have "
-            "forms of their own; possible are checkpoints of ZeRO 1 to 3 alone: let DeepSpeed make it universal first"
+            f"{folder} is of tensor or pipeline parallelism or of experts ({others[0]}), whose parts have forms of their own; "
+            "possible are checkpoints of ZeRO 1 to 3 alone: let DeepSpeed make it universal first"
         )
+
+
+def read_model_states(folder: Path) -> tuple[Mapping[str, Any], Path]:
+    """Reads what a checkpoint says of the model and the run, of any stage. Raises ValueError."""
     path = next((folder / name for name in MODEL_STATES if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} has no {' and no '.join(MODEL_STATES)}: it is no whole checkpoint")
@@ -85,6 +88,11 @@ def read_model_states(folder: Path) -> tuple[Mapping[str, Any], Path]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is not as DeepSpeed writes it (it holds a {type(tree).__name__})")
     return tree, path
+
+
+def shapes_of(model_states: Mapping[str, Any]) -> list[Mapping[str, torch.Size]]:
+    """Returns the shapes of the parameters of each group, in order."""
+    return [{str(name): torch.Size(shape) for name, shape in one.items()} for one in model_states["param_shapes"]]
 
 
 def clip_norm_of(model_states: Mapping[str, Any]) -> float | None:
