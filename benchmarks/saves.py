@@ -24,11 +24,12 @@ def saves(job: Job, folder: Path, repeats: int = 5) -> dict[str, Any]:
     from rowwise.parallel.mesh import make_mesh
     from rowwise.trainer.build import build_model
     from rowwise.trainer.check import check
-    from rowwise.trainer.checkpoint import Saver, tensors_of
+    from rowwise.trainer.checkpoint import Saver
     from rowwise.trainer.config import config_from_tree
     from rowwise.trainer.data.open import open_data
     from rowwise.trainer.feed import train_batches
     from rowwise.trainer.parallelize import parallelize
+    from rowwise.trainer.states import tensors_of
     from rowwise.trainer.step import StepInput, compute_gradients
 
     config = check(config_from_tree(compose_tree([*job.overrides, f"run_dir={folder}"])), job.workers)

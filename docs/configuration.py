@@ -109,16 +109,24 @@ def row(options_: dict[str, Option], choices: int) -> str:
 
 def options(name: str, kind: Any, path: Path) -> list[Option]:
     """The keys of the dataclass `kind`, whose defaults stand in `path`, at the top or below `name`."""
-    tree, told, comments = yaml.safe_load(path.read_text()), meanings(kind), comments_of(path)
+    tree, comments = yaml.safe_load(path.read_text()), comments_of(path)
     below = bool(name) and path.name in ("train.yaml", "sweep.yaml", "slurm.yaml")
     defaults, before = (tree[name], f"{name}.") if below else (tree, "")
-    hints, resumes = get_type_hints(kind), resume_of(kind)
+    return _options(name, kind, defaults, before, comments)
+
+
+def _options(name: str, kind: Any, defaults: dict[str, Any], before: str, comments: dict[str, str]) -> list[Option]:
+    hints, resumes, told = get_type_hints(kind), resume_of(kind), meanings(kind)
     found = []
     for field in fields(kind):
         hint = hints[field.name]
         is_group = kind is TrainConfig and any(map(is_dataclass, parts(hint)))
         is_choice = field.name == "name" and get_origin(options_of_type(hint)[0]) is Literal
         if is_group or is_choice:
+            continue
+        if is_dataclass(hint):
+            inner = before + field.name + "."
+            found += _options(f"{name}.{field.name}", hint, defaults[field.name], inner, comments)
             continue
         meaning, comment = told.get(field.name, ""), comments.get(before + field.name, "")
         default = f"`{shown(defaults[field.name])}`"

@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rowwise.launch.compose import compose_tree
-from rowwise.launch.forked import Telling, call_oneself, use_threads
+from rowwise.launch.forked import Telling, call_oneself, leave_unfinalized, use_threads
 from rowwise.launch.given import Arguments, gather
 from rowwise.launch.imports import uncollected
 from rowwise.launch.outcome import Ended
@@ -124,4 +124,5 @@ def run(arguments: list[str] | None = None, tree: dict[str, Any] | None = None) 
 
 
 if __name__ == "__main__":
+    leave_unfinalized()
     run()

@@ -18,10 +18,11 @@ import select
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rowwise.launch.forked import Telling, call_oneself
+from rowwise.launch.forked import Telling, call_oneself, leave_unfinalized
 from rowwise.launch.imports import uncollected
 from rowwise.launch.messages import CLIENT, MESSAGE, NO_MORE, received, tell
 from rowwise.trainer.stop import SIGNALS
@@ -151,7 +152,14 @@ class Server:
 
 
 if __name__ == "__main__":
+    end_with = leave_unfinalized()
     call_oneself("rowwise warm")
-    task = Server(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:]).serve()
-    if task is not None:
-        task()
+    try:
+        task = Server(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:]).serve()
+        if task is not None:
+            task()
+    except SystemExit as end:
+        end_with(end.code if isinstance(end.code, int) else int(end.code is not None))
+    except BaseException as error:
+        traceback.print_exc()
+        end_with(130 if isinstance(error, KeyboardInterrupt) else 1)

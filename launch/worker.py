@@ -10,6 +10,7 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from rowwise.launch.builds import check_builds
 from rowwise.launch.compose import compose_tree, one_line
 from rowwise.launch.given import gather
 from rowwise.launch.leaving import end_told, leave_report_as_told
@@ -27,10 +28,12 @@ from rowwise.launch.workers import (
     keep_freed_memory,
     restarted,
     share_end,
+    tell_accelerate,
     tell_gpu,
     workers_from_environment,
 )
 from rowwise.parallel.mesh import Workers, pick_device
+from rowwise.trainer.accelerate.deepspeed import EngineUnfit
 from rowwise.trainer.checkpoint import NoneSound
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.data.integrity import DataDamaged
@@ -71,6 +74,8 @@ def run(
         if apart and not first:
             send_to(rank_log(run_dir, workers.rank))
         tell_gpu(run_dir)
+        if config.parallel.backend == "accelerate":
+            tell_accelerate(workers)
         with told_of_known_ends(run_dir, workers):
             return train(config, workers, command)
 
@@ -132,7 +137,7 @@ def _reason(error: BaseException, run_dir: Path) -> str | None:
             saved = newest_sound(run_dir / "checkpoints")
             sound = "no checkpoint was saved before" if saved is None else f"the newest sound checkpoint is {saved}"
             return f"not a number: {one}; {sound}"
-        if isinstance(one, NoneSound | RunMoved | DataDamaged | FolderUnfit | TooManySpikes):
+        if isinstance(one, NoneSound | RunMoved | DataDamaged | FolderUnfit | TooManySpikes | EngineUnfit):
             return str(one)
         if isinstance(one, OSError) and one.filename is not None:
             return f"{one.filename}: {one.strerror}"
@@ -162,4 +167,7 @@ def prepared(config: TrainConfig, workers: Workers) -> TrainConfig:
         )
     if config.resume == "never" and restarted():
         config = replace(config, resume="auto")  # what this job itself has saved
-    return prepare(config, workers.world_size)
+    config = prepare(config, workers.world_size)
+    if (told := check_builds(config)) is not None:
+        print(told, flush=True)
+    return config

@@ -197,3 +197,14 @@ def gpu_settings(run_dir: Path, given: Mapping[str, str]) -> dict[str, str]:
         if name not in given and older not in given:
             settings[name] = value
     return settings
+
+
+def tell_accelerate(workers: Workers) -> None:
+    """Sets what Accelerate and DeepSpeed read in the environment, where nothing stands: who this worker is, and that it computes on
+    the CPU where there is no GPU. Nothing of them may have been imported."""
+    told = {"RANK": workers.rank, "WORLD_SIZE": workers.world_size, "LOCAL_RANK": workers.local_rank}
+    told["LOCAL_WORLD_SIZE"] = workers.local_world_size
+    for name, value in told.items():
+        os.environ.setdefault(name, str(value))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -36,14 +36,14 @@ class AdamW:
     weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0, "exp_avg_sq": 0}
 
     def __init__(self, betas: list[float], eps: float):
-        (self.beta1, self._beta2), self._eps = betas, eps
+        (self.beta1, self.beta2), self.eps = betas, eps
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return {key: zeros_of(p, state_dtype(p)) for key in ("exp_avg", "exp_avg_sq")}
 
     def step_(self, batch: Batch) -> None:
         first, second = pick(batch, "exp_avg"), pick(batch, "exp_avg_sq")
-        rates = (batch.step, batch.lr, self.beta1, self._beta2, self._eps, batch.weight_decay)
+        rates = (batch.step, batch.lr, self.beta1, self.beta2, self.eps, batch.weight_decay)
         adamw_(batch.params, batch.grads, first, second, *rates)
 
 

@@ -14,7 +14,7 @@ import datetime
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -26,6 +26,7 @@ from rowwise.conf.option import MayChange
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.spec import DENSE
 from rowwise.parallel import torch_c10d
+from rowwise.parallel.accelerate.config import ENGINE, DeepSpeedConfig
 from rowwise.parallel.lanes import Axis, connect, neighbours, open_lanes
 
 DEGREES = ("pipeline", "replicate", "shard", "ring", "ulysses")  # the slowest first
@@ -54,7 +55,12 @@ class ParallelConfig:
 
     `timeout_seconds`: how long a rank waits for a message of another before it gives up, which ends the job or, under
     torchrun with restarts, begins it again from its newest checkpoint; it bounds how long a machine that was cut off is
-    waited for. `backend`: what carries it out."""
+    waited for.
+
+    `backend`: what carries it out: `torch`, all of the above; `accelerate`, an engine that Accelerate drives, which splits
+    states over all ranks at `zero=1` to 3, with the same numbers. `accelerate`: that engine: `deepspeed`, or `fsdp2` as
+    Accelerate sets it up. `accelerate_config`: the path of a DeepSpeed configuration (JSON) or of what `accelerate config`
+    wrote (YAML), which may add what the run does not say. `deepspeed`: see there."""
 
     replicate: MayChange[int] = 1
     shard: MayChange[int] = -1
@@ -72,7 +78,10 @@ class ParallelConfig:
     ring: MayChange[int] = 1
     ring_order: MayChange[RING_ORDER | None] = None
     timeout_seconds: MayChange[int] = 1800
-    backend: MayChange[Literal["torch"]] = "torch"
+    backend: MayChange[Literal["torch", "accelerate"]] = "torch"
+    accelerate: MayChange[ENGINE] = "deepspeed"
+    accelerate_config: MayChange[str | None] = None
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     @property
     def world_size(self) -> int:

@@ -77,6 +77,11 @@ def shard_model(
             part if len(part) > 1 else part[0], mesh=states, mp_policy=policy, reshard_after_forward=not keep
         )
     fsdp.fully_shard(model, mesh=states, mp_policy=policy, reshard_after_forward=False)
+    sum_over_ranks(model)
+
+
+def sum_over_ranks(model: nn.Module) -> None:
+    """Has FSDP2 add up gradients over ranks, where it would take their mean."""
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -18,7 +18,6 @@ from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
-from rowwise.trainer.checkpoint import tensors_of
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.feed import train_batches
@@ -27,6 +26,7 @@ from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.plan.devices import device_named
 from rowwise.trainer.plan.forecast import plan_for
 from rowwise.trainer.plan.memory import memory_of
+from rowwise.trainer.states import tensors_of
 from rowwise.trainer.update import make_update
 
 WORTH = 1_000_000  # bytes: of smaller categories nothing is asked

@@ -24,12 +24,13 @@ from torch.distributed.tensor import DTensor
 
 from rowwise.kernels.rows import local, row_offset
 from rowwise.launch.compose import compose_tree
-from rowwise.optim.build import build_optimizer, named_state
+from rowwise.optim.build import named_state
 from rowwise.optim.lr_schedules import OneCycle
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.optim.sparse.masks import unpack
 from rowwise.parallel.mesh import DEGREES, Mesh, Workers, make_mesh, resolve_degrees
 from rowwise.trainer import parallelize as onto_mesh
+from rowwise.trainer.assemble import assemble as assemble_run
 from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
@@ -154,10 +155,9 @@ def run_together(ranks: Any, configs: Mapping[Key, TrainConfig], steps: int = 3)
 def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) -> Trace:
     """`coarse`: see `coarsen_`."""
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-    model = build_model(config, mesh)
     with mock.patch.object(onto_mesh, "initial_rows", coarse_rows) if coarse else nullcontext():
-        engine, sparsity = parallelize(model, config, mesh)
-    optimizer = build_optimizer(model, config.optim, config.seed)
+        built = assemble_run(config, mesh)
+    model, optimizer, sparsity = built.model, built.optimizer, built.sparsity
 
     def keep_gradients(report: StepReport) -> StepReport:
         """Before the update, in which masks may change them."""
@@ -166,7 +166,7 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
         return report
 
     at_once = config.parallel.post_validation  # they are clipped after they were judged
-    update = make_update(config, mesh, engine, optimizer, sparsity, accept if at_once else keep_gradients)
+    update = make_update(config, mesh, built.engine, optimizer, sparsity, accept if at_once else keep_gradients)
     batches = train_batches(config, mesh, data, position=0)
     trace = Trace()
     pieces: dict[tuple[str, int, str], Piece] = {}

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from rowwise.optim.lr_schedules import LrRange
 from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.activations.saved import Keeper
@@ -23,6 +21,7 @@ from rowwise.trainer.resume import changes, find_resume, recorded_by, told_of
 from rowwise.trainer.rollback import Rollbacks, pass_over
 from rowwise.trainer.spike import told_of as told_of_rollback
 from rowwise.trainer.state import TrainState
+from rowwise.trainer.states import States
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ def resume(
     config: TrainConfig,
     mesh: Mesh,
     data: Data,
-    tensors: dict[str, Tensor],
+    states: States,
     keeper: Keeper | None,
     rollbacks: Rollbacks,
 ) -> Begun:
-    """Loads the newest sound checkpoint that `config.resume` allows into `tensors` and the ranges of `keeper`; of a run that was
+    """Loads the newest sound checkpoint that `config.resume` allows into `states` and the ranges of `keeper`; of a run that was
     rolled back, its own. Says what was passed over as damaged, where it goes on, what changes, what it was rolled back by, and what
     there is to say of `keeper`."""
     told = [keeper.told] if keeper is not None and keeper.told is not None else []
@@ -52,7 +51,8 @@ def resume(
     found = from_rank_0(here, mesh.save_group)
     if not found:
         return Begun(TrainState(loss_scale=initial_loss_scale(config.precision)), Recorded(), told)
-    checkpoint, manifest, complaints = load_first_sound(found, tensors, mesh)
+    checkpoint, manifest, complaints = load_first_sound(found, tensors := states.room(), mesh)
+    states.write(tensors)
     if mesh.rank == 0:
         set_aside(Path(config.run_dir) / "checkpoints", beyond=manifest["step"])
     state = TrainState.from_tree(manifest["state"])

@@ -9,6 +9,7 @@ from rowwise.optim.build import MOMENTUM_CYCLE, STEP_BACK, check_optimizer
 from rowwise.optim.in_backward import IN_BACKWARD
 from rowwise.optim.lr_schedules import check_schedule
 from rowwise.optim.sparse.check import MASKED, check_sparsity
+from rowwise.parallel.accelerate.config import ACCELERATED
 from rowwise.parallel.activations.compress import COMPILED_CODES, SHARED_CODES
 from rowwise.parallel.activations.config import RECOMPUTE
 from rowwise.parallel.activations.ranges import RANGES_OF_CODES
@@ -72,6 +73,7 @@ def check_layout(config: TrainConfig, world_size: int) -> TrainConfig:
     """Refuses, of a run whose numbers are checked, what does not go together on `world_size` workers, and returns it with the degrees
     of the mesh filled in. Raises ValueError."""
     config = replace(config, parallel=resolve_degrees(config.parallel, world_size))
+    refuse(config, ACCELERATED)
     check_batch(config.batch, config.parallel.data_degree)
     refuse(config, (*HEADS, *WITHOUT_PIPELINE))
     if config.parallel.pipeline > 1:

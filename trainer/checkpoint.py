@@ -13,14 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
-from rowwise.optim.build import named_state
-from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.device import Mark, device_of
 from rowwise.parallel.mesh import Mesh
@@ -40,19 +38,6 @@ from rowwise.trainer.manifest import (
 from rowwise.trainer.metadata import Reader, read_metadata
 from rowwise.trainer.resume import none_left
 from rowwise.trainer.staging import Staging
-
-
-def tensors_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, sparsity: Sparsity | None = None
-) -> dict[str, Tensor]:
-    """Returns every tensor that a checkpoint holds, by its name in it."""
-    tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    for name, states in named_state(model, optimizer).items():
-        tensors |= {f"optim.{name}.{key}": tensor for key, tensor in states.items()}
-    if sparsity is not None:
-        tensors |= {f"sparsity.{name}": tensor for name, tensor in sparsity.named_state().items()}
-    return tensors
-
 
 RANGES = "ranges."
 

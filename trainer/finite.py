@@ -11,6 +11,7 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.state import TrainState
+from rowwise.trainer.states import States
 from rowwise.trainer.step import StepReport
 
 
@@ -39,9 +40,7 @@ def told(names: list[str]) -> str:
     return f"weights are not finite ({names[0]}{more})"
 
 
-def require_usable(
-    report: StepReport, config: TrainConfig, state: TrainState, tensors: dict[str, Tensor], mesh: Mesh
-) -> None:
+def require_usable(report: StepReport, config: TrainConfig, state: TrainState, states: States, mesh: Mesh) -> None:
     """Judges a step whose update was not made: a spike is passed over, and where the gradient is no number, fp16 passes it over as
     long as a smaller loss scale may help, and a range test ends by it; anything else stops the run, before it is spoilt where
     that is possible. Says whether the weights were spoilt already, by the update before, whose own loss was a number. Raises
@@ -50,7 +49,7 @@ def require_usable(
         return
     if config.precision.name == "fp16" and state.loss_scale.scale > 1:
         return
-    spoilt = of_any_rank(not_finite(tensors), mesh)
+    spoilt = of_any_rank(not_finite(states.read()), mesh)
     weights = "the weights are finite, as they were before it"
     if config.optim.in_backward:
         weights = "the weights have taken it (optim.in_backward)"

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rowwise.kernels.cross_entropy import Loss
 from rowwise.kernels.rows import local
-from rowwise.optim.optimizer import Optimizer
 from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
@@ -32,6 +32,7 @@ from rowwise.trainer.plan.memory import memory_of
 from rowwise.trainer.plan.works import unknown
 from rowwise.trainer.profile import FOLDER
 from rowwise.trainer.stages import Plan
+from rowwise.trainer.states import States
 
 Bytes = dict[str, int]
 
@@ -85,8 +86,8 @@ def watching(
 def _seen(
     config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, watches: bool, first: bool
 ) -> Iterator[Watch]:
-    """Sees every operation, if it `watches` and can: not compiled, and on a CPU."""
-    if not watches or config.compile or mesh.device.type != "cpu":
+    """Sees every operation, if it `watches` and can: not compiled, of torch itself, and on a CPU."""
+    if not watches or config.compile or config.parallel.backend != "torch" or mesh.device.type != "cpu":
         yield Watch(None, first)
         return
     stages = list(model.decoders.values()) if isinstance(model, StagedDecoder) else [model]
@@ -123,7 +124,9 @@ def _tell(seen: Lifetimes, stage: Decoder, norm: nn.Module) -> list[RemovableHan
     return [norm.register_forward_hook(begins), stage.register_forward_hook(ends)]
 
 
-def measured_bytes(watch: Watch, model: nn.Module, optimizer: Optimizer, masks: int) -> tuple[Bytes, StateBytes]:
+def measured_bytes(
+    watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, masks: int
+) -> tuple[Bytes, StateBytes]:
     """Counts what a rank held in the step, by category, and `total`; and what it holds now, when its gradients are there."""
     now = measure(model, optimizer)
     if watch.seen is None:
@@ -151,15 +154,16 @@ def keep_memory(
     config: TrainConfig,
     mesh: Mesh,
     model: Decoder | StagedDecoder,
-    optimizer: Optimizer,
-    tensors: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    states: States,
     watch: Watch,
 ) -> None:
     """Measures on every rank, after the first step; rank 0 writes. One message of a few numbers a rank, over `mesh.save_group`."""
     if not watch.first:
         return
-    masks = mask_bytes_of(tensors)
-    measured, now = measured_bytes(watch, model, optimizer, masks)
+    by_torch = config.parallel.backend == "torch"
+    masks = mask_bytes_of(states.read()) if by_torch else 0
+    measured, now = measured_bytes(watch, model, optimizer, masks) if by_torch else ({}, states.held())
     plan = plan_made(model) if isinstance(model, StagedDecoder) else None
     known = unknown(config) is None
     predicted = memory_of(config, mesh.rank, mesh.device.type == "cuda", plan) if known else None

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from rowwise.parallel.mesh import pick_device
+from rowwise.trainer.accelerate.require import check_engine, check_engine_here
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import batch_bytes
@@ -35,7 +36,9 @@ def examine(config: TrainConfig, world_size: int, here: bool = True) -> TrainCon
     """Checks the configuration against the world, the data, the files it names and the checkpoints; returns it with
     degrees and defaults filled in. `here`: also against the devices and the memory of this machine. Raises ValueError."""
     config = check(config, world_size)
+    check_engine(config)
     if here:
+        check_engine_here(config, pick_device(0).type)
         check_semi_structured(config, pick_device(0))
         check_folder(config)
         check_watched(config.compile, config.profile.memory_step, pick_device(0).type)

@@ -19,6 +19,7 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.shard import clip_factor, gradient_squares, gradients
 from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.engine import Engine
 from rowwise.trainer.loss import mean_loss
 
@@ -142,6 +143,12 @@ def told_by_all(asked: float, damaged: float, digests: float, squares: float, pa
         "save": bool(number & SAVE),
         "pairs": round(pairs),
     }
+
+
+def valid_tokens(batches: list[MicroBatch], device: torch.device) -> Tensor:
+    """Counts the tokens of these micro-batches that have a label, a float64 scalar on the device."""
+    counts = [(batch.labels.to(device, non_blocking=True) != IGNORE).sum() for batch in batches]
+    return torch.stack(counts).sum().double()
 
 
 def mean_factor(tokens: int, given: StepInput) -> float:

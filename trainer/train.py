@@ -3,7 +3,7 @@
 import functools
 import gc
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,15 @@ import torch.distributed as dist
 from torch import nn
 
 from rowwise.kernels.products import float32_products
-from rowwise.optim.build import assignments, build_optimizer, set_step
+from rowwise.optim.build import set_step
 from rowwise.optim.lr_schedules import LrRange
 from rowwise.parallel.activations.saved import Keeper, open_stores
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import product_precision
-from rowwise.trainer.activations import keeper_in
+from rowwise.trainer.assemble import assemble
 from rowwise.trainer.begin import range_test, resume
-from rowwise.trainer.build import build_model
-from rowwise.trainer.checkpoint import Saver, tensors_of
+from rowwise.trainer.checkpoint import Saver
 from rowwise.trainer.clock import Clock
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.open import Data
@@ -35,8 +34,7 @@ from rowwise.trainer.memory import keep_memory, watching
 from rowwise.trainer.metrics import Recorded
 from rowwise.trainer.norms import norms_of_next
 from rowwise.trainer.offloading import require_folder
-from rowwise.trainer.parallelize import parallelize
-from rowwise.trainer.pipeline import keep_trace, of_every_stage
+from rowwise.trainer.pipeline import keep_trace
 from rowwise.trainer.profile import Profiler
 from rowwise.trainer.record import number_or_none, sparsity_record, step_record
 from rowwise.trainer.report import Outlets, Reporter, open_reporter
@@ -80,19 +78,17 @@ def _train(
 ) -> TrainState | Rollbacks:
     """From where the run stands to its end, or to a spike that it goes back from: what it goes back by is given to the next
     call, which heeds a `stop` that was asked for meanwhile."""
-    model = build_model(config, mesh)
-    engine, sparsity = parallelize(model, config, mesh)
-    optimizer = build_optimizer(model, config.optim, config.seed)
-    tensors, keeper = tensors_of(model, optimizer, sparsity), keeper_in(model)
-    begun = resume(config, mesh, data, tensors, keeper, rollbacks)
+    built = assemble(config, mesh)
+    model, engine, optimizer, states = built.model, built.engine, built.optimizer, built.states
+    begun = resume(config, mesh, data, states, built.keeper, rollbacks)
     state, first, back, saved = begun.state, begun.state.step, Rollbacks(), dict[str, float]()
     set_step(optimizer, state.updates)
-    update = make_update(config, mesh, engine, optimizer, sparsity, functools.partial(judge, config, state))
-    with float32_products(product_precision(config.precision, mesh.device)), open_stores(model), ExitStack() as stack:
-        parts = of_every_stage(assignments(model, optimizer), mesh)
-        reporter = stack.enter_context(open_reporter(config, mesh, data, begun, parts, outlets))
+    update = make_update(config, mesh, engine, optimizer, built.sparsity, functools.partial(judge, config, state))
+    products = float32_products(product_precision(config.precision, mesh.device))
+    with products, open_stores(model), closing(built), ExitStack() as stack:
+        reporter = stack.enter_context(open_reporter(config, mesh, data, begun, built.assignments, outlets))
         outlets.tell_start(config, mesh, first)
-        test, saver = range_test(config, mesh, first), stack.enter_context(make_saver(config, mesh, keeper))
+        test, saver = range_test(config, mesh, first), stack.enter_context(make_saver(config, mesh, built.keeper))
         feed = stack.enter_context(Feed(config, mesh, data, state.position))
         clock, stopping = Clock(config, mesh.rank, begun.manifest), test is not None and test.over
         stop.hear(reporter.say)
@@ -108,16 +104,16 @@ def _train(
             if not report.sound:
                 saver.wait()  # an error would end the save under way
                 require_sound(data, mesh, first, state.step, fed.digest)
-            keep_memory(config, mesh, model, optimizer, tensors, watch)
+            keep_memory(config, mesh, model, optimizer, states, watch)
             optimizer.zero_grad()
             if report.spike is not None and (back := answer_spike(config, mesh, state, report, saver, reporter)):
                 return state if report.stop else back
             if not report.applied:
                 saver.wait()  # an error would end the save under way
-                require_usable(report, config, state, tensors, mesh)
+                require_usable(report, config, state, states, mesh)
             advance(state, report, config)
             record = step_record(config, mesh, state, report, given.loss_scale, fed.seconds(), fed.data_seconds)
-            record |= measured | profiler.end(state.step) | sparsity_record(sparsity, config, state.step)
+            record |= measured | profiler.end(state.step) | sparsity_record(built.sparsity, config, state.step)
             record |= spike_record(state.spikes, state.step, report.spike, "skipped" if report.held else "recorded")
             if report.evaluate or config.eval.due(state.step, config.length):
                 record |= eval_record(config, mesh, engine, data, clock)
@@ -128,7 +124,9 @@ def _train(
             if stopping or report.save or config.checkpoint.due(state.step, config.length):
                 saver.wait()  # its messages are not to meet those of the next line
                 require_sound(data, mesh, first, state.step)
-                saver.save(state.step, tensors, manifest_of(config, mesh, data, state, reporter.sync()) | clock.kept())
+                saver.save(
+                    state.step, states.read(), manifest_of(config, mesh, data, state, reporter.sync()) | clock.kept()
+                )
                 clock.saved()
                 saved = {"save_seconds": time.perf_counter() - started}
         saver.wait()

@@ -1,7 +1,7 @@
 """What makes a step of a run, as configured: the forward and backward of its micro-batches, and the optimizer's update.
 
-A step has one of three forms, which take and give the same: in order; at once, where ranks of a pipeline do not wait for the
-norm of all gradients; and in the backward. An engine that owns its step as well would be a fourth.
+A step has one of four forms, which take and give the same: in order; at once, where ranks of a pipeline do not wait for the
+norm of all gradients; in the backward; and DeepSpeed's own.
 """
 
 import functools
@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.optim.build import follow_schedule
+from rowwise.optim.flat import FlatOptimizer
 from rowwise.optim.in_backward import InBackward
 from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import clip_factor, gradients
+from rowwise.trainer.accelerate.engine import DeepSpeedEngine, step_by_deepspeed
 from rowwise.trainer.activations import ranges_of
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.data.batches import MicroBatch
-from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.engine import Engine
 from rowwise.trainer.loss import mean_loss
 from rowwise.trainer.step import (
@@ -34,6 +34,7 @@ from rowwise.trainer.step import (
     read_totals,
     scale_,
     told_by_all,
+    valid_tokens,
 )
 
 Update = Callable[[StepInput], StepReport]
@@ -50,14 +51,18 @@ def make_update(
     config: TrainConfig,
     mesh: Mesh,
     engine: Engine,
-    optimizer: Optimizer,
+    optimizer: Optimizer | FlatOptimizer,
     sparsity: Sparsity | None,
     judge: Judge = accept,
 ) -> Update:
     """Makes the function that makes a step of the run: its learning rate, its gradients, and its update, in the form that the
     configuration asks for. The gradients it used stay until they are let go. What is not for `judge` to hold is the update in
     the backward, which is made before its numbers are known."""
-    if config.optim.in_backward:
+    if isinstance(engine, DeepSpeedEngine):
+        form = functools.partial(step_by_deepspeed, engine, mesh, judge)
+    elif isinstance(optimizer, FlatOptimizer):
+        raise TypeError("flat pieces are DeepSpeed's: no other engine has them")
+    elif config.optim.in_backward:
         assert engine.complete is not None
         in_backward = InBackward(optimizer, engine.complete)
         form = functools.partial(step_in_backward, engine, in_backward, mesh, judge)
@@ -164,12 +169,6 @@ def step_in_backward(engine: Engine, optimizer: InBackward, mesh: Mesh, judge: J
     norm = math.sqrt(norm_squared) if math.isfinite(norm_squared) else math.inf
     report = StepReport(mean_loss(loss_sum, count), norm, int(count), **told_by_all(*told))
     return replace(judge(report), held=False)
-
-
-def valid_tokens(batches: list[MicroBatch], device: torch.device) -> Tensor:
-    """Counts the tokens of these micro-batches that have a label, a float64 scalar on the device."""
-    counts = [(batch.labels.to(device, non_blocking=True) != IGNORE).sum() for batch in batches]
-    return torch.stack(counts).sum().double()
 
 
 def may_begin_next(config: TrainConfig, step: int) -> bool:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import Workers
-from rowwise.trainer.checkpoint import Writer, tensors_of
+from rowwise.trainer.checkpoint import Writer
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.convert.foreign import MASTER, Foreign, key_of
 from rowwise.trainer.convert.names import theirs_by_ours
@@ -28,6 +28,7 @@ from rowwise.trainer.metrics import Recorded
 from rowwise.trainer.models.decoder import Decoder, parameter_specs
 from rowwise.trainer.parallelize import parameter_dtype
 from rowwise.trainer.state import TrainState
+from rowwise.trainer.states import tensors_of
 from rowwise.trainer.train import manifest_of
 
 Read = Callable[[str], Tensor]

@@ -33,6 +33,11 @@ class Work:
 
 def unknown(config: TrainConfig) -> str | None:
     """Says why nobody knows what the layers of a run keep on the device; None where it is known."""
+    if config.parallel.backend != "torch":
+        return (
+            f"parallel.backend={config.parallel.backend}: what its engine holds beside the layers is not forecast; give "
+            "parallel.backend=torch to see what a run holds that splits the same states"
+        )
     if results_of(config) is None:
         return (
             f"model.block={config.model.block}: its layers do not say what they make, so that nobody knows what they keep; give the "

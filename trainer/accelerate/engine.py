@@ -1,0 +1,106 @@
+"""DeepSpeed as an engine, and the step that it makes: it averages, clips and updates by itself.
+
+It divides the sum of what ranks give it by their number, so each gives as many times its share: the gradient is that of the mean
+loss over all valid tokens of the global batch, as everywhere here. These are counted before the forward, since nothing can be
+divided when DeepSpeed has clipped.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rowwise.optim.flat import FlatOptimizer
+from rowwise.parallel.activations.saved import begin_sequences
+from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.pipeline import Trace
+from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.loss import mean_loss, summed_loss
+from rowwise.trainer.step import StepInput, StepReport, told_by_all, valid_tokens
+
+
+@dataclass(frozen=True)
+class DeepSpeedEngine:
+    """Runs a model that DeepSpeed's `engine` has split. `optimizer`: the one that DeepSpeed calls on its flat pieces."""
+
+    engine: Any
+    optimizer: FlatOptimizer
+    device: torch.device
+
+    complete = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.engine.module
+
+    def begin(self, batches: list[MicroBatch], trace: Trace | None = None) -> None:
+        """Does nothing: each forward is followed by its backward."""
+
+    def forward_backward(self, batches: list[MicroBatch], scale: float | Tensor, trace: Trace | None = None) -> Tensor:
+        """Leaves in DeepSpeed what `step` makes an update of. `scale`: of the mean over ranks, which is what it takes."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(batches, 1):
+            begin_sequences(self.model, batch.first)
+            self.engine.set_gradient_accumulation_boundary(number == len(batches))
+            loss, tokens = summed_loss(self.engine, batch.to(self.device), scale)
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            totals += torch.stack((loss.detach(), tokens)).double()
+            if number < len(batches):
+                self.engine.step()  # counts the micro-batch, no more
+        return totals
+
+    def scale_loss_by(self, scale: float) -> None:
+        """Sets the loss scale of the next step, which DeepSpeed multiplies by in the backward and divides by in its step."""
+        if self.engine.fp16_enabled():
+            self.engine.optimizer.loss_scaler.cur_scale = scale
+
+    def step(self) -> float:
+        """Clips and updates, unless the norm of the gradients is not finite. Returns that norm, before clipping."""
+        self.optimizer.begin_step()
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        finite = not self.engine.optimizer.overflow and norm is not None and math.isfinite(norm)
+        return float(norm) if finite else math.inf
+
+    def abandon(self) -> None:
+        """Does nothing: nothing was begun."""
+
+    @torch.no_grad()
+    def losses(self, batches: Iterable[MicroBatch]) -> Tensor:
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            totals += torch.stack(summed_loss(self.engine, batch.to(self.device))).double()
+        return totals
+
+    @torch.no_grad()
+    def logits(self, batch: MicroBatch, place: int | None, refresh: bool) -> Tensor:
+        here = batch.to(self.device)
+        every = self.engine(here.inputs, here.positions)[0]
+        return every[place].double() if place is not None else every.new_zeros(every.size(-1), dtype=torch.float64)
+
+    def release(self) -> None:
+        """Does nothing: DeepSpeed frees what it gathered when a layer is over."""
+
+
+def step_by_deepspeed(
+    engine: DeepSpeedEngine, mesh: Mesh, judge: Callable[[StepReport], StepReport], given: StepInput
+) -> StepReport:
+    """Makes the whole step, up to the update. Beside what DeepSpeed moves, two all-reduces over all ranks, of 1 and of 7 float64. What
+    is no number, in the loss or in the gradients, changes no parameter."""
+    here = [batch.to(mesh.device) for batch in given.batches]
+    tokens = valid_tokens(here, mesh.device)
+    dist.all_reduce(tokens)
+    totals = torch.zeros(7, dtype=torch.float64, device=mesh.device)
+    engine.scale_loss_by(given.loss_scale)
+    totals[:2] = engine.forward_backward(here, mesh.world_size / tokens.clamp_min(1).float())
+    given.status.put(totals[2:])
+    dist.all_reduce(totals)
+    loss_sum, count, *told = totals.tolist()
+    report = StepReport(mean_loss(loss_sum, count), math.inf, int(count), **told_by_all(*told))
+    if not report.sound or not math.isfinite(loss_sum):
+        return judge(report)
+    return replace(judge(replace(report, grad_norm=engine.step())), held=False)

@@ -1,0 +1,61 @@
+"""What a run consists of on this rank: what runs its model, what changes it, and what a checkpoint holds of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rowwise.optim.build import Assignments, assignments, build_optimizer
+from rowwise.optim.flat import FlatOptimizer
+from rowwise.optim.optimizer import Optimizer
+from rowwise.optim.sparse.build import Sparsity
+from rowwise.parallel.accelerate.config import accelerated, by_deepspeed
+from rowwise.parallel.activations.saved import Keeper
+from rowwise.parallel.mesh import Mesh
+from rowwise.trainer.accelerate.deepspeed import on_deepspeed, remove_files
+from rowwise.trainer.accelerate.fsdp2 import on_fsdp2
+from rowwise.trainer.activations import keeper_in
+from rowwise.trainer.build import build_model
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.engine import Engine
+from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.parallelize import parallelize
+from rowwise.trainer.pipeline import StagedDecoder, of_every_stage
+from rowwise.trainer.states import LiveStates, States
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A run on this rank. `model`: the decoder, or this rank's stages of it. `assignments`: which rule the parameters of each stage
+    follow. `close`:
+    removes what it has beside memory."""
+
+    model: Decoder | StagedDecoder
+    engine: Engine
+    optimizer: Optimizer | FlatOptimizer
+    sparsity: Sparsity | None
+    states: States
+    assignments: list[Assignments]
+    close: Callable[[], None] = lambda: None
+
+    @property
+    def keeper(self) -> Keeper | None:
+        """What keeps the results of its layers for the backward; None where they are kept as they are."""
+        return keeper_in(self.model)
+
+
+def assemble(config: TrainConfig, mesh: Mesh) -> Assembled:
+    """Builds the model of a run, puts it on the mesh, and gives it its optimizer. All ranks call it. Raises EngineUnfit."""
+    model = build_model(config, mesh)
+    engine: Engine
+    if by_deepspeed(config):
+        assert isinstance(model, Decoder)
+        engine, flat, kept, told = on_deepspeed(model, config, mesh)
+        return Assembled(model, engine, flat, None, kept, [told], lambda: remove_files(config, mesh.rank))
+    if accelerated(config):
+        assert isinstance(model, Decoder)
+        engine, sparsity = on_fsdp2(model, config, mesh), None
+    else:
+        engine, sparsity = parallelize(model, config, mesh)
+    optimizer = build_optimizer(model, config.optim, config.seed)
+    states = LiveStates(model, optimizer, sparsity)
+    rules = of_every_stage(assignments(model, optimizer), mesh)
+    return Assembled(model, engine, optimizer, sparsity, states, rules)
