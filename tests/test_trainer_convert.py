@@ -220,6 +220,16 @@ def test_a_universal_checkpoint_becomes_a_run(flat, inside, words, tmp_path):
     assert (state["step"], state["position"], state["updates"]) == (5, 120, 4)
 
 
+def test_what_tensor_parallelism_had_cut_is_whole_in_a_universal_checkpoint(words, tmp_path):
+    states, ours = states_of(words)
+    tag = save_universal(tmp_path / "saved", states, flat=False)
+    parts = {name: {"fp32": found["fp32"][:1]} for name, found in states.items()}
+    for rank in (0, 1):
+        pickles.save(model_states(parts, mp_world_size=2), tag / f"mp_rank_0{rank}_model_states.pt")
+    assert convert.main([f"from={tag}", f"to={tmp_path}/run", *words]) == 0
+    assert_converted(tmp_path / "run", ours)
+
+
 @pytest.mark.parametrize("names", [None, "rowwise"])
 def test_a_run_becomes_a_universal_checkpoint_and_one_of_ours_again(names, words, tmp_path, capsys):
     states, ours = states_of(words)
@@ -234,6 +244,26 @@ def test_a_run_becomes_a_universal_checkpoint_and_one_of_ours_again(names, words
     assert convert.main([f"from={tmp_path}/universal", f"to={tmp_path}/back", *words]) == 0
     assert assert_converted(tmp_path / "back", ours) == assert_converted(tmp_path / "run", ours)
     assert "warning" not in capsys.readouterr().err
+
+
+def test_an_engine_is_given_the_next_steps_learning_rate(words, tmp_path):
+    falling = [
+        *(word for word in words if not word.startswith("schedule")),
+        "schedule=cosine",
+        "schedule.warmup_steps=2",
+    ]
+    save_zero(tmp_path / "saved", states_of(words)[0], 2)
+    for source, target in (("saved", "run"), ("run", "universal")):
+        assert (
+            convert.main(
+                [f"from={tmp_path}/{source}", f"to={tmp_path}/{target}", *(falling if source == "saved" else [])]
+            )
+            == 0
+        )
+    common = pickles.load(tmp_path / "universal" / "global_step5_universal" / "zero" / "optimizer_state.pt")
+    config = config_from_tree(compose_tree(falling))
+    assert {group["lr"] for group in common["param_groups"]} == {config.optim.lr * config.schedule.factor(5, 10)}
+    assert config.schedule.factor(5, 10) < config.schedule.factor(4, 10)
 
 
 def test_lions_momentum_goes_on_and_adams_moments_do_not_in_lion(words, tmp_path, capsys):
@@ -302,6 +332,13 @@ def test_a_loss_scale_goes_there_and_back(words, tmp_path):
     scales = [assert_converted(tmp_path / run, ours)["loss_scale"] for run in ("run", "back")]
     assert scales == [{"scale": 1024.0, "good_steps": 2, "skipped": 1}] * 2
     assert LossScale(**scales[0]).good_steps == 2
+
+
+def test_a_loss_scaler_that_is_none_is_refused(words, tmp_path, capsys):
+    scaler = dynamic(5, 1, 0)
+    save_zero(tmp_path / "saved", states_of(words)[0], 2, scaler=scaler)
+    said = refused(capsys, f"from={tmp_path}/saved", f"to={tmp_path}/run", *words, "precision=fp16")
+    assert "global_step5 is not as DeepSpeed writes it" in said
 
 
 def test_what_the_script_had_otherwise_is_told(words, tmp_path, capsys):

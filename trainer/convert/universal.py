@@ -135,7 +135,8 @@ def _optimizer_state(source: Source, step: Any) -> dict[str, Any]:
     it is not known here."""
     optim, precision = source.config["optim"], source.config["precision"]
     settings: dict[str, Any] = {key: optim[key] for key in ("betas", "eps") if key in optim}
-    if (rate := rate_of(source.config, source.manifest["step"] - 1)) is not None:
+    # The next step's, since a schedule sets it behind each step.
+    if (rate := rate_of(source.config, min(source.manifest["step"], source.config["steps"] - 1))) is not None:
         settings["lr"] = rate
     groups = [settings] * GROUPS
     tree: dict[str, Any] = {
