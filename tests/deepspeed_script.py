@@ -65,7 +65,7 @@ def engine_settings(config: TrainConfig, told: dict[str, Any], world: int) -> di
             "stage": told["stage"],
             "stage3_param_persistence_threshold": 40,
             "sub_group_size": 2000,
-            "round_robin_gradients": told["stage"] == 2,
+            "round_robin_gradients": told.get("round_robin", False),
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -78,6 +78,8 @@ def states_of(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     """Every parameter and its moments, whole, as DeepSpeed itself puts them together."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    if engine.zero_round_robin_gradients():  # of which DeepSpeed itself finds others than it is asked for
+        return {name: {"fp32": p.detach().clone()} for name, p in engine.module.named_parameters()}
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         # Done once, after the first group's first step, when the others have no states yet.
         engine.optimizer._hp_optimizer_states_linked = False

@@ -22,7 +22,7 @@ from rowwise.parallel.precision import LossScale, next_loss_scale
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.convert import pickles
 from rowwise.trainer.convert.foreign import Counts, Foreign
-from rowwise.trainer.convert.pickles import DynamicScaler, Fragment, Scaler, Stage
+from rowwise.trainer.convert.pickles import DynamicScaler, Scaler, Stage
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.prepare import examine
@@ -90,6 +90,11 @@ def cut(flat: Tensor, ranks: int) -> list[Tensor]:
     return list(torch.cat([flat, torch.full((size * ranks - flat.numel(),), -7.0)]).split(size))
 
 
+def fills(states: States) -> list[list[int]]:
+    """By how much each parameter of a group is filled up."""
+    return [[-states[name]["fp32"].numel() % 8 for name in group] for group in in_groups(states)]
+
+
 def save_zero(folder: Path, states: States, stage: int, ranks: int = 2, scaler: Any = None, **more: Any) -> Path:
     """Saves as an engine does."""
     tag = folder / "global_step5"
@@ -114,7 +119,7 @@ def save_zero(folder: Path, states: States, stage: int, ranks: int = 2, scaler: 
             tree |= {"optimizer_state_dict": inner, "fp32_flat_groups": [g["fp32"] for g in groups]}
         else:
             tree |= {"base_optimizer_state": inner, "single_partition_of_fp32_groups": [g["fp32"] for g in groups]}
-            tree |= {"partition_count": [ranks, ranks], "param_slice_mappings": _mappings(states, rank, ranks)}
+            tree |= {"partition_count": [ranks, ranks], "param_alignment_paddings": fills(states)}
         pickles.save({"optimizer_state_dict": tree}, tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
         if stage == 3 or rank == 0:
             name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
@@ -126,25 +131,9 @@ def _laid(states: States, group: list[str], key: str, ranks: int, stage: int) ->
     """What each rank has of a state of a group."""
     flats = [states[name][key].flatten() for name in group]
     if stage < 3:
-        return cut(torch.cat(flats), ranks)
+        filled = zip(flats, fills(states)[int(group[0] not in in_groups(states)[0])], strict=True)
+        return cut(torch.cat([part for flat, fill in filled for part in (flat, torch.full((fill,), -7.0))]), ranks)
     return [torch.cat(parts) for parts in zip(*(cut(flat, ranks) for flat in flats), strict=True)]
-
-
-def _mappings(states: States, rank: int, ranks: int) -> list[Any]:
-    found = []
-    for group in in_groups(states):
-        sizes = [states[name]["fp32"].numel() for name in group]
-        part = -(-sum(sizes) // ranks)
-        places, begin = OrderedDict(), 0
-        for name, size in zip(group, sizes, strict=True):
-            first, last = max(begin, rank * part), min(begin + size, (rank + 1) * part)
-            if first < last:
-                places[name] = fragment = Fragment()
-                vars(fragment).update(start=first - rank * part, numel=last - first)
-                vars(fragment).pop("given")
-            begin += size
-        found.append(places)
-    return found
 
 
 def _static() -> Scaler:

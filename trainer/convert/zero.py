@@ -4,9 +4,10 @@
     global_step100/zero_pp_rank_R_mp_rank_00_model_states.pt            the same, of each rank (stage 3)
     global_step100/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt     rank R's part of every state, flat
 
-Stages 1 and 2 lay the parameters of a group end to end and give every rank an equal part: what of a parameter is whose stands in
-`param_slice_mappings`. Stage 3 cuts every parameter by itself into equal parts, the last filled up, and lays a rank's parts end to
-end. (deepspeed.runtime.zero.stage_1_and_2 and stage3, and how deepspeed.checkpoint.ds_to_universal reads them, of 0.19.8.)
+Stages 1 and 2 lay the parameters of a group end to end, in the order of `param_shapes` and with what each is filled up by, and give
+every rank an equal part. (`param_slice_mappings` says so too, and names the wrong ones where gradients go round robin.) Stage 3 cuts
+every parameter by itself into equal parts, the last filled up, and lays a rank's parts end to end.
+(deepspeed.runtime.zero.stage_1_and_2 and stage3, and how deepspeed.utils.zero_to_fp32 reads them, of 0.19.8.)
 """
 
 import re
@@ -38,7 +39,7 @@ def read_zero(folder: Path) -> Foreign:
     if frozen:
         raise ValueError(f"{path} has frozen parameters ({', '.join(frozen)}), and a run of ours learns them all")
     optimizer: Mapping[str, Any] = {}
-    files = rank_files(folder)
+    files, parts = rank_files(folder), list[int]()
     for rank, file in enumerate(files):
         tree = load(file)
         with as_written_by_deepspeed(file):
@@ -50,8 +51,13 @@ def read_zero(folder: Path) -> Foreign:
                 "checkpoint"
             )
         with as_written_by_deepspeed(file):
-            by_stage = _of_stage_3 if "fp32_flat_groups" in optimizer else _of_stages_1_and_2
-            for name, states in by_stage(optimizer, groups, rank, len(files)):
+            if "fp32_flat_groups" in optimizer:
+                mine = _of_stage_3(optimizer, groups, rank, len(files))
+            else:
+                # The last rank's part is cut to what is filled.
+                parts = parts or [flat.numel() for flat in optimizer["single_partition_of_fp32_groups"]]
+                mine = _of_stages_1_and_2(optimizer, groups, rank, parts)
+            for name, states in mine:
                 for state, piece in states.items():
                     pieces[name].setdefault(state, []).append(piece)
     with as_written_by_deepspeed(files[-1]):
@@ -130,13 +136,17 @@ def _torch_state(optimizer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _of_stages_1_and_2(
-    optimizer: Mapping[str, Any], groups: list[Mapping[str, torch.Size]], rank: int, ranks: int
+    optimizer: Mapping[str, Any], groups: list[Mapping[str, torch.Size]], rank: int, parts: list[int]
 ) -> Iterator[tuple[str, Flat]]:
-    """What a rank has of every parameter."""
+    """What a rank has of every parameter, of groups of which each rank has so many numbers (`parts`)."""
     flats = _flats(optimizer, optimizer["single_partition_of_fp32_groups"])
-    for flat, places in zip(flats, optimizer["param_slice_mappings"], strict=True):
-        for name, place in places.items():
-            yield name, {state: _part(tensor, place.start, place.numel) for state, tensor in flat.items()}
+    fills = optimizer.get("param_alignment_paddings") or [[0] * len(group) for group in groups]
+    for flat, shapes, fill, part in zip(flats, groups, fills, parts, strict=True):
+        begin = -rank * part
+        for (name, shape), filled in zip(shapes.items(), fill, strict=True):
+            first, last = max(0, begin), max(0, min(part, begin + shape.numel()))
+            yield name, {state: _part(tensor, first, max(0, last - first)) for state, tensor in flat.items()}
+            begin += shape.numel() + filled
 
 
 def _of_stage_3(
@@ -146,7 +156,7 @@ def _of_stage_3(
     for flat, shapes in zip(_flats(optimizer, optimizer["fp32_flat_groups"]), groups, strict=True):
         start = 0
         for name, shape in shapes.items():
-            size = torch.Size(shape).numel()
+            size = shape.numel()
             part = -(-size // ranks)
             mine = max(0, min(part, size - rank * part))
             yield name, {state: _part(tensor, start, mine) for state, tensor in flat.items()}
