@@ -27,7 +27,7 @@ from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.models.decoder import parameter_specs
 from runs import final_tensors, run_train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 SAVED, STEPS = 5, 10
 TIMEOUT_SECONDS = 900
