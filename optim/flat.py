@@ -34,6 +34,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         for group in self._groups:
             group["step"] += 1
 
+    def take_back_step(self) -> None:
+        """Counts an update less: the one that was begun was not made."""
+        for group in self._groups:
+            group["step"] -= 1
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does nothing: the gradients of pieces are DeepSpeed's, which drops them or uses them again."""
 

@@ -1,7 +1,9 @@
 """What DeepSpeed is told of a run, files of one's own, and the optimizer of flat pieces: all without DeepSpeed."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from rowwise.optim.build import build_optimizer
 from rowwise.optim.flat import FlatOptimizer
 from rowwise.parallel.accelerate.deepspeed_json import deepspeed_json
 from rowwise.parallel.accelerate.files import check_file, settings_of
+from rowwise.trainer.accelerate.engine import DeepSpeedEngine
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.models.decoder import Decoder
 
@@ -94,6 +97,26 @@ CONTRADICTIONS = {
     "an optimizer": ({"optimizer": {"type": "AdamW"}}, "'optimizer' is not read from there; give optim="),
     "a scheduler": ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is not read from there; give schedule="),
     "unknown": ({"elasticity": {"enabled": True}}, "unknown key 'elasticity'; possible are "),
+    "what DeepSpeed does not know": (
+        {"zero_optimization": {"no_such_key": True}},
+        "zero_optimization.no_such_key=True would not be read, or would change what is computed; possible are allgather_",
+    ),
+    "pieces that it reads in another order": (
+        {"zero_optimization": {"round_robin_gradients": True}},
+        "zero_optimization.round_robin_gradients=True would not be read, or would change",
+    ),
+    "no norm": (
+        {"zero_optimization": {"compute_grad_norm": False}},
+        "zero_optimization.compute_grad_norm=False would not be read, or would change",
+    ),
+    "a part that stays on the device": (
+        {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
+        "zero_optimization.offload_optimizer.ratio=0.5 would not be read, or would change",
+    ),
+    "masters of 16 bits": (
+        {"bf16": {"bf16_master_weights_and_grads": True}},
+        "bf16.bf16_master_weights_and_grads=True would not be read, or would change",
+    ),
     "a loss scale": ({"fp16": {"initial_scale_power": 8}}, "fp16.initial_scale_power is not read from there"),
 }
 OF_ACCELERATE = {
@@ -177,6 +200,32 @@ def test_flat_pieces_change_as_the_parameters_they_are_cut_from(rule):
         names = {p: name for name, p in models[1].named_parameters()}
         expected = torch.cat([models[0].get_parameter(names[p]).detach().flatten() for p in params])
         assert torch.equal(torch.cat([part.detach() for part in parts]), expected)
+
+
+class Overflowing:
+    """An engine of DeepSpeed's whose every step finds no finite norm, and makes no update."""
+
+    def __init__(self):
+        self.optimizer = SimpleNamespace(overflow=True)
+
+    def step(self) -> None: ...
+
+    def get_global_grad_norm(self) -> float:
+        return math.inf
+
+
+def test_an_update_that_was_not_made_is_not_counted():
+    """AdamW's correction of its first moments goes by the number of updates."""
+    config = config_from_tree(compose_tree(["model=tiny", "model.layers=1", "model.dim=32", "model.vocab_size=50"]))
+    model = Decoder(config.model)
+    flat = FlatOptimizer(build_optimizer(model, config.optim), dict(model.named_parameters()))
+    assert DeepSpeedEngine(Overflowing(), flat, torch.device("cpu")).step() == math.inf
+    assert {group["step"] for group in flat.param_groups} == {0}
+
+
+def test_codes_are_not_made_twice_of_one_result(tmp_path):
+    with pytest.raises(ValueError, match=r"memory.compress=int8 .* parallel.zero=3: .*; give memory.compress=none, "):
+        run_of(tmp_path, "parallel.zero=3", "memory.compress=int8")
 
 
 @pytest.fixture

@@ -167,6 +167,13 @@ ACCELERATED: Refusals = (
         "profile.memory_step={profile.memory_step} with parallel.backend=accelerate: what it holds is not told apart; give "
         "profile.memory_step=0, or parallel.backend=torch",
     ),
+    Refusal(
+        ("memory.compress", "parallel.backend", "parallel.zero"),
+        lambda run: by_deepspeed(run) and run.parallel.zero == 3 and run.memory.compress != "none",
+        "memory.compress={memory.compress} with parallel.backend=accelerate parallel.zero=3: DeepSpeed wraps what layers hand on, so "
+        "one result would be rounded more than once; give memory.compress=none, parallel.zero=1 or 2, parallel.accelerate=fsdp2, or "
+        "parallel.backend=torch",
+    ),
     _needs_stage_3("offload_params", lambda ds: ds.offload_params is not None),
     _needs_stage_3("offload_optimizer", lambda ds: ds.offload_optimizer not in (None, "cpu")),
     _needs_stage_3("hpz", lambda ds: ds.hpz > 1),

@@ -14,6 +14,23 @@ OPEN_KEYS = (
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "communication_data_type", "prescale_gradients",
     "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather",
 )  # fmt: skip
+# What a group may hold beside that; a group that is not here may hold anything, since it only watches. Not round_robin_gradients: what
+# DeepSpeed then tells of where a parameter stands in a flat piece is of another one.
+OPEN_IN = {
+    "zero_optimization": (
+        "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce", "allgather_partitions",
+        "allgather_bucket_size", "overlap_comm", "sub_group_size",
+        "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_module_granularity_threshold",
+        "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "stage3_gather_16bit_weights_on_model_save",
+        "memory_efficient_linear", "log_trace_cache_warnings", "enable_sanity_checks",
+    ),
+    "zero_optimization.offload_optimizer": ("nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init"),
+    "zero_optimization.offload_param": ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"),
+    "bf16": ("check_grad_overflow",),
+    "fp16": ("loss_scale",),
+    "data_types": (),
+}  # fmt: skip
 # Whose word stands in the run instead.
 OURS = {
     "optimizer": "optim=...",
@@ -114,6 +131,12 @@ def _merged(ours: Json, theirs: Mapping[str, Any], file: str, path: str) -> Json
         if name.startswith("fp16.") and key in SCALE:
             raise ValueError(
                 f"{file}: {name} is not read from there; give precision.initial_scale and leave it out of the file"
+            )
+        known = OPEN_IN.get(path.rstrip("."))
+        if known is not None and key not in known and key not in ours:
+            possible = ", ".join(sorted({*known, *ours}))
+            raise ValueError(
+                f"{file}: {name}={value} would not be read, or would change what is computed; possible are {possible}"
             )
         if isinstance(value, Mapping) and (said is None or isinstance(said, Mapping)):
             result[key] = _merged(dict(said or {}), value, file, f"{name}.")

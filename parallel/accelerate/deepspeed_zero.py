@@ -9,6 +9,7 @@
 `grad_position`                                where a parameter stands in its sub-group
 `_optimizer_states_and_gradient_swap_in`, ...  a sub-group's states, from their files and back
 `_reassign_or_swap_out_partitioned_parameters` parameters from their masters, as a step does it
+`invalidate_secondary_tensor`                  drops the second copy of parameters, which is of what they were before
 """
 
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ def write(engine: Any, optimizer: FlatStates, whole: Callable[[str, str | None],
                 for key, flat in states.items():
                     _take(_piece(zero, p, flat), whole(names[p], key).flatten(), zero._get_param_partition_rank(p))
             zero._reassign_or_swap_out_partitioned_parameters(group)
+    zero.invalidate_secondary_tensor()
     if zero.persistent_parameters:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 

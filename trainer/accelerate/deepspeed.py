@@ -1,6 +1,7 @@
 """Hands a model to DeepSpeed through Accelerate, in the place of `trainer.parallelize`, and tells what really runs."""
 
 import hashlib
+import logging
 import shutil
 import warnings
 from collections.abc import Callable
@@ -102,7 +103,9 @@ def _split_as_it_is_made(
     model: Decoder, mesh: Mesh, settings: Json, fill_: Callable[[str, Tensor, int, int], None], dtype: torch.dtype
 ) -> None:
     """Gives memory, in `dtype`, to one module with parameters of its own after another, and splits each before the next."""
-    # From the innermost on: what a module is asked to split has its numbers, below it too.
+    # From the innermost on: what a module is asked to split has its numbers, below it too. Ranks that share a second copy are made
+    # by the first of them: DeepSpeed makes them once.
+    second_copy = None
     for prefix, module in reversed(list(model.named_modules())):
         own = dict(module.named_parameters(recurse=False))
         for name, p in own.items():
@@ -110,7 +113,10 @@ def _split_as_it_is_made(
             fill_(f"{prefix}.{name}", numbers, 0, p.size(0))
             setattr(module, name, nn.Parameter(numbers.to(dtype)))
         if own:
-            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+            split = deepspeed.zero.Init(
+                module=module, config_dict_or_path=settings, zero_param_parallel_group=second_copy
+            )
+            second_copy = split.zero_param_process_group
 
 
 def _optimizer(planned: Optimizer, model: nn.Module, config: TrainConfig) -> FlatOptimizer:
@@ -125,7 +131,8 @@ def _accelerator(settings: Json) -> Any:
     without it: messages of its own for them would be compiled at the first start, a minute, and leave shared memory behind them."""
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     plugin = accelerate_.DeepSpeedPlugin(hf_ds_config=settings)
-    accelerator = accelerate_.Accelerator(deepspeed_plugin=plugin)
+    micro_batches = settings["gradient_accumulation_steps"]
+    accelerator = accelerate_.Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=micro_batches)
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if kind != "DEEPSPEED":
         raise EngineUnfit(
@@ -135,10 +142,17 @@ def _accelerator(settings: Json) -> Any:
     return accelerator
 
 
+def _new_to_the_reader(said: logging.LogRecord) -> bool:
+    """Passes over two warnings of DeepSpeed's: of an optimizer that is not its own, where the rules that it may call are checked here,
+    and of a step without a norm, which the run tells of itself."""
+    return not any(words in said.getMessage() for words in ("untested optimizer", "OVERFLOW! Skipping step"))
+
+
 def _prepared(
     accelerator: Any, model: nn.Module, optimizer: FlatOptimizer, config: TrainConfig, dtype: torch.dtype
 ) -> Any:
     """DeepSpeed's engine, made by Accelerate. Raises EngineUnfit where it is another."""
+    logging.getLogger("DeepSpeed").addFilter(_new_to_the_reader)
     engine, _ = accelerator.prepare(model, optimizer)
     if not isinstance(engine, deepspeed.DeepSpeedEngine):
         raise EngineUnfit(f"parallel.backend=accelerate: {type(engine).__name__} runs and not DeepSpeed's engine")

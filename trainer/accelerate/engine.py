@@ -64,7 +64,10 @@ class DeepSpeedEngine:
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         finite = not self.engine.optimizer.overflow and norm is not None and math.isfinite(norm)
-        return float(norm) if finite else math.inf
+        if finite:
+            return float(norm)
+        self.optimizer.take_back_step()
+        return math.inf
 
     def abandon(self) -> None:
         """Does nothing: nothing was begun."""
@@ -101,6 +104,6 @@ def step_by_deepspeed(
     dist.all_reduce(totals)
     loss_sum, count, *told = totals.tolist()
     report = StepReport(mean_loss(loss_sum, count), math.inf, int(count), **told_by_all(*told))
-    if not report.sound or not math.isfinite(loss_sum):
+    if not report.sound:
         return judge(report)
     return replace(judge(replace(report, grad_norm=engine.step())), held=False)
