@@ -57,7 +57,7 @@ test-slurm: $(READY) slurm
 
 # Every preset trains the tiny model (twenty minutes on one core), and what strangers, kills and disks do to runs (tests/attack).
 test-long: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --long -m long $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --long --slow -m long $(ARGS)
 
 # docs/first-hour.md, typed from a fresh clone; about ten minutes.
 test-walk: $(READY)

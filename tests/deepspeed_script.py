@@ -99,6 +99,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world)
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # messages of its own, a minute to compile
     config = config_from_tree(compose_tree(told["overrides"]))
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = model_of(config, told["names"])
