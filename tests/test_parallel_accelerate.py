@@ -94,6 +94,10 @@ CONTRADICTIONS = {
         {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
         r"offload_optimizer.device=cpu contradicts .*parallel.deepspeed.offload_optimizer",
     ),
+    "round robin": (
+        {"zero_optimization": {"round_robin_gradients": True}},
+        "round_robin_gradients=true loses which numbers",
+    ),
     "an optimizer": ({"optimizer": {"type": "AdamW"}}, "'optimizer' is not read from there; give optim="),
     "a scheduler": ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is not read from there; give schedule="),
     "unknown": ({"elasticity": {"enabled": True}}, "unknown key 'elasticity'; possible are "),

@@ -103,8 +103,9 @@ def test_sixteen_bits_are_those_without_it(tmp_path):
 
 
 @pytest.mark.long
-def test_offload_to_host_and_files(native, tmp_path):
+def test_offload_to_host_and_files(native, tmp_path, monkeypatch):
     """Compiles DeepSpeed's kernels where that was not done: minutes. The files are there while it runs, and gone after."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)  # what is compiled is kept beyond these tests
     (tmp_path / "files").mkdir()
     for name, place in {"host": "cpu", "infinity": tmp_path / "files"}.items():
         words = (f"parallel.deepspeed.offload_optimizer={place}", f"parallel.deepspeed.offload_params={place}")
