@@ -18,6 +18,7 @@ from rowwise.optim.flat import FlatOptimizer
 from rowwise.parallel.accelerate.deepspeed_json import deepspeed_json
 from rowwise.parallel.accelerate.files import check_file, settings_of
 from rowwise.trainer.accelerate.engine import DeepSpeedEngine
+from rowwise.trainer.accelerate.require import check_engine_here
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.models.decoder import Decoder
 
@@ -93,10 +94,6 @@ CONTRADICTIONS = {
     "another place": (
         {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
         r"offload_optimizer.device=cpu contradicts .*parallel.deepspeed.offload_optimizer",
-    ),
-    "round robin": (
-        {"zero_optimization": {"round_robin_gradients": True}},
-        "round_robin_gradients=true loses which numbers",
     ),
     "an optimizer": ({"optimizer": {"type": "AdamW"}}, "'optimizer' is not read from there; give optim="),
     "a scheduler": ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is not read from there; give schedule="),
@@ -230,6 +227,24 @@ def test_an_update_that_was_not_made_is_not_counted():
 def test_codes_are_not_made_twice_of_one_result(tmp_path):
     with pytest.raises(ValueError, match=r"memory.compress=int8 .* parallel.zero=3: .*; give memory.compress=none, "):
         run_of(tmp_path, "parallel.zero=3", "memory.compress=int8")
+
+
+HERE = {
+    "qwz": (("parallel.zero=3", "parallel.deepspeed.qwz=true"), r"parallel.deepspeed.qwz=true: .* kernels for GPUs"),
+    "qgz": (("parallel.zero=3", "parallel.deepspeed.qgz=true"), r"parallel.deepspeed.qgz=true: .* kernels for GPUs"),
+    "fp16": (("precision=fp16",), r"precision=fp16 with parallel.backend=accelerate: .* give precision=bf16"),
+    "no folder": (
+        ("parallel.zero=3", "parallel.deepspeed.offload_params=/nowhere"),
+        r"offload_params=/nowhere: there is no such folder; possible are null, cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HERE)
+def test_what_this_machine_cannot_do_of_it_is_refused(tmp_path, what):
+    words, message = HERE[what]
+    with pytest.raises(ValueError, match=message):
+        check_engine_here(run_of(tmp_path, *words), "cpu")
 
 
 @pytest.fixture

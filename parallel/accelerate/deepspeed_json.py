@@ -128,11 +128,6 @@ def _merged(ours: Json, theirs: Mapping[str, Any], file: str, path: str) -> Json
         name, said = f"{path}{key}", ours.get(key)
         if value == "auto":
             continue
-        if name == "zero_optimization.round_robin_gradients" and value:
-            # DeepSpeed 0.19 then says of its pieces that they are other parameters'.
-            raise ValueError(
-                f"{file}: {name}=true loses which numbers are which parameter's in a checkpoint; leave it out of the file"
-            )
         if name.startswith("fp16.") and key in SCALE:
             raise ValueError(
                 f"{file}: {name} is not read from there; give precision.initial_scale and leave it out of the file"

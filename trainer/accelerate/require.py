@@ -35,6 +35,11 @@ def check_engine_here(config: TrainConfig, device: str) -> None:
                 f"parallel.deepspeed.{key}=true: DeepSpeed's 8- and 4-bit messages are kernels for GPUs, and this machine has none; "
                 f"give parallel.deepspeed.{key}=false"
             )
+    if config.precision.name == "fp16" and device == "cpu":
+        raise ValueError(
+            "precision=fp16 with parallel.backend=accelerate: DeepSpeed has 16-bit floats with a loss scale on GPUs, and this machine "
+            "has none; give precision=bf16, or parallel.backend=torch"
+        )
     parameters, _ = parameter_count(config.model)
     mine = parameters // config.parallel.shard
     places = {"offload_optimizer": 12 * mine, "offload_params": 4 * mine}
