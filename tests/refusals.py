@@ -237,7 +237,11 @@ REFUSED = {
         ["parallel.ring=2", "parallel.shard=2"],
         r"parallel.ring=2 x parallel.shard=2 = 4 workers, but the world size is 2",
     ),
-    "backend": (["parallel.backend=accelerate"], r"parallel.backend='accelerate': possible are 'torch'"),
+    "backend": (["parallel.backend=megatron"], r"parallel.backend='megatron': possible are .*'torch'"),
+    "codes of what DeepSpeed wraps": (
+        ["parallel.backend=accelerate", "parallel.zero=3", "memory.compress=int8"],
+        r"memory.compress=int8 with parallel.backend=accelerate parallel.zero=3: .*; give memory.compress=none",
+    ),
     "a peak of nothing": (["peak_flops=0"], r"peak_flops=0.0: FLOP/s of one device"),
     "zero": (["parallel.zero=4"], r"parallel.zero=4: possible are 0, 1, 2 and 3"),
     "learning rate": (["optim.lr=0"], r"optim.lr=0.*above 0"),
