@@ -68,6 +68,7 @@ def all_keys() -> set[str]:
     """Every key of the configuration, under any choice."""
     tree = compose_tree([])
     keys = {*tree, *(f"{key}.{inner}" for key, node in tree.items() if isinstance(node, dict) for inner in node)}
+    keys |= {f"parallel.deepspeed.{key}" for key in tree["parallel"]["deepspeed"]}
     for group in tree:
         keys |= {
             f"{group}.{leaf}" for leaves in (keys_of(group).values() if choices_of(group) else ()) for leaf in leaves

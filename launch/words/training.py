@@ -50,10 +50,17 @@ WORDS = (
     Word("fused foreach fused_adam optimizer.implementation torch_adam apex",
          means="kernels are chosen by the device; leave it out"),
     Word("optimizer_cpu_offload offload_optimizer zero_optimization.offload_optimizer.device offload_optimizer_device "
-         "cpu_offload offload_param zero_optimization.offload_param.device offload_params enable_cpu_offload "
-         "offload_param_device fsdp_offload_params nvme_path",
-         means="nothing is kept outside a device's memory; states are split by parallel.zero=1 to 3 and made small by "
-         "optim=adamw8bit (2 bytes a parameter) or optim=apollo"),
+         "cpu_offload enable_cpu_offload",
+         "parallel.backend=accelerate parallel.deepspeed.offload_optimizer=cpu",
+         "DeepSpeed keeps states outside a device's memory; without it they are split by parallel.zero=1 to 3 and made small by "
+         "optim=adamw8bit (2 bytes a parameter) or optim=apollo",
+         {"false": "parallel.deepspeed.offload_optimizer=null", "none": "parallel.deepspeed.offload_optimizer=null"}),
+    Word("offload_param zero_optimization.offload_param.device offload_params offload_param_device fsdp_offload_params",
+         "parallel.backend=accelerate parallel.zero=3 parallel.deepspeed.offload_params=cpu",
+         "DeepSpeed keeps parameters outside a device's memory, or in files where a folder is named",
+         {"false": "parallel.deepspeed.offload_params=null", "none": "parallel.deepspeed.offload_params=null"}),
+    Word("nvme_path", "parallel.backend=accelerate parallel.zero=3 parallel.deepspeed.offload_optimizer={value}",
+         "the path of a folder for optimizer states; parallel.deepspeed.offload_params for parameters"),
     Word("ema ema_decay use_ema swa_lrs",
          means="no average of the weights is kept; schedule=wsd ends a run on the decay that replaces it"),
     Word("embedding_lr embedding_lr_scale decoupled_lr lr_groups", means="all parameters have optim.lr"),
