@@ -84,6 +84,7 @@ def test_checkpoints_go_on_on_either_side(native, tmp_path):
     for name, more in {
         "native": ("nproc=1",),
         "again": (ON, "parallel.zero=1"),
+        "second-copy": (ON, "parallel.zero=3", "parallel.deepspeed.hpz=2"),
     }.items():
         on = trained(tmp_path, name, back, "steps=15", *words, *more)
         assert_near(curve(on), whole[10:15], 1e-4)
