@@ -13,7 +13,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
-    "rowwise", "torch", "triton", "accelerate", "transformers", "deepspeed", "numpy", "liger-kernel", "cut-cross-entropy",
+    "rowwise", "torch", "triton", "accelerate", "transformers", "deepspeed", "numpy", "liger-kernel", "cut-cross-entropy", "lightning",
 )  # fmt: skip
 
 
