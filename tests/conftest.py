@@ -29,7 +29,7 @@ FIRST = (
     "test_launch_sweep", "test_trainer_sparsity", "test_optim_rules", "test_composition", "test_trainer_pipeline",
     "test_trainer_sequence", "test_parallel_pipeline", "test_launch_report", "test_kernels_triton", "test_trainer_sparsity_runs",
     "test_trainer_spikes", "test_parallel_sequence", "test_launch_train", "test_trainer_train", "test_parallel_activations",
-    "test_docs_extending", "test_launch_start", "test_trainer_crash", "test_trainer_config", "test_parallel_pipeline_counts",
+    "test_launch_start", "test_trainer_crash", "test_trainer_config", "test_parallel_pipeline_counts",
     "test_optim_in_backward", "test_trainer_plan", "test_parallel_shard", "test_optim_build", "test_house", "test_trainer_clock",
     "test_parallel_pipeline_schedule_search",
 )  # fmt: skip

@@ -77,6 +77,7 @@ def test_each_exercise_is_one_file_and_one_entry():
     assert all(block.path.startswith("conf/") for block in BLOCKS if block.kind == "yaml")
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_page_pass_in_a_copy_of_the_package(copy):
     environment = os.environ | {"PYTHONPATH": f"{copy}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     guard = "import rowwise.optim.build as own, pytest, sys; print(own.__file__); sys.exit(pytest.main(sys.argv[1:]))"

@@ -202,6 +202,7 @@ def test_a_traced_pipeline(folder, tmp_path):
     assert "Configuration" in page.headings["h2"]
 
 
+@pytest.mark.slow
 def test_runs_side_by_side(folder, tmp_path):
     runs = [f"{folder}/{name}" for name in ("dense", "sparse", "piped")]
     page = write_page(*(f"run={run}" for run in runs), to=tmp_path / "page.html")

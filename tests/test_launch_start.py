@@ -34,6 +34,7 @@ from runs import records
 TRAIN = [sys.executable, "-m", "rowwise.launch.start"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_started_again_and_nothing_is_lost(ranks, tmp_path):
     overrides = overrides_of(
         tmp_path, "steps=1000000", "schedule=constant", "schedule.warmup_steps=0", "checkpoint.every=4", "nproc=2"
@@ -55,6 +56,7 @@ def test_a_worker_that_dies_is_started_again_and_nothing_is_lost(ranks, tmp_path
     assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_how_it_ended_is_written_and_a_run_under_way_is_left_alone(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     overrides = overrides_of(tmp_path, "steps=2", "nproc=1")

@@ -44,6 +44,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_grid_of_two_on_two_ranks_each(ranks, tmp_path):
     """Two runs in two folders, the one of each equal to the same run alone; the table says what they measured."""
     words = trial_overrides(tmp_path, "steps=4", "eval.every=2", "nproc=2", "data.holdout=0.1")
@@ -68,6 +69,7 @@ def test_a_grid_of_two_on_two_ranks_each(ranks, tmp_path):
     assert len({row["eval_loss"] for row in rows}) == 2
 
 
+@pytest.mark.slow
 def test_trials_that_fail_are_recorded_and_stop_nothing(tmp_path):
     """One complete, one whose loss is no number; tests/test_launch_start.py has one that runs out of memory. No file of theirs
     tells the password of the storage."""

@@ -36,6 +36,7 @@ launch.run()
 """
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_the_job_with_its_traceback(tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     words = overrides_of(tmp_path, "steps=50", f"parallel.timeout_seconds={10 * PATIENCE}")
@@ -80,6 +81,7 @@ def test_a_worker_killed_under_torchrun(ranks, tmp_path):
     assert len(interrupted[0]) == len(SAME_EVERYWHERE)
 
 
+@pytest.mark.slow
 def test_a_name_outside_ascii_under_a_locale_of_ascii(tmp_path, full):
     """What such a locale hands to a program is half a character each; files would get other names than elsewhere."""
     environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PATH": "/bin"}

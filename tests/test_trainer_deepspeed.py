@@ -11,32 +11,39 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import overrides_of, run
+from commands import overrides_of, run, run_in_pool
 from parity import small_config, with_layout
+from rowwise.launch.compose import compose_tree
+from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import read_metrics
-from runs import Job, await_instant, final_tensors, records
+from runs import Job, await_instant, final_tensors, records, run_train
 
 pytestmark = pytest.mark.slow
 COMMAND = ("-m", "rowwise.launch.cli", "train", "nproc=2")
 # Documents apart, labels that are none, accumulation, clipping that acts: the small configuration has them all.
 PLAIN = (
-    "precision=fp32",
-    "steps=20",
-    "schedule=constant",
-    "schedule.warmup_steps=0",
-    "clip_norm=0.5",
-    "optim.lr=3e-3",
-    "checkpoint.every=0",
+    *("precision=fp32", "steps=20", "schedule=constant", "schedule.warmup_steps=0", "clip_norm=0.5", "optim.lr=3e-3"),
+    *("checkpoint.every=10", "checkpoint.keep=0"),
 )
 ON = "parallel.backend=accelerate"
+AT_10 = "checkpoints/step-00000010"
+
+
+def said_of(folder: Path, name: str, *words: str) -> list[str]:
+    return [*overrides_of(folder, *PLAIN, *words)[1:], f"run_dir={folder / name}", f"name={name}"]
 
 
 def trained(folder: Path, name: str, *words: str) -> Path:
-    """The folder of a run by the command, on two workers."""
-    words = (*overrides_of(folder, *PLAIN, *words)[1:], f"run_dir={folder / name}", f"name={name}")
-    code, said = run(folder, [sys.executable, *COMMAND, *words])
+    """The folder of a run on DeepSpeed, by the command, on two workers."""
+    code, said = run(folder, [sys.executable, *COMMAND, *said_of(folder, name, ON, *words)])
     assert code == 0, said[-4000:]
+    return folder / name
+
+
+def without(ranks, folder: Path, name: str, *words: str) -> Path:
+    """The folder of a run without it, on two ranks of the pool."""
+    run_in_pool(ranks, said_of(folder, name, *words))
     return folder / name
 
 
@@ -52,19 +59,25 @@ def assert_near(ours: list[tuple[float, float]], theirs: list[tuple[float, float
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory):
+def native(ranks, tmp_path_factory):
     """Two runs without DeepSpeed, tied and not."""
     folder = tmp_path_factory.mktemp("native")
     return {
-        tied: trained(folder, f"tied-{tied}", "parallel.zero=2", f"model.tie_embeddings={tied}")
+        tied: without(ranks, folder, f"tied-{tied}", "parallel.zero=2", f"model.tie_embeddings={tied}")
         for tied in (False, True)
     }
 
 
+@pytest.fixture(scope="module")
+def stage_3(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("stage3"), "run", "parallel.zero=3", "model.tie_embeddings=true")
+
+
 @pytest.mark.parametrize("zero, tied", [(1, False), (2, True), (3, True)])
-def test_twenty_steps_are_those_without_it(native, tmp_path, zero, tied):
+def test_twenty_steps_are_those_without_it(native, stage_3, tmp_path, zero, tied):
     """Within the rounding of 32 bits."""
-    ours = trained(tmp_path, "run", ON, f"parallel.zero={zero}", f"model.tie_embeddings={tied}")
+    words = (f"parallel.zero={zero}", f"model.tie_embeddings={tied}")
+    ours = stage_3 if zero == 3 else trained(tmp_path, "run", *words)
     assert_near(curve(ours), curve(native[tied]), 1e-5)
     assert max(norm for _, norm in curve(ours)) > 0.5, "clipping acts"
     used = json.loads((ours / "deepspeed.json").read_text())
@@ -75,30 +88,24 @@ def test_twenty_steps_are_those_without_it(native, tmp_path, zero, tied):
         torch.testing.assert_close(ours[name], tensor, rtol=2e-3, atol=2e-5 * float(tensor.abs().max()), msg=name)
 
 
-def test_checkpoints_go_on_on_either_side(native, tmp_path):
-    """Ten steps on one, five on the other, on other stages and numbers of ranks: the curve of those that stayed."""
-    whole = curve(native[True])
-    words = ("model.tie_embeddings=true",)
-    first = trained(tmp_path, "deepspeed", ON, "parallel.zero=3", "steps=10", *words)
-    back = f"resume={first}/checkpoints/step-00000010"
-    for name, more in {
-        "native": ("nproc=1",),
-        "again": (ON, "parallel.zero=1"),
-        "second-copy": (ON, "parallel.zero=3", "parallel.deepspeed.hpz=2"),
-    }.items():
-        on = trained(tmp_path, name, back, "steps=15", *words, *more)
-        assert_near(curve(on), whole[10:15], 1e-4)
-    left = trained(tmp_path, "left", "steps=10", *words)
-    on = trained(
-        tmp_path, "right", ON, "parallel.zero=2", f"resume={left}/checkpoints/step-00000010", "steps=15", *words
+def test_checkpoints_go_on_on_either_side(native, stage_3, ranks, tmp_path):
+    """Ten steps on one, five on the other, at other stages and on another number of ranks: the curve of those that stayed."""
+    whole, words = curve(native[True]), ("model.tie_embeddings=true", "steps=15")
+    alone = with_layout(
+        config_from_tree(compose_tree(said_of(tmp_path, "alone", f"resume={stage_3 / AT_10}", *words))), 1
     )
-    assert_near(curve(on), whole[10:15], 1e-4)
+    ranks.run(run_train, 1, alone)
+    second_copy = ("parallel.zero=3", "parallel.deepspeed.hpz=2")
+    again = trained(tmp_path, "again", f"resume={stage_3 / AT_10}", *second_copy, *words)
+    over = trained(tmp_path, "over", f"resume={native[True] / AT_10}", "parallel.zero=1", *words)
+    for folder in (Path(alone.run_dir), again, over):
+        assert_near(curve(folder), whole[10:15], 1e-4)
 
 
-def test_sixteen_bits_are_those_without_it(tmp_path):
+def test_sixteen_bits_are_those_without_it(ranks, tmp_path):
     """Masters begin with the very same numbers; what follows is as near as rounding to 16 bits lets it be."""
-    theirs = trained(tmp_path, "native", "precision=bf16", "steps=8")
-    ours = trained(tmp_path, "run", ON, "precision=bf16", "steps=8", "parallel.zero=2")
+    theirs = without(ranks, tmp_path, "native", "precision=bf16", "steps=8")
+    ours = trained(tmp_path, "run", "precision=bf16", "steps=8", "parallel.zero=2")
     assert curve(ours)[0][0] == curve(theirs)[0][0], "the first forward is the same to the last bit"
     assert_near(curve(ours), curve(theirs), 2e-2)
 
@@ -110,7 +117,7 @@ def test_offload_to_host_and_files(native, tmp_path, monkeypatch):
     (tmp_path / "files").mkdir()
     for name, place in {"host": "cpu", "infinity": tmp_path / "files"}.items():
         words = (f"parallel.deepspeed.offload_optimizer={place}", f"parallel.deepspeed.offload_params={place}")
-        ours = trained(tmp_path, name, ON, "parallel.zero=3", *words, "model.tie_embeddings=true")
+        ours = trained(tmp_path, name, "parallel.zero=3", *words, "model.tie_embeddings=true")
         assert_near(curve(ours), curve(native[True]), 1e-5)
         assert json.loads((ours / "deepspeed.json").read_text())["rules"] == ["HostAdamW"]
     assert not list((tmp_path / "files").iterdir())
