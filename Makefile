@@ -47,9 +47,10 @@ test: $(READY)
 test-full: $(READY)
 	$(BIN)/python -m pytest --full $(SIDE_BY_SIDE) $(ARGS)
 
-# A browser lays reports out, kills come again and again, and Slurm: it waits for most of its quarter of an hour. As root only.
+# A browser lays reports out, kills come again and again, commands, DeepSpeed, and Slurm: most of the time it waits. As root only.
+SLOW ?= tests/test_*.py tests/cluster/*.py
 test-slow: $(READY) chromium slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow tests/test_*.py tests/cluster/*.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow $(SLOW) $(ARGS)
 
 # Of it, a Slurm of its own and hosts with a network between them, on this machine.
 test-slurm: $(READY) slurm
