@@ -5,6 +5,7 @@ import json
 import math
 import random
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import read_metrics
-from runs import Job, await_instant, final_tensors, records, run_train
+from runs import Job, await_save, final_tensors, records, run_train
 
 pytestmark = pytest.mark.slow
 COMMAND = ("-m", "rowwise.launch.cli", "train", "nproc=2")
@@ -125,15 +126,19 @@ def test_offload_to_host_and_files(native, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_killed_at_random_instants(ranks, tmp_path, monkeypatch):
-    """SIGKILL of a rank, ten times: no record is lost or repeated, and the run ends where one ends that was never killed."""
+    """SIGKILL of a rank, ten times, one in two in a save, the others from its start on: no record is lost
+    or repeated, and the run ends where one ends that was never killed."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("LOCAL_RANK", "0")
     words = ("precision=fp32", ON, "checkpoint.every=3", "batch.micro_size=6", "schedule.warmup_steps=0")
     config = with_layout(small_config(tmp_path, *words, "steps=1000000"), 2, zero=2)
     log, instants = tmp_path / "log", random.Random(2027)
-    for _ in range(10):
+    for attempt in range(10):
         job = Job(config, 2, log)
-        await_instant(job, instants)
+        if attempt % 2:
+            await_save(job, config, 1 + attempt // 2 % 2)
+        else:
+            time.sleep(instants.uniform(0, 12))
         assert job.kill(instants.randrange(2)), f"the job ended before it was killed: {log.read_text()[-2000:]}"
         job.end()
     assert complete_checkpoints(Path(config.run_dir) / "checkpoints")
