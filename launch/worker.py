@@ -33,7 +33,7 @@ from rowwise.launch.workers import (
     workers_from_environment,
 )
 from rowwise.parallel.mesh import Workers, pick_device
-from rowwise.trainer.accelerate.deepspeed import EngineUnfit
+from rowwise.trainer.accelerate.fit import EngineUnfit
 from rowwise.trainer.checkpoint import NoneSound
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.data.integrity import DataDamaged

@@ -3,7 +3,7 @@
 What both say must agree; what neither says is DeepSpeed's own default.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 Json = dict[str, Any]
@@ -149,12 +149,3 @@ def _merged(ours: Json, theirs: Mapping[str, Any], file: str, path: str) -> Json
         else:
             result[key] = value
     return result
-
-
-def flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every leaf of a configuration, by its path."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value

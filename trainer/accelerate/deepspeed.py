@@ -21,6 +21,7 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype
 from rowwise.parallel.shard import materialize
 from rowwise.trainer.accelerate.engine import DeepSpeedEngine
+from rowwise.trainer.accelerate.fit import EngineUnfit, require_kind
 from rowwise.trainer.accelerate.states import DeepSpeedStates
 from rowwise.trainer.activations import keep_results
 from rowwise.trainer.config import TrainConfig
@@ -31,10 +32,6 @@ from rowwise.trainer.parallelize import initial_rows
 
 deepspeed, ops, accelerate_ = Later("deepspeed"), Later("deepspeed.ops"), Later("accelerate")
 USED = "deepspeed.json"  # in the folder of the run: what DeepSpeed really used
-
-
-class EngineUnfit(RuntimeError):
-    """What runs is not the engine that was asked for. The message is one line."""
 
 
 def on_deepspeed(
@@ -133,12 +130,7 @@ def _accelerator(settings: Json) -> Any:
     plugin = accelerate_.DeepSpeedPlugin(hf_ds_config=settings)
     micro_batches = settings["gradient_accumulation_steps"]
     accelerator = accelerate_.Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=micro_batches)
-    kind = str(accelerator.distributed_type).rpartition(".")[2]
-    if kind != "DEEPSPEED":
-        raise EngineUnfit(
-            f"parallel.backend=accelerate: Accelerate runs {kind} and not DeepSpeed, as where ACCELERATE_USE_CPU is set; unset what "
-            "begins with ACCELERATE_"
-        )
+    require_kind(accelerator, "DEEPSPEED", "DeepSpeed")
     return accelerator
 
 

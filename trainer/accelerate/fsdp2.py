@@ -6,7 +6,7 @@ from typing import Any
 from rowwise.kernels.later import Later
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import materialize, policy, sharded_modules, sum_over_ranks
-from rowwise.trainer.accelerate.deepspeed import EngineUnfit
+from rowwise.trainer.accelerate.fit import EngineUnfit, require_kind
 from rowwise.trainer.activations import keep_results
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import WholeModel
@@ -47,10 +47,5 @@ def _accelerator(plugin: Any, mesh: Mesh) -> Any:
         accelerator.state.fsdp_plugin = plugin
         return accelerator
     accelerator = accelerate.Accelerator(fsdp_plugin=plugin)
-    kind = str(accelerator.distributed_type).rpartition(".")[2]
-    if kind != "FSDP":
-        raise EngineUnfit(
-            f"parallel.backend=accelerate: Accelerate runs {kind} and not FSDP, as where ACCELERATE_USE_CPU is set; unset what begins "
-            "with ACCELERATE_"
-        )
+    require_kind(accelerator, "FSDP", "FSDP")
     return accelerator
