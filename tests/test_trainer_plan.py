@@ -46,6 +46,8 @@ RUNS = {
                                  "batch.global_size=2"]),
     "in the backward": (2, ["optim.in_backward=true", "clip_norm=0", "parallel.zero=3", "batch.global_size=4",
                             "model.tie_embeddings=true", "optim=adafactor"]),
+    "whole parameters, in the backward": (1, ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4",
+                                             "parallel.zero=0", "optim=muon"]),
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ class Moment:
     """Of a layer's backward, bytes a token: of what was kept `released` are gone, `working` are there beside what is left of it, and
     `deferred` wait for the weights' gradients, beside what was kept that these need. `parameters`: as in `BackwardPiece`. Of what
     was away, of which nothing stays once it was read: `read` is read now, and `unread` later. `decoding`: what is there of `working`
-    while codes are decoded, 0 where none are."""
+    while codes are decoded, 0 where none are; `given`: what is there of it when it begins, while parameters get their gradients."""
 
     released: int
     working: int
@@ -36,6 +36,7 @@ class Moment:
     read: int = 0
     unread: int = 0
     decoding: int = 0
+    given: int = 0
 
 
 ALL = 1 << 30  # parameters: more than a layer has
@@ -68,14 +69,15 @@ def moments(table: LayerResults, kept: Kept, work: LayerWork, split: bool) -> tu
         there = sum(size for size, at in back.values() if at[0] <= n <= (at[0] if kept.coded else at[-1]))
         beside = piece.beside if split else piece.during
         # Of gradients there are then those that the piece before has left to this one.
-        decoding = (held + min(before, beside)) * (kept.coded and any(at[0] == n for _, at in back.values()))
+        given = min(before, beside)
+        decoding = (held + given) * (kept.coded and any(at[0] == n for _, at in back.values()))
         before = beside
-        found.append(Moment(released, held + beside, deferred, piece.parameters, there, unread, decoding))
+        found.append(Moment(released, held + beside, deferred, piece.parameters, there, unread, decoding, given))
         for name in (name for name, end in last.items() if end == n):
             released += known[name].bytes_waiting(name in stored(kept) - waiting, width, kept.coded)
     deferred = outputs + sum(opened.get(name, 0) for name in waiting - stored(kept))
     gone = table.bytes_kept(kept.names, width, kept.coded) - later(table, kept, waiting)
-    return (*found, Moment(gone, table.input * width, deferred, ALL))
+    return (*found, Moment(gone, table.input * width, deferred, ALL, given=table.input * width))
 
 
 def results_by_name(table: LayerResults) -> dict[str, Result]:

@@ -90,7 +90,9 @@ class Stage:
             for moment in work.backward:
                 self.keeping.read(visit, there, moment)
                 if not (split and deferred):
+                    ledger.take("working", moment.given)
                     weights.add_gradients(piece, moment.parameters)
+                    ledger.give("working", moment.given)
                 ledger.use("working", moment.working)
             self.keeping.end(visit, deferred)
             if piece == 0:

@@ -68,6 +68,7 @@ class Replicated:
     ):
         self._ledger, self._tensors, self._width, self._sums, self._forwards = ledger, tensors, width, sums, 0
         self._updates = updates
+        self._done = dict[int, int]()  # of each piece's parameters, counted from the last, in the backward under way
         if updates is None:
             ledger.take("gradients", sum(sum(piece.values()) for piece in tensors) * width)
 
@@ -83,15 +84,21 @@ class Replicated:
     def enter_back(self, piece: int) -> None: ...
     def end_backward(self) -> None: ...
     def keep(self, keeps: bool) -> None: ...
-    def add_up(self) -> None: ...
     def reduce(self) -> None: ...
     def close(self) -> None: ...
 
     def add_gradients(self, piece: int, count: int) -> None:
-        # One at a time, on its way into its bucket, or into the sum that is there.
-        largest = max(list(self._tensors[piece].values())[-count:] if count else (), default=0)
-        self._ledger.use("working" if self._sums else "gradients", largest * self._width)
+        # One at a time, on its way into its bucket or into the sum that is there, or until its parameter has changed.
+        category = "working" if self._sums else "gradients"
+        entries = list(self._tensors[piece].items())[::-1]
+        for name, numbers in entries[self._done.get(piece, 0) : count]:
+            self._ledger.take(category, numbers * self._width)
+            self._ledger.use("working", *(NONE if self._updates is None else self._updates[name]))
+            self._ledger.give(category, numbers * self._width)
+        self._done[piece] = count
 
     def leave_back(self, piece: int) -> None:
-        if self._updates is not None:
-            self._ledger.use("working", *NONE.or_more(*(self._updates[name] for name in self._tensors[piece])))
+        self._done.clear()
+
+    def add_up(self) -> None:
+        self._done.clear()  # weights' gradients may come several times in a row

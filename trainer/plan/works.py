@@ -160,4 +160,5 @@ def scaled(moment: Moment, tokens: int, beside: int) -> Moment:
         deferred=moment.deferred * tokens,
         read=moment.read * tokens,
         unread=moment.unread * tokens,
+        given=moment.given * tokens,
     )
