@@ -416,6 +416,18 @@ REFUSED = {
         ["memory.offload_activations=cpu", "memory.offload_share=1.5"],
         r"memory.offload_share=1.5: all, auto, or the share of what layers keep that leaves the device, from 0 to 1",
     ),
+    "parameters away, states here": (
+        ["memory.offload_params=cpu", "parallel.zero=3"],
+        r"memory.offload_params=cpu with memory.offload_states=none: .*give memory.offload_states=cpu or a folder, or memory.offload_pa",
+    ),
+    "parameters away that stay gathered": (
+        ["memory.offload_params=cpu", "memory.offload_states=cpu", "parallel.zero=2"],
+        r"memory.offload_params=cpu with parallel.zero=2: .*give parallel.zero=3, whose layers come one by one, on one rank too, or mem",
+    ),
+    "gradients away, parameters here": (
+        ["memory.offload_gradients=cpu"],
+        r"memory.offload_gradients=cpu with memory.offload_params=none: .*give memory.offload_params=cpu or a folder, or memory.offload",
+    ),
     "another number of bits": (["memory.compress=int4"], r"memory.compress='int4': .*'none' or 'int8'"),
     "activations in no folder": (
         ["memory.offload_activations=nvme"],

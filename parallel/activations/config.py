@@ -20,6 +20,10 @@ class MemoryConfig:
     on every machine, in files without a name; the numbers are the same.
     `offload_share`: how much of it leaves: `all`; a number from 0 to 1, that share of its bytes, of the results that take the most
     operations a byte; `auto`, the share that goes away beside the forward, measured on every machine. The rest stays.
+    `offload_states`: where the optimizer's states wait, and its rules step: `none`, on the device; `cpu`, in host memory, on the host;
+    the path of a folder on every machine, in files without a name, on the host too; the numbers are the same.
+    `offload_params`: where a rank's rows of parameters and of gradients wait: as above. `offload_gradients`: the path of a folder
+    takes gradients on to files.
     `fused_loss`: the loss and its gradients are made a tile of logits at a time (`kernels.cross_entropy`); false: all logits of a
     micro-batch stand in memory, several times. `limit`: bytes of a device that the run may take; null: all of a GPU's. `fit`: a
     run that is forecast to take more is refused; false: it goes on regardless."""
@@ -29,6 +33,9 @@ class MemoryConfig:
     ranges: MayChange[Literal["token", "running"]] = "token"
     offload_activations: MayChange[str] = "none"
     offload_share: MayChange[Literal["all", "auto"] | float] = "all"
+    offload_states: MayChange[str] = "none"
+    offload_params: MayChange[str] = "none"
+    offload_gradients: MayChange[str] = "none"
     fused_loss: MayChange[bool] = True
     limit: MayChange[float | None] = None
     fit: MayChange[bool] = True
@@ -50,6 +57,24 @@ RECOMPUTE: Refusals = (
         lambda run: run.memory.offload_share != "all" and run.memory.offload_activations == "none",
         "memory.offload_share={memory.offload_share} with memory.offload_activations=none: nothing leaves the device; give "
         "memory.offload_activations=cpu or a folder, or memory.offload_share=all",
+    ),
+    Refusal(
+        ("memory.offload_params", "memory.offload_states"),
+        lambda run: run.memory.offload_params != "none" and run.memory.offload_states == "none",
+        "memory.offload_params={memory.offload_params} with memory.offload_states=none: parameters that wait off the device change "
+        "where their states are; give memory.offload_states=cpu or a folder, or memory.offload_params=none",
+    ),
+    Refusal(
+        ("memory.offload_params", "parallel.zero"),
+        lambda run: run.memory.offload_params != "none" and run.parallel.zero != 3,
+        "memory.offload_params={memory.offload_params} with parallel.zero={parallel.zero}: what is gathered for a whole step would "
+        "save nothing; give parallel.zero=3, whose layers come one by one, on one rank too, or memory.offload_params=none",
+    ),
+    Refusal(
+        ("memory.offload_gradients", "memory.offload_params"),
+        lambda run: run.memory.offload_gradients != "none" and run.memory.offload_params == "none",
+        "memory.offload_gradients={memory.offload_gradients} with memory.offload_params=none: gradients wait where the parameters "
+        "do; give memory.offload_params=cpu or a folder, or memory.offload_gradients=none",
     ),
     Refusal(
         ("memory.limit",),

@@ -1,0 +1,213 @@
+"""Rows of parameters, gradients and optimizer states in a file of this rank (Rajbhandari et al., *ZeRO-Infinity*).
+
+A tensor that lies in the file is an ordinary tensor, mapped over its pages: whatever reads or writes it is right, through the
+system's cache of files. What does so every step goes round that, directly where the file system allows it, in threads:
+
+    fetch       file -> memory of its own          put      memory -> file
+
+The file has no name: the system frees it when the process ends, however it does, so that none is ever torn or left behind; a run
+goes on from its checkpoints. Its room is taken when a tensor is laid down, so that a full disk is known then. Communicates nothing.
+"""
+
+import bisect
+import mmap
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 4096  # what direct reads and writes, and the memory they use, are multiples of
+PIECE = 4 << 20  # bytes that a thread moves at a time
+THREADS = 4  # pieces under way: a disk is fast only with several
+
+
+class Extent(NamedTuple):
+    """Where a tensor is mapped, in bytes: its address, its size, and its place in the file."""
+
+    address: int
+    size: int
+    place: int
+
+
+class RowFile:
+    """The file of a rank in `folder`, of which `said` tells in errors (`memory.offload_states=/disk`). Raises OSError where it
+    cannot be made."""
+
+    def __init__(self, folder: Path, said: str, threads: int = THREADS):
+        self._said, self._end, self._extents = said, 0, list[Extent]()
+        with self._named("cannot be written"):
+            self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self._direct = _opened_directly(self._file.fileno())
+        self._pool = ThreadPoolExecutor(threads, "rows")
+
+    @property
+    def size(self) -> int:
+        """Bytes of it that are taken."""
+        return self._end
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Makes room for a tensor, and returns it, of zeros. Raises OSError where the disk has none."""
+        numbers = torch.Size(shape).numel()
+        if not numbers:
+            return torch.empty(*shape, dtype=dtype)
+        size, place = numbers * dtype.itemsize, self._end
+        with self._named("cannot be written"):
+            os.posix_fallocate(self._file.fileno(), place, _up(size))
+            memory = mmap.mmap(self._file.fileno(), size, offset=place)
+        self._end += _up(size)
+        mapped = torch.frombuffer(memory, dtype=dtype).view(*shape)
+        bisect.insort(self._extents, Extent(mapped.data_ptr(), size, place))
+        return mapped
+
+    def lay(self, t: Tensor) -> Tensor:
+        """Copies a tensor into the file, and returns it as it lies there."""
+        mapped = self.room(t.shape, t.dtype)
+        if t.numel():
+            self.put([t.detach().contiguous().cpu()], [mapped]).result()
+        return mapped
+
+    def holds(self, t: Tensor) -> bool:
+        """Says whether a tensor lies in the file, or is a part of one that does."""
+        return self._place(t) is not None
+
+    def fetch(self, there: Sequence[Tensor]) -> "Future[list[Tensor]]":
+        """Begins to read contiguous tensors that lie in the file, or parts of them, into memory of their own."""
+        found, pieces = [], []
+        for t in there:
+            here, moves = self._reads(t)
+            found.append(here)
+            pieces += moves
+        return _when_all(pieces, found)
+
+    def put(self, here: Sequence[Tensor], there: Sequence[Tensor]) -> "Future[None]":
+        """Begins to write contiguous tensors to where tensors of their shapes lie; what is written must stay as it is until then."""
+        pieces = [move for mine, t in zip(here, there, strict=True) for move in self._writes(mine, t)]
+        return _when_all(pieces, None)
+
+    def close(self) -> None:
+        """Ends its threads, and frees it once no tensor lies in it."""
+        self._pool.shutdown()
+        os.close(self._direct)
+        self._file.close()
+
+    def _place(self, t: Tensor) -> int | None:
+        """Where in the file a tensor begins."""
+        if not t.numel() or t.device.type != "cpu":
+            return None
+        address = t.data_ptr()
+        n = bisect.bisect_right(self._extents, Extent(address, 1 << 62, 0)) - 1
+        if n < 0 or address >= self._extents[n].address + self._extents[n].size:
+            return None
+        return self._extents[n].place + address - self._extents[n].address
+
+    def _placed(self, t: Tensor) -> int:
+        place = self._place(t)
+        assert place is not None and t.is_contiguous(), "it does not lie in this file in one piece"
+        return place
+
+    def _reads(self, t: Tensor) -> tuple[Tensor, list["Future[None]"]]:
+        if not t.numel():
+            return torch.empty_like(t), []
+        place = self._placed(t)
+        first, last = place // BLOCK * BLOCK, _up(place + t.nbytes)
+        whole = aligned_memory(last - first)
+        moves = [
+            self._pool.submit(self._move, os.preadv, first + at, whole[at : at + PIECE], "cannot be read")
+            for at in range(0, last - first, PIECE)
+        ]
+        return whole[place - first :][: t.nbytes].view(t.dtype).view(t.shape), moves
+
+    def _writes(self, here: Tensor, t: Tensor) -> Iterator["Future[None]"]:
+        assert here.is_contiguous() and here.shape == t.shape and here.dtype == t.dtype
+        if not t.numel():
+            return
+        place, data = self._placed(t), here.view(-1).view(torch.uint8)
+        if data.data_ptr() % BLOCK != place % BLOCK:
+            offset = place % BLOCK
+            data = aligned_memory(offset + here.nbytes)[offset:].copy_(data)
+        # The blocks at its ends may be other tensors' too.
+        for start, end in _cuts(place, place + here.nbytes):
+            part = data[start - place : end - place]
+            yield self._pool.submit(self._move, os.pwritev, start, part, "cannot be written")
+
+    def _move(self, call: Callable[[int, Any, int], int], place: int, data: Tensor, what: str) -> None:
+        """Reads or writes all of `data`, directly where it is whole blocks."""
+        whole = data.numel() % BLOCK == 0 and place % BLOCK == 0
+        file, view = self._direct if whole else self._file.fileno(), memoryview(data.numpy())  # type: ignore[arg-type]
+        with self._named(what):
+            while view:
+                done = call(file, [view], place)
+                if not done:
+                    raise OSError(5, "the file has lost its end")
+                view, place = view[done:], place + done
+                if done % BLOCK:  # what is left of it begins within a block
+                    file = self._file.fileno()
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Says of which option an error is, since files have no name."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"{self._said} {what} ({error.strerror}); give another folder, or cpu") from None
+
+
+def aligned_memory(size: int) -> Tensor:
+    """Makes room for bytes (uint8) that begin with a block of memory."""
+    memory = torch.empty(size + BLOCK, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % BLOCK :][:size]
+
+
+def _up(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _cuts(first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Cuts bytes of a file into pieces of whole blocks, and what is left at the ends."""
+    begin, end = min(_up(first), last), max(last // BLOCK * BLOCK, min(_up(first), last))
+    if first < begin:
+        yield first, begin
+    for start in range(begin, end, PIECE):
+        yield start, min(start + PIECE, end)
+    if end < last:
+        yield end, last
+
+
+def _opened_directly(file: int) -> int:
+    """Opens a file once more, for reads and writes past the system's cache where its file system has them."""
+    path = f"/proc/self/fd/{file}"
+    try:
+        return os.open(path, os.O_RDWR | os.O_DIRECT)
+    except OSError:
+        return os.open(path, os.O_RDWR)
+
+
+def _when_all(pieces: "Sequence[Future[None]]", result: Any) -> "Future[Any]":
+    """Gives a result once all pieces have been moved; an error where one was not."""
+    whole: Future[Any] = Future()
+    left = len(pieces)
+    if not left:
+        whole.set_result(result)
+        return whole
+    lock, error = threading.Lock(), None
+
+    def take(piece: "Future[None]") -> None:
+        nonlocal left, error
+        with lock:  # threads of the pool end pieces at the same time
+            left, error = left - 1, error or piece.exception()
+            last = not left
+        if last and error is not None:
+            whole.set_exception(error)
+        elif last:
+            whole.set_result(result)
+
+    for piece in pieces:
+        piece.add_done_callback(take)
+    return whole
