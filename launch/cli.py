@@ -16,6 +16,10 @@ COMMANDS = {
     "train": ("rowwise.launch.start", "start the workers of a run: torchrun for you"),
     "check": ("rowwise.launch.look", "what a run would be, and what refuses it, without starting it"),
     "plan": ("rowwise.launch.plan", "what a run needs of memory and time on any devices, and what would fit them"),
+    "measure": (
+        "rowwise.launch.measure",
+        "what this machine does, timed and kept for `plan`: products, links, host, disk",
+    ),
     "doctor": ("rowwise.launch.doctor", "what this machine has of what runs need, and what mends what is amiss"),
     "sweep": ("rowwise.launch.sweep.__main__", "many runs with varied settings, or a search"),
     "runs": ("rowwise.launch.listing", "every run and sweep below a folder: how it stands, and what goes on with it"),
@@ -31,6 +35,7 @@ EXAMPLES = """\
   rowwise train nproc=8 model=llama_1b batch.global_size=128 optim=adamw8bit parallel.zero=3 steps=1000
   rowwise check model=llama_1b batch.global_size=128 parallel.zero=3 world_size=64
   rowwise plan fit=true model=llama3_8b batch.global_size=128 precision=bf16 world_size=64 device=h100
+  rowwise measure folder=/mnt/nvme
   rowwise doctor to=doctor.txt
   rowwise train config=my.yaml steps=1000
   rowwise train resume=runs/NAME steps=2000

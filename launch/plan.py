@@ -7,8 +7,10 @@
 Arguments are those of `rowwise train`; of its own are
 
     world_size=N     the workers of all machines (default: nproc, or one a GPU, on this machine)
-    device=NAME      h100, h200, a100_40, a100_80, b200, rtx4090, rtx3090, cpu, or a YAML of one of your own: memory, flops,
-                     bandwidth, link, network, host, disk, ram, per_machine (default: this machine's GPUs, or cpu)
+    device=NAME      h100, h200, a100_40, a100_80, b200, rtx4090, rtx3090, cpu, here (as `rowwise measure` timed this machine), or
+                     a YAML of one of your own: memory, flops, bandwidth, link, network, host, disk, disk_read, step, ram,
+                     per_machine (default: this machine as it was timed, or else its GPUs, or cpu)
+    device.KEY=N     another figure of that device: device.host_bandwidth=25e9
     fit=true         searches layouts and memory options for the fastest that fits; what is given here stays as it is
     to=FILE.png      draws what each place of the pipeline holds (.png or .svg)
 
@@ -27,6 +29,7 @@ from pathlib import Path
 from rowwise.launch.compose import compose_tree
 from rowwise.launch.given import Arguments, gather
 from rowwise.launch.own_keys import check_world_size, own_keys
+from rowwise.trainer.plan.devices import OF_DEVICE, device_named, with_figures
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     words = parser.read(arguments, sys.argv[1:]).overrides
     try:
-        settings, overrides = own_keys(Settings, words, "world_size=64 device=h100")
-        check_settings(settings)
+        figures = [word for word in words if word.startswith(OF_DEVICE)]
+        settings, overrides = own_keys(
+            Settings, [word for word in words if word not in figures], "world_size=64 device=h100"
+        )
+        check_settings(settings, figures)
         overrides = gather(overrides)
         tree = compose_tree(overrides)
         from rowwise.launch.planned import planned  # torch, which no mistyped key waits for
 
-        lines, fits = planned(tree, overrides, settings.world_size, settings.device, settings.fit, settings.to)
+        device = settings.device, figures
+        lines, fits = planned(tree, overrides, settings.world_size, device, settings.fit, settings.to)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
@@ -62,13 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if fits else 1
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: Settings, figures: list[str]) -> None:
     """Refuses what needs no torch to be seen. Raises ValueError."""
     check_world_size(settings.world_size)
-    if settings.device is not None:
-        from rowwise.trainer.plan.devices import device_named
-
-        device_named(settings.device)
+    with_figures(device_named(settings.device or "cpu"), figures)
     if settings.to is not None and (
         Path(settings.to).suffix not in FORMATS or not Path(settings.to).expanduser().parent.is_dir()
     ):

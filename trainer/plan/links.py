@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from rowwise.trainer.plan.devices import Device
 
-LINKS = 0.7  # of their bandwidth that messages reach
-
 
 @dataclass(frozen=True)
 class Links:
@@ -27,15 +25,15 @@ class Links:
         machines, here = self.machines(stride, size)
         inside = whole * (size - 1) / size / self.device.link
         outside = whole * (machines - 1) / machines / (here * self.device.network)
-        return max(inside, outside) / LINKS
+        return max(inside, outside) / self.device.reached("links")
 
     def exchange(self, mine: float, stride: int, size: int) -> float:
         """Estimates the seconds of an all-to-all of `mine` bytes a rank."""
         _, here = self.machines(stride, size)
         inside, outside = mine * (here - 1) / size / self.device.link, mine * (size - here) / size / self.device.network
-        return max(inside, outside) / LINKS
+        return max(inside, outside) / self.device.reached("links")
 
     def message(self, size: float, stride: int) -> float:
         """Estimates the seconds of a message to the next rank of an axis."""
         near = stride < self.device.per_machine
-        return size / (self.device.link if near else self.device.network) / LINKS
+        return size / (self.device.link if near else self.device.network) / self.device.reached("links")

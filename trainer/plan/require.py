@@ -7,7 +7,7 @@ import torch
 from rowwise.parallel.mesh import pick_device
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.peaks import device_name
-from rowwise.trainer.plan.devices import Device, device_here, device_named
+from rowwise.trainer.plan.devices import Device, device_here, device_named, kept_device
 from rowwise.trainer.plan.fit import tried_changes
 from rowwise.trainer.plan.forecast import Forecast, forecast
 from rowwise.trainer.plan.works import unknown
@@ -15,8 +15,15 @@ from rowwise.trainer.screen import byte_count
 
 
 def own_device() -> Device:
-    """Gives the figures of what this machine computes on."""
-    device = pick_device(0)
+    """Gives the figures of what this machine computes on, as `rowwise measure` timed it where it did."""
+    device, kept = pick_device(0), kept_device()
+    if kept is not None and kept.cuda == (device.type == "cuda"):
+        return kept
+    return untimed_device(device)
+
+
+def untimed_device(device: torch.device) -> Device:
+    """Gives the figures of a device of this machine that are known of its kind."""
     if device.type != "cuda":
         return device_named("cpu")
     return device_here(device_name(device), torch.cuda.mem_get_info(device)[1], torch.cuda.device_count())

@@ -7,7 +7,7 @@
                   activations that wait elsewhere, on their way there and back
     bubble        what ranks of a pipeline wait for each other (`pipeline_schedule.simulate`)
 
-Devices reach a share of their peaks (`SHARES`, `LINKS`), such that 8B models on 8 H100 come to what is published of them, 35 to 46 %
+Devices reach a share of their peaks (`Device.reached`), such that 8B models on 8 H100 come to what is published of them, 35 to 46 %
 of the peak; they are not measured here. All tokens are taken to see all before them: documents make attention cheaper than told.
 """
 
@@ -22,12 +22,11 @@ from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.measure import PartTimes, Times
 from rowwise.trainer.models.decoder import flops_of, layer_flops
 from rowwise.trainer.plan.devices import Device
-from rowwise.trainer.plan.links import LINKS, Links
+from rowwise.trainer.plan.links import Links
 from rowwise.trainer.plan.loss import loss_work
 from rowwise.trainer.plan.states import Place, numbers_of, optimizer_bytes, pieces_of, place_of, widths_of
 from rowwise.trainer.stages import Plan, gathering
 
-SHARES = {"products": 0.55, "attention": 0.35, "memory": 0.6}
 BACKWARD_OF_ATTENTION = 2.5
 
 
@@ -82,11 +81,11 @@ class Clock:
         model, tokens = self.config.model, self.tokens
         _, forward, _ = layer_flops(model, self.config.batch.seq_len)
         attention = 2.0 * model.heads * model.head_size * (self.config.batch.seq_len + 1)
-        products = Pass(products=(forward - attention) * tokens / self.rate / SHARES["products"])
-        looked = Pass(attention=attention * tokens / self.rate / SHARES["attention"])
-        moved = Pass(elementwise=self._traffic() * tokens / self.device.bandwidth / SHARES["memory"])
-        again = Pass(products=self._again(layer) * tokens / self.rate / SHARES["products"])
-        codes = Pass(elementwise=self._coded(layer) * tokens / self.device.bandwidth / SHARES["memory"])
+        products = Pass(products=(forward - attention) * tokens / self.rate / self.device.reached("products"))
+        looked = Pass(attention=attention * tokens / self.rate / self.device.reached("attention"))
+        moved = Pass(elementwise=self._traffic() * tokens / self.device.bandwidth / self.device.reached("memory"))
+        again = Pass(products=self._again(layer) * tokens / self.rate / self.device.reached("products"))
+        codes = Pass(elementwise=self._coded(layer) * tokens / self.device.bandwidth / self.device.reached("memory"))
         back = products + looked.times(BACKWARD_OF_ATTENTION) + moved.times(2) + again + codes
         return products + looked + moved + codes, back, products
 
@@ -94,9 +93,9 @@ class Clock:
         """Estimates the forward, the input gradients and the weights' gradients of the head and the loss."""
         words, width = self.config.model.vocab_size, self.widths.compute
         _, _, forward = layer_flops(self.config.model, self.config.batch.seq_len)
-        products = Pass(products=forward * self.tokens / self.rate / SHARES["products"])
+        products = Pass(products=forward * self.tokens / self.rate / self.device.reached("products"))
         passes = 2.0 * (width + max(4, width)) * words * (1 if self.config.memory.fused_loss else 3)
-        moved = Pass(elementwise=passes * self.tokens / self.device.bandwidth / SHARES["memory"])
+        moved = Pass(elementwise=passes * self.tokens / self.device.bandwidth / self.device.reached("memory"))
         made = loss_work(self.config, self.tokens, width, split=False, gpu=self.device.cuda).makes
         again = products if made == "backward" else Pass()  # tiles of logits are made a second time
         return products + moved, products + moved + again, products
@@ -138,7 +137,7 @@ class Clock:
             return 0.0
         size = self.tokens * table.bytes_kept(self._kept[layer], self.widths.compute, memory.compress != "none")
         speed = self.device.host if memory.offload_activations == "cpu" else min(self.device.host, self.device.disk)
-        return size / speed / LINKS
+        return size / speed / self.device.reached("links")
 
     @cached_property
     def _kept(self) -> Sequence[frozenset[str]]:
@@ -153,7 +152,14 @@ class Clock:
         if parallel.ulysses > 1:
             seconds += self.links.exchange(size * (2 * heads + 2 * keys), 1, parallel.ulysses)
         if parallel.ring > 1:  # hidden behind the blocks that are looked at meanwhile, or longer than they are
-            looked = 2.0 * heads * (self.config.batch.seq_len + 1) * self.tokens / self.rate / SHARES["attention"]
+            looked = (
+                2.0
+                * heads
+                * (self.config.batch.seq_len + 1)
+                * self.tokens
+                / self.rate
+                / self.device.reached("attention")
+            )
             block = self.links.message(size * 2 * keys, parallel.ulysses)
             seconds += max(0.0, (parallel.ring - 1) * block - looked)
         return seconds
@@ -211,7 +217,7 @@ def _optimizer(clock: Clock, layers: range, place: Place) -> float:
     """Seconds of the update: parameters and states are read and written, gradients read."""
     numbers = sum(numbers_of(piece) for piece in pieces_of(clock.config, layers)) / place.shards
     moved = numbers * 3 * clock.widths.parameter + 2 * optimizer_bytes(clock.config, layers, place)
-    return moved / clock.device.bandwidth / SHARES["memory"]
+    return moved / clock.device.bandwidth / clock.device.reached("memory")
 
 
 def _pipelined(clock: Clock, place: Place, plan: Plan) -> Seconds:

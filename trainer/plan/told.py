@@ -117,11 +117,12 @@ def time_in_words(forecast: Forecast) -> list[str]:
     told = ", ".join(
         f"{name} {part / seconds.step:.0%}" for name, part in parts.items() if part / seconds.step >= 0.005
     )
+    peak = "the products that it reaches" if forecast.device.measured else "its 16-bit peak"
     return [
         labelled("step", f"about {seconds.step:.3g} s: {told}"),
         labelled(
             "speed",
-            f"about {seconds.tokens_per_second:,.0f} tokens a second and device, {seconds.mfu:.0%} of its 16-bit peak",
+            f"about {seconds.tokens_per_second:,.0f} tokens a second and device, {seconds.mfu:.0%} of {peak}",
         ),
     ]
 
