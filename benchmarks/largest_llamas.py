@@ -25,8 +25,9 @@ from rowwise.parallel.mesh import divisors
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.models.decoder import parameter_count
+from rowwise.trainer.plan.combinations import with_words
 from rowwise.trainer.plan.devices import DEVICES
-from rowwise.trainer.plan.fit import Fit, find_fit, with_words
+from rowwise.trainer.plan.fit import Fit, find_fit
 from rowwise.trainer.plan.forecast import Forecast, forecast
 
 ROOT = Path(__file__).parents[1]

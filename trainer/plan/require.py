@@ -7,8 +7,8 @@ import torch
 from rowwise.parallel.mesh import pick_device
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.peaks import device_name
+from rowwise.trainer.plan.changes import tried_changes
 from rowwise.trainer.plan.devices import Device, device_here, device_named, kept_device
-from rowwise.trainer.plan.fit import tried_changes
 from rowwise.trainer.plan.forecast import Forecast, forecast
 from rowwise.trainer.plan.works import unknown
 from rowwise.trainer.screen import byte_count
