@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FIELDS = frozenset({"peak_memory_bytes"})
 CATEGORIES = {"parameters": COLORS[0], "gradients": COLORS[5], "optimizer": COLORS[2], "masks": COLORS[3]}
+BESIDE = ("host", "file")  # the device: what waits there
 REST = "activations and the rest"
 MEBI, GIBI = 2**20, 2**30
 
@@ -76,7 +77,8 @@ def by_rank(run: Run, document: dict[str, Any], runs: Sequence[Run]) -> str:
 
 def numbers(run: Run, document: dict[str, Any]) -> str:
     """Lists what each rank held, as a table."""
-    head = ["rank", *CATEGORIES, REST, "peak"]
+    beside = [key for key in BESIDE if any(held.get(key) for _, held in bars(document))]
+    head = ["rank", *CATEGORIES, REST, "peak", *beside]
     columns = [(name, held | ({REST: parts(held)[REST]} if held.get("peak") else {})) for name, held in bars(document)]
     rows = [[name, *("-" if held.get(key) is None else size(held[key]) for key in head[1:])] for name, held in columns]
     note = "; the peak is the whole process's, with its libraries" if document.get("device") == "cpu" else ""

@@ -12,9 +12,10 @@ from rowwise.trainer.activations import kept_of, results_of, tokens_of
 from rowwise.trainer.check import check_layout
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_count
+from rowwise.trainer.plan.clock import Clock, Pass
 from rowwise.trainer.plan.devices import Device
 from rowwise.trainer.plan.states import Place, optimizer_bytes, widths_of
-from rowwise.trainer.plan.time import Clock
+from rowwise.trainer.plan.traffic import NOTHING, Traffic, rows, update
 
 PIPELINES = (1, 2, 4, 8, 16, 32)
 SCHEDULES = (("1f1b", 1), ("zb_h1", 1), ("interleaved_1f1b", 2), ("zb_v", 2))
@@ -36,13 +37,44 @@ class Candidate:
     size: float
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch of all layers: its forward and its backward, what moves beside them, and the bytes that are kept on the device."""
+
+    forward: Pass
+    backward: Pass
+    there: Traffic
+    back: Traffic
+    kept: float
+
+
+def micro_batch(config: TrainConfig, device: Device) -> MicroBatch:
+    """Counts a micro-batch, but for messages that are hidden and for rows."""
+    clock, table, memory = Clock(config, device), results_of(config), config.memory
+    width, coded = widths_of(config).compute, memory.compress != "none"
+    layers = kept_of(config) if table is not None else (frozenset[str](),) * config.model.layers
+    head, inputs, weights = clock.head()
+    forward, backward, there, back, size = head, inputs + weights, NOTHING, NOTHING, 0.0
+    for kept in set(layers):  # of layers that keep the same, one is looked at
+        layer, share = layers.index(kept), layers.count(kept)
+        f, i, w = clock.layer(layer)
+        forward, backward = forward + f.times(share), backward + (i + w).times(share)
+        leaves, returns = clock.traffic(layer, 0.0)
+        there, back = there + leaves.times(share), back + returns.times(share)
+        size += (table.bytes_kept(kept, width, coded) if table is not None else 0) * share
+    if memory.offload_activations != "none":
+        size *= min(1, LEAVING / len(layers))
+    shared = Pass(elementwise=clock.sharing() * len(layers))
+    return MicroBatch(forward + shared, backward + shared.times(2), there, back, size * tokens_of(config))
+
+
 class Search:
     """The combinations of a search, roughly counted."""
 
     def __init__(self, config: TrainConfig, world_size: int, device: Device, given: Set[str]):
         self._config, self._world, self._device, self._given = config, world_size, device, given
         self.refused = ""
-        self._known: dict[Any, tuple[float, float]] = {}
+        self._known: dict[Any, MicroBatch] = {}
         self._states = optimizer_bytes(config, range(config.model.layers), Place(0, 0, 1, 1))
 
     def candidates(self) -> Iterator[Candidate]:
@@ -114,31 +146,22 @@ class Search:
 
     def _roughly(self, config: TrainConfig) -> tuple[float, float]:
         """(seconds, bytes) of a run that are hardly more than it will take."""
-        parallel = config.parallel
+        parallel, device = config.parallel, self._device
         key = config.batch.micro_size, config.memory, parallel.ulysses, parallel.ring
         if key not in self._known:
-            self._known[key] = self._micro_batch(config)
-        each, kept = self._known[key]
-        stages, count = parallel.pipeline, config.micro_batches
+            self._known[key] = micro_batch(config, device)
+        work, stages, count = self._known[key], parallel.pipeline, config.micro_batches
+        shards = parallel.state_degree if parallel.zero else 1
+        numbers = parameter_count(config.model)[0] / shards
+        gathered, reduced = rows(config, device, numbers)
+        optimizer, beside = update(config, device, numbers, self._states / shards)
+        forward = work.forward.waiting(work.there + gathered, device).total
+        backward = work.backward.waiting(work.back + reduced, device).total
+        last = work.backward.waiting(work.back + reduced + beside, device).total
         # Of a pipeline that waits as 1F1B does; split backwards wait a third of that.
         waits = (stages - 1) / parallel.virtual_stages / (3 if parallel.pipeline_schedule.startswith("zb") else 1)
-        seconds = each / stages * (count + (waits if stages > 1 else 0))
-        return seconds, self._bytes(config, kept)
-
-    def _micro_batch(self, config: TrainConfig) -> tuple[float, float]:
-        """(seconds, bytes that are kept on the device) of all layers for a micro-batch."""
-        clock, table, memory = Clock(config, self._device), results_of(config), config.memory
-        width, coded = widths_of(config).compute, memory.compress != "none"
-        layers = kept_of(config) if table is not None else (frozenset[str](),) * config.model.layers
-        seconds, size = sum(part.total for part in clock.head()), 0.0
-        for kept in set(layers):  # of layers that keep the same, one is looked at
-            layer, share = layers.index(kept), layers.count(kept)
-            passes = sum(part.total for part in clock.layer(layer)) + 3 * clock.sharing()
-            seconds += max(passes, 2 * clock.leaving(layer)) * share
-            size += (table.bytes_kept(kept, width, coded) if table is not None else 0) * share
-        if memory.offload_activations != "none":
-            size *= min(1, LEAVING / len(layers))
-        return seconds, size * tokens_of(config)
+        passes = (forward + backward) * (count - 1 + (waits if stages > 1 else 0)) + forward + last
+        return (passes + optimizer) / stages, self._bytes(config, work.kept)
 
     def _bytes(self, config: TrainConfig, kept: float) -> float:
         parallel, model, widths = config.parallel, config.model, widths_of(config)

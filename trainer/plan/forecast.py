@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from rowwise.parallel.mesh import ParallelConfig
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.plan.clock import Clock
 from rowwise.trainer.plan.devices import Device
 from rowwise.trainer.plan.memory import Memory, memory_of, worst
 from rowwise.trainer.plan.reserve import Room, room_of
-from rowwise.trainer.plan.time import Clock, Seconds, forecast_seconds
+from rowwise.trainer.plan.time import Seconds, forecast_seconds
 from rowwise.trainer.stages import Plan, plan_pipeline
 
 

@@ -11,7 +11,8 @@ CATEGORIES = (
     "messages",
     "working",
 )
-HOST = "host"  # what waits in the host's memory
+HOST, FILE = "host", "file"  # what waits in the host's memory, and in files
+BESIDE = (HOST, FILE)  # the device
 
 
 class Ledger:
@@ -19,7 +20,7 @@ class Ledger:
     `then`."""
 
     def __init__(self) -> None:
-        self.now = dict.fromkeys((*CATEGORIES, HOST), 0)
+        self.now = dict.fromkeys((*CATEGORIES, *BESIDE), 0)
         self.peaks = dict(self.now)
         self.then = dict(self.now)
         self.most, self.moment, self.at = 0, "", ""
@@ -28,7 +29,7 @@ class Ledger:
     def take(self, category: str, size: int) -> None:
         """Makes room for `size` bytes."""
         self.now[category] += size
-        self._total += size if category != HOST else 0
+        self._total += size if category not in BESIDE else 0
         self.peaks[category] = max(self.peaks[category], self.now[category])
         if self._total > self.most:
             self.most, self.moment, self.then = self._total, self.at, dict(self.now)
@@ -36,7 +37,7 @@ class Ledger:
     def give(self, category: str, size: int) -> None:
         """Lets go of `size` bytes."""
         self.now[category] -= size
-        self._total -= size if category != HOST else 0
+        self._total -= size if category not in BESIDE else 0
         assert self.now[category] >= 0, category
 
     def change(self, category: str, size: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rowwise.trainer.activations import tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.away import Keeping
-from rowwise.trainer.plan.ledger import HOST, Ledger
+from rowwise.trainer.plan.ledger import FILE, HOST, Ledger
 from rowwise.trainer.plan.sharded import Sharded
 from rowwise.trainer.plan.states import (
     Place,
@@ -43,8 +43,13 @@ class Memory:
 
     @property
     def host(self) -> int:
-        """Counts the bytes of the host's memory that activations wait in, at most."""
+        """Counts the bytes of the host's memory that are taken beside the device, at most."""
         return self.peaks[HOST]
+
+    @property
+    def files(self) -> int:
+        """Counts the bytes of files that rows wait in."""
+        return self.peaks[FILE]
 
 
 def worst(memories: list[Memory]) -> Memory:

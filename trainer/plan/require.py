@@ -1,5 +1,6 @@
 """Refuses a run that is forecast not to fit its devices, and says the cheapest change with which it would."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,8 @@ from rowwise.trainer.plan.devices import Device, device_here, device_named, kept
 from rowwise.trainer.plan.forecast import Forecast, forecast
 from rowwise.trainer.plan.works import unknown
 from rowwise.trainer.screen import byte_count
+
+OFFLOADS = ("offload_activations", "offload_states", "offload_params", "offload_gradients")
 
 
 def own_device() -> Device:
@@ -53,14 +56,15 @@ def require_fit(config: TrainConfig, device: Device) -> None:
     """Refuses a run that does not fit, unless `memory.fit=false`. `config`: checked. Raises ValueError."""
     if not config.memory.fit or limit_of(config, device) is None or not is_known(config):
         return
-    found = forecast(config, replace(device, memory=limit_of(config, device) or 0.0))
+    # What waits in files has its room from the beginning, which says whether there is enough.
+    found = forecast(config, replace(device, memory=limit_of(config, device) or 0.0, disk_room=math.inf))
     room = found.room
     if room.fits:
         return
     if room.needed <= room.limit:
         raise ValueError(
-            f"memory.offload_activations={config.memory.offload_activations}: {byte_count(room.host)} of activations would wait on "
-            f"the host on rank {found.worst.rank}, where {byte_count(room.ram)} a device may; {_advice(found)}, or memory.fit=false, "
+            f"{_away(config)}: {byte_count(room.host)} would wait on the host on rank {found.worst.rank}, where "
+            f"{byte_count(room.ram)} a device may; {_advice(found)}, or memory.fit=false, "
             "which goes on regardless"
         )
     raise ValueError(
@@ -68,6 +72,12 @@ def require_fit(config: TrainConfig, device: Device) -> None:
         f"{'memory.limit is' if config.memory.limit is not None else f'{device.name} has'} {byte_count(room.limit)}, "
         f"{byte_count(room.needed - room.limit)} less; {_advice(found)}, or memory.fit=false, which goes on regardless"
     )
+
+
+def _away(config: TrainConfig) -> str:
+    """Names what of a run waits off its device."""
+    places = {key: getattr(config.memory, key) for key in OFFLOADS}
+    return " ".join(f"memory.{key}={place}" for key, place in places.items() if place != "none")
 
 
 def _advice(found: Forecast) -> str:

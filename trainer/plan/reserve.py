@@ -14,13 +14,15 @@ HOST = 0.15  # of a machine's memory: its system, what reads the data and writes
 @dataclass(frozen=True)
 class Room:
     """Bytes: what a rank holds at most, what is reserved beside it, and what there is; what waits on the `host`, and how much of a
-    rank's part of that may."""
+    rank's part of that may; what waits in `files`, and how much there is room for."""
 
     held: int
     reserve: int
     limit: float
     host: int = 0
     ram: float = math.inf
+    files: int = 0
+    disk: float = math.inf
 
     @property
     def needed(self) -> int:
@@ -28,7 +30,7 @@ class Room:
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.limit and self.host <= self.ram
+        return self.needed <= self.limit and self.host <= self.ram and self.files <= self.disk
 
 
 def room_of(memory: Memory, device: Device, limit: float | None = None) -> Room:
@@ -36,5 +38,5 @@ def room_of(memory: Memory, device: Device, limit: float | None = None) -> Room:
     reserve = (LIBRARIES if device.cuda else 0) + FRAGMENTATION * memory.most
     there = device.memory if limit is None else min(limit, device.memory)
     if not device.cuda:  # whose memory is the host's
-        return Room(memory.most + memory.host, int(reserve), there)
-    return Room(memory.most, int(reserve), there, memory.host, (1 - HOST) * device.ram)
+        return Room(memory.most + memory.host, int(reserve), there, files=memory.files, disk=device.disk_room)
+    return Room(memory.most, int(reserve), there, memory.host, (1 - HOST) * device.ram, memory.files, device.disk_room)

@@ -5,7 +5,7 @@ from rowwise.trainer.console import labelled
 from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.plan.fit import Fit
 from rowwise.trainer.plan.forecast import Forecast
-from rowwise.trainer.plan.ledger import CATEGORIES, HOST
+from rowwise.trainer.plan.ledger import CATEGORIES, FILE, HOST
 from rowwise.trainer.screen import byte_count, count
 from rowwise.trainer.summary import batch_in_words, layout_in_words
 
@@ -19,7 +19,8 @@ MEANINGS = {
     "loss": "the loss, its logits and gradients",
     "messages": "buffers of what crosses ranks",
     "working": "what operations make on the way",
-    HOST: "on the host, beside the device: activations that wait there",
+    HOST: "on the host, beside the device: what waits there, and comes and goes",
+    FILE: "in files of this rank",
 }
 
 
@@ -51,8 +52,10 @@ def in_words(forecast: Forecast) -> str:
         verdict = "fits"
     elif room.needed > room.limit:
         verdict = f"does not fit, by {byte_count(room.needed - room.limit)}"
-    else:
+    elif room.host > room.ram:
         verdict = f"does not fit: {byte_count(room.host)} wait on the host, where {byte_count(room.ram)} a device may"
+    else:
+        verdict = f"does not fit: {byte_count(room.files)} wait in files, where {byte_count(room.disk)} a device may"
     return (
         f"{byte_count(room.needed)} of {byte_count(room.limit)} a {forecast.device.name}: {byte_count(room.held)} at most and "
         f"{byte_count(room.reserve)} for libraries and fragmentation; {verdict}"
@@ -111,6 +114,7 @@ def time_in_words(forecast: Forecast) -> list[str]:
         "attention": seconds.attention,
         "elementwise": seconds.elementwise,
         "messages": seconds.messages,
+        "offload": seconds.offload,
         "optimizer": seconds.optimizer,
         "bubble": seconds.bubble,
     }

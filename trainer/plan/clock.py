@@ -1,0 +1,142 @@
+"""How long the parts of a run take on a device, computed alone, and what moves beside them."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property
+
+from rowwise.parallel.precision import Fp64
+from rowwise.trainer.activations import kept_of, results_of, tokens_of
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.measure import PartTimes, Times
+from rowwise.trainer.models.decoder import layer_flops
+from rowwise.trainer.plan.devices import Device
+from rowwise.trainer.plan.links import Links
+from rowwise.trainer.plan.loss import loss_work
+from rowwise.trainer.plan.states import numbers_of, pieces_of, place_of, widths_of
+from rowwise.trainer.plan.traffic import Traffic, leaving, rows
+
+BACKWARD_OF_ATTENTION = 2.5
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Seconds of a forward or a backward of a micro-batch, or of a part of it; `offload`: that it waits for what comes and goes."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    offload: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+    def __add__(self, other: "Pass") -> "Pass":
+        return Pass(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def times(self, factor: float) -> "Pass":
+        return Pass(*(factor * part for part in astuple(self)))
+
+    def waiting(self, traffic: Traffic, device: Device) -> "Pass":
+        """Gives it with the seconds by which what moves beside it takes longer."""
+        return self + Pass(offload=max(0.0, traffic.seconds(device) - self.total))
+
+
+class Clock:
+    """The seconds of the parts of a run on a device."""
+
+    def __init__(self, config: TrainConfig, device: Device):
+        self.config, self.device, self.links = config, device, Links(device)
+        self.widths, self.tokens = widths_of(config), tokens_of(config)
+        slower = device.wide * (8 if isinstance(config.precision, Fp64) else 1) if self.widths.compute > 2 else 1.0
+        self.rate = device.flops / slower
+
+    def layer(self, layer: int) -> tuple[Pass, Pass, Pass]:
+        """Estimates the forward of a layer, its input gradients with what is made again, and its weights' gradients."""
+        model, tokens = self.config.model, self.tokens
+        _, forward, _ = layer_flops(model, self.config.batch.seq_len)
+        attention = 2.0 * model.heads * model.head_size * (self.config.batch.seq_len + 1)
+        products = Pass(products=(forward - attention) * tokens / self.rate / self.device.reached("products"))
+        looked = Pass(attention=attention * tokens / self.rate / self.device.reached("attention"))
+        moved = Pass(elementwise=self._traffic() * tokens / self.device.bandwidth / self.device.reached("memory"))
+        again = Pass(products=self._again(layer) * tokens / self.rate / self.device.reached("products"))
+        codes = Pass(elementwise=self._coded(layer) * tokens / self.device.bandwidth / self.device.reached("memory"))
+        back = products + looked.times(BACKWARD_OF_ATTENTION) + moved.times(2) + again + codes
+        return products + looked + moved + codes, back, products
+
+    def head(self) -> tuple[Pass, Pass, Pass]:
+        """Estimates the forward, the input gradients and the weights' gradients of the head and the loss."""
+        words, width = self.config.model.vocab_size, self.widths.compute
+        _, _, forward = layer_flops(self.config.model, self.config.batch.seq_len)
+        products = Pass(products=forward * self.tokens / self.rate / self.device.reached("products"))
+        passes = 2.0 * (width + max(4, width)) * words * (1 if self.config.memory.fused_loss else 3)
+        moved = Pass(elementwise=passes * self.tokens / self.device.bandwidth / self.device.reached("memory"))
+        made = loss_work(self.config, self.tokens, width, split=False, gpu=self.device.cuda).makes
+        again = products if made == "backward" else Pass()  # tiles of logits are made a second time
+        return products + moved, products + moved + again, products
+
+    def part_times(self) -> PartTimes:
+        """Estimates what comes before the layers, a layer, and what comes after, as a run measures them for `auto`."""
+        layer, head = (Times(*(part.total for part in parts)) for parts in (self.layer(0), self.head()))
+        parallel, model = self.config.parallel, self.config.model
+        size = self.tokens * model.dim * self.widths.compute
+        stride = parallel.data_degree * parallel.ring * parallel.ulysses
+        numbers = numbers_of(pieces_of(self.config, range(1))[1])
+        place = place_of(0, parallel)
+        gather = self.links.collective(numbers * self.widths.compute, 1, place.shards) if parallel.zero == 3 else 0.0
+        return PartTimes(Times(0.0, 0.0, 0.0), layer, head, self.links.message(size, stride), gather)
+
+    def _traffic(self) -> float:
+        """Bytes a token that a layer's elementwise operations move: two norms and two sums of D, rotations, the gate."""
+        model = self.config.model
+        turned = 3 * model.head_size * (model.heads + model.kv_heads)
+        return float(self.widths.compute * (10 * model.dim + turned + 5 * model.ffn_dim))
+
+    def _again(self, layer: int) -> float:
+        table = results_of(self.config)
+        if table is None:
+            return 0.0
+        return table.operations_again(self._kept[layer], (self.config.batch.seq_len + 1) / 2)
+
+    def _coded(self, layer: int) -> float:
+        """Bytes a token that are read and written where a layer's results are coded, and again where they are decoded."""
+        table = results_of(self.config)
+        if table is None or self.config.memory.compress == "none":
+            return 0.0
+        return sum(table.bytes_kept(self._kept[layer], self.widths.compute, coded) for coded in (False, True))
+
+    def traffic(self, layer: int, numbers: float) -> tuple[Traffic, Traffic]:
+        """Counts what a layer moves beside its forward and beside its backward: of what it keeps, and of so many numbers of this
+        rank's rows."""
+        table, coded = results_of(self.config), self.config.memory.compress != "none"
+        size = 0 if table is None else table.bytes_kept(self._kept[layer], self.widths.compute, coded)
+        (there, back), (forward, backward) = (
+            leaving(self.config, self.tokens * size),
+            rows(self.config, self.device, numbers),
+        )
+        return there + forward, back + backward
+
+    @cached_property
+    def _kept(self) -> Sequence[frozenset[str]]:
+        return kept_of(self.config)
+
+    def sharing(self) -> float:
+        """Estimates the seconds that the messages of a layer's attention take in its forward; its backward sends as many again."""
+        parallel, model = self.config.parallel, self.config.model
+        heads, keys = model.heads * model.head_size, model.kv_heads * model.head_size
+        size = self.tokens * self.widths.compute
+        seconds = 0.0
+        if parallel.ulysses > 1:
+            seconds += self.links.exchange(size * (2 * heads + 2 * keys), 1, parallel.ulysses)
+        if parallel.ring > 1:  # hidden behind the blocks that are looked at meanwhile, or longer than they are
+            looked = (
+                2.0
+                * heads
+                * (self.config.batch.seq_len + 1)
+                * self.tokens
+                / self.rate
+                / self.device.reached("attention")
+            )
+            block = self.links.message(size * 2 * keys, parallel.ulysses)
+            seconds += max(0.0, (parallel.ring - 1) * block - looked)
+        return seconds
