@@ -53,7 +53,7 @@ IN_BACKWARD: Refusals = (
     ),
     Refusal(
         ("optim.in_backward", "parallel.zero", "parallel.replicate", "precision.name"),
-        lambda run: run.optim.in_backward and _sums_at_the_end(run.parallel, run.precision.name),
+        lambda run: run.optim.in_backward and _sums_at_the_end(run),
         "optim.in_backward with parallel.replicate={parallel.replicate} parallel.zero={parallel.zero}: gradients "
         "that FSDP2 sums over replicas stay until the backward ends; give parallel.replicate=1 and parallel.zero=1 "
         "to 3, or optim.in_backward=false",
@@ -61,10 +61,11 @@ IN_BACKWARD: Refusals = (
 )
 
 
-def _sums_at_the_end(parallel: Any, precision: str) -> bool:
+def _sums_at_the_end(run: Any) -> bool:
     """Whether FSDP2 holds the parameters, and the sums of their gradients over replicas until the backward is over."""
+    parallel, held = run.parallel, run.precision.name == "bf16" or run.memory.offload_params != "none"
     split = parallel.state_degree if parallel.zero > 0 else 1
-    return parallel.replicate * parallel.state_degree > split and (split > 1 or precision == "bf16")
+    return parallel.replicate * parallel.state_degree > split and (split > 1 or held)
 
 
 class InBackward:

@@ -34,6 +34,7 @@ from rowwise.parallel.pipeline_schedule.simulate import Gathering, gathers
 from rowwise.parallel.pipeline_schedule.trace import Span
 from rowwise.parallel.shard import (
     add_up_gradients,
+    begin_pass,
     forget_forwards,
     hold_gradients,
     keep_gathered,
@@ -123,6 +124,7 @@ class Pipeline:
         `forward(stage, micro_batch, x)` gives what the next stage takes, or on the last stage the loss, a scalar; x is
         None on the first stage. `buffer()` makes room for what crosses a boundary.
         """
+        self._begin_pass()
         self._refresh_tied()
         step = Step(forward, Channels(self.schedule, self.axis, self._lanes, buffer), trace)
         self._go_on(step, self._leading[self.axis.rank])
@@ -173,6 +175,7 @@ class Pipeline:
     ) -> None:
         """Passes every micro-batch through every stage, without gradients. `refresh`: weights have changed since the last pass."""
         schedule = self.schedule.forward_only(micro_batches)
+        self._begin_pass()
         if refresh:
             self._refresh_tied()
         channels = Channels(schedule, self.axis, self._lanes, buffer)
@@ -240,6 +243,10 @@ class Pipeline:
             if self.schedule.maker(Action(stage, kind, i)) is not None:
                 channels.expect((kind == "F", stage, i))
 
+    def _begin_pass(self) -> None:
+        for module in self.stages.values():
+            begin_pass(module)
+
     def _refresh_tied(self) -> None:
         """The last stage's copy of the embedding gets the first stage's numbers."""
         if self.tied is not None:
@@ -263,14 +270,17 @@ class Pipeline:
             local(own.grad).add_(moved)
 
     def _pass(self, given: Tensor | None, taken: Tensor | None, source: int, target: int) -> None:
-        """`given`, where stage `source` is, into `taken`, where `target` is."""
+        """`given`, where stage `source` is, into `taken`, where `target` is. The device sends, also what waits off it."""
         sender, receiver = self.schedule.rank_of[source], self.schedule.rank_of[target]
         if given is not None and taken is not None:
             taken.copy_(given)
         elif given is not None:
-            send_to(receiver, given.contiguous(), self.axis, self._lanes).wait()
+            send_to(receiver, given.contiguous().to(self.device), self.axis, self._lanes).wait()
         elif taken is not None:
-            receive_from(sender, taken, self.axis, self._lanes).wait()
+            here = taken if taken.device == self.device else torch.empty_like(taken, device=self.device)
+            receive_from(sender, here, self.axis, self._lanes).wait()
+            if here is not taken:
+                taken.copy_(here)
 
 
 def last_uses(actions: Sequence[Action]) -> set[int]:

@@ -41,7 +41,7 @@ class RowFile:
     cannot be made."""
 
     def __init__(self, folder: Path, said: str, threads: int = THREADS):
-        self._said, self._end, self._extents = said, 0, list[Extent]()
+        self._said, self._folder, self._end, self._extents = said, folder, 0, list[Extent]()
         with self._named("cannot be written"):
             self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         self._direct = _opened_directly(self._file.fileno())
@@ -156,7 +156,8 @@ class RowFile:
         try:
             yield
         except OSError as error:
-            raise OSError(error.errno, f"{self._said} {what} ({error.strerror}); give another folder, or cpu") from None
+            told = f"{self._said} {what} ({error.strerror}); give another folder, or cpu"
+            raise OSError(error.errno, told, str(self._folder)) from None
 
 
 def aligned_memory(size: int) -> Tensor:

@@ -11,7 +11,8 @@ on the shard axis and `accumulate` micro-batches a step, per step and parameter:
 | 3 | one part at a time, twice a micro-batch | as 2 | gather 2 accumulate x, reduce-scatter accumulate x |
 
 Where the shard axis has one rank nothing is split, whatever the stage. In 16-bit precision, which computes in a copy of
-the parameters, FSDP2 makes that copy, also where nothing is split.
+the parameters, FSDP2 makes that copy, also where nothing is split; and where rows wait off the device (`parallel.away`), it
+brings them there one part at a time, from one rank too.
 
 With `replicate` > 1 the split gradients are all-reduced over it once a step. Gradients are *sums* over ranks:
 the step divides by the number of valid tokens of the global batch, which no rank knows on its own.
@@ -19,7 +20,7 @@ the step divides by the number of valid tokens of the global batch, which no ran
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,9 +31,11 @@ from rowwise.kernels.later import Later
 from rowwise.kernels.rows import local, row_offset
 from rowwise.kernels.spec import specs_of
 from rowwise.kernels.wide import wide_dtype
+from rowwise.parallel.away import away_of, in_memory, scale_in_file
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import DTYPES, Bf16, Fp16, PrecisionConfig
 from rowwise.parallel.replicate import buckets_of, in_buckets
+from rowwise.parallel.row_file import RowFile
 from rowwise.parallel.torch_fsdp import (
     accumulate_wide,
     begin_reduction,
@@ -43,7 +46,7 @@ from rowwise.parallel.torch_fsdp import (
 )
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 
 fsdp = Later("torch.distributed.fsdp")
 
@@ -56,9 +59,15 @@ def policy(config: PrecisionConfig) -> "MixedPrecisionPolicy":
     return fsdp.MixedPrecisionPolicy()
 
 
-def is_split(mesh: Mesh, policy: "MixedPrecisionPolicy") -> bool:
-    """Says whether FSDP2 holds the parameters: rows are split, or a copy in another dtype computes or accumulates."""
-    return mesh.states["shard"].size() > 1 or policy.param_dtype is not None
+def offload_policy(pinned: bool) -> "OffloadPolicy":
+    """Returns what has FSDP2 keep rows and gradients in host memory; `pinned`: so that copies go beside what is computed."""
+    return fsdp.CPUOffloadPolicy(pin_memory=pinned)
+
+
+def is_split(mesh: Mesh, policy: "MixedPrecisionPolicy", away: bool = False) -> bool:
+    """Says whether FSDP2 holds the parameters: rows are split, or wait `away` from the device, or a copy in another dtype computes or
+    accumulates."""
+    return mesh.states["shard"].size() > 1 or policy.param_dtype is not None or away
 
 
 def shard_model(
@@ -67,16 +76,17 @@ def shard_model(
     mesh: Mesh,
     zero: int,
     policy: "MixedPrecisionPolicy",
+    away: "OffloadPolicy | None" = None,
 ) -> None:
     """Splits `model` in place. `parts`, in forward order, are gathered and reduced as one each; what they leave of
-    the model is one more. What is used last in the forward is used first in the backward and stays gathered between."""
+    the model is one more. What is used last in the forward is used first in the backward and stays gathered between.
+    `away`: where rows wait off the device."""
     states = mesh.states if mesh.states.size(0) > 1 else mesh.states["shard"]
+    given = {"mesh": states, "mp_policy": policy} | ({} if away is None else {"offload_policy": away})
     for part in parts if len(parts) > 1 else []:  # one part is everything: the root's
         keep = zero < 3 or part is parts[-1]
-        fsdp.fully_shard(
-            part if len(part) > 1 else part[0], mesh=states, mp_policy=policy, reshard_after_forward=not keep
-        )
-    fsdp.fully_shard(model, mesh=states, mp_policy=policy, reshard_after_forward=False)
+        fsdp.fully_shard(part if len(part) > 1 else part[0], **given, reshard_after_forward=not keep)
+    fsdp.fully_shard(model, **given, reshard_after_forward=False)
     sum_over_ranks(model)
 
 
@@ -104,6 +114,12 @@ def sharded_modules(model: nn.Module) -> Iterator["FSDPModule"]:
     return (module for module in model.modules() if isinstance(module, fsdp.FSDPModule))
 
 
+def sharded_parts(models: Iterable[nn.Module]) -> list["FSDPModule"]:
+    """Lists of `models` what FSDP2 gathers parameters with, each group of modules that are gathered as one once."""
+    modules = [module for model in models for module in sharded_modules(model) if fsdp_params(module)]
+    return list({id(fsdp_group(module)): module for module in modules}.values())
+
+
 def materialize(model: nn.Module, device: torch.device, fill_: Callable[[str, Tensor, int, int], None]) -> None:
     """Gives a model built on the meta device memory for this rank's shards only and fills them.
 
@@ -114,6 +130,12 @@ def materialize(model: nn.Module, device: torch.device, fill_: Callable[[str, Te
     with torch.no_grad():
         for name, param in model.named_parameters():
             fill_(name, local(param), row_offset(param), param.size(0))
+
+
+def begin_pass(model: nn.Module) -> None:
+    """Begins a forward of any kind, before which parameters may have changed."""
+    if (away := away_of(model)) is not None:
+        away.begin_pass()
 
 
 def begin_micro_batch(model: nn.Module, zero: int, last: bool) -> None:
@@ -134,6 +156,8 @@ def finish_backward(model: nn.Module) -> None:
     """Sums every gradient over ranks, after the last backward of a step."""
     if (buckets := buckets_of(model)) is not None:
         buckets.finish()
+    if (away := away_of(model)) is not None:
+        away.finish_gradients()
 
 
 def hold_gradients(model: nn.Module, release_after_backward: bool) -> None:
@@ -171,9 +195,9 @@ def reduce_gradients(model: nn.Module) -> None:
 
 def wait_for_gradients(model: nn.Module) -> None:
     """Returns when the gradients that `reduce_gradients` sums are there."""
-    finish_backward(model)
     if isinstance(model, fsdp.FSDPModule):
         end_backward(model)
+    finish_backward(model)
 
 
 def forget_forwards(model: nn.Module) -> None:
@@ -219,16 +243,35 @@ def gradient_squares(model: nn.Module) -> dict[str, Tensor]:
     for name, p in model.named_parameters():
         if p.grad is not None and (rows := local(p.grad)).numel():
             by_view[specs[name].view].append(rows)
-    return {view: squared_norm(rows) for view, rows in by_view.items()}
+    file = gradient_file(model)
+    return {view: squared_norm(rows, file) for view, rows in by_view.items()}
 
 
-def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """Returns the sum of squares over all of this rank's tensors, a float64 scalar."""
+def squared_norm(tensors: list[Tensor], file: RowFile | None = None) -> Tensor:
+    """Returns the sum of squares over all of this rank's tensors, a float64 scalar. `file`: in which they lie; one at a time is in
+    memory, and the next."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
     # 16-bit gradients have no 16-bit norm: it would depend on how they are split.
     wide = wide_dtype(tensors[0].dtype)
-    return torch.stack(torch_lists.norm(tensors, 2, wide)).double().square().sum()
+    some = [tensors] if file is None else ([here] for _, here in in_memory(file, tensors))
+    return torch.stack([norm for few in some for norm in torch_lists.norm(few, 2, wide)]).double().square().sum()
+
+
+def scale_(shards: list[Tensor], file: RowFile | None, *factors: float) -> None:
+    """Multiplies gradient rows, which lie in `file` where there is one, by each factor in turn, in place."""
+    changing = [factor for factor in factors if factor != 1]
+    if file is not None:
+        scale_in_file(file, shards, changing)
+        return
+    for factor in changing if shards else ():
+        torch_lists.mul_(shards, factor)
+
+
+def gradient_file(model: nn.Module) -> RowFile | None:
+    """Returns the file that the gradients of a model wait in; None where they are in memory."""
+    away = away_of(model)
+    return None if away is None else away.files.gradients
 
 
 def clip_factor(norm: float, clip_norm: float) -> float:

@@ -7,12 +7,17 @@
 `post_backward`, `_root_post_backward_final_callback`    sums are begun and awaited when a pipeline's schedule says, not when
                                                          the backward of a whole model ends
 `_partial_reduce_output`                                 where split gradients wait for those of replicas
+`_sharded_param_data`, `_local_tensor`,                   rows that wait off the device lie where they are put, padded as FSDP2 pads
+`_setattr_on_modules`, `padded_sharded_param_size`        them, and it gathers from there
+`all_gather_inputs`, `sharded_state`                      rows in a file are read into memory before they are gathered
 `comm_ctx`, `_all_gather_result`                         the flat buffers of messages under way, whose bytes are measured
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -54,6 +59,41 @@ def accumulate_wide(param: Any) -> None:
     else:
         param.unsharded_accumulated_grad += whole.grad
     whole.grad = None
+
+
+def lay_rows(param: Any, room: Callable[[torch.Size, torch.dtype], Tensor]) -> Tensor:
+    """Puts the rows of a parameter on the meta device where `room` makes room for them; their numbers are anything. Returns what of it
+    is gathered, of one dimension: the rows, padded to as many as other ranks have."""
+    meta = param.sharded_param
+    padded = room(param.padded_sharded_param_size, meta.dtype)
+    rows = padded[: meta._local_tensor.size(0)]
+    param.sharded_param = nn.Parameter(param.to_sharded_dtensor(rows), requires_grad=meta.requires_grad)
+    param._sharded_param_data = padded.view(-1)
+    param._setattr_on_modules(param.sharded_param)
+    gathered_from: Tensor = param._sharded_param_data
+    return gathered_from
+
+
+def read_rows_by(module: "FSDPModule", read: Callable[[], list[Tensor]]) -> None:
+    """Has FSDP2 gather the rows of a module's parameters from what `read` gives each time, a tensor for each, and not from where they
+    lie."""
+    params = fsdp_params(module)
+    plain: type = type(params[0])
+    given: dict[Any, Tensor] = {}
+
+    def inputs(param: Any) -> Any:
+        if param.sharded_state.name != "SHARDED":  # it gathers from a copy of its own
+            return plain.all_gather_inputs.fget(param)  # type: ignore[attr-defined]
+        if not given:
+            given.update(zip(params, read(), strict=True))
+        there, param._sharded_param_data = param._sharded_param_data, given.pop(param)
+        try:
+            return plain.all_gather_inputs.fget(param)  # type: ignore[attr-defined]
+        finally:
+            param._sharded_param_data = there
+
+    for param in params:
+        param.__class__ = type(plain.__name__, (plain,), {"all_gather_inputs": property(inputs)})
 
 
 def begin_reduction(module: "FSDPModule") -> None:

@@ -162,7 +162,8 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
     def keep_gradients(report: StepReport) -> StepReport:
         """Before the update, in which masks may change them."""
         for name, p in model.named_parameters():
-            pieces["gradients", len(trace.losses), name] = piece_of(p.grad, offsets)
+            if not config.optim.in_backward:  # which leaves none
+                pieces["gradients", len(trace.losses), name] = piece_of(p.grad, offsets)
         return report
 
     at_once = config.parallel.post_validation  # they are clipped after they were judged
@@ -180,7 +181,7 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
         optimizer.zero_grad()
         for name, p in model.named_parameters():
             shape, offset, after = piece_of(p, offsets)
-            pieces["updates", step, name] = shape, offset, after - before[name].cpu().numpy()
+            pieces["updates", step, name] = shape, offset, after - numbers_of(before[name])
         for name, state in named_state(model, optimizer).items():
             pieces |= {("states", step, f"{name}.{key}"): piece_of(t, offsets) for key, t in state.items()}
         pieces |= sparse_pieces(sparsity, dict(model.named_parameters()), step, offsets)
@@ -259,7 +260,12 @@ def piece_of(tensor: Tensor, offsets: "Offsets | None" = None) -> "Piece":
         if place not in offsets:
             offsets[place] = row_offset(tensor)
         offset = offsets[place]
-    return tensor.shape, offset, local(tensor).detach().cpu().numpy().copy()
+    return tensor.shape, offset, numbers_of(local(tensor).detach()).copy()
+
+
+def numbers_of(rows: Tensor) -> np.ndarray:
+    """The same numbers in numpy, which has no bf16."""
+    return (rows.float() if rows.dtype == torch.bfloat16 else rows).cpu().numpy()
 
 
 def assemble(pieces: list["Piece"]) -> Tensor:

@@ -428,6 +428,25 @@ REFUSED = {
         ["memory.offload_gradients=cpu"],
         r"memory.offload_gradients=cpu with memory.offload_params=none: .*give memory.offload_params=cpu or a folder",
     ),
+    "gradients away that do not wait": (
+        [
+            "memory.offload_params=cpu",
+            "memory.offload_states=cpu",
+            "memory.offload_gradients=cpu",
+            "parallel.zero=3",
+            "optim.in_backward=true",
+            "clip_norm=0",
+        ],
+        r"memory.offload_gradients=cpu with optim.in_backward: .*give memory.offload_gradients=none, or optim.in_backward=false",
+    ),
+    "rows in no folder": (
+        ["memory.offload_params=nvme", "memory.offload_states=cpu", "parallel.zero=3"],
+        r"memory.offload_params=nvme: there is no such folder; possible are none, cpu, or the path of a folder",
+    ),
+    "rows away of an engine that keeps them": (
+        ["parallel.backend=accelerate", "parallel.zero=3", "memory.offload_params=cpu", "memory.offload_states=cpu"],
+        r"memory.offload_params=cpu with parallel.backend=accelerate: .*give memory.offload_params=none, or parallel.backend=torch",
+    ),
     "another number of bits": (["memory.compress=int4"], r"memory.compress='int4': .*'none' or 'int8'"),
     "activations in no folder": (
         ["memory.offload_activations=nvme"],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rowwise.parallel.activations.saved import begin_sequences
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.replicate import gradient_sum
-from rowwise.parallel.shard import begin_micro_batch, finish_backward, release_gathered
+from rowwise.parallel.shard import begin_micro_batch, begin_pass, finish_backward, release_gathered
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import summed_loss
 
@@ -74,6 +74,7 @@ class WholeModel:
 
     def forward_backward(self, batches: list[MicroBatch], scale: float | Tensor, trace: Trace | None = None) -> Tensor:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        begin_pass(self.model)
         for number, batch in enumerate(batches, 1):
             begin_micro_batch(self.model, self.zero, last=number == len(batches))
             begin_sequences(self.model, batch.first)
@@ -89,6 +90,7 @@ class WholeModel:
     @torch.no_grad()
     def losses(self, batches: Iterable[MicroBatch]) -> Tensor:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        begin_pass(self.model)
         for batch in batches:
             totals += torch.stack(summed_loss(self.model, batch.to(self.device))).double()
         self.release()
@@ -97,6 +99,7 @@ class WholeModel:
     @torch.no_grad()
     def logits(self, batch: MicroBatch, place: int | None, refresh: bool) -> Tensor:
         here = batch.to(self.device)
+        begin_pass(self.model)
         every = self.model(here.inputs, here.positions)[0]
         return every[place].double() if place is not None else every.new_zeros(every.size(-1), dtype=torch.float64)
 

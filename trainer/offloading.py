@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from rowwise.parallel.activations.config import is_folder
 from rowwise.parallel.device import device_of
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
@@ -62,6 +63,16 @@ def check_folder(config: TrainConfig) -> None:
             f"{needed / seconds / 1e6:,.1f} MB/s, and ranks wait parallel.timeout_seconds={config.parallel.timeout_seconds} for each "
             "other; give a faster folder, or a smaller batch.micro_size"
         )
+
+
+def check_row_folders(config: TrainConfig) -> None:
+    """Refuses a folder for rows that this machine does not have. Their room is taken once they lie there. Raises ValueError."""
+    for key in ("offload_states", "offload_params", "offload_gradients"):
+        where = getattr(config.memory, key)
+        if is_folder(where) and not (where and Path(where).expanduser().is_dir()):
+            raise ValueError(
+                f"memory.{key}={where}: there is no such folder; possible are none, cpu, or the path of a folder, which you make"
+            )
 
 
 def require_folder(config: TrainConfig, mesh: Mesh) -> None:

@@ -8,10 +8,22 @@ from torch import Tensor
 
 from rowwise.kernels.spec import DENSE, Specs
 from rowwise.optim.sparse.build import Sparsity, build_sparsity
+from rowwise.parallel.activations.config import is_folder
+from rowwise.parallel.away import Files, RowsAway
+from rowwise.parallel.device import device_of
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype, master_dtype
 from rowwise.parallel.replicate import replicate_model
-from rowwise.parallel.shard import is_split, materialize, merge_parts, policy, shard_model
+from rowwise.parallel.row_file import RowFile
+from rowwise.parallel.shard import (
+    is_split,
+    materialize,
+    merge_parts,
+    offload_policy,
+    policy,
+    shard_model,
+    sharded_parts,
+)
 from rowwise.trainer.activations import keep_results, one_by_one
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import Engine, WholeModel
@@ -42,10 +54,17 @@ def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh)
     if config.compile and not one_by_one(config):
         compile_blocks(stages)
     # Where the parameters live.
-    split = is_split(mesh, policy(config.precision))
+    away = config.memory.offload_params != "none"
+    split = is_split(mesh, policy(config.precision), away)
     if split:
         shard_stages(stages, config, mesh)
-    materialize(model, mesh.device, initial_rows(config))
+    if away:
+        models, pinned = {model, *stages}, copies_aside(config, mesh.device)
+        RowsAway(models, sharded_parts(stages), files_of_rows(config), mesh.device, pinned).fill(
+            model, initial_rows(config)
+        )
+    else:
+        materialize(model, mesh.device, initial_rows(config))
     if not split and not config.optim.in_backward:
         for stage in stages:
             replicate_model(stage, mesh)
@@ -76,8 +95,28 @@ def compile_blocks(stages: Iterable[Decoder]) -> None:
 def shard_stages(stages: Iterable[Decoder], config: TrainConfig, mesh: Mesh) -> None:
     """Hands each stage's parameters to FSDP2."""
     zero, mixed = config.parallel.zero, policy(config.precision)
+    away = offload_policy(copies_aside(config, mesh.device)) if config.memory.offload_params != "none" else None
     for stage in stages:
-        shard_model(stage, merge_parts(stage.parts(), zero), mesh, zero, mixed)
+        shard_model(stage, merge_parts(stage.parts(), zero), mesh, zero, mixed, away)
+
+
+def copies_aside(config: TrainConfig, device: torch.device) -> bool:
+    """Says whether rows on the host are pinned, so that a GPU copies them beside what it computes: not where what takes gradients as
+    they come would find copies that are still under way, nor where rows lie in a file."""
+    memory = config.memory
+    taken = config.optim.in_backward or is_folder(memory.offload_gradients)
+    return device_of(device).pins and not taken and not is_folder(memory.offload_params)
+
+
+def files_of_rows(config: TrainConfig) -> Files:
+    """Opens the files of a rank's rows, where they wait in some. Raises OSError."""
+    keys = [f"offload_{kind}" for kind in ("params", "gradients")]
+    return Files(
+        *(
+            RowFile(Path(where).expanduser(), f"memory.{key}={where}") if is_folder(where) else None
+            for key, where in ((key, getattr(config.memory, key)) for key in keys)
+        )
+    )
 
 
 def initial_rows(config: TrainConfig) -> Callable[[str, Tensor, int, int], None]:

@@ -16,7 +16,7 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.files import writing
 from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.models.huggingface import check_source
-from rowwise.trainer.offloading import check_folder
+from rowwise.trainer.offloading import check_folder, check_row_folders
 from rowwise.trainer.plan.require import own_device, require_fit
 from rowwise.trainer.pruned import check_semi_structured
 from rowwise.trainer.resume import find_resume, refuse_other_steps
@@ -41,6 +41,7 @@ def examine(config: TrainConfig, world_size: int, here: bool = True) -> TrainCon
         check_engine_here(config, pick_device(0).type)
         check_semi_structured(config, pick_device(0))
         check_folder(config)
+        check_row_folders(config)
         check_watched(config.compile, config.profile.memory_step, pick_device(0).type)
         check_room(config, *_memory())
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
@@ -73,12 +74,13 @@ def examine(config: TrainConfig, world_size: int, here: bool = True) -> TrainCon
 
 def check_room(config: TrainConfig, where: str, device_bytes: int, host_bytes: int) -> None:
     """Refuses what is larger than all the memory of a worker's device, `where`, or of its machine, by what a run cannot do
-    without: a rank's parameters, and the batches that it keeps on the host. `config` must be checked. Raises ValueError."""
+    without: a rank's parameters, unless they wait elsewhere, and the batches that it keeps on the host. `config` must be checked.
+    Raises ValueError."""
     parallel, (parameters, _) = config.parallel, parameter_count(config.model)
     ranks = parallel.pipeline * (parallel.state_degree if parallel.zero else 1)
     width = 2 if config.optim.param_dtype == "bf16" else {"fp64": 8}.get(config.precision.name, 4)
     held, batches = parameters * width // ranks, batch_bytes(config.batch, parallel.data_degree)
-    if held > device_bytes:
+    if held > device_bytes and config.memory.offload_params == "none":
         raise ValueError(
             f"{config.model.name} has {parameters:,} parameters, {held / 1e9:,.0f} GB of them on each rank, and {where} has "
             f"{device_bytes / 1e9:,.0f} GB; give a smaller model, or more workers with parallel.zero=1 to 3 or parallel.pipeline"

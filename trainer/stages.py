@@ -80,12 +80,12 @@ WITHOUT_PIPELINE: Refusals = (
 PIPELINED: Refusals = (
     Refusal(
         ("parallel.pipeline_gather", "parallel.zero", "parallel.shard", "parallel.ring", "parallel.ulysses"),
-        lambda run: run.parallel.pipeline_gather is not None and _for_gathering(run.parallel),
+        lambda run: run.parallel.pipeline_gather is not None and _for_gathering(run),
         lambda run: (
             f"parallel.pipeline_gather={run.parallel.pipeline_gather} with parallel.zero={run.parallel.zero}, split "
             f"over shard x ring x ulysses = {run.parallel.state_degree}: below stage 3 weights are gathered once a step, and "
             "where one rank has them all not at all; leave it null, or give "
-            f"{' and '.join(_for_gathering(run.parallel))}"
+            f"{' and '.join(_for_gathering(run))}"
         ),
     ),
     *map(_for_auto_alone, ("pipeline_memory", "pipeline_costs")),
@@ -111,9 +111,10 @@ COMPILED_STAGES: Refusals = (
 )
 
 
-def _for_gathering(config: ParallelConfig) -> list[str]:
+def _for_gathering(run: Any) -> list[str]:
     """What a pipeline lacks for weights to be gathered as it goes."""
-    split = [] if config.state_degree > 1 else ["parallel.shard, ring or ulysses above 1"]
+    config, away = run.parallel, run.memory.offload_params != "none"
+    split = [] if config.state_degree > 1 or away else ["parallel.shard, ring or ulysses above 1"]
     return ["parallel.zero=3"] * (config.zero != 3) + split
 
 

@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rowwise.kernels import torch_lists
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.pipeline import Trace
-from rowwise.parallel.shard import clip_factor, gradient_squares, gradients
+from rowwise.parallel.shard import clip_factor, gradient_file, gradient_squares, gradients, scale_
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.engine import Engine
@@ -104,9 +103,8 @@ def compute_gradients(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sp
     dist.all_reduce(totals)
     report = read_totals(totals, given)
     if report.finite:
-        shards = gradients(engine.model)
-        scale_(shards, mean_factor(report.valid_tokens, given))
-        scale_(shards, clip_factor(report.grad_norm, given.clip_norm))
+        factors = mean_factor(report.valid_tokens, given), clip_factor(report.grad_norm, given.clip_norm)
+        scale_(gradients(engine.model), gradient_file(engine.model), *factors)
     return report
 
 
@@ -154,9 +152,3 @@ def valid_tokens(batches: list[MicroBatch], device: torch.device) -> Tensor:
 def mean_factor(tokens: int, given: StepInput) -> float:
     """Returns what makes of the sum of scaled losses divided by positions, M, the mean over valid tokens, N: M / N / scale."""
     return given.positions / max(1, tokens) / given.loss_scale
-
-
-def scale_(shards: list[Tensor], factor: float) -> None:
-    """Multiplies each in place."""
-    if shards and factor != 1:
-        torch_lists.mul_(shards, factor)

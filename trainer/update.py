@@ -19,7 +19,8 @@ from rowwise.optim.in_backward import InBackward
 from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.shard import clip_factor, gradients
+from rowwise.parallel.row_file import RowFile
+from rowwise.parallel.shard import clip_factor, gradient_file, gradients, scale_
 from rowwise.trainer.accelerate.engine import DeepSpeedEngine, step_by_deepspeed
 from rowwise.trainer.activations import ranges_of
 from rowwise.trainer.config import TrainConfig
@@ -32,7 +33,6 @@ from rowwise.trainer.step import (
     local_totals,
     mean_factor,
     read_totals,
-    scale_,
     told_by_all,
     valid_tokens,
 )
@@ -112,18 +112,18 @@ def step_at_once(engine: Engine, optimizer: Optimizer, mesh: Mesh, judge: Judge,
     summed = dist.all_reduce(totals, async_op=True)
     assert counted is not None and summed is not None
     counted.wait()
-    shards, before = gradients(engine.model), None
+    shards, file, before = gradients(engine.model), gradient_file(engine.model), None
     norm_squared, count = torch.stack((own_norm, tokens)).tolist()
     if math.isfinite(norm_squared):
         # Every stage of a replica counted the same tokens.
-        scale_(shards, mean_factor(int(count) // mesh.stages, given))
+        scale_(shards, file, mean_factor(int(count) // mesh.stages, given))
         before = optimizer.snapshot()
         optimizer.step()
     if given.ahead is not None:
         engine.begin(given.ahead)
     summed.wait()
     report = judge(read_totals(totals, given))
-    _validate(report, engine, optimizer, before, shards, clip_factor(report.grad_norm, given.clip_norm))
+    _validate(report, engine, optimizer, before, shards, file, clip_factor(report.grad_norm, given.clip_norm))
     return report
 
 
@@ -133,6 +133,7 @@ def _validate(
     optimizer: Optimizer,
     before: list[Tensor] | None,
     shards: list[Tensor],
+    file: RowFile | None,
     factor: float,
 ) -> None:
     """Takes back what was wrong of a step made at once: where its gradients are clipped by `factor` or its update is not to be,
@@ -144,7 +145,7 @@ def _validate(
     if before is not None and wrong:
         optimizer.rollback(before)
     if report.finite and factor < 1:
-        scale_(shards, factor)  # also where they are only looked at
+        scale_(shards, file, factor)  # also where they are only looked at
         if report.applied:
             optimizer.step()
 

@@ -107,6 +107,12 @@ ACCELERATED: Refusals = (
         "optim.in_backward=false",
     ),
     _only(
+        "memory.offload_params",
+        lambda run: run.memory.offload_params != "none",
+        "it keeps rows where its own engines do",
+        "memory.offload_params=none",
+    ),
+    _only(
         "sparsity.name",
         lambda run: run.sparsity.name != "none",
         "masks are of the rows of matrices, which it does not hold",

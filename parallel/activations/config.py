@@ -41,6 +41,11 @@ class MemoryConfig:
     fit: MayChange[bool] = True
 
 
+def is_folder(where: str) -> bool:
+    """Says whether what waits off the device waits in files."""
+    return where not in ("none", "cpu")
+
+
 RECOMPUTE: Refusals = (
     Refusal(
         ("memory.recompute",),
@@ -75,6 +80,12 @@ RECOMPUTE: Refusals = (
         lambda run: run.memory.offload_gradients != "none" and run.memory.offload_params == "none",
         "memory.offload_gradients={memory.offload_gradients} with memory.offload_params=none: gradients wait where the parameters "
         "do; give memory.offload_params=cpu or a folder, or memory.offload_gradients=none",
+    ),
+    Refusal(
+        ("memory.offload_gradients", "optim.in_backward"),
+        lambda run: run.memory.offload_gradients != "none" and run.optim.in_backward,
+        "memory.offload_gradients={memory.offload_gradients} with optim.in_backward: gradients are used as they come, and none waits; "
+        "give memory.offload_gradients=none, or optim.in_backward=false",
     ),
     Refusal(
         ("memory.limit",),
