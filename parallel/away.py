@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rowwise.kernels import torch_lists
 from rowwise.kernels.portions import row_portions
 from rowwise.kernels.rows import local, row_offset
 from rowwise.kernels.torch_dtensor import laid_out_as
@@ -166,7 +167,7 @@ def scale_in_file(file: RowFile, tensors: Sequence[Tensor], factors: Sequence[fl
     writing: Future[None] | None = None
     for there, here in in_memory(file, parts):
         for factor in factors:
-            here.mul_(factor)
+            torch_lists.mul_([here], factor)  # which rounds as it does a list in memory
         if writing is not None:
             writing.result()
         writing = file.put([here], [there])
