@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from rowwise.kernels.torch_dispatch import TorchDispatchMode, is_held_once, storages, told_of
 from rowwise.kernels.torch_dtensor import rows_of
 from rowwise.parallel.replicate import buckets_of
+from rowwise.parallel.row_file import is_mapped
 from rowwise.parallel.shard import sharded_modules
 from rowwise.parallel.torch_autograd import in_backward, tell_first
 from rowwise.parallel.torch_fsdp import accumulated, fsdp_params, fsdp_state, gathered, partial_sum
@@ -242,8 +243,9 @@ class Lifetimes(TorchDispatchMode):
 
     @property
     def parameter_bytes(self) -> int:
-        """Counts what the rows of the parameters take, as they lie now."""
-        every = {id(storage): storage.nbytes() for p in self._parameters for storage in storages(p.detach())}
+        """Counts what the rows of the parameters take, as they lie now, but for those in files."""
+        rows = [rows_of(p.detach()) for p in self._parameters]
+        every = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in rows if not is_mapped(t)}
         return sum(every.values())
 
     def peaks(self) -> tuple[dict[str, int], int]:

@@ -160,6 +160,11 @@ class RowFile:
             raise OSError(error.errno, told, str(self._folder)) from None
 
 
+def is_mapped(t: Tensor) -> bool:
+    """Says whether a tensor lies in a file, mapped: its memory is not torch's own."""
+    return t.device.type == "cpu" and not t.untyped_storage().resizable()
+
+
 def aligned_memory(size: int) -> Tensor:
     """Makes room for bytes (uint8) that begin with a block of memory."""
     memory = torch.empty(size + BLOCK, dtype=torch.uint8)

@@ -18,8 +18,9 @@ besides: two parts, and at stage 3 the first and the last too. Where N is 1 ever
 the gathered copy, which stage 0 then has too, takes half.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,34 +29,40 @@ from rowwise.kernels.rows import local, padded_rows
 from rowwise.kernels.torch_dispatch import TorchDispatchMode
 from rowwise.kernels.torch_dtensor import rows_of
 from rowwise.parallel.replicate import buckets_of
+from rowwise.parallel.row_file import is_mapped
 from rowwise.parallel.shard import sharded_modules
 from rowwise.parallel.torch_fsdp import accumulated, flat_buffers, fsdp_group, fsdp_params, gathered
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class StateBytes:
     """Bytes that this rank holds. `shards`: its rows of the parameters; `gathered`: whole parameters beside them;
     `gradients`: whole and split ones; `optimizer`: its rows of the states;
-    `buffers`: the flat buffers of collectives under way."""
+    `buffers`: the flat buffers of collectives under way; `host`: what of all that is in the host's memory, of a GPU's run, and
+    `file`: what is in files, which are counted there alone."""
 
     shards: int
     gathered: int
     gradients: int
     optimizer: int
     buffers: int
+    host: int = 0
+    file: int = 0
 
     @property
     def total(self) -> int:
         return sum(astuple(self))
 
 
-def measure(model: nn.Module, optimizer: torch.optim.Optimizer) -> StateBytes:
-    """What the live storages take now."""
-    return StateBytes(
-        shards=_storage_bytes(_shards(optimizer)),
-        optimizer=_storage_bytes(t for states in optimizer.state.values() for t in states.values()),
-        **_Moving(model, _shards(optimizer)).measure(),
-    )
+def measure(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device = HOST) -> StateBytes:
+    """What the live storages of a run on `device` take now."""
+    stay = {
+        "shards": _shards(optimizer),
+        "optimizer": [t for states in optimizer.state.values() for t in states.values()],
+    }
+    return StateBytes(**_bytes_by_kind(stay | _Moving(model, _shards(optimizer)).tensors(), device))
 
 
 class PeakStates(TorchDispatchMode):
@@ -70,7 +77,7 @@ class PeakStates(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         # Shards and optimizer states do not move within a step.
-        now = replace(self._start, **self._moving.measure())
+        now = replace(self._start, **_bytes_by_kind(self._moving.tensors(), HOST))
         self.peak = StateBytes(*map(max, astuple(self.peak), astuple(now)))
         self.total = max(self.total, now.total)
         return result
@@ -89,17 +96,14 @@ class _Moving:
         self._modules = {id(fsdp_group(module)): module for module in modules}.values()  # some are gathered as one
         self._inner = [p for module in self._modules for p in fsdp_params(module)]
 
-    def measure(self) -> dict[str, int]:
+    def tensors(self) -> dict[str, list[Tensor]]:
         whole = [p for p in map(gathered, self._inner) if p is not None]
         flat = [] if self._buckets is None else self._buckets.flat
         bucketed = {t.untyped_storage().data_ptr() for t in flat}
         grads = [p.grad for p in [*self._shards, *whole]] + [accumulated(p) for p in self._inner]
         loose = [g for g in grads if g is not None and rows_of(g).untyped_storage().data_ptr() not in bucketed]
-        return {
-            "gathered": _storage_bytes(whole),
-            "gradients": _storage_bytes([*flat, *loose]),
-            "buffers": _storage_bytes(buffer for module in self._modules for buffer in flat_buffers(module)),
-        }
+        buffers = [buffer for module in self._modules for buffer in flat_buffers(module) if buffer is not None]
+        return {"gathered": whole, "gradients": [*flat, *loose], "buffers": buffers}
 
 
 @dataclass(frozen=True)
@@ -146,13 +150,23 @@ def predict(parts: list[PartBytes], zero: int, accumulate: int, states_per_param
     )
 
 
-def _storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """The sum over distinct storages; a view counts what it shows, since a flat buffer is shared by its views."""
-    seen: dict[tuple[int, int], int] = {}
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        t = rows_of(tensor)  # an operation PeakStates would measure in turn
-        if t.untyped_storage().size():
-            seen[(t.untyped_storage().data_ptr(), int(t.storage_offset()))] = t.numel() * t.itemsize
-    return sum(seen.values())
+def _bytes_by_kind(kinds: Mapping[str, Sequence[Tensor]], device: torch.device) -> dict[str, int]:
+    """The sum over distinct storages of each kind, and of all that lies on the host of a GPU, or in files; a view counts what it
+    shows, since a flat buffer is shared by its views."""
+    found = dict.fromkeys(kinds, 0) | dict.fromkeys(("host", "file"), 0)
+    for kind, tensors in kinds.items():
+        seen: dict[tuple[int, int], tuple[str, int]] = {}
+        for t in map(rows_of, tensors):  # an operation PeakStates would measure in turn
+            if t.untyped_storage().size():
+                at = t.untyped_storage().data_ptr(), int(t.storage_offset())
+                seen[at] = beside(t, device) or kind, t.numel() * t.itemsize
+        for where, size in seen.values():
+            found[where] += size
+    return found
+
+
+def beside(t: Tensor, device: torch.device) -> Literal["host", "file"] | None:
+    """Names where a tensor of a run on `device` lies beside that; None: on it."""
+    if is_mapped(t):
+        return "file"
+    return "host" if t.device.type == "cpu" and device.type != "cpu" else None

@@ -116,7 +116,9 @@ def held_in_a_step(workers: Workers, config: TrainConfig) -> tuple[dict[str, int
     batches = next(train_batches(config, mesh, data, position=0))
     with watching(config, mesh, model, 1, True) as watch:
         update(step_input(config, 1, batches))
-    measured, _ = measured_bytes(watch, model, optimizer, mask_bytes_of(tensors_of(model, optimizer, sparsity)))
+    measured, _ = measured_bytes(
+        watch, model, optimizer, mask_bytes_of(tensors_of(model, optimizer, sparsity)), mesh.device
+    )
     predicted = memory_of(config, mesh.rank, False, plan_for(config, device_named("cpu")))
     return measured, {**predicted.peaks, "total": predicted.most}, predicted.moment
 

@@ -358,7 +358,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(tmp_path):
 def test_a_host_is_not_filled():
     """With activations: there are the workers themselves, what they read, and the system."""
     device = DEVICES["h100"]
-    peaks = {"host": int(0.8 * device.ram)}
+    peaks = {"host": int(0.8 * device.ram), "file": 0}
     memory = Memory(0, peaks, 1, {}, "")
     assert room_of(memory, device).fits
     peaks["host"] = int(0.9 * device.ram)

@@ -125,15 +125,15 @@ def _tell(seen: Lifetimes, stage: Decoder, norm: nn.Module) -> list[RemovableHan
 
 
 def measured_bytes(
-    watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, masks: int
+    watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, masks: int, device: torch.device
 ) -> tuple[Bytes, StateBytes]:
     """Counts what a rank held in the step, by category, and `total`; and what it holds now, when its gradients are there."""
-    now = measure(model, optimizer)
+    now = measure(model, optimizer, device)
     if watch.seen is None:
         return {}, now
     peaks, most = watch.seen.peaks()
     stays = {"parameters": watch.seen.parameter_bytes, "optimizer": now.optimizer, "masks": masks}
-    return {**stays, **peaks, "total": most + sum(stays.values())}, now
+    return {**stays, **peaks, "file": now.file, "total": most + sum(stays.values())}, now
 
 
 def mask_bytes_of(tensors: dict[str, Tensor]) -> int:
@@ -163,7 +163,7 @@ def keep_memory(
         return
     by_torch = config.parallel.backend == "torch"
     masks = mask_bytes_of(states.read()) if by_torch else 0
-    measured, now = measured_bytes(watch, model, optimizer, masks) if by_torch else ({}, states.held())
+    measured, now = measured_bytes(watch, model, optimizer, masks, mesh.device) if by_torch else ({}, states.held())
     plan = plan_made(model) if isinstance(model, StagedDecoder) else None
     known = unknown(config) is None
     predicted = memory_of(config, mesh.rank, mesh.device.type == "cuda", plan) if known else None
@@ -172,6 +172,8 @@ def keep_memory(
         "gradients": now.gradients,
         "optimizer": now.optimizer,
         "masks": masks,
+        "host": now.host,
+        "file": now.file,
         "peak": peak_memory_bytes(mesh.device),
         "measured": measured,
         "predicted": {} if predicted is None else {**predicted.peaks, "total": predicted.most},

@@ -54,16 +54,15 @@ def _whole(clock: Clock, place: Place) -> Seconds:
     config, parallel = clock.config, clock.config.parallel
     count, zero = config.micro_batches, parallel.zero
     layers = range(config.model.layers)
-    forward = backward = Pass()
-    exposed, there, back = 0.0, NOTHING, NOTHING
+    forward = backward = last = Pass()  # `last`: of the last micro-batch, beside which a step may be made
+    exposed = 0.0
     states = 1, place.shards
     pieces = [numbers_of(piece) for piece in pieces_of(config, layers)]
+    optimizer, beside = _update(clock, layers, place)
     for layer, numbers in zip(layers, pieces[1:-1], strict=True):
         f, i, w = clock.layer(layer)
-        forward, backward = forward + f, backward + i + w
+        away, back = clock.traffic(layer, numbers / place.shards)
         exposed += count * 3 * clock.sharing()
-        away, returning = clock.traffic(layer, numbers / place.shards)
-        there, back = there + away, back + returning
         if zero == 3:
             gather = clock.links.collective(numbers * clock.widths.compute, *states)
             reduce = clock.links.collective(numbers * clock.widths.reduce, *states)
@@ -71,14 +70,17 @@ def _whole(clock: Clock, place: Place) -> Seconds:
         elif zero == 2:
             reduce = clock.links.collective(numbers * clock.widths.reduce, *states)
             exposed += count * max(0.0, reduce - i.total - w.total)
+        stepped = beside.times(numbers / sum(pieces))
+        forward, backward = forward + f.waiting(away, clock.device), backward + (i + w).waiting(back, clock.device)
+        last = last + (i + w).waiting(back + stepped, clock.device)
     f, i, w = clock.head()
-    forward, backward = forward + f, backward + i + w
+    rest = pieces[0] + pieces[-1]
+    away, back = rows(config, clock.device, rest / place.shards)
+    stepped = beside.times(rest / sum(pieces))
+    forward, backward = forward + f.waiting(away, clock.device), backward + (i + w).waiting(back, clock.device)
+    last = last + (i + w).waiting(back + stepped, clock.device)
     exposed += _once(clock, place, sum(pieces), zero, backward.total)
-    gathered, reduced = rows(config, clock.device, (pieces[0] + pieces[-1]) / place.shards)
-    there, back = there + gathered, back + reduced
-    optimizer, beside = _update(clock, layers, place)
-    forward, last = forward.waiting(there, clock.device), backward.waiting(back + beside, clock.device)
-    spent = forward.times(count) + backward.waiting(back, clock.device).times(count - 1) + last
+    spent = (forward + backward).times(count - 1) + forward + last
     return _summed(clock, spent, exposed, optimizer, 0.0)
 
 
@@ -131,7 +133,7 @@ def _stage(clock: Clock, layers: range, place: Place) -> tuple[Pass, Pass, Pass]
     if layers.stop == clock.config.model.layers:
         parts.append(clock.head())
     forward, inputs, weights = (sum((part[n] for part in parts), Pass()) for n in range(3))
-    shared, numbers = len(layers) * clock.sharing(), numbers_of(pieces_of(clock.config, layers[:1])[1]) / place.shards
+    shared, numbers = len(layers) * clock.sharing(), numbers_of(pieces_of(clock.config, range(1))[1]) / place.shards
     traffic = [clock.traffic(layer, numbers) for layer in layers]
     there, back = (sum((each[n] for each in traffic), NOTHING) for n in range(2))
     forward, inputs = forward + Pass(elementwise=shared), inputs + Pass(elementwise=2 * shared)
