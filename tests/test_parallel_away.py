@@ -1,11 +1,24 @@
 """Rows that wait off the device: the same run, to the last bit, as with rows that do not. (Law 2.)"""
 
+import weakref
+from concurrent.futures import Future
 from dataclasses import replace
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
-from parity import run_layouts, small_config, with_layout
+from parity import TOLERANCE, relative_error, run_layouts, run_plain, small_config, step_input, with_layout
+from rowwise.kernels.rows import local
+from rowwise.parallel import away as waiting
+from rowwise.parallel import row_file
+from rowwise.parallel.mesh import make_mesh
+from rowwise.parallel.read_ahead import ReadAhead
+from rowwise.trainer.assemble import assemble
+from rowwise.trainer.data.open import open_data
+from rowwise.trainer.feed import train_batches
+from rowwise.trainer.update import make_update
 
 TENSORS = ("gradients", "updates", "states", "masks")
 WIDE = ("model.dim=64", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=76")
@@ -61,3 +74,120 @@ def test_rows_in_files_change_no_bit(ranks, tmp_path, case):
     first, other = ranks.run(run_layouts, world, [plain, away(plain, tmp_path, tmp_path)], 2)[0]
     assert first.losses[0] != first.losses[1]
     assert_equal(first, other)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_rows_in_host_memory_change_no_bit(ranks, tmp_path, world):
+    plain = with_layout(config_of(tmp_path), world)
+    places = [("cpu", "none"), (tmp_path, "none"), ("cpu", tmp_path)]
+    first, *others = ranks.run(run_layouts, world, [plain, *(away(plain, *place) for place in places)], 2)[0]
+    for other in others:
+        assert_equal(first, other)
+
+
+def test_it_is_the_run_of_one_process(ranks, tmp_path):
+    config = config_of(tmp_path)
+    reference, (trace, *_) = (
+        run_plain(config),
+        ranks.run(run_layouts, 2, [away(with_layout(config, 2), tmp_path, tmp_path)])[0],
+    )
+    assert trace.losses == pytest.approx(reference.losses, rel=TOLERANCE)
+    assert trace.norms == pytest.approx(reference.norms, rel=TOLERANCE)
+    for kind in ("gradients", "updates", "states"):
+        for mine, theirs in zip(getattr(trace, kind), getattr(reference, kind), strict=True):
+            assert all(relative_error(mine[name], t) <= TOLERANCE for name, t in theirs.items()), kind
+
+
+class Reads:
+    """A file that says what it is asked to read."""
+
+    def __init__(self):
+        self.asked = []
+
+    def fetch(self, block):
+        self.asked.append(block)
+        done = Future()
+        done.set_result(block)
+        return done
+
+
+def test_the_block_that_follows_is_read_before_it_is_asked_for():
+    file, forward, there_and_back = Reads(), "abcd", "abcdcba"
+    reads = ReadAhead(file, forward)
+    passes = (
+        (there_and_back, there_and_back),
+        (there_and_back, there_and_back),
+        (forward, "abcdc"),  # the backward that came before
+        (forward, forward),
+        (there_and_back, there_and_back),
+    )
+    for number, (asked, read) in enumerate(passes):
+        reads.begin()
+        file.asked.clear()
+        for place, block in enumerate(asked):
+            assert reads.rows(forward.index(block)) == block
+            if number == 1:
+                assert "".join(file.asked) == read[: place + 2]
+        assert "".join(file.asked) == read
+
+
+def test_what_is_read_ahead_is_not_used_in_another_pass():
+    file = Reads()
+    reads = ReadAhead(file, "abc")
+    for _ in range(2):
+        reads.begin()
+        reads.rows(0), reads.rows(1), reads.rows(2)
+    reads.begin()
+    reads.rows(0)  # b is read ahead
+    reads.begin()
+    file.asked.clear()
+    reads.rows(1)
+    assert file.asked == ["b"]
+
+
+def peak_of_memory(workers, config, steps):
+    """The most bytes that rows from files and for files took at once in each step, and those of each block."""
+    live, peaks = 0, []
+
+    def counted(size):
+        nonlocal live
+        memory = np.empty(size + row_file.BLOCK, dtype=np.uint8)
+
+        def gone():
+            nonlocal live
+            live -= size
+
+        weakref.finalize(memory, gone)
+        live, peaks[-1] = live + size, max(peaks[-1], live + size)
+        return torch.from_numpy(memory)[-memory.ctypes.data % row_file.BLOCK :][:size]
+
+    with mock.patch.object(row_file, "aligned_memory", counted), mock.patch.object(waiting, "aligned_memory", counted):
+        peaks.append(0)
+        mesh, data = (
+            make_mesh(config.parallel, workers),
+            open_data(config.data, config.batch.seq_len, config.model.vocab_size),
+        )
+        built = assemble(config, mesh)
+        update = make_update(config, mesh, built.engine, built.optimizer, None)
+        for step, batches in zip(range(steps), train_batches(config, mesh, data, position=0), strict=False):
+            peaks.append(live)
+            update(step_input(config, step + 1, batches))
+            built.optimizer.zero_grad()
+    return peaks, [sum(local(p).nbytes for m in part for p in m.parameters()) for part in built.model.parts()]
+
+
+def test_two_blocks_are_in_memory_and_no_more(ranks, tmp_path, monkeypatch):
+    layers = (
+        "model.layers=6",
+        "precision=fp32",
+        "model.dim=64",
+        "model.heads=2",
+        "model.kv_heads=2",
+        "model.ffn_dim=176",
+    )
+    config = away(with_layout(config_of(tmp_path, *layers), 1), tmp_path, tmp_path)
+    (peaks, blocks) = ranks.run(peak_of_memory, 1, config, 3)[0]
+    block, slack = max(blocks), 32 * row_file.BLOCK  # what is read is whole blocks of the disk
+    assert sum(blocks) > 6 * block
+    assert all(peak <= 4 * block + slack for peak in peaks), (peaks, blocks)
+    assert peaks[1] > block
