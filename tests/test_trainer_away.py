@@ -1,0 +1,50 @@
+"""Whole runs whose rows wait off the device: stopped, moved, and resumed from rows that do not, and back. (Law 3.)"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from parity import small_config, with_layout
+from runs import assert_resumes_to_the_last_bit, assert_same_run, final_tensors, named, records, run_train, run_until
+
+LAST = 6
+
+
+def config_of(folder, world, *overrides, away=True):
+    config = small_config(
+        folder, "optim=adamw8bit", "parallel.zero=3", f"steps={LAST}", "checkpoint.every=2", "eval.every=3", "eval.batches=1",
+        "model.dim=64", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=76", *overrides,
+    )  # fmt: skip
+    here = str(folder) if away else "none"
+    memory = replace(
+        config.memory, offload_params=here, offload_states="cpu" if away else "none", offload_gradients=here
+    )
+    return with_layout(replace(config, memory=memory), world)
+
+
+def test_it_resumes_to_the_last_bit(ranks, tmp_path):
+    assert_resumes_to_the_last_bit(ranks, 2, config_of(tmp_path, 2), tmp_path, stop_at=4)
+
+
+def test_rows_go_into_files_and_out_of_them(ranks, tmp_path):
+    """Without files, with them, and without: one run, to the last bit."""
+    plain, moved = (named(config_of(tmp_path, 2, away=False), tmp_path, name) for name in ("plain", "moved"))
+    ranks.run(run_train, 2, plain)
+    for world, away, stop_at in ((2, False, 3), (2, True, 5), (2, False, None)):
+        config = named(config_of(tmp_path, world, away=away), tmp_path, "moved")
+        ranks.run(run_until, world, config, stop_at) if stop_at else ranks.run(run_train, world, config)
+    assert records(plain.run_dir) == records(moved.run_dir)
+    theirs = final_tensors(moved.run_dir)
+    assert all(torch.equal(t, theirs[name]) for name, t in final_tensors(plain.run_dir).items())
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_it_moves_to_other_layouts(ranks, tmp_path, pipeline):
+    whole = named(config_of(tmp_path, 1, away=False), tmp_path, "whole")
+    ranks.run(run_train, 1, whole)
+    stages = (f"parallel.pipeline={pipeline}",)
+    for world, overrides, stop_at in ((3 - pipeline, (), 3), (2, stages, 5), (1, (), None)):
+        config = named(config_of(tmp_path, world, *overrides), tmp_path, "moved")
+        ranks.run(run_until, world, config, stop_at) if stop_at else ranks.run(run_train, world, config)
+    assert_same_run(whole.run_dir, config.run_dir)
