@@ -20,7 +20,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trackers]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,host,trackers]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(AUTHORS)
 	touch $(READY)
 
@@ -76,7 +76,7 @@ COMPAT_NAMES := not launch_export_forms and not trainer_pipeline or semi_structu
 $(COMPAT)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(COMPAT)
 	sed -E '/^(torch|triton)==/d' constraints.txt > $(COMPAT)/constraints.txt
-	$(COMPAT)/bin/python -m pip install --quiet --constraint $(COMPAT)/constraints.txt --editable '.[dev]' torch==$(COMPAT_TORCH)
+	$(COMPAT)/bin/python -m pip install --quiet --constraint $(COMPAT)/constraints.txt --editable '.[dev,host]' torch==$(COMPAT_TORCH)
 	touch $(COMPAT)/.ready
 
 test-compat: $(COMPAT)/.ready

@@ -1,1 +1,1 @@
-"""Fast arithmetic. One file a kernel: formula and source, plain-torch reference, Triton kernel, one public function."""
+"""Fast arithmetic. One file a kernel: formula and source, plain-torch reference, Triton and numba kernels, one public function."""

@@ -7,7 +7,7 @@ Decay Regularization*. Per element, with the moments dequantised before and quan
     x = x - lr wd x - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 x moves by the fresh m and v, before they are rounded to codes. The first moment has the signed code book, the second
-the unsigned one, and their rounding never makes a later step larger. The Triton form reads and writes every operand once.
+the unsigned one, and their rounding never makes a later step larger. The Triton and numba forms read and write every operand once.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.adamw import adamw_
-from rowwise.kernels.dispatch import use_triton
+from rowwise.kernels.dispatch import use_numba, use_triton
 from rowwise.kernels.moment_pair import Moment
 from rowwise.kernels.moments import PAIR, Rounding, check_step, step_reference_
 
@@ -42,10 +42,16 @@ def adamw8bit_(
     """
     check_step(params, grads, (exp_avgs, exp_avg_sqs), rounding)
     hyper = (step, lr, beta1, beta2, eps, weight_decay)
-    if params and params[0].dtype != torch.float64 and use_triton(params[0].device):
+    if not params or params[0].dtype == torch.float64:
+        adamw8bit_reference_(params, grads, exp_avgs, exp_avg_sqs, *hyper, rounding)
+    elif use_triton(params[0].device):
         from rowwise.kernels.adamw8bit_triton import adamw8bit_triton_
 
         adamw8bit_triton_(params, grads, exp_avgs, exp_avg_sqs, *hyper, rounding)
+    elif use_numba(params[0].device, sum(p.numel() for p in params)):
+        from rowwise.kernels.adamw8bit_numba import adamw8bit_numba_
+
+        adamw8bit_numba_(params, grads, exp_avgs, exp_avg_sqs, *hyper, rounding)
     else:
         adamw8bit_reference_(params, grads, exp_avgs, exp_avg_sqs, *hyper, rounding)
 

@@ -1,6 +1,8 @@
-"""Which form of a kernel runs: Triton on CUDA, the plain-torch reference elsewhere."""
+"""Which form of a kernel runs: Triton on CUDA; on the host numba, where it is installed and there is enough to compute; the
+plain-torch reference elsewhere."""
 
 import functools
+import importlib
 import logging
 import os
 
@@ -9,15 +11,38 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+WORTH_NUMBA = 1 << 18  # numbers: those of fewer are done before numba is imported
+
 
 def use_triton(device: torch.device) -> bool:
     """Says whether kernels on `device` run as Triton. ROWWISE_KERNELS=reference forces the references (for debugging)."""
+    triton = _is_free() and device.type == "cuda"
+    _log_once(device.type, "triton" if triton else "reference")
+    return triton
+
+
+def use_numba(device: torch.device, count: int) -> bool:
+    """Says whether a kernel on `count` numbers on `device`, none of 64 bits, runs as compiled by numba. Both forms give the same
+    numbers, so that ranks which hold more or fewer rows may differ in it."""
+    return _is_free() and device.type == "cpu" and count >= WORTH_NUMBA and host_kernels() is None
+
+
+@functools.cache
+def host_kernels() -> str | None:
+    """Says why kernels on the host are plain torch; None where numba compiles them. Imports numba: a third of a second."""
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        return f"numba is not there ({error}): pip install 'rowwise[host]'"
+    log.info("kernels on cpu, from %d numbers on: numba", WORTH_NUMBA)
+    return None
+
+
+def _is_free() -> bool:
     choice = os.environ.get("ROWWISE_KERNELS", "auto")
     if choice not in ("auto", "reference"):
         raise ValueError(f"ROWWISE_KERNELS={choice!r}: possible are 'auto' and 'reference'")
-    triton = device.type == "cuda" and choice == "auto"
-    _log_once(device.type, "triton" if triton else "reference")
-    return triton
+    return choice == "auto"
 
 
 def one_kernel(t: Tensor) -> bool:

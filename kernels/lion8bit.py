@@ -5,7 +5,7 @@ Optimization*. Per element, with the moment dequantised before and quantised aga
 
     x = x - lr (sign(b1 m + (1 - b1) g) + wd x)          m = b2 m + (1 - b2) g
 
-The Triton form reads and writes every operand once.
+The Triton and numba forms read and write every operand once.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rowwise.kernels.dispatch import use_triton
+from rowwise.kernels.dispatch import use_numba, use_triton
 from rowwise.kernels.lion import lion_
 from rowwise.kernels.moment_pair import Moment
 from rowwise.kernels.moments import ONE, Rounding, check_step, step_reference_
@@ -36,10 +36,16 @@ def lion8bit_(
     stochastically (`rounding`): rounding[i] = (key, logical index of the first element) of parameter i.
     """
     check_step(params, grads, (exp_avgs,), rounding)
-    if params and params[0].dtype != torch.float64 and use_triton(params[0].device):
+    if not params or params[0].dtype == torch.float64:
+        lion8bit_reference_(params, grads, exp_avgs, lr, beta1, beta2, weight_decay, rounding)
+    elif use_triton(params[0].device):
         from rowwise.kernels.lion8bit_triton import lion8bit_triton_
 
         lion8bit_triton_(params, grads, exp_avgs, lr, beta1, beta2, weight_decay, rounding)
+    elif use_numba(params[0].device, sum(p.numel() for p in params)):
+        from rowwise.kernels.lion8bit_numba import lion8bit_numba_
+
+        lion8bit_numba_(params, grads, exp_avgs, lr, beta1, beta2, weight_decay, rounding)
     else:
         lion8bit_reference_(params, grads, exp_avgs, lr, beta1, beta2, weight_decay, rounding)
 

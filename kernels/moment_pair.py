@@ -67,12 +67,12 @@ def decode_pair(states: Sequence[Moment], dtype: torch.dtype) -> tuple[Tensor, T
 def encode_pair_(numbers: Sequence[Tensor], states: Sequence[Moment]) -> None:
     """Rounds (m, v) of one portion of rows, float32 or float64, into their codes; both are used up."""
     (m, v), (first, second) = numbers, states
-    ratio = m.abs().div_(v.sqrt()).masked_fill_(v == 0, 0)
+    ratio = m.abs().div_(_root(v)).masked_fill_(v == 0, 0)
     largest = torch.empty(second[1].shape, dtype=m.dtype, device=m.device)
     for block, top in blocks(ratio, largest):
         top.copy_(block.amax(-1, keepdim=True))
     _round_second_(v, ratio > _spread(largest * NEAR, m), second)
-    limit = decode(*second, False, m.dtype).sqrt_().mul_(_spread(largest * SLACK, m))
+    limit = _root(decode(*second, False, m.dtype)).mul_(_spread(largest * SLACK, m))
     torch.fmin(m, limit, out=m)
     torch.fmax(m, -limit, out=m)
     encode_(m, *first, True)
@@ -88,6 +88,11 @@ def _round_second_(v: Tensor, near: Tensor, second: Moment) -> None:
     encode_(v.clone(), codes, absmax, False)
     short = decode(codes, absmax, False, v.dtype).mul_(LOSS) < v
     codes.add_(short & (near | (codes == 0)))
+
+
+def _root(x: Tensor) -> Tensor:
+    """The square root, rounded to the nearest as the other forms have it. torch's own of float32 is not on a CPU."""
+    return x.to(torch.float64, copy=True).sqrt_().to(x.dtype)
 
 
 def _spread(per_block: Tensor, like: Tensor) -> Tensor:

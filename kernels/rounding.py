@@ -16,7 +16,7 @@ interval, as a plain conversion does, and never below.
 import torch
 from torch import Tensor
 
-from rowwise.kernels.dispatch import use_triton
+from rowwise.kernels.dispatch import use_numba, use_triton
 from rowwise.kernels.philox import philox_words
 from rowwise.kernels.portions import row_portions
 
@@ -33,6 +33,10 @@ def round_bf16_(x: Tensor, out: Tensor, key: int, start: int) -> None:
         from rowwise.kernels.rounding_triton import round_triton_
 
         round_triton_(x, out, key, start)
+    elif use_numba(x.device, x.numel()):
+        from rowwise.kernels.rounding_numba import round_numba_
+
+        round_numba_(x, out, key, start)
     else:
         round_reference_(x, out, key, start)
 

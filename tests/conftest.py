@@ -8,10 +8,14 @@ import os
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 # Before torch looks, and for every process that a test starts: a test means the same on any machine.
 if "--nccl" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# What is compiled for the host is kept beside the code, for all processes of this test run and of later ones.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "numba"))
 
 import psutil
 import pytest

@@ -191,6 +191,7 @@ def test_a_workers_import_is_light():
         "pyarrow",
         "tokenizers",
         "scipy",
+        "numba",
     }
     assert not modules & set(BELOW)
 
