@@ -38,12 +38,13 @@ class Extent(NamedTuple):
 
 class RowFile:
     """The file of a rank in `folder`, of which `said` tells in errors (`memory.offload_states=/disk`). Raises OSError where it
-    cannot be made."""
+    cannot be made. `witness`: is told of the memory that is made for what comes and goes."""
 
     def __init__(self, folder: Path, said: str, threads: int = THREADS):
         self._said, self._folder, self._end, self._extents = said, folder, 0, list[Extent]()
         with self._named("cannot be written"):
             self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self.witness: Callable[[Tensor], None] | None = None
         self._direct = _opened_directly(self._file.fileno())
         self._pool = ThreadPoolExecutor(threads, "rows")
 
@@ -117,7 +118,7 @@ class RowFile:
             return torch.empty_like(t), []
         place = self._placed(t)
         first, last = place // BLOCK * BLOCK, _up(place + t.nbytes)
-        whole = aligned_memory(last - first)
+        whole = self._memory(last - first)
         moves = [
             self._pool.submit(self._move, os.preadv, first + at, whole[at : at + PIECE], "cannot be read")
             for at in range(0, last - first, PIECE)
@@ -131,11 +132,17 @@ class RowFile:
         place, data = self._placed(t), here.view(-1).view(torch.uint8)
         if data.data_ptr() % BLOCK != place % BLOCK:
             offset = place % BLOCK
-            data = aligned_memory(offset + here.nbytes)[offset:].copy_(data)
+            data = self._memory(offset + here.nbytes)[offset:].copy_(data)
         # The blocks at its ends may be other tensors' too.
         for start, end in _cuts(place, place + here.nbytes):
             part = data[start - place : end - place]
             yield self._pool.submit(self._move, os.pwritev, start, part, "cannot be written")
+
+    def _memory(self, size: int) -> Tensor:
+        memory = aligned_memory(size)
+        if self.witness is not None:
+            self.witness(memory)
+        return memory
 
     def _move(self, call: Callable[[int, Any, int], int], place: int, data: Tensor, what: str) -> None:
         """Reads or writes all of `data`, directly where it is whole blocks."""

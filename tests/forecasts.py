@@ -15,6 +15,7 @@ import torch
 from parity import step_input, write_tokens
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer
+from rowwise.parallel.activations.config import is_folder
 from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
@@ -114,7 +115,11 @@ def held_in_a_step(workers: Workers, config: TrainConfig) -> tuple[dict[str, int
     optimizer = build_optimizer(model, config.optim, config.seed)
     update = make_update(config, mesh, engine, optimizer, sparsity)
     batches = next(train_batches(config, mesh, data, position=0))
-    with watching(config, mesh, model, 1, True) as watch:
+    from rowwise.parallel.away import away_of
+
+    away = away_of(model)
+    files = [] if away is None else [one for one in (away.files.params, away.files.gradients) if one is not None]
+    with watching(config, mesh, model, 1, True, files) as watch:
         update(step_input(config, 1, batches))
     measured, _ = measured_bytes(
         watch, model, optimizer, mask_bytes_of(tensors_of(model, optimizer, sparsity)), mesh.device
@@ -136,7 +141,9 @@ def errors(measured: dict[str, int], predicted: dict[str, int], bounds: tuple[st
 
 def bounds_of(config: TrainConfig) -> tuple[str, ...]:
     """What is on the host's way to files, which depends on how fast they are written."""
-    return () if config.memory.offload_activations in ("none", "cpu") else ("host",)
+    memory = config.memory
+    places = (memory.offload_activations, memory.offload_states, memory.offload_params, memory.offload_gradients)
+    return ("host",) if any(map(is_folder, places)) else ()
 
 
 def off(found: dict[str, float]) -> dict[str, float]:

@@ -5,7 +5,7 @@ its numbers are the same. A GPU's allocator counts no categories: states are mea
 has beside them is told as `rest`. So is a compiled run, which is not watched.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from rowwise.kernels.rows import local
 from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
+from rowwise.parallel.row_file import RowFile
 from rowwise.parallel.state_bytes import StateBytes, measure
 from rowwise.parallel.torch_memory import record_history, write_snapshot
 from rowwise.trainer.activations import keeper_in
@@ -73,18 +74,28 @@ def _snapshot(config: TrainConfig, mesh: Mesh, step: int, watch: Watch) -> Itera
 
 @contextmanager
 def watching(
-    config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, step: int, first: bool
+    config: TrainConfig,
+    mesh: Mesh,
+    model: Decoder | StagedDecoder,
+    step: int,
+    first: bool,
+    files: Sequence[RowFile] = (),
 ) -> Iterator[Watch]:
     """Watches the step that is made inside, where it is the `first` of this start or `profile.memory_step`; raises DiskFull where
-    what is written of that does not fit."""
+    what is written of that does not fit. `files`: in which some of this rank's rows lie."""
     watches = first or step == config.profile.memory_step
-    with _seen(config, mesh, model, watches, first) as watch, _snapshot(config, mesh, step, watch):
+    with _seen(config, mesh, model, watches, first, files) as watch, _snapshot(config, mesh, step, watch):
         yield watch
 
 
 @contextmanager
 def _seen(
-    config: TrainConfig, mesh: Mesh, model: Decoder | StagedDecoder, watches: bool, first: bool
+    config: TrainConfig,
+    mesh: Mesh,
+    model: Decoder | StagedDecoder,
+    watches: bool,
+    first: bool,
+    files: Sequence[RowFile],
 ) -> Iterator[Watch]:
     """Sees every operation, if it `watches` and can: not compiled, of torch itself, and on a CPU."""
     if not watches or config.compile or config.parallel.backend != "torch" or mesh.device.type != "cpu":
@@ -98,6 +109,8 @@ def _seen(
     store = None if keeper is None else keeper.store
     if store is not None:
         store.witness = seen
+    for file in files:
+        file.witness = seen.note_host
     try:
         with seen:
             yield Watch(seen, first)
@@ -106,6 +119,8 @@ def _seen(
             handle.remove()
         if store is not None:
             store.witness = None
+        for file in files:
+            file.witness = None
 
 
 def _tell(seen: Lifetimes, stage: Decoder, norm: nn.Module) -> list[RemovableHandle]:

@@ -6,9 +6,11 @@ the first rank of each place of the pipeline does.
 
 from dataclasses import dataclass
 
+from rowwise.parallel.activations.config import is_folder
 from rowwise.trainer.activations import tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.away import Keeping
+from rowwise.trainer.plan.beside import rows_away, where
 from rowwise.trainer.plan.ledger import FILE, HOST, Ledger
 from rowwise.trainer.plan.sharded import Sharded
 from rowwise.trainer.plan.states import (
@@ -65,14 +67,14 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
     else:
         stages = {stage: plan.layers[stage] for stage in plan.schedule.stages_of(place.pipeline)}
     widths = widths_of(config)
-    sharded = place.shards > 1 or config.precision.name in ("bf16", "fp16")
+    kept = config.memory
+    sharded = place.shards > 1 or config.precision.name in ("bf16", "fp16") or kept.offload_params != "none"
     ledger.at = "the start"
     for layers in stages.values():
-        ledger.take("parameters", parameter_bytes(config, layers, place, sharded))
-        ledger.take("optimizer", optimizer_bytes(config, layers, place))
+        ledger.take(where("parameters", kept.offload_params, gpu), parameter_bytes(config, layers, place, sharded))
+        ledger.take(where("optimizer", kept.offload_states, gpu), optimizer_bytes(config, layers, place))
         ledger.take("masks", mask_bytes(config, layers, place))
-    where = config.memory.offload_activations
-    keeping = Keeping(ledger, where not in ("none", "cpu"), gpu or where != "cpu")
+    keeping = Keeping(ledger, is_folder(kept.offload_activations), gpu or kept.offload_activations != "cpu")
     walked = {}
     for stage, layers in stages.items():
         split = plan is not None and any(
@@ -80,7 +82,7 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         )
         works = works_of(config, layers, split, gpu)
         updates = update_bytes_of_each(config, layers, place, gpu) if config.optim.in_backward else None
-        weights = weights_of(config, layers, place, ledger, sharded, updates)
+        weights = weights_of(config, layers, place, ledger, sharded, updates, gpu)
         heads = [name for name, spec in owned(config, layers).items() if spec.role == "head"]
         of_head = NONE.or_more(*(updates[name] for name in heads)) if updates is not None else NONE
         walked[stage] = Stage(ledger, keeping, weights, works, of_head)
@@ -104,7 +106,13 @@ def tied_bytes(config: TrainConfig, place: Place) -> int:
 
 
 def weights_of(
-    config: TrainConfig, layers: range, place: Place, ledger: Ledger, sharded: bool, updates: Updates | None
+    config: TrainConfig,
+    layers: range,
+    place: Place,
+    ledger: Ledger,
+    sharded: bool,
+    updates: Updates | None,
+    gpu: bool,
 ) -> Weights:
     """Chooses how parameters and gradients of a stage come and go."""
     widths, zero, pipelined = widths_of(config), config.parallel.zero, config.parallel.pipeline > 1
@@ -112,4 +120,6 @@ def weights_of(
         tensors = [{name: spec.shape.numel() for name, spec in piece.items()} for piece in pieces_of(config, layers)]
         return Replicated(ledger, tensors, widths.parameter, pipelined, updates)
     ranks = place.shards, place.replicas
-    return Sharded(ledger, groups_of(config, layers, place), widths, zero, ranks, pipelined, updates)
+    return Sharded(
+        ledger, groups_of(config, layers, place), widths, zero, ranks, rows_away(config, gpu), pipelined, updates
+    )

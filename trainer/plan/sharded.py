@@ -11,17 +11,21 @@ and as it is kept:
 
 from collections.abc import Sequence
 
-from rowwise.trainer.plan.ledger import Ledger
+from rowwise.parallel.row_file import BLOCK
+from rowwise.trainer.plan.beside import RowsAway
+from rowwise.trainer.plan.ledger import FILE, HOST, Ledger
 from rowwise.trainer.plan.states import Group, Widths
 from rowwise.trainer.plan.update import NONE, Updates
 
+ON_DEVICE = RowsAway()
 WIDE = 4  # bytes of a number that has 32 bits
 
 
 class Sharded:
     """What FSDP2 does on one of `shards` ranks with other rows, of which there are `replicas` sets. `zero` below 3 keeps parameters
     from the first forward of a step to its last backward. `sums`: a pipeline adds gradients up, whole, and has them reduced.
-    `updates`: of the optimizer's step of each parameter, where it is made in the backward, and frees its gradient."""
+    `away`: where rows wait; `updates`: of the optimizer's step of each parameter, where it is made in the backward, and frees its
+    gradient."""
 
     def __init__(
         self,
@@ -30,11 +34,12 @@ class Sharded:
         widths: Widths,
         zero: int,
         ranks: tuple[int, int],
+        away: RowsAway = ON_DEVICE,
         sums: bool = False,
         updates: Updates | None = None,
     ):
         self._ledger, self._groups, self._widths, self._zero = ledger, groups, widths, zero
-        (self._shards, self._replicas), self._sums, self._updates = ranks, sums, updates
+        (self._shards, self._replicas), self._sums, self._updates, self._away = ranks, sums, updates, away
         self._order = sorted(range(len(groups)), key=lambda g: (groups[g].pieces[1], groups[g].root))
         self._place = {g: place for place, g in enumerate(self._order)}
         self._begin: dict[int, list[int]] = {}  # piece -> the groups that begin with it
@@ -56,6 +61,7 @@ class Sharded:
         self._wide: dict[int, dict[str, int]] = {}  # as they are added up
         self._done: dict[int, set[str]] = {}  # piece -> whose gradients of the backward under way are there
         self._partial: dict[int, int] = {}  # bytes that replicas have not added up yet
+        self._leaving = 0  # bytes of gradients that a file is given
         self._waiting = 0  # bytes that replicas have added up and that stay until the backward ends
 
     def begin(self, last: bool) -> None:
@@ -157,6 +163,7 @@ class Sharded:
         self._coming.add(g)
 
     def _arrive(self, g: int) -> None:
+        self._read(g)
         self._ledger.take("gathered", self._gathered(g))
         self._here.add(g)
         self._coming.discard(g)
@@ -212,7 +219,8 @@ class Sharded:
         summed, kept = shard * widths.reduce, shard * widths.parameter
         waits = self._replicas > 1 and not self._last  # for the sums of replicas
         cast = widths.reduce != widths.parameter and not waits
-        adds = g in self._partial if waits else g in self._split
+        filed = self._away.gradients == FILE  # where it is added to what is there
+        adds = g in self._partial if waits else g in self._split and not filed
         alone = self._shards == 1 and (self._replicas == 1 or waits)  # no rank is sent this, now
         where = "gradients" if not (cast or adds) else "working" if alone else "messages"
         ledger.take(where, summed)
@@ -227,13 +235,37 @@ class Sharded:
         elif waits:
             self._partial[g] = summed
         elif self._updates is None:
-            self._split.add(g)
+            self._leave(g, kept)
         else:
             ledger.use("working", *NONE.or_more(*(self._updates[name] for _, name, _ in self._groups[g].tensors)))
             ledger.give("gradients", kept)
         if not waits:
             ledger.give("gradients", self._partial.pop(g, 0))
         ledger.give("gradients", held)
+
+    def _leave(self, g: int, size: int) -> None:
+        """Takes a group's rows of gradients to where they wait; to a file through the host's memory, beside those of the group before,
+        and what they are added to."""
+        place, adds = self._away.gradients, g in self._split
+        self._split.add(g)
+        if place != "gradients":
+            self._ledger.give("gradients", size)
+            self._ledger.take(place, 0 if adds else size)
+        if place == FILE:
+            through = size + BLOCK * len(self._groups[g].tensors)
+            self._ledger.use(HOST, through * (1 + adds) + self._leaving)
+            self._leaving = through
+
+    def _read(self, g: int) -> None:
+        """Reads a group's rows of parameters, and those of the one that comes next."""
+        if self._away.read:
+            place = self._place[g]
+            near = (self._order[n] for n in (place - 1, place + 1) if 0 <= n < len(self._order))
+            self._ledger.use(HOST, self._rows(g) + max(map(self._rows, near), default=0))
+
+    def _rows(self, g: int) -> int:
+        """Counts the bytes of memory that a group's rows are read into."""
+        return self._groups[g].shard * self._widths.parameter + BLOCK * len(self._groups[g].tensors)
 
     def _give(self, gradients: dict[str, int], width: int) -> None:
         self._ledger.give("gradients", sum(gradients.values()) * width)

@@ -13,6 +13,7 @@ from rowwise.optim.sparse.masks import packed_columns
 from rowwise.parallel.mesh import ParallelConfig
 from rowwise.parallel.precision import Bf16, Fp16, Fp64
 from rowwise.parallel.replicate import in_buckets
+from rowwise.parallel.row_file import BLOCK
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_specs, stage_parts
 
@@ -165,9 +166,11 @@ def unsplit(rule: Rule, dtype: torch.dtype) -> set[str]:
 
 
 def parameter_bytes(config: TrainConfig, layers: range, place: Place, held_by_fsdp: bool) -> int:
-    """Counts a rank's rows; FSDP2 makes them up to as many on each rank."""
+    """Counts a rank's rows; FSDP2 makes them up to as many on each rank. On the host each parameter has room to begin where a file's
+    blocks would."""
     parts, rest = stage_parts(config.model, layers)
-    width, total = widths_of(config).parameter, 0
+    width = widths_of(config).parameter
+    total = BLOCK * (config.memory.offload_params == "cpu") * sum(map(len, (*parts, rest)))
     for part in [*parts, rest]:
         for spec in part.values():
             rows = -(-spec.shape[0] // place.shards) if held_by_fsdp else rows_of(spec.shape[0], place)

@@ -10,6 +10,7 @@ A link carries both directions at once, a disk reads or writes.
 
 from dataclasses import astuple, dataclass
 
+from rowwise.parallel.activations.config import is_folder
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.devices import Device
 from rowwise.trainer.plan.states import widths_of
@@ -46,17 +47,12 @@ class Traffic:
 NOTHING = Traffic()
 
 
-def in_files(place: str) -> bool:
-    """Says whether what waits at a place waits in files."""
-    return place not in ("none", "cpu")
-
-
 def leaving(config: TrainConfig, size: float) -> tuple[Traffic, Traffic]:
     """Counts what so many bytes that layers keep move in their forward, and in their backward."""
     place = config.memory.offload_activations
     if place == "none":
         return NOTHING, NOTHING
-    filed = size * in_files(place)
+    filed = size * is_folder(place)
     return Traffic(down=size, written=filed), Traffic(up=size, read=filed)
 
 
@@ -67,7 +63,7 @@ def rows(config: TrainConfig, device: Device, numbers: float) -> tuple[Traffic, 
     if memory.offload_params == "none":
         return NOTHING, NOTHING
     size = numbers * widths_of(config).parameter
-    filed, gone = size * in_files(memory.offload_params), size * in_files(memory.offload_gradients)
+    filed, gone = size * is_folder(memory.offload_params), size * is_folder(memory.offload_gradients)
     crossing = size if device.cuda else 0.0
     return Traffic(up=crossing, read=filed), Traffic(up=crossing, down=crossing, read=filed, written=gone)
 
@@ -86,9 +82,9 @@ def step(config: TrainConfig, device: Device, numbers: float, states: float) -> 
     """Counts what a step of so many numbers with so many bytes of states moves where these wait off the device, on the host: both
     ways what changes, and gradients one way."""
     memory, size = config.memory, numbers * widths_of(config).parameter
-    read = states * in_files(memory.offload_states)
-    changed = size * in_files(memory.offload_params)
-    gradients = size * in_files(memory.offload_gradients)
+    read = states * is_folder(memory.offload_states)
+    changed = size * is_folder(memory.offload_params)
+    gradients = size * is_folder(memory.offload_gradients)
     crossing = size if device.cuda and memory.offload_params == "none" else 0.0
     return Traffic(
         crossing, 2 * crossing, read + changed + gradients, read + changed, stepping(config, device, numbers, states)
