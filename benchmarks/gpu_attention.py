@@ -12,7 +12,7 @@ from torch import Tensor
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
 from rowwise.kernels.attention_block import Attended, plain_backward, plain_forward
 from rowwise.kernels.visible import Documents, Run, visible_areas
-from rowwise.parallel.mesh import RING_ORDER
+from rowwise.parallel.config import RING_ORDER
 from rowwise.parallel.sequence import runs_of
 
 RING = 4

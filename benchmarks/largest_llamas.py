@@ -21,7 +21,7 @@ from typing import Any
 from record import RESULTS, write_record
 
 from rowwise.launch.compose import compose_tree, key_of
-from rowwise.parallel.mesh import divisors
+from rowwise.parallel.config import divisors
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.models.decoder import parameter_count

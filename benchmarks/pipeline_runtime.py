@@ -18,7 +18,8 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 
 from rowwise.kernels.cross_entropy import cross_entropy
-from rowwise.parallel.mesh import Axis, ParallelConfig, Workers, make_mesh
+from rowwise.parallel.config import ParallelConfig
+from rowwise.parallel.mesh import Axis, Workers, make_mesh
 from rowwise.parallel.pipeline import Pipeline
 from rowwise.parallel.pipeline_schedule.generate import Shape, make_schedule
 from rowwise.parallel.pipeline_schedule.order import Schedule

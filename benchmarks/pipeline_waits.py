@@ -12,7 +12,8 @@ from record import RESULTS
 from torch import Tensor, nn
 
 import rowwise.parallel.defer as defer
-from rowwise.parallel.mesh import ParallelConfig, Workers, make_mesh
+from rowwise.parallel.config import ParallelConfig
+from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.parallel.pipeline import Pipeline, Trace
 from rowwise.parallel.pipeline_schedule.gantt import draw
 from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule

@@ -29,7 +29,8 @@ from record import RESULTS, write_record
 from torch import Tensor
 
 from rowwise.kernels.visible import Documents, visible_areas
-from rowwise.parallel.mesh import RING_ORDER, Mesh, ParallelConfig, SequenceAxes, Workers, make_mesh
+from rowwise.parallel.config import RING_ORDER, ParallelConfig
+from rowwise.parallel.mesh import Mesh, SequenceAxes, Workers, make_mesh
 from rowwise.parallel.sequence import Attend, SequenceAttention, positions_of, runs_of
 from rowwise.trainer.models.blocks import Block
 from rowwise.trainer.models.config import ModelConfig

@@ -52,7 +52,14 @@ IN_BACKWARD: Refusals = (
         "give precision=bf16, or optim.in_backward=false",
     ),
     Refusal(
-        ("optim.in_backward", "parallel.zero", "parallel.replicate", "precision.name"),
+        (
+            "optim.in_backward",
+            "parallel.zero",
+            "parallel.replicate",
+            "precision.name",
+            "memory.offload_params",
+            "parallel.quantize_gather",
+        ),
         lambda run: run.optim.in_backward and _sums_at_the_end(run),
         "optim.in_backward with parallel.replicate={parallel.replicate} parallel.zero={parallel.zero}: gradients "
         "that FSDP2 sums over replicas stay until the backward ends; give parallel.replicate=1 and parallel.zero=1 "
@@ -63,7 +70,8 @@ IN_BACKWARD: Refusals = (
 
 def _sums_at_the_end(run: Any) -> bool:
     """Whether FSDP2 holds the parameters, and the sums of their gradients over replicas until the backward is over."""
-    parallel, held = run.parallel, run.precision.name == "bf16" or run.memory.offload_params != "none"
+    parallel = run.parallel
+    held = run.precision.name == "bf16" or run.memory.offload_params != "none" or parallel.quantize_gather != "none"
     split = parallel.state_degree if parallel.zero > 0 else 1
     return parallel.replicate * parallel.state_degree > split and (split > 1 or held)
 

@@ -33,7 +33,8 @@ from rowwise.kernels.attention_block import Attended, repeat_heads
 from rowwise.kernels.torch_compiler import left_to_python
 from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.parallel.collectives import Passing, all_to_all
-from rowwise.parallel.mesh import RING_ORDER, Axis, Mesh, SequenceAxes, divisors
+from rowwise.parallel.config import RING_ORDER, divisors
+from rowwise.parallel.mesh import Axis, Mesh, SequenceAxes
 
 HEADS: Refusals = (
     Refusal(

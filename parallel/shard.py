@@ -11,8 +11,8 @@ on the shard axis and `accumulate` micro-batches a step, per step and parameter:
 | 3 | one part at a time, twice a micro-batch | as 2 | gather 2 accumulate x, reduce-scatter accumulate x |
 
 Where the shard axis has one rank nothing is split, whatever the stage. In 16-bit precision, which computes in a copy of
-the parameters, FSDP2 makes that copy, also where nothing is split; and where rows wait off the device (`parallel.away`), it
-brings them there one part at a time, from one rank too.
+the parameters, FSDP2 makes that copy, also where nothing is split; so it does where weights compute rounded (`parallel.gather`),
+and where rows wait off the device (`parallel.away`) it brings them there one part at a time, from one rank too.
 
 With `replicate` > 1 the split gradients are all-reduced over it once a step. Gradients are *sums* over ranks:
 the step divides by the number of valid tokens of the global batch, which no rank knows on its own.
@@ -32,6 +32,7 @@ from rowwise.kernels.rows import local, row_offset
 from rowwise.kernels.spec import specs_of
 from rowwise.kernels.wide import wide_dtype
 from rowwise.parallel.away import away_of, in_memory, scale_in_file
+from rowwise.parallel.gather import keep_copies
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import DTYPES, Bf16, Fp16, PrecisionConfig
 from rowwise.parallel.replicate import buckets_of, in_buckets
@@ -42,7 +43,6 @@ from rowwise.parallel.torch_fsdp import (
     end_backward,
     fsdp_group,
     fsdp_params,
-    fsdp_state,
 )
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def offload_policy(pinned: bool) -> "OffloadPolicy":
     return fsdp.CPUOffloadPolicy(pin_memory=pinned)
 
 
-def is_split(mesh: Mesh, policy: "MixedPrecisionPolicy", away: bool = False) -> bool:
+def is_split(mesh: Mesh, policy: "MixedPrecisionPolicy", away: bool = False, rounds: bool = False) -> bool:
     """Says whether FSDP2 holds the parameters: rows are split, or wait `away` from the device, or a copy in another dtype computes or
-    accumulates."""
-    return mesh.states["shard"].size() > 1 or policy.param_dtype is not None or away
+    accumulates, or one that is rounded (`rounds`)."""
+    return mesh.states["shard"].size() > 1 or policy.param_dtype is not None or away or rounds
 
 
 def shard_model(
@@ -138,6 +138,11 @@ def begin_pass(model: nn.Module) -> None:
         away.begin_pass()
 
 
+def begin_step(model: nn.Module) -> None:
+    """Says that a step of `model` begins: until `finish_backward` or `forget_forwards` its weights do not change."""
+    keep_copies(model, True)
+
+
 def begin_micro_batch(model: nn.Module, zero: int, last: bool) -> None:
     """Says whether the coming backward is the last of the step, so that gradients cross ranks when the stage says."""
     if (buckets := buckets_of(model)) is not None:
@@ -154,6 +159,7 @@ def begin_micro_batch(model: nn.Module, zero: int, last: bool) -> None:
 
 def finish_backward(model: nn.Module) -> None:
     """Sums every gradient over ranks, after the last backward of a step."""
+    keep_copies(model, False)
     if (buckets := buckets_of(model)) is not None:
         buckets.finish()
     if (away := away_of(model)) is not None:
@@ -202,6 +208,7 @@ def wait_for_gradients(model: nn.Module) -> None:
 
 def forget_forwards(model: nn.Module) -> None:
     """Forgets forwards of a stage that will have no backward: FSDP2 waits for none, and gathered parameters are freed."""
+    keep_copies(model, False)
     if isinstance(model, fsdp.FSDPModule):
         model.set_is_last_backward(True)
         end_backward(model)
@@ -211,8 +218,7 @@ def forget_forwards(model: nn.Module) -> None:
 def prefetch_within(model: nn.Module) -> None:
     """Makes the backward of a stage gather ahead what is used next in it, and nothing at its end: FSDP2 by itself would
     gather what was used before in the forward, which may be another micro-batch's."""
-    parts = {id(fsdp_state(module)): module for module in sharded_modules(model) if fsdp_group(module) is not None}
-    ordered = list(parts.values())
+    ordered = sharded_parts([model])
     for before, module in zip(ordered[:1] + ordered, ordered, strict=False):
         module.set_modules_to_backward_prefetch([before])
 

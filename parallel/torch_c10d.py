@@ -1,4 +1,5 @@
-"""What is used of torch.distributed's process groups (c10d) beyond what torch documents: all of it is here.
+"""What is used of torch.distributed's process groups (c10d) beyond what torch documents, or under names that differ: all of it is
+here.
 
 `_get_default_group`                    the group of all ranks is connected as the others are, by messages through it
 `_world.pg_map`, `_set_pg_timeout`      a device mesh makes its groups with torch's own bound on waiting, whatever is asked for
@@ -7,6 +8,7 @@
 import datetime
 
 import torch.distributed as dist
+from torch import Tensor
 
 
 def default_group() -> dist.ProcessGroup:
@@ -23,3 +25,9 @@ def bound_waits(timeout: datetime.timedelta) -> None:
     """Sets how long every group that there is waits for a rank."""
     for group in all_groups():
         dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def all_gather_flat(everyone: Tensor, mine: Tensor, group: dist.ProcessGroup) -> None:
+    """Fills `everyone` (n size) with what each rank of the group has in `mine` (n). (Torch 2.13 renamed it, and warns.)"""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everyone, mine, group=group)

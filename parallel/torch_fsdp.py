@@ -11,8 +11,11 @@
 `_setattr_on_modules`, `padded_sharded_param_size`        them, and it gathers from there
 `all_gather_inputs`, `sharded_state`                      rows in a file are read into memory before they are gathered
 `comm_ctx`, `_all_gather_result`                         the flat buffers of messages under way, whose bytes are measured
+                                                         (and what each rank has of a parameter in those buffers)
+`_sharded_local_tensor`, `param_dtype`                   what is gathered of a parameter that one rank has whole, and in which dtype
 """
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +40,29 @@ def fsdp_params(module: "FSDPModule") -> list[Any]:
     """Lists what FSDP2 keeps of each parameter that it gathers with `module`."""
     group = fsdp_group(module)
     return [] if group is None else group.fsdp_params
+
+
+def padded_shapes(module: "FSDPModule") -> list[torch.Size]:
+    """Lists what every rank has of each parameter that is gathered with `module`, padded to be alike, in the order of a message."""
+    return [param.padded_sharded_param_size for param in fsdp_params(module)]
+
+
+def transform_alone(param: Any, transform: Callable[[Tensor], Tensor]) -> None:
+    """Has FSDP2 compute with `transform` of a parameter that one rank has whole, which is given to it in the dtype that computes. (On
+    more ranks what gathers does that.) FSDP2 asks the parameter's own tensor, so this holds as long as that does."""
+    mine = weakref.ref(param)  # the tensor is the parameter's, and would keep it
+
+    def before(mesh: Any) -> tuple[tuple[Tensor], None]:
+        whole = mine()
+        assert whole is not None
+        rows = whole._sharded_param_data.view(whole.padded_sharded_param_size)
+        return (transform(rows.to(whole.param_dtype or rows.dtype)),), None
+
+    def after(outputs: tuple[Tensor], metadata: None, dtype: torch.dtype, out: Tensor | None = None) -> Any:
+        return (outputs[0], ()) if out is None else None
+
+    param._sharded_local_tensor.fsdp_pre_all_gather = before
+    param._sharded_local_tensor.fsdp_post_all_gather = after
 
 
 def gathered(param: Any) -> Tensor | None:

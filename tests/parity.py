@@ -7,9 +7,10 @@ shards.
 """
 
 import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rowwise.kernels.rows import local, row_offset
@@ -28,7 +29,8 @@ from rowwise.optim.build import named_state
 from rowwise.optim.lr_schedules import OneCycle
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.optim.sparse.masks import unpack
-from rowwise.parallel.mesh import DEGREES, Mesh, Workers, make_mesh, resolve_degrees
+from rowwise.parallel.config import DEGREES, resolve_degrees
+from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.trainer import parallelize as onto_mesh
 from rowwise.trainer.assemble import assemble as assemble_run
 from rowwise.trainer.build import build_model
@@ -142,7 +144,7 @@ def run_together(ranks: Any, configs: Mapping[Key, TrainConfig], steps: int = 3)
     for key, config in configs.items():
         parallel = config.parallel
         degrees = tuple(getattr(parallel, degree) for degree in DEGREES)
-        alike[degrees, parallel.zero > 0, parallel.ring_order].append(key)
+        alike[degrees, parallel.zero > 0, parallel.ring_order, parallel.inner_shard].append(key)
     found: dict[Key, list[Trace]] = {}
     for keys in alike.values():
         for some in (keys[first : first + 30] for first in range(0, len(keys), 30)):
@@ -296,9 +298,10 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
     for step in range(steps):
         batch = global_batch(config, data, step)
         lr = config.optim.lr * config.schedule.factor(step, config.steps)
-        logits = model(batch.inputs, batch.positions, batch.documents)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="mean")
-        loss.backward()
+        with rounded_weights(params, config.parallel.quantize_gather):
+            logits = model(batch.inputs, batch.positions, batch.documents)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="mean")
+            loss.backward()
         sparsity.filter_gradients(step + 1)
         norm = torch.sqrt(sum((p.grad**2).sum() for p in params.values()))
         for p in params.values():
@@ -317,6 +320,20 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
         trace.norms.append(float(norm))
         trace.valid_tokens.append(int((batch.labels >= 0).sum()))
     return trace
+
+
+@contextmanager
+def rounded_weights(params: dict[str, nn.Parameter], form: str) -> Iterator[None]:
+    """Matrices are their 8-bit codes times scales, of 256 numbers of a row, and afterwards what they were."""
+    exact = {name: p.detach().clone() for name, p in params.items() if form == "int8" and p.ndim == 2}
+    for name, w in exact.items():
+        for row, x in itertools.product(range(w.size(0)), range(0, w.size(1), 256)):
+            block = w[row, x : x + 256]
+            scale = block.abs().max() / 127
+            params[name].data[row, x : x + 256] = (block / scale).round() * scale if scale else 0.0
+    yield
+    for name, w in exact.items():
+        params[name].data.copy_(w)
 
 
 @torch.no_grad()

@@ -416,6 +416,46 @@ REFUSED = {
         ["memory.offload_activations=cpu", "memory.offload_share=1.5"],
         r"memory.offload_share=1.5: all, auto, or the share of what layers keep that leaves the device, from 0 to 1",
     ),
+    "other bits to gather": (["parallel.quantize_gather=int4"], r"quantize_gather='int4': .*'none' or 'int8'"),
+    "masks of rounded weights": (
+        ["parallel.quantize_gather=int8", "sparsity=nm"],
+        r"parallel.quantize_gather=int8 with sparsity=nm: .*give parallel.quantize_gather=none, or another sparsity",
+    ),
+    "rounded on their way to one rank": (
+        [
+            "parallel.quantize_gather=int8",
+            "memory.offload_params=cpu",
+            "memory.offload_states=cpu",
+            "parallel.zero=3",
+            "parallel.shard=1",
+            "parallel.replicate=2",
+        ],
+        r"parallel.quantize_gather=int8 with memory.offload_params=cpu on one rank: .*quantize_gather=none, or parallel.shard above 1",
+    ),
+    "rounded on DeepSpeed": (
+        ["parallel.quantize_gather=int8", "parallel.backend=accelerate"],
+        r"parallel.quantize_gather=int8 with parallel.backend=accelerate: .*give parallel.quantize_gather=none, or parallel.backend",
+    ),
+    "copies on DeepSpeed": (
+        ["parallel.inner_shard=1", "parallel.backend=accelerate", "parallel.zero=3"],
+        r"parallel.inner_shard=1 with parallel.backend=accelerate: .*give parallel.inner_shard=0, or parallel.backend=torch",
+    ),
+    "copies that serve nothing": (
+        ["parallel.inner_shard=1", "parallel.zero=2"],
+        r"parallel.inner_shard=1 with parallel.zero=2: .*give parallel.zero=3, or parallel.inner_shard=0",
+    ),
+    "copies among all": (
+        ["parallel.inner_shard=2", "parallel.zero=3"],
+        r"parallel.inner_shard=2, of shard x ring x ulysses = 2 ranks that split states: possible are \[1\], such as",
+    ),
+    "copies among fewer than none": (
+        ["parallel.inner_shard=-1", "parallel.zero=3"],
+        r"parallel.inner_shard=-1, of shard x ring x ulysses = 2 ranks .*possible are \[1\]",
+    ),
+    "rounded in the backward over replicas": (
+        ["optim.in_backward=true", "clip_norm=0", "parallel.zero=0", "parallel.quantize_gather=int8"],
+        r"in_backward with parallel.replicate=1 parallel.zero=0: .*give parallel.replicate=1 and parallel.zero=1 to 3",
+    ),
     "parameters away, states here": (
         ["memory.offload_params=cpu", "parallel.zero=3"],
         r"memory.offload_params=cpu with memory.offload_states=none: .*give memory.offload_states=cpu or a folder",

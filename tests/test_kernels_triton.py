@@ -63,6 +63,15 @@ DOWN = {"sums": "*fp32", **dict.fromkeys(("rows", "per_segment"), "i32"), "ROWS"
 GATE = {x: {**dict.fromkeys(("gate", "up", "y", "dy", "dg", "du"), f"*{x}"), "count": "i32", "NUMBERS": 1024}
         for x in ("fp32", "bf16", "fp16")}  # fmt: skip
 
+ROW_CODES = {
+    **dict.fromkeys(("slices", "rows", "columns", "per_row", "code_columns"), "i32"),
+    **dict.fromkeys(("x_slice", "out_slice", "codes_slice", "scales_slice", "key", "start"), "i64"),
+    "codes": "*u8",
+    "scales": "*fp32",
+    "BLOCKS": 4,
+    "WIDTH": 256,
+}
+
 # Of every argument its type, or its value if it is a constant of the program. Every processor sees every kernel; the
 # variants of a kernel (dtypes, alignment) are spread over the first two.
 VARIANTS = [
@@ -113,6 +122,10 @@ VARIANTS = [
     (80, "cross_entropy", "sum_and_label", SUMS | TILE["bf16"]),
     (90, "cross_entropy", "sum_and_label", SUMS | TILE["fp32"]),
     (80, "cross_entropy", "logit_gradient", GRADIENT | TILE["fp32"] | {"dz": "*fp32"}),
+    (80, "row_codes", "encode", ROW_CODES | {"x": "*bf16", "RANDOM": False, "ALIGNED": False, "BITS": 8}),
+    (90, "row_codes", "encode", ROW_CODES | {"x": "*fp32", "RANDOM": True, "ALIGNED": True, "BITS": 4}),
+    (80, "row_codes", "decode", ROW_CODES | {"out": "*fp32", "ADD": True, "BITS": 4}),
+    (90, "row_codes", "decode", ROW_CODES | {"out": "*bf16", "ADD": False, "BITS": 8}),
     (90, "cross_entropy", "logit_gradient", GRADIENT | TILE["bf16"] | {"dz": "*bf16"}),
 ]
 

@@ -8,7 +8,8 @@ import pytest
 from commands import overrides_of, run_in_pool
 from rowwise.launch import look, timing
 from rowwise.launch.compose import compose_tree
-from rowwise.parallel.mesh import Mesh, ParallelConfig
+from rowwise.parallel.config import ParallelConfig
+from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, make_schedule
 from rowwise.parallel.pipeline_schedule.simulate import simulate, uniform_costs
 from rowwise.trainer.config import config_from_tree

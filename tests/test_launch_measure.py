@@ -102,7 +102,8 @@ def test_a_disk_that_is_slow_is_written_for_so_long(tmp_path, monkeypatch):
 
 
 def gathered(workers):
-    from rowwise.parallel.mesh import ParallelConfig, make_mesh, resolve_degrees
+    from rowwise.parallel.config import ParallelConfig, resolve_degrees
+    from rowwise.parallel.mesh import make_mesh
 
     torch.set_num_threads(1)
     machine.MOVED, machine.STEPPED, moved = 1 << 20, 1 << 16, (machine.MOVED, machine.STEPPED)

@@ -15,7 +15,8 @@ from messages import Messages
 from parity import engine_on, small_config, with_layout
 from rowwise.kernels.torch_dispatch import TorchDispatchMode
 from rowwise.kernels.visible import Documents
-from rowwise.parallel.mesh import RING_ORDER, make_mesh
+from rowwise.parallel.config import RING_ORDER
+from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.sequence import SequenceAttention, padded_length, positions_of, runs_of
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import summed_loss

@@ -15,7 +15,8 @@ from rowwise.kernels.spec import DENSE, ParameterSpec
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer, named_state
 from rowwise.optim.in_backward import InBackward
-from rowwise.parallel.mesh import View, make_mesh, resolve_degrees
+from rowwise.parallel.config import resolve_degrees
+from rowwise.parallel.mesh import View, make_mesh
 from rowwise.parallel.shard import gradient_squares
 from rowwise.parallel.state_bytes import count_parts
 from rowwise.trainer.config import config_from_tree

@@ -19,7 +19,8 @@ from parity import (
     with_layout,
 )
 from rowwise.optim.build import build_optimizer
-from rowwise.parallel.mesh import ParallelConfig, make_mesh, resolve_degrees
+from rowwise.parallel.config import ParallelConfig, resolve_degrees
+from rowwise.parallel.mesh import make_mesh
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.feed import train_batches
 from rowwise.trainer.update import make_update

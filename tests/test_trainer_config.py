@@ -25,7 +25,7 @@ from rowwise.optim.build import OptimConfig
 from rowwise.optim.lr_schedules import ScheduleConfig
 from rowwise.optim.sparse.config import SparsityConfig
 from rowwise.parallel.activations.config import MemoryConfig
-from rowwise.parallel.mesh import DEGREES, ParallelConfig
+from rowwise.parallel.config import DEGREES, ParallelConfig
 from rowwise.parallel.precision import PrecisionConfig
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of

@@ -12,7 +12,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from rowwise.kernels.rows import local
 from rowwise.kernels.torch_dispatch import TorchDispatchMode
-from rowwise.parallel.mesh import ParallelConfig, make_mesh, resolve_degrees
+from rowwise.parallel.config import ParallelConfig, resolve_degrees
+from rowwise.parallel.mesh import make_mesh
 from rowwise.trainer import checkpoint
 from rowwise.trainer.checkpoint import Saver, load
 from rowwise.trainer.staging import Staging

@@ -13,7 +13,8 @@ from rowwise.parallel.accelerate.config import ACCELERATED
 from rowwise.parallel.activations.compress import COMPILED_CODES, SHARED_CODES
 from rowwise.parallel.activations.config import RECOMPUTE
 from rowwise.parallel.activations.ranges import RANGES_OF_CODES
-from rowwise.parallel.mesh import TIMEOUT, resolve_degrees
+from rowwise.parallel.config import TIMEOUT, resolve_degrees
+from rowwise.parallel.gather import GATHERED
 from rowwise.parallel.pipeline_schedule.cut import check_stages
 from rowwise.parallel.precision import BF16_PARAMETERS, LOSS_SCALE
 from rowwise.parallel.sequence import HEADS
@@ -45,6 +46,7 @@ COMPOSED: Refusals = (
     *COMPILED_CODES,
     *SHARED_CODES,
     *RANGES_OF_CODES,
+    *GATHERED,
     *PROFILE,
 )
 

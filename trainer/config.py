@@ -17,7 +17,7 @@ from rowwise.optim.lr_schedules import ScheduleConfig
 from rowwise.optim.rates import SHARES, rate_of_size
 from rowwise.optim.sparse.config import SparsityConfig
 from rowwise.parallel.activations.config import MemoryConfig
-from rowwise.parallel.mesh import ParallelConfig
+from rowwise.parallel.config import ParallelConfig
 from rowwise.parallel.precision import PrecisionConfig
 from rowwise.trainer.data.batches import BatchConfig
 from rowwise.trainer.data.config import DataConfig

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rowwise.parallel.activations.saved import begin_sequences
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.replicate import gradient_sum
-from rowwise.parallel.shard import begin_micro_batch, begin_pass, finish_backward, release_gathered
+from rowwise.parallel.shard import begin_micro_batch, begin_pass, begin_step, finish_backward, release_gathered
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import summed_loss
 
@@ -75,6 +75,7 @@ class WholeModel:
     def forward_backward(self, batches: list[MicroBatch], scale: float | Tensor, trace: Trace | None = None) -> Tensor:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         begin_pass(self.model)
+        begin_step(self.model)
         for number, batch in enumerate(batches, 1):
             begin_micro_batch(self.model, self.zero, last=number == len(batches))
             begin_sequences(self.model, batch.first)

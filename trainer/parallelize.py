@@ -11,6 +11,7 @@ from rowwise.optim.sparse.build import Sparsity, build_sparsity
 from rowwise.parallel.activations.config import is_folder
 from rowwise.parallel.away import Files, RowsAway
 from rowwise.parallel.device import device_of
+from rowwise.parallel.gather import gather_by
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype, master_dtype
 from rowwise.parallel.replicate import replicate_model
@@ -55,7 +56,7 @@ def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh)
         compile_blocks(stages)
     # Where the parameters live.
     away = config.memory.offload_params != "none"
-    split = is_split(mesh, policy(config.precision), away)
+    split = is_split(mesh, policy(config.precision), away, rounds=config.parallel.quantize_gather != "none")
     if split:
         shard_stages(stages, config, mesh)
     if away:
@@ -65,8 +66,10 @@ def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh)
         )
     else:
         materialize(model, mesh.device, initial_rows(config))
-    if not split and not config.optim.in_backward:
-        for stage in stages:
+    for stage in stages:
+        if split:
+            gather_by(stage, sharded_parts([stage]), config.parallel, mesh)
+        elif not config.optim.in_backward:
             replicate_model(stage, mesh)
     # Messages between stages, and masks, are of parameters that have their numbers.
     engine = engine_of(model, config, mesh)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rowwise.kernels.spec import Specs
 from rowwise.parallel.activations.config import MemoryConfig
 from rowwise.parallel.activations.saved import begin_sequences
-from rowwise.parallel.mesh import Mesh, ParallelConfig
+from rowwise.parallel.config import ParallelConfig
+from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.parallel.pipeline import Forward, Pipeline, Step, Trace
 from rowwise.parallel.pipeline_schedule.order import Schedule, write_csv

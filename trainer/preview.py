@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from rowwise.optim.build import Assignments, assignment_table, assignments, build_optimizer, state_bytes
-from rowwise.parallel.mesh import ParallelConfig
+from rowwise.parallel.config import ParallelConfig
 from rowwise.parallel.pipeline_schedule.simulate import Timeline, simulate, uniform_costs
 from rowwise.parallel.precision import master_dtype
 from rowwise.parallel.sequence import padded_length

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rowwise.conf.refusal import Refusal, Refusals
-from rowwise.parallel.mesh import ParallelConfig
+from rowwise.parallel.config import ParallelConfig
 from rowwise.parallel.pipeline_schedule.check import check_schedule
 from rowwise.parallel.pipeline_schedule.cut import balance
 from rowwise.parallel.pipeline_schedule.generate import GENERATORS, Shape, check_shape, make_schedule

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rowwise.parallel.mesh import ParallelConfig
+from rowwise.parallel.config import ParallelConfig
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.console import labelled
 from rowwise.trainer.metrics import number

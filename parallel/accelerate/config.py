@@ -95,6 +95,18 @@ ACCELERATED: Refusals = (
         "parallel.zero", lambda run: run.parallel.zero == 0, "without ZeRO nothing is split", "parallel.zero=1, 2 or 3"
     ),
     _only(
+        "parallel.quantize_gather",
+        lambda run: run.parallel.quantize_gather != "none",
+        "its engine gathers by itself (DeepSpeed in 8 bits by parallel.deepspeed.qwz=true)",
+        "parallel.quantize_gather=none",
+    ),
+    _only(
+        "parallel.inner_shard",
+        lambda run: run.parallel.inner_shard,
+        "its engine gathers by itself (DeepSpeed from a copy by parallel.deepspeed.hpz)",
+        "parallel.inner_shard=0",
+    ),
+    _only(
         "parallel.post_validation",
         lambda run: run.parallel.post_validation,
         "a step waits for its norm there",

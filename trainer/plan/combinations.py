@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rowwise.parallel.activations.offload import LEAVING
-from rowwise.parallel.mesh import divisors
+from rowwise.parallel.config import divisors
 from rowwise.trainer.activations import kept_of, results_of, tokens_of
 from rowwise.trainer.check import check_layout
 from rowwise.trainer.config import TrainConfig

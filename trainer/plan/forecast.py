@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass, replace
 
-from rowwise.parallel.mesh import ParallelConfig
+from rowwise.parallel.config import ParallelConfig
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.plan.clock import Clock

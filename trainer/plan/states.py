@@ -10,7 +10,7 @@ from rowwise.optim.build import new_rule, rank_of, rule_name
 from rowwise.optim.rule import Rule
 from rowwise.optim.sparse.config import SET, ST3, NoSparsity, PDPBase, sparse_layers
 from rowwise.optim.sparse.masks import packed_columns
-from rowwise.parallel.mesh import ParallelConfig
+from rowwise.parallel.config import ParallelConfig
 from rowwise.parallel.precision import Bf16, Fp16, Fp64
 from rowwise.parallel.replicate import in_buckets
 from rowwise.parallel.row_file import BLOCK
