@@ -78,14 +78,22 @@ class RowFile:
         """Says whether a tensor lies in the file, or is a part of one that does."""
         return self._place(t) is not None
 
-    def fetch(self, there: Sequence[Tensor]) -> "Future[list[Tensor]]":
-        """Begins to read contiguous tensors that lie in the file, or parts of them, into memory of their own."""
+    def fetch(self, there: Sequence[Tensor], memory: Tensor | None = None) -> "Future[list[Tensor]]":
+        """Begins to read contiguous tensors that lie in the file, or parts of them, into memory of their own, or into `memory`, which
+        has their `span`, aligned: new memory takes the system as long to make as a fast disk takes to fill it."""
         found, pieces = [], []
         for t in there:
-            here, moves = self._reads(t)
+            span = self.span([t])
+            whole, memory = (self._memory(span), None) if memory is None else (memory[:span], memory[span:])
+            here, moves = self._reads(t, whole)
             found.append(here)
             pieces += moves
         return _when_all(pieces, found)
+
+    def span(self, there: Sequence[Tensor]) -> int:
+        """Counts the bytes of memory that tensors of the file are read into: those of all blocks of the disk that they touch."""
+        spans = ((place := self._placed(t), _up(place + t.nbytes)) for t in there if t.numel())
+        return sum(last - place // BLOCK * BLOCK for place, last in spans)
 
     def put(self, here: Sequence[Tensor], there: Sequence[Tensor]) -> "Future[None]":
         """Begins to write contiguous tensors to where tensors of their shapes lie; what is written must stay as it is until then."""
@@ -113,12 +121,11 @@ class RowFile:
         assert place is not None and t.is_contiguous(), "it does not lie in this file in one piece"
         return place
 
-    def _reads(self, t: Tensor) -> tuple[Tensor, list["Future[None]"]]:
+    def _reads(self, t: Tensor, whole: Tensor) -> tuple[Tensor, list["Future[None]"]]:
         if not t.numel():
             return torch.empty_like(t), []
         place = self._placed(t)
         first, last = place // BLOCK * BLOCK, _up(place + t.nbytes)
-        whole = self._memory(last - first)
         moves = [
             self._pool.submit(self._move, os.preadv, first + at, whole[at : at + PIECE], "cannot be read")
             for at in range(0, last - first, PIECE)

@@ -2,6 +2,7 @@
 
 import weakref
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from unittest import mock
 
@@ -12,7 +13,7 @@ import torch
 from parity import TOLERANCE, relative_error, run_layouts, run_plain, small_config, step_input, with_layout
 from rowwise.kernels.rows import local
 from rowwise.parallel import away as waiting
-from rowwise.parallel import row_file
+from rowwise.parallel import read_ahead, row_file
 from rowwise.parallel.mesh import make_mesh
 from rowwise.parallel.read_ahead import ReadAhead
 from rowwise.trainer.assemble import assemble
@@ -104,7 +105,10 @@ class Reads:
     def __init__(self):
         self.asked = []
 
-    def fetch(self, block):
+    def span(self, block):
+        return 1
+
+    def fetch(self, block, memory):
         self.asked.append(block)
         done = Future()
         done.set_result(block)
@@ -161,7 +165,9 @@ def peak_of_memory(workers, config, steps):
         live, peaks[-1] = live + size, max(peaks[-1], live + size)
         return torch.from_numpy(memory)[-memory.ctypes.data % row_file.BLOCK :][:size]
 
-    with mock.patch.object(row_file, "aligned_memory", counted), mock.patch.object(waiting, "aligned_memory", counted):
+    with ExitStack() as stack:
+        for module in (row_file, read_ahead, waiting):
+            stack.enter_context(mock.patch.object(module, "aligned_memory", counted))
         peaks.append(0)
         mesh, data = (
             make_mesh(config.parallel, workers),
