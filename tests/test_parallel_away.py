@@ -40,6 +40,8 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "chunks": (2, (*TWO, "parallel.pipeline_schedule=zb_v", "parallel.virtual_stages=2", "model.layers=4", "batch.micro_size=6")),
     "ulysses": (2, ("parallel.ulysses=2", "model.heads=2", "model.kv_heads=2", "model.dim=32", "model.tie_embeddings=true")),
     "ring": (2, ("parallel.ring=2", "parallel.ring_order=zigzag", "memory.recompute=full")),
+    "codes": (2, ("parallel.quantize_gather=int8", *WIDE)),
+    "copies among neighbours": (4, ("parallel.inner_shard=2",)),
     "rigl": (2, ("sparsity=rigl", *SPARSE, "memory.recompute=selective")),
     "2:4": (2, ("sparsity=nm", "sparsity.decay=0.3", *WIDE)),
     "16 bits": (2, ("precision=bf16", "optim=adamw8bit", *WIDE)),
