@@ -24,7 +24,7 @@ def changes_of(best: Forecast) -> list[tuple[str, Forecast]]:
 def tried_changes(before: Forecast) -> list[tuple[str, Forecast]]:
     """Forecasts each of `single_changes`, where it can be, with its words."""
     found = []
-    for words in single_changes(before.config):
+    for words in single_changes(before.config, before.device.cuda):
         try:
             changed = check_layout(with_words(before.config, words), before.config.parallel.world_size)
         except ValueError:
@@ -34,7 +34,7 @@ def tried_changes(before: Forecast) -> list[tuple[str, Forecast]]:
     return found
 
 
-def single_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
+def single_changes(config: TrainConfig, gpu: bool) -> Iterator[dict[str, Any]]:
     """Yields each option that saves memory or gives it back, by itself."""
     for recompute in RECOMPUTE:
         if recompute != config.memory.recompute:
@@ -43,6 +43,8 @@ def single_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
         for value in values:
             if value != getattr(config.memory, key):
                 yield {f"memory.{key}": value}
+    if gpu:
+        yield from moves(config)
     yield {"memory.fused_loss": not config.memory.fused_loss}
     for zero in (1, 2, 3):
         if zero != config.parallel.zero and config.parallel.state_degree > 1:
@@ -50,3 +52,16 @@ def single_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
     if config.batch.micro_size % 2 == 0:
         yield {"batch.micro_size": config.batch.micro_size // 2}
     yield {"batch.micro_size": config.batch.micro_size * 2}
+
+
+def moves(config: TrainConfig) -> Iterator[dict[str, Any]]:
+    """Yields each move of a rank's rows between a GPU and its host: of states, and of parameters, which follow them."""
+    states, params = config.memory.offload_states, config.memory.offload_params
+    if params != "none":
+        yield {"memory.offload_params": "none"}
+    elif states != "none":
+        yield {"memory.offload_states": "none"}
+    if params == "none" and config.parallel.zero == 3:
+        yield {"memory.offload_states": "cpu" if states == "none" else states, "memory.offload_params": "cpu"}
+    if states == "none":
+        yield {"memory.offload_states": "cpu"}

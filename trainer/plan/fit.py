@@ -47,7 +47,7 @@ def find_fit(config: TrainConfig, world_size: int, device: Device, given: Set[st
     search = Search(config, world_size, device, given)
     candidates = sorted(search.candidates(), key=lambda one: one.seconds)
     limit = min(device.memory, config.memory.limit or device.memory)
-    hopeful = [one for one in candidates if one.size <= limit]
+    hopeful = [one for one in candidates if one.size <= limit and one.beside]
     fitting, closest = _tried(hopeful, device)
     if not fitting:  # what is counted roughly may fit less than it seems
         fitting, closest = _tried(sorted(candidates, key=lambda one: one.size), device)

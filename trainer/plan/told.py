@@ -22,6 +22,7 @@ MEANINGS = {
     HOST: "on the host, beside the device: what waits there, and comes and goes",
     FILE: "in files of this rank",
 }
+FILES_OR_HOST = {HOST: "the host", FILE: "files"}
 
 
 def told(forecast: Forecast) -> list[str]:
@@ -158,6 +159,7 @@ def _line(forecast: Forecast) -> str:
 
 def _difference(best: Forecast, changed: Forecast) -> str:
     seconds = changed.seconds.step / best.seconds.step - 1
-    needed = changed.room.needed - best.room.needed
-    sign = "+" if needed >= 0 else "-"
-    return f"{seconds:+.1%} time, {sign}{byte_count(abs(needed))}" + ("" if changed.room.fits else ", does not fit")
+    rows = [("", changed.room.needed - best.room.needed)]
+    rows += [(f" of {FILES_OR_HOST[key]}", changed.worst.peaks[key] - best.worst.peaks[key]) for key in FILES_OR_HOST]
+    said = [f"{'+' if size >= 0 else '-'}{byte_count(abs(size))}{what}" for what, size in rows if size or not what]
+    return ", ".join([f"{seconds:+.1%} time", *said]) + ("" if changed.room.fits else ", does not fit")
