@@ -71,6 +71,7 @@ class Adafactor:
     name = "adafactor"
     fused = False
     rounds = False
+    by_rows = False
     shared = False
     weightwise: ClassVar[dict[str, int]] = {}
 

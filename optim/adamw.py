@@ -32,6 +32,7 @@ class AdamW:
     name = "adamw"
     fused = True
     rounds = False
+    by_rows = True
     shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0, "exp_avg_sq": 0}
 

@@ -12,6 +12,7 @@ from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.spec import ParameterSpec, Specs, specs_of
 from rowwise.optim.adafactor import AdafactorConfig
 from rowwise.optim.adamw import AdamWConfig
+from rowwise.optim.home import Home
 from rowwise.optim.lion import LionConfig
 from rowwise.optim.lion_kappa import LionKappa
 from rowwise.optim.lowrank.config import (
@@ -89,9 +90,10 @@ def new_rule(name: str, config: Any, rank: int = 1) -> Rule:
     return lent(**{field.name: numbers[field.name] for field in fields(lent) if field.name in numbers}).new_rule()
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0, home: Home | None = None) -> Optimizer:
     """Makes the optimizer of `config` over the model's (sharded) parameters. Matrices decay, vectors do not; `seed` is that
-    of random projections and of stochastic rounding. Raises ValueError for a parameter that the model's specs lack."""
+    of random projections and of stochastic rounding; `home`: where its states wait, if not on the device. Raises ValueError for a
+    parameter that the model's specs lack."""
     groups: dict[tuple[str, bool, int, bool, str], dict[str, Any]] = {}
     specs = specs_of(model)
     rank = rank_of(config, specs)
@@ -108,7 +110,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> Opt
             groups[key] = {"params": [], "names": [], "rule": rule, **said}
         groups[key]["params"].append(p)
         groups[key]["names"].append(name)
-    return Optimizer(list(groups.values()), config.lr, seed)
+    return Optimizer(list(groups.values()), config.lr, seed, home)
 
 
 MOMENTUM_CYCLE: Refusals = (

@@ -52,6 +52,7 @@ class Lion:
     name = "lion"
     fused = False
     rounds = False
+    by_rows = True
     shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0}
 

@@ -63,6 +63,7 @@ class LionKappa:
 
     fused = False
     rounds = False
+    by_rows = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0}
 
     def __init__(self, kappa: Kappa, betas: list[float], delta: float):

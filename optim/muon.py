@@ -77,6 +77,7 @@ class Muon:
     name = "muon"
     fused = False
     rounds = False
+    by_rows = False
     shared = True
     weightwise: ClassVar[dict[str, int]] = {"momentum": 0}
 

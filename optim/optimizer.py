@@ -5,7 +5,8 @@ there whole, so that its rule has nothing to ask other ranks, whatever it asks f
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,15 +17,14 @@ from rowwise.kernels import torch_lists
 from rowwise.kernels.products import float32_products
 from rowwise.kernels.rounding import round_bf16_
 from rowwise.kernels.rows import local, row_offset
+from rowwise.optim.home import PORTION_BYTES, Entry, Home, Portion, cut, laid, step_through
 from rowwise.optim.rule import Batch, Rule, each_of, shard_group
-
-PORTION_BYTES = 16 << 20  # of float32 parameters that a rule is given at a time: its temporaries are a few times that
-Entry = tuple[str, Tensor, Tensor, dict[str, Tensor], torch.Size, int]  # of each list of a `Batch`, one
 
 
 class Optimizer(torch.optim.Optimizer):
     """The optimizer of a run. `groups`: dicts of `params`, their `names`, `rule` and `weight_decay`, whether they are `batched`,
-    and the `view` of the mesh that they are laid over. State: what the rules keep, tensors only.
+    and the `view` of the mesh that they are laid over. State: what the rules keep, tensors only; it waits in `home`, where rules then
+    step on the host, a portion at a time, with the same numbers; None: it is where the parameters are.
 
     The number of updates made is a plain number of each group (`step`), the same for all.
     """
@@ -33,9 +33,9 @@ class Optimizer(torch.optim.Optimizer):
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, seed: int):
+    def __init__(self, groups: list[dict[str, Any]], lr: float, seed: int, home: Home | None = None):
         super().__init__(groups, {"lr": lr, "step": 0})
-        self._seed = seed
+        self._seed, self._home = seed, home
         self._places = {
             p: (group, name)
             for group in self.param_groups
@@ -43,7 +43,8 @@ class Optimizer(torch.optim.Optimizer):
         }
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p] = _new_state(group, p.detach())
+                state = _new_state(group, p.detach())
+                self.state[p] = state if home is None else laid(home, state)
         # Both stay what they are: a checkpoint is read into the tensors that exist.
         self._offsets = {p: row_offset(p) for p in self._places}
         self._local_states = {p: {key: local(t) for key, t in self.state[p].items()} for p in self._places}
@@ -53,10 +54,7 @@ class Optimizer(torch.optim.Optimizer):
         """Changes every parameter that has a gradient."""
         assert closure is None
         self.begin_step()
-        for group in self.param_groups:
-            live = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
-            for some in _portions(live, group):
-                self._apply(group, some)
+        self._make(portion for group in self.param_groups for portion in self._portions(group, _live(group)))
 
     def begin_step(self) -> None:
         """Counts an update; `step` does it itself."""
@@ -70,14 +68,32 @@ class Optimizer(torch.optim.Optimizer):
     def step_one(self, p: Tensor) -> None:
         """Changes one parameter, within the update that `begin_step` began."""
         group, name = self._places[p]
-        self._apply(group, [(name, p)])
+        self._make(self._portions(group, [(name, p)]))
+
+    def step_one_apart(self, p: Tensor) -> Callable[[], None] | None:
+        """Takes what the step of one parameter needs, and returns what makes it, in any thread and while others compute: its gradient
+        may be let go of at once. None where it must be made in line: states are where parameters are, or the rule needs others'
+        rows or other products than the model."""
+        group, name = self._places[p]
+        if self._home is None or not group["rule"].by_rows:
+            return None
+        entries = self._entries(group, [(name, p)])
+        bring = self._home.fetch([entry.grad for entry in entries])
+
+        @torch.no_grad()
+        def step() -> None:
+            own = [entry._replace(grad=grad) for entry, grad in zip(entries, bring(), strict=True)]
+            self._make(Portion(group, None, some) for some in cut(own, PORTION_BYTES // 4))
+
+        return step
 
     def clear_(self, p: Tensor, rows: slice, where: Tensor) -> None:
         """Sets the states of single weights to zero: of this rank's `rows` of `p` those at `where` (r, n). A state that
         belongs to whole rows, such as a projected moment, has none."""
         group, _ = self._places[p]
         for key, zero in group["rule"].weightwise.items():
-            self._local_states[p][key][rows].masked_fill_(where, zero)
+            state = self._local_states[p][key]
+            state[rows].masked_fill_(where.to(state.device), zero)
 
     @torch.no_grad()
     def snapshot(self) -> list[Tensor]:
@@ -95,12 +111,26 @@ class Optimizer(torch.optim.Optimizer):
     def _changed(self) -> list[Tensor]:
         return [t for p in self._places for t in (local(p.detach()), *self._local_states[p].values())]
 
-    def _apply(self, group: dict[str, Any], named: list[tuple[str, Tensor]]) -> None:
-        entries = self._entries(group, named)
-        if not entries:
-            return  # of a batch of matrices this rank may have none
-        names, params, grads, states, shapes, offsets = map(list, zip(*entries, strict=True))
-        narrow = params[0].dtype == torch.bfloat16 and not group["rule"].rounds
+    def _portions(self, group: dict[str, Any], live: list[tuple[str, Tensor]]) -> Iterator[Portion]:
+        if self._home is not None and group["rule"].by_rows:
+            for some in cut(self._entries(group, live), PORTION_BYTES // 4):
+                yield Portion(group, None, some)
+            return
+        for named in _portions(live, group):
+            if entries := self._entries(group, named):  # of a batch of matrices this rank may have none
+                yield Portion(group, _exchange_group(group, named[0][1]), entries)
+
+    def _make(self, portions: Iterable[Portion]) -> None:
+        if self._home is not None:
+            step_through(self._home, portions, self._change)
+            return
+        for portion in portions:
+            self._change(portion)
+
+    def _change(self, portion: Portion) -> None:
+        group, rule = portion.group, portion.group["rule"]
+        names, params, grads, states, shapes, offsets = map(list, zip(*portion.entries, strict=True))
+        narrow = params[0].dtype == torch.bfloat16 and not rule.rounds
         batch = Batch(
             names=names,
             params=[p.float() for p in params] if narrow else params,
@@ -108,14 +138,15 @@ class Optimizer(torch.optim.Optimizer):
             states=states,
             shapes=shapes,
             offsets=offsets,
-            group=_exchange_group(group, named[0][1]),
+            group=portion.ranks,
             step=group["step"],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             seed=self._seed,
         )
-        with float32_products("highest"):  # whatever the model multiplies in
-            group["rule"].step_(batch)
+        # Whatever the model multiplies in, which is said for all threads: what is by rows multiplies nothing.
+        with nullcontext() if rule.by_rows else float32_products("highest"):
+            rule.step_(batch)
         if narrow:
             for p, wide, (key, start) in zip(params, batch.params, batch.rounding(), strict=True):
                 round_bf16_(wide, p, key, start)
@@ -123,17 +154,22 @@ class Optimizer(torch.optim.Optimizer):
     def _entries(self, group: dict[str, Any], named: list[tuple[str, Tensor]]) -> list[Entry]:
         states, offsets = self._local_states, self._offsets
         entries = [
-            (name, local(p), local(p.grad), states[p], p.shape, offsets[p]) for name, p in named if p.grad is not None
+            Entry(name, local(p), local(p.grad), states[p], p.shape, offsets[p])
+            for name, p in named
+            if p.grad is not None
         ]
-        return [one for entry in entries for one in _each(*entry)] if group["batched"] else entries
+        return [one for entry in entries for one in _each(entry)] if group["batched"] else entries
 
 
-def _each(
-    name: str, p: Tensor, grad: Tensor, state: dict[str, Tensor], shape: torch.Size, offset: int
-) -> Iterator[Entry]:
+def _live(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(name, p) for name, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
+
+
+def _each(batch: Entry) -> Iterator[Entry]:
     """The entries of the matrices that a batch has on this rank."""
-    for i in range(len(p)):
-        yield f"{name}[{offset + i}]", p[i], grad[i], {key: t[i] for key, t in state.items()}, shape[1:], 0
+    for i, (p, grad) in enumerate(zip(batch.param, batch.grad, strict=True)):
+        state = {key: t[i] for key, t in batch.state.items()}
+        yield Entry(f"{batch.name}[{batch.offset + i}]", p, grad, state, batch.shape[1:], 0)
 
 
 def _new_state(group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:

@@ -84,6 +84,7 @@ class AdamW8bit:
     name = "adamw8bit"
     fused = True
     rounds = True
+    by_rows = True
     shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg.codes": zero_code(True), "exp_avg_sq.codes": zero_code(False)}
 
@@ -105,6 +106,7 @@ class Lion8bit:
     name = "lion8bit"
     fused = True
     rounds = True
+    by_rows = True
     shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg.codes": zero_code(True)}
 

@@ -45,12 +45,14 @@ class Batch:
 class Rule(Protocol):
     """One rule of change. `fused`: it needs no memory beside its operands and is given all parameters at once, the
     others a portion at a time. `rounds`: it writes 16-bit parameters itself; else it is given float32 copies of them.
+    `by_rows`: its step on some rows of a matrix is their part of its step on all, and multiplies no matrices.
     `shared`: ranks share its matrices out, so a portion has at least one for each. `weightwise`: the states that hold a
     number for each weight, and what zero is there."""
 
     name: str
     fused: bool
     rounds: bool
+    by_rows: bool
     shared: bool
     weightwise: ClassVar[dict[str, int]]
 

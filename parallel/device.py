@@ -35,6 +35,9 @@ class Copies(Protocol):
     def back(self, here: Tensor) -> tuple[Tensor, Mark]:
         """Begins a copy of `here` on the device, and marks its end; `here` may be let go of at once."""
 
+    def over(self, here: Tensor, t: Tensor) -> Mark:
+        """Begins to copy `here` over `t`, which is on the device and which nothing computes with until the end is marked."""
+
     def join(self, t: Tensor, mark: Mark) -> None:
         """Has all that is computed from now on wait for the mark, after which it may use `t`, or its memory."""
 
@@ -79,6 +82,10 @@ class HostCopies:
     def back(self, here: Tensor) -> tuple[Tensor, Mark]:
         return here, Moment(time.perf_counter())
 
+    def over(self, here: Tensor, t: Tensor) -> Mark:
+        t.copy_(here)
+        return Moment(time.perf_counter())
+
     def join(self, t: Tensor, mark: Mark) -> None: ...
 
 
@@ -101,6 +108,11 @@ class GpuCopies:
         with torch.cuda.stream(self._back):
             t = here.to(self._device, non_blocking=True)
             return t, self._back.record_event()
+
+    def over(self, here: Tensor, t: Tensor) -> Mark:
+        with torch.cuda.stream(self._back):
+            t.copy_(here, non_blocking=True)
+            return self._back.record_event()
 
     def join(self, t: Tensor, mark: Mark) -> None:
         stream = torch.cuda.current_stream(self._device)

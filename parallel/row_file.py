@@ -10,6 +10,7 @@ goes on from its checkpoints. Its room is taken when a tensor is laid down, so t
 """
 
 import bisect
+import errno
 import mmap
 import os
 import tempfile
@@ -61,9 +62,8 @@ class RowFile:
         size, place = numbers * dtype.itemsize, self._end
         with self._named("cannot be written"):
             os.posix_fallocate(self._file.fileno(), place, _up(size))
-            memory = mmap.mmap(self._file.fileno(), size, offset=place)
+            mapped = _mapped(self._file.fileno(), place, torch.Size(shape), dtype)
         self._end += _up(size)
-        mapped = torch.frombuffer(memory, dtype=dtype).view(*shape)
         bisect.insort(self._extents, Extent(mapped.data_ptr(), size, place))
         return mapped
 
@@ -99,6 +99,22 @@ class RowFile:
         """Begins to write contiguous tensors to where tensors of their shapes lie; what is written must stay as it is until then."""
         pieces = [move for mine, t in zip(here, there, strict=True) for move in self._writes(mine, t)]
         return _when_all(pieces, None)
+
+    def snapshot(self, there: Sequence[Tensor]) -> list[Tensor]:
+        """Copies contiguous tensors that lie in the file into another one, and returns them as they lie there: file to file, which
+        file systems that can share blocks do without moving any. The copy is freed with its tensors. Raises OSError where the disk
+        has no room."""
+        with self._named("cannot be written"), tempfile.TemporaryFile(dir=self._folder, buffering=0) as file:
+            places, end = [], 0
+            for t in there:
+                places.append(end)
+                end += _up(t.nbytes)
+            file.truncate(end)
+            _when_all([
+                self._pool.submit(self._copy, self._placed(t), file.fileno(), place, t.nbytes)
+                for t, place in zip(there, places, strict=True) if t.numel()
+            ], None).result()  # fmt: skip
+            return [_mapped(file.fileno(), place, t.shape, t.dtype) for t, place in zip(there, places, strict=True)]
 
     def close(self) -> None:
         """Ends its threads, and frees it once no tensor lies in it."""
@@ -164,6 +180,15 @@ class RowFile:
                 if done % BLOCK:  # what is left of it begins within a block
                     file = self._file.fileno()
 
+    def _copy(self, place: int, file: int, there: int, size: int) -> None:
+        """Copies bytes of the file to another one."""
+        with self._named("cannot be copied for a save in the background"):
+            while size:
+                done = _copy_some(self._file.fileno(), file, size, place, there)
+                if not done:
+                    raise OSError(5, "the file has lost its end")
+                place, there, size = place + done, there + done, size - done
+
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
         """Says of which option an error is, since files have no name."""
@@ -183,6 +208,22 @@ def aligned_memory(size: int) -> Tensor:
     """Makes room for bytes (uint8) that begin with a block of memory."""
     memory = torch.empty(size + BLOCK, dtype=torch.uint8)
     return memory[-memory.data_ptr() % BLOCK :][:size]
+
+
+def _copy_some(source: int, target: int, size: int, place: int, there: int) -> int:
+    """Copies bytes between files of one file system, which does it by itself where it can; returns how many."""
+    try:
+        return os.copy_file_range(source, target, size, place, there)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EINVAL):
+            raise
+        return os.pwrite(target, os.pread(source, min(size, PIECE), place), there)
+
+
+def _mapped(file: int, place: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    if not shape.numel():
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(file, shape.numel() * dtype.itemsize, offset=place), dtype=dtype).view(shape)
 
 
 def _up(size: int) -> int:

@@ -190,6 +190,7 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
         trace.losses.append(report.loss)
         trace.norms.append(report.grad_norm)
         trace.valid_tokens.append(report.valid_tokens)
+    built.close()
     everyone: list[dict[tuple[str, int, str], Piece]] | None = [{}] * mesh.world_size if mesh.rank == 0 else None
     dist.gather_object(pieces, everyone)
     for kind, step, name in dict.fromkeys(key for part in everyone or [] for key in part):

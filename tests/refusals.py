@@ -456,6 +456,18 @@ REFUSED = {
         ["optim.in_backward=true", "clip_norm=0", "parallel.zero=0", "parallel.quantize_gather=int8"],
         r"in_backward with parallel.replicate=1 parallel.zero=0: .*give parallel.replicate=1 and parallel.zero=1 to 3",
     ),
+    "states away that may be taken back": (
+        ["memory.offload_states=cpu", *TWO, "parallel.post_validation=true"],
+        r"memory.offload_states=cpu with parallel.post_validation: .*give parallel.post_validation=false, or memory.offload_states=n",
+    ),
+    "states away of an engine": (
+        ["memory.offload_states=cpu", "parallel.backend=accelerate"],
+        r"memory.offload_states=cpu with parallel.backend=accelerate: .*parallel.deepspeed.offload_optimizer.*; give memory.offload",
+    ),
+    "states in no folder": (
+        ["memory.offload_states=nvme"],
+        r"memory.offload_states=nvme: there is no such folder; possible are none, cpu, or the path of a folder, which you make",
+    ),
     "parameters away, states here": (
         ["memory.offload_params=cpu", "parallel.zero=3"],
         r"memory.offload_params=cpu with memory.offload_states=none: .*give memory.offload_states=cpu or a folder",

@@ -66,3 +66,31 @@ def test_an_error_of_the_disk_names_the_option(file, monkeypatch):
 def test_the_folder_shows_nothing(file, tmp_path):
     file.lay(torch.ones(10))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_snapshot_stays_as_it_was(file, tmp_path):
+    """And lies in a file of its own, in a storage of its own size: the writer of checkpoints copies what has a larger one."""
+    ts = [torch.randn(1000, 37), torch.empty(0, 3), torch.arange(7, dtype=torch.uint8)]
+    laid = [file.lay(t) for t in ts]
+    laid[0][3] = 5.0  # through the mapping
+    ts[0][3] = 5.0
+    copies = file.snapshot(laid)
+    for t in laid:
+        t.fill_(9)
+    assert all(torch.equal(a, b) for a, b in zip(copies, ts, strict=True))
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in copies)
+    assert not any(file.holds(t) for t in copies) and not list(tmp_path.iterdir())
+
+
+def test_a_snapshot_that_finds_no_room_names_the_option(file, monkeypatch):
+    laid = file.lay(torch.ones(10))
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(
+        OSError, match=r"memory.offload_states=/disk cannot be copied for a save in the background \(No space left"
+    ):
+        file.snapshot([laid])
+    assert torch.equal(laid, torch.ones(10))

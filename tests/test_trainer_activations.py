@@ -118,7 +118,9 @@ def test_a_folder_is_tried_on_every_machine(ranks, tmp_path):
     """And where one cannot have it, all ranks end in the same line."""
     config = small_config(tmp_path, f"memory.offload_activations={tmp_path}")
     told = ranks.run(require_on, 2, with_layout(config, 2), 1)
-    assert told[0] == told[1] and re.match(r"rank 1 \(\S+\): memory.offload_activations=\S+: a rank keeps", told[0])
+    assert told[0] == told[1] and re.match(
+        r"rank 1 \(\S+\): memory.offload_activations=\S+: 2 ranks of this mach", told[0]
+    )
     assert _reason(FolderUnfit(told[0]), tmp_path) == told[0]
 
 

@@ -9,7 +9,7 @@ from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import Data
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.decoder import parameter_count
-from rowwise.trainer.offloading import folder_speed
+from rowwise.trainer.offloading import folder_speed, state_bytes_of
 
 FAR = 5.0  # times the rate that the size asks for
 SPARE = 4  # times the tokens of the data
@@ -17,7 +17,7 @@ SPARE = 4  # times the tokens of the data
 
 def warnings(config: TrainConfig, data: Data, device: torch.device) -> list[str]:
     """Returns the lines that fit this run."""
-    found = [*_rate(config), *_vocabulary(config, data), *_offloading(config, device)]
+    found = [*_rate(config), *_vocabulary(config, data), *_offloading(config, device), *_states(config, device)]
     found += _dimensions(config.model) if device.type == "cuda" else []
     return [f"warning: {line}" for line in found]
 
@@ -57,10 +57,25 @@ def _offloading(config: TrainConfig, device: torch.device) -> list[str]:
         ]
     if where in ("none", "cpu") or not (needed := micro_batch_bytes(config)):
         return []
-    speed = folder_speed(config)
+    speed = folder_speed(config, where)
     return [
         f"memory.offload_activations={where} takes {speed / 1e6:,.0f} MB/s: what a rank keeps of a micro-batch, "
         f"{needed / 1e6:,.1f} MB, leaves in {needed / speed:.3g} s, and comes back beside the backward"
+    ]
+
+
+def _states(config: TrainConfig, device: torch.device) -> list[str]:
+    where = config.memory.offload_states
+    if where == "cpu" and device.type == "cpu":
+        return [
+            "memory.offload_states=cpu on a CPU saves nothing: there is no other memory; give the path of a folder, or none"
+        ]
+    if where in ("none", "cpu"):
+        return []
+    size, speed = state_bytes_of(config), folder_speed(config, where)
+    return [
+        f"memory.offload_states={where} takes {speed / 1e6:,.0f} MB/s: the optimizer states of a rank, {size / 1e6:,.1f} MB, are read "
+        f"and written in every step, the one in {size / speed:.3g} s and the other beside it"
     ]
 
 

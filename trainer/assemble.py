@@ -1,15 +1,22 @@
 """What a run consists of on this rank: what runs its model, what changes it, and what a checkpoint holds of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from rowwise.optim.build import Assignments, assignments, build_optimizer
 from rowwise.optim.flat import FlatOptimizer
 from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.accelerate.config import accelerated, by_deepspeed
+from rowwise.parallel.activations.config import is_folder
 from rowwise.parallel.activations.saved import Keeper
+from rowwise.parallel.away import away_of
+from rowwise.parallel.host_rows import HostRows
 from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.row_file import RowFile
 from rowwise.trainer.accelerate.deepspeed import on_deepspeed, remove_files
 from rowwise.trainer.accelerate.fsdp2 import on_fsdp2
 from rowwise.trainer.activations import keeper_in
@@ -25,8 +32,7 @@ from rowwise.trainer.states import LiveStates, States
 @dataclass(frozen=True)
 class Assembled:
     """A run on this rank. `model`: the decoder, or this rank's stages of it. `assignments`: which rule the parameters of each stage
-    follow. `close`:
-    removes what it has beside memory."""
+    follow. `files`: in which some of its rows lie. `close`: removes what it has beside memory."""
 
     model: Decoder | StagedDecoder
     engine: Engine
@@ -34,6 +40,7 @@ class Assembled:
     sparsity: Sparsity | None
     states: States
     assignments: list[Assignments]
+    files: Sequence[RowFile] = ()
     close: Callable[[], None] = lambda: None
 
     @property
@@ -43,19 +50,34 @@ class Assembled:
 
 
 def assemble(config: TrainConfig, mesh: Mesh) -> Assembled:
-    """Builds the model of a run, puts it on the mesh, and gives it its optimizer. All ranks call it. Raises EngineUnfit."""
+    """Builds the model of a run, puts it on the mesh, and gives it its optimizer. All ranks call it. Raises EngineUnfit, and OSError
+    where a folder that rows wait in has no room for them."""
     model = build_model(config, mesh)
     engine: Engine
     if by_deepspeed(config):
         assert isinstance(model, Decoder)
         engine, flat, kept, told = on_deepspeed(model, config, mesh)
-        return Assembled(model, engine, flat, None, kept, [told], lambda: remove_files(config, mesh.rank))
+        return Assembled(model, engine, flat, None, kept, [told], close=lambda: remove_files(config, mesh.rank))
     if accelerated(config):
         assert isinstance(model, Decoder)
         engine, sparsity = on_fsdp2(model, config, mesh), None
     else:
         engine, sparsity = parallelize(model, config, mesh)
-    optimizer = build_optimizer(model, config.optim, config.seed)
+    home = home_of(config, model, mesh.device)
+    optimizer = build_optimizer(model, config.optim, config.seed, home)
     states = LiveStates(model, optimizer, sparsity)
     rules = of_every_stage(assignments(model, optimizer), mesh)
-    return Assembled(model, engine, optimizer, sparsity, states, rules)
+    if home is None:
+        return Assembled(model, engine, optimizer, sparsity, states, rules)
+    return Assembled(model, engine, optimizer, sparsity, states, rules, home.files, home.close)
+
+
+def home_of(config: TrainConfig, model: Decoder | StagedDecoder, device: torch.device) -> HostRows | None:
+    """Says where the optimizer's states wait, and what brings all that it steps on to the host; None: they are where the parameters
+    are. Of the files that rows lie in each option has its own: what is wrong with one names its option."""
+    where, away = config.memory.offload_states, away_of(model)
+    if where == "none":
+        return None
+    states = RowFile(Path(where).expanduser(), f"memory.offload_states={where}") if is_folder(where) else None
+    files = (states,) if away is None else (states, away.files.params, away.files.gradients)
+    return HostRows(device, [file for file in files if file is not None], states)

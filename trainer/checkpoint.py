@@ -5,7 +5,7 @@ each a DTensor split like its parameter, and `ranges.<layer>.<result>`, which ar
 whatever rows a rank needs out of whatever files hold them. The few numbers of `TrainState` are in the manifest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.device import Mark, device_of
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
+from rowwise.parallel.row_file import RowFile
 from rowwise.trainer.files import behind, writing
 from rowwise.trainer.finite import NotFinite, not_finite, of_any_rank, told
 from rowwise.trainer.manifest import (
@@ -54,7 +55,8 @@ class Saver:
     hashes and commits, and training's stream is never waited for. The thread's messages (plans and checksums, kilobytes)
     go over `mesh.save_group`. An error in the thread is raised by the next `save`, `poll` or
     `wait`. Weights that are not finite are not saved: that is NotFinite, or, where `spoilt_ends` is false, no error.
-    `is_anchor`: see `manifest.prune`. `ranges`: kept in every checkpoint too. As a context, it is closed.
+    `is_anchor`: see `manifest.prune`. `ranges`: kept in every checkpoint too. `files`: some of the shards lie in them, and are copied
+    to files beside them. As a context, it is closed.
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class Saver:
         spoilt_ends: bool = True,
         is_anchor: Callable[[int], bool] = lambda step: False,
         ranges: RunningRanges | None = None,
+        files: Sequence[RowFile] = (),
     ):
         self._checkpoints, self._mesh, self._keep, self._background = checkpoints, mesh, keep, background
         self._spoilt_ends, self._is_anchor, self._ranges = spoilt_ends, is_anchor, ranges
         device = device_of(mesh.device)
-        self._staging = Staging(device)
+        self._staging = Staging(device, files)
         # torch's writer waits for the current stream once a tensor: training's, if the thread had none of its own.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=device.own_stream)
         self._under_way: Future[None] | None = None

@@ -1,6 +1,7 @@
-"""Whether what layers keep can wait off the device, and how much of it: measured on every machine, before the first step.
+"""Whether what a run keeps off its device has room there, and how much of what layers keep can wait there: measured on every machine,
+before the first step.
 
-What leaves is to be gone when the forward is, which takes it away as it goes. Of a micro-batch so many bytes go beside it as
+What layers keep of a micro-batch leaves as the forward goes, and is to be gone when that is. Beside it so many bytes go as
 
     B F / P        B: bytes a second that leave; F: operations of a rank's forward; P: operations a second
 
@@ -14,6 +15,7 @@ import platform
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,73 +29,122 @@ from rowwise.parallel.precision import compute_dtype
 from rowwise.trainer.activations import micro_batch_bytes, tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import layer_flops
+from rowwise.trainer.plan.states import optimizer_bytes, parameter_bytes, place_of
 
 PROBE_BYTES = 32 << 20  # what is moved to find out how fast that goes
 _measured: dict[str, float] = {}  # bytes a second into a folder, as this process found when it last checked it
 
 
 class FolderUnfit(ValueError):
-    """A folder for activations that a machine does not have, or that is too small or too slow there. The message is one line."""
+    """A folder of `memory` that a machine does not have, or that is too small or too slow there. The message is one line."""
 
 
-def check_folder(config: TrainConfig) -> None:
-    """Refuses a folder for activations that is none, that cannot be written, that has less room than a rank needs, or that is so
-    slow that other ranks would give up waiting: measured, on this machine. Raises ValueError."""
-    where = config.memory.offload_activations
-    if where in ("none", "cpu"):
-        return
-    given, folder = f"memory.offload_activations={where}", Path(where).expanduser()
-    if not where or not folder.is_dir():
-        raise ValueError(
-            f"{given}: there is no such folder; possible are none, cpu, or the path of a folder, which you make"
-        )
-    needed, free = micro_batch_bytes(config), shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"{given}: a rank keeps {needed / 1e9:,.1f} GB of a micro-batch there, and it has {free / 1e9:,.1f} GB free; give "
-            "another folder, a smaller batch.micro_size, memory.compress=int8 or memory.recompute"
-        )
-    try:
-        _measured[where] = write_speed(folder, min(PROBE_BYTES, needed or PROBE_BYTES))
-    except OSError as error:
-        raise ValueError(f"{given} cannot be written ({error.strerror}); give another folder") from None
-    if (seconds := needed / _measured[where]) > config.parallel.timeout_seconds:
-        raise ValueError(
-            f"{given}: {needed / 1e9:,.1f} GB of a micro-batch take {seconds:,.0f} s to be written there, at "
-            f"{needed / seconds / 1e6:,.1f} MB/s, and ranks wait parallel.timeout_seconds={config.parallel.timeout_seconds} for each "
-            "other; give a faster folder, or a smaller batch.micro_size"
-        )
+@dataclass(frozen=True)
+class Kept:
+    """What waits in the folder that `option` gives: the bytes of a rank, what they are, and what makes them less. `copied`: a save in
+    the background has another copy of them there."""
+
+    option: str
+    where: str
+    size: int
+    name: str
+    less: str
+    copied: bool = False
+
+    @property
+    def given(self) -> str:
+        return f"{self.option}={self.where}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.where).expanduser()
+
+    @property
+    def room(self) -> int:
+        return self.size * (1 + self.copied)
 
 
-def check_row_folders(config: TrainConfig) -> None:
-    """Refuses a folder for rows that this machine does not have. Their room is taken once they lie there. Raises ValueError."""
-    for key in ("offload_states", "offload_params", "offload_gradients"):
-        where = getattr(config.memory, key)
-        if is_folder(where) and not (where and Path(where).expanduser().is_dir()):
+def kept_in_folders(config: TrainConfig) -> list[Kept]:
+    """Lists what waits in folders."""
+    memory, kept = config.memory, list[Kept]()
+    if is_folder(memory.offload_activations):
+        less = "a smaller batch.micro_size, memory.compress=int8 or memory.recompute"
+        size = micro_batch_bytes(config)
+        kept.append(Kept("memory.offload_activations", memory.offload_activations, size, "a micro-batch", less))
+    fewer, copied = "more workers with parallel.zero=1 to 3", config.checkpoint.background
+    for key, size, name, saved in (
+        ("offload_states", state_bytes_of(config), "optimizer states", copied),
+        ("offload_params", row_bytes_of(config), "parameters", copied),
+        ("offload_gradients", row_bytes_of(config), "gradients", False),
+    ):
+        if is_folder(where := getattr(memory, key)):
+            less = f"{fewer}, or checkpoint.background=false" if saved else fewer
+            kept.append(Kept(f"memory.{key}", where, size, name, less, saved))
+    return kept
+
+
+def state_bytes_of(config: TrainConfig) -> int:
+    """Counts the optimizer states of a rank, of a pipeline that of all its ranks' mean."""
+    return optimizer_bytes(config, range(config.model.layers), place_of(0, config.parallel)) // config.parallel.pipeline
+
+
+def row_bytes_of(config: TrainConfig) -> int:
+    """Counts a rank's rows of parameters, of a pipeline that of all its ranks' mean."""
+    place = place_of(0, config.parallel)
+    return parameter_bytes(config, range(config.model.layers), place, held_by_fsdp=True) // config.parallel.pipeline
+
+
+def check_folder(config: TrainConfig, ranks: int = 1) -> None:
+    """Refuses a folder of `memory` that is none, that cannot be written, that has less room than `ranks` of this machine need, or that
+    is so slow that other ranks would give up waiting: measured, on this machine. Raises ValueError."""
+    taken: dict[int, int] = {}  # by the disk
+    for kept in kept_in_folders(config):
+        if not kept.where or not kept.folder.is_dir():
             raise ValueError(
-                f"memory.{key}={where}: there is no such folder; possible are none, cpu, or the path of a folder, which you make"
+                f"{kept.given}: there is no such folder; possible are none, cpu, or the path of a folder, which you make"
             )
+        disk, free = kept.folder.stat().st_dev, shutil.disk_usage(kept.folder).free
+        needed = taken[disk] = taken.get(disk, 0) + kept.room * ranks
+        if needed > free:
+            who = "a rank keeps" if ranks == 1 else f"{ranks} ranks of this machine keep"
+            also = " and the copy of a save in the background" * kept.copied
+            raise ValueError(
+                f"{kept.given}: {who} {needed / 1e9:,.1f} GB of {kept.name}{also} there, and it has {free / 1e9:,.1f} GB free; give "
+                f"another folder, {kept.less}"
+            )
+        _require_fast(config, kept)
+
+
+def _require_fast(config: TrainConfig, kept: Kept) -> None:
+    try:
+        speed = _measured[kept.where] = write_speed(kept.folder, min(PROBE_BYTES, kept.size or PROBE_BYTES))
+    except OSError as error:
+        raise ValueError(f"{kept.given} cannot be written ({error.strerror}); give another folder") from None
+    if (seconds := kept.size / speed) > config.parallel.timeout_seconds:
+        raise ValueError(
+            f"{kept.given}: {kept.size / 1e9:,.1f} GB of {kept.name} take {seconds:,.0f} s to be written there, at "
+            f"{speed / 1e6:,.1f} MB/s, and ranks wait parallel.timeout_seconds={config.parallel.timeout_seconds} for each "
+            f"other; give a faster folder, or {kept.less}"
+        )
 
 
 def require_folder(config: TrainConfig, mesh: Mesh) -> None:
-    """Refuses a folder for activations that some machine does not have, or that is too small or too slow there, on every rank: each
-    tries its own. Raises FolderUnfit. One message of a line a rank over `mesh.save_group`."""
-    if config.memory.offload_activations in ("none", "cpu"):
+    """Refuses a folder of `memory` that some machine does not have, or that is too small or too slow there, on every rank: each tries
+    its own. Raises FolderUnfit. Two messages of a line a rank over `mesh.save_group`."""
+    if not kept_in_folders(config):
         return
+    mine, nodes = None, from_every_rank(platform.node(), mesh.save_group)
     try:
-        check_folder(config)
-        mine = None
+        check_folder(config, nodes.count(platform.node()))
     except ValueError as error:
         mine = str(error)
-    for rank, (node, complaint) in enumerate(from_every_rank((platform.node(), mine), mesh.save_group)):
+    for rank, (node, complaint) in enumerate(zip(nodes, from_every_rank(mine, mesh.save_group), strict=True)):
         if complaint is not None:
             raise FolderUnfit(f"rank {rank} ({node}): {complaint}")
 
 
-def folder_speed(config: TrainConfig) -> float:
-    """Tells the bytes a second that reach the folder for activations, as `check_folder` measured them in this process, or measures
-    them."""
-    where = config.memory.offload_activations
+def folder_speed(config: TrainConfig, where: str) -> float:
+    """Tells the bytes a second that reach a folder of `memory`, as `check_folder` measured them in this process, or measures them."""
     if where not in _measured:
         check_folder(config)
     return _measured[where]

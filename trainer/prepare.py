@@ -16,7 +16,7 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.files import writing
 from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.models.huggingface import check_source
-from rowwise.trainer.offloading import check_folder, check_row_folders
+from rowwise.trainer.offloading import check_folder
 from rowwise.trainer.plan.require import own_device, require_fit
 from rowwise.trainer.pruned import check_semi_structured
 from rowwise.trainer.resume import find_resume, refuse_other_steps
@@ -41,7 +41,6 @@ def examine(config: TrainConfig, world_size: int, here: bool = True) -> TrainCon
         check_engine_here(config, pick_device(0).type)
         check_semi_structured(config, pick_device(0))
         check_folder(config)
-        check_row_folders(config)
         check_watched(config.compile, config.profile.memory_step, pick_device(0).type)
         check_room(config, *_memory())
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)

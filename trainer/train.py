@@ -14,11 +14,11 @@ from torch import nn
 from rowwise.kernels.products import float32_products
 from rowwise.optim.build import set_step
 from rowwise.optim.lr_schedules import LrRange
-from rowwise.parallel.activations.saved import Keeper, open_stores
+from rowwise.parallel.activations.saved import open_stores
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import product_precision
-from rowwise.trainer.assemble import assemble
+from rowwise.trainer.assemble import Assembled, assemble
 from rowwise.trainer.begin import range_test, resume
 from rowwise.trainer.checkpoint import Saver
 from rowwise.trainer.clock import Clock
@@ -88,7 +88,7 @@ def _train(
     with products, open_stores(model), closing(built), ExitStack() as stack:
         reporter = stack.enter_context(open_reporter(config, mesh, data, begun, built.assignments, outlets))
         outlets.tell_start(config, mesh, first)
-        test, saver = range_test(config, mesh, first), stack.enter_context(make_saver(config, mesh, built.keeper))
+        test, saver = range_test(config, mesh, first), stack.enter_context(make_saver(config, mesh, built))
         feed = stack.enter_context(Feed(config, mesh, data, state.position))
         clock, stopping = Clock(config, mesh.rank, begun.manifest), test is not None and test.over
         stop.hear(reporter.say)
@@ -135,15 +135,14 @@ def _train(
         return state
 
 
-def make_saver(config: TrainConfig, mesh: Mesh, keeper: Keeper | None) -> Saver:
-    """Makes what saves the checkpoints of the run, and in them the running ranges of what `keeper` keeps. A range test may end with
+def make_saver(config: TrainConfig, mesh: Mesh, built: Assembled) -> Saver:
+    """Makes what saves the checkpoints of the run, and in them the running ranges of what its keeper keeps. A range test may end with
     weights that are no numbers."""
-    ranges = None if keeper is None else keeper.ranges
+    ranges = None if built.keeper is None else built.keeper.ranges
     choice, checkpoints = config.checkpoint, Path(config.run_dir) / "checkpoints"
     spoilt_ends = not isinstance(config.schedule, LrRange)
-    return Saver(
-        checkpoints, mesh, choice.keep, choice.background, spoilt_ends, functools.partial(is_anchor, config), ranges
-    )
+    anchor = functools.partial(is_anchor, config)
+    return Saver(checkpoints, mesh, choice.keep, choice.background, spoilt_ends, anchor, ranges, built.files)
 
 
 def input_of(config: TrainConfig, mesh: Mesh, state: TrainState, fed: Fed, status: RankStatus) -> StepInput:

@@ -18,6 +18,7 @@ from rowwise.optim.flat import FlatOptimizer
 from rowwise.optim.in_backward import InBackward
 from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.sparse.build import Sparsity
+from rowwise.parallel.device import device_of
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.row_file import RowFile
 from rowwise.parallel.shard import clip_factor, gradient_file, gradients, scale_
@@ -64,7 +65,7 @@ def make_update(
         raise TypeError("flat pieces are DeepSpeed's: no other engine has them")
     elif config.optim.in_backward:
         assert engine.complete is not None
-        in_backward = InBackward(optimizer, engine.complete)
+        in_backward = InBackward(optimizer, engine.complete, device_of(mesh.device).own_stream)
         form = functools.partial(step_in_backward, engine, in_backward, mesh, judge)
     elif config.parallel.post_validation:
         form = functools.partial(step_at_once, engine, optimizer, mesh, judge)
@@ -162,6 +163,7 @@ def step_in_backward(engine: Engine, optimizer: InBackward, mesh: Mesh, judge: J
     optimizer.begin()
     totals = torch.zeros(8, dtype=torch.float64, device=mesh.device)
     totals[0] = engine.forward_backward(here, tokens.clamp_min(1).reciprocal())[0]
+    optimizer.end()
     totals[1] = mesh.share(optimizer.squares())
     given.status.put(totals[2:7])
     dist.all_reduce(totals[:7])

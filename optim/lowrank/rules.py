@@ -54,6 +54,7 @@ class LowRank:
     name: str
     fused = False
     rounds = False
+    by_rows = False
     shared = False
     weightwise: ClassVar[dict[str, int]] = {}
 

@@ -185,6 +185,12 @@ ACCELERATED: Refusals = (
         "profile.memory_step={profile.memory_step} with parallel.backend=accelerate: what it holds is not told apart; give "
         "profile.memory_step=0, or parallel.backend=torch",
     ),
+    _only(
+        "memory.offload_states",
+        lambda run: run.memory.offload_states != "none",
+        "the engine holds the states; DeepSpeed's own is parallel.deepspeed.offload_optimizer, cpu or at stage 3 a folder",
+        "memory.offload_states=none",
+    ),
     Refusal(
         ("memory.compress", "parallel.backend", "parallel.zero"),
         lambda run: by_deepspeed(run) and run.parallel.zero == 3 and run.memory.compress != "none",

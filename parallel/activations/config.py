@@ -88,6 +88,12 @@ RECOMPUTE: Refusals = (
         "give memory.offload_gradients=none, or optim.in_backward=false",
     ),
     Refusal(
+        ("memory.offload_states", "parallel.post_validation"),
+        lambda run: run.memory.offload_states != "none" and run.parallel.post_validation,
+        "memory.offload_states={memory.offload_states} with parallel.post_validation: a step that may be undone needs a copy of all "
+        "states in memory; give parallel.post_validation=false, or memory.offload_states=none",
+    ),
+    Refusal(
         ("memory.limit",),
         lambda run: run.memory.limit is not None and run.memory.limit <= 0,
         "memory.limit={memory.limit}: the bytes of a device that the run may take, 70e9 say; null: all of a GPU's",
