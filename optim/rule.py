@@ -16,6 +16,7 @@ from rowwise.kernels import torch_lists
 from rowwise.kernels.philox import stream_key
 from rowwise.kernels.portions import row_portions
 from rowwise.kernels.rows import local, tensors
+from rowwise.kernels.torch_dtensor import split_as
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _laid_like(p: Tensor, rows: Tensor) -> Tensor:
     tail = rows.shape[1:]
     stride = tuple(torch.Size(tail[dim:]).numel() for dim in range(len(tail) + 1))
     shape = torch.Size((p.size(0), *tail))
-    return tensors.DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
+    return split_as(p, rows, shape, stride)
 
 
 def shard_group(p: Tensor) -> dist.ProcessGroup | None:

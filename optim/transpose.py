@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.kernels.rows import local, tensors
+from rowwise.kernels.torch_dtensor import split_as
 
 
 def to_tall(xs: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -94,9 +95,7 @@ def transposed_like(p: Tensor) -> Tensor:
         if isinstance(place, tensors.Shard):
             held = splits(held, p.device_mesh.size(dim))[p.device_mesh.get_local_rank(dim)]
     local_rows, shape = one.expand(held, columns), torch.Size((rows, columns))
-    return tensors.DTensor.from_local(
-        local_rows, p.device_mesh, p.placements, run_check=False, shape=shape, stride=(columns, 1)
-    )
+    return split_as(p, local_rows, shape, (columns, 1))
 
 
 def splits(size: int, degree: int) -> list[int]:

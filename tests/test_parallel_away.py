@@ -12,7 +12,10 @@ import torch
 
 from parity import TOLERANCE, relative_error, run_layouts, run_plain, small_config, step_input, with_layout
 from rowwise.kernels.rows import local
+from rowwise.kernels.torch_dtensor import laid_out_as
 from rowwise.optim import optimizer as optimizing
+from rowwise.optim.rule import rows_like, zeros_of
+from rowwise.optim.transpose import transposed_like
 from rowwise.parallel import away as waiting
 from rowwise.parallel import read_ahead, row_file
 from rowwise.parallel.mesh import make_mesh
@@ -202,3 +205,17 @@ def test_two_blocks_are_in_memory_and_no_more(ranks, tmp_path, monkeypatch):
     assert sum(blocks) > 6 * block
     assert all(peak <= 4 * block + slack for peak in peaks), (peaks, blocks)
     assert peaks[1] > block
+
+
+def devices_of_states(workers, config):
+    """Where masks and states of a parameter lie whose rows are not on the device of the mesh."""
+    mesh = make_mesh(config.parallel, workers)
+    weight = assemble(config, mesh).model.head.weight
+    elsewhere = laid_out_as(weight, torch.empty(local(weight).shape, device="meta"))
+    kept = (zeros_of(elsewhere, torch.float32), rows_like(elsewhere, 3, torch.uint8), transposed_like(elsewhere))
+    return {local(t).device.type for t in kept}
+
+
+def test_what_is_kept_of_rows_lies_where_they_do(ranks, tmp_path):
+    config = with_layout(config_of(tmp_path), 2)
+    assert ranks.run(devices_of_states, 2, config) == [{"meta"}] * 2
