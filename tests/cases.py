@@ -87,6 +87,11 @@ def _options() -> Iterable[Option]:
     yield Option("int8", "compression", ("memory.compress=int8",))
     for name, place in (("host", "cpu"), ("files", "/FOLDER")):
         yield Option(f"offload={name}", "offloading", (f"memory.offload_activations={place}",))
+    beside = ("parallel.zero=3", "memory.offload_states=/FOLDER", "memory.offload_params=/FOLDER")
+    for name, place in (("host", "cpu"), ("files", "/FOLDER")):
+        yield Option(f"states={name}", "states", (f"memory.offload_states={place}",))
+        yield Option(f"rows={name}", "rows", (f"memory.offload_params={place}",), beside[:2])
+    yield Option("gradients=files", "gradients", ("memory.offload_gradients=/FOLDER",), beside)
     yield Option("in_backward", "in backward", ("optim.in_backward=true",))
     for name in ("adamw", "adamw8bit", "lion", "lion8bit", "adafactor", "muon"):
         yield Option(name, "optimizer", (f"optim={name}",))
@@ -124,10 +129,10 @@ GROUPS = list(dict.fromkeys(option.group for option in OPTIONS.values()))
 NEAR = {"fp32", "bf16", "fp16", "reduce=bf16", "param_dtype"}  # with these, layouts differ by roundings
 LAYOUT = {  # groups of options that say how a run is carried out, which is nothing to its numbers
     "ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring", "compilation", "loss",
-    "recomputation", "offloading", "in backward", "micro-batches", "another layout",
+    "recomputation", "offloading", "states", "rows", "gradients", "in backward", "micro-batches", "another layout",
 }  # fmt: skip
 DRAWN = Path(__file__).with_name("cases.txt")
-# Of the cases those that try most pairs for the time that they take, 1,018 of 2,946: the others are run in full alone.
+# Of the cases those that try most pairs for the time that they take, 1,018 of 3,369: the others are run in full alone.
 NOW = (2, 3, 4, 5, 6, 7, 16, 96, 195, 196, 197, 198, 201)
 
 SMALL = (

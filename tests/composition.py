@@ -115,7 +115,7 @@ def _grown(case: set[str], left: set[Pair], allowed: set[Pair], folder: Path, ch
 FAMILIES = {
     "Layout": ("ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring"),
     "Numbers": ("precision", "reduction", "parameters", "compilation", "in backward"),
-    "Memory": ("loss", "recomputation", "compression", "offloading"),
+    "Memory": ("loss", "recomputation", "compression", "offloading", "states", "rows", "gradients"),
     "Optimizer": ("optimizer", "low-rank states", "low-rank side", "assignment"),
     "Sparsity": ("sparsity",),
     "Model and batch": (
@@ -134,7 +134,8 @@ refused before it starts, in the words below. A dash: the two are choices of one
 run in `make test`, the others with `pytest --full`.
 
 `fused_loss` and `plain_loss` are the two values of `memory.fused_loss`, `int8` is `memory.compress=int8`, `offload=files`
-`memory.offload_activations=FOLDER`, `accumulation` is several micro-batches a step, `assign`
+`memory.offload_activations=FOLDER`, `states`, `rows` and `gradients` are what `memory.offload_states`, `memory.offload_params` and
+`memory.offload_gradients` say where they wait, on the `host` or in `files`, `accumulation` is several micro-batches a step, `assign`
 8-bit states for the embedding by `optim.assign`, `norms` is `log.norms_every`, `moved` a run that began on one process and went on on
 this layout; with `on_spike` one step is a spike. Not here: `sparsity.semi_structured`, which needs a GPU (`benchmarks/gpu.py`).
 """

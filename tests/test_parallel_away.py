@@ -1,4 +1,4 @@
-"""Rows that wait off the device: the same run, to the last bit, as with rows that do not. (Law 2.)"""
+"""Rows that wait off the device: the same run, to the last bit, as with rows that do not; two blocks in memory. (Laws 2 and 4.)"""
 
 import weakref
 from concurrent.futures import Future

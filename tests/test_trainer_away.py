@@ -1,11 +1,18 @@
 """Whole runs whose rows wait off the device: stopped, moved, and resumed from rows that do not, and back. (Law 3.)"""
 
+import errno
+import os
+import re
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from parity import small_config, with_layout
+from rowwise.launch.worker import _reason
+from rowwise.trainer.manifest import complete_checkpoints
 from runs import assert_resumes_to_the_last_bit, assert_same_run, final_tensors, named, records, run_train, run_until
 
 LAST = 6
@@ -48,3 +55,37 @@ def test_it_moves_to_other_layouts(ranks, tmp_path, pipeline):
         config = named(config_of(tmp_path, world, *overrides), tmp_path, "moved")
         ranks.run(run_until, world, config, stop_at) if stop_at else ranks.run(run_train, world, config)
     assert_same_run(whole.run_dir, config.run_dir)
+
+
+def run_on_a_disk_that_fails(workers, config, call, after):
+    """What a run says whose disk fails in a step after the first checkpoint, at the `after`th call from there."""
+    real, left = getattr(os, call), [after]
+
+    def fails(*given):
+        left[0] -= bool(complete_checkpoints(Path(config.run_dir) / "checkpoints"))
+        if left[0] < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*given)
+
+    with mock.patch.object(os, call, fails):
+        try:
+            run_train(workers, config)
+        except OSError as error:
+            return _reason(error, Path(config.run_dir))
+    return f"it went on, with {left} calls left"
+
+
+@pytest.mark.parametrize(
+    ("call", "after", "option", "what"),
+    [("preadv", 3, "params", "read"), ("preadv", 80, "gradients", "read"), ("pwritev", 3, "gradients", "written")],
+)
+def test_a_disk_that_fails_is_named_and_what_is_saved_is_sound(ranks, tmp_path, call, after, option, what):
+    config = config_of(tmp_path, 1, "checkpoint.background=false")
+    failed, whole = named(config, tmp_path, "failed"), named(config, tmp_path, "whole")
+    (said,) = ranks.run(run_on_a_disk_that_fails, 1, failed, call, after)
+    assert re.search(
+        rf"memory\.offload_{option}=\S+ cannot be {what} \(Input/output error\); give another folder, or cpu", said
+    )
+    ranks.run(run_train, 1, failed)
+    ranks.run(run_train, 1, whole)
+    assert records(failed.run_dir) == records(whole.run_dir)
