@@ -201,6 +201,40 @@ def await_save(job: Job, config: TrainConfig, number: int) -> bool:
     return False
 
 
+def assert_survives_kills(ranks, folder: Path, config: TrainConfig, wanted: int) -> None:
+    """SIGKILL to a rank of a run on two that has no end: one in two at a random instant, one in two while a checkpoint is being
+    written; then it is given an end a few steps ahead, however far it got. It has the records and tensors of a run that was never
+    killed, and each record once."""
+    log, random_instants = folder / "log", random.Random(2026)
+    in_saves, kills, kills_in_save = -(-wanted // 3), 0, 0
+    for attempt in range(4 * wanted):
+        if kills >= wanted and kills_in_save >= in_saves:
+            break
+        job = Job(config, 2, log)
+        # In its first save or, so that the run gets on, in its second.
+        in_save = await_save(job, config, 1 + attempt // 2 % 2) if attempt % 2 else await_instant(job, random_instants)
+        killed = job.kill(random_instants.randrange(2))
+        kills += killed
+        kills_in_save += killed and in_save
+        assert killed, f"the job ended before it was killed: {log.read_text()[-2000:]}"
+        time.sleep(random_instants.uniform(0, 0.2))
+        job.end()
+    assert kills >= wanted
+    assert kills_in_save >= in_saves
+    assert complete_checkpoints(Path(config.run_dir) / "checkpoints"), "the kills left nothing to go on from"
+    reached = read_metrics(Path(config.run_dir))[-1]["step"]
+    config = replace(config, steps=reached + 10)
+    assert Job(config, 2, log).wait(timeout_seconds=600) == [0, 0], log.read_text()[-3000:]  # a hang says where
+
+    whole = replace(config, run_dir=str(folder / "whole"), checkpoint=replace(config.checkpoint, every=0))
+    ranks.run(run_train, 2, whole)
+    assert len(records(config.run_dir)) == config.steps
+    assert records(config.run_dir) == records(whole.run_dir)
+    ours, theirs = final_tensors(config.run_dir), final_tensors(whole.run_dir)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list((Path(config.run_dir) / "checkpoints").glob("*.incomplete"))
+
+
 def _under_way(checkpoints: Path) -> set[tuple[str, int]]:
     """The checkpoints that are being written, or were when their job was killed."""
     found = set()

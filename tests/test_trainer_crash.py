@@ -1,9 +1,7 @@
 """Law 6: a rank killed at any instant leaves a run that goes on without a lost or repeated record; a damaged checkpoint
 is detected, named and passed over."""
 
-import random
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,48 +11,18 @@ import torch
 from parity import small_config, with_layout
 from ranks import RankFailure
 from rowwise.trainer.manifest import complete_checkpoints
-from rowwise.trainer.metrics import read_metrics
-from runs import Job, await_instant, await_save, final_tensors, records, run_said, run_train, run_until
+from runs import assert_survives_kills, final_tensors, records, run_said, run_train, run_until
 
 
 @pytest.mark.parametrize(
     "wanted", [4, pytest.param(8, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.full)]
 )
 def test_killed_at_random_instants(ranks, tmp_path, wanted):
-    """SIGKILL: one in two at a random instant, one in two while a checkpoint is being written. The job has no end to reach
-    while it is killed; then it is given one a few steps ahead, however far it got."""
     small = small_config(
         tmp_path, "steps=1000000", "checkpoint.every=4", "batch.micro_size=6", "schedule.warmup_steps=0"
     )
     config = with_layout(small, 2, zero=3)
-    log, random_instants = tmp_path / "log", random.Random(2026)
-    in_saves, kills, kills_in_save = -(-wanted // 3), 0, 0
-    for attempt in range(4 * wanted):
-        if kills >= wanted and kills_in_save >= in_saves:
-            break
-        job = Job(config, 2, log)
-        # In its first save or, so that the run gets on, in its second.
-        in_save = await_save(job, config, 1 + attempt // 2 % 2) if attempt % 2 else await_instant(job, random_instants)
-        killed = job.kill(random_instants.randrange(2))
-        kills += killed
-        kills_in_save += killed and in_save
-        assert killed, f"the job ended before it was killed: {log.read_text()[-2000:]}"
-        time.sleep(random_instants.uniform(0, 0.2))
-        job.end()
-    assert kills >= wanted
-    assert kills_in_save >= in_saves
-    assert complete_checkpoints(Path(config.run_dir) / "checkpoints"), "the kills left nothing to go on from"
-    reached = read_metrics(Path(config.run_dir))[-1]["step"]
-    config = replace(config, steps=reached + 10)
-    assert Job(config, 2, log).wait(timeout_seconds=600) == [0, 0], log.read_text()[-3000:]  # a hang says where
-
-    whole = replace(config, run_dir=str(tmp_path / "whole"), checkpoint=replace(config.checkpoint, every=0))
-    ranks.run(run_train, 2, whole)
-    assert len(records(config.run_dir)) == config.steps
-    assert records(config.run_dir) == records(whole.run_dir)
-    ours, theirs = final_tensors(config.run_dir), final_tensors(whole.run_dir)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not list((Path(config.run_dir) / "checkpoints").glob("*.incomplete"))
+    assert_survives_kills(ranks, tmp_path, config, wanted)
 
 
 def _flip_a_bit(path: Path) -> None:

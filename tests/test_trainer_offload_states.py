@@ -25,7 +25,7 @@ from rowwise.trainer.assemble import assemble
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.offloading import check_folder, state_bytes_of
-from runs import final_tensors, named, records, run_train, run_until
+from runs import assert_survives_kills, final_tensors, named, records, run_train, run_until
 
 SMALL = 40_000  # bytes of a portion: matrices are cut within
 EVOLVING = ("sparsity=rigl", "sparsity.update_every=1", "sparsity.stop_at=2")
@@ -241,3 +241,20 @@ def test_an_error_of_the_disk_ends_the_run_in_one_line(ranks, tmp_path, call, er
     assert records(config.run_dir) == records(plain.run_dir)
     ours, theirs = final_tensors(config.run_dir), final_tensors(plain.run_dir)
     assert all(torch.equal(ours[key], t) for key, t in theirs.items())
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants(ranks, tmp_path):
+    """Twenty times, with states and rows in files and saves from copies of them: no file is left, and a sound checkpoint is there."""
+    waits = (f"memory.offload_{kind}={tmp_path / 'files'}" for kind in ("states", "params", "gradients"))
+    words = (
+        "steps=1000000",
+        "checkpoint.every=4",
+        "batch.micro_size=6",
+        "schedule.warmup_steps=0",
+        "parallel.zero=3",
+        *waits,
+    )
+    (tmp_path / "files").mkdir()
+    assert_survives_kills(ranks, tmp_path, with_layout(small_config(tmp_path, *words), 2), 20)
+    assert not list((tmp_path / "files").iterdir())
