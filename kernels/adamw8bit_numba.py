@@ -7,11 +7,11 @@ import numpy as np
 from torch import Tensor
 
 from rowwise.kernels.blockwise import BLOCK, blocks_per_row
-from rowwise.kernels.blockwise_numba import books
+from rowwise.kernels.blockwise_numba import books, decode
 from rowwise.kernels.host import Piece, block_pieces, over_threads
 from rowwise.kernels.host_numba import arrays, float32s, fma, inlined, kernel, larger, lerp, load, number, numbers
 from rowwise.kernels.moment_pair import Moment
-from rowwise.kernels.moment_pair_numba import decode_pair, encode_pair
+from rowwise.kernels.moment_pair_numba import encode_pair
 from rowwise.kernels.moments import Rounding
 from rowwise.kernels.rounding_numba import WORDS, store
 
@@ -20,11 +20,11 @@ NOTHING = np.float32(0)
 
 @inlined
 def step_block(x, g, m, v, ratio, rates, n):
-    """Takes the step on one block, and returns the largest |m| / sqrt(v) and the largest v."""
+    """Takes the step on one block, and returns the largest |m| / sqrt(v) and the largest v. m counts as 0 where v is."""
     keep, beta1_rest, beta2, beta2_rest, rate, correction, eps = rates
     most = top = np.int32(0)
     for j in range(n):
-        m[j] = lerp(m[j], g[j], beta1_rest)
+        m[j] = lerp(m[j] if v[j] != NOTHING else NOTHING, g[j], beta1_rest)
         v[j] = fma(beta2_rest * g[j], g[j], v[j] * beta2)
         root = np.sqrt(v[j])
         x[j] = x[j] * keep + rate * m[j] / (root / correction + eps)
@@ -43,7 +43,8 @@ def adamw8bit_kernel(param, grad, first, second, books, columns, per_row, begin,
         column = (block - row * per_row) * BLOCK
         place, n = row * columns + column, min(BLOCK, columns - column)
         codes = first[0][place : place + n], second[0][place : place + n]
-        decode_pair(codes, (first[1][block], second[1][block]), books, m, v, n)
+        decode(codes[0], first[1][block], books[0][0], m, n)
+        decode(codes[1], second[1][block], books[1][0], v, n)
         load(grad, place, g, n)
         load(param, place, x, n)
         most, top = step_block(x, g, m, v, ratio, rates, n)

@@ -6,16 +6,7 @@ from rowwise.kernels.blockwise_numba import decode, encode
 from rowwise.kernels.host_numba import inlined, larger, number
 from rowwise.kernels.moment_pair import LOSS, NEAR, SLACK, ZERO
 
-NOTHING, NEAR_, LOSS_, SLACK_ = (np.float32(x) for x in (0, NEAR, LOSS, SLACK))
-
-
-@inlined
-def decode_pair(codes, tops, books, m, v, n):
-    """Reads the moments of a block; m is 0 where v is."""
-    decode(codes[0], tops[0], books[0][0], m, n)
-    decode(codes[1], tops[1], books[1][0], v, n)
-    for j in range(n):
-        m[j] = m[j] if v[j] != NOTHING else NOTHING
+NEAR_, LOSS_, SLACK_ = np.float32(NEAR), np.float32(LOSS), np.float32(SLACK)
 
 
 @inlined
