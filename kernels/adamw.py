@@ -1,4 +1,5 @@
-"""AdamW (Loshchilov & Hutter, *Decoupled Weight Decay Regularization*) on lists of tensors: torch's fused operator.
+"""AdamW (Loshchilov & Hutter, *Decoupled Weight Decay Regularization*) on lists of tensors: torch's fused operator, or on
+bfloat16 parameters a kernel for the host.
 
 m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2
 x = x - lr wd x - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels import torch_lists
+from rowwise.kernels.dispatch import use_numba
+from rowwise.kernels.rounding import Rounding
 
 
 def adamw_(
@@ -23,17 +26,25 @@ def adamw_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    rounding: Rounding = None,
 ) -> None:
-    """Takes one AdamW step on lists of local tensors, in place, as torch's fused operator: one pass over memory.
+    """Takes one AdamW step on lists of local tensors, in place, in one pass over memory.
 
-    `step` counts from 1.
+    `step` counts from 1. bfloat16 parameters, where `use_numba` has a kernel for them, are computed in float32 with float32
+    moments and rounded stochastically (`kernels.rounding`); gradients are of their dtype or float32.
     """
     if not params:
+        return
+    if rounding is not None:
+        assert use_numba(params)
+        from rowwise.kernels.adamw_numba import adamw_numba_
+
+        adamw_numba_(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay, rounding)
         return
     steps = [torch.full((), float(step), device=params[0].device)] * len(params)
     torch_lists.fused_adamw_(
         list(params),
-        list(grads),
+        [g.contiguous() for g in grads],  # on a CPU torch 2.13 reads others in the order of memory
         list(exp_avgs),
         list(exp_avg_sqs),
         [],

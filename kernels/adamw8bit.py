@@ -48,7 +48,7 @@ def adamw8bit_(
         from rowwise.kernels.adamw8bit_triton import adamw8bit_triton_
 
         adamw8bit_triton_(params, grads, exp_avgs, exp_avg_sqs, *hyper, rounding)
-    elif use_numba(params[0].device, sum(p.numel() for p in params)):
+    elif use_numba(params):
         from rowwise.kernels.adamw8bit_numba import adamw8bit_numba_
 
         adamw8bit_numba_(params, grads, exp_avgs, exp_avg_sqs, *hyper, rounding)

@@ -1,15 +1,15 @@
 """The numba form of `rowwise.kernels.adamw8bit`; the formula stands there. Every operand is read and written once."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
+from rowwise.kernels.adamw_numba import adamw, adamw_rates
 from rowwise.kernels.blockwise import BLOCK, blocks_per_row
 from rowwise.kernels.blockwise_numba import books, decode
 from rowwise.kernels.host import Piece, block_pieces, over_threads
-from rowwise.kernels.host_numba import arrays, float32s, fma, inlined, kernel, larger, lerp, load, number, numbers
+from rowwise.kernels.host_numba import arrays, inlined, kernel, larger, load, number, numbers
 from rowwise.kernels.moment_pair import Moment
 from rowwise.kernels.moment_pair_numba import encode_pair
 from rowwise.kernels.moments import Rounding
@@ -21,14 +21,10 @@ NOTHING = np.float32(0)
 @inlined
 def step_block(x, g, m, v, ratio, rates, n):
     """Takes the step on one block, and returns the largest |m| / sqrt(v) and the largest v. m counts as 0 where v is."""
-    keep, beta1_rest, beta2, beta2_rest, rate, correction, eps = rates
     most = top = np.int32(0)
     for j in range(n):
-        m[j] = lerp(m[j] if v[j] != NOTHING else NOTHING, g[j], beta1_rest)
-        v[j] = fma(beta2_rest * g[j], g[j], v[j] * beta2)
-        root = np.sqrt(v[j])
-        x[j] = x[j] * keep + rate * m[j] / (root / correction + eps)
-        ratio[j] = abs(m[j]) / root if v[j] != NOTHING else NOTHING
+        x[j], m[j], v[j] = adamw(x[j], g[j], m[j] if v[j] != NOTHING else NOTHING, v[j], rates)
+        ratio[j] = abs(m[j]) / np.sqrt(v[j]) if v[j] != NOTHING else NOTHING
         most, top = larger(most, ratio[j]), larger(top, v[j])
     return number(most), number(top)
 
@@ -66,8 +62,7 @@ def adamw8bit_numba_(
     weight_decay: float,
     rounding: Rounding = None,
 ) -> None:
-    rate, correction = -lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
-    rates = float32s(1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, rate, correction, eps)
+    rates = adamw_rates(step, lr, beta1, beta2, eps, weight_decay)
     both = books(True), books(False)
 
     def run(piece: Piece) -> None:

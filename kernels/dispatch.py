@@ -5,6 +5,7 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +22,13 @@ def use_triton(device: torch.device) -> bool:
     return triton
 
 
-def use_numba(device: torch.device, count: int) -> bool:
-    """Says whether a kernel on `count` numbers on `device`, none of 64 bits, runs as compiled by numba. Both forms give the same
-    numbers, so that ranks which hold more or fewer rows may differ in it."""
-    return _is_free() and device.type == "cpu" and count >= WORTH_NUMBA and host_kernels() is None
+def use_numba(changed: Sequence[Tensor]) -> bool:
+    """Says whether a kernel that changes these tensors, all of one dtype, runs as compiled by numba: on the host, not in 64 bits.
+    Both forms give the same numbers, so that ranks which hold more or fewer rows may differ in it."""
+    if not changed or changed[0].device.type != "cpu" or changed[0].dtype == torch.float64 or not _is_free():
+        return False
+    enough = sum(t.numel() for t in changed) >= WORTH_NUMBA and all(t.is_contiguous() for t in changed)
+    return enough and host_kernels() is None
 
 
 @functools.cache

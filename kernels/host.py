@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from rowwise.kernels.blockwise import blocks_per_row
+from rowwise.kernels.blockwise import BLOCK, blocks_per_row
 
 PIECE_BLOCKS = 2048  # of 256 numbers: some milliseconds
-Piece = tuple[int, int, int]  # of tensor i the blocks [first, last)
+Piece = tuple[int, int, int]  # of tensor i the blocks, or elements, [first, last)
 
 
 def block_pieces(tensors: Sequence[Tensor]) -> list[Piece]:
@@ -24,6 +24,14 @@ def block_pieces(tensors: Sequence[Tensor]) -> list[Piece]:
         (i, first, min(first + PIECE_BLOCKS, count))
         for i, count in enumerate(counts)
         for first in range(0, count, PIECE_BLOCKS)
+    ]
+
+
+def flat_pieces(tensors: Sequence[Tensor]) -> list[Piece]:
+    """Cuts the elements of all tensors into such pieces, whatever their shapes: of tensor i the elements [first, last)."""
+    size = PIECE_BLOCKS * BLOCK
+    return [
+        (i, first, min(first + size, t.numel())) for i, t in enumerate(tensors) for first in range(0, t.numel(), size)
     ]
 
 

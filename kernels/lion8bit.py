@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.dispatch import use_numba, use_triton
-from rowwise.kernels.lion import lion_
+from rowwise.kernels.lion import lion_reference_
 from rowwise.kernels.moment_pair import Moment
 from rowwise.kernels.moments import ONE, Rounding, check_step, step_reference_
 
@@ -42,7 +42,7 @@ def lion8bit_(
         from rowwise.kernels.lion8bit_triton import lion8bit_triton_
 
         lion8bit_triton_(params, grads, exp_avgs, lr, beta1, beta2, weight_decay, rounding)
-    elif use_numba(params[0].device, sum(p.numel() for p in params)):
+    elif use_numba(params):
         from rowwise.kernels.lion8bit_numba import lion8bit_numba_
 
         lion8bit_numba_(params, grads, exp_avgs, lr, beta1, beta2, weight_decay, rounding)
@@ -63,6 +63,6 @@ def lion8bit_reference_(
     """Computes `lion8bit_` in plain torch."""
 
     def rule(x, g, exp_avg):
-        lion_(x, g, exp_avg, lr, beta1, beta2, weight_decay)
+        lion_reference_(x, g, exp_avg, lr, beta1, beta2, weight_decay)
 
     step_reference_(params, grads, (exp_avgs,), ONE, rounding, rule)

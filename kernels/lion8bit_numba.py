@@ -8,24 +8,19 @@ from torch import Tensor
 from rowwise.kernels.blockwise import BLOCK, blocks_per_row
 from rowwise.kernels.blockwise_numba import books, decode, encode
 from rowwise.kernels.host import Piece, block_pieces, over_threads
-from rowwise.kernels.host_numba import arrays, float32s, inlined, kernel, larger, lerp, load, number, numbers
+from rowwise.kernels.host_numba import arrays, inlined, kernel, larger, load, number, numbers
+from rowwise.kernels.lion_numba import lion, lion_rates
 from rowwise.kernels.moment_pair import Moment
 from rowwise.kernels.moments import Rounding
 from rowwise.kernels.rounding_numba import WORDS, store
-
-NOTHING, ONE = np.float32(0), np.float32(1)
 
 
 @inlined
 def step_block(x, g, m, rates, n):
     """Takes the step on one block, and returns the largest |m|."""
-    keep, rate, beta1_rest, beta2_rest = rates
     most = np.int32(0)
     for j in range(n):
-        mixture = lerp(m[j], g[j], beta1_rest)
-        sign = (ONE if mixture > NOTHING else NOTHING) - (ONE if mixture < NOTHING else NOTHING)
-        x[j] = x[j] * keep + rate * sign
-        m[j] = lerp(m[j], g[j], beta2_rest)
+        x[j], m[j] = lion(x[j], g[j], m[j], rates)
         most = larger(most, m[j])
     return number(most)
 
@@ -58,7 +53,7 @@ def lion8bit_numba_(
     weight_decay: float,
     rounding: Rounding = None,
 ) -> None:
-    rates = float32s(1 - lr * weight_decay, -lr, 1 - beta1, 1 - beta2)
+    rates = lion_rates(lr, beta1, beta2, weight_decay)
     book, table = books(True)
 
     def run(piece: Piece) -> None:

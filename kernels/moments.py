@@ -15,10 +15,9 @@ from rowwise.kernels import torch_lists
 from rowwise.kernels.blockwise import BLOCK, blocks_per_row, decode, encode_
 from rowwise.kernels.moment_pair import Moment, decode_pair, encode_pair_
 from rowwise.kernels.portions import shared_portions
-from rowwise.kernels.rounding import round_reference_
+from rowwise.kernels.rounding import Rounding, round_reference_
 from rowwise.kernels.wide import wide_dtype
 
-Rounding = Sequence[tuple[int, int]] | None  # of each bfloat16 parameter: key, logical index of its first element
 Rule = Callable[..., None]  # rule(params, grads, moments, ...): lists of (rows, n) of one dtype, changed in place
 
 

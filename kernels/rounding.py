@@ -13,6 +13,8 @@ finite bfloat16 there is no next one; there the number is rounded to nearest: to
 interval, as a plain conversion does, and never below.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from rowwise.kernels.dispatch import use_numba, use_triton
 from rowwise.kernels.philox import philox_words
 from rowwise.kernels.portions import row_portions
 
+Rounding = Sequence[tuple[int, int]] | None  # of each bfloat16 parameter: key, logical index of its first element
 LARGEST = torch.finfo(torch.bfloat16).max
 
 
@@ -33,7 +36,7 @@ def round_bf16_(x: Tensor, out: Tensor, key: int, start: int) -> None:
         from rowwise.kernels.rounding_triton import round_triton_
 
         round_triton_(x, out, key, start)
-    elif use_numba(x.device, x.numel()):
+    elif use_numba([out]):
         from rowwise.kernels.rounding_numba import round_numba_
 
         round_numba_(x, out, key, start)

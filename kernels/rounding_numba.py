@@ -6,7 +6,7 @@ from numba import types
 from torch import Tensor
 
 from rowwise.kernels.blockwise import BLOCK
-from rowwise.kernels.host import over_threads
+from rowwise.kernels.host import Piece, flat_pieces, over_threads
 from rowwise.kernels.host_numba import INT, in_registers, inlined, kernel, numbers
 
 LOW = np.uint64(0xFFFFFFFF)
@@ -14,7 +14,6 @@ FIRST, SECOND = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # Philox's multipl
 GROWTH, OTHER_GROWTH = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 ZERO, ONE, TWO, THREE, HALF = (np.uint64(x) for x in (0, 1, 2, 3, 32))
 WORDS = BLOCK + 8  # of the calls that a block may need
-PIECE = 1 << 19  # elements
 
 
 @in_registers(types.uint16, types.float32, types.uint32)
@@ -72,9 +71,8 @@ def round_kernel(x, target, key, start, first, last):
 def round_numba_(x: Tensor, out: Tensor, key: int, start: int) -> None:
     source, target = numbers(x)[0], numbers(out)
 
-    def run(piece: tuple[int, int, int]) -> None:
+    def run(piece: Piece) -> None:
         _, first, last = piece
         round_kernel(source, target, np.uint64(key), np.uint64(start), first, last)
 
-    count = x.numel()
-    over_threads(run, [(0, first, min(first + PIECE, count)) for first in range(0, count, PIECE)])
+    over_threads(run, flat_pieces([x]))

@@ -70,7 +70,7 @@ class Adafactor:
 
     name = "adafactor"
     fused = False
-    rounds = False
+    rounds = rounds_on_host = False
     by_rows = False
     shared = False
     weightwise: ClassVar[dict[str, int]] = {}

@@ -32,6 +32,7 @@ class AdamW:
     name = "adamw"
     fused = True
     rounds = False
+    rounds_on_host = True
     by_rows = True
     shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0, "exp_avg_sq": 0}
@@ -45,7 +46,7 @@ class AdamW:
     def step_(self, batch: Batch) -> None:
         first, second = pick(batch, "exp_avg"), pick(batch, "exp_avg_sq")
         rates = (batch.step, batch.lr, self.beta1, self.beta2, self.eps, batch.weight_decay)
-        adamw_(batch.params, batch.grads, first, second, *rates)
+        adamw_(batch.params, batch.grads, first, second, *rates, batch.rounding_if_narrow())
 
 
 def state_dtype(p: Tensor) -> torch.dtype:

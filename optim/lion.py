@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rowwise.conf.option import Fixed, MayChange
+from rowwise.kernels.dispatch import use_numba
 from rowwise.kernels.lion import lion_
 from rowwise.optim.adamw import state_dtype
 from rowwise.optim.common import OptimBase, check_betas
@@ -52,6 +53,7 @@ class Lion:
     name = "lion"
     fused = False
     rounds = False
+    rounds_on_host = True
     by_rows = True
     shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0}
@@ -64,6 +66,9 @@ class Lion:
 
     def step_(self, batch: Batch) -> None:
         rates = batch.lr, self.beta1, self._beta2, batch.weight_decay
+        if use_numba(batch.params):
+            lion_(batch.params, batch.grads, pick(batch, "exp_avg"), *rates, batch.rounding_if_narrow())
+            return
         for x, g, m in zip(batch.params, batch.grads, pick(batch, "exp_avg"), strict=True):
             for rows in row_slices(x):
                 lion_([x[rows]], [g[rows]], [m[rows]], *rates)

@@ -62,7 +62,7 @@ class LionKappa:
     """State: `exp_avg`, split like the parameter."""
 
     fused = False
-    rounds = False
+    rounds = rounds_on_host = False
     by_rows = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg": 0}
 

@@ -76,7 +76,7 @@ class Muon:
 
     name = "muon"
     fused = False
-    rounds = False
+    rounds = rounds_on_host = False
     by_rows = False
     shared = True
     weightwise: ClassVar[dict[str, int]] = {"momentum": 0}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rowwise.kernels import torch_lists
+from rowwise.kernels.dispatch import use_numba
 from rowwise.kernels.products import float32_products
 from rowwise.kernels.rounding import round_bf16_
 from rowwise.kernels.rows import local, row_offset
@@ -130,7 +131,8 @@ class Optimizer(torch.optim.Optimizer):
     def _change(self, portion: Portion) -> None:
         group, rule = portion.group, portion.group["rule"]
         names, params, grads, states, shapes, offsets = map(list, zip(*portion.entries, strict=True))
-        narrow = params[0].dtype == torch.bfloat16 and not rule.rounds
+        rounds = rule.rounds or (rule.rounds_on_host and use_numba(params))
+        narrow = params[0].dtype == torch.bfloat16 and not rounds
         batch = Batch(
             names=names,
             params=[p.float() for p in params] if narrow else params,

@@ -83,7 +83,7 @@ class AdamW8bit:
 
     name = "adamw8bit"
     fused = True
-    rounds = True
+    rounds = rounds_on_host = True
     by_rows = True
     shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg.codes": zero_code(True), "exp_avg_sq.codes": zero_code(False)}
@@ -97,7 +97,7 @@ class AdamW8bit:
     def step_(self, batch: Batch) -> None:
         rates = (batch.step, batch.lr, self.beta1, self._beta2, self._eps, batch.weight_decay)
         first, second = moments(batch, "exp_avg"), moments(batch, "exp_avg_sq")
-        adamw8bit_(batch.params, batch.grads, first, second, *rates, rounding_of(batch))
+        adamw8bit_(batch.params, batch.grads, first, second, *rates, batch.rounding_if_narrow())
 
 
 class Lion8bit:
@@ -105,7 +105,7 @@ class Lion8bit:
 
     name = "lion8bit"
     fused = True
-    rounds = True
+    rounds = rounds_on_host = True
     by_rows = True
     shared = False
     weightwise: ClassVar[dict[str, int]] = {"exp_avg.codes": zero_code(True)}
@@ -118,9 +118,4 @@ class Lion8bit:
 
     def step_(self, batch: Batch) -> None:
         rates = (batch.lr, self.beta1, self._beta2, batch.weight_decay)
-        lion8bit_(batch.params, batch.grads, moments(batch, "exp_avg"), *rates, rounding_of(batch))
-
-
-def rounding_of(batch: Batch) -> list[tuple[int, int]] | None:
-    """Says where the random bits of 16-bit parameters come from; None where parameters are wider."""
-    return batch.rounding() if batch.params and batch.params[0].dtype == torch.bfloat16 else None
+        lion8bit_(batch.params, batch.grads, moments(batch, "exp_avg"), *rates, batch.rounding_if_narrow())

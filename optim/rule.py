@@ -42,10 +42,15 @@ class Batch:
         keys = [stream_key(self.seed, f"rounding/{name}/{self.step}") for name in self.names]
         return [(key, o * row_length(shape)) for key, o, shape in zip(keys, self.offsets, self.shapes, strict=True)]
 
+    def rounding_if_narrow(self) -> list[tuple[int, int]] | None:
+        """Returns `rounding` of 16-bit parameters, which a rule that rounds needs; None where they are wider."""
+        return self.rounding() if self.params and self.params[0].dtype == torch.bfloat16 else None
+
 
 class Rule(Protocol):
     """One rule of change. `fused`: it needs no memory beside its operands and is given all parameters at once, the
-    others a portion at a time. `rounds`: it writes 16-bit parameters itself; else it is given float32 copies of them.
+    others a portion at a time. `rounds`: it writes 16-bit parameters itself, `rounds_on_host`: where `kernels.dispatch.use_numba` has
+    a kernel for it; else it is given float32 copies of them.
     `by_rows`: its step on some rows of a matrix is their part of its step on all, and multiplies no matrices.
     `shared`: ranks share its matrices out, so a portion has at least one for each. `weightwise`: the states that hold a
     number for each weight, and what zero is there."""
@@ -53,6 +58,7 @@ class Rule(Protocol):
     name: str
     fused: bool
     rounds: bool
+    rounds_on_host: bool
     by_rows: bool
     shared: bool
     weightwise: ClassVar[dict[str, int]]

@@ -14,6 +14,7 @@ from test_kernels_adamw8bit import HYPER, SHAPES, assert_same, operands
 from test_kernels_rounding import KEY, bits_of
 
 from rowwise.kernels import dispatch
+from rowwise.kernels.adamw import adamw_
 from rowwise.kernels.adamw8bit import adamw8bit_, adamw8bit_reference_
 from rowwise.kernels.adamw8bit_numba import adamw8bit_kernel, adamw8bit_numba_
 from rowwise.kernels.host_numba import kernel
@@ -21,6 +22,9 @@ from rowwise.kernels.lion8bit import lion8bit_, lion8bit_reference_
 from rowwise.kernels.lion8bit_numba import lion8bit_numba_
 from rowwise.kernels.rounding import LARGEST, round_bf16_, round_reference_
 from rowwise.kernels.rounding_numba import round_numba_
+from rowwise.optim.adamw import AdamW
+from rowwise.optim.lion import Lion
+from rowwise.optim.optimizer import Optimizer
 
 LION = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
@@ -102,6 +106,44 @@ def test_16_bit_numbers_are_rounded_to_the_same_bits():
             assert torch.equal(ours.isnan(), reference.isnan())
             assert torch.equal(bits_of(ours)[~x.isnan()], bits_of(reference)[~x.isnan()])
     round_numba_(torch.empty(0, 3), torch.empty(0, 3).bfloat16(), KEY, 0)
+
+
+RULES = {"adamw": lambda: AdamW([0.9, 0.95], 1e-8), "lion": lambda: Lion([0.9, 0.99])}
+MIXED = [(33, 512), (16,), (2, 3, 48)]
+
+
+def after_three_steps(rule, dtype, grad_dtype):
+    """Parameters and states after three steps of the optimizer."""
+    draw = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for shape in MIXED]
+    group = {"params": params, "names": list("abc"), "rule": RULES[rule](), "weight_decay": 0.1, "batched": False}
+    optimizer = Optimizer([group | {"view": "dense"}], 1e-2, seed=3)
+    for _ in range(3):
+        for p in params:
+            gradient = torch.randn(p.shape[::-1], generator=draw).to(grad_dtype).permute(*range(p.dim())[::-1])
+            p.grad_dtype, p.grad = grad_dtype, gradient
+        optimizer.step()
+    return [*params, *(state for p in params for state in optimizer.state[p].values())]
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_32_bit_states_step_as_in_plain_torch(rule, dtype, grad_dtype, monkeypatch):
+    expected = after_three_steps(rule, dtype, grad_dtype)
+    if dtype == torch.bfloat16:  # which then is copied nowhere
+        monkeypatch.setattr("rowwise.optim.optimizer.round_bf16_", None)
+    monkeypatch.setattr(dispatch, "WORTH_NUMBA", 0)
+    for ours, theirs in zip(after_three_steps(rule, dtype, grad_dtype), expected, strict=True):
+        assert torch.equal(ours, theirs) or not of_16(theirs.shape)
+        torch.testing.assert_close(ours, theirs, rtol=2**-7 if ours.dtype == torch.bfloat16 else 1e-6, atol=1e-7)
+
+
+def test_a_gradient_of_other_strides_is_read_as_its_numbers_lie():
+    """torch's fused operator on a CPU does not."""
+    g = torch.randn(6, 4).t()
+    x, m, v = torch.randn(4, 6), torch.zeros(4, 6), torch.zeros(4, 6)
+    adamw_([x], [g], [m], [v], 1, *HYPER.values())
+    torch.testing.assert_close(m, 0.1 * g)
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ class LowRank:
 
     name: str
     fused = False
-    rounds = False
+    rounds = rounds_on_host = False
     by_rows = False
     shared = False
     weightwise: ClassVar[dict[str, int]] = {}
