@@ -144,6 +144,12 @@ def gather_by(model: nn.Module, modules: Iterable["FSDPModule"], config: Paralle
     setattr(model, _HANDLE, gathers)
 
 
+def copies_of(model: nn.Module) -> list[Tensor]:
+    """Lists what this rank keeps now of what `model` has gathered."""
+    copies = (gather.copy for gather in getattr(model, _HANDLE, ()))
+    return [copy for copy in copies if copy is not None]
+
+
 def rounded(rows: Tensor) -> Tensor:
     """Gives a parameter as other ranks would have it: a matrix rounded, a vector as it is."""
     return rounded_rows(rows) if rows.ndim == 2 else rows

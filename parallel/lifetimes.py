@@ -7,7 +7,7 @@ only when the step is over, so it is decided then, for its whole life:
 |---|---|
 | gathered | is a whole parameter beside the rank's rows |
 | gradients | was a gradient of a parameter, whole or split, or on its way to one |
-| messages | crossed ranks, and was not kept for a backward |
+| messages | crossed ranks, and was not kept for a backward; or is a copy that neighbours gather from |
 | loss | was made between the last norm's output and its gradient, and is none of those before |
 | host | is where offloaded activations wait in the host's memory; not counted in the total |
 | activations | was made by a forward and there when a backward began, or by a backward and there when that ended |
@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rowwise.kernels.torch_dispatch import TorchDispatchMode, is_held_once, storages, told_of
 from rowwise.kernels.torch_dtensor import rows_of
+from rowwise.parallel.gather import copies_of
 from rowwise.parallel.replicate import buckets_of
 from rowwise.parallel.row_file import is_mapped
 from rowwise.parallel.shard import sharded_modules
@@ -90,7 +91,7 @@ class Lifetimes(TorchDispatchMode):
         super().__init__()
         self._stages = None if stages is None else stages.group_name
         self._parameters = list(parameters)
-        models = list(models)
+        models = self._models = list(models)
         modules = {id(fsdp_state(module)): module for model in models for module in sharded_modules(model)}
         self._modules = list(modules.values())  # those that are gathered as one, once
         self._params = [params for module in self._modules if (params := fsdp_params(module))]
@@ -156,6 +157,9 @@ class Lifetimes(TorchDispatchMode):
         """Notes that what is there where a backward begins or ends was kept."""
         for _, life in self._alive.values():
             life.kept |= life.returning == self._returning
+        for copy in itertools.chain(*map(copies_of, self._models)):
+            if (found := self._life(copy)) is not None:
+                found.sent = True
         self._returning = not self._returning
         self._looks = True
 

@@ -20,17 +20,22 @@ def where(category: str, place: str, gpu: bool) -> str:
 
 
 @dataclass(frozen=True)
-class RowsAway:
-    """Where a rank's rows of gradients are counted, and whether those of parameters are read from files, block by block."""
+class Ways:
+    """How rows become whole parameters, and gradients rows: in which category those of `gradients` are counted, whether parameters are
+    `read` from files, block by block, whether they cross ranks as codes (`coded`), and how many neighbours keep a copy of what was
+    gathered (`inner`; 0: none do)."""
 
     gradients: str = "gradients"
     read: bool = False
+    coded: bool = False
+    inner: int = 0
 
 
-def rows_away(config: TrainConfig, gpu: bool) -> RowsAway:
-    """Tells where rows of gradients and of parameters of a run wait."""
-    memory = config.memory
-    place = memory.offload_gradients if memory.offload_gradients != "none" else "cpu"
+def ways_of(config: TrainConfig, gpu: bool) -> Ways:
+    """Tells how the rows of a run come and go."""
+    memory, parallel = config.memory, config.parallel
+    coded, inner = parallel.quantize_gather != "none", parallel.inner_shard
     if memory.offload_params == "none":
-        return RowsAway()
-    return RowsAway(where("gradients", place, gpu), is_folder(memory.offload_params))
+        return Ways(coded=coded, inner=inner)
+    place = memory.offload_gradients if memory.offload_gradients != "none" else "cpu"
+    return Ways(where("gradients", place, gpu), is_folder(memory.offload_params), coded, inner)

@@ -16,6 +16,7 @@ from rowwise.trainer.plan.states import numbers_of, pieces_of, place_of, widths_
 from rowwise.trainer.plan.traffic import Traffic, leaving, rows
 
 BACKWARD_OF_ATTENTION = 2.5
+CODED = 1 + 4 / 256  # bytes of a number that crosses in 8 bits, with its share of a scale
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Clock:
         stride = parallel.data_degree * parallel.ring * parallel.ulysses
         numbers = numbers_of(pieces_of(self.config, range(1))[1])
         place = place_of(0, parallel)
-        gather = self.links.collective(numbers * self.widths.compute, 1, place.shards) if parallel.zero == 3 else 0.0
+        gather = self.gather(numbers, place.shards)[1] if parallel.zero == 3 else 0.0
         return PartTimes(Times(0.0, 0.0, 0.0), layer, head, self.links.message(size, stride), gather)
 
     def _traffic(self) -> float:
@@ -119,6 +120,16 @@ class Clock:
     @cached_property
     def _kept(self) -> Sequence[frozenset[str]]:
         return kept_of(self.config)
+
+    def gather(self, numbers: float, shards: int) -> tuple[float, float]:
+        """Estimates the seconds in which so many numbers of parameters are gathered over the ranks that split them: the first time in a
+        step, as codes where they cross so, and again, from neighbours where these keep copies."""
+        parallel = self.config.parallel
+        width = CODED if parallel.quantize_gather != "none" else self.widths.compute
+        first = self.links.collective(numbers * width, 1, shards)
+        if not parallel.inner_shard:
+            return first, first
+        return first, self.links.collective(numbers * self.widths.compute, 1, parallel.inner_shard)
 
     def sharing(self) -> float:
         """Estimates the seconds that the messages of a layer's attention take in its forward; its backward sends as many again."""

@@ -10,7 +10,7 @@ from rowwise.parallel.activations.config import is_folder
 from rowwise.trainer.activations import tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.away import Keeping
-from rowwise.trainer.plan.beside import rows_away, where
+from rowwise.trainer.plan.beside import ways_of, where
 from rowwise.trainer.plan.ledger import FILE, HOST, Ledger
 from rowwise.trainer.plan.sharded import Sharded
 from rowwise.trainer.plan.states import (
@@ -68,7 +68,8 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         stages = {stage: plan.layers[stage] for stage in plan.schedule.stages_of(place.pipeline)}
     widths = widths_of(config)
     kept = config.memory
-    sharded = place.shards > 1 or config.precision.name in ("bf16", "fp16") or kept.offload_params != "none"
+    copied = config.precision.name in ("bf16", "fp16") or config.parallel.quantize_gather != "none"
+    sharded = place.shards > 1 or copied or kept.offload_params != "none"
     ledger.at = "the start"
     for layers in stages.values():
         ledger.take(where("parameters", kept.offload_params, gpu), parameter_bytes(config, layers, place, sharded))
@@ -121,5 +122,5 @@ def weights_of(
         return Replicated(ledger, tensors, widths.parameter, pipelined, updates)
     ranks = place.shards, place.replicas
     return Sharded(
-        ledger, groups_of(config, layers, place), widths, zero, ranks, rows_away(config, gpu), pipelined, updates
+        ledger, groups_of(config, layers, place), widths, zero, ranks, ways_of(config, gpu), pipelined, updates
     )

@@ -12,19 +12,19 @@ and as it is kept:
 from collections.abc import Sequence
 
 from rowwise.parallel.row_file import BLOCK
-from rowwise.trainer.plan.beside import RowsAway
+from rowwise.trainer.plan.beside import Ways
 from rowwise.trainer.plan.ledger import FILE, HOST, Ledger
 from rowwise.trainer.plan.states import Group, Widths
 from rowwise.trainer.plan.update import NONE, Updates
 
-ON_DEVICE = RowsAway()
+PLAIN = Ways()
 WIDE = 4  # bytes of a number that has 32 bits
 
 
 class Sharded:
     """What FSDP2 does on one of `shards` ranks with other rows, of which there are `replicas` sets. `zero` below 3 keeps parameters
     from the first forward of a step to its last backward. `sums`: a pipeline adds gradients up, whole, and has them reduced.
-    `away`: where rows wait; `updates`: of the optimizer's step of each parameter, where it is made in the backward, and frees its
+    `ways`: how rows come and go; `updates`: of the optimizer's step of each parameter, where it is made in the backward, and frees its
     gradient."""
 
     def __init__(
@@ -34,12 +34,12 @@ class Sharded:
         widths: Widths,
         zero: int,
         ranks: tuple[int, int],
-        away: RowsAway = ON_DEVICE,
+        ways: Ways = PLAIN,
         sums: bool = False,
         updates: Updates | None = None,
     ):
         self._ledger, self._groups, self._widths, self._zero = ledger, groups, widths, zero
-        (self._shards, self._replicas), self._sums, self._updates, self._away = ranks, sums, updates, away
+        (self._shards, self._replicas), self._sums, self._updates, self._ways = ranks, sums, updates, ways
         self._order = sorted(range(len(groups)), key=lambda g: (groups[g].pieces[1], groups[g].root))
         self._place = {g: place for place, g in enumerate(self._order)}
         self._begin: dict[int, list[int]] = {}  # piece -> the groups that begin with it
@@ -55,6 +55,7 @@ class Sharded:
         self._last, self._forwards = True, 0
         self._keeps: bool | None = None  # None: as each group says
         self._here, self._coming, self._split = set[int](), set[int](), set[int]()
+        self._copied = set[int]()  # the groups that neighbours keep copies of
         self._buffer: int | None = None  # the group that was gathered last in a forward
         self._reducing: int | None = None
         self._whole: dict[int, dict[str, int]] = {}  # group -> its gradients as a backward leaves them, by tensor
@@ -150,7 +151,8 @@ class Sharded:
         for g in self._coming:
             self._ledger.give("messages", self._gathered(g))
         self._coming.clear()
-        self._ledger.give("messages", self._waiting)
+        self._ledger.give("messages", self._waiting + sum(map(self._copy, self._copied)))
+        self._copied.clear()
         self._forwards = self._waiting = 0
 
     def _fetch(self, g: int) -> None:
@@ -159,11 +161,21 @@ class Sharded:
             return
         cast = self._groups[g].shard * self._widths.compute if self._widths.mixed else 0
         self._ledger.take("messages", cast + self._gathered(g))
+        if g not in self._copied:
+            self._ledger.use("messages", (1 + self._shards) * self._groups[g].coded)
+            self._ledger.take("messages", self._copy(g))
+            self._copied |= {g} if self._ways.inner else set()
         self._ledger.give("messages", cast)
         self._coming.add(g)
 
+    def _copy(self, g: int) -> int:
+        return self._gathered(g) // self._ways.inner if self._ways.inner else 0
+
     def _arrive(self, g: int) -> None:
         self._read(g)
+        if self._ways.coded and self._shards == 1:  # a matrix at a time is rounded by itself
+            most = max(numbers for *_, numbers in self._groups[g].tensors)
+            self._ledger.use("working", most * (self._widths.compute + 1))
         self._ledger.take("gathered", self._gathered(g))
         self._here.add(g)
         self._coming.discard(g)
@@ -219,7 +231,7 @@ class Sharded:
         summed, kept = shard * widths.reduce, shard * widths.parameter
         waits = self._replicas > 1 and not self._last  # for the sums of replicas
         cast = widths.reduce != widths.parameter and not waits
-        filed = self._away.gradients == FILE  # where it is added to what is there
+        filed = self._ways.gradients == FILE  # where it is added to what is there
         adds = g in self._partial if waits else g in self._split and not filed
         alone = self._shards == 1 and (self._replicas == 1 or waits)  # no rank is sent this, now
         where = "gradients" if not (cast or adds) else "working" if alone else "messages"
@@ -246,7 +258,7 @@ class Sharded:
     def _leave(self, g: int, size: int) -> None:
         """Takes a group's rows of gradients to where they wait; to a file through the host's memory, beside those of the group before,
         and what they are added to."""
-        place, adds = self._away.gradients, g in self._split
+        place, adds = self._ways.gradients, g in self._split
         self._split.add(g)
         if place != "gradients":
             self._ledger.give("gradients", size)
@@ -258,7 +270,7 @@ class Sharded:
 
     def _read(self, g: int) -> None:
         """Reads a group's rows of parameters, and those of the one that comes next."""
-        if self._away.read:
+        if self._ways.read:
             place = self._place[g]
             near = (self._order[n] for n in (place - 1, place + 1) if 0 <= n < len(self._order))
             self._ledger.use(HOST, self._rows(g) + max(map(self._rows, near), default=0))

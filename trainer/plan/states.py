@@ -11,9 +11,10 @@ from rowwise.optim.rule import Rule
 from rowwise.optim.sparse.config import SET, ST3, NoSparsity, PDPBase, sparse_layers
 from rowwise.optim.sparse.masks import packed_columns
 from rowwise.parallel.config import ParallelConfig
-from rowwise.parallel.precision import Bf16, Fp16, Fp64
+from rowwise.parallel.precision import Bf16, Fp16, Fp64, compute_dtype
 from rowwise.parallel.replicate import in_buckets
 from rowwise.parallel.row_file import BLOCK
+from rowwise.parallel.row_messages import RowMessages
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_specs, stage_parts
 
@@ -75,7 +76,7 @@ class Group:
     """Parameters that are gathered and reduced as one. `pieces`: the first and the last of the stage that they are of; `tensors`:
     the piece, the name and the numbers of each; `padded`: the numbers of all, with rows made up to as many on each rank, and `shard`
     a rank's. `root`: they are what all others leave; `kept`: they stay gathered from the forward to the backward; `late`: nothing
-    tells when their backward is over, so that they are reduced when all is."""
+    tells when their backward is over, so that they are reduced when all is; `coded`: the bytes of a rank's as 8-bit codes, 0 where they are gathered as they are."""
 
     pieces: tuple[int, int]
     tensors: tuple[tuple[int, str, int], ...]
@@ -84,6 +85,7 @@ class Group:
     root: bool
     kept: bool
     late: bool
+    coded: int = 0
 
 
 def pieces_of(config: TrainConfig, layers: range) -> list[Specs]:
@@ -99,6 +101,19 @@ def pieces_of(config: TrainConfig, layers: range) -> list[Specs]:
 def groups_of(config: TrainConfig, layers: range, place: Place) -> list[Group]:
     """Lists which parameters of these layers FSDP2 gathers as one (see `parallel.shard.shard_model`), in forward order, the root's
     first."""
+    groups = _merged(config, layers, place)
+    if config.parallel.quantize_gather == "none":
+        return groups
+    shapes = {name: spec.shape for piece in pieces_of(config, layers) for name, spec in piece.items()}
+    rows = {name: torch.Size((-(-shape[0] // place.shards), *shape[1:])) for name, shape in shapes.items()}
+    dtype = compute_dtype(config.precision)
+    return [
+        replace(group, coded=RowMessages([rows[name] for _, name, _ in group.tensors], dtype, 8).bytes)
+        for group in groups
+    ]
+
+
+def _merged(config: TrainConfig, layers: range, place: Place) -> list[Group]:
     parts, rest = stage_parts(config.model, layers)
     zero, first, width = config.parallel.zero, layers.start == 0, widths_of(config).parameter
     placed = list(enumerate(parts, 1 if rest else 0))

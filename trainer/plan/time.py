@@ -64,9 +64,10 @@ def _whole(clock: Clock, place: Place) -> Seconds:
         away, back = clock.traffic(layer, numbers / place.shards)
         exposed += count * 3 * clock.sharing()
         if zero == 3:
-            gather = clock.links.collective(numbers * clock.widths.compute, *states)
+            first, again = clock.gather(numbers, place.shards)
             reduce = clock.links.collective(numbers * clock.widths.reduce, *states)
-            exposed += count * (max(0.0, gather - f.total) + max(0.0, gather + reduce - i.total - w.total))
+            exposed += max(0.0, first - f.total) + (count - 1) * max(0.0, again - f.total)
+            exposed += count * max(0.0, again + reduce - i.total - w.total)
         elif zero == 2:
             reduce = clock.links.collective(numbers * clock.widths.reduce, *states)
             exposed += count * max(0.0, reduce - i.total - w.total)
@@ -88,7 +89,7 @@ def _once(clock: Clock, place: Place, numbers: int, zero: int, hidden: float) ->
     """Seconds of the messages that cross once a step, beside those of a backward that hide them: parameters below stage 3, whole
     gradients below stage 2, and the sums over replicas."""
     links, widths = clock.links, clock.widths
-    seconds = links.collective(numbers * widths.compute, 1, place.shards) if zero in (1, 2) else 0.0
+    seconds = clock.gather(numbers, place.shards)[0] if zero in (1, 2) else 0.0
     reduced = links.collective(numbers * widths.reduce, 1, place.shards) if zero <= 1 else 0.0
     share = numbers / place.shards * widths.reduce
     reduced += 2 * links.collective(share, place.shards, place.replicas)
@@ -107,7 +108,7 @@ def _pipelined(clock: Clock, place: Place, plan: Plan) -> Seconds:
     stages = [_stage(clock, layers, place) for layers in plan.layers]
     forward, inputs, weights = (tuple(stage[n].total for stage in stages) for n in range(3))
     numbers = [sum(numbers_of(piece) for piece in pieces_of(config, layers)) for layers in plan.layers]
-    gather = tuple(clock.links.collective(n * clock.widths.compute, 1, place.shards) for n in numbers)
+    gather = tuple(clock.gather(n, place.shards)[1] for n in numbers)
     ones = (1.0,) * len(stages)
     size = clock.tokens * config.model.dim * clock.widths.compute
     send = clock.links.message(size, parallel.data_degree * parallel.ring * parallel.ulysses)

@@ -38,12 +38,6 @@ def unknown(config: TrainConfig) -> str | None:
             f"parallel.backend={config.parallel.backend}: what its engine holds beside the layers is not forecast; give "
             "parallel.backend=torch to see what a run holds that splits the same states"
         )
-    for key, plain in (("quantize_gather", "none"), ("inner_shard", 0)):
-        if (given := getattr(config.parallel, key)) != plain:
-            return (
-                f"parallel.{key}={given}: what its messages and copies hold is not forecast; give "
-                f"parallel.{key}={plain} to see what a run holds beside them"
-            )
     if results_of(config) is None:
         return (
             f"model.block={config.model.block}: its layers do not say what they make, so that nobody knows what they keep; give the "
