@@ -66,6 +66,11 @@ class RowsAway:
         for model in models:
             setattr(model, _HANDLE, self)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Counts the memory that is kept for rows of files to be read into."""
+        return 0 if self._reads is None else self._reads.size
+
     @torch.no_grad()
     def fill(self, model: nn.Module, fill_: Fill) -> None:
         """Gives the parameters of `model` their first numbers; see `shard.materialize`."""

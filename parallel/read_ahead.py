@@ -26,6 +26,11 @@ class ReadAhead:
         size = max(file.span(block) for block in blocks)
         self._here, self._ahead = aligned_memory(size), aligned_memory(size)
 
+    @property
+    def size(self) -> int:
+        """Counts the bytes of memory that it keeps."""
+        return self._here.nbytes + self._ahead.nbytes
+
     def begin(self) -> None:
         """Begins a pass: rows may have changed since the one before, so that what was read ahead is of no use."""
         self._come_to(None)

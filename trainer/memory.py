@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rowwise.kernels.cross_entropy import Loss
 from rowwise.kernels.rows import local
+from rowwise.parallel.away import away_of
 from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
@@ -148,7 +149,9 @@ def measured_bytes(
         return {}, now
     peaks, most = watch.seen.peaks()
     stays = {"parameters": watch.seen.parameter_bytes, "optimizer": now.optimizer, "masks": masks}
-    return {**stays, **peaks, "file": now.file, "total": most + sum(stays.values())}, now
+    away = away_of(model)
+    host = peaks["host"] + (0 if away is None else away.memory_bytes)
+    return {**stays, **peaks, "host": host, "file": now.file, "total": most + sum(stays.values())}, now
 
 
 def mask_bytes_of(tensors: dict[str, Tensor]) -> int:

@@ -5,11 +5,14 @@ parameters as a pass goes through them, two of gradients, and three portions of 
 bound, since how much of it is there at once depends on the disk.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rowwise.parallel.activations.config import is_folder
+from rowwise.parallel.row_file import BLOCK
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.ledger import FILE, HOST
+from rowwise.trainer.plan.states import Group, widths_of
 
 
 def where(category: str, place: str, gpu: bool) -> str:
@@ -21,12 +24,10 @@ def where(category: str, place: str, gpu: bool) -> str:
 
 @dataclass(frozen=True)
 class Ways:
-    """How rows become whole parameters, and gradients rows: in which category those of `gradients` are counted, whether parameters are
-    `read` from files, block by block, whether they cross ranks as codes (`coded`), and how many neighbours keep a copy of what was
-    gathered (`inner`; 0: none do)."""
+    """How rows become whole parameters, and gradients rows: in which category those of `gradients` are counted, whether parameters
+    cross ranks as codes (`coded`), and how many neighbours keep a copy of what was gathered (`inner`; 0: none do)."""
 
     gradients: str = "gradients"
-    read: bool = False
     coded: bool = False
     inner: int = 0
 
@@ -38,4 +39,12 @@ def ways_of(config: TrainConfig, gpu: bool) -> Ways:
     if memory.offload_params == "none":
         return Ways(coded=coded, inner=inner)
     place = memory.offload_gradients if memory.offload_gradients != "none" else "cpu"
-    return Ways(where("gradients", place, gpu), is_folder(memory.offload_params), coded, inner)
+    return Ways(where("gradients", place, gpu), coded, inner)
+
+
+def read_bytes(config: TrainConfig, groups: Iterable[Group]) -> int:
+    """Counts the memory that blocks of parameters are read into from files: twice the largest, kept (`parallel.read_ahead`)."""
+    if not is_folder(config.memory.offload_params):
+        return 0
+    width = widths_of(config).parameter
+    return 2 * max(group.shard * width + BLOCK * len(group.tensors) for group in groups)

@@ -122,8 +122,8 @@ class Clock:
         return kept_of(self.config)
 
     def gather(self, numbers: float, shards: int) -> tuple[float, float]:
-        """Estimates the seconds in which so many numbers of parameters are gathered over the ranks that split them: the first time in a
-        step, as codes where they cross so, and again, from neighbours where these keep copies."""
+        """Estimates the seconds in which so many numbers of parameters are gathered over the ranks that split them: the first time in
+        a step, as codes where they cross so, and again, from neighbours where these keep copies."""
         parallel = self.config.parallel
         width = CODED if parallel.quantize_gather != "none" else self.widths.compute
         first = self.links.collective(numbers * width, 1, shards)

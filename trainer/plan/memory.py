@@ -10,7 +10,7 @@ from rowwise.parallel.activations.config import is_folder
 from rowwise.trainer.activations import tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.away import Keeping
-from rowwise.trainer.plan.beside import ways_of, where
+from rowwise.trainer.plan.beside import read_bytes, ways_of, where
 from rowwise.trainer.plan.ledger import FILE, HOST, Ledger
 from rowwise.trainer.plan.sharded import Sharded
 from rowwise.trainer.plan.states import (
@@ -75,6 +75,7 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         ledger.take(where("parameters", kept.offload_params, gpu), parameter_bytes(config, layers, place, sharded))
         ledger.take(where("optimizer", kept.offload_states, gpu), optimizer_bytes(config, layers, place))
         ledger.take("masks", mask_bytes(config, layers, place))
+    ledger.take(HOST, read_bytes(config, (g for layers in stages.values() for g in groups_of(config, layers, place))))
     keeping = Keeping(ledger, is_folder(kept.offload_activations), gpu or kept.offload_activations != "cpu")
     walked = {}
     for stage, layers in stages.items():

@@ -172,7 +172,6 @@ class Sharded:
         return self._gathered(g) // self._ways.inner if self._ways.inner else 0
 
     def _arrive(self, g: int) -> None:
-        self._read(g)
         if self._ways.coded and self._shards == 1:  # a matrix at a time is rounded by itself
             most = max(numbers for *_, numbers in self._groups[g].tensors)
             self._ledger.use("working", most * (self._widths.compute + 1))
@@ -267,17 +266,6 @@ class Sharded:
             through = size + BLOCK * len(self._groups[g].tensors)
             self._ledger.use(HOST, through * (1 + adds) + self._leaving)
             self._leaving = through
-
-    def _read(self, g: int) -> None:
-        """Reads a group's rows of parameters, and those of the one that comes next."""
-        if self._ways.read:
-            place = self._place[g]
-            near = (self._order[n] for n in (place - 1, place + 1) if 0 <= n < len(self._order))
-            self._ledger.use(HOST, self._rows(g) + max(map(self._rows, near), default=0))
-
-    def _rows(self, g: int) -> int:
-        """Counts the bytes of memory that a group's rows are read into."""
-        return self._groups[g].shard * self._widths.parameter + BLOCK * len(self._groups[g].tensors)
 
     def _give(self, gradients: dict[str, int], width: int) -> None:
         self._ledger.give("gradients", sum(gradients.values()) * width)

@@ -76,7 +76,8 @@ class Group:
     """Parameters that are gathered and reduced as one. `pieces`: the first and the last of the stage that they are of; `tensors`:
     the piece, the name and the numbers of each; `padded`: the numbers of all, with rows made up to as many on each rank, and `shard`
     a rank's. `root`: they are what all others leave; `kept`: they stay gathered from the forward to the backward; `late`: nothing
-    tells when their backward is over, so that they are reduced when all is; `coded`: the bytes of a rank's as 8-bit codes, 0 where they are gathered as they are."""
+    tells when their backward is over, so that they are reduced when all is; `coded`: a rank's bytes where they are gathered as
+    8-bit codes, else 0."""
 
     pieces: tuple[int, int]
     tensors: tuple[tuple[int, str, int], ...]
