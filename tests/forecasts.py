@@ -17,6 +17,7 @@ from rowwise.launch.compose import compose_tree
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.activations.config import is_folder
 from rowwise.parallel.mesh import Workers, make_mesh
+from rowwise.trainer.assemble import home_of
 from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
@@ -100,6 +101,17 @@ def _words(chance: random.Random) -> tuple[list[str], int]:
         words += ["memory.compress=int8"]
     if chance.random() < 0.35:
         words += [f"memory.offload_activations={pick(('cpu', 'cpu', tempfile.gettempdir()))}"]
+    if chance.random() < 0.35:
+        folder = tempfile.gettempdir()
+        words += [f"memory.offload_states={pick(('cpu', folder, folder))}"]
+        if "parallel.zero=3" in words and chance.random() < 0.7:
+            words += [
+                f"memory.offload_params={pick(('cpu', folder))}",
+                f"memory.offload_gradients={pick(('none', folder))}",
+            ]
+    if world_size > 1 and chance.random() < 0.3:
+        words += [f"parallel.quantize_gather={pick(('none', 'int8'))}"]
+        words += [f"parallel.inner_shard={pick((1, world_size // 2))}"] * ("parallel.zero=3" in words)
     if chance.random() < 0.15:
         words += ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4"]
     return words, world_size
@@ -112,14 +124,11 @@ def held_in_a_step(workers: Workers, config: TrainConfig) -> tuple[dict[str, int
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = build_model(config, mesh)
     engine, sparsity = parallelize(model, config, mesh)
-    optimizer = build_optimizer(model, config.optim, config.seed)
+    home = home_of(config, model, mesh.device)
+    optimizer = build_optimizer(model, config.optim, config.seed, home)
     update = make_update(config, mesh, engine, optimizer, sparsity)
     batches = next(train_batches(config, mesh, data, position=0))
-    from rowwise.parallel.away import away_of
-
-    away = away_of(model)
-    files = [] if away is None else [one for one in (away.files.params, away.files.gradients) if one is not None]
-    with watching(config, mesh, model, 1, True, files) as watch:
+    with watching(config, mesh, model, 1, True, [] if home is None else home.files) as watch:
         update(step_input(config, 1, batches))
     measured, _ = measured_bytes(
         watch, model, optimizer, mask_bytes_of(tensors_of(model, optimizer, sparsity)), mesh.device
@@ -140,10 +149,12 @@ def errors(measured: dict[str, int], predicted: dict[str, int], bounds: tuple[st
 
 
 def bounds_of(config: TrainConfig) -> tuple[str, ...]:
-    """What is on the host's way to files, which depends on how fast they are written."""
+    """What is on the host's way to files, which depends on how fast they are written; and gradients that wait for steps beside the
+    backward, with the total that they are in."""
     memory = config.memory
+    waits = ("gradients", "total") if memory.offload_states != "none" and config.optim.in_backward else ()
     places = (memory.offload_activations, memory.offload_states, memory.offload_params, memory.offload_gradients)
-    return ("host",) if any(map(is_folder, places)) else ()
+    return (*waits, *(("host",) if any(map(is_folder, places)) else ()))
 
 
 def off(found: dict[str, float]) -> dict[str, float]:

@@ -46,6 +46,12 @@ RUNS = {
                                  "batch.global_size=2"]),
     "in the backward": (2, ["optim.in_backward=true", "clip_norm=0", "parallel.zero=3", "batch.global_size=4",
                             "model.tie_embeddings=true", "optim=adafactor"]),
+    "in files": (2, ["parallel.zero=3", "memory.offload_states=FOLDER", "memory.offload_params=FOLDER",
+                     "memory.offload_gradients=FOLDER", "batch.global_size=8", "optim=adamw8bit"]),
+    "on the host, one rank": (1, ["parallel.zero=3", "memory.offload_states=cpu", "memory.offload_params=cpu", "optim=lion",
+                                  "batch.global_size=4"]),
+    "codes and copies": (2, ["parallel.zero=3", "parallel.quantize_gather=int8", "parallel.inner_shard=1", "batch.global_size=8",
+                             "precision=bf16", "batch.seq_len=32"]),
     "whole parameters, in the backward": (1, ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4",
                                              "parallel.zero=0", "optim=muon"]),
 }  # fmt: skip
@@ -54,9 +60,10 @@ RUNS = {
 @pytest.mark.parametrize("run", RUNS)
 def test_a_rank_holds_what_it_is_said_to(ranks, tmp_path, run):
     world_size, words = RUNS[run]
+    words = [word.replace("FOLDER", str(tmp_path)) for word in words]
     config = forecast_config(tmp_path, world_size, "batch.seq_len=64", "model.layers=2", *words)
     for measured, predicted, moment in ranks.run(held_in_a_step, world_size, config):
-        found = errors(measured, predicted)
+        found = errors(measured, predicted, bounds_of(config))
         assert not off(found), (off(found), measured, predicted, moment)
         assert len(found) >= 5, "categories are large enough to be looked at"
 

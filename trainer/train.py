@@ -99,7 +99,7 @@ def _train(
             fed = feed.take(state.step + 1)
             status = RankStatus(stop.requested, data.watch.complaint is not None, fed.digest, *clock.due(), fed.pairs)
             given = input_of(config, mesh, state, fed, status)
-            with watching(config, mesh, model, given.step, state.step == first) as watch:
+            with watching(config, mesh, model, given.step, state.step == first, built.files) as watch:
                 report, measured = learn(config, mesh, model, update, given)
             if not report.sound:
                 saver.wait()  # an error would end the save under way

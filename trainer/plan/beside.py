@@ -8,11 +8,16 @@ bound, since how much of it is there at once depends on the disk.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rowwise.kernels.spec import ParameterSpec
+from rowwise.optim.build import new_rule, rank_of, rule_name
+from rowwise.optim.in_backward import BACKLOG_BYTES
 from rowwise.parallel.activations.config import is_folder
 from rowwise.parallel.row_file import BLOCK
 from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.plan.ledger import FILE, HOST
-from rowwise.trainer.plan.states import Group, widths_of
+from rowwise.trainer.plan.states import Group, Place, local_numbers, widths_of
+from rowwise.trainer.plan.update import Entry, Portion
 
 
 def where(category: str, place: str, gpu: bool) -> str:
@@ -48,3 +53,39 @@ def read_bytes(config: TrainConfig, groups: Iterable[Group]) -> int:
         return 0
     width = widths_of(config).parameter
     return 2 * max(group.shard * width + BLOCK * len(group.tensors) for group in groups)
+
+
+def step_bytes(config: TrainConfig, portions: Iterable[Portion], gpu: bool) -> int:
+    """Counts what of a step is in the host's memory beside what waits there: of three portions, one that comes, one that is changed
+    and one that goes back, what is in files or on a GPU (`optim.home`)."""
+    memory, width = config.memory, widths_of(config).parameter
+    if memory.offload_states == "none":
+        return 0
+    crosses = gpu and memory.offload_params == "none"
+    rows = width * ((is_folder(memory.offload_params) or crosses) + (is_folder(memory.offload_gradients) or crosses))
+    states = is_folder(memory.offload_states)
+    sizes = [
+        one.states * states + one.numbers * rows + 4 * BLOCK * len(one.entries) * (states or rows > 0)
+        for one in portions
+    ]
+    return int(max((sum(sizes[n : n + 3]) for n in range(len(sizes))), default=0))
+
+
+def scaling_bytes(config: TrainConfig, specs: Iterable[ParameterSpec], place: Place) -> int:
+    """Counts the memory in which gradients that wait in files are measured and scaled, at most three parameters' at a time."""
+    if not is_folder(config.memory.offload_gradients):
+        return 0
+    return 3 * (max(local_numbers(spec, place) for spec in specs) * widths_of(config).parameter + 2 * BLOCK)
+
+
+def backlog_bytes(config: TrainConfig, specs: Iterable[Entry], place: Place) -> int:
+    """Counts the gradients that may wait for steps which are made beside the backward (`optim.in_backward.StepsApart`)."""
+    if config.memory.offload_states == "none" or not config.optim.in_backward:
+        return 0
+    rank = rank_of(config.optim, parameter_specs(config.model))
+    apart = [
+        local_numbers(spec, place) * widths_of(config).parameter
+        for name, spec in specs
+        if new_rule(rule_name(name, spec, config.optim), config.optim, rank).by_rows
+    ]
+    return min(sum(apart), max(BACKLOG_BYTES, max(apart, default=0)))

@@ -10,7 +10,7 @@ from rowwise.parallel.activations.config import is_folder
 from rowwise.trainer.activations import tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.away import Keeping
-from rowwise.trainer.plan.beside import read_bytes, ways_of, where
+from rowwise.trainer.plan.beside import backlog_bytes, read_bytes, scaling_bytes, step_bytes, ways_of, where
 from rowwise.trainer.plan.ledger import FILE, HOST, Ledger
 from rowwise.trainer.plan.sharded import Sharded
 from rowwise.trainer.plan.states import (
@@ -26,7 +26,7 @@ from rowwise.trainer.plan.states import (
     widths_of,
 )
 from rowwise.trainer.plan.step import Crossing, PipelineRank, Stage, walk_whole
-from rowwise.trainer.plan.update import NONE, Updates, update_bytes, update_bytes_of_each
+from rowwise.trainer.plan.update import NONE, Updates, portions_of, update_bytes, update_bytes_of_each
 from rowwise.trainer.plan.weights import Replicated, Weights
 from rowwise.trainer.plan.works import works_of
 from rowwise.trainer.stages import Plan, gathering
@@ -76,6 +76,11 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         ledger.take(where("optimizer", kept.offload_states, gpu), optimizer_bytes(config, layers, place))
         ledger.take("masks", mask_bytes(config, layers, place))
     ledger.take(HOST, read_bytes(config, (g for layers in stages.values() for g in groups_of(config, layers, place))))
+    entries = [entry for layers in stages.values() for entry in owned(config, layers).items()]
+    ledger.take(where("gradients", "cpu", gpu), backlog_bytes(config, entries, place))
+    if config.optim.in_backward:
+        each = (step_bytes(config, portions_of([entry], config, place), gpu) for entry in entries)
+        ledger.take(HOST, max(each, default=0))
     keeping = Keeping(ledger, is_folder(kept.offload_activations), gpu or kept.offload_activations != "cpu")
     walked = {}
     for stage, layers in stages.items():
@@ -95,8 +100,12 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         crossing = Crossing(size, tied_bytes(config, place), not gpu)
         PipelineRank(walked, plan.schedule, place.pipeline, gathering(config.parallel), crossing, ledger).walk()
     ledger.at = "the optimizer's step"
+    ledger.use(HOST, scaling_bytes(config, [spec for _, spec in entries], place))
     if not config.optim.in_backward:
-        ledger.use("working", *update_bytes(config, stages.values(), place, gpu))
+        most, messages = update_bytes(config, stages.values(), place, gpu)
+        on_host = gpu and kept.offload_states != "none"
+        ledger.use(HOST, step_bytes(config, portions_of(entries, config, place), gpu) + (most - messages) * on_host)
+        ledger.use("working", messages if on_host else most, messages)
     return Memory(rank, ledger.peaks, ledger.most, ledger.then, ledger.moment)
 
 

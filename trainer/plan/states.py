@@ -150,7 +150,7 @@ def owned(config: TrainConfig, layers: range) -> Specs:
 
 def optimizer_bytes(config: TrainConfig, layers: range, place: Place) -> int:
     """Counts the states of a rank's rows, by asking each rule what it keeps of a parameter of that shape."""
-    dtype = torch.float64 if widths_of(config).wide == 8 else torch.float32
+    dtype = wide_of(config)
     rank = rank_of(config.optim, parameter_specs(config.model))
     found: dict[tuple[str, torch.Size, bool], int] = {}
     total = 0
@@ -158,12 +158,13 @@ def optimizer_bytes(config: TrainConfig, layers: range, place: Place) -> int:
         key = rule_name(name, spec, config.optim), spec.shape, spec.batched
         if key not in found:
             rule = new_rule(key[0], config.optim, rank)
-            found[key] = _state_bytes(rule, spec, dtype, place)
+            found[key] = state_bytes(rule, spec, dtype, place)
         total += found[key]
     return total
 
 
-def _state_bytes(rule: Rule, spec: ParameterSpec, dtype: torch.dtype, place: Place) -> int:
+def state_bytes(rule: Rule, spec: ParameterSpec, dtype: torch.dtype, place: Place) -> int:
+    """Counts the states that a rule keeps of a rank's rows of a parameter, in `dtype` where not in fewer bits."""
     state = rule.new_state(torch.empty(spec.matrix, dtype=dtype, device="meta"))
     if spec.batched:
         return rows_of(spec.shape[0], place) * sum(t.nbytes for t in state.values())
@@ -171,6 +172,16 @@ def _state_bytes(rule: Rule, spec: ParameterSpec, dtype: torch.dtype, place: Pla
     return sum(
         t.nbytes if key in whole else rows_of(t.size(0), place) * t[0].numel() * t.itemsize for key, t in state.items()
     )
+
+
+def wide_of(config: TrainConfig) -> torch.dtype:
+    """Gives the dtype of what is neither parameter nor activation."""
+    return torch.float64 if widths_of(config).wide == 8 else torch.float32
+
+
+def local_numbers(spec: ParameterSpec, place: Place) -> int:
+    """Counts the numbers of a rank's rows of a parameter."""
+    return rows_of(spec.shape[0], place) * spec.shape[1:].numel()
 
 
 def unsplit(rule: Rule, dtype: torch.dtype) -> set[str]:

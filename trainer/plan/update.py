@@ -5,24 +5,25 @@ sends to ranks that are not there (`OnPaper`).
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from rowwise.kernels.portions import portion_elements
+from rowwise.kernels.portions import cut_row, portion_elements, row_unit
 from rowwise.kernels.rounding import random_16
 from rowwise.kernels.spec import ParameterSpec
 from rowwise.optim.build import new_rule, rank_of, rule_name
+from rowwise.optim.home import PORTION_BYTES
 from rowwise.optim.lowrank.projection import OVERSAMPLE
-from rowwise.optim.optimizer import PORTION_BYTES
 from rowwise.optim.rule import Batch, Rule
 from rowwise.optim.transpose import is_wide
 from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.plan.on_paper import OnPaper
-from rowwise.trainer.plan.states import Place, owned, rows_of, unsplit, widths_of
+from rowwise.trainer.plan.states import Place, local_numbers, owned, rows_of, state_bytes, unsplit, wide_of, widths_of
 
 Entry = tuple[str, ParameterSpec]
 
@@ -45,29 +46,71 @@ _known: dict[
 ] = {}  # bytes of steps that were made: a run asks for them again, and a search for many layouts
 
 
+class Portion(NamedTuple):
+    """What a rule is given at once: rows of these entries at a `place`, so many `numbers` of them with so many bytes of `states`."""
+
+    rule: Rule
+    entries: list[Entry]
+    place: Place
+    numbers: int
+    states: float
+
+
 def update_bytes(config: TrainConfig, stages: Iterable[range], place: Place, gpu: bool) -> StepBytes:
     """Counts what the step of all stages of a rank holds at most."""
-    rank = rank_of(config.optim, parameter_specs(config.model))
-    groups: dict[tuple[str, bool, int, bool], list[Entry]] = {}
-    for name, spec in (entry for layers in stages for entry in owned(config, layers).items()):
-        key = rule_name(name, spec, config.optim), spec.role == "vector", len(spec.matrix), spec.batched
-        groups.setdefault(key, []).append((name, spec))
-    most = NONE
-    for (name, *_), entries in groups.items():
-        rule = new_rule(name, config.optim, rank)
-        for portion in _portions(rule, entries, config, place):
-            most = most.or_more(_portion_bytes(rule, rank, portion, config, place, gpu))
-    return most
+    entries = [entry for layers in stages for entry in owned(config, layers).items()]
+    return _most(portions_of(entries, config, place), config, gpu)
 
 
 def update_bytes_of_each(config: TrainConfig, layers: range, place: Place, gpu: bool) -> Updates:
     """Counts what the step of each parameter of a stage by itself holds, by name."""
+    entries = owned(config, layers).items()
+    return {name: _most(portions_of([(name, spec)], config, place), config, gpu) for name, spec in entries}
+
+
+def portions_of(entries: Iterable[Entry], config: TrainConfig, place: Place) -> Iterator[Portion]:
+    """Yields the portions in which a step goes through parameters."""
+    rank, dtype = rank_of(config.optim, parameter_specs(config.model)), wide_of(config)
+    groups: dict[tuple[str, bool, int, bool], list[Entry]] = {}
+    for name, spec in entries:
+        key = rule_name(name, spec, config.optim), spec.role == "vector", len(spec.matrix), spec.batched
+        groups.setdefault(key, []).append((name, spec))
+    for (name, *_, batched), group in groups.items():
+        rule = new_rule(name, config.optim, rank)
+        if config.memory.offload_states != "none" and rule.by_rows and not batched:
+            parts, where = list(_cut(group, place)), Place(0, 0, 1, 1)
+        else:
+            parts, where = list(_portions(rule, group, config, place)), place
+        size = {name: (local_numbers(spec, place), state_bytes(rule, spec, dtype, place)) for name, spec in group}
+        for part in parts:
+            counts = {name: local_numbers(spec, where) for name, spec in part}
+            states = sum(size[name][1] * count / max(1, size[name][0]) for name, count in counts.items())
+            yield Portion(rule, list(part), where, sum(counts.values()), states)
+
+
+def _cut(entries: Iterable[Entry], place: Place) -> Iterator[list[Entry]]:
+    """Cuts a rank's rows into portions as `optim.home.cut` does."""
+    portion, free = list[Entry](), PORTION_BYTES // 4
+    for name, spec in entries:
+        first, rows, columns = 0, rows_of(spec.shape[0], place), spec.shape[1:].numel()
+        while first < rows:
+            last = cut_row(first, rows, columns, free)
+            if last == first and not portion:
+                last = min(first + row_unit(columns), rows)
+            if last > first:
+                portion.append((name, replace(spec, shape=torch.Size((last - first, *spec.shape[1:])))))
+                free -= (last - first) * columns
+                first = last
+            if first < rows:
+                yield portion
+                portion, free = [], PORTION_BYTES // 4
+    if portion:
+        yield portion
+
+
+def _most(portions: Iterable[Portion], config: TrainConfig, gpu: bool) -> StepBytes:
     rank = rank_of(config.optim, parameter_specs(config.model))
-    found = {}
-    for name, spec in owned(config, layers).items():
-        rule = new_rule(rule_name(name, spec, config.optim), config.optim, rank)
-        found[name] = _portion_bytes(rule, rank, [(name, spec)], config, place, gpu)
-    return found
+    return NONE.or_more(*(_portion_bytes(one.rule, rank, one.entries, config, one.place, gpu) for one in portions))
 
 
 def _portion_bytes(
@@ -100,7 +143,7 @@ def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Pl
     widths = widths_of(config)
     narrow = widths.parameter == 2
     copied = entries if narrow and not rule.rounds else []
-    numbers = [rows_of(spec.shape[0], place) * spec.shape[1:].numel() for _, spec in copied]
+    numbers = [local_numbers(spec, place) for _, spec in copied]
     copies, rounding = 8 * sum(numbers), 0 if gpu or not copied else _rounding_bytes(max(numbers))
     if rule.fused:  # it needs nothing beside its operands
         return StepBytes(copies + rounding, 0)
@@ -120,7 +163,7 @@ def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Pl
 def _batch(rule: Rule, entries: list[Entry], config: TrainConfig, place: Place, lives: Lifetimes) -> Batch:
     """Makes what a rule is given of these parameters in a step, of this rank's rows; `lives` is told what it sends."""
     widths = widths_of(config)
-    wide = torch.float64 if widths.wide == 8 else torch.float32
+    wide = wide_of(config)
     whole, dtype = unsplit(rule, wide), torch.bfloat16 if widths.parameter == 2 and rule.rounds else wide
 
     def rows(t: torch.Tensor, batched: bool) -> torch.Size:
