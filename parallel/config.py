@@ -35,8 +35,10 @@ class ParallelConfig:
     `quantize_gather`: in which form matrices cross the shard axis to be gathered: `none`, as they compute; `int8`, as 8-bit
     codes with a scale for every 256 numbers of a row: every layout, one process too, computes with the rounded weights, and what
     is stepped and saved is exact. `inner_shard`: at `zero=3`, the neighbours (a machine's ranks, say) that keep a copy of the
-    gathered weights between them for the rest of a step, so that weights cross machines once a step; 0: no copy. See
-    docs/quantised-messages.md.
+    gathered weights between them for the rest of a step, so that weights cross machines once a step; 0: no copy.
+    `quantize_reduce`: in which form gradients of matrices cross the shard axis: `none`, as they are summed; `int8` or `int4`, as
+    codes rounded at random, with `inner_shard` first among those neighbours and then between machines: right on the mean, and
+    another run on another layout. See docs/quantised-messages.md.
 
     `timeout_seconds`: how long a rank waits for a message of another before it gives up, which ends the job or, under
     torchrun with restarts, begins it again from its newest checkpoint; it bounds how long a machine that was cut off is
@@ -64,6 +66,7 @@ class ParallelConfig:
     ring_order: MayChange[RING_ORDER | None] = None
     quantize_gather: MayChange[Literal["none", "int8"]] = "none"
     inner_shard: MayChange[int] = 0
+    quantize_reduce: MayChange[Literal["none", "int8", "int4"]] = "none"
     timeout_seconds: MayChange[int] = 1800
     backend: MayChange[Literal["torch", "accelerate"]] = "torch"
     accelerate: MayChange[ENGINE] = "deepspeed"

@@ -35,7 +35,6 @@ from rowwise.parallel.pipeline_schedule.trace import Span
 from rowwise.parallel.shard import (
     add_up_gradients,
     begin_pass,
-    begin_step,
     forget_forwards,
     hold_gradients,
     keep_gathered,
@@ -127,8 +126,6 @@ class Pipeline:
         """
         self._begin_pass()
         self._refresh_tied()
-        for module in self.stages.values():
-            begin_step(module)
         step = Step(forward, Channels(self.schedule, self.axis, self._lanes, buffer), trace)
         self._go_on(step, self._leading[self.axis.rank])
         return step

@@ -48,12 +48,13 @@ class RowMessages:
             if len(shape) == 2
         ]
 
-    def pack_(self, flat: Tensor, messages: Tensor, key: int | None = None) -> None:
-        """Makes messages (S, bytes) of flat (S, numbers). `key`: of the random bits that round codes; None: to nearest."""
+    def pack_(self, flat: Tensor, messages: Tensor, key: int | None = None, first: int = 0) -> None:
+        """Makes messages (S, bytes) of flat (S, numbers). `key`: of the random bits that round codes, from element `first` of their
+        stream on; None: to nearest."""
         for start, byte, count in self._vectors:
             self._view(messages, byte, count, self.dtype).copy_(flat[:, start : start + count])
         for matrix in self._matrices:
-            draws = None if key is None else Draws(key, matrix.number * flat.size(0))
+            draws = None if key is None else Draws(key, first + matrix.number * flat.size(0))
             encode_rows_(_rows(flat, matrix), *self._codes(messages, matrix), self.bits, draws)
 
     def unpack_(self, messages: Tensor, flat: Tensor, add: bool = False) -> None:

@@ -35,6 +35,7 @@ from rowwise.parallel.away import away_of, in_memory, scale_in_file
 from rowwise.parallel.gather import keep_copies
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import DTYPES, Bf16, Fp16, PrecisionConfig
+from rowwise.parallel.reduce import reductions_of
 from rowwise.parallel.replicate import buckets_of, in_buckets
 from rowwise.parallel.row_file import RowFile
 from rowwise.parallel.torch_fsdp import (
@@ -138,9 +139,12 @@ def begin_pass(model: nn.Module) -> None:
         away.begin_pass()
 
 
-def begin_step(model: nn.Module) -> None:
-    """Says that a step of `model` begins: until `finish_backward` or `forget_forwards` its weights do not change."""
+def begin_step(model: nn.Module, first: int) -> None:
+    """Says that a step of `model` begins, with sequence `first` of the run on this rank: until `finish_backward` or
+    `forget_forwards` its weights do not change."""
     keep_copies(model, True)
+    for reduction in reductions_of(model):
+        reduction.begin_step(first)
 
 
 def begin_micro_batch(model: nn.Module, zero: int, last: bool) -> None:

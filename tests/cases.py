@@ -75,6 +75,8 @@ def _options() -> Iterable[Option]:
     yield Option("ulysses", "ulysses", ("parallel.ulysses=2",))
     for name in ("contiguous", "zigzag", "striped"):
         yield Option(f"ring={name}", "ring", ("parallel.ring=2", f"parallel.ring_order={name}"))
+    yield Option("qwz", "weights", ("parallel.quantize_gather=int8",))
+    yield Option("hpz", "copies", ("parallel.inner_shard=1",), ("parallel.zero=3",))
     for name in ("fp64", "fp32", "bf16", "fp16"):
         yield Option(name, "precision", (f"precision={name}",))
     yield Option("reduce=bf16", "reduction", ("precision.reduce=bf16",), ("precision=bf16",))
@@ -128,7 +130,7 @@ OPTIONS = {option.name: option for option in _options()}
 GROUPS = list(dict.fromkeys(option.group for option in OPTIONS.values()))
 NEAR = {"fp32", "bf16", "fp16", "reduce=bf16", "param_dtype"}  # with these, layouts differ by roundings
 LAYOUT = {  # groups of options that say how a run is carried out, which is nothing to its numbers
-    "ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring", "compilation", "loss",
+    "ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring", "copies", "compilation", "loss",
     "recomputation", "offloading", "states", "rows", "gradients", "in backward", "micro-batches", "another layout",
 }  # fmt: skip
 DRAWN = Path(__file__).with_name("cases.txt")

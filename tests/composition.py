@@ -113,7 +113,7 @@ def _grown(case: set[str], left: set[Pair], allowed: set[Pair], folder: Path, ch
 
 
 FAMILIES = {
-    "Layout": ("ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring"),
+    "Layout": ("ZeRO stage", "replicas", "pipeline", "gathering", "post-validation", "ulysses", "ring", "weights", "copies"),
     "Numbers": ("precision", "reduction", "parameters", "compilation", "in backward"),
     "Memory": ("loss", "recomputation", "compression", "offloading", "states", "rows", "gradients"),
     "Optimizer": ("optimizer", "low-rank states", "low-rank side", "assignment"),
@@ -137,7 +137,9 @@ run in `make test`, the others with `pytest --full`.
 `memory.offload_activations=FOLDER`, `states`, `rows` and `gradients` are what `memory.offload_states`, `memory.offload_params` and
 `memory.offload_gradients` say where they wait, on the `host` or in `files`, `accumulation` is several micro-batches a step, `assign`
 8-bit states for the embedding by `optim.assign`, `norms` is `log.norms_every`, `moved` a run that began on one process and went on on
-this layout; with `on_spike` one step is a spike. Not here: `sparsity.semi_structured`, which needs a GPU (`benchmarks/gpu.py`).
+this layout; with `on_spike` one step is a spike. `qwz` is `parallel.quantize_gather=int8`, `hpz` `parallel.inner_shard=1`.
+Not here: `sparsity.semi_structured`, which needs a GPU (`benchmarks/gpu.py`), and `parallel.quantize_reduce`, the one option that is
+another run on another layout ([quantised-messages.md](quantised-messages.md)).
 """
 RESUMED = {
     "fixed": "a checkpoint must agree in it",

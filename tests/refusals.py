@@ -432,6 +432,26 @@ REFUSED = {
         ],
         r"parallel.quantize_gather=int8 with memory.offload_params=cpu on one rank: .*quantize_gather=none, or parallel.shard above 1",
     ),
+    "gradients in other bits": (
+        ["parallel.quantize_reduce=int2"],
+        r"quantize_reduce='int2': .*'none', 'int8' or 'int4'",
+    ),
+    "gradients that are not split": (
+        ["parallel.quantize_reduce=int4", "parallel.zero=0"],
+        r"parallel.quantize_reduce=int4 with parallel.zero=0 over shard x ring x ulysses = 2: .*quantize_reduce=none",
+    ),
+    "gradients of one owner": (
+        ["parallel.quantize_reduce=int4", "parallel.shard=1", "parallel.replicate=2"],
+        r"parallel.quantize_reduce=int4 with parallel.zero=1 over shard x ring x ulysses = 1: .*over more ranks, or",
+    ),
+    "gradients rounded in 64 bits": (
+        ["parallel.quantize_reduce=int8", "precision=fp64"],
+        r"parallel.quantize_reduce=int8 with precision=fp64: .*give parallel.quantize_reduce=none, or precision=fp32, bf16 or fp16",
+    ),
+    "gradients rounded on DeepSpeed": (
+        ["parallel.quantize_reduce=int8", "parallel.backend=accelerate"],
+        r"parallel.quantize_reduce=int8 with parallel.backend=accelerate: .*give parallel.quantize_reduce=none, or",
+    ),
     "rounded on DeepSpeed": (
         ["parallel.quantize_gather=int8", "parallel.backend=accelerate"],
         r"parallel.quantize_gather=int8 with parallel.backend=accelerate: .*give parallel.quantize_gather=none, or parallel.backend",

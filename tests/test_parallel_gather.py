@@ -164,6 +164,8 @@ SHAPE = (
     "batch.global_size=8", "batch.micro_size=1", "steps=2",
 )  # fmt: skip
 INNER = "parallel.inner_shard=2"
+ONCE = ("precision.reduce=bf16", "batch.micro_size=2")  # one micro-batch, and sums in 16 bits, as the paper counts
+ALL = (*ONCE, INT8, INNER, "parallel.quantize_reduce=int4")
 COUNTED = [
     ("bf16", ()),
     ("bf16", (INT8,)),
@@ -172,16 +174,19 @@ COUNTED = [
     ("bf16", (INNER,)),
     ("bf16", (INT8, INNER)),
 ]
+COUNTED += [("bf16", ONCE), ("bf16", ALL)]
 BLOCK = 1 + 4 / 256  # bytes of a number in codes
 
 
 class Counted(NamedTuple):
-    """`held`: bytes of copies in the last backward; `parts`: those of each part that is gathered, padded; `coded`: as codes."""
+    """`held`: bytes of copies in the last backward; `parts`: those of each part that is gathered, padded; `coded`: as codes of 8 bits;
+    `summed`: as sums in codes of 4."""
 
     crossed: Crossed
     held: int
     parts: list[int]
     coded: list[int]
+    summed: list[int]
 
 
 def count_gathers(workers: Workers, configs: list[TrainConfig]) -> list[Counted]:
@@ -205,9 +210,11 @@ def count_on(mesh: Mesh, config: TrainConfig) -> Counted:
         update(step_input(config, 2, next(batches)))
     assert not any(g.copy is not None for g in gathers)
     dtype = compute_dtype(config.precision)
-    forms = [RowMessages(padded_shapes(module), dtype, 8) for module in sharded_parts([built.model])]
+    shapes = [padded_shapes(module) for module in sharded_parts([built.model])]
+    forms = [RowMessages(part, dtype, 8) for part in shapes]
     parts, coded = [4 * form.numbers * dtype.itemsize for form in forms], [4 * form.bytes for form in forms]
-    return Counted(crossed, max(held), parts, coded)
+    summed = [4 * RowMessages(part, torch.float32, 4).bytes for part in shapes]
+    return Counted(crossed, max(held), parts, coded, summed)
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +247,15 @@ def test_copies_take_gathers_off_the_outer_axis(counts):
     assert both.crossed.gathered_outside == sum(both.coded) == pytest.approx(weights * BLOCK / 2, rel=0.01)
     assert both.crossed.gathered_inside == copied.crossed.gathered_inside
     assert copied.held == both.held == weights // 2
+
+
+def test_all_three_move_a_quarter_over_the_outer_axis(counts):
+    """3 M, of two gathers and a reduction, become M / 2, nothing and M / 4, and the scales: what the paper counts for a machine, of
+    which each of two ranks sums a half between machines."""
+    plain, three = counts["bf16", ONCE], counts["bf16", ALL]
+    weights = sum(plain.parts)
+    assert (plain.crossed.gathered_outside, plain.crossed.reduced_outside) == (2 * weights - plain.parts[-1], weights)
+    gathered, reduced = three.crossed.gathered_outside, 2 * three.crossed.reduced_outside
+    assert gathered == sum(three.coded) == pytest.approx(weights * (1 / 2 + 2 / 256), rel=0.01)
+    assert reduced == sum(three.summed) == pytest.approx(weights * (1 / 4 + 2 / 256), rel=0.03)  # vectors are whole
+    assert 3.8 < 3 * weights / (gathered + reduced) < 3.9

@@ -17,6 +17,7 @@ from rowwise.parallel.config import TIMEOUT, resolve_degrees
 from rowwise.parallel.gather import GATHERED
 from rowwise.parallel.pipeline_schedule.cut import check_stages
 from rowwise.parallel.precision import BF16_PARAMETERS, LOSS_SCALE
+from rowwise.parallel.reduce import REDUCED
 from rowwise.parallel.sequence import HEADS
 from rowwise.trainer.activations import OWN_LAYERS
 from rowwise.trainer.config import FOLDER, LENGTH, LINES, TrainConfig, tree_of
@@ -47,6 +48,7 @@ COMPOSED: Refusals = (
     *SHARED_CODES,
     *RANGES_OF_CODES,
     *GATHERED,
+    *REDUCED,
     *PROFILE,
 )
 

@@ -75,7 +75,7 @@ class WholeModel:
     def forward_backward(self, batches: list[MicroBatch], scale: float | Tensor, trace: Trace | None = None) -> Tensor:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         begin_pass(self.model)
-        begin_step(self.model)
+        begin_step(self.model, batches[0].first)
         for number, batch in enumerate(batches, 1):
             begin_micro_batch(self.model, self.zero, last=number == len(batches))
             begin_sequences(self.model, batch.first)

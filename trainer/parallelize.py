@@ -14,6 +14,7 @@ from rowwise.parallel.device import device_of
 from rowwise.parallel.gather import gather_by
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype, master_dtype
+from rowwise.parallel.reduce import reduce_by
 from rowwise.parallel.replicate import replicate_model
 from rowwise.parallel.row_file import RowFile
 from rowwise.parallel.shard import (
@@ -68,7 +69,9 @@ def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh)
         materialize(model, mesh.device, initial_rows(config))
     for stage in stages:
         if split:
-            gather_by(stage, sharded_parts([stage]), config.parallel, mesh)
+            parts = sharded_parts([stage])
+            gather_by(stage, parts, config.parallel, mesh)
+            reduce_by(stage, parts, config.parallel, config.seed, mesh)
         elif not config.optim.in_backward:
             replicate_model(stage, mesh)
     # Messages between stages, and masks, are of parameters that have their numbers.

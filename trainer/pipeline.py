@@ -22,6 +22,7 @@ from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.parallel.pipeline import Forward, Pipeline, Step, Trace
 from rowwise.parallel.pipeline_schedule.order import Schedule, write_csv
 from rowwise.parallel.pipeline_schedule.trace import align, write_trace
+from rowwise.parallel.shard import begin_step
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.measure import measure_parts, read_part_times
@@ -83,6 +84,8 @@ class PipelineStages:
         """Makes the first forwards of these micro-batches, as many as need no gradient."""
         here = [batch.to(self._device) for batch in batches]
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for decoder in self._model.decoders.values():
+            begin_step(decoder, batches[0].first)
 
         def loss(last: Last, i: int) -> Tensor:
             total, tokens, _ = last(Target(here[i].labels))

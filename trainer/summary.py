@@ -26,6 +26,11 @@ def layout_in_words(parallel: ParallelConfig, world_size: int, device: str) -> s
     return f"{world_size} x {device}" + (f": {', '.join(parts)}" if parts else "")
 
 
+def rounded_in_words(parallel: ParallelConfig) -> str:
+    """Says what of a run depends on its layout."""
+    return f"gradients in {parallel.quantize_reduce}, rounded at random: right on the mean, and another run on another layout"
+
+
 def batch_in_words(config: TrainConfig) -> str:
     """Says how many tokens a step has, and how they come about."""
     batch, ranks = config.batch, config.parallel.data_degree
@@ -42,8 +47,8 @@ def length_in_words(config: TrainConfig, epochs: float) -> str:
 
 
 def header(config: TrainConfig, world_size: int, device: str, data: str, epochs: float, state_bytes: int) -> list[str]:
-    """Returns the run in six lines; `config` must be resolved. `data`: what it reads, in words, and `epochs` how often;
-    `state_bytes`: what the optimizer keeps, over all ranks."""
+    """Returns the run in six lines, and one more where it is another on another layout; `config` must be resolved. `data`: what it
+    reads, in words, and `epochs` how often; `state_bytes`: what the optimizer keeps, over all ranks."""
     model, (parameters, _) = config.model, parameter_count(config.model)
     shape = f"{model.layers} layers of width {model.dim}"
     return [
@@ -54,6 +59,11 @@ def header(config: TrainConfig, world_size: int, device: str, data: str, epochs:
             "numbers",
             f"precision {config.precision.name}; {config.optim.name} keeps {state_bytes / parameters:.2f} bytes a parameter, "
             f"{byte_count(state_bytes)}",
+        ),
+        *(
+            [labelled("messages", rounded_in_words(config.parallel))]
+            if config.parallel.quantize_reduce != "none"
+            else []
         ),
         labelled("data", f"{data}; {length_in_words(config, epochs)}"),
         labelled("files", f"{config.run_dir} (train.log, parameters.txt)"),

@@ -101,6 +101,12 @@ ACCELERATED: Refusals = (
         "parallel.quantize_gather=none",
     ),
     _only(
+        "parallel.quantize_reduce",
+        lambda run: run.parallel.quantize_reduce != "none",
+        "its engine sums by itself (DeepSpeed in 4 bits by parallel.deepspeed.qgz=true)",
+        "parallel.quantize_reduce=none",
+    ),
+    _only(
         "parallel.inner_shard",
         lambda run: run.parallel.inner_shard,
         "its engine gathers by itself (DeepSpeed from a copy by parallel.deepspeed.hpz)",

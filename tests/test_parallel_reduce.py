@@ -1,0 +1,170 @@
+"""Gradients summed in codes: unbiased, within their bound, as many bytes as the formulas say, and runs that go on as if they had never
+stopped. (Laws 3 and 4.)"""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from messages import Crossed, crossings
+from parity import TOLERANCE, relative_error, run_together, small_config, with_layout
+from rowwise.kernels.row_codes import WIDTH
+from rowwise.parallel.config import ParallelConfig, resolve_degrees
+from rowwise.parallel.mesh import Workers, make_mesh
+from rowwise.parallel.reduce import BITS, Reduce, _key
+from rowwise.parallel.row_messages import RowMessages
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.summary import header
+from runs import assert_resumes_to_the_last_bit
+
+SHAPES = [torch.Size(shape) for shape in ((2, 300), (5,), (1, 31))]
+NUMBERS = sum(shape.numel() for shape in SHAPES)
+DRAWS = 120
+
+
+class Reduced(NamedTuple):
+    """What one rank got: the exact sum of its slice, the mean and variance of draws, the bound on each element and on its variance;
+    whether every draw was within it, and is drawn again where it should."""
+
+    exact: Tensor
+    mean: Tensor
+    variance: Tensor
+    bound: Tensor
+    most: Tensor
+    within: bool
+    repeated: bool
+    crossed: Crossed
+
+
+def gradient(rank: int, world: int) -> Tensor:
+    """The gradient (W, n) of a rank: of other sizes on each."""
+    return torch.randn(world, NUMBERS, generator=torch.Generator().manual_seed(rank)) * (1 + rank)
+
+
+def reduce_often(workers: Workers, form: str, inner: int) -> Reduced:
+    mesh = make_mesh(resolve_degrees(ParallelConfig(zero=3, inner_shard=inner), workers.world_size), workers)
+    world, group = workers.world_size, mesh.states["shard"].get_group()
+    key_of = functools.partial(_key, 3, f"reduce/{workers.rank}/0")
+    reduction, q = Reduce(SHAPES, BITS[form], mesh.levels, key_of), 2 ** (BITS[form] - 1) - 1
+    flat = gradient(workers.rank, world).view(-1)
+    draws = []
+    for first in range(DRAWS):
+        reduction.begin_step(first)
+        out = torch.empty(NUMBERS)
+        with crossings(max(inner, 1)) as crossed:
+            reduction(out, flat, group, dist.ReduceOp.SUM)
+        draws.append(out)
+    reduction.begin_step(0)
+    again, second = torch.empty(NUMBERS), torch.empty(NUMBERS)
+    reduction(again, flat, group, dist.ReduceOp.SUM)
+    reduction(second, flat, group, dist.ReduceOp.SUM)
+    repeated = torch.equal(again, draws[0]) and not torch.equal(second, again)
+    every = torch.stack([gradient(rank, world)[workers.rank] for rank in range(world)]).double()
+    scales = torch.stack([worth(one, q) for one in every])
+    bound, most = scales.sum(0), scales.square().sum(0) / 4
+    if inner:
+        # A machine's sum is not far from the exact one, which its rounding is bounded by.
+        sums = every.view(world // inner, inner, -1).sum(1)
+        outer = torch.stack([worth(one.abs() + worst, q) for one, worst in
+                             zip(sums, scales.view(world // inner, inner, -1).sum(1), strict=True)])  # fmt: skip
+        bound, most = bound + outer.sum(0), most + outer.square().sum(0) / 4
+    drawn = torch.stack(draws).double()
+    within = bool(((drawn - every.sum(0)).abs() <= bound * (1 + 1e-5) + 1e-5).all())
+    return Reduced(every.sum(0), drawn.mean(0), drawn.var(0), bound, most, within, repeated, crossed)
+
+
+def worth(slice_: Tensor, q: int) -> Tensor:
+    """Of each number (n) the worth of a code of its block; 0 in vectors."""
+    found = torch.zeros_like(slice_)
+    start = 0
+    for shape in SHAPES:
+        x, scale = slice_[start : start + shape.numel()].view(shape), found[start : start + shape.numel()].view(shape)
+        for c in range(0, shape[-1], WIDTH) if len(shape) == 2 else ():
+            scale[:, c : c + WIDTH] = x[:, c : c + WIDTH].abs().amax(1, keepdim=True) / q
+        start += shape.numel()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("form", "world", "inner"),
+    [
+        ("int4", 4, 2),
+        ("int8", 3, 0),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (("int8", 4, 2), ("int4", 3, 0))),
+    ],
+)
+def test_sums_are_right_on_the_mean_and_within_their_bound(ranks, form, world, inner):
+    for reduced in ranks.run(reduce_often, world, form, inner):
+        assert reduced.within and reduced.repeated
+        deviation = (reduced.variance / DRAWS).sqrt()
+        error = (reduced.mean - reduced.exact).abs()
+        rounding = reduced.bound * 2.0**-15 + 1e-6 * reduced.exact.abs().max()  # of the bits drawn, and of float32
+        # 5 sigma of each number, as the draws measure it, which may be a tenth less than it is; and of their sum.
+        assert (error <= 5.5 * deviation + rounding).all()
+        assert abs((reduced.mean - reduced.exact).sum()) <= 5 * deviation.square().sum().sqrt() + rounding.sum()
+        assert (reduced.variance <= reduced.most * 1.6 + 1e-9).all()
+        assert reduced.variance[600:605].max() < 1e-9 and reduced.variance[:600].median() > 0
+        message = RowMessages(SHAPES, torch.float32, BITS[form]).bytes
+        if inner:
+            assert reduced.crossed.reduced_inside == 4 * message and reduced.crossed.reduced_outside == 2 * message
+        else:
+            assert reduced.crossed.reduced_outside == 3 * message
+
+
+RUNS = {
+    "zero 3, two levels": (
+        4,
+        {"zero": 3},
+        ("precision=bf16", "parallel.inner_shard=2", "parallel.quantize_gather=int8"),
+    ),
+    "replicas": (4, {"zero": 2, "replicate": 2}, ()),
+    "pipeline": (4, {"zero": 1, "pipeline": 2}, ("parallel.pipeline_schedule=zb_h1", "parallel.post_validation=true")),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name != "replicas" else pytest.param(name, marks=pytest.mark.full) for name in RUNS]
+)
+def test_a_run_goes_on_to_the_last_bit(ranks, tmp_path, name):
+    world, degrees, options = RUNS[name]
+    config = small_config(
+        tmp_path, "precision=fp32", "parallel.quantize_reduce=int4", "steps=4", "checkpoint.every=2", "batch.micro_size=3",
+        *options,
+    )  # fmt: skip
+    assert_resumes_to_the_last_bit(ranks, world, with_layout(config, world, **degrees), tmp_path, stop_at=3)
+
+
+def test_a_step_is_that_of_exact_sums_but_for_what_rounding_bounds(ranks, tmp_path):
+    """Where each micro-batch is summed by itself, and where ranks of a pipeline sum once; a code of int8 is worth 18 times less."""
+    shared = ("precision=fp32", "clip_norm=0")
+    configs: dict[tuple[str, str], TrainConfig] = {}
+    for place, degrees, inner in (("zero 3", {"zero": 3}, 2), ("pipeline", {"zero": 2, "pipeline": 2}, 1)):
+        for form in ("none", "int8", "int4"):
+            inner_shard = f"parallel.inner_shard={inner}" if degrees["zero"] == 3 else "parallel.inner_shard=0"
+            config = small_config(tmp_path, *shared, f"parallel.quantize_reduce={form}", inner_shard)
+            configs[place, form] = with_layout(config, 4, **degrees)
+    traces = {key: every[0] for key, every in run_together(ranks, configs, 1).items()}
+    for place in ("zero 3", "pipeline"):
+        exact = traces[place, "none"]
+        errors = {}
+        for form in ("int8", "int4"):
+            drawn = traces[place, form]
+            assert drawn.losses == exact.losses
+            pairs = [(drawn.gradients[0][name], g) for name, g in exact.gradients[0].items()]
+            errors[form] = max(relative_error(ours, theirs) for ours, theirs in pairs if theirs.ndim == 2)
+            # What vectors are the sum of crosses as it is.
+            assert all(relative_error(ours, theirs) < 1e-5 for ours, theirs in pairs if theirs.ndim == 1)
+        # Each of two micro-batches, of up to four ranks and two machines, errs by less than 1 / q of what it has.
+        assert TOLERANCE < errors["int8"] < 0.1 and 8 < errors["int4"] / errors["int8"] < 30
+
+
+def test_it_is_said_as_a_run_begins(tmp_path):
+    config = with_layout(small_config(tmp_path, "precision=fp32", "parallel.quantize_reduce=int4"), 2, zero=1)
+    lines = header(config, 2, "cpu", "tokens", 1.0, 0)
+    assert any("gradients in int4, rounded at random: " in line and "another layout" in line for line in lines)
+    plain = with_layout(small_config(Path(tmp_path), "precision=fp32"), 2, zero=1)
+    assert len(header(plain, 2, "cpu", "tokens", 1.0, 0)) == len(lines) - 1
