@@ -13,9 +13,10 @@
 (torchao's whole optimizer needs a GPU. Its states have 16 bits where parameters have.)
 
 All step the same matrices with the same gradients, first of 32 bits, then of 16, each with its own states, in turns: a round times
-one step of each, so that a machine whose speed drifts slows all alike, and ratios are taken round by round. Each number of threads
-has a process of its own, since DeepSpeed's OpenMP reads it once. `bytes`: what a step must read and write; beside the bytes
-a second that it reaches stands what a copy of a GiB reaches in the same round.
+one step of each, so that a machine whose speed drifts slows all alike, and ratios are taken round by round. Each number of
+threads has a process of its own, since DeepSpeed's OpenMP reads it once. Beside the seconds stand the processor's, of all
+threads: where others compute too, those and the ratios of them tell more, of one thread. `bytes`: what a step must read and write;
+beside the bytes a second that it reaches stands what a copy of a GiB reaches in the same rounds.
 """
 
 import argparse
@@ -48,6 +49,7 @@ RULES = {
 PEERS = ("DeepSpeed", "torchao")
 SHAPE = (2048, 4096)
 PLAIN_ROUNDS = 3  # of the slow ones
+Taken = tuple[float, float]  # seconds, and the processor's
 
 
 def matrices(count: int, dtype: torch.dtype) -> list[nn.Parameter]:
@@ -106,84 +108,81 @@ def race(dtype: torch.dtype, count: int, rounds: int) -> dict[str, Any]:
     params = matrices(count, dtype)
     optimizers = {name: peer(name, params) for name in PEERS} | {rule: [ours(rule, params)] for rule in RULES}
     steps = {name: stepper(some) for name, some in optimizers.items()}
-    slow = [rule for rule in RULES if rule.endswith("8bit") or dtype == torch.bfloat16]
+    slow = [rule for rule in RULES if rule != "adamw" or dtype == torch.bfloat16]
     steps |= {f"{rule}, plain": plainly(steps[rule]) for rule in slow}
     source = torch.ones(1 << 30, dtype=torch.uint8)
     target = torch.empty_like(source).fill_(1)
-    seconds: dict[str, list[float]] = {name: [] for name in [*steps, "copy"]}
+    taken: dict[str, list[Taken]] = {name: [] for name in ["copy", *steps]}
     for name in optimizers:
         steps[name]()  # compiles, and makes states
     for number in range(rounds):
-        seconds["copy"].append(seconds_of(lambda: target.copy_(source)))
+        taken["copy"].append(timed(lambda: target.copy_(source)))
         for name in [name for name in steps if number < PLAIN_ROUNDS or "plain" not in name]:
-            seconds[name].append(seconds_of(steps[name]))
+            taken[name].append(timed(steps[name]))
     moved = {name: moved_bytes(params, optimizers[name.partition(",")[0]]) for name in steps} | {"copy": 2 << 30}
-    figures = {name: figure(taken, moved[name], count) for name, taken in seconds.items()}
+    figures = {name: figure(times, moved[name], count) for name, times in taken.items()}
     others = [*PEERS, *(name for name in steps if "plain" in name)]
-    faster = {rule: {other: ratio(seconds[other], seconds[rule]) for other in others} for rule in RULES}
+    faster = {rule: {other: ratios(taken[other], taken[rule]) for other in others} for rule in RULES}
     return {"contestants": figures, "times_faster_than": faster}
 
 
-def seconds_of(step: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+def timed(step: Callable[[], Any]) -> Taken:
+    """Seconds that passed, and those that processors computed for all threads of this process."""
+    begun, computed = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, time.process_time() - computed
 
 
-def figure(seconds: list[float], moved: int, count: int) -> dict[str, Any]:
-    taken = spread(seconds)
-    per_second = moved / taken["median"]
+def figure(times: list[Taken], moved: int, count: int) -> dict[str, Any]:
+    seconds, computed = (spread(list(each)) for each in zip(*times, strict=True))
     elements = count * SHAPE[0] * SHAPE[1]
-    return {"seconds": taken, "nanoseconds_per_parameter": 1e9 * taken["median"] / elements, "bytes": moved,
-            "bytes_per_second": per_second}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "processor_seconds": computed,
+        "nanoseconds_per_parameter": 1e9 * seconds["median"] / elements,
+        "processor_nanoseconds_per_parameter": 1e9 * computed["median"] / elements,
+        "bytes": moved,
+        "bytes_per_second": moved / seconds["median"],
+    }
 
 
-def ratio(slow: list[float], fast: list[float]) -> dict[str, Any]:
-    return spread([a / b for a, b in zip(slow, fast, strict=False)])
+def ratios(slow: list[Taken], fast: list[Taken]) -> dict[str, Any]:
+    """Round by round, of the seconds and of the processor's."""
+    pairs = list(zip(slow, fast, strict=False))
+    kinds = ("seconds", "processor_seconds")
+    return {kind: spread([a[i] / b[i] for a, b in pairs]) for i, kind in enumerate(kinds)}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """What the record holds: a process for each number of threads, one after the other."""
-    found = {}
+    one = [sys.executable, __file__, "--one", "--matrices", str(options.matrices), "--rounds", str(options.rounds)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja, with which DeepSpeed compiles
+    alone = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PATH": path}
+    found, loads = {}, [os.getloadavg()[0]]
     for threads in options.threads:
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # ninja, for DeepSpeed
-        command = [
-            sys.executable,
-            __file__,
-            "--one",
-            "--matrices",
-            str(options.matrices),
-            "--rounds",
-            str(options.rounds),
-        ]
-        said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        environment = os.environ | alone | {"OMP_NUM_THREADS": str(threads)}
+        said = subprocess.run(one, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
         found[threads] = json.loads(said.splitlines()[-1])
+        loads.append(os.getloadavg()[0])
     parameters = options.matrices * SHAPE[0] * SHAPE[1]
-    return {"setting": {**vars(options), "parameters": parameters, "load": os.getloadavg()}, "threads": found}
+    return {"setting": {**vars(options), "parameters": parameters, "loads": loads}, "threads": found}
 
 
 def rows(found: dict[str, Any]) -> Iterator[str]:
     """The tables, line by line."""
     for threads, races in found["threads"].items():
         for dtype, result in races.items():
-            yield f"\n{threads} threads, parameters and gradients {dtype}\n"
-            yield (
-                "| contestant | ms | ns a parameter | GB/s | "
-                + " | ".join(f"x faster than {p}" for p in PEERS)
-                + " | than plain |"
-            )
-            yield "|---" * (5 + len(PEERS)) + "|"
+            yield f"\n{threads} threads, parameters and gradients {dtype}; ratios of seconds, of processor seconds\n"
+            heads = [*(f"x faster than {peer}" for peer in PEERS), "than plain"]
+            yield f"| contestant | ms | ns a parameter | of a processor | GB/s | {' | '.join(heads)} |"
+            yield "|---" * 8 + "|"
             for name, row in result["contestants"].items():
                 faster = result["times_faster_than"].get(name, {})
-                ratios = [faster.get(other, {}).get("median") for other in (*PEERS, f"{name}, plain")]
+                medians = [[kind["median"] for kind in faster.get(other, {}).values()]
+                           for other in (*PEERS, f"{name}, plain")]  # fmt: skip
                 cells = [name, f"{row['seconds']['median'] * 1e3:,.0f}", f"{row['nanoseconds_per_parameter']:.2f}",
-                         f"{row['bytes_per_second'] / 1e9:.1f}", *(f"{x:.2f}" if x else "" for x in ratios)]  # fmt: skip
+                         f"{row['processor_nanoseconds_per_parameter']:.2f}", f"{row['bytes_per_second'] / 1e9:.1f}",
+                         *(", ".join(f"{median:.2f}" for median in pair) for pair in medians)]  # fmt: skip
                 yield f"| {' | '.join(cells)} |"
 
 
