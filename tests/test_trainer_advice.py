@@ -10,6 +10,7 @@ import torch
 from parity import small_config, with_layout
 from rowwise.launch.compose import compose_tree
 from rowwise.optim.rates import rate_of_size
+from rowwise.trainer import advice
 from rowwise.trainer.advice import matrix_sizes, warnings
 from rowwise.trainer.config import config_from_tree, tree_of
 from rowwise.trainer.data.open import open_data
@@ -193,3 +194,27 @@ def test_a_resumed_run_says_what_changed_before_its_first_step(ranks, tmp_path):
     ranks.run(run_said, 1, with_layout(small_config(tmp_path, *base, "steps=2"), 1))
     (said,) = ranks.run(run_said, 1, with_layout(small_config(tmp_path, *base, "steps=4", "log_every=1"), 1))
     assert said.index("changed since: steps 2 -> 4, log_every 1000 -> 1") < said.index("step 3/4")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["optim=adamw8bit"], True),
+        (["optim=lion"], True),
+        (["precision=bf16", "optim.param_dtype=bf16"], True),
+        (["optim=adamw8bit", "precision=fp64"], False),
+        ([], False),  # torch's own operator
+    ],
+)
+def test_a_step_on_the_host_without_numba_is_told_of(overrides, told, monkeypatch):
+    monkeypatch.setattr(advice, "host_kernels", lambda: "numba is not there: pip install 'rowwise[host]'")
+    given = config("memory.offload_states=cpu", *overrides)
+    found = [line for line in said(given, GPU) if "numba" in line]
+    assert len(found) == told
+    if told:
+        assert found[0].startswith(
+            "warning: memory.offload_states=cpu steps on the host in plain torch, for numba is not there"
+        )
+    assert not any("numba" in line for line in said(config(*overrides), GPU))
+    monkeypatch.setattr(advice, "host_kernels", lambda: None)
+    assert not any("numba" in line for line in said(given, GPU))
