@@ -40,7 +40,7 @@ from rowwise.trainer.models.decoder import parameter_count, parameter_specs
 from rowwise.trainer.models.huggingface import write_folder
 
 CGROUPS = Path("/sys/fs/cgroup")
-STEPS = 3
+STEPS = 2
 VOCABULARY = 8192
 SHAPE = {"dim": 2048, "heads": 16, "kv_heads": 16, "ffn_dim": 5632, "vocab_size": VOCABULARY}
 
@@ -112,7 +112,7 @@ def run(words: list[str], limit: int | None, folder: Path) -> dict[str, Any]:
         found = {
             "ended": "well"
             if not process.returncode
-            else next((line.strip() for line in said if "failed" in line), "badly"),
+            else next((line.strip(" ─\n") for line in said if "killed" in line or "failed" in line), "badly"),
             "losses": [record["loss"] for record in records if "loss" in record],
             "norms": [record["grad_norm"] for record in records if "loss" in record],
             "step_seconds": [record["step_seconds"] for record in records if "loss" in record],

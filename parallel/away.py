@@ -8,6 +8,8 @@ Whatever else reads or writes rows does so through the mapping of their file. By
 files, two blocks of parameters that are read and two of gradients that are written. Messages are FSDP2's.
 """
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from rowwise.parallel.torch_fsdp import fsdp_params, lay_rows, read_rows_by
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
+M_MMAP_THRESHOLD = -3  # as glibc's malloc.h numbers it
 PORTION = 4 << 20  # numbers of a parameter that are made, or scaled, at a time where they lie in a file
 Fill = Callable[[str, Tensor, int, int], None]
 _HANDLE = "rows_away"
@@ -59,6 +62,7 @@ class RowsAway:
         blocks = [[lay_rows(p, room) for p in fsdp_params(module)] for module in modules]
         self._reads: ReadAhead | None = None
         if files.params is not None:
+            give_memory_back()
             self._reads = ReadAhead(files.params, blocks)
             for block, module in enumerate(modules):
                 read_rows_by(module, partial(self._reads.rows, block))
@@ -139,6 +143,13 @@ class GradientRows:
 def away_of(model: nn.Module) -> RowsAway | None:
     """Returns what holds the rows of a model off its device; None where they are on it."""
     return getattr(model, _HANDLE, None)
+
+
+def give_memory_back() -> None:
+    """Has glibc, for as long as the process lives, give memory of a tensor of a megabyte or more back to the system once it is let go
+    of. By itself it learns to keep what is below 32 MB, between other things: of a model in files several times what is in use."""
+    with contextlib.suppress(OSError, AttributeError):  # another library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def host_room(device: torch.device, pinned: bool, shape: torch.Size, dtype: torch.dtype) -> Tensor:
