@@ -70,7 +70,7 @@ COMPAT := .venv-compat
 COMPAT_TORCH := 2.11.0
 COMPAT_TESTS := tests/test_kernels_attention.py tests/test_launch_rendezvous_backend.py tests/test_optim_adamw.py tests/test_parallel_lanes.py \
 	tests/test_parallel_state_bytes.py tests/test_trainer_metadata.py tests/test_trainer_staging.py \
-	tests/test_launch_export_forms.py tests/test_trainer_pipeline.py tests/test_parallel_away.py
+	tests/test_launch_export_forms.py tests/test_trainer_pipeline.py tests/test_parallel_away.py tests/test_parallel_gather.py tests/test_parallel_reduce.py
 COMPAT_NAMES := not launch_export_forms and not trainer_pipeline or semi_structured or 16_bit
 
 $(COMPAT)/.ready: pyproject.toml constraints.txt

@@ -78,6 +78,10 @@ CASES = {
 }  # fmt: skip
 
 
+# Those for which others stand: what they have is in another case together with more.
+FULL = ("one process", "copies", "copies, replicas", "copies of codes, pipeline", "zero 2")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("gather")
@@ -89,15 +93,18 @@ def plain(folder: Path, *overrides: str) -> Trace:
 
 
 @pytest.fixture(scope="module")
-def traces(ranks, folder) -> dict[str, list[Trace]]:
+def traces(ranks, folder, full) -> dict[str, list[Trace]]:
     configs = {
         name: with_layout(small_config(folder, *own, *both), world, **degrees)
         for name, (world, degrees, own, both) in CASES.items()
+        if full or name not in FULL
     }
     return run_together(ranks, configs, STEPS)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in CASES]
+)
 def test_steps_equal_those_of_one_process(traces, folder, name):
     _, _, own, both = CASES[name]
     reference = plain(folder, *both)

@@ -23,8 +23,8 @@ WORDS = (
     Word("ddp", "parallel.zero=0", "nothing is split over ranks"),
     Word("deepspeed deepspeed_config", "parallel.backend=accelerate parallel.accelerate_config={value}",
          "DeepSpeed's own engine, whose JSON may add to the run; parallel.zero=1, 2 or 3 splits the same without it"),
-    Word("zero_hpz_partition_size", "parallel.backend=accelerate parallel.zero=3 parallel.deepspeed.hpz={value}",
-         "ranks among which a second copy of the parameters is split"),
+    Word("zero_hpz_partition_size", "parallel.zero=3 parallel.inner_shard={value}",
+         "ranks among which a second copy of the parameters is split; on DeepSpeed parallel.deepspeed.hpz"),
     Word("strategy distributed_type", "parallel.zero=N", "what is split over ranks: 0 nothing (DDP), 1, 2, or 3 (FSDP)",
          {"ddp": "parallel.zero=0", "fsdp": "parallel.zero=3", "fsdp2": "parallel.zero=3",
           "deepspeed_stage_1": "parallel.zero=1", "deepspeed_stage_2": "parallel.zero=2",
@@ -85,8 +85,10 @@ WORDS = (
          "contiguous_gradients reduce_scatter stage3_prefetch_bucket_size stage3_max_live_parameters "
          "zero_optimization.stage3_param_persistence_threshold ddp_find_unused_parameters find_unused_parameters "
          "sync_module_states use_orig_params", means="messages overlap with the computation by themselves; leave it out"),
-    Word("zero_quantized_weights zero_quantized_gradients",
-         means="what ranks send each other is not rounded, so that a run is the same on every layout"),
+    Word("zero_quantized_weights", "parallel.quantize_gather=int8", "weights cross in 8 bits, the same on every layout",
+         switch("parallel.quantize_gather=int8", "parallel.quantize_gather=none")),
+    Word("zero_quantized_gradients", "parallel.quantize_reduce=int4", "gradients cross in 4 bits, another run on another layout",
+         switch("parallel.quantize_reduce=int4", "parallel.quantize_reduce=none")),
     Word("nproc_per_node num_gpus devices gpus n_gpu num_processes ngpu num_gpus_per_node world_size", "nproc={value}",
          "workers a machine; null: one a GPU"),
     Word("nnodes num_nodes num_machines nodes", "--nodes {value}", "an option of `rowwise train`; --rendezvous HOST:PORT too"),
