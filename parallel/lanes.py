@@ -51,18 +51,25 @@ def connects_late(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def connect(groups: Iterable[dist.ProcessGroup], ring: Axis | None, ulysses: Axis | None, device: torch.device) -> None:
+def connect(
+    groups: Iterable[dist.ProcessGroup],
+    ring: Axis | None,
+    ulysses: Axis | None,
+    device: torch.device,
+    exchanging: Iterable[dist.ProcessGroup] = (),
+) -> None:
     """Lets ranks that connect late do so, as messages will go: sums and gathers in each group and axis, a block round the ring,
-    an all-to-all. All ranks must give their groups in one order. A few numbers cross each axis."""
+    an all-to-all there and in those that are `exchanging`. All ranks must give their groups in one order. A few numbers cross each
+    axis."""
     if not connects_late(device):
         return
     for group in [*groups, *(axis.group for axis in (ring, ulysses) if axis is not None)]:
         one = torch.zeros(1, device=device)
         dist.all_reduce(one, group=group)
         dist.all_gather([torch.empty_like(one) for _ in range(group.size())], one, group=group)
-    if ulysses is not None:
-        parts = torch.zeros(ulysses.size, device=device)
-        dist.all_to_all_single(torch.empty_like(parts), parts, group=ulysses.group)
+    for group in [*([] if ulysses is None else [ulysses.group]), *exchanging]:
+        parts = torch.zeros(group.size(), device=device)
+        dist.all_to_all_single(torch.empty_like(parts), parts, group=group)
     if ring is not None and ring.size > 1:
         sent, came = torch.zeros(2, 1, device=device)
         after, before = (ring.ranks[(ring.rank + step) % ring.size] for step in (1, -1))

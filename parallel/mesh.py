@@ -160,7 +160,8 @@ def make_mesh(config: ParallelConfig, workers: Workers) -> Mesh:
     torch_c10d.bound_waits(timeout)
     ring, ulysses = (None, None) if sequence is None else (sequence.ring, sequence.ulysses)
     within = [] if levels is None else [levels.inner.group, levels.outer.group]
-    connect([torch_c10d.default_group(), *axes.get_all_groups(), *within], ring, ulysses, device)
+    exchanging = within or [axes.get_group("shard")] if config.quantize_reduce != "none" else []
+    connect([torch_c10d.default_group(), *axes.get_all_groups(), *within], ring, ulysses, device, exchanging)
     if pipeline is not None:
         pipeline = replace(pipeline, lanes=open_lanes(pipeline, neighbours(pipeline.size), device))
     return Mesh(

@@ -56,6 +56,7 @@ LAYOUTS = [
     (2, {"zero": 0}, ()),
     (4, {"replicate": 2, "zero": 3}, ()),
     (4, {"ulysses": 2, "ring": 2, "zero": 2}, ()),
+    (4, {"zero": 3, "inner_shard": 2, "quantize_reduce": "int4"}, ("precision=fp32",)),
     (4, {"pipeline": 2, "zero": 3, "pipeline_schedule": "zb_v", "virtual_stages": 2}, TIED),
     (4, {"pipeline": 4}, TIED),
     (4, {"pipeline": 2, "ulysses": 2, "pipeline_schedule": "interleaved_1f1b", "virtual_stages": 2}, TIED),

@@ -51,6 +51,7 @@ LAYOUTS = [
     (4, {"replicate": 2, "zero": 3}, ("optim=adafactor", "optim.lr=0.01")),
     *((2, {"ring": 2, "ring_order": order}, ()) for order in ("contiguous", "zigzag", "striped")),
     (4, {"ulysses": 2, "ring": 2, "zero": 3}, ()),
+    (4, {"zero": 3, "quantize_gather": "int8", "inner_shard": 2}, ()),
     *((2, PIPELINED | {"pipeline_schedule": name}, TIED) for name in ("gpipe", "1f1b", "zb_h1", "zb_h2")),
     (2, PIPELINED | {"pipeline_schedule": "interleaved_1f1b", "virtual_stages": 2}, ()),
     (4, PIPELINED | {"pipeline_schedule": "zb_v", "virtual_stages": 2, "zero": 3}, TIED),
