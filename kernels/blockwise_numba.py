@@ -5,7 +5,7 @@ from llvmlite import ir
 from numba import types
 
 from rowwise.kernels.blockwise import code_book, code_table
-from rowwise.kernels.host_numba import INT, in_registers, inlined
+from rowwise.kernels.host_numba import INT, array, in_registers, inlined
 
 SMALLEST = np.float32(2.0**-149)
 INDEX = ir.IntType(64)
@@ -14,7 +14,7 @@ Book = tuple[np.ndarray, np.ndarray]
 
 def books(signed: bool) -> Book:
     """Returns the numbers behind the codes, and the table that codes are looked up in."""
-    return code_book(signed).numpy(), code_table(signed).numpy()
+    return array(code_book(signed), np.float32), array(code_table(signed), np.int32)
 
 
 @in_registers(types.int32, types.float32)

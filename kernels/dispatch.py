@@ -25,10 +25,14 @@ def use_triton(device: torch.device) -> bool:
 def use_numba(changed: Sequence[Tensor]) -> bool:
     """Says whether a kernel that changes these tensors, all of one dtype, runs as compiled by numba: on the host, not in 64 bits.
     Both forms give the same numbers, so that ranks which hold more or fewer rows may differ in it."""
-    if not changed or changed[0].device.type != "cpu" or changed[0].dtype == torch.float64 or not _is_free():
+    if not changed or changed[0].device.type != "cpu" or changed[0].dtype == torch.float64:
         return False
-    enough = sum(t.numel() for t in changed) >= WORTH_NUMBA and all(t.is_contiguous() for t in changed)
-    return enough and host_kernels() is None
+    return all(t.is_contiguous() for t in changed) and is_compiled(sum(t.numel() for t in changed))
+
+
+def is_compiled(count: int) -> bool:
+    """Says whether a kernel on so many numbers on the host, contiguous and not of 64 bits, runs as compiled by numba."""
+    return _is_free() and count >= WORTH_NUMBA and host_kernels() is None
 
 
 @functools.cache

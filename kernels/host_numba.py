@@ -7,6 +7,7 @@ else: just where torch's own operators are on processors with AVX2.
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
@@ -61,18 +62,27 @@ def _cache_folder() -> Iterator[None]:
         config.CACHE_DIR = given
 
 
+def array(t: Tensor, dtype: type[np.generic]) -> np.ndarray:
+    """Shares the memory of a contiguous tensor as a flat array, for as long as the tensor is there. (`Tensor.numpy` would say of its
+    storage that it is not torch's own, as of one that lies in a file.)"""
+    assert t.is_contiguous()
+    if not t.numel():
+        return np.empty(0, dtype)
+    return np.frombuffer((ctypes.c_char * t.nbytes).from_address(t.data_ptr()), dtype)
+
+
 def numbers(t: Tensor) -> Numbers:
     """Shares the memory of a contiguous tensor, float32 or bfloat16."""
-    flat = t.detach().view(-1)
     if t.dtype == torch.bfloat16:
-        return np.empty(0, np.float32), flat.view(torch.uint16).numpy()
-    return flat.numpy(), np.empty(0, np.uint16)
+        return np.empty(0, np.float32), array(t, np.uint16)
+    assert t.dtype == torch.float32
+    return array(t, np.float32), np.empty(0, np.uint16)
 
 
 def arrays(moment: Moment) -> tuple[np.ndarray, np.ndarray]:
     """Shares the memory of codes and absolute maxima."""
     codes, absmax = moment
-    return codes.view(-1).numpy(), absmax.view(-1).numpy()
+    return array(codes, np.uint8), array(absmax, np.float32)
 
 
 def float32s(*scalars: float) -> tuple[np.float32, ...]:

@@ -169,6 +169,11 @@ def step_many():
     return [*params, *flat(moments)]
 
 
+def test_storages_stay_torchs_own():
+    """What is not is taken for what lies in a file."""
+    assert all(t.untyped_storage().resizable() for t in step_many())
+
+
 def test_threads_and_pieces_change_nothing(in_pieces, two_threads, monkeypatch):
     there = threading.active_count()
     found = step_many()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rowwise.kernels.dispatch import is_compiled
 from rowwise.kernels.portions import cut_row, portion_elements, row_unit
 from rowwise.kernels.rounding import random_16
 from rowwise.kernels.spec import ParameterSpec
@@ -142,10 +143,14 @@ def _step_bytes(rule: Rule, entries: list[Entry], config: TrainConfig, place: Pl
     behind the rule."""
     widths = widths_of(config)
     narrow = widths.parameter == 2
-    copied = entries if narrow and not rule.rounds else []
-    numbers = [local_numbers(spec, place) for _, spec in copied]
-    copies, rounding = 8 * sum(numbers), 0 if gpu or not copied else _rounding_bytes(max(numbers))
-    if rule.fused:  # it needs nothing beside its operands
+    numbers = [local_numbers(spec, place) for _, spec in entries]
+    alone = (
+        rule.rounds_on_host and not gpu and widths.wide < 8 and is_compiled(sum(numbers))
+    )  # in one pass, a block at a time
+    copied = numbers if narrow and not (rule.rounds or alone) else []
+    drawn = [] if gpu else [count for count in copied if not is_compiled(count)]
+    copies, rounding = 8 * sum(copied), _rounding_bytes(max(drawn)) if drawn else 0
+    if rule.fused or alone:  # it needs nothing beside its operands
         return StepBytes(copies + rounding, 0)
     lives = Lifetimes([], [])
     batch = _batch(rule, entries, config, place, lives)
