@@ -140,16 +140,23 @@ def _reason(error: BaseException, run_dir: Path) -> str | None:
         if isinstance(one, NoneSound | RunMoved | DataDamaged | FolderUnfit | TooManySpikes | EngineUnfit):
             return str(one)
         if isinstance(one, OSError) and one.filename is not None:
-            return f"{one.filename}: {one.strerror}"
+            return _named(one)
     return None
 
 
 def _told(full: BaseException, run_dir: Path | None) -> str:
-    said = str(full) if isinstance(full, DiskFull) else f"disk full: {full}"
+    said = str(full) if isinstance(full, DiskFull) else f"disk full: {_named(full)}"
     saved = newest_sound(run_dir / "checkpoints") if run_dir is not None else None
     if saved is None:
         return f"{said}; no checkpoint was saved yet: with room there, the same command begins anew"
     return f"{said}; the newest sound checkpoint is {saved}: with room there, the same command goes on from it"
+
+
+def _named(error: BaseException) -> str:
+    """The file and what is wrong with it, where an error says so."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def resolve(overrides: list[str], workers: Workers, tree: dict[str, Any] | None = None) -> TrainConfig:

@@ -104,17 +104,20 @@ class RowFile:
         """Copies contiguous tensors that lie in the file into another one, and returns them as they lie there: file to file, which
         file systems that can share blocks do without moving any. The copy is freed with its tensors. Raises OSError where the disk
         has no room."""
-        with self._named("cannot be written"), tempfile.TemporaryFile(dir=self._folder, buffering=0) as file:
+        with self._named("cannot be written"):
+            copy: Any = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+        with copy:
             places, end = [], 0
             for t in there:
                 places.append(end)
                 end += _up(t.nbytes)
-            file.truncate(end)
-            _when_all([
-                self._pool.submit(self._copy, self._placed(t), file.fileno(), place, t.nbytes)
-                for t, place in zip(there, places, strict=True) if t.numel()
-            ], None).result()  # fmt: skip
-            return [_mapped(file.fileno(), place, t.shape, t.dtype) for t, place in zip(there, places, strict=True)]
+            copy.truncate(end)
+            moved = [(t, place) for t, place in zip(there, places, strict=True) if t.numel()]
+            moves = [
+                self._pool.submit(self._copy, self._placed(t), copy.fileno(), place, t.nbytes) for t, place in moved
+            ]
+            _when_all(moves, None).result()
+            return [_mapped(copy.fileno(), place, t.shape, t.dtype) for t, place in zip(there, places, strict=True)]
 
     def close(self) -> None:
         """Ends its threads, and frees it once no tensor lies in it."""

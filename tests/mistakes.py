@@ -100,12 +100,12 @@ MISTAKES = {
         ("zero_stage=3", "parallel.zero=3"),
         (
             "zero_optimization.offload_optimizer.device=cpu",
-            "parallel.backend=accelerate parallel.deepspeed.offload_optimizer=cpu",
+            "memory.offload_states=cpu",
         ),
-        ("zero_optimization.offload_param.device=none", "parallel.deepspeed.offload_params=null"),
+        ("zero_optimization.offload_param.device=none", "memory.offload_params=none"),
         (
             "zero_optimization.offload_optimizer.nvme_path=/local_nvme",
-            "parallel.deepspeed.offload_optimizer=/local_nvme",
+            "memory.offload_states=/local_nvme",
         ),
         ("zero_hpz_partition_size=8", "parallel.zero=3 parallel.inner_shard=8"),
         ("zero_optimization.overlap_comm=true", "overlap with the computation by themselves; leave it out"),

@@ -215,3 +215,36 @@ def test_an_error_of_the_disk_ends_the_step(tmp_path, monkeypatch, call, inside_
     ):
         steps_of(optim_config("adamw"), edge_shapes("adamw"), torch.float32, tmp_path, inside_backward=inside_backward)
     assert left[0] < 0
+
+
+class Marked:
+    """Copies of a device, whose ends are waited for one by one."""
+
+    def __init__(self):
+        self.log = []
+
+    def away(self, t):
+        self.log.append("away")
+        return torch.full(t.shape, 2.0), self
+
+    def over(self, here, t):
+        self.log.append("over")
+        return self
+
+    def synchronize(self):
+        self.log.append("waited")
+
+
+def test_rows_of_a_device_come_and_go(tmp_path):
+    """What is there is copied, here and back, and each copy waited for; what is in memory or in a file is not."""
+    with home_at(tmp_path) as home:
+        home._copies = Marked()
+        there = [torch.empty(3, 4, device="meta"), torch.ones(2), home.lay(torch.arange(5.0))]
+        bring = home.fetch(there)
+        assert home._copies.log == ["away"]
+        here = bring()
+        assert [t.sum().item() for t in here] == [24, 2, 10] and here[1] is there[1]
+        leave = home.put([here[0], here[1], here[2] + 1], there)
+        assert home._copies.log == ["away", "waited", "over"]
+        leave()
+        assert home._copies.log[3:] == ["waited"] and there[2].sum() == 15

@@ -206,7 +206,12 @@ def ended(workers, config, call, error, after):
 @pytest.mark.parametrize(
     ("call", "error", "after", "said"),
     [
-        ("posix_fallocate", errno.ENOSPC, 3, r"disk full: .*memory.offload_states=\S+ cannot be written \(No space"),
+        (
+            "posix_fallocate",
+            errno.ENOSPC,
+            3,
+            r"disk full: (\S+): memory.offload_states=\1 cannot be written \(No space",
+        ),
         (
             "preadv",
             errno.EIO,
@@ -223,7 +228,7 @@ def ended(workers, config, call, error, after):
             "copy_file_range",
             errno.ENOSPC,
             40,
-            r"disk full: .*memory.offload_states=\S+ cannot be copied for a save in the back",
+            r"disk full: (\S+): memory.offload_states=\1 cannot be copied for a save in",
         ),
     ],
 )
