@@ -68,7 +68,8 @@ def array(t: Tensor, dtype: type[np.generic]) -> np.ndarray:
     assert t.is_contiguous()
     if not t.numel():
         return np.empty(0, dtype)
-    return np.frombuffer((ctypes.c_char * t.nbytes).from_address(t.data_ptr()), dtype)
+    memory = (ctypes.c_ubyte * t.nbytes).from_address(t.data_ptr())
+    return np.frombuffer(memoryview(memory), dtype)
 
 
 def numbers(t: Tensor) -> Numbers:
