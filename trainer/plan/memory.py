@@ -79,7 +79,8 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
     entries = [entry for layers in stages.values() for entry in owned(config, layers).items()]
     ledger.take(where("gradients", "cpu", gpu), backlog_bytes(config, entries, place))
     if config.optim.in_backward:
-        each = (step_bytes(config, portions_of([entry], config, place), gpu) for entry in entries)
+        alike = {spec.shape: (name, spec) for name, spec in entries}.values()
+        each = (step_bytes(config, portions_of([entry], config, place), gpu) for entry in alike)
         ledger.take(HOST, max(each, default=0))
     keeping = Keeping(ledger, is_folder(kept.offload_activations), gpu or kept.offload_activations != "cpu")
     walked = {}

@@ -5,6 +5,7 @@ sends to ranks that are not there (`OnPaper`).
 """
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from rowwise.trainer.plan.on_paper import OnPaper
 from rowwise.trainer.plan.states import Place, local_numbers, owned, rows_of, state_bytes, unsplit, wide_of, widths_of
 
 Entry = tuple[str, ParameterSpec]
+FEW = 4  # portions, of which no three hold more than those of all
 
 
 class StepBytes(NamedTuple):
@@ -90,10 +92,13 @@ def portions_of(entries: Iterable[Entry], config: TrainConfig, place: Place) -> 
 
 
 def _cut(entries: Iterable[Entry], place: Place) -> Iterator[list[Entry]]:
-    """Cuts a rank's rows into portions as `optim.home.cut` does."""
+    """Cuts a rank's rows into portions as `optim.home.cut` does; of parameters that are alike no more than fill FEW."""
     portion, free = list[Entry](), PORTION_BYTES // 4
+    seen = Counter[torch.Size]()
     for name, spec in entries:
-        first, rows, columns = 0, rows_of(spec.shape[0], place), spec.shape[1:].numel()
+        columns, left = spec.shape[1:].numel(), FEW * PORTION_BYTES // 4 - seen[spec.shape]
+        first, rows = 0, min(rows_of(spec.shape[0], place), -(-max(0, left) // columns))
+        seen[spec.shape] += rows * columns
         while first < rows:
             last = cut_row(first, rows, columns, free)
             if last == first and not portion:
