@@ -31,7 +31,6 @@ from rowwise.parallel.torch_fsdp import fsdp_params, lay_rows, read_rows_by
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-M_MMAP_THRESHOLD = -3  # as glibc's malloc.h numbers it
 PORTION = 4 << 20  # numbers of a parameter that are made, or scaled, at a time where they lie in a file
 Fill = Callable[[str, Tensor, int, int], None]
 _HANDLE = "rows_away"
@@ -146,10 +145,13 @@ def away_of(model: nn.Module) -> RowsAway | None:
 
 
 def give_memory_back() -> None:
-    """Has glibc, for as long as the process lives, give memory of a tensor of a megabyte or more back to the system once it is let go
-    of. By itself it learns to keep what is below 32 MB, between other things: of a model in files several times what is in use."""
+    """Has glibc, for as long as the process lives, give the memory of a tensor of a megabyte or more back to the system once it is let
+    go of, whatever it was told before (`launch.workers`): kept, it lies in pieces between others, several times what is in use."""
     with contextlib.suppress(OSError, AttributeError):  # another library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        mallopt, trim_threshold, mmap_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -3, -4
+        mallopt(mmap_max, 65536)
+        mallopt(mmap_threshold, 1 << 20)
+        mallopt(trim_threshold, 1 << 20)
 
 
 def host_room(device: torch.device, pinned: bool, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -7,12 +7,14 @@ from dataclasses import replace
 from unittest import mock
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from parity import TOLERANCE, relative_error, run_layouts, run_plain, small_config, step_input, with_layout
 from rowwise.kernels.rows import local
 from rowwise.kernels.torch_dtensor import laid_out_as
+from rowwise.launch.workers import keep_freed_memory
 from rowwise.optim import optimizer as optimizing
 from rowwise.optim.rule import rows_like, zeros_of
 from rowwise.optim.transpose import transposed_like
@@ -219,3 +221,20 @@ def devices_of_states(workers, config):
 def test_what_is_kept_of_rows_lies_where_they_do(ranks, tmp_path):
     config = with_layout(config_of(tmp_path), 2)
     assert ranks.run(devices_of_states, 2, config) == [{"meta"}] * 2
+
+
+def kept_memory(workers):
+    """The bytes that a process keeps of tensors it has let go of: as its launcher has it, and with rows in files."""
+    kept = []
+    for told in (keep_freed_memory, waiting.give_memory_back):
+        told()
+        before = psutil.Process().memory_info().rss
+        tensors = [torch.ones(4 << 20) for _ in range(6)]
+        del tensors[::2], tensors
+        kept.append(psutil.Process().memory_info().rss - before)
+    return kept
+
+
+def test_memory_that_is_let_go_of_is_given_back(ranks):
+    ((_, kept),) = ranks.run(kept_memory, 1)
+    assert kept < 16 << 20
