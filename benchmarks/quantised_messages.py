@@ -1,6 +1,6 @@
 """Losses of a small decoder whose weights and gradients cross ranks with fewer bytes, beside those of the same run without.
 
-    python benchmarks/quantised_messages.py                  2 x 2 ranks, width 64, 60 steps, 3 seeds: 2 minutes of two cores
+    python benchmarks/quantised_messages.py                  2 x 2 ranks, width 64, 60 steps, 3 seeds: 3 minutes of two cores
     python benchmarks/quantised_messages.py --steps 400
 
 Every run of a seed begins with the same numbers and reads the same bytes of the standard library; only `parallel.quantize_gather`,
@@ -32,6 +32,7 @@ RANKS = 4
 FORMS = {
     "plain": (),
     "gather int8": ("parallel.quantize_gather=int8",),
+    "reduce int8": ("parallel.quantize_reduce=int8",),
     "reduce int4": ("parallel.quantize_reduce=int4",),
     "all int4": ("parallel.quantize_gather=int8", "parallel.inner_shard=2", "parallel.quantize_reduce=int4"),
 }

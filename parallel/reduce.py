@@ -19,8 +19,7 @@ Bytes that a rank sends of n numbers a slice, in codes of b = 1 or 1/2 bytes a n
 (W - 1) n b'; on two (W - W/N) n b' to neighbours and (W/N - 1) n b' between machines. FSDP2's own: (W - 1) n times a number's.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -66,10 +65,10 @@ REDUCED: Refusals = (
 
 class Reduce:
     """What FSDP2 calls to sum the gradients of one module. `shapes`: what each rank owns of each, padded to be alike; `levels`: how
-    ranks lie in machines, or None; `key_of`: gives the key of a stream of random bits, by its name."""
+    ranks lie in machines, or None; `seed` and `stream`: of its random bits, which no other has."""
 
-    def __init__(self, shapes: Sequence[torch.Size], bits: int, levels: Levels | None, key_of: Callable[[str], int]):
-        self._shapes, self._bits, self._levels, self._key_of = shapes, bits, levels, key_of
+    def __init__(self, shapes: Sequence[torch.Size], bits: int, levels: Levels | None, seed: int, stream: str):
+        self._shapes, self._bits, self._levels, self._seed, self._stream = shapes, bits, levels, seed, stream
         self._first, self._made = 0, 0
 
     def begin_step(self, first: int) -> None:
@@ -100,7 +99,7 @@ class Reduce:
         """Sends parts[i] (S, n) to the i-th rank of a group, and returns the sum (S, n) of those that come, in float32."""
         form = RowMessages(self._shapes, parts.dtype, self._bits)
         assert form.numbers == parts.size(2), "some parameters have no gradient"
-        key = self._key_of(f"{self._first}/{self._made}/{level}")
+        key = stream_key(self._seed, f"{self._stream}/{self._first}/{self._made}/{level}")
         sent = torch.empty(*parts.shape[:2], form.bytes, dtype=torch.uint8, device=parts.device)
         for i, part in enumerate(parts):
             form.pack_(part, sent[i], key, first=i * part.numel())
@@ -112,20 +111,19 @@ class Reduce:
         return total
 
 
-def reduce_by(model: nn.Module, modules: Sequence["FSDPModule"], config: ParallelConfig, seed: int, mesh: Mesh) -> None:
-    """Has FSDP2 sum the gradients of `modules`, those of `model` that it holds, each once, as `config` says."""
+def reduce_by(
+    model: nn.Module, modules: Sequence["FSDPModule"], config: ParallelConfig, mesh: Mesh, seed: int, stage: int
+) -> None:
+    """Has FSDP2 sum the gradients of `modules`, those of `model` that it holds, each once, as `config` says. `stage`: which of this
+    rank's stages the model is."""
     if config.quantize_reduce == "none":
         return
     reductions = []
     for part, module in enumerate(modules):
-        key_of = partial(_key, seed, f"reduce/{mesh.rank}/{part}")
-        reductions.append(Reduce(padded_shapes(module), BITS[config.quantize_reduce], mesh.levels, key_of))
+        stream = f"reduce/{mesh.rank}/{stage}/{part}"
+        reductions.append(Reduce(padded_shapes(module), BITS[config.quantize_reduce], mesh.levels, seed, stream))
         module.set_custom_reduce_scatter(cast(Any, reductions[-1]))  # a ReduceScatter by its methods
     setattr(model, _HANDLE, reductions)
-
-
-def _key(seed: int, stream: str, name: str) -> int:
-    return stream_key(seed, f"{stream}/{name}")
 
 
 def reductions_of(model: nn.Module) -> Iterable[Reduce]:

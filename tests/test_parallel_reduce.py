@@ -1,7 +1,6 @@
 """Gradients summed in codes: unbiased, within their bound, as many bytes as the formulas say, and runs that go on as if they had never
 stopped. (Laws 3 and 4.)"""
 
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from parity import TOLERANCE, relative_error, run_together, small_config, with_l
 from rowwise.kernels.row_codes import WIDTH
 from rowwise.parallel.config import ParallelConfig, resolve_degrees
 from rowwise.parallel.mesh import Workers, make_mesh
-from rowwise.parallel.reduce import BITS, Reduce, _key
+from rowwise.parallel.reduce import BITS, Reduce
 from rowwise.parallel.row_messages import RowMessages
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.summary import header
@@ -48,8 +47,7 @@ def gradient(rank: int, world: int) -> Tensor:
 def reduce_often(workers: Workers, form: str, inner: int) -> Reduced:
     mesh = make_mesh(resolve_degrees(ParallelConfig(zero=3, inner_shard=inner), workers.world_size), workers)
     world, group = workers.world_size, mesh.states["shard"].get_group()
-    key_of = functools.partial(_key, 3, f"reduce/{workers.rank}/0")
-    reduction, q = Reduce(SHAPES, BITS[form], mesh.levels, key_of), 2 ** (BITS[form] - 1) - 1
+    reduction, q = Reduce(SHAPES, BITS[form], mesh.levels, 3, f"{workers.rank}"), 2 ** (BITS[form] - 1) - 1
     flat = gradient(workers.rank, world).view(-1)
     draws = []
     for first in range(DRAWS):

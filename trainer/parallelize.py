@@ -67,11 +67,11 @@ def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh)
         )
     else:
         materialize(model, mesh.device, initial_rows(config))
-    for stage in stages:
+    for number, stage in enumerate(stages):
         if split:
             parts = sharded_parts([stage])
             gather_by(stage, parts, config.parallel, mesh)
-            reduce_by(stage, parts, config.parallel, config.seed, mesh)
+            reduce_by(stage, parts, config.parallel, mesh, config.seed, number)
         elif not config.optim.in_backward:
             replicate_model(stage, mesh)
     # Messages between stages, and masks, are of parameters that have their numbers.
