@@ -112,6 +112,7 @@ def _words(chance: random.Random) -> tuple[list[str], int]:
     if world_size > 1 and chance.random() < 0.3:
         words += [f"parallel.quantize_gather={pick(('none', 'int8'))}"]
         words += [f"parallel.inner_shard={pick((1, world_size // 2))}"] * ("parallel.zero=3" in words)
+        words += [f"parallel.quantize_reduce={pick(('none', 'int8', 'int4'))}"]
     if chance.random() < 0.15:
         words += ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4"]
     return words, world_size

@@ -5,6 +5,7 @@ from dataclasses import astuple, dataclass
 from functools import cached_property
 
 from rowwise.parallel.precision import Fp64
+from rowwise.parallel.reduce import BITS
 from rowwise.trainer.activations import kept_of, results_of, tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.measure import PartTimes, Times
@@ -130,6 +131,18 @@ class Clock:
         if not parallel.inner_shard:
             return first, first
         return first, self.links.collective(numbers * self.widths.compute, 1, parallel.inner_shard)
+
+    def reduce(self, numbers: float, shards: int) -> float:
+        """Estimates the seconds in which so many numbers of gradients are summed over the ranks that split them; in codes with
+        neighbours first, and then between machines what they have summed."""
+        parallel = self.config.parallel
+        if parallel.quantize_reduce == "none":
+            return self.links.collective(numbers * self.widths.reduce, 1, shards)
+        size = numbers * (BITS[parallel.quantize_reduce] / 8 + CODED - 1)
+        if not parallel.inner_shard:
+            return self.links.exchange(size, 1, shards)
+        inner = parallel.inner_shard
+        return self.links.exchange(size, 1, inner) + self.links.exchange(size / inner, inner, shards // inner)
 
     def sharing(self) -> float:
         """Estimates the seconds that the messages of a layer's attention take in its forward; its backward sends as many again."""

@@ -85,16 +85,22 @@ class Search:
                 continue
             data = world // (pipeline * ulysses * ring)
             copies = {1, data // machine if data > machine and data % machine == 0 else 1}
-            for replicate, zero, micro, compress, place, (states, params), (schedule, stages) in itertools.product(
+            for replicate, zero, inner, micro, compress, place, (states, params), (
+                schedule,
+                stages,
+            ) in itertools.product(
                 self._choices("parallel.replicate", sorted(copies)),
                 self._choices("parallel.zero", self._stages(pipeline)),
+                self._choices("parallel.inner_shard", (0, machine)),
                 self._choices("batch.micro_size", [m for m in MICRO_SIZES if m in divisors_of(self._config, data)]),
                 self._choices("memory.compress", COMPRESS),
                 self._choices("memory.offload_activations", PLACES),
                 self._homes(),
                 self._orders(pipeline),
             ):
-                if params != "none" and zero < 3:
+                # Neighbours keep copies where those who split a state are on several machines.
+                outer = world // pipeline // replicate
+                if ((params != "none" or inner) and zero < 3) or (inner and (outer <= inner or outer % inner)):
                     continue
                 words = {"parallel.zero": zero, "batch.micro_size": micro, "memory.recompute": "none"}
                 kept = {"memory.compress": compress, "memory.offload_activations": place}
@@ -102,6 +108,7 @@ class Search:
                 words |= {key: value for key, value in kept.items() if value != "none"}
                 degrees = {"pipeline": pipeline, "ulysses": ulysses, "ring": ring, "replicate": replicate}
                 words |= {f"parallel.{key}": degree for key, degree in degrees.items() if degree > 1}
+                words |= {"parallel.inner_shard": inner} if inner else {}
                 if pipeline > 1:
                     words |= {"parallel.pipeline_schedule": schedule, "parallel.virtual_stages": stages}
                 for recompute in self._choices("memory.recompute", (*RECOMPUTE, *self._traded(words))):

@@ -84,6 +84,8 @@ class Rough:
         rows_size = numbers * widths.parameter / shards
         held[self._where(memory.offload_params)] += rows_size
         held[self._where(memory.offload_states)] += self._states / parallel.pipeline / shards
+        inner = parallel.inner_shard
+        held["device"] += numbers * widths.compute / inner if inner else 0
         layer = numbers / model.layers * parallel.pipeline
         copies = shards > 1 or widths.compute == 2 or memory.offload_params != "none"
         held["device"] += (layer if parallel.zero == 3 else numbers) * widths.compute * copies

@@ -232,11 +232,14 @@ class Sharded:
         cast = widths.reduce != widths.parameter and not waits
         filed = self._ways.gradients == FILE  # where it is added to what is there
         adds = g in self._partial if waits else g in self._split and not filed
-        alone = self._shards == 1 and (self._replicas == 1 or waits)  # no rank is sent this, now
+        # No rank is sent this, now; nor where codes were.
+        alone = (self._shards == 1 and (self._replicas == 1 or waits)) or bool(self._groups[g].sums)
         where = "gradients" if not (cast or adds) else "working" if alone else "messages"
         ledger.take(where, summed)
         if self._shards == 1:
             ledger.use("working", self._reduced(g))
+        for crossing, sums in self._groups[g].sums:
+            ledger.use("working", crossing + sums, crossing)
         if cast:
             ledger.take("working" if adds else "gradients", kept)
             ledger.give(where, 0 if self._replicas > 1 else summed)

@@ -12,6 +12,7 @@ from rowwise.optim.sparse.config import SET, ST3, NoSparsity, PDPBase, sparse_la
 from rowwise.optim.sparse.masks import packed_columns
 from rowwise.parallel.config import ParallelConfig
 from rowwise.parallel.precision import Bf16, Fp16, Fp64, compute_dtype
+from rowwise.parallel.reduce import BITS
 from rowwise.parallel.replicate import in_buckets
 from rowwise.parallel.row_file import BLOCK
 from rowwise.parallel.row_messages import RowMessages
@@ -77,7 +78,8 @@ class Group:
     the piece, the name and the numbers of each; `padded`: the numbers of all, with rows made up to as many on each rank, and `shard`
     a rank's. `root`: they are what all others leave; `kept`: they stay gathered from the forward to the backward; `late`: nothing
     tells when their backward is over, so that they are reduced when all is; `coded`: a rank's bytes where they are gathered as
-    8-bit codes, else 0."""
+    8-bit codes, else 0; `sums`: where gradients cross as codes, of each level the bytes that go and come, and of the sums that are
+    there meanwhile."""
 
     pieces: tuple[int, int]
     tensors: tuple[tuple[int, str, int], ...]
@@ -87,6 +89,7 @@ class Group:
     kept: bool
     late: bool
     coded: int = 0
+    sums: tuple[tuple[int, int], ...] = ()
 
 
 def pieces_of(config: TrainConfig, layers: range) -> list[Specs]:
@@ -103,15 +106,33 @@ def groups_of(config: TrainConfig, layers: range, place: Place) -> list[Group]:
     """Lists which parameters of these layers FSDP2 gathers as one (see `parallel.shard.shard_model`), in forward order, the root's
     first."""
     groups = _merged(config, layers, place)
-    if config.parallel.quantize_gather == "none":
+    parallel = config.parallel
+    if parallel.quantize_gather == parallel.quantize_reduce == "none":
         return groups
     shapes = {name: spec.shape for piece in pieces_of(config, layers) for name, spec in piece.items()}
     rows = {name: torch.Size((-(-shape[0] // place.shards), *shape[1:])) for name, shape in shapes.items()}
-    dtype = compute_dtype(config.precision)
-    return [
-        replace(group, coded=RowMessages([rows[name] for _, name, _ in group.tensors], dtype, 8).bytes)
-        for group in groups
-    ]
+
+    def as_messages(group: Group) -> Group:
+        mine = [rows[name] for _, name, _ in group.tensors]
+        coded = RowMessages(mine, compute_dtype(config.precision), 8).bytes if parallel.quantize_gather != "none" else 0
+        return replace(
+            group, coded=coded, sums=_sums(config, mine, place) if parallel.quantize_reduce != "none" else ()
+        )
+
+    return [as_messages(group) for group in groups]
+
+
+def _sums(config: TrainConfig, shapes: list[torch.Size], place: Place) -> tuple[tuple[int, int], ...]:
+    """Of each level on which gradients of these shapes are summed in codes (`parallel.reduce`): the bytes that go and come, and those
+    of its float32 sums, beside the ones of the level before."""
+    inner, bits = config.parallel.inner_shard, BITS[config.parallel.quantize_reduce]
+    dtype = torch.bfloat16 if widths_of(config).reduce == 2 else torch.float32
+    form, again = RowMessages(shapes, dtype, bits), RowMessages(shapes, torch.float32, bits)
+    if not inner:
+        return ((2 * place.shards * form.bytes, 4 * form.numbers),)
+    outer = place.shards // inner
+    between = 2 * outer * again.bytes, 4 * form.numbers * (outer + 1)
+    return (2 * place.shards * form.bytes, 4 * form.numbers * outer), between
 
 
 def _merged(config: TrainConfig, layers: range, place: Place) -> list[Group]:

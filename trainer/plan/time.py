@@ -56,7 +56,6 @@ def _whole(clock: Clock, place: Place) -> Seconds:
     layers = range(config.model.layers)
     forward = backward = last = Pass()  # `last`: of the last micro-batch, beside which a step may be made
     exposed = 0.0
-    states = 1, place.shards
     pieces = [numbers_of(piece) for piece in pieces_of(config, layers)]
     optimizer, beside = _update(clock, layers, place)
     for layer, numbers in zip(layers, pieces[1:-1], strict=True):
@@ -65,11 +64,11 @@ def _whole(clock: Clock, place: Place) -> Seconds:
         exposed += count * 3 * clock.sharing()
         if zero == 3:
             first, again = clock.gather(numbers, place.shards)
-            reduce = clock.links.collective(numbers * clock.widths.reduce, *states)
+            reduce = clock.reduce(numbers, place.shards)
             exposed += max(0.0, first - f.total) + (count - 1) * max(0.0, again - f.total)
             exposed += count * max(0.0, again + reduce - i.total - w.total)
         elif zero == 2:
-            reduce = clock.links.collective(numbers * clock.widths.reduce, *states)
+            reduce = clock.reduce(numbers, place.shards)
             exposed += count * max(0.0, reduce - i.total - w.total)
         stepped = beside.times(numbers / sum(pieces))
         forward, backward = forward + f.waiting(away, clock.device), backward + (i + w).waiting(back, clock.device)
@@ -90,7 +89,7 @@ def _once(clock: Clock, place: Place, numbers: int, zero: int, hidden: float) ->
     gradients below stage 2, and the sums over replicas."""
     links, widths = clock.links, clock.widths
     seconds = clock.gather(numbers, place.shards)[0] if zero in (1, 2) else 0.0
-    reduced = links.collective(numbers * widths.reduce, 1, place.shards) if zero <= 1 else 0.0
+    reduced = clock.reduce(numbers, place.shards) if zero <= 1 else 0.0
     share = numbers / place.shards * widths.reduce
     reduced += 2 * links.collective(share, place.shards, place.replicas)
     return seconds + max(0.0, reduced - hidden)

@@ -38,11 +38,6 @@ def unknown(config: TrainConfig) -> str | None:
             f"parallel.backend={config.parallel.backend}: what its engine holds beside the layers is not forecast; give "
             "parallel.backend=torch to see what a run holds that splits the same states"
         )
-    if config.parallel.quantize_reduce != "none":
-        return (
-            f"parallel.quantize_reduce={config.parallel.quantize_reduce}: what its messages hold is not forecast; give "
-            "parallel.quantize_reduce=none to see what a run holds beside them"
-        )
     if results_of(config) is None:
         return (
             f"model.block={config.model.block}: its layers do not say what they make, so that nobody knows what they keep; give the "
