@@ -1,6 +1,6 @@
 """A model that is larger than memory, trained from files in a container of 4 GiB: its losses are those of a run that has all memory.
 
-    python benchmarks/larger_than_memory.py FOLDER                 1.6 billion parameters, 25 GB of rows, and 6 GB to begin from: hours
+    python benchmarks/larger_than_memory.py FOLDER                 1.6 billion parameters, 25 GB of rows, and 6 GB to begin from
     python benchmarks/larger_than_memory.py FOLDER --layers 8 --ordinary
 
 The model is a Llama of 2,048 channels in float32 under AdamW: with gradients 16 bytes a parameter. The runs are `rowwise train`, one
