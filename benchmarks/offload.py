@@ -1,0 +1,176 @@
+"""A step of AdamW whose states lie in files, beside the parts that it is made of and what the disk does by itself.
+
+    python benchmarks/offload.py FOLDER            FOLDER is on the disk to be used; two minutes
+
+Measured in turns, in seconds a step, of `--matrices` float32 matrices of 2,048 x 4,096 whose parameters and gradients are in memory:
+
+    read, change, write     the parts alone: states to memory, rules on states that are in memory, states to the file; portion by
+                            portion as a step has them
+    step                    all of it at once, as a run does it
+
+and of the disk, by fio, in bytes a second: reads, writes, and both at once, of 4 MiB, four under way, past the system's cache. The
+share of the disk that a step reaches is its bytes a second over those of fio's reads and writes at once.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import spread, write_record
+from torch import Tensor, nn
+
+from rowwise.kernels.spec import ParameterSpec
+from rowwise.launch.compose import compose_tree
+from rowwise.launch.workers import keep_freed_memory
+from rowwise.optim.build import build_optimizer
+from rowwise.optim.home import Portion
+from rowwise.parallel.host_rows import HostRows
+from rowwise.parallel.row_file import RowFile
+from rowwise.trainer.config import config_from_tree
+
+SHAPE = torch.Size((2048, 4096))
+
+
+class Matrix(nn.Module):
+    """A matrix whose gradient is the same number everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(SHAPE, 0.02))
+
+    def forward(self) -> Tensor:
+        return (self.weight * 1e-3).sum()
+
+
+class Matrices(nn.Module):
+    def __init__(self, count: int):
+        super().__init__()
+        self.all = nn.ModuleList(Matrix() for _ in range(count))
+
+    def forward(self) -> Tensor:
+        return torch.stack([one() for one in self.all]).sum()
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        return {name: ParameterSpec(SHAPE, "hidden") for name, _ in self.named_parameters()}
+
+
+class Ours:
+    """The step, and its parts."""
+
+    def __init__(self, folder: Path, count: int):
+        self.model, config = Matrices(count), config_from_tree(compose_tree(["optim=adamw"])).optim
+        self.file = RowFile(folder, f"memory.offload_states={folder}")
+        self.home = HostRows(torch.device("cpu"), [self.file], self.file)
+        self.optimizer = build_optimizer(self.model, config, home=self.home)
+        self.model().backward()
+        self.bytes = sum(t.nbytes for state in self.optimizer.state.values() for t in state.values())
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        portions = self.portions()
+        there = [[t for entry in portion.entries for t in entry.state.values()] for portion in portions]
+        few = [self.home.fetch(states)() for states in there[:4]]  # as they lie in memory, again and again
+        here = [few[number % len(few)] for number in range(len(there))]
+
+        def in_flight(begin: Callable[[int], Callable[[], Any]]) -> None:
+            """Two portions under way, as in a step."""
+            before = None
+            for number in range(len(there)):
+                wait = begin(number)
+                if before is not None:
+                    before()
+                before = wait
+            if before is not None:
+                before()
+
+        def change() -> None:
+            for portion, states in zip(portions, here, strict=True):
+                left = iter(states)
+                entries = [entry._replace(state={key: next(left) for key in entry.state}) for entry in portion.entries]
+                self.optimizer._change(portion._replace(entries=entries))
+
+        with torch.no_grad():
+            return {
+                "read": lambda: in_flight(lambda number: self.home.fetch(there[number])),
+                "change": torch.no_grad()(change),
+                "write": lambda: in_flight(lambda number: self.home.put(here[number], there[number])),
+                "step": self.optimizer.step,
+            }
+
+    def portions(self) -> list[Portion]:
+        (group,) = self.optimizer.param_groups
+        live = list(zip(group["names"], group["params"], strict=True))
+        return list(self.optimizer._portions(group, live))
+
+
+def disk(folder: Path, seconds: int) -> dict[str, float]:
+    """Measures the bytes a second of the disk by fio: reads, writes, and both together."""
+    found = {}
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        for kind in ("read", "write", "rw"):
+            command = ["fio", "--name=disk", f"--directory={place}", f"--rw={kind}", "--bs=4M", "--size=1G", "--iodepth=4",
+                       "--ioengine=libaio", "--direct=1", f"--runtime={seconds}", "--time_based", "--output-format=json"]  # fmt: skip
+            (job,) = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["jobs"]
+            found[kind] = job["read"]["bw_bytes"] + job["write"]["bw_bytes"]
+    return found
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def measure(folder: Path, count: int, rounds: int, seconds: int) -> dict[str, Any]:
+    ours = Ours(folder, count)
+    portion = sum(entry.param.numel() for entry in ours.portions()[0].entries)
+    calls = ours.parts()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    disks = [disk(folder, seconds)] if shutil.which("fio") else []
+    for number in range(rounds + 1):  # the first makes room
+        for name, call in calls.items():
+            seconds_taken = timed(call)
+            found[name] += [seconds_taken] if number else []
+    disks += [disk(folder, seconds)] if disks else []
+    ours.home.close()
+    times = {name: spread(values) for name, values in found.items()}
+    middle = {name: one["median"] for name, one in times.items()}
+    speeds = {kind: sum(one[kind] for one in disks) / len(disks) for kind in disks[0]} if disks else {}
+    moved = 2 * ours.bytes
+    told = {
+        "parameters": count * SHAPE.numel(), "state_bytes": ours.bytes, "portion_numbers": portion, "seconds": times,
+        "sum_of_parts_over_step": (middle["read"] + middle["change"] + middle["write"]) / middle["step"],
+        "bytes_a_second": {"step": moved / middle["step"], "read": ours.bytes / middle["read"], "write": ours.bytes / middle["write"]},
+        "disk": speeds,
+    }  # fmt: skip
+    if speeds:
+        told["share_of_the_disk"] = {
+            "step": moved / middle["step"] / speeds["rw"],
+            "read": ours.bytes / middle["read"] / speeds["read"],
+            "write": ours.bytes / middle["write"] / speeds["write"],
+        }
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--matrices", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=6, help="of each measurement of the disk")
+    options = parser.parse_args()
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        told = measure(Path(place), options.matrices, options.rounds, options.seconds)
+    print(json.dumps(told, indent=1))
+    print(write_record("offload", told))
+
+
+if __name__ == "__main__":
+    main()
