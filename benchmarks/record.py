@@ -13,7 +13,8 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
-    "rowwise", "torch", "triton", "accelerate", "transformers", "deepspeed", "numpy", "liger-kernel", "cut-cross-entropy", "lightning",
+    "rowwise", "torch", "triton", "accelerate", "transformers", "deepspeed", "numpy", "numba", "torchao", "liger-kernel",
+    "cut-cross-entropy", "lightning",
 )  # fmt: skip
 
 
