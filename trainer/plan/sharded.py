@@ -232,8 +232,8 @@ class Sharded:
         cast = widths.reduce != widths.parameter and not waits
         filed = self._ways.gradients == FILE  # where it is added to what is there
         adds = g in self._partial if waits else g in self._split and not filed
-        # No rank is sent this, now; nor where codes were.
-        alone = (self._shards == 1 and (self._replicas == 1 or waits)) or bool(self._groups[g].sums)
+        # No rank is sent this, now: codes were, or replicas are, later.
+        alone = (self._shards == 1 or bool(self._groups[g].sums)) and (self._replicas == 1 or waits)
         where = "gradients" if not (cast or adds) else "working" if alone else "messages"
         ledger.take(where, summed)
         if self._shards == 1:

@@ -18,6 +18,7 @@ from rowwise.parallel.row_file import BLOCK
 from rowwise.parallel.row_messages import RowMessages
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_specs, stage_parts
+from rowwise.trainer.plan.codes import message_bytes
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,17 @@ def _sums(config: TrainConfig, shapes: list[torch.Size], place: Place) -> tuple[
     inner, bits = config.parallel.inner_shard, BITS[config.parallel.quantize_reduce]
     dtype = torch.bfloat16 if widths_of(config).reduce == 2 else torch.float32
     form, again = RowMessages(shapes, dtype, bits), RowMessages(shapes, torch.float32, bits)
+    coding, decoding = message_bytes(shapes, bits)
+    one = 4 * form.numbers
+
+    def level(message: int, before: int, sums: int) -> tuple[int, int]:
+        """Of so many bytes each way: what is coded beside the sums of the level before, or decoded beside its own too."""
+        return 2 * message, max(before + sums + decoding, before + coding - message)
+
     if not inner:
-        return ((2 * place.shards * form.bytes, 4 * form.numbers),)
+        return (level(place.shards * form.bytes, 0, one),)
     outer = place.shards // inner
-    between = 2 * outer * again.bytes, 4 * form.numbers * (outer + 1)
-    return (2 * place.shards * form.bytes, 4 * form.numbers * outer), between
+    return level(place.shards * form.bytes, 0, outer * one), level(outer * again.bytes, outer * one, one)
 
 
 def _merged(config: TrainConfig, layers: range, place: Place) -> list[Group]:
