@@ -62,7 +62,12 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.de
         "shards": _shards(optimizer),
         "optimizer": [t for states in optimizer.state.values() for t in states.values()],
     }
-    return StateBytes(**_bytes_by_kind(stay | _Moving(model, _shards(optimizer)).tensors(), device))
+    moving = _Moving(model, _shards(optimizer))
+    kinds = stay | moving.tensors()
+    # The copy of a tied matrix is in no optimizer, and lies in a file all the same.
+    every = [t for p in moving.rows() for t in (p, p.grad) if t is not None]
+    every += [t for tensors in kinds.values() for t in tensors]
+    return StateBytes(**_bytes_by_kind(kinds, device) | {"file": _bytes_by_kind({"": every}, device)["file"]})
 
 
 class PeakStates(TorchDispatchMode):
@@ -95,6 +100,10 @@ class _Moving:
         self._shards, self._buckets = shards, buckets_of(model)
         self._modules = {id(fsdp_group(module)): module for module in modules}.values()  # some are gathered as one
         self._inner = [p for module in self._modules for p in fsdp_params(module)]
+
+    def rows(self) -> list[Tensor]:
+        """Lists this rank's rows of what FSDP2 holds."""
+        return [p.sharded_param for p in self._inner]
 
     def tensors(self) -> dict[str, list[Tensor]]:
         whole = [p for p in map(gathered, self._inner) if p is not None]
