@@ -15,7 +15,7 @@ if "--nccl" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # What is compiled for the host is kept beside the code, for all processes of this test run and of later ones.
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "numba"))
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).resolve().parents[1] / "build" / "numba"))
 
 import psutil
 import pytest
