@@ -35,7 +35,7 @@ FIRST = (
     "test_trainer_spikes", "test_parallel_sequence", "test_launch_train", "test_trainer_train", "test_parallel_activations",
     "test_launch_start", "test_trainer_crash", "test_trainer_config", "test_parallel_pipeline_counts",
     "test_optim_in_backward", "test_trainer_plan", "test_parallel_shard", "test_optim_build", "test_house", "test_trainer_clock",
-    "test_parallel_pipeline_schedule_search",
+    "test_parallel_pipeline_schedule_search", "test_trainer_offload_states", "test_parallel_away", "test_parallel_gather",
 )  # fmt: skip
 
 

@@ -48,6 +48,8 @@ RUNS = {
     "16 bits": (3, {"zero": 1}, ("optim=adamw8bit", "precision=bf16", "optim.param_dtype=bf16")),
 }
 
+FULL = ("zero 1", "replicas", "ulysses", "in the backward, whole")  # for which others stand
+
 
 def config_of(folder, *words):
     return small_config(folder, *SHAPES, "precision=fp32", "optim.lr=0.01", *words)
@@ -58,7 +60,9 @@ def run_both(workers, configs):
         return run_layouts(workers, configs)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in RUNS]
+)
 def test_steps_are_the_same_to_the_last_bit(ranks, tmp_path, name):
     world, degrees, words = RUNS[name]
     configs = [
