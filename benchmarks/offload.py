@@ -1,12 +1,14 @@
-"""A step of AdamW whose states lie in files, beside the parts that it is made of and what the disk does by itself.
+"""A step of AdamW whose states lie in files, beside the parts that it is made of, the disk, and DeepSpeed's on the same disk.
 
-    python benchmarks/offload.py FOLDER            FOLDER is on the disk to be used; two minutes
+    python benchmarks/offload.py FOLDER            FOLDER is on the disk to be used; two minutes, and more where DeepSpeed compiles
 
 Measured in turns, in seconds a step, of `--matrices` float32 matrices of 2,048 x 4,096 whose parameters and gradients are in memory:
 
     read, change, write     the parts alone: states to memory, rules on states that are in memory, states to the file; portion by
                             portion as a step has them
     step                    all of it at once, as a run does it
+    deepspeed               `engine.step()` of ZeRO-3 with `offload_optimizer` on the disk, pipelined reads and writes, threads and
+                            portions as ours. It keeps a copy of the parameters there too: 12 bytes a parameter, ours are 8
 
 and of the disk, by fio, in bytes a second: reads, writes, and both at once, of 4 MiB, four under way, past the system's cache. The
 share of the disk that a step reaches is its bytes a second over those of fio's reads and writes at once.
@@ -14,8 +16,10 @@ share of the disk that a step reaches is its bytes a second over those of fio's 
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,7 +36,7 @@ from rowwise.launch.workers import keep_freed_memory
 from rowwise.optim.build import build_optimizer
 from rowwise.optim.home import Portion
 from rowwise.parallel.host_rows import HostRows
-from rowwise.parallel.row_file import RowFile
+from rowwise.parallel.row_file import PIECE, THREADS, RowFile
 from rowwise.trainer.config import config_from_tree
 
 SHAPE = torch.Size((2048, 4096))
@@ -109,6 +113,72 @@ class Ours:
         return list(self.optimizer._portions(group, live))
 
 
+class DeepSpeeds:
+    """The step of an engine in a process of its own, which makes one for each line that it reads, once it has said so: what compiles
+    for it before would read them."""
+
+    def __init__(self, folder: Path, count: int, portion: int):
+        command = [sys.executable, __file__, str(folder), f"--matrices={count}", f"--deepspeed={portion}"]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+        self._answer("ready")
+
+    def seconds(self) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._answer("seconds"))
+
+    def _answer(self, word: str) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
+        raise RuntimeError("DeepSpeed has ended")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def serve_deepspeed(folder: Path, count: int, portion: int) -> None:
+    """Makes a step for each line that is read, and says how long it took."""
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29617",
+    }
+    import deepspeed
+
+    place = {"device": "nvme", "nvme_path": str(folder), "pin_memory": True, "buffer_count": 16,
+             "pipeline_read": True, "pipeline_write": True}  # fmt: skip
+    config = {
+        "train_batch_size": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "aio": {
+            "block_size": PIECE,
+            "queue_depth": 8,
+            "thread_count": THREADS,
+            "single_submit": False,
+            "overlap_events": True,
+        },
+        "zero_optimization": {"stage": 3, "offload_optimizer": place, "sub_group_size": portion},
+    }
+    model = Matrices(count)
+    engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=list(model.parameters()))
+    print("\nready", flush=True)
+    for _ in sys.stdin:
+        engine.backward(engine())
+        started = time.perf_counter()
+        engine.step()
+        print(f"\nseconds {time.perf_counter() - started}", flush=True)
+
+
 def disk(folder: Path, seconds: int) -> dict[str, float]:
     """Measures the bytes a second of the disk by fio: reads, writes, and both together."""
     found = {}
@@ -127,17 +197,22 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(folder: Path, count: int, rounds: int, seconds: int) -> dict[str, Any]:
+def measure(folder: Path, count: int, rounds: int, peer: bool, seconds: int) -> dict[str, Any]:
     ours = Ours(folder, count)
     portion = sum(entry.param.numel() for entry in ours.portions()[0].entries)
+    theirs = DeepSpeeds(folder, count, portion) if peer else None
     calls = ours.parts()
     found: dict[str, list[float]] = {name: [] for name in calls}
     disks = [disk(folder, seconds)] if shutil.which("fio") else []
     for number in range(rounds + 1):  # the first makes room
         for name, call in calls.items():
-            seconds_taken = timed(call)
-            found[name] += [seconds_taken] if number else []
+            found[name] += [timed(call)] if number else [0 * timed(call)][:0]
+        if theirs is not None:
+            second = theirs.seconds()
+            found.setdefault("deepspeed", []).extend([second] if number else [])
     disks += [disk(folder, seconds)] if disks else []
+    if theirs is not None:
+        theirs.close()
     ours.home.close()
     times = {name: spread(values) for name, values in found.items()}
     middle = {name: one["median"] for name, one in times.items()}
@@ -155,6 +230,9 @@ def measure(folder: Path, count: int, rounds: int, seconds: int) -> dict[str, An
             "read": ours.bytes / middle["read"] / speeds["read"],
             "write": ours.bytes / middle["write"] / speeds["write"],
         }
+    if theirs is not None:
+        told["deepspeed_over_step"] = middle["deepspeed"] / middle["step"]
+        told["deepspeed_state_bytes"] = ours.bytes * 3 // 2
     return told
 
 
@@ -164,10 +242,15 @@ def main() -> None:
     parser.add_argument("--matrices", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=6, help="of each measurement of the disk")
+    parser.add_argument("--alone", action="store_true", help="without DeepSpeed")
+    parser.add_argument("--deepspeed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     keep_freed_memory()
+    if options.deepspeed:
+        serve_deepspeed(options.folder, options.matrices, options.deepspeed)
+        return
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
-        told = measure(Path(place), options.matrices, options.rounds, options.seconds)
+        told = measure(Path(place), options.matrices, options.rounds, not options.alone, options.seconds)
     print(json.dumps(told, indent=1))
     print(write_record("offload", told))
 
