@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rowwise.parallel.activations.config import is_folder
+
 BLOCK = 4096  # what direct reads and writes, and the memory they use, are multiples of
 PIECE = 4 << 20  # bytes that a thread moves at a time
 THREADS = 4  # pieces under way: a disk is fast only with several
@@ -200,6 +202,11 @@ class RowFile:
         except OSError as error:
             told = f"{self._said} {what} ({error.strerror}); give another folder, or cpu"
             raise OSError(error.errno, told, str(self._folder)) from None
+
+
+def row_file_of(option: str, where: str) -> RowFile | None:
+    """Opens the file of a rank for what waits where an option says; None where that is no folder. Raises OSError."""
+    return RowFile(Path(where).expanduser(), f"{option}={where}") if is_folder(where) else None
 
 
 def is_mapped(t: Tensor) -> bool:

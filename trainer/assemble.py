@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -11,12 +10,11 @@ from rowwise.optim.flat import FlatOptimizer
 from rowwise.optim.optimizer import Optimizer
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.accelerate.config import accelerated, by_deepspeed
-from rowwise.parallel.activations.config import is_folder
 from rowwise.parallel.activations.saved import Keeper
 from rowwise.parallel.away import away_of
 from rowwise.parallel.host_rows import HostRows
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.row_file import RowFile
+from rowwise.parallel.row_file import RowFile, row_file_of
 from rowwise.trainer.accelerate.deepspeed import on_deepspeed, remove_files
 from rowwise.trainer.accelerate.fsdp2 import on_fsdp2
 from rowwise.trainer.activations import keeper_in
@@ -78,6 +76,6 @@ def home_of(config: TrainConfig, model: Decoder | StagedDecoder, device: torch.d
     where, away = config.memory.offload_states, away_of(model)
     if where == "none":
         return None
-    states = RowFile(Path(where).expanduser(), f"memory.offload_states={where}") if is_folder(where) else None
+    states = row_file_of("memory.offload_states", where)
     files = (states,) if away is None else (states, away.files.params, away.files.gradients)
     return HostRows(device, [file for file in files if file is not None], states)

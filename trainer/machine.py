@@ -24,6 +24,7 @@ from rowwise.optim.build import new_rule
 from rowwise.optim.quantized import AdamW8bitConfig
 from rowwise.optim.rule import Batch
 from rowwise.parallel.device import device_of
+from rowwise.parallel.torch_c10d import all_gather_flat, default_group
 from rowwise.trainer.offloading import product_speed
 
 ROUNDS = 4
@@ -94,7 +95,7 @@ def gather_speed(device: torch.device) -> float:
     ranks = dist.get_world_size()
     mine = torch.zeros(MOVED // ranks, dtype=torch.uint8, device=device)
     whole = torch.empty(mine.numel() * ranks, dtype=torch.uint8, device=device)
-    seconds = torch.tensor(fastest(lambda: dist.all_gather_into_tensor(whole, mine), device), device=device)
+    seconds = torch.tensor(fastest(lambda: all_gather_flat(whole, mine, default_group()), device), device=device)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return mine.numel() * (ranks - 1) / seconds.item()
 

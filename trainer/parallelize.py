@@ -16,7 +16,7 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import compute_dtype, master_dtype
 from rowwise.parallel.reduce import reduce_by
 from rowwise.parallel.replicate import replicate_model
-from rowwise.parallel.row_file import RowFile
+from rowwise.parallel.row_file import row_file_of
 from rowwise.parallel.shard import (
     is_split,
     materialize,
@@ -116,12 +116,10 @@ def copies_aside(config: TrainConfig, device: torch.device) -> bool:
 
 def files_of_rows(config: TrainConfig) -> Files:
     """Opens the files of a rank's rows, where they wait in some. Raises OSError."""
-    keys = [f"offload_{kind}" for kind in ("params", "gradients")]
+    memory = config.memory
     return Files(
-        *(
-            RowFile(Path(where).expanduser(), f"memory.{key}={where}") if is_folder(where) else None
-            for key, where in ((key, getattr(config.memory, key)) for key in keys)
-        )
+        row_file_of("memory.offload_params", memory.offload_params),
+        row_file_of("memory.offload_gradients", memory.offload_gradients),
     )
 
 
