@@ -10,8 +10,9 @@ Measured in turns, in seconds a step, of `--matrices` float32 matrices of 2,048 
     deepspeed               `engine.step()` of ZeRO-3 with `offload_optimizer` on the disk, pipelined reads and writes, threads and
                             portions as ours. It keeps a copy of the parameters there too: 12 bytes a parameter, ours are 8
 
-and of the disk, by fio, in bytes a second: reads, writes, and both at once, of 4 MiB, four under way, past the system's cache. The
-share of the disk that a step reaches is its bytes a second over those of fio's reads and writes at once.
+and of the disk, by fio, in bytes a second: reads, writes, and both at once, of 4 MiB, four under way, past the system's cache; in every
+round, since a disk that others share is not the same one a minute later. The share of the disk that a step reaches is its bytes a
+second over those of fio's reads and writes at once, of the same round; the median of them is told.
 """
 
 import argparse
@@ -203,32 +204,31 @@ def measure(folder: Path, count: int, rounds: int, peer: bool, seconds: int) -> 
     theirs = DeepSpeeds(folder, count, portion) if peer else None
     calls = ours.parts()
     found: dict[str, list[float]] = {name: [] for name in calls}
-    disks = [disk(folder, seconds)] if shutil.which("fio") else []
+    disks: dict[str, list[float]] = {}
     for number in range(rounds + 1):  # the first makes room
         for name, call in calls.items():
             found[name] += [timed(call)] if number else [0 * timed(call)][:0]
         if theirs is not None:
             second = theirs.seconds()
             found.setdefault("deepspeed", []).extend([second] if number else [])
-    disks += [disk(folder, seconds)] if disks else []
+        for kind, speed in disk(folder, seconds).items() if number and shutil.which("fio") else ():
+            disks.setdefault(kind, []).append(speed)
     if theirs is not None:
         theirs.close()
     ours.home.close()
     times = {name: spread(values) for name, values in found.items()}
     middle = {name: one["median"] for name, one in times.items()}
-    speeds = {kind: sum(one[kind] for one in disks) / len(disks) for kind in disks[0]} if disks else {}
     moved = 2 * ours.bytes
     told = {
         "parameters": count * SHAPE.numel(), "state_bytes": ours.bytes, "portion_numbers": portion, "seconds": times,
         "sum_of_parts_over_step": (middle["read"] + middle["change"] + middle["write"]) / middle["step"],
         "bytes_a_second": {"step": moved / middle["step"], "read": ours.bytes / middle["read"], "write": ours.bytes / middle["write"]},
-        "disk": speeds,
+        "disk": {kind: spread(values) for kind, values in disks.items()},
     }  # fmt: skip
-    if speeds:
+    if disks:
         told["share_of_the_disk"] = {
-            "step": moved / middle["step"] / speeds["rw"],
-            "read": ours.bytes / middle["read"] / speeds["read"],
-            "write": ours.bytes / middle["write"] / speeds["write"],
+            name: spread([bytes_ / took / speed for took, speed in zip(found[name], disks[kind], strict=True)])
+            for name, kind, bytes_ in (("step", "rw", moved), ("read", "read", ours.bytes), ("write", "write", ours.bytes))
         }
     if theirs is not None:
         told["deepspeed_over_step"] = middle["deepspeed"] / middle["step"]
