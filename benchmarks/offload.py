@@ -10,8 +10,8 @@ Measured in turns, in seconds a step, of `--matrices` float32 matrices of 2,048 
     deepspeed               `engine.step()` of ZeRO-3 with `offload_optimizer` on the disk, pipelined reads and writes, threads and
                             portions as ours. It keeps a copy of the parameters there too: 12 bytes a parameter, ours are 8
 
-and of the disk, by fio, in bytes a second: reads, writes, and both at once, of 4 MiB, four under way, past the system's cache; in every
-round, since a disk that others share is not the same one a minute later. The share of the disk that a step reaches is its bytes a
+and of the disk, by fio, in bytes a second: reads, writes, and both at once, of 4 MiB, four under way, past the system's cache; in
+every round, since a disk that others share is not the same a minute later. The share of the disk that a step reaches is its bytes a
 second over those of fio's reads and writes at once, of the same round; the median of them is told.
 """
 
@@ -228,7 +228,11 @@ def measure(folder: Path, count: int, rounds: int, peer: bool, seconds: int) -> 
     if disks:
         told["share_of_the_disk"] = {
             name: spread([bytes_ / took / speed for took, speed in zip(found[name], disks[kind], strict=True)])
-            for name, kind, bytes_ in (("step", "rw", moved), ("read", "read", ours.bytes), ("write", "write", ours.bytes))
+            for name, kind, bytes_ in (
+                ("step", "rw", moved),
+                ("read", "read", ours.bytes),
+                ("write", "write", ours.bytes),
+            )
         }
     if theirs is not None:
         told["deepspeed_over_step"] = middle["deepspeed"] / middle["step"]
