@@ -308,7 +308,7 @@ def given_to(workers: Workers, config, damage: str):
     if workers.rank == 1:
         shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
         config = replace(config, data=replace(config.data, files=[str(copy)]))
-    before, watch.POLL_SECONDS, original = watch.POLL_SECONDS, 0.01, (Prefetch.__next__, Corpus._cut)
+    before, watch.POLL_SECONDS, original = watch.POLL_SECONDS, 0.01, (Prefetch.__next__, Corpus._sound)
     calls = iter(range(1, 1000))
     if damage == "before":
         workers.rank == 1 and flip(copy / "train.bin")
@@ -326,14 +326,14 @@ def given_to(workers: Workers, config, damage: str):
             sample = original[1](self, stream, start)
             return replace(sample, inputs=(sample.inputs + (next(calls) > 40)) % 61)
 
-        Corpus._cut = other
+        Corpus._sound = other
     try:
         run_train(workers, config)
     except DataDamaged as error:
         return str(error)
     finally:
         watch.POLL_SECONDS = before
-        Prefetch.__next__, Corpus._cut = original
+        Prefetch.__next__, Corpus._sound = original
         if dist.is_initialized():
             dist.destroy_process_group()
     return None

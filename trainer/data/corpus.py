@@ -6,11 +6,14 @@ predicted once. Document boundaries are kept as offsets beside the tokens. On di
     corpus/meta.json          see `integrity.py`
     corpus/train.bin          tokens, raw            corpus/train.documents.npy     where each document starts
     corpus/holdout.bin        likewise
+    corpus/train.learned.bin  of conversations (`chat/`): a byte a token, whether it is learned
+    corpus/train.origins.npy  likewise: the file and the line of each
 """
 
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -28,18 +31,6 @@ from rowwise.trainer.data.watch import Watch
 
 
 @dataclass(frozen=True)
-class TokenStream:
-    """Packed tokens (n,) of any unsigned dtype, and the offsets at which documents start (ascending, from 0)."""
-
-    tokens: np.ndarray
-    documents: np.ndarray
-
-    def windows(self, seq_len: int) -> int:
-        """Counts how many samples of `seq_len` the stream holds."""
-        return max(0, (len(self.tokens) - 1) // seq_len)
-
-
-@dataclass(frozen=True)
 class Sample:
     """One window. `inputs`, `labels`, `positions` and `documents` are int64 (S,); a label that is not to be learned
     is IGNORE."""
@@ -50,6 +41,44 @@ class Sample:
     documents: np.ndarray
 
 
+class Stream(Protocol):
+    """Tokens, and the samples that they are cut or packed into."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+
+    def windows(self, seq_len: int) -> int:
+        """Counts how many samples of `seq_len` the stream holds."""
+        ...
+
+    def sample(self, index: int, seq_len: int, mask_documents: bool) -> Sample:
+        """Returns one of them. Raises DataDamaged where a file is no longer there."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Packed tokens (n,) of any unsigned dtype, and the offsets at which documents start (ascending, from 0). `learned`: of each
+    token whether it is (None: all are)."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    learned: np.ndarray | None = None
+
+    def windows(self, seq_len: int) -> int:
+        return max(0, (len(self.tokens) - 1) // seq_len)
+
+    def sample(self, index: int, seq_len: int, mask_documents: bool) -> Sample:
+        self.require_there()
+        return cut(self, index * seq_len, seq_len, mask_documents)
+
+    def require_there(self) -> None:
+        """Raises DataDamaged where a file behind it has been cut short."""
+        for mapped in (self.tokens, self.documents, self.learned):
+            if mapped is not None:
+                require_there(mapped)
+
+
 IGNORE = -100
 
 
@@ -58,7 +87,7 @@ class Corpus:
     """The samples of one split. `fingerprint` names the tokens and their order in the files; `watch` is told of a sample
     that cannot be read; `vocab_size`: that of the model (None: not known)."""
 
-    streams: tuple[TokenStream, ...]
+    streams: tuple[Stream, ...]
     seq_len: int
     mask_documents: bool
     fingerprint: str
@@ -78,15 +107,13 @@ class Corpus:
         padding: all ranks finish the step, and stop."""
         for stream in self.streams:
             if index < (here := stream.windows(self.seq_len)):
-                return self._cut(stream, index * self.seq_len)
+                return self._sound(stream, index)
             index -= here
         raise IndexError(index)
 
-    def _cut(self, stream: TokenStream, start: int) -> Sample:
+    def _sound(self, stream: Stream, index: int) -> Sample:
         try:
-            require_there(stream.tokens)
-            require_there(stream.documents)
-            sample = cut(stream, start, self.seq_len, self.mask_documents)
+            sample = stream.sample(index, self.seq_len, self.mask_documents)
             self._require_tokens(sample, stream.tokens)
         except DataDamaged as damage:
             if self.watch is None:
@@ -104,9 +131,11 @@ class Corpus:
 
 def cut(stream: TokenStream, start: int, seq_len: int, mask_documents: bool) -> Sample:
     """Returns the window at `start`. With `mask_documents`, positions restart at each document and the last token of a
-    document is not asked to predict the first of the next."""
+    document is not asked to predict the first of the next. What is not to be learned is no label."""
     tokens = stream.tokens[start : start + seq_len + 1].astype(np.int64)
     inputs, labels = tokens[:-1], tokens[1:].copy()
+    if stream.learned is not None:
+        labels[stream.learned[start + 1 : start + seq_len + 1] == 0] = IGNORE
     positions = np.arange(start, start + seq_len)
     if not mask_documents:
         return Sample(inputs, labels, positions - start, np.zeros(seq_len, dtype=np.int64))
@@ -160,9 +189,14 @@ class Store:
         try:
             documents = np.load(path, mmap_mode="r", allow_pickle=False)
             tokens = map_tokens(self.folder / f"{split}.bin", self.record.dtype)
+            learned = (
+                map_tokens(self.folder / name, "uint8")
+                if (name := f"{split}.learned.bin") in self.record.files
+                else None
+            )
         except (ValueError, TypeError, OSError, EOFError) as error:
             raise DataDamaged(f"{path} or what is beside it is damaged ({str(error).splitlines()[0]})") from None
-        return TokenStream(tokens, documents)
+        return TokenStream(tokens, documents, learned)
 
 
 def open_store(folder: Path, record: Record | None = None) -> Store:
@@ -199,6 +233,7 @@ def with_documents(tokens: np.ndarray, separator: int | None) -> TokenStream:
 def split_stream(stream: TokenStream, held: int, seq_len: int) -> tuple[TokenStream, TokenStream]:
     """Returns (train, held-out): the last `held` windows are held out."""
     cut_at = (stream.windows(seq_len) - held) * seq_len
+    assert stream.learned is None, "a corpus of conversations has its own part that is held out"
     train = TokenStream(stream.tokens[: cut_at + 1], stream.documents[stream.documents <= cut_at])
     starts = stream.documents[stream.documents > cut_at] - cut_at
     return train, TokenStream(stream.tokens[cut_at:], np.concatenate(([0], starts)))

@@ -1,7 +1,7 @@
 """What a corpus folder says of its own files, and whether that is true.
 
     meta.json   version, dtype, vocab_size, fingerprint, tokens {split: number},
-                files {name: {bytes, sha256: [of every 64 MiB]}}, left_out {character: number},
+                files {name: {bytes, sha256: [of every 64 MiB]}}, left_out {character: number}, found {what: number},
                 sha256 (of the rest of this record)
 
 Sizes are compared when a corpus is opened, and the content of all that takes less than a second; what is larger is read
@@ -21,6 +21,7 @@ META = "meta.json"  # of a folder that is a corpus
 SPLITS = ("train", "holdout")
 END_OF_DOCUMENT = b"\0end of document\0"  # in what `Record.fingerprint` is a hash of, behind the tokens of each
 FILES = tuple(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "documents.npy"))
+OF_CONVERSATIONS = tuple(f"{split}.{ending}" for split in SPLITS for ending in ("learned.bin", "origins.npy"))
 VERSION = 1
 PIECE_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 20
@@ -41,7 +42,8 @@ class Contents:
 
 @dataclass(frozen=True)
 class Record:
-    """meta.json. `tokens`: how many, by split; `left_out`: how often characters stood in the text that have no token."""
+    """meta.json. `tokens`: how many, by split; `left_out`: how often characters stood in the text that have no token; `found`: what
+    was in the files, and how often, where rows are of several kinds or some were skipped."""
 
     dtype: str
     vocab_size: int
@@ -49,6 +51,7 @@ class Record:
     tokens: dict[str, int]
     files: dict[str, Contents]
     left_out: dict[str, int] = field(default_factory=dict)
+    found: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,13 @@ def read_record(folder: Path) -> Record:
     try:
         record = Record(**tree | {"files": {name: Contents(**facts) for name, facts in tree["files"].items()}})
         whole = all(len(facts.sha256) == -(-facts.bytes // PIECE_BYTES) for facts in record.files.values())
-        whole &= all(type(count) is int for count in record.left_out.values())
+        whole &= all(type(count) is int for count in (*record.left_out.values(), *record.found.values()))
     except (KeyError, TypeError, AttributeError):
         whole = False
-    if not whole or set(record.files) != set(FILES):  # as a stranger may have written it
+    if not whole or set(record.files) not in (
+        set(FILES),
+        {*FILES, *OF_CONVERSATIONS},
+    ):  # as a stranger may have written it
         raise DataDamaged(f"{path} is damaged: it is no record of a corpus")
     return record
 

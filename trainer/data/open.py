@@ -9,7 +9,7 @@ from pathlib import Path
 from rowwise.trainer.data.config import DataConfig, Tokens
 from rowwise.trainer.data.corpus import Corpus
 from rowwise.trainer.data.documents import Found
-from rowwise.trainer.data.integrity import FILES, file_fingerprint
+from rowwise.trainer.data.integrity import file_fingerprint
 from rowwise.trainer.data.source import TextSource
 from rowwise.trainer.data.store import cached_store
 from rowwise.trainer.data.tokenizer import Tokenizer
@@ -23,7 +23,8 @@ class Data:
     """What a run reads. `vocab_size`: the smallest that a model of it may have (0: not known). `tokenizer`: None
     where only tokens are known. `found`: the files it comes from. `tokens`: in all; `short`: of files of tokens, those
     that hold no whole sample. `read`: of each file that is mapped, a hash of what was read of it here, whatever is recorded;
-    `watch` looks after them. `unhashed`: folders whose records have no hashes. `left_out`: characters that have no token."""
+    `watch` looks after them. `unhashed`: folders whose records have no hashes. `left_out`: characters that have no token. `told`:
+    what else there is to say of it at the start."""
 
     train: Corpus
     holdout: Corpus
@@ -36,6 +37,7 @@ class Data:
     short: int = 0
     unhashed: tuple[Path, ...] = ()
     left_out: Counter[str] = field(default_factory=Counter)
+    told: tuple[str, ...] = ()
 
 
 def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
@@ -67,7 +69,7 @@ def data_in_words(config: DataConfig, data: Data) -> str:
 def told_of_data(config: DataConfig, data: Data) -> list[str]:
     """Returns what is said of the data at the start of a run: what was passed over, left out or cannot be watched."""
     seq_len, files = data.train.seq_len, len(data.found.files)
-    told = []
+    told = list(data.told)
     if count := data.found.passed_over.total():
         kinds = ", ".join(f"{number:,} {ending}" for ending, number in data.found.passed_over.most_common(5))
         told.append(
@@ -111,7 +113,7 @@ def _open_text(config: TextSource, seq_len: int) -> Data:
     train, holdout = (
         Corpus((stream,), seq_len, config.mask_documents, store.record.fingerprint) for stream in store.streams()
     )
-    watch = Watch([store.folder / name for name in FILES], store.unread, ours=True)
+    watch = Watch([store.folder / name for name in store.record.files], store.unread, ours=True)
     tokens = train.tokens + holdout.tokens
     left_out = Counter(store.record.left_out)
     return Data(train, holdout, tokenizer.vocab_size, tokenizer, found, tokens, store.read(), watch, left_out=left_out)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rowwise.trainer.data.tokenizer import Tokenizer, open_tokenizer
+from rowwise.trainer.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_file
 from rowwise.trainer.manifest_form import Manifest
 
 
@@ -25,7 +25,7 @@ def tokenizer_of_run(manifest: Manifest, choice: str | None, or_none: str = "") 
     given = choice or data.get("tokenizer", "none" if data["name"] == "tokens" else "bytes")
     if given == "none":
         return None
-    end_of_text, path = data.get("end_of_text") if given != "bytes" else None, Path(given).expanduser()
+    end_of_text, path = data.get("end_of_text") if given != "bytes" else None, tokenizer_file(given)
     if given != "bytes" and not path.is_file():
         origin = "tokenizer" if choice else "the run's data.tokenizer"
         raise ValueError(f"{origin}={path}: no such file; give tokenizer=PATH of the tokenizer.json{or_none}")

@@ -9,7 +9,7 @@ import itertools
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +36,11 @@ _SAY_SECONDS = 5.0
 _FORMAT = 5
 
 
-def cached_store(config: TextSource, files: Sequence[Path], tokenizer: Tokenizer) -> Store:
-    """Returns the corpus of a source's files: built now, or found in the cache; one that is found damaged is made anew, and said to
-    be. Raises ValueError for empty data, and for files of another kind than the source reads."""
+def cached_store(
+    config: TextSource, files: Sequence[Path], tokenizer: Tokenizer, write: "Write | None" = None
+) -> Store:
+    """Returns the corpus of a source's files: built now by `write` (None: `write_texts`), or found in the cache; one that is found
+    damaged is made anew, and said to be. Raises ValueError for empty data, and for files of another kind than the source reads."""
     root = Path(config.cache_dir or user_cache_dir("rowwise")).expanduser()
     folder = root / _cache_key(config, files, tokenizer)
     if (store := _found(folder)) is not None:
@@ -51,7 +53,7 @@ def cached_store(config: TextSource, files: Sequence[Path], tokenizer: Tokenizer
         raise ValueError(f"data.cache_dir={root}: cannot be written ({error.strerror}); give another folder") from None
     try:
         if (store := _found(folder, aloud=True)) is None:
-            _build(folder, config, files, tokenizer)
+            _build(folder, config, files, tokenizer, write or write_texts)
             store = open_store(folder)
     finally:
         lock.release()
@@ -79,7 +81,7 @@ def _cache_key(config: TextSource, files: Sequence[Path], tokenizer: Tokenizer) 
     return f"{config.name}-{digest.hexdigest()[:24]}"
 
 
-def _build(folder: Path, config: TextSource, files: Sequence[Path], tokenizer: Tokenizer) -> None:
+def _build(folder: Path, config: TextSource, files: Sequence[Path], tokenizer: Tokenizer, write: "Write") -> None:
     for file in files:
         config.check(file)
     partial = folder.with_name(folder.name + ".incomplete")
@@ -87,9 +89,8 @@ def _build(folder: Path, config: TextSource, files: Sequence[Path], tokenizer: T
     partial.mkdir(parents=True)
     try:
         with writing(folder):
-            documents = itertools.chain.from_iterable(config.documents(file, partial) for file in files)
             total = sum(file.stat().st_size for file in files) if config.AS_LARGE else None
-            write_store(partial, documents, tokenizer, config.holdout, Progress(f"data={config.name}", total))
+            write(partial, config, files, tokenizer, Progress(f"data={config.name}", total))
         if folder.name != _cache_key(config, files, tokenizer):
             raise ValueError(
                 f"data={config.name}: files changed while they were read; start again once they stay as they are"
@@ -122,6 +123,17 @@ class Progress:
             file=sys.stderr,
             flush=True,
         )
+
+
+Write = Callable[[Path, TextSource, Sequence[Path], Tokenizer, Progress], None]
+
+
+def write_texts(
+    folder: Path, config: TextSource, files: Sequence[Path], tokenizer: Tokenizer, progress: Progress
+) -> None:
+    """Writes the documents of a source's files as a corpus folder. Raises ValueError."""
+    documents = itertools.chain.from_iterable(config.documents(file, folder) for file in files)
+    write_store(folder, documents, tokenizer, config.holdout, progress)
 
 
 def write_store(

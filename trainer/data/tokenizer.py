@@ -183,10 +183,16 @@ def marking(library: "Library", mark: int) -> "Library | None":
     return Library.from_str(json.dumps(tree))
 
 
+def tokenizer_file(choice: str) -> Path:
+    """Returns the tokenizer.json at a path: that, or the one in that folder."""
+    path = Path(choice).expanduser()
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
 def open_tokenizer(choice: str, end_of_text: str | None = None) -> Tokenizer:
-    """Opens `bytes`, or the tokenizer.json at that path. Raises ValueError where there is none."""
+    """Opens `bytes`, or the tokenizer.json at that path or in that folder. Raises ValueError where there is none."""
     if choice == "bytes":
         if end_of_text is not None:
             raise ValueError(f"data.end_of_text={end_of_text!r}: data.tokenizer=bytes has no such token; leave it out")
         return ByteTokenizer()
-    return FileTokenizer(Path(choice).expanduser(), end_of_text)
+    return FileTokenizer(tokenizer_file(choice), end_of_text)
