@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
 from rowwise.kernels.attention_block import Attended, plain_backward, plain_forward
+from rowwise.kernels.look import PLAINLY
 from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.parallel.config import RING_ORDER
 from rowwise.parallel.sequence import runs_of
@@ -68,12 +69,12 @@ def around_a_ring(
         out, lse = nothing_seen(q_here)
         areas = [visible_areas(runs[rank], keys, documents) for keys in runs]
         for theirs, seen in zip(held, areas, strict=True):
-            see(q_here, k[:, theirs], v[:, theirs], seen, out, lse)
+            see(q_here, k[:, theirs], v[:, theirs], seen, out, lse, PLAINLY)
         d_q = torch.zeros_like(out)
         for theirs, seen in zip(held, areas, strict=True):
             d_k, d_v = (results[i][:, theirs] for i in (2, 3))
             attended = Attended(q_here, k[:, theirs], v[:, theirs], out.to(q.dtype), lse)
-            see_backward(d_out_here, attended, seen, (d_q, d_k, d_v))
+            see_backward(d_out_here, attended, seen, (d_q, d_k, d_v), PLAINLY)
             results[2][:, theirs], results[3][:, theirs] = d_k, d_v
         results[0][:, mine], results[1][:, mine] = out, d_q
     return results

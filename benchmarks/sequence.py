@@ -28,10 +28,11 @@ from processes import on_ranks
 from record import RESULTS, write_record
 from torch import Tensor
 
+from rowwise.kernels.attention import Attend
 from rowwise.kernels.visible import Documents, visible_areas
 from rowwise.parallel.config import RING_ORDER, ParallelConfig
 from rowwise.parallel.mesh import Mesh, SequenceAxes, Workers, make_mesh
-from rowwise.parallel.sequence import Attend, SequenceAttention, positions_of, runs_of
+from rowwise.parallel.sequence import SequenceAttention, positions_of, runs_of
 from rowwise.trainer.models.blocks import Block
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.rope import rope_tables
@@ -57,7 +58,7 @@ def torchs_attention(length: int, documents: Documents | None) -> Attend:
         owner = torch.bucketize(torch.arange(length), torch.tensor(documents.begins[0]), right=True)
         mask = (owner.unsqueeze(1) == owner).tril()
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, _: Documents | None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
 

@@ -13,6 +13,7 @@ made, and what is not seen is not computed.
 Shapes: B sequences, S queries, T keys, H heads, K key/value heads, E head dim. Sums are kept in float32, or float64.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,17 +23,24 @@ from torch.autograd.function import once_differentiable
 
 from rowwise.kernels.attention_block import Attended, Gradients, block_backward, block_forward, repeat_heads
 from rowwise.kernels.attention_packed import packed_backward, packed_forward, packings, packs, taken
+from rowwise.kernels.look import PLAINLY, Look
 from rowwise.kernels.torch_compiler import left_to_python
 from rowwise.kernels.visible import Area, Documents, Run, visible_areas
 
+# What looks from queries (B, S, H, E) at keys and values (B, S, K, E), each inside its document: `causal_attention`, or
+# what does the same where a sequence is shared.
+Attend = Callable[[Tensor, Tensor, Tensor, Documents | None, Look], Tensor]
 
-def causal_attention(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None) -> Tensor:
+
+def causal_attention(
+    q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None, look: Look = PLAINLY
+) -> Tensor:
     """Computes attention of whole sequences, (B, S, H, E); each token sees its document up to itself. H is a multiple of K: query
     head h looks at key head h K / H."""
     if documents is not None:
-        return _packed_attention(q_BSHE, k_BSKE, v_BSKE, documents)
+        return _packed_attention(q_BSHE, k_BSKE, v_BSKE, documents, look)
     if not torch.compiler.is_compiling():
-        return _WholeAttention.apply(q_BSHE, k_BSKE, v_BSKE)
+        return _WholeAttention.apply(q_BSHE, k_BSKE, v_BSKE, look)
     if q_BSHE.is_cuda and q_BSHE.dtype == torch.float32:  # there torch knows no groups but by whole scores
         k_BSKE, v_BSKE = (repeat_heads(t, q_BSHE.size(2), dim=2) for t in (k_BSKE, v_BSKE))
     y_BHSE = F.scaled_dot_product_attention(
@@ -40,6 +48,7 @@ def causal_attention(q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: 
         k_BSKE.transpose(1, 2),
         v_BSKE.transpose(1, 2),
         is_causal=True,
+        scale=look.scale,
         enable_gqa=q_BSHE.size(2) != k_BSKE.size(2),
     )
     return y_BHSE.transpose(1, 2)
@@ -49,31 +58,31 @@ class _WholeAttention(torch.autograd.Function):
     """torch's attention by the operator that gives the log-sum-exp, so that on every device what is kept is q, k, v, out, lse."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = block_forward(q, k, v, True, q.size(-1) ** -0.5)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
+        ctx.scale = look.scale_of(q.size(-1))
+        out, lse = block_forward(q, k, v, True, ctx.scale)
         out = out.contiguous()  # as the products behind it take it
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
-        attended = Attended(*ctx.saved_tensors)
-        return block_backward(d_out, attended, True, attended.q.size(-1) ** -0.5)
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        return *block_backward(d_out, Attended(*ctx.saved_tensors), True, ctx.scale), None
 
 
 @left_to_python  # the areas differ from batch to batch
-def _packed_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    return _PackedAttention.apply(q, k, v, documents)
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, look: Look) -> Tensor:
+    return _PackedAttention.apply(q, k, v, documents, look)
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, look: Look) -> Tensor:
         run = (Run(0, 1, q.size(1)),)
-        ctx.areas = visible_areas(run, run, documents)
+        ctx.areas, ctx.look = visible_areas(run, run, documents), look
         out, lse = nothing_seen(q)
-        see(q, k, v, ctx.areas, out, lse, once=True)  # a triangle for each document
+        see(q, k, v, ctx.areas, out, lse, look, once=True)  # a triangle for each document
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -83,8 +92,8 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         attended = Attended(*ctx.saved_tensors)
         q, k, v = (torch.zeros_like(t, dtype=attended.lse.dtype) for t in attended[:3])
-        see_backward(d_out, attended, ctx.areas, (q, k, v))
-        return *(gradient.to(d_out.dtype) for gradient in (q, k, v)), None
+        see_backward(d_out, attended, ctx.areas, (q, k, v), ctx.look)
+        return *(gradient.to(d_out.dtype) for gradient in (q, k, v)), None, None
 
 
 def nothing_seen(q_BSHE: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,10 +103,12 @@ def nothing_seen(q_BSHE: Tensor) -> tuple[Tensor, Tensor]:
     return q_BSHE.new_zeros(q_BSHE.shape, dtype=wide), q_BSHE.new_full((B, H, S), -torch.inf, dtype=wide)
 
 
-def see(q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor, once: bool = False) -> None:
+def see(
+    q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor, look: Look, once: bool = False
+) -> None:
     """Adds to (`out`, `lse`), in place, what queries (B, S, H, E) see in keys and values (B, T, K, E). `once`: no query is
     in two of the areas and none has seen a key before, so that there is nothing to merge."""
-    scale = q.size(-1) ** -0.5
+    scale = look.scale_of(q.size(-1))
     if packs(q, areas):
         _see_packed(q, k, v, areas, out, lse, scale)
         return
@@ -111,11 +122,11 @@ def see(q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, l
             _merge_(out[rows], lse_here, part, part_lse)
 
 
-def see_backward(d_out: Tensor, attended: Attended, areas: tuple[Area, ...], sums: Gradients) -> None:
+def see_backward(d_out: Tensor, attended: Attended, areas: tuple[Area, ...], sums: Gradients, look: Look) -> None:
     """Adds to `sums`, in place, what these areas give of the gradients of q, k and v. `out` and `lse` are those of all keys
     that the queries see, anywhere."""
     q, k, v, out, lse = attended
-    scale = q.size(-1) ** -0.5
+    scale = look.scale_of(q.size(-1))
     if packs(q, areas):
         _see_packed_backward(d_out, attended, areas, sums, scale)
         return

@@ -19,7 +19,7 @@ backward as much again and R b 2 KV E x 4 bytes (8 in float64) of gradients.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rowwise.conf.refusal import Refusal, Refusals
-from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
+from rowwise.kernels.attention import Attend, causal_attention, nothing_seen, see, see_backward
 from rowwise.kernels.attention_block import Attended, repeat_heads
+from rowwise.kernels.look import PLAINLY, Look
 from rowwise.kernels.torch_compiler import left_to_python
 from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.parallel.collectives import Passing, all_to_all
@@ -83,20 +84,18 @@ def positions_on(mesh: Mesh, length: int) -> Tensor | None:
     return None if mesh.sequence is None else positions_of(mesh.sequence, length)
 
 
-# What looks from queries (B, S, H, E) at keys and values (B, S, K, E), each inside its document.
-Attend = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
-
-
 @dataclass(frozen=True)
 class RingAttention:
     """Attention as `kernels.attention.causal_attention`, of the tokens that each rank of a ring has."""
 
     axes: SequenceAxes
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, look: Look = PLAINLY
+    ) -> Tensor:
         if self.axes.ring.size == 1:
-            return causal_attention(q, k, v, documents)
-        return ring_attention(q, k, v, documents, self.axes.ring, self.axes.order)
+            return causal_attention(q, k, v, documents, look)
+        return ring_attention(q, k, v, documents, look, self.axes)
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,13 @@ class SequenceAttention:
     around: Attend | None = None
 
     @left_to_python  # messages
-    def __call__(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None) -> Tensor:
+    def __call__(
+        self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None, look: Look = PLAINLY
+    ) -> Tensor:
         ulysses, around = self.axes.ulysses, self.around or RingAttention(self.axes)
         if ulysses.size == 1:
-            return around(q_BSHE, k_BSKE, v_BSKE, documents)
-        return to_tokens(around(*to_heads(q_BSHE, k_BSKE, v_BSKE, ulysses), documents), ulysses)
+            return around(q_BSHE, k_BSKE, v_BSKE, documents, look)
+        return to_tokens(around(*to_heads(q_BSHE, k_BSKE, v_BSKE, ulysses), documents, look), ulysses)
 
 
 def attention_on(mesh: Mesh) -> Attend:
@@ -151,26 +152,33 @@ def rotate(block: Tensor, ring: Axis) -> Iterator[tuple[int, Tensor]]:
 
 
 def ring_attention(
-    q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None, ring: Axis, order: RING_ORDER
+    q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None, look: Look, axes: SequenceAxes
 ) -> Tensor:
-    """Computes attention of the sequences of which this rank of the ring has the tokens of `order`."""
-    return _RingAttention.apply(q_BSHE, k_BSKE, v_BSKE, documents, ring, order)
+    """Computes attention of the sequences of which this rank of the ring has the tokens of the axes' order."""
+    return _RingAttention.apply(q_BSHE, k_BSKE, v_BSKE, documents, look, axes.ring, axes.order)
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, ring: Axis, order: RING_ORDER
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None,
+        look: Look,
+        ring: Axis,
+        order: RING_ORDER,
     ) -> Tensor:
         length = q.size(1) * ring.size
         own = runs_of(order, ring.rank, ring.size, length)
-        ctx.ring, ctx.areas = ring, {}
+        ctx.ring, ctx.look, ctx.areas = ring, look, {}
         # After an all-to-all, a view of what came would keep the keys and values that are in the block.
         q, block = q.contiguous(), torch.stack((k, v))
         out, lse = nothing_seen(q)
         for source, (k_there, v_there) in rotate(block, ring):
             ctx.areas[source] = visible_areas(own, runs_of(order, source, ring.size, length), documents)
-            see(q, k_there, v_there, ctx.areas[source], out, lse)
+            see(q, k_there, v_there, ctx.areas[source], out, lse, look)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, block, out, lse)
         return out
@@ -183,7 +191,8 @@ class _RingAttention(torch.autograd.Function):
         under_way: Passing | None = None
         for source, (k, v) in rotate(block, ctx.ring):
             here = torch.zeros_like(block, dtype=lse.dtype)
-            see_backward(d_out, Attended(q, k, v, out, lse), ctx.areas[source], (d_q, here[0], here[1]))
+            attended = Attended(q, k, v, out, lse)
+            see_backward(d_out, attended, ctx.areas[source], (d_q, here[0], here[1]), ctx.look)
             if under_way is not None:
                 # What the ranks before gave to this block's gradient has travelled one step behind it.
                 here += under_way.wait()
@@ -191,4 +200,4 @@ class _RingAttention(torch.autograd.Function):
             under_way = Passing(here, ctx.ring)
         assert under_way is not None
         d_k, d_v = under_way.wait()
-        return d_q.to(q.dtype), d_k.to(q.dtype), d_v.to(q.dtype), None, None, None
+        return d_q.to(q.dtype), d_k.to(q.dtype), d_v.to(q.dtype), None, None, None, None

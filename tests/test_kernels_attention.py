@@ -9,6 +9,7 @@ import torch
 
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
 from rowwise.kernels.attention_block import Attended, block_backward, block_forward, plain_backward, plain_forward
+from rowwise.kernels.look import PLAINLY
 from rowwise.kernels.torch_dispatch import TorchDispatchMode
 from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.parallel.sequence import runs_of
@@ -153,11 +154,11 @@ def seen_of(queries, held, documents, q, d_out):
         torch.manual_seed(i)
         k, v = (torch.randn(3, q.size(1), 2, 6, dtype=torch.float64) for _ in range(2))
         blocks.append((k, v, visible_areas(queries, keys, documents)))
-        see(q, k, v, blocks[-1][2], out, lse)
+        see(q, k, v, blocks[-1][2], out, lse, PLAINLY)
     d_q, found = torch.zeros_like(q), [out, lse]
     for k, v, areas in blocks:
         d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
-        see_backward(d_out, Attended(q, k, v, out, lse), areas, (d_q, d_k, d_v))
+        see_backward(d_out, Attended(q, k, v, out, lse), areas, (d_q, d_k, d_v), PLAINLY)
         found += [d_k, d_v]
     return [*found, d_q]
 

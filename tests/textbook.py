@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.blockwise import code_book
+from rowwise.kernels.look import PLAINLY
 from rowwise.kernels.philox import normal, stream_key
 
 CPU = torch.device("cpu")
 NO_STATE: dict[str, Tensor] = {}
 
 
-def attention(q, k, v, documents):
-    """softmax(Q K^T / sqrt(E)) V over whole scores, with a mask made token by token."""
+def attention(q, k, v, documents, look=PLAINLY):
+    """softmax(scale Q K^T) V over whole scores, with a mask made token by token."""
     length, groups = q.size(1), q.size(2) // k.size(2)
     places = torch.arange(length)
     begins = [(0,)] * q.size(0) if documents is None else documents.begins
     own = torch.stack([torch.tensor([sum(b <= int(place) for b in row) for place in places]) for row in begins])
     seen = (own.unsqueeze(2) == own.unsqueeze(1)) & (places.unsqueeze(1) >= places)
     k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
-    scores = torch.einsum("bshe,bthe->bhst", q, k) / math.sqrt(q.size(-1))
+    scale = 1 / math.sqrt(q.size(-1)) if look.scale is None else look.scale
+    scores = torch.einsum("bshe,bthe->bhst", q, k) * scale
     return torch.einsum("bhst,bthe->bshe", scores.masked_fill(~seen.unsqueeze(1), -math.inf).softmax(-1), v)
 
 

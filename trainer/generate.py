@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rowwise.kernels.look import PLAINLY, Look
 from rowwise.kernels.products import float32_products
 from rowwise.kernels.visible import Documents
 from rowwise.trainer.data.tokenizer import Tokenizer
@@ -30,7 +31,9 @@ class KeyValueCache:
         self._kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self._turn = 0
 
-    def __call__(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None) -> Tensor:
+    def __call__(
+        self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None, look: Look = PLAINLY
+    ) -> Tensor:
         """Computes attention of S new tokens to all T so far: (B, S, H, E)."""
         before = self._kept[self._turn]
         if before is not None:
@@ -44,6 +47,7 @@ class KeyValueCache:
             k_BSKE.transpose(1, 2),
             v_BSKE.transpose(1, 2),
             attn_mask=seen,
+            scale=look.scale,
             enable_gqa=q_BSHE.size(2) != k_BSKE.size(2),
         )
         return y_BHSE.transpose(1, 2)

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.activation_codes import Codes, Groups, channel_groups, decode, encode
+from rowwise.kernels.attention import Attend
+from rowwise.kernels.look import PLAINLY, Look
 from rowwise.kernels.philox import stream_key
 from rowwise.kernels.torch_storage import StorageWeakRef, memory_key, weak_storage
 from rowwise.kernels.visible import Documents
 from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.activations.saved import Formed, Keeper
 from rowwise.parallel.mesh import Mesh
-from rowwise.parallel.sequence import Attend, RingAttention, SequenceAttention, positions_of, ring_positions
+from rowwise.parallel.sequence import RingAttention, SequenceAttention, positions_of, ring_positions
 
 COMPILED_CODES: Refusals = (
     Refusal(
@@ -165,8 +167,10 @@ class NamedOutcome:
     keeper: Keeper
     attend: Attend
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-        y = self.attend(q, k, v, documents)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, look: Look = PLAINLY
+    ) -> Tensor:
+        y = self.attend(q, k, v, documents, look)
         if (scope := self.keeper.scope) is not None and isinstance(scope.form, Coding):
             scope.form.name(y, "out", Groups(y.size(3), y.size(2)), attention=False)
         return y
@@ -183,10 +187,12 @@ class NamedAttention:
     share: int = 0
     shares: int = 1
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, look: Look = PLAINLY
+    ) -> Tensor:
         scope = self.keeper.scope
         if scope is None or not isinstance(scope.form, Coding):
-            return self.attend(q, k, v, documents)
+            return self.attend(q, k, v, documents, look)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # after an all-to-all they are parts of what came
         heads = Groups(q.size(3), q.size(2) * self.shares, q.size(2) * self.share)
         here = k.size(2)  # of as many as are repeated until all ranks have some
@@ -195,7 +201,7 @@ class NamedAttention:
             scope.form.name(t, name, groups, attention=True)
         scope.form.name_block(k, keys)
         with scope.waits():
-            out = self.attend(q, k, v, documents)
+            out = self.attend(q, k, v, documents, look)
             scope.form.name(out, "out", heads, attention=True)
         return out
 

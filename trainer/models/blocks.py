@@ -9,6 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from rowwise.kernels.attention import Attend
+from rowwise.kernels.look import Look
 from rowwise.kernels.swiglu import swiglu
 from rowwise.kernels.visible import Documents
 from rowwise.parallel.activations.results import (
@@ -26,10 +28,6 @@ from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.norm import RMSNorm
 from rowwise.trainer.models.rope import rotate
 from rowwise.trainer.models.specs import LAYER, Entry
-
-# What looks from queries (B, S, H, E) at keys and values (B, S, K, E), each inside its document: `causal_attention`, or
-# what does the same where a sequence is shared.
-Attend = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
 
 class Layer(nn.Module):
@@ -66,7 +64,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         heads, kv_heads, size = config.heads, config.kv_heads, config.head_size
-        self.head_size, self.qk_norm = size, config.qk_norm
+        self.head_size, self.qk_norm, self.looks = size, config.qk_norm, Look()
         self.wq = nn.Linear(config.dim, heads * size, bias=False)
         self.wk = nn.Linear(config.dim, kv_heads * size, bias=False)
         self.wv = nn.Linear(config.dim, kv_heads * size, bias=False)
@@ -94,7 +92,7 @@ class Attention(nn.Module):
             q, k = make("qk", self.turn, q, k, cos_BSE, sin_BSE)
         else:
             q, k, v = make("qkv", self.project_and_turn, x_BSD, cos_BSE, sin_BSE)
-        return make("y", attend, q, k, v, documents)
+        return make("y", attend, q, k, v, documents, self.looks)
 
     def project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values before they are normed and turned."""

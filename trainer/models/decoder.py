@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rowwise.kernels.attention import causal_attention
+from rowwise.kernels.attention import Attend, causal_attention
 from rowwise.kernels.cross_entropy import Loss, cross_entropy, linear_cross_entropy
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.kernels.visible import Documents
 from rowwise.kernels.wide import wide_dtype
-from rowwise.trainer.models.blocks import Attend, Block, Layer
+from rowwise.trainer.models.blocks import Block, Layer
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.norm import RMSNorm
 from rowwise.trainer.models.rope import rope_tables
