@@ -42,7 +42,7 @@ def code_book(signed: bool, device: torch.device = _CPU, dtype: torch.dtype = to
     """Returns the numbers behind the codes: (256,), ascending. The float32 numbers are bitsandbytes' to the last bit."""
     numbers = [0.0, 1.0]
     for i in range(_DECADES):
-        edges = _edges(2**i if signed else 2 ** (i + 1))
+        edges = parted(0.1, 1.0, 2**i if signed else 2 ** (i + 1))
         decade = (10 ** (i - _DECADES + 1) * (edges[:-1] + edges[1:]) / 2).tolist()
         numbers += decade
         if signed:
@@ -50,9 +50,9 @@ def code_book(signed: bool, device: torch.device = _CPU, dtype: torch.dtype = to
     return torch.tensor(sorted(numbers), dtype=torch.float32, device=_CPU).to(device, dtype)
 
 
-def _edges(parts: int) -> Tensor:
-    """torch.linspace(0.1, 1, parts + 1), whose last bits depend on the processor, as those with AVX2 compute it."""
-    first, last = torch.tensor([0.1, 1.0], device=_CPU)
+def parted(start: float, end: float, parts: int) -> Tensor:
+    """Gives torch.linspace(start, end, parts + 1), whose last bits depend on the processor, as those with AVX2 compute it."""
+    first, last = torch.tensor([start, end], device=_CPU)
     step = ((last - first) / parts).double()
     i = torch.arange(parts + 1, dtype=torch.float64, device=_CPU)
     return torch.where(i < (parts + 1) // 2, first + step * i, last - step * (parts - i)).float()

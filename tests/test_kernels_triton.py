@@ -71,6 +71,11 @@ ROW_CODES = {
     "BLOCKS": 4,
     "WIDTH": 256,
 }
+CODED_ROWS = {
+    **dict.fromkeys(("rows", "columns", "per_row", "row_bytes", "code_bytes"), "i32"),
+    **dict.fromkeys(("scales", "book"), "*fp32"),
+    "codes": "*u8",
+}
 
 # Of every argument its type, or its value if it is a constant of the program. Every processor sees every kernel; the
 # variants of a kernel (dtypes, alignment) are spread over the first two.
@@ -126,6 +131,9 @@ VARIANTS = [
     (90, "row_codes", "encode", ROW_CODES | {"x": "*fp32", "RANDOM": True, "ALIGNED": True, "BITS": 4}),
     (80, "row_codes", "decode", ROW_CODES | {"out": "*fp32", "ADD": True, "BITS": 4}),
     (90, "row_codes", "decode", ROW_CODES | {"out": "*bf16", "ADD": False, "BITS": 8}),
+    (80, "coded_rows", "decode", CODED_ROWS | {"out": "*bf16", "BITS": 4, "BLOCKS": 16, "WIDTH": 64}),
+    (80, "coded_rows", "decode", CODED_ROWS | {"out": "*bf16", "BITS": 8, "BLOCKS": 4, "WIDTH": 256}),
+    (90, "coded_rows", "decode", CODED_ROWS | {"out": "*fp32", "BITS": 3, "BLOCKS": 32, "WIDTH": 32}),
     (90, "cross_entropy", "logit_gradient", GRADIENT | TILE["bf16"] | {"dz": "*bf16"}),
 ]
 
