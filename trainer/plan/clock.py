@@ -1,7 +1,7 @@
 """How long the parts of a run take on a device, computed alone, and what moves beside them."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 
 from rowwise.parallel.precision import Fp64
@@ -31,13 +31,18 @@ class Pass:
 
     @property
     def total(self) -> float:
-        return sum(astuple(self))
+        return self.products + self.attention + self.elementwise + self.offload
 
     def __add__(self, other: "Pass") -> "Pass":
-        return Pass(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Pass(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.elementwise + other.elementwise,
+            self.offload + other.offload,
+        )
 
     def times(self, factor: float) -> "Pass":
-        return Pass(*(factor * part for part in astuple(self)))
+        return Pass(factor * self.products, factor * self.attention, factor * self.elementwise, factor * self.offload)
 
     def waiting(self, traffic: Traffic, device: Device) -> "Pass":
         """Gives it with the seconds by which what moves beside it takes longer."""
@@ -50,19 +55,27 @@ class Clock:
     def __init__(self, config: TrainConfig, device: Device):
         self.config, self.device, self.links = config, device, Links(device)
         self.widths, self.tokens = widths_of(config), tokens_of(config)
+        self._table, self._layers = results_of(config), dict[frozenset[str], tuple[Pass, Pass, Pass]]()
         slower = device.wide * (8 if isinstance(config.precision, Fp64) else 1) if self.widths.compute > 2 else 1.0
         self.rate = device.flops / slower
 
     def layer(self, layer: int) -> tuple[Pass, Pass, Pass]:
-        """Estimates the forward of a layer, its input gradients with what is made again, and its weights' gradients."""
+        """Estimates the forward of a layer, its input gradients with what is made again, and its weights' gradients: of layers that
+        keep the same, once."""
+        kept = frozenset[str]() if self._table is None else self._kept[layer]
+        if kept not in self._layers:
+            self._layers[kept] = self._passes(kept)
+        return self._layers[kept]
+
+    def _passes(self, kept: frozenset[str]) -> tuple[Pass, Pass, Pass]:
         model, tokens = self.config.model, self.tokens
         _, forward, _ = layer_flops(model, self.config.batch.seq_len)
         attention = 2.0 * model.heads * model.head_size * (self.config.batch.seq_len + 1)
         products = Pass(products=(forward - attention) * tokens / self.rate / self.device.reached("products"))
         looked = Pass(attention=attention * tokens / self.rate / self.device.reached("attention"))
         moved = Pass(elementwise=self._traffic() * tokens / self.device.bandwidth / self.device.reached("memory"))
-        again = Pass(products=self._again(layer) * tokens / self.rate / self.device.reached("products"))
-        codes = Pass(elementwise=self._coded(layer) * tokens / self.device.bandwidth / self.device.reached("memory"))
+        again = Pass(products=self._again(kept) * tokens / self.rate / self.device.reached("products"))
+        codes = Pass(elementwise=self._coded(kept) * tokens / self.device.bandwidth / self.device.reached("memory"))
         back = products + looked.times(BACKWARD_OF_ATTENTION) + moved.times(2) + again + codes
         return products + looked + moved + codes, back, products
 
@@ -94,23 +107,21 @@ class Clock:
         turned = 3 * model.head_size * (model.heads + model.kv_heads)
         return float(self.widths.compute * (10 * model.dim + turned + 5 * model.ffn_dim))
 
-    def _again(self, layer: int) -> float:
-        table = results_of(self.config)
-        if table is None:
+    def _again(self, kept: frozenset[str]) -> float:
+        if self._table is None:
             return 0.0
-        return table.operations_again(self._kept[layer], (self.config.batch.seq_len + 1) / 2)
+        return self._table.operations_again(kept, (self.config.batch.seq_len + 1) / 2)
 
-    def _coded(self, layer: int) -> float:
+    def _coded(self, kept: frozenset[str]) -> float:
         """Bytes a token that are read and written where a layer's results are coded, and again where they are decoded."""
-        table = results_of(self.config)
-        if table is None or self.config.memory.compress == "none":
+        if self._table is None or self.config.memory.compress == "none":
             return 0.0
-        return sum(table.bytes_kept(self._kept[layer], self.widths.compute, coded) for coded in (False, True))
+        return sum(self._table.bytes_kept(kept, self.widths.compute, coded) for coded in (False, True))
 
     def traffic(self, layer: int, numbers: float) -> tuple[Traffic, Traffic]:
         """Counts what a layer moves beside its forward and beside its backward: of what it keeps, and of so many numbers of this
         rank's rows."""
-        table, coded = results_of(self.config), self.config.memory.compress != "none"
+        table, coded = self._table, self.config.memory.compress != "none"
         size = 0 if table is None else table.bytes_kept(self._kept[layer], self.widths.compute, coded)
         (there, back), (forward, backward) = (
             leaving(self.config, self.tokens * size),

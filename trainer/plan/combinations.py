@@ -15,6 +15,7 @@ from rowwise.trainer.plan.ledger import FILE, HOST
 from rowwise.trainer.plan.rough import Rough
 from rowwise.trainer.plan.states import widths_of
 from rowwise.trainer.plan.trade import traded_share
+from rowwise.trainer.stages import check_pipeline
 
 PIPELINES = (1, 2, 4, 8, 16, 32)
 SCHEDULES = (("1f1b", 1), ("zb_h1", 1), ("interleaved_1f1b", 2), ("zb_v", 2))
@@ -46,6 +47,7 @@ class Search:
         self._config, self._world, self._device, self._given = config, world_size, device, given
         self.refused = ""
         self._rough, self._shares = Rough(config, device), dict[Any, float | None]()
+        self._filled = dict[tuple[int, str, int, int], bool]()
 
     def candidates(self) -> Iterator[Candidate]:
         """Makes every combination that can be."""
@@ -102,6 +104,10 @@ class Search:
                 outer = world // pipeline // replicate
                 if ((params != "none" or inner) and zero < 3) or (inner and (outer <= inner or outer % inner)):
                     continue
+                if pipeline > 1 and not self._fills(
+                    pipeline, schedule, stages, self._config.batch.global_size // data // micro
+                ):
+                    continue
                 words = {"parallel.zero": zero, "batch.micro_size": micro, "memory.recompute": "none"}
                 kept = {"memory.compress": compress, "memory.offload_activations": place}
                 kept |= {"memory.offload_states": states, "memory.offload_params": params}
@@ -113,6 +119,20 @@ class Search:
                     words |= {"parallel.pipeline_schedule": schedule, "parallel.virtual_stages": stages}
                 for recompute in self._choices("memory.recompute", (*RECOMPUTE, *self._traded(words))):
                     yield words | {"memory.recompute": recompute}
+
+    def _fills(self, pipeline: int, schedule: str, stages: int, micro_batches: int) -> bool:
+        """Says whether a pipeline has as many micro-batches as its schedule needs: asked once, of all memory options."""
+        order = pipeline, schedule, stages, micro_batches
+        if order not in self._filled:
+            parallel = replace(
+                self._config.parallel, pipeline=pipeline, pipeline_schedule=schedule, virtual_stages=stages
+            )
+            try:
+                check_pipeline(parallel, micro_batches)
+                self._filled[order] = True
+            except ValueError as refusal:
+                self.refused, self._filled[order] = str(refusal), False
+        return self._filled[order]
 
     def _homes(self) -> list[tuple[str, str]]:
         """Where states and parameters wait: on a CPU there is no other memory."""
@@ -170,7 +190,8 @@ def divisors_of(config: TrainConfig, data_degree: int) -> list[int]:
 
 def with_words(config: TrainConfig, words: dict[str, Any]) -> TrainConfig:
     """Gives a run these keys, each `group.key`."""
+    groups: dict[str, dict[str, Any]] = {}
     for key, value in words.items():
         group, _, name = key.partition(".")
-        config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
-    return config
+        groups.setdefault(group, {})[name] = value
+    return replace(config, **{group: replace(getattr(config, group), **given) for group, given in groups.items()})

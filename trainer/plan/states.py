@@ -2,6 +2,7 @@
 their masks."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ from rowwise.parallel.row_messages import RowMessages
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_specs, stage_parts
 from rowwise.trainer.plan.codes import message_bytes
+
+_known: dict[Any, int] = {}  # bytes of states that were counted
 
 
 @dataclass(frozen=True)
@@ -177,9 +180,16 @@ def owned(config: TrainConfig, layers: range) -> Specs:
 
 
 def optimizer_bytes(config: TrainConfig, layers: range, place: Place) -> int:
-    """Counts the states of a rank's rows, by asking each rule what it keeps of a parameter of that shape."""
-    dtype = wide_of(config)
-    rank = rank_of(config.optim, parameter_specs(config.model))
+    """Counts the states of a rank's rows, by asking each rule what it keeps of a parameter of that shape; remembers it, for a search
+    asks again and again."""
+    asked = repr(config.optim), config.model, layers, place, widths_of(config).wide
+    if asked not in _known:
+        _known[asked] = _count_states(config, layers, place)
+    return _known[asked]
+
+
+def _count_states(config: TrainConfig, layers: range, place: Place) -> int:
+    dtype, rank = wide_of(config), rank_of(config.optim, parameter_specs(config.model))
     found: dict[tuple[str, torch.Size, bool], int] = {}
     total = 0
     for name, spec in owned(config, layers).items():

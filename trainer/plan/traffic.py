@@ -8,7 +8,7 @@ All ways are used at once, and beside the computation, so that a forward or a ba
 A link carries both directions at once, a disk reads or writes.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from rowwise.parallel.activations.config import is_folder
 from rowwise.trainer.config import TrainConfig
@@ -31,11 +31,19 @@ class Traffic:
     steps: float = 0.0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Traffic(
+            self.up + other.up,
+            self.down + other.down,
+            self.read + other.read,
+            self.written + other.written,
+            self.steps + other.steps,
+        )
 
     def times(self, factor: float) -> "Traffic":
         """Gives so many times as much."""
-        return Traffic(*(factor * part for part in astuple(self)))
+        return Traffic(
+            factor * self.up, factor * self.down, factor * self.read, factor * self.written, factor * self.steps
+        )
 
     def seconds(self, device: Device) -> float:
         """Estimates how long it takes, all ways at once."""

@@ -84,10 +84,14 @@ def portions_of(entries: Iterable[Entry], config: TrainConfig, place: Place) -> 
             parts, where = list(_cut(group, place)), Place(0, 0, 1, 1)
         else:
             parts, where = list(_portions(rule, group, config, place)), place
-        size = {name: (local_numbers(spec, place), state_bytes(rule, spec, dtype, place)) for name, spec in group}
+        alike = {spec.shape: spec for _, spec in group}  # of a group those of one shape are one
+        sizes = {
+            shape: (local_numbers(spec, place), state_bytes(rule, spec, dtype, place)) for shape, spec in alike.items()
+        }
+        whole = {name: sizes[spec.shape] for name, spec in group}
         for part in parts:
             counts = {name: local_numbers(spec, where) for name, spec in part}
-            states = sum(size[name][1] * count / max(1, size[name][0]) for name, count in counts.items())
+            states = sum(whole[name][1] * count / max(1, whole[name][0]) for name, count in counts.items())
             yield Portion(rule, list(part), where, sum(counts.values()), states)
 
 
