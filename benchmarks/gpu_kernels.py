@@ -17,6 +17,8 @@ from rowwise.kernels.blockwise import dequantise_reference_, quantise, quantise_
 from rowwise.kernels.blockwise_triton import dequantise_triton_, quantise_triton_
 from rowwise.kernels.dct import column_squares_reference, dct_columns_reference
 from rowwise.kernels.dct_triton import column_squares_triton, dct_columns_triton
+from rowwise.kernels.glu import gate_gradients_reference, gated_reference
+from rowwise.kernels.glu_triton import gate_gradients_triton, gated_triton
 from rowwise.kernels.lion8bit import lion8bit_reference_
 from rowwise.kernels.lion8bit_triton import lion8bit_triton_
 from rowwise.kernels.philox import normal_reference, stream_key
@@ -27,8 +29,6 @@ from rowwise.kernels.rounding import round_reference_
 from rowwise.kernels.rounding_triton import round_triton_
 from rowwise.kernels.row_scale import scale_rows_reference
 from rowwise.kernels.row_scale_triton import scale_rows_triton
-from rowwise.kernels.swiglu import gate_gradients_reference, gated_reference
-from rowwise.kernels.swiglu_triton import gate_gradients_triton, gated_triton
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,9 @@
     z = x w^T        lse_i = log sum over v of exp(z_iv)        loss_i = lse_i - z_i,label, and 0 where there is no label
     dz = g (exp(z - lse) - [v = label])        dx = dz w        dw = dz^T x        g: what the loss is multiplied by
 
-z is made in tiles, rounded to the dtype of x as the whole product would be; exponentials and sums are at least float32. There
-are two orders of the tiles, with the same numbers but for the order of sums:
+Logits may be scaled and capped after the product (`kernels.logit_form`), and dz has their slope beside g. z is made in tiles, its
+product rounded to the dtype of x as the whole one would be; all else is at least float32. There are two orders of the tiles, with the
+same numbers but for the order of sums:
 
 - later (Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*): the forward leaves lse alone, and the backward
   makes each tile again. It goes through the vocabulary: a word's row of dw is complete with its tile and rounded once, and dx is
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rowwise.kernels.dispatch import use_triton
+from rowwise.kernels.logit_form import AS_THEY_ARE, LogitForm
 from rowwise.kernels.portions import row_portions
 from rowwise.kernels.products import add_product_
 from rowwise.kernels.wide import wide, wide_dtype
@@ -49,8 +51,10 @@ class Loss(NamedTuple):
     each: Tensor
 
 
-def linear_cross_entropy(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, scale: float | Tensor | None = None) -> Loss:
-    """Computes the cross entropy of the logits x w^T without them. A negative label is none.
+def linear_cross_entropy(
+    x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, scale: float | Tensor | None = None, form: LogitForm = AS_THEY_ARE
+) -> Loss:
+    """Computes the cross entropy of the logits that `form` makes of x w^T, without them. A negative label is none.
 
     `scale`: what the backward will multiply the loss by, where that is known, and not 0. It is for speed: gradients are right
     whatever the loss is multiplied by then. A label of V or above makes the loss NaN, or is an error of torch's. Bytes:
@@ -58,40 +62,46 @@ def linear_cross_entropy(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, scale: fl
     """
     learns = [t.requires_grad and torch.is_grad_enabled() for t in (x_ND, w_VD)]
     if not any(learns):
-        each_N = _losses(*sum_and_label(x_ND, w_VD, labels_N), labels_N)
+        each_N = _losses(*sum_and_label(x_ND, w_VD, labels_N, form), labels_N)
         return Loss(each_N.sum(), (labels_N >= 0).sum(), each_N)
-    form = _AtOnce if scale is not None and x_ND.itemsize >= 4 and all(learns) else _Later
-    total, each_N = form.apply(x_ND, w_VD, labels_N, scale)
+    order = _AtOnce if scale is not None and x_ND.itemsize >= 4 and all(learns) else _Later
+    total, each_N = order.apply(x_ND, w_VD, labels_N, scale, form)
     return Loss(total, (labels_N >= 0).sum(), each_N)
 
 
-def cross_entropy(z_NV: Tensor, labels_N: Tensor) -> Loss:
-    """Computes the cross entropy of whole logits: the plain form."""
-    each_N = F.cross_entropy(wide(z_NV), labels_N, reduction="none")
+def cross_entropy(p_NV: Tensor, labels_N: Tensor, form: LogitForm = AS_THEY_ARE) -> Loss:
+    """Computes the cross entropy of the logits that `form` makes of whole products: the plain form."""
+    each_N = F.cross_entropy(form.of(wide(p_NV)), labels_N, reduction="none")
     return Loss(each_N.sum(), (labels_N >= 0).sum(), each_N.detach())
 
 
-def loss_bytes(tokens: int, dim: int, words: int, itemsize: int, at_once: bool = False, device: str = "cuda") -> int:
+def loss_bytes(
+    tokens: int, dim: int, words: int, itemsize: int, at_once: bool = False, device: str = "cuda", capped: bool = False
+) -> int:
     """Counts what `linear_cross_entropy` holds at its height, beside its arguments and dw: dx, which of 16 bits is made of float32, a
     tile, and the float32 that the tile's rows of dw are made of."""
     (elements, most, least), dx = TILES[device], tokens * dim * max(itemsize, 4)
     if at_once and itemsize >= 4:
-        return dx + min(tokens, max(least, elements // words)) * words * itemsize
+        return dx + min(tokens, max(least, elements // words)) * words * itemsize * (1 + capped)
     rows = min(tokens, most)
     columns = min(words, max(1, elements // rows))
     tile = rows * columns * itemsize + columns * dim * max(itemsize, 4)
+    slopes = rows * columns * max(itemsize, 4) if capped and device != "cuda" else 0
     if itemsize >= 4:
-        return dx + tile
+        return dx + tile + slopes
     copies = 0 if device == "cuda" else 4 * rows * columns + 4 * dim * max(rows, columns)
     return dx + max(tile + copies, tokens * dim * itemsize)
 
 
 class _Later(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, labels: Tensor, scale: float | Tensor | None) -> tuple[Tensor, Tensor]:
-        lse, at_label = sum_and_label(x, w, labels)
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, labels: Tensor, scale: float | Tensor | None, form: LogitForm
+    ) -> tuple[Tensor, Tensor]:
+        lse, at_label = sum_and_label(x, w, labels, form)
         each = _losses(lse, at_label, labels)
         ctx.save_for_backward(x, w, labels, lse)
+        ctx.form = form
         ctx.mark_non_differentiable(each)
         return each.sum(), each
 
@@ -99,14 +109,16 @@ class _Later(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, w, labels, lse = ctx.saved_tensors
-        return *gradients(x, w, labels, lse, g, ctx.needs_input_grad[:2]), None, None
+        return *gradients(x, w, labels, lse, g, ctx.needs_input_grad[:2], ctx.form), None, None, None
 
 
 class _AtOnce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, labels: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, labels: Tensor, scale: float | Tensor, form: LogitForm
+    ) -> tuple[Tensor, Tensor]:
         ctx.scale = scale.to(x.dtype) if isinstance(scale, Tensor) else scale
-        each, dx, dw = gradients_at_once(x, w, labels, ctx.scale)
+        each, dx, dw = gradients_at_once(x, w, labels, ctx.scale, form)
         ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(each)
         return each.sum(), each
@@ -116,48 +128,56 @@ class _AtOnce(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         factor = g / ctx.scale  # 1, but where the forward was told otherwise
-        return dx.mul_(factor), dw.mul_(factor), None, None
+        return dx.mul_(factor), dw.mul_(factor), None, None, None
 
 
 def _losses(lse_N: Tensor, at_label_N: Tensor, labels_N: Tensor) -> Tensor:
     return torch.where(labels_N >= 0, lse_N - at_label_N, 0.0)
 
 
-def sum_and_label(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+def sum_and_label(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, form: LogitForm = AS_THEY_ARE) -> tuple[Tensor, Tensor]:
     """Computes (lse, the logit of the label), both (N,) and at least float32. Where there is no label, lse is infinite, so that
     exp(z - lse) is 0; where there is no such word, NaN."""
     if x_ND.dtype != torch.float64 and use_triton(x_ND.device):
         from rowwise.kernels.cross_entropy_triton import sum_and_label_triton
 
-        lse, at_label = sum_and_label_triton(x_ND, w_VD, labels_N)
+        lse, at_label = sum_and_label_triton(x_ND, w_VD, labels_N, form)
     else:
-        lse, at_label = sum_and_label_reference(x_ND, w_VD, labels_N)
+        lse, at_label = sum_and_label_reference(x_ND, w_VD, labels_N, form)
     lse.masked_fill_(labels_N < 0, torch.inf).masked_fill_(labels_N >= w_VD.size(0), torch.nan)
     return lse, at_label
 
 
-def sum_and_label_reference(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+def sum_and_label_reference(
+    x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, form: LogitForm = AS_THEY_ARE
+) -> tuple[Tensor, Tensor]:
     """Computes `sum_and_label` in plain torch."""
     rows, columns = _tiles(x_ND, w_VD)
     at_label = x_ND.new_zeros(x_ND.size(0), dtype=wide_dtype(x_ND.dtype))
     sums = at_label.new_empty(len(columns), x_ND.size(0))
     for tile, words in enumerate(columns):
         for part in rows:
-            sums[tile, part], here = _of_tile(x_ND[part], w_VD[words], labels_N[part] - words.start)
+            sums[tile, part], here = _of_tile(x_ND[part], w_VD[words], labels_N[part] - words.start, form)
             at_label[part] += here
     return sums.logsumexp(0), at_label
 
 
-def _of_tile(x_RD: Tensor, w_CD: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
+def _of_tile(x_RD: Tensor, w_CD: Tensor, labels_R: Tensor, form: LogitForm) -> tuple[Tensor, Tensor]:
     """(lse over the words of a tile, the logit of the label or 0)."""
-    z = wide(x_RD @ w_CD.t())
+    z = form.formed_(wide(x_RD @ w_CD.t()))
     place, inside = _places(labels_R, w_CD.size(0))
     at_label, top = z.gather(1, place).squeeze(1) * inside, z.amax(1, keepdim=True)
     return z.sub_(top).exp_().sum(1).log_().add_(top.squeeze(1)), at_label
 
 
 def gradients(
-    x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, lse_N: Tensor, g: Tensor, wanted: tuple[bool, bool] = (True, True)
+    x_ND: Tensor,
+    w_VD: Tensor,
+    labels_N: Tensor,
+    lse_N: Tensor,
+    g: Tensor,
+    wanted: tuple[bool, bool] = (True, True),
+    form: LogitForm = AS_THEY_ARE,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Computes (dx, dw) in the dtypes of x and w, as far as `wanted`: each tile of logits is made again."""
     dx = torch.zeros_like(x_ND, dtype=lse_N.dtype) if wanted[0] else None
@@ -167,7 +187,7 @@ def gradients(
         w = w_VD[words]
         of_words = torch.zeros_like(w, dtype=lse_N.dtype) if dw is not None else None
         for part in rows:
-            dz = logit_gradient(x_ND[part], w, labels_N[part] - words.start, lse_N[part], g)
+            dz = logit_gradient(x_ND[part], w, labels_N[part] - words.start, lse_N[part], g, form)
             if dx is not None:
                 add_product_(dx[part], dz, w)
             if of_words is not None:
@@ -179,47 +199,59 @@ def gradients(
     return None if dx is None else dx.to(x_ND.dtype), dw
 
 
-def logit_gradient(x_RD: Tensor, w_CD: Tensor, labels_R: Tensor, lse_R: Tensor, g: Tensor) -> Tensor:
+def logit_gradient(
+    x_RD: Tensor, w_CD: Tensor, labels_R: Tensor, lse_R: Tensor, g: Tensor, form: LogitForm = AS_THEY_ARE
+) -> Tensor:
     """Makes dz (R, C) of a tile, in the dtype of x. Labels count from the first word of the tile; of a token that has none, lse
     is infinite."""
     if x_RD.dtype != torch.float64 and use_triton(x_RD.device):
         from rowwise.kernels.cross_entropy_triton import logit_gradient_triton
 
-        return logit_gradient_triton(x_RD, w_CD, labels_R, lse_R, g)
-    return logit_gradient_reference(x_RD, w_CD, labels_R, lse_R, g)
+        return logit_gradient_triton(x_RD, w_CD, labels_R, lse_R, g, form)
+    return logit_gradient_reference(x_RD, w_CD, labels_R, lse_R, g, form)
 
 
-def logit_gradient_reference(x_RD: Tensor, w_CD: Tensor, labels_R: Tensor, lse_R: Tensor, g: Tensor) -> Tensor:
+def logit_gradient_reference(
+    x_RD: Tensor, w_CD: Tensor, labels_R: Tensor, lse_R: Tensor, g: Tensor, form: LogitForm = AS_THEY_ARE
+) -> Tensor:
     """Computes `logit_gradient` in plain torch."""
     z = x_RD @ w_CD.t()
-    p = z.to(lse_R.dtype).sub_(lse_R.unsqueeze(1)).exp_()
+    p = form.formed_(z.to(lse_R.dtype))
+    slope = form.slope(p)
+    p.sub_(lse_R.unsqueeze(1)).exp_()
     place, inside = _places(labels_R, w_CD.size(0))
     p.scatter_add_(1, place, -inside.to(p.dtype).unsqueeze(1)).mul_(g)
+    if form != AS_THEY_ARE:
+        p.mul_(slope)
     return p if p.dtype == z.dtype else z.copy_(p)
 
 
 def gradients_at_once(
-    x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, scale: float | Tensor
+    x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, scale: float | Tensor, form: LogitForm = AS_THEY_ARE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes (the loss of each token, dx, dw), a tile of tokens at a time."""
     (tokens, words), size = (x_ND.size(0), w_VD.size(0)), _size_on(x_ND.device)
     each, dx, dw = x_ND.new_empty(tokens), torch.empty_like(x_ND), torch.zeros_like(w_VD)
     for part in row_portions(tokens, 1, max(size.least, size.elements // words)):
         z = x_ND[part] @ w_VD.t()
-        each[part] = to_gradient_(z, labels_N[part], scale)
+        each[part] = to_gradient_(z, labels_N[part], scale, form)
         torch.mm(z, w_VD, out=dx[part])
         dw.addmm_(z.t(), x_ND[part])
         del z  # before the next is made
     return each, dx, dw
 
 
-def to_gradient_(z_RV: Tensor, labels_R: Tensor, scale: float | Tensor) -> Tensor:
-    """Makes of logits their gradient, in place; returns the loss of each token."""
+def to_gradient_(p_RV: Tensor, labels_R: Tensor, scale: float | Tensor, form: LogitForm = AS_THEY_ARE) -> Tensor:
+    """Makes of products their gradient, in place; returns the loss of each token."""
+    z_RV = form.formed_(p_RV)
+    slope = form.slope(z_RV)
     labelled, place = labels_R >= 0, labels_R.clamp_min(0).unsqueeze(1)
     top, at_label = z_RV.amax(1, keepdim=True), z_RV.gather(1, place)
     total = z_RV.sub_(top).exp_().sum(1, keepdim=True)
     factor = labelled.to(z_RV.dtype).unsqueeze(1) * scale
     z_RV.mul_(factor / total).scatter_add_(1, place, -factor)
+    if form != AS_THEY_ARE:
+        z_RV.mul_(slope)
     return torch.where(labelled, (total.log() + top - at_label).squeeze(1), 0.0)
 
 

@@ -10,10 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rowwise.kernels.logit_form import AS_THEY_ARE, LogitForm
 from rowwise.kernels.rounding_triton import rounded_to
 
 ROWS, COLUMNS = 128, 128  # of a tile
 SEGMENTS = 16  # of the vocabulary, at most: with 8,192 tokens 1,024 programs
+
+
+@triton.jit
+def tanh(x):
+    rest = tl.exp(-2.0 * tl.abs(x))
+    return tl.where(x < 0, -1.0, 1.0) * (1.0 - rest) / (1.0 + rest)
 
 
 @triton.jit
@@ -25,13 +32,16 @@ def logits(
     tokens,
     words,
     dim,
+    scale,
+    cap,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     TF32: tl.constexpr,
     WIDEN: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
-    """Computes z (ROWS, COLUMNS) of these tokens and words, rounded to the dtype of x, float32; 0 beyond the last."""
+    """Computes z (ROWS, COLUMNS) of these tokens and words, of products rounded to the dtype of x, float32; 0 beyond the last."""
     z = tl.zeros([ROWS, COLUMNS], tl.float32)
     some, one = (row < tokens)[:, None], (column < words)[None, :]
     for first in range(0, dim, DEPTH):
@@ -41,7 +51,8 @@ def logits(
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         z = tl.dot(a, b, z, input_precision="tf32" if TF32 else "ieee")
-    return rounded_to(z, x.dtype.element_ty).to(tl.float32)
+    z = rounded_to(z, x.dtype.element_ty).to(tl.float32) * scale
+    return cap * tanh(z / cap) if CAPPED else z
 
 
 @triton.jit
@@ -55,11 +66,14 @@ def sum_and_label_kernel(
     words,
     dim,
     tiles,
+    scale,
+    cap,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     TF32: tl.constexpr,
     WIDEN: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     """Writes the log-sum-exp of `tiles` tiles of words, and the logit of the label or 0, for ROWS tokens."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -69,7 +83,7 @@ def sum_and_label_kernel(
     total, found = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for first in range(segment * tiles * COLUMNS, tl.minimum((segment + 1) * tiles * COLUMNS, words), COLUMNS):
         column = first + tl.arange(0, COLUMNS).to(tl.int64)
-        z = logits(x, w, row, column, tokens, words, dim, ROWS, COLUMNS, DEPTH, TF32, WIDEN)
+        z = logits(x, w, row, column, tokens, words, dim, scale, cap, ROWS, COLUMNS, DEPTH, TF32, WIDEN, CAPPED)
         found += tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), axis=1)
         z = tl.where((column < words)[None, :], z, -float("inf"))
         higher = tl.maximum(top, tl.max(z, axis=1))
@@ -91,42 +105,52 @@ def logit_gradient_kernel(
     tokens,
     words,
     dim,
+    scale,
+    cap,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     TF32: tl.constexpr,
     WIDEN: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     """Writes dz of one tile."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     label = tl.load(labels + row, mask=row < tokens, other=-1)
     sum_of_row = tl.load(lse + row, mask=row < tokens, other=float("inf"))
-    z = logits(x, w, row, column, tokens, words, dim, ROWS, COLUMNS, DEPTH, TF32, WIDEN)
+    z = logits(x, w, row, column, tokens, words, dim, scale, cap, ROWS, COLUMNS, DEPTH, TF32, WIDEN, CAPPED)
     p = tl.exp(z - sum_of_row[:, None]) - tl.where(column[None, :] == label[:, None], 1.0, 0.0)
+    p *= scale
+    if CAPPED:
+        p *= 1.0 - (z / cap) * (z / cap)
     inside = (row < tokens)[:, None] & (column < words)[None, :]
     place = dz + row[:, None] * words + column[None, :]
     tl.store(place, rounded_to(p * tl.load(g), dz.dtype.element_ty), mask=inside)
 
 
-def sum_and_label_triton(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+def sum_and_label_triton(
+    x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, form: LogitForm = AS_THEY_ARE
+) -> tuple[Tensor, Tensor]:
     (tokens, dim), words = x_ND.shape, w_VD.size(0)
     tiles = triton.cdiv(triton.cdiv(words, COLUMNS), SEGMENTS)
     segments = triton.cdiv(triton.cdiv(words, COLUMNS), tiles)
     sums, at_label = torch.empty(2, segments, tokens, dtype=torch.float32, device=x_ND.device)
     if tokens:
         sum_and_label_kernel[(triton.cdiv(tokens, ROWS), segments)](
-            *map(_dense, (x_ND, w_VD, labels_N)), sums, at_label, tokens, words, dim, tiles, **_shape(x_ND)
+            *map(_dense, (x_ND, w_VD, labels_N)), sums, at_label, tokens, words, dim, tiles, **_shape(x_ND, form)
         )
     return sums.logsumexp(0), at_label.sum(0)
 
 
-def logit_gradient_triton(x_RD: Tensor, w_CD: Tensor, labels_R: Tensor, lse_R: Tensor, g: Tensor) -> Tensor:
+def logit_gradient_triton(
+    x_RD: Tensor, w_CD: Tensor, labels_R: Tensor, lse_R: Tensor, g: Tensor, form: LogitForm = AS_THEY_ARE
+) -> Tensor:
     (tokens, dim), words = x_RD.shape, w_CD.size(0)
     dz = x_RD.new_empty(tokens, words)
     if tokens:
         logit_gradient_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(words, COLUMNS))](
-            *map(_dense, (x_RD, w_CD, labels_R, lse_R)), g, dz, tokens, words, dim, **_shape(x_RD)
+            *map(_dense, (x_RD, w_CD, labels_R, lse_R)), g, dz, tokens, words, dim, **_shape(x_RD, form)
         )
     return dz
 
@@ -135,9 +159,10 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _shape(x: Tensor) -> dict[str, int | bool]:
+def _shape(x: Tensor, form: LogitForm) -> dict[str, float | bool]:
     """How a tile is made of `x`: float32 in TF32 where torch's own products are. Triton's interpreter takes bfloat16 for whole
     numbers in a product, so there it is widened."""
     tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    z = {"scale": float(form.scale), "cap": float(form.cap or 1.0), "CAPPED": form.cap is not None}
     tile = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": 128 // x.itemsize, "num_warps": 8}
-    return tile | {"TF32": tf32, "WIDEN": triton.knobs.runtime.interpret and x.dtype == torch.bfloat16}
+    return z | tile | {"TF32": tf32, "WIDEN": triton.knobs.runtime.interpret and x.dtype == torch.bfloat16}

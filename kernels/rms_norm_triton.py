@@ -18,7 +18,7 @@ SEGMENTS = 64  # of rows, at most
 
 
 @triton.jit
-def norm_kernel(x, weight, y, r, columns, eps, STEPS: tl.constexpr, WIDTH: tl.constexpr):
+def norm_kernel(x, weight, y, r, columns, eps, offset, STEPS: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([WIDTH], tl.float32)
     for i in range(STEPS):
@@ -31,12 +31,12 @@ def norm_kernel(x, weight, y, r, columns, eps, STEPS: tl.constexpr, WIDTH: tl.co
         column = i * WIDTH + tl.arange(0, WIDTH)
         inside = column < columns
         numbers = tl.load(x + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
         tl.store(y + row * columns + column, rounded_to(numbers * scale * w, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def norm_gradient_kernel(dy, x, weight, r, dx, columns, STEPS: tl.constexpr, WIDTH: tl.constexpr):
+def norm_gradient_kernel(dy, x, weight, r, dx, columns, offset, STEPS: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(r + row)
     total = tl.zeros([WIDTH], tl.float32)
@@ -44,14 +44,14 @@ def norm_gradient_kernel(dy, x, weight, r, dx, columns, STEPS: tl.constexpr, WID
         column = i * WIDTH + tl.arange(0, WIDTH)
         inside, place = column < columns, row * columns + column
         g = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
-        g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
         total += g * (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale)
     mean = tl.sum(total) / columns
     for i in range(STEPS):
         column = i * WIDTH + tl.arange(0, WIDTH)
         inside, place = column < columns, row * columns + column
         g = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
-        g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
         xr = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale
         tl.store(dx + place, rounded_to((g - xr * mean) * scale, dx.dtype.element_ty), mask=inside)
 
@@ -80,22 +80,22 @@ def _steps(columns: int) -> dict[str, int]:
     return {"STEPS": triton.cdiv(columns, wide), "WIDTH": wide}
 
 
-def normed_triton(x: Tensor, weight: Tensor, eps: float) -> Normed:
+def normed_triton(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Normed:
     x = x.contiguous()
     columns, y = x.size(-1), torch.empty_like(x)
     r = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     if x.numel():
-        norm_kernel[(r.numel(),)](x, weight.contiguous(), y, r, columns, eps, **_steps(columns))
+        norm_kernel[(r.numel(),)](x, weight.contiguous(), y, r, columns, eps, offset, **_steps(columns))
     return Normed(y, r)
 
 
 def norm_gradients_triton(
-    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, learns: bool = True
+    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, learns: bool = True, offset: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     (rows, columns), dx = (r.numel(), x.size(-1)), torch.empty_like(x)
     if x.numel():
-        norm_gradient_kernel[(rows,)](dy, x, weight, r, dx, columns, **_steps(columns))
+        norm_gradient_kernel[(rows,)](dy, x, weight, r, dx, columns, offset, **_steps(columns))
     if not learns:
         return dx, None
     per_segment = triton.cdiv(triton.cdiv(max(rows, 1), SEGMENTS), TILE["ROWS"]) * TILE["ROWS"]

@@ -11,12 +11,15 @@ from interpreter import interpreted
 from live_bytes import LiveBytes
 from rowwise.kernels import cross_entropy as module
 from rowwise.kernels.cross_entropy import TILES, Tiles, cross_entropy, linear_cross_entropy, loss_bytes
+from rowwise.kernels.logit_form import AS_THEY_ARE, LogitForm
 from rowwise.kernels.products import add_product_
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (17, 8, 61), (64, 33, 128), (130, 20, 257)]  # tokens, dim, words
 SMALL = Tiles(elements=80, most=9, least=4)
 SCALES = [None, 0.37, 1.0]  # of which the backward multiplies by the second, whatever it was told
 G = 0.37
+# Granite's, Gemma 2's, both: of logits far beyond the cap, and far below it.
+FORMS = [AS_THEY_ARE, LogitForm(scale=0.125), LogitForm(cap=30.0), LogitForm(scale=1.7, cap=4.0)]
 
 
 def operands(tokens, dim, words, dtype=torch.float64, device="cpu"):
@@ -27,14 +30,16 @@ def operands(tokens, dim, words, dtype=torch.float64, device="cpu"):
     return (x * 2).to(device, dtype).requires_grad_(), w.to(device, dtype).requires_grad_(), labels.to(device)
 
 
-def whole(x, w, labels, g=G):
+def whole(x, w, labels, g=G, form=AS_THEY_ARE):
     """(loss, dx, dw) by way of the logits."""
-    loss = F.cross_entropy((x @ w.t()).to(module.wide_dtype(x.dtype)), labels, reduction="sum")
+    z = (x @ w.t()).to(module.wide_dtype(x.dtype)) * form.scale
+    z = z if form.cap is None else form.cap * torch.tanh(z / form.cap)
+    loss = F.cross_entropy(z, labels, reduction="sum")
     return loss.detach(), *torch.autograd.grad(loss * g, (x, w))
 
 
-def ours(x, w, labels, scale, g=G):
-    loss = linear_cross_entropy(x, w, labels, scale)
+def ours(x, w, labels, scale, g=G, form=AS_THEY_ARE):
+    loss = linear_cross_entropy(x, w, labels, scale, form)
     return loss.total.detach(), *torch.autograd.grad(loss.total * g, (x, w))
 
 
@@ -44,22 +49,25 @@ def small_tiles(monkeypatch):
     monkeypatch.setitem(TILES, "cpu", SMALL)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_formula(shape, scale, small_tiles):
+def test_the_formula(shape, scale, form, small_tiles):
     x, w, labels = operands(*shape)
-    for one, other in zip(ours(x, w, labels, scale), whole(x, w, labels), strict=True):
+    for one, other in zip(ours(x, w, labels, scale, G, form), whole(x, w, labels, G, form), strict=True):
         assert (one.dtype == other.dtype and other.abs().max() > 0) or shape[2] == 1
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3]])
 @pytest.mark.parametrize("scale", SCALES[:2])
-def test_the_loss_of_each_token_and_the_tokens_with_a_label(scale, small_tiles):
+def test_the_loss_of_each_token_and_the_tokens_with_a_label(scale, form, small_tiles):
     x, w, labels = operands(17, 8, 61)
-    each = F.cross_entropy(x @ w.t(), labels, reduction="none")
+    each = F.cross_entropy(form.of(x @ w.t()), labels, reduction="none")
     with torch.no_grad():
-        evaluated = linear_cross_entropy(x, w, labels)
-    for loss in (linear_cross_entropy(x, w, labels, scale), evaluated, cross_entropy(x @ w.t(), labels)):
+        evaluated = linear_cross_entropy(x, w, labels, form=form)
+    by_logits = cross_entropy(x @ w.t(), labels, form)
+    for loss in (linear_cross_entropy(x, w, labels, scale, form), evaluated, by_logits):
         torch.testing.assert_close(loss.each, each, rtol=1e-12, atol=1e-13)
         assert not loss.each.requires_grad and (loss.each[2::3] == 0).all()
         assert loss.tokens == (labels >= 0).sum() and loss.total == loss.each.sum()
@@ -97,10 +105,11 @@ def test_a_label_that_is_no_word_is_no_number():
 
 @pytest.mark.parametrize("scale", SCALES[:2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fewer_bits_err_no_more_than_by_way_of_the_logits(dtype, scale, small_tiles):
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3]])
+def test_fewer_bits_err_no_more_than_by_way_of_the_logits(dtype, scale, form, small_tiles):
     x, w, labels = operands(130, 20, 257, dtype)
-    exact = whole(x.double(), w.double(), labels)
-    theirs, mine = whole(x, w, labels), ours(x, w, labels, scale)
+    exact = whole(x.double(), w.double(), labels, G, form)
+    theirs, mine = whole(x, w, labels, G, form), ours(x, w, labels, scale, G, form)
     # exp(z - lse) has the last bit of a rounded lse, which exp(z - max) / sum has not: 1 of 2^24 of a number like 20.
     last_bit = 1e-6 if dtype == torch.float32 else 1e-7
     for a, b, right in zip(mine, theirs, exact, strict=True):
@@ -130,21 +139,21 @@ def test_sixteen_bits_are_added_up_in_thirty_two():
 def agree():
     from rowwise.kernels import cross_entropy_triton as triton
 
-    for (shape, tile), dtype in itertools.product(
-        [((1, 1, 1), 16), ((19, 40, 61), 32), ((33, 20, 150), 16)],
+    for (shape, tile, form), dtype in itertools.product(
+        [((1, 1, 1), 16, FORMS[2]), ((19, 40, 61), 32, FORMS[3]), ((33, 20, 150), 16, AS_THEY_ARE)],
         (torch.float32, torch.bfloat16, torch.float16),
     ):
         triton.ROWS = triton.COLUMNS = tile
         x, w, labels = (t.detach() for t in operands(*shape, dtype))
-        sums = triton.sum_and_label_triton(x, w, labels)
-        expected = module.sum_and_label_reference(x, w, labels)
+        sums = triton.sum_and_label_triton(x, w, labels, form)
+        expected = module.sum_and_label_reference(x, w, labels, form)
         # A sum in another order may round a logit of 16 bits to its neighbour.
         near = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
         for one, other in zip(sums, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=near, atol=near)
         lse = expected[0].masked_fill(labels < 0, torch.inf)
         for first in (0, shape[2] // 2):
-            given = x, w[first:], labels - first, lse, torch.tensor(G)
+            given = x, w[first:], labels - first, lse, torch.tensor(G), form
             torch.testing.assert_close(
                 triton.logit_gradient_triton(*given), module.logit_gradient_reference(*given), rtol=8 * near, atol=near
             )
@@ -158,25 +167,26 @@ LLAMA3 = 128_256
 LATER_16, LATER_32, AT_ONCE_32 = (torch.bfloat16, None), (torch.float32, None), (torch.float32, 1.0)
 
 
-def height(form, tokens, dim, words, dtype, scale=None) -> int:
+def height(form, tokens, dim, words, dtype, scale=None, logits=AS_THEY_ARE) -> int:
     """The most bytes that a loss and its gradients hold, beside its arguments and dw; counted where no tensor has memory."""
     x, w = (torch.empty(n, dim, dtype=dtype, device="meta", requires_grad=True) for n in (tokens, words))
     labels = torch.empty(tokens, dtype=torch.int64, device="meta")
     with LiveBytes() as live:
-        form(x, w, labels, scale).total.backward()
+        form(x, w, labels, scale, logits).total.backward()
     return live.peak - w.nbytes
 
 
-def plain(x, w, labels, scale):
+def plain(x, w, labels, scale, _):
     return cross_entropy(x @ w.t(), labels)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [LATER_16, LATER_32, AT_ONCE_32])
 @pytest.mark.parametrize(("tokens", "dim", "words"), [(8192, 4096, 3000), (4096, 512, 2000), (1024, 256, 256)])
 def test_bytes_are_those_of_the_formula(dtype, scale, tokens, dim, words):
-    measured = height(linear_cross_entropy, tokens, dim, words, dtype, scale)
-    expected = loss_bytes(tokens, dim, words, dtype.itemsize, scale is not None, "cpu")
-    assert abs(measured - expected) <= 0.01 * expected + 100 * tokens  # log-sum-exps, labels
+    for form in FORMS[:: 1 if tokens == 1024 else 2]:
+        measured = height(linear_cross_entropy, tokens, dim, words, dtype, scale, form)
+        expected = loss_bytes(tokens, dim, words, dtype.itemsize, scale is not None, "cpu", form.cap is not None)
+        assert abs(measured - expected) <= 0.01 * expected + 100 * tokens  # log-sum-exps, labels
 
 
 @pytest.mark.parametrize("dim", [2048, 4096])

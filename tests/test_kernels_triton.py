@@ -51,16 +51,19 @@ CONDENSED = {x: {**dict.fromkeys(("xt", "values", "out"), f"*{x}"), **PLACES} fo
 ONE_VECTOR = {"ABLATED": False, "STEPS": 1, "ROWS": 4, "WIDTH": 512, "BATCH": 1}
 MANY_VECTORS = {"ABLATED": True, "STEPS": 20, "ROWS": 4, "WIDTH": 16, "BATCH": 64}
 LOSS = {**dict.fromkeys(("tokens", "words", "dim"), "i32"), "labels": "*i64", "ROWS": 128, "COLUMNS": 128}
+LOSS |= dict.fromkeys(("scale", "cap"), "fp32")
 SUMS = {**LOSS, **dict.fromkeys(("sums", "at_label"), "*fp32"), "tiles": "i32"}
 GRADIENT = {**LOSS, **dict.fromkeys(("lse", "g"), "*fp32")}
 TILE = {
-    "bf16": {"x": "*bf16", "w": "*bf16", "DEPTH": 64, "TF32": False, "WIDEN": False},
-    "fp32": {"x": "*fp32", "w": "*fp32", "DEPTH": 32, "TF32": True, "WIDEN": False},
+    "bf16": {"x": "*bf16", "w": "*bf16", "DEPTH": 64, "TF32": False, "WIDEN": False, "CAPPED": True},
+    "fp32": {"x": "*fp32", "w": "*fp32", "DEPTH": 32, "TF32": True, "WIDEN": False, "CAPPED": False},
 }
-NORM = {**dict.fromkeys(("x", "weight", "y", "dy", "dx"), "*bf16"), "r": "*fp32", "columns": "i32", "eps": "fp32"}
+NORM = {**dict.fromkeys(("x", "weight", "y", "dy", "dx"), "*bf16"), "r": "*fp32", "columns": "i32"} | dict.fromkeys(
+    ("eps", "offset"), "fp32"
+)
 ROW = {"STEPS": 2, "WIDTH": 4096}
 DOWN = {"sums": "*fp32", **dict.fromkeys(("rows", "per_segment"), "i32"), "ROWS": 32, "WIDTH": 64}
-GATE = {x: {**dict.fromkeys(("gate", "up", "y", "dy", "dg", "du"), f"*{x}"), "count": "i32", "NUMBERS": 1024}
+GATE = {x: {**dict.fromkeys(("gate", "up", "y", "dy", "dg", "du"), f"*{x}"), "count": "i32", "NUMBERS": 1024, "GELU": x == "bf16"}
         for x in ("fp32", "bf16", "fp16")}  # fmt: skip
 
 ROW_CODES = {
@@ -116,10 +119,10 @@ VARIANTS = [
     (90, "rms_norm", "norm_gradient", NORM | {"STEPS": 1, "WIDTH": 2048}),
     (80, "rms_norm", "weight_gradient", NORM | DOWN),
     (90, "rms_norm", "weight_gradient", NORM | dict.fromkeys(("dy", "x"), "*fp32") | DOWN),
-    (80, "swiglu", "gate", GATE["bf16"]),
-    (90, "swiglu", "gate", GATE["fp32"]),
-    (80, "swiglu", "gate_gradient", GATE["fp16"]),
-    (90, "swiglu", "gate_gradient", GATE["bf16"]),
+    (80, "glu", "gate", GATE["bf16"]),
+    (90, "glu", "gate", GATE["fp32"]),
+    (80, "glu", "gate_gradient", GATE["fp16"]),
+    (90, "glu", "gate_gradient", GATE["bf16"]),
     (80, "nm", "nm", {"w": "*i16", "out": "*i16", **GROUPS, "LARGEST": 2**15 - 1, "MASK": False}),
     (80, "nm", "nm", {"w": "*i64", "out": "*i64", **GROUPS, "LARGEST": 2**63 - 1, "MASK": False}),
     (90, "nm", "nm", {"w": "*i32", "out": "*i32", **GROUPS, "M": 3, "LARGEST": 2**31 - 1, "MASK": False}),

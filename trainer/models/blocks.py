@@ -10,8 +10,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from rowwise.kernels.attention import Attend
+from rowwise.kernels.glu import glu
 from rowwise.kernels.look import Look
-from rowwise.kernels.swiglu import swiglu
 from rowwise.kernels.visible import Documents
 from rowwise.parallel.activations.results import (
     INPUT,
@@ -129,7 +129,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.w2(swiglu(*self.widen(x_BSD)))
+        return self.w2(glu(*self.widen(x_BSD)))
 
     def widen(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """The gate and what it lets through, (B, S, F) each."""
@@ -140,7 +140,7 @@ class Block(Layer):
     """The layer of Llama and Qwen3: h = x + attention(norm(x)), then h + feed_forward(norm(h)). Its results:
 
     n1 = norm(x)      qkv, qk: what attention takes      y: what it sees      h = x + wo(y)
-    n2 = norm(h)      gate_up = w1(n2), w3(n2)           s = swiglu(gate_up)  out = h + w2(s)
+    n2 = norm(h)      gate_up = w1(n2), w3(n2)           s = glu(gate_up)     out = h + w2(s)
     """
 
     TABLE = LAYER
@@ -161,7 +161,7 @@ class Block(Layer):
         seen = look(make("n1", self.attention_norm, x_BSD), cos_BSE, sin_BSE, documents, attend, make)
         h_BSD = make("h", self.add_seen, x_BSD, seen)
         del seen
-        s_BSF = make("s", swiglu, *make("gate_up", widen, make("n2", self.feed_forward_norm, h_BSD)))
+        s_BSF = make("s", glu, *make("gate_up", widen, make("n2", self.feed_forward_norm, h_BSD)))
         return make("out", self.add_fed, h_BSD, s_BSF)
 
     def add_seen(self, x_BSD: Tensor, y_BSHE: Tensor) -> Tensor:

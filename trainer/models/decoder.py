@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from rowwise.kernels.attention import Attend, causal_attention
 from rowwise.kernels.cross_entropy import Loss, cross_entropy, linear_cross_entropy
+from rowwise.kernels.logit_form import AS_THEY_ARE, LogitForm
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.kernels.visible import Documents
-from rowwise.kernels.wide import wide_dtype
+from rowwise.kernels.wide import wide, wide_dtype
 from rowwise.trainer.models.blocks import Block, Layer
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.norm import RMSNorm
@@ -104,24 +105,27 @@ class Target:
 
 
 class Head(nn.Linear):
-    """Logits, or their loss; `fused`: that of the logits without the logits (`kernels.cross_entropy`)."""
+    """Logits of `form`, or their loss; `fused`: that of the logits without the logits (`kernels.cross_entropy`)."""
 
-    def __init__(self, dim: int, vocab_size: int, fused: bool = True):
+    def __init__(self, dim: int, vocab_size: int, fused: bool = True, form: LogitForm = AS_THEY_ARE):
         super().__init__(dim, vocab_size, bias=False)
-        self.fused = fused
+        self.fused, self.form = fused, form
 
     def forward(self, x: Tensor, target: Target | None = None) -> Tensor | Loss:  # type: ignore[override]
-        return apply_head(x, self.weight, target, self.fused)
+        return apply_head(x, self.weight, target, self.fused, self.form)
 
 
-def apply_head(x_BSD: Tensor, w_VD: Tensor, target: Target | None, fused: bool) -> Tensor | Loss:
+def apply_head(
+    x_BSD: Tensor, w_VD: Tensor, target: Target | None, fused: bool, form: LogitForm = AS_THEY_ARE
+) -> Tensor | Loss:
     """Gives the logits (B, S, V), or with a target the loss of them."""
     if target is None:
-        return F.linear(x_BSD, w_VD)
+        products = F.linear(x_BSD, w_VD)
+        return products if form == AS_THEY_ARE else form.of(wide(products)).to(products.dtype)
     x_ND, labels_N = x_BSD.flatten(0, 1), target.labels.flatten()
     if fused:
-        return linear_cross_entropy(x_ND, w_VD, labels_N, target.scale)
-    return cross_entropy(F.linear(x_ND, w_VD), labels_N)
+        return linear_cross_entropy(x_ND, w_VD, labels_N, target.scale, form)
+    return cross_entropy(F.linear(x_ND, w_VD), labels_N, form)
 
 
 class Decoder(nn.Module):
