@@ -11,7 +11,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rowwise.launch.compose import compose_tree, key_of
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.data.corpus import Corpus
+from rowwise.trainer.data.mixture import AnyCorpus
 from rowwise.trainer.data.open import Data, open_data
+from rowwise.trainer.data.own_tokenizer import of_one_tokenizer
 from rowwise.trainer.keys import told_of_type
 from rowwise.trainer.manifest_form import Manifest
 
@@ -29,7 +31,7 @@ class Text:
 
     config: DataConfig
     data: Data
-    corpus: Corpus
+    corpus: AnyCorpus
     held_out: bool
     samples: int
     micro_size: int
@@ -75,7 +77,7 @@ def open_text(words: Sequence[str], amounts: Amounts, manifest: Manifest) -> Tex
     require_own_tokens(data, source, manifest)
     corpus, held_out = data.holdout, not words or source.holdout > 0
     if not held_out:
-        corpus = replace(data.train, streams=(*data.train.streams, *data.holdout.streams))
+        corpus = whole_of(data)
     if not corpus.samples:
         raise ValueError(
             f"data.holdout={source.holdout} holds out no sample of {seq_len} tokens; give data= and data.files= of another text, "
@@ -89,20 +91,31 @@ def open_text(words: Sequence[str], amounts: Amounts, manifest: Manifest) -> Tex
     if same and data.train.fingerprint != manifest["fingerprint"]["data"]:
         remarks.append("the data has changed since the run read it: what it holds out now may have been trained on")
     micro_size = amounts.micro_size or ours["batch"]["micro_size"]
-    corpus = replace(corpus, vocab_size=vocab_size)
+    corpus = corpus.of_vocabulary(vocab_size)
     return Text(source, data, corpus, held_out, samples, micro_size, sizes, ours if same else None, remarks)
+
+
+def whole_of(data: Data) -> Corpus:
+    """Returns all that there is of a text, held out or not. Raises ValueError for a mixture."""
+    if not isinstance(data.train, Corpus) or not isinstance(data.holdout, Corpus):
+        raise ValueError(
+            "data=mixture that holds nothing out is several texts: give data= and data.files= of one of them"
+        )
+    return replace(data.train, streams=(*data.train.streams, *data.holdout.streams))
 
 
 def source_of(own: Mapping[str, Any], words: Sequence[str]) -> DataConfig:
     """Returns the source that overrides name, with what they leave of the run's own; none: the run's own. Raises ValueError."""
     tree, given = dict(own), {key_of(word): word.partition("=")[2] for word in words}
     if words:
+        own = of_one_tokenizer(own)
         composed = compose_tree([f"data={given.pop('data', own['name'])}", *(w for w in words if key_of(w) != "data")])
         inherited = [key for key in INHERITED if key in composed["data"] and own.get(key) is not None]
         tree = composed["data"] | {key: own[key] for key in inherited if f"data.{key}" not in given}
         if given.get("data.tokenizer") == "bytes" and "data.end_of_text" not in given:
             tree["end_of_text"] = None
-        tree["holdout"] = tree["holdout"] if "data.holdout" in given else 0.0
+        if "holdout" in tree and "data.holdout" not in given:
+            tree["holdout"] = 0.0
     try:
         return _DATA.validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
@@ -122,7 +135,8 @@ def require_own_tokens(data: Data, source: DataConfig, manifest: Manifest) -> No
     if data.tokenizer is not None and own is not None and own.split("/")[0] != data.tokenizer.fingerprint.split("/")[0]:
         raise ValueError(
             f"data.tokenizer={getattr(source, 'tokenizer', 'bytes')} is not the tokenizer of this run, whose tokens mean other text; "
-            f"leave it out, or give data.tokenizer={manifest['config']['data'].get('tokenizer', 'bytes')} as the run read it"
+            f"leave it out, or give data.tokenizer={of_one_tokenizer(manifest['config']['data']).get('tokenizer', 'bytes')} as the "
+            "run read it"
         )
 
 

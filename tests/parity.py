@@ -38,7 +38,6 @@ from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.batches import MicroBatch, micro_batches
 from rowwise.trainer.data.open import Data, open_data
-from rowwise.trainer.data.order import sample_indices
 from rowwise.trainer.engine import Engine, WholeModel
 from rowwise.trainer.feed import train_batches
 from rowwise.trainer.models.decoder import Decoder, parameter_specs
@@ -359,7 +358,7 @@ def plain_model(config: TrainConfig) -> Decoder:
 def global_batch(config: TrainConfig, data: Data, step: int) -> MicroBatch:
     """All sequences of a step in one batch."""
     size = config.batch.global_size
-    indices = sample_indices(step * size, size, data.train.samples, f"train/{config.seed}")
+    indices = data.train.drawn(step * size, size, f"train/{config.seed}")
     return micro_batches(indices, data.train, size)[0]
 
 

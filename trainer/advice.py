@@ -7,6 +7,7 @@ from rowwise.optim.lr_schedules import LrRange
 from rowwise.optim.rates import SHARES, rate_of_size
 from rowwise.trainer.activations import micro_batch_bytes
 from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.data.mixture import MixedCorpus, sources_in_words
 from rowwise.trainer.data.open import Data
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.decoder import parameter_count
@@ -27,6 +28,13 @@ def warnings(config: TrainConfig, data: Data, device: torch.device) -> list[str]
     ]
     found += _dimensions(config.model) if device.type == "cuda" else []
     return [f"warning: {line}" for line in found]
+
+
+def told_of_sources(config: TrainConfig, data: Data) -> list[str]:
+    """Returns a line for each source of a mixture: how much of the run it is, and how often it is read."""
+    if not isinstance(data.train, MixedCorpus):
+        return []
+    return sources_in_words(data.train, config.steps * config.batch.global_size, config.seed)
 
 
 def _rate(config: TrainConfig) -> list[str]:

@@ -18,7 +18,7 @@ from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.replicate import gradient_sum
 from rowwise.parallel.shard import begin_micro_batch, begin_pass, begin_step, finish_backward, release_gathered
 from rowwise.trainer.data.batches import MicroBatch
-from rowwise.trainer.loss import summed_loss
+from rowwise.trainer.loss import added_up, no_totals, summed_loss, totals_of
 
 
 class Engine(Protocol):
@@ -39,13 +39,14 @@ class Engine(Protocol):
 
     def forward_backward(self, batches: list[MicroBatch], scale: float | Tensor, trace: Trace | None = None) -> Tensor:
         """Leaves in every gradient `scale` times the sum over micro-batches and data-parallel ranks. Returns what this rank
-        saw of (loss sum, valid tokens), two float64; summed over all ranks they are those of the global batch."""
+        saw of (loss sum, valid tokens), float64, and of those of each source (see `loss.totals_of`); summed over all ranks they
+        are those of the global batch."""
 
     def abandon(self) -> None:
         """Drops what was begun, if anything was; on all ranks alike."""
 
     def losses(self, batches: Iterable[MicroBatch]) -> Tensor:
-        """Returns what this rank saw of (loss sum, valid tokens), two float64, and leaves no gradient."""
+        """Returns what this rank saw of (loss sum, valid tokens), and of those of each source, and leaves no gradient."""
 
     def logits(self, batch: MicroBatch, place: int | None, refresh: bool) -> Tensor:
         """Returns the logits (V) at a place of the first sequence (None: zeros), float64, on every rank that holds a part of
@@ -73,15 +74,16 @@ class WholeModel:
         """Does nothing: each forward is followed by its backward."""
 
     def forward_backward(self, batches: list[MicroBatch], scale: float | Tensor, trace: Trace | None = None) -> Tensor:
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = no_totals(batches[0], self.device)
         begin_pass(self.model)
         begin_step(self.model, batches[0].first)
         for number, batch in enumerate(batches, 1):
             begin_micro_batch(self.model, self.zero, last=number == len(batches))
             begin_sequences(self.model, batch.first)
-            loss, tokens = summed_loss(self.model, batch.to(self.device), scale)
-            (loss * scale).backward()
-            totals += torch.stack((loss.detach(), tokens)).double()
+            here = batch.to(self.device)
+            loss = summed_loss(self.model, here, scale)
+            (loss.total * scale).backward()
+            totals += totals_of(loss, here)
         finish_backward(self.model)
         return totals
 
@@ -90,10 +92,9 @@ class WholeModel:
 
     @torch.no_grad()
     def losses(self, batches: Iterable[MicroBatch]) -> Tensor:
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         begin_pass(self.model)
-        for batch in batches:
-            totals += torch.stack(summed_loss(self.model, batch.to(self.device))).double()
+        here = (batch.to(self.device) for batch in batches)
+        totals = added_up((totals_of(summed_loss(self.model, batch), batch) for batch in here), self.device)
         self.release()
         return totals
 

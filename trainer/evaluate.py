@@ -11,7 +11,7 @@ from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.optim.lengths import RunLength
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.engine import Engine
-from rowwise.trainer.loss import mean_loss
+from rowwise.trainer.loss import mean_loss, means_by_source
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ EVALUATION: Refusals = (
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Iterable[MicroBatch]) -> float:
-    """Returns nats per token; NaN where none is valid. One all-reduce of two numbers over all ranks. Every rank must pass as many
-    micro-batches."""
+def evaluate(engine: Engine, batches: Iterable[MicroBatch]) -> tuple[float, tuple[float, ...]]:
+    """Returns nats per token, and those of each source of a mixture; NaN where no token is valid. One all-reduce of two numbers, and
+    two more for each source, over all ranks. Every rank must pass as many micro-batches."""
     totals = engine.losses(batches)
     dist.all_reduce(totals)
-    loss, tokens = totals.tolist()
-    return mean_loss(loss, tokens)
+    loss, tokens, *sums = totals.tolist()
+    return mean_loss(loss, tokens), means_by_source(sums)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rowwise.parallel.precision import DTYPES
-from rowwise.trainer.data.own_tokenizer import tokenizer_of_run
+from rowwise.trainer.data.own_tokenizer import of_one_tokenizer, tokenizer_of_run
 from rowwise.trainer.data.tokenizer import byte_tokenizer_json
 from rowwise.trainer.files import new_folder
 from rowwise.trainer.metadata import read_metadata
@@ -72,7 +72,7 @@ def tokenizer_of(source: Source, choice: str | None) -> tuple[dict[str, bytes], 
     there is none. Raises ValueError."""
     own = tokenizer_of_run(source.manifest, choice, or_none=", or tokenizer=none")
     if own is None:
-        return {}, source.config["data"].get("separator")
+        return {}, of_one_tokenizer(source.config["data"]).get("separator")
     # The word to transformers to take it as it is: it would rebuild a Llama's from the vocabulary with rules of its own.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     content = byte_tokenizer_json().encode() if own.file is None else own.file.read_bytes()

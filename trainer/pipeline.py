@@ -25,6 +25,7 @@ from rowwise.parallel.pipeline_schedule.trace import align, write_trace
 from rowwise.parallel.shard import begin_step
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.loss import no_totals, totals_of
 from rowwise.trainer.measure import measure_parts, read_part_times
 from rowwise.trainer.models.decoder import Decoder, Target, parameter_specs
 from rowwise.trainer.stages import (
@@ -83,20 +84,20 @@ class PipelineStages:
     def begin(self, batches: list[MicroBatch], trace: Trace | None = None) -> None:
         """Makes the first forwards of these micro-batches, as many as need no gradient."""
         here = [batch.to(self._device) for batch in batches]
-        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        totals = no_totals(here[0], self._device)
         for decoder in self._model.decoders.values():
             begin_step(decoder, batches[0].first)
 
         def loss(last: Last, i: int) -> Tensor:
-            total, tokens, _ = last(Target(here[i].labels))
-            totals.add_(torch.stack((total.detach(), tokens)).double())
-            return total
+            found = last(Target(here[i].labels))
+            totals.add_(totals_of(found, here[i]))
+            return found.total
 
         step = self.pipeline.begin(self._forward(here, loss), lambda: self._buffer(here[0]), trace)
         self._begun = step, totals
 
     def forward_backward(self, batches: list[MicroBatch], scale: float | Tensor, trace: Trace | None = None) -> Tensor:
-        """Forward and backward of every micro-batch. Returns (loss sum, valid tokens) on the last stage, zeros elsewhere;
+        """Forward and backward of every micro-batch. Returns what `totals_of` says on the last stage, zeros elsewhere;
         every gradient is `scale` times the sum over micro-batches and data-parallel ranks."""
         if self._begun is None:
             self.begin(batches, trace)
@@ -112,17 +113,16 @@ class PipelineStages:
             self.pipeline.abandon(step)
 
     def losses(self, batches: Iterable[MicroBatch]) -> Tensor:
-        """(loss sum, valid tokens) on the last stage, zeros elsewhere, without gradients."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        """What `totals_of` says on the last stage, zeros elsewhere, without gradients."""
         every = list(batches)
+        totals = no_totals(every[0], self._device)
         # In rounds, so that no more is held than in a step.
         size = self.pipeline.schedule.micro_batches
         for begin in range(0, len(every), size):
             here = [batch.to(self._device) for batch in every[begin : begin + size]]
 
             def loss(last: Last, i: int, here: list[MicroBatch] = here) -> Tensor:
-                total, tokens, _ = last(Target(here[i].labels))
-                return totals.add_(torch.stack((total, tokens)).double())
+                return totals.add_(totals_of(last(Target(here[i].labels)), here[i]))
 
             forward = self._forward(here, loss)
             self.pipeline.forward_only(forward, lambda: self._buffer(every[0]), len(here), refresh=begin == 0)

@@ -12,6 +12,8 @@ from rowwise.trainer.accelerate.require import check_engine, check_engine_here
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import batch_bytes
+from rowwise.trainer.data.config import Mixture
+from rowwise.trainer.data.mixture import MixedCorpus, require_enough
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.files import writing
 from rowwise.trainer.models.decoder import parameter_count
@@ -47,6 +49,8 @@ def examine(config: TrainConfig, world_size: int, here: bool = True) -> TrainCon
     if config.epochs is not None:
         steps = steps_of_epochs(config.epochs, data.train.samples, config.batch.global_size)
         config = check(replace(config, steps=steps), world_size)
+    if isinstance(config.data, Mixture) and isinstance(data.train, MixedCorpus):
+        require_enough(config.data, data.train, config.steps * config.batch.global_size, config.seed)
     if config.eval.every and not data.holdout.samples:
         raise ValueError(
             f"eval.every is on and data.holdout={config.data.holdout} holds out less than one sample of {data.tokens:,} tokens, "

@@ -9,7 +9,7 @@ from rowwise.parallel.config import ParallelConfig
 from rowwise.parallel.pipeline_schedule.simulate import Timeline, simulate, uniform_costs
 from rowwise.parallel.precision import master_dtype
 from rowwise.parallel.sequence import padded_length
-from rowwise.trainer.advice import warnings
+from rowwise.trainer.advice import told_of_sources, warnings
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.console import labelled
 from rowwise.trainer.data.batches import BatchConfig
@@ -39,7 +39,7 @@ def preview(
     lines.append(labelled("rate", rate_in_words(config)))
     found = find_resume(config, data.train.fingerprint)
     lines.append(labelled("begins", f"where {found[0]} was saved" if found else "anew, at step 1"))
-    remarks = told_of_data(config.data, data) + warnings(config, data, device)
+    remarks = told_of_data(config.data, data) + told_of_sources(config, data) + warnings(config, data, device)
     return lines, remarks
 
 

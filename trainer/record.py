@@ -7,12 +7,15 @@ Where they are absent they are zero. The last save of a run is in no record.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rowwise.optim.sparse.account import weights_multiplied
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
 from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.data.open import Data
+from rowwise.trainer.feed import Fed
 from rowwise.trainer.models.decoder import flops_of, flops_per_token
 from rowwise.trainer.peaks import model_flops_utilization, peak_memory_bytes
 from rowwise.trainer.state import TrainState
@@ -25,12 +28,12 @@ def step_record(
     state: TrainState,
     report: StepReport,
     loss_scale: float,
-    seconds: float,
-    data_seconds: float,
+    fed: Fed,
+    data: Data,
 ) -> dict[str, Any]:
     """Returns what every step has. `tokens_per_second` is per worker; `mfu` counts of attention the pairs that documents let see
     each other; what is not a number is null; `loss_scale` is kept in fp16."""
-    tokens = config.batch.positions
+    tokens, seconds = config.batch.positions, fed.seconds()
     flops_per_second = flops_of(config.model, tokens, report.pairs) / seconds / mesh.world_size
     record = {
         "step": state.step,
@@ -41,17 +44,23 @@ def step_record(
         "tokens_per_second": tokens / seconds / mesh.world_size,
         "mfu": model_flops_utilization(flops_per_second, mesh.device, config.peak_flops),
         "step_seconds": seconds,
-        "data_seconds": data_seconds,
+        "data_seconds": fed.data_seconds,
         "peak_memory_bytes": peak_memory_bytes(mesh.device),
     }
     if config.precision.name == "fp16":
         record |= {"loss_scale": loss_scale, "skipped_steps": state.loss_scale.skipped}
-    return record
+    return record | source_record("loss", data, report.by_source)
 
 
 def number_or_none(value: float) -> float | None:
     """Returns what JSON can hold: a step that overflowed, or had no valid token, has no loss."""
     return value if math.isfinite(value) else None
+
+
+def source_record(key: str, data: Data, losses: Sequence[float]) -> dict[str, Any]:
+    """Returns what a mixture adds to the record of a loss `key`: that of each source that was read."""
+    found = {label: loss for label, loss in zip(data.train.labels, losses, strict=True) if math.isfinite(loss)}
+    return {f"{key}_by_source": found} if data.train.labels else {}
 
 
 def sparsity_record(sparsity: Sparsity | None, config: TrainConfig, step: int) -> dict[str, Any]:

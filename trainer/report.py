@@ -11,7 +11,7 @@ from rowwise.optim.build import Assignments, assignment_table, joined, state_byt
 from rowwise.optim.lengths import read_length
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.sequence import padded_length
-from rowwise.trainer.advice import warnings
+from rowwise.trainer.advice import told_of_sources, warnings
 from rowwise.trainer.begin import Begun
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.console import Console, forecast, labelled
@@ -174,7 +174,8 @@ def open_reporter(
             reporter.say(
                 f"sequences of {length} tokens are padded to {padded}, which {ring * ulysses} ranks share evenly"
             )
-    for remark in told_of_data(config.data, data) + warnings(config, data, mesh.device) + begun.remarks:
+    told = told_of_data(config.data, data) + told_of_sources(config, data)
+    for remark in told + warnings(config, data, mesh.device) + begun.remarks:
         if remark.startswith("warning: "):
             reporter.warn(remark.removeprefix("warning: "))
         else:

@@ -82,7 +82,7 @@ def settle(tree: Tree) -> Tree:
     for key, units in INTERVALS.items():
         if (value := _get(tree, key)) is not None and isinstance(value, bool | int | float | str):
             tree = _put(tree, key, plain(_interval(tree, key, value, units), value))
-    return _with_numbers(tree)
+    return _with_sources(_with_numbers(tree))
 
 
 def steps_of_tokens(tokens: int, global_size: int, seq_len: int) -> int:
@@ -149,6 +149,40 @@ def _with_numbers(tree: Tree) -> Tree:
         if (steps := _in_steps(tree, length)) is not None:
             tree = _put(tree, key, steps)
     return tree
+
+
+def _with_sources(tree: Tree) -> Tree:
+    """With the sources of a mixture apart from what they are in it, and its changes at tokens, which stay as they are when the run is
+    made longer."""
+    sources, changes = _get(tree, "data.sources"), _get(tree, "data.changes")
+    if isinstance(sources, list):
+        tree = _put(tree, "data.sources", [_apart(one) if isinstance(one, dict) else one for one in sources])
+    if isinstance(changes, list):
+        tree = _put(tree, "data.changes", [_at_tokens(tree, one) if isinstance(one, dict) else one for one in changes])
+    return tree
+
+
+def _apart(source: Tree) -> Tree:
+    """{name: text, files: wiki, weight: 3} -> {data: {name: text, files: wiki}, weight: 3}."""
+    if "data" in source:
+        return source
+    keys = source.keys() & {"weight", "label"}
+    return {"data": {key: source[key] for key in source if key not in keys}} | {key: source[key] for key in keys}
+
+
+def _at_tokens(tree: Tree, change: Tree) -> Tree:
+    found = dict(change)
+    for key in ("at", "over"):
+        if isinstance(value := change.get(key), int | float | str) and value != 0:
+            length, step = _interval(tree, f"data.changes.{key}", value, BY_STEPS), _step_tokens(tree)
+            if length.unit == "share" and tree.get("steps") == MOST_STEPS:
+                raise ValueError(
+                    f"data.changes.{key}={value} with epochs: a share of a run of steps or tokens; give tokens"
+                )
+            if step is not None and length.unit != "tokens" and _is_number(tree.get("steps")):
+                steps = RunLength(tree["steps"], step[0] * step[1]).in_steps(length)
+                found[key] = f"{steps * step[0] * step[1]} tokens"
+    return found
 
 
 def _in_steps(tree: Tree, length: Length) -> int | None:

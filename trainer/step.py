@@ -20,7 +20,7 @@ from rowwise.parallel.shard import clip_factor, gradient_file, gradient_squares,
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.engine import Engine
-from rowwise.trainer.loss import mean_loss
+from rowwise.trainer.loss import mean_loss, means_by_source
 
 EVALUATE, SAVE = 1 << 14, 1 << 15  # in one number with a count of ranks
 
@@ -69,7 +69,8 @@ class StepReport:
     """The numbers of one step, over all ranks. `loss` is NaN where no token is valid: there is no mean. `grad_norm` is before
     clipping; where it is not finite, there is no usable gradient. `stop`: some rank was asked to stop. `sound`: no rank found its
     data damaged, and all read the same. `evaluate`, `save`: the time has come for it. `pairs`: of tokens that attention sees, as far
-    as ranks said. `spike`: its score, where it is one; `held`: its update was not made for that. `lr`: the rate of the update."""
+    as ranks said. `spike`: its score, where it is one; `held`: its update was not made for that. `lr`: the rate of the update.
+    `by_source`: the loss of each source of a mixture."""
 
     loss: float
     grad_norm: float
@@ -82,6 +83,7 @@ class StepReport:
     spike: float | None = None
     held: bool = False
     lr: float = 0.0
+    by_source: tuple[float, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -97,7 +99,8 @@ def compute_gradients(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sp
     """Leaves in every `p.grad` this rank's shard of the (clipped) gradient of the global mean loss.
 
     `sparsity` changes gradients before their norm is taken. Beside what the engine moves (see `parallel.shard`), one
-    all-reduce of eight float64 over all ranks, whose result is the only point where the host waits for the device.
+    all-reduce of eight float64 over all ranks, and of two more for each source of a mixture, whose result is the only point where
+    the host waits for the device.
     """
     totals = local_totals(engine, mesh, given, sparsity)
     dist.all_reduce(totals)
@@ -109,23 +112,24 @@ def compute_gradients(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sp
 
 
 def local_totals(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sparsity | None = None) -> Tensor:
-    """Runs forward and backward, and returns this rank's loss sum, valid tokens, squared norm of its gradient shards, and its
-    status: what summed over all ranks says all of a step."""
-    totals = torch.zeros(8, dtype=torch.float64, device=mesh.device)
-    totals[:2] = engine.forward_backward(given.batches, given.loss_scale / given.positions, given.trace)
+    """Runs forward and backward, and returns this rank's loss sum, valid tokens, squared norm of its gradient shards, its status,
+    and what it saw of each source: what summed over all ranks says all of a step."""
+    seen = engine.forward_backward(given.batches, given.loss_scale / given.positions, given.trace)
+    totals = torch.cat((seen[:2], seen.new_zeros(6), seen[2:]))
     if sparsity is not None:
         sparsity.filter_gradients(given.step)
     totals[2] = mesh.share(gradient_squares(engine.model))
-    given.status.put(totals[3:])
+    given.status.put(totals[3:8])
     return totals
 
 
 def read_totals(totals: Tensor, given: StepInput) -> StepReport:
     """Reads the report in what `local_totals` gave, summed over all ranks."""
-    loss_sum, tokens, norm_squared, *told = totals.tolist()
+    (loss_sum, tokens, norm_squared), told, sums = (part.tolist() for part in totals.cpu().tensor_split((3, 8)))
     finite = math.isfinite(norm_squared)
     norm = math.sqrt(norm_squared) * mean_factor(int(tokens), given) if finite else math.inf
-    return StepReport(mean_loss(loss_sum, tokens), norm, int(tokens), **told_by_all(*told))
+    by_source = means_by_source(sums)
+    return StepReport(mean_loss(loss_sum, tokens), norm, int(tokens), **told_by_all(*told), by_source=by_source)
 
 
 def told_by_all(asked: float, damaged: float, digests: float, squares: float, pairs: float) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from rowwise.trainer.norms import norms_of_next
 from rowwise.trainer.offloading import require_folder
 from rowwise.trainer.pipeline import keep_trace
 from rowwise.trainer.profile import Profiler
-from rowwise.trainer.record import number_or_none, sparsity_record, step_record
+from rowwise.trainer.record import number_or_none, source_record, sparsity_record, step_record
 from rowwise.trainer.report import Outlets, Reporter, open_reporter
 from rowwise.trainer.resume import data_facts, model_facts, state_facts
 from rowwise.trainer.rollback import Rollbacks, go_back, is_anchor, judge
@@ -112,7 +112,7 @@ def _train(
                 saver.wait()  # an error would end the save under way
                 require_usable(report, config, state, states, mesh)
             advance(state, report, config)
-            record = step_record(config, mesh, state, report, given.loss_scale, fed.seconds(), fed.data_seconds)
+            record = step_record(config, mesh, state, report, given.loss_scale, fed, data)
             record |= measured | profiler.end(state.step) | sparsity_record(built.sparsity, config, state.step)
             record |= spike_record(state.spikes, state.step, report.spike, "skipped" if report.held else "recorded")
             if report.evaluate or config.eval.due(state.step, config.length):
@@ -183,12 +183,13 @@ def answer_spike(
     return []
 
 
-def eval_record(config: TrainConfig, mesh: Mesh, engine: Engine, data: Data, clock: Clock) -> dict[str, float | None]:
+def eval_record(config: TrainConfig, mesh: Mesh, engine: Engine, data: Data, clock: Clock) -> dict[str, Any]:
     """Returns what a step that evaluates adds to its record: the held-out loss, and the seconds that it took."""
     started = time.perf_counter()
-    loss = evaluate(engine, eval_batches(config, mesh, data))
+    loss, by_source = evaluate(engine, eval_batches(config, mesh, data))
     clock.evaluated()
-    return {"eval_loss": number_or_none(loss), "eval_seconds": time.perf_counter() - started}
+    found = {"eval_loss": number_or_none(loss), "eval_seconds": time.perf_counter() - started}
+    return found | source_record("eval_loss", data, by_source)
 
 
 def manifest_of(

@@ -26,7 +26,7 @@ from rowwise.trainer.accelerate.engine import DeepSpeedEngine, step_by_deepspeed
 from rowwise.trainer.activations import ranges_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import Engine
-from rowwise.trainer.loss import mean_loss
+from rowwise.trainer.loss import mean_loss, means_by_source
 from rowwise.trainer.step import (
     StepInput,
     StepReport,
@@ -161,16 +161,17 @@ def step_in_backward(engine: Engine, optimizer: InBackward, mesh: Mesh, judge: J
     tokens = valid_tokens(here, mesh.device)
     dist.all_reduce(tokens)
     optimizer.begin()
-    totals = torch.zeros(8, dtype=torch.float64, device=mesh.device)
-    totals[0] = engine.forward_backward(here, tokens.clamp_min(1).reciprocal())[0]
+    seen = engine.forward_backward(here, tokens.clamp_min(1).reciprocal())
     optimizer.end()
+    totals = torch.cat((seen[:1], seen.new_zeros(6), seen[2:]))
     totals[1] = mesh.share(optimizer.squares())
     given.status.put(totals[2:7])
-    dist.all_reduce(totals[:7])
-    totals[7] = tokens
-    loss_sum, norm_squared, *told, count = totals.tolist()
+    dist.all_reduce(totals)
+    parts = torch.cat((totals, tokens.view(1))).cpu().tensor_split((2, 7, -1))
+    (loss_sum, norm_squared), told, sums, (count,) = (part.tolist() for part in parts)
     norm = math.sqrt(norm_squared) if math.isfinite(norm_squared) else math.inf
-    report = StepReport(mean_loss(loss_sum, count), norm, int(count), **told_by_all(*told))
+    by_source = means_by_source(sums)
+    report = StepReport(mean_loss(loss_sum, count), norm, int(count), **told_by_all(*told), by_source=by_source)
     return replace(judge(report), held=False)
 
 

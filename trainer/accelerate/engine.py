@@ -19,7 +19,7 @@ from rowwise.parallel.activations.saved import begin_sequences
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.trainer.data.batches import MicroBatch
-from rowwise.trainer.loss import mean_loss, summed_loss
+from rowwise.trainer.loss import added_up, mean_loss, means_by_source, no_totals, summed_loss, totals_of
 from rowwise.trainer.step import StepInput, StepReport, told_by_all, valid_tokens
 
 
@@ -42,13 +42,14 @@ class DeepSpeedEngine:
 
     def forward_backward(self, batches: list[MicroBatch], scale: float | Tensor, trace: Trace | None = None) -> Tensor:
         """Leaves in DeepSpeed what `step` makes an update of. `scale`: of the mean over ranks, which is what it takes."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = no_totals(batches[0], self.device)
         for number, batch in enumerate(batches, 1):
             begin_sequences(self.model, batch.first)
             self.engine.set_gradient_accumulation_boundary(number == len(batches))
-            loss, tokens = summed_loss(self.engine, batch.to(self.device), scale)
-            self.engine.backward(loss * scale, scale_wrt_gas=False)
-            totals += torch.stack((loss.detach(), tokens)).double()
+            here = batch.to(self.device)
+            loss = summed_loss(self.engine, here, scale)
+            self.engine.backward(loss.total * scale, scale_wrt_gas=False)
+            totals += totals_of(loss, here)
             if number < len(batches):
                 self.engine.step()  # counts the micro-batch, no more
         return totals
@@ -74,10 +75,8 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def losses(self, batches: Iterable[MicroBatch]) -> Tensor:
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in batches:
-            totals += torch.stack(summed_loss(self.engine, batch.to(self.device))).double()
-        return totals
+        here = (batch.to(self.device) for batch in batches)
+        return added_up((totals_of(summed_loss(self.engine, batch), batch) for batch in here), self.device)
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch, place: int | None, refresh: bool) -> Tensor:
@@ -97,13 +96,14 @@ def step_by_deepspeed(
     here = [batch.to(mesh.device) for batch in given.batches]
     tokens = valid_tokens(here, mesh.device)
     dist.all_reduce(tokens)
-    totals = torch.zeros(7, dtype=torch.float64, device=mesh.device)
     engine.scale_loss_by(given.loss_scale)
-    totals[:2] = engine.forward_backward(here, mesh.world_size / tokens.clamp_min(1).float())
-    given.status.put(totals[2:])
+    seen = engine.forward_backward(here, mesh.world_size / tokens.clamp_min(1).float())
+    totals = torch.cat((seen[:2], seen.new_zeros(5), seen[2:]))
+    given.status.put(totals[2:7])
     dist.all_reduce(totals)
-    loss_sum, count, *told = totals.tolist()
-    report = StepReport(mean_loss(loss_sum, count), math.inf, int(count), **told_by_all(*told))
+    (loss_sum, count), told, sums = (part.tolist() for part in totals.cpu().tensor_split((2, 7)))
+    by_source = means_by_source(sums)
+    report = StepReport(mean_loss(loss_sum, count), math.inf, int(count), **told_by_all(*told), by_source=by_source)
     if not report.sound:
         return judge(report)
     return replace(judge(replace(report, grad_norm=engine.step())), held=False)

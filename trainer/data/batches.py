@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rowwise.conf.option import Ask, MayChange
 from rowwise.kernels.visible import Documents
-from rowwise.trainer.data.corpus import IGNORE, Corpus, Sample, padding
-from rowwise.trainer.data.order import sample_indices
+from rowwise.trainer.data.corpus import IGNORE, Sample, padding
+from rowwise.trainer.data.mixture import AnyCorpus
 
 Item = TypeVar("Item")
 
@@ -45,19 +45,21 @@ class BatchConfig:
 class MicroBatch:
     """int64 tensors (B, S), of whole sequences or of this rank's part of them. `documents` is None where attention does
     not stop at documents; it is always of whole sequences. `first`: the number of its first sequence in the order of the data,
-    where it is of training; those behind it follow."""
+    where it is of training; those behind it follow. `sources` (K, B), float64: 1 where a sequence is of that source, of a mixture of
+    K; None where there is one."""
 
     inputs: Tensor
     labels: Tensor
     positions: Tensor
     documents: Documents | None
     first: int = 0
+    sources: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._every(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "MicroBatch":
-        return self._each(Tensor.pin_memory)
+        return self._every(Tensor.pin_memory)
 
     def at(self, positions: Tensor) -> "MicroBatch":
         """The part at these positions of every sequence. Places beyond the end are padding, with no label: no token sees
@@ -65,6 +67,10 @@ class MicroBatch:
         inside, real = positions.clamp_max(self.inputs.size(1) - 1), positions < self.inputs.size(1)
         part = self._each(lambda tensor: tensor[:, inside])
         return replace(part, labels=part.labels.where(real, IGNORE))
+
+    def _every(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        changed = self._each(change)
+        return changed if self.sources is None else replace(changed, sources=change(self.sources))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         inputs, labels, positions = map(change, (self.inputs, self.labels, self.positions))
@@ -135,45 +141,50 @@ def visible_pairs(batches: Sequence[MicroBatch], seq_len: int) -> int:
     return pairs
 
 
-def micro_batches(indices: np.ndarray, corpus: Corpus, micro_size: int, first: int = 0) -> list[MicroBatch]:
+def micro_batches(indices: np.ndarray, corpus: AnyCorpus, micro_size: int, first: int = 0) -> list[MicroBatch]:
     """The samples `indices` in micro-batches of `micro_size`; the first of them is number `first` of the order. An index of -1
     is a row of padding, with no label."""
     samples = [corpus.sample(int(i)) if i >= 0 else padding(corpus.seq_len) for i in indices]
+    sources = _by_source(indices, corpus) if corpus.labels else None
     return [
-        replace(_stack(samples[i : i + micro_size], corpus.mask_documents), first=first + i)
+        replace(
+            _stack(samples[i : i + micro_size], corpus.mask_documents),
+            first=first + i,
+            sources=None if sources is None else sources[:, i : i + micro_size],
+        )
         for i in range(0, len(samples), micro_size)
     ]
 
 
 def step_batches(
-    corpus: Corpus, config: BatchConfig, seed: int, position: int, share: Share, pin: bool
+    corpus: AnyCorpus, config: BatchConfig, seed: int, position: int, share: Share, pin: bool
 ) -> Iterator[list[MicroBatch]]:
     """For ever: this rank's micro-batches of the step at `position`, then of the next."""
     mine = config.global_size // share.degree
     while True:
         first = position + share.rank * mine
-        indices = sample_indices(first, mine, corpus.samples, f"train/{seed}")
+        indices = corpus.drawn(first, mine, f"train/{seed}")
         batches = [share.of(batch) for batch in micro_batches(indices, corpus, config.micro_size, first)]
         yield [batch.pin() for batch in batches] if pin else batches
         position += config.global_size
 
 
-def step_digests(corpus: Corpus, config: BatchConfig, seed: int, position: int) -> Iterator[int]:
+def step_digests(corpus: AnyCorpus, config: BatchConfig, seed: int, position: int) -> Iterator[int]:
     """For ever, step by step from `position`: a digest below 2^20 of one sample of the step, whichever rank it is for. Every
     rank reads it, so that one whose data is not that of the others is found."""
     while True:
         chosen = position + position // config.global_size % config.global_size
-        (index,) = sample_indices(chosen, 1, corpus.samples, f"train/{seed}")
+        (index,) = corpus.drawn(chosen, 1, f"train/{seed}")
         sample = corpus.sample(int(index))
         yield zlib.crc32(sample.labels.data, zlib.crc32(sample.inputs.data)) >> 12
         position += config.global_size
 
 
-def holdout_batches(corpus: Corpus, config: BatchConfig, batches: int, share: Share) -> Iterator[MicroBatch]:
+def holdout_batches(corpus: AnyCorpus, config: BatchConfig, batches: int, share: Share) -> Iterator[MicroBatch]:
     """Returns the same held-out samples at every evaluation, `batches` global batches of them or all there are. Every rank
     gets the same number of micro-batches; what is missing is padding."""
     count = min(corpus.samples, batches * config.global_size)
-    chosen = sample_indices(0, count, corpus.samples, "holdout") if count else np.empty(0, dtype=np.int64)
+    chosen = corpus.drawn(0, count, "holdout") if count else np.empty(0, dtype=np.int64)
     per_round = config.micro_size * share.degree
     padded = np.full(-(-count // per_round) * per_round, -1, dtype=np.int64)
     padded[:count] = chosen
@@ -235,3 +246,10 @@ def _stack(samples: list[Sample], mask_documents: bool) -> MicroBatch:
     return MicroBatch(
         field("inputs"), field("labels"), field("positions"), Documents(begins) if mask_documents else None
     )
+
+
+def _by_source(indices: np.ndarray, corpus: AnyCorpus) -> Tensor:
+    """1 where a sample is of a source, float64 (K, n); what is padding is of none."""
+    found = np.zeros((len(corpus.labels), len(indices)))
+    found[corpus.source_of(indices), np.arange(len(indices))] = indices >= 0
+    return torch.from_numpy(found)

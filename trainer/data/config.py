@@ -4,7 +4,9 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from rowwise.conf.option import Ask, MayChange
 from rowwise.trainer.data.documents import Found, rows_of, stdlib_files
@@ -97,4 +99,58 @@ class Hf(TextSource):
         yield from rows_of(path, self.column, folder)
 
 
-DataConfig = Stdlib | Text | Tokens | Hf
+Source = Stdlib | Text | Tokens | Hf
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source of a mixture. `data`: the source, with the keys of its own. `weight`: its share is proportional to it; null, of all
+    sources: as many samples as they have. `label`: what it is called; null: as the source."""
+
+    data: Annotated[Source, Field(discriminator="name")]
+    weight: MayChange[float | None] = None
+    label: MayChange[str | None] = None
+
+    @property
+    def called(self) -> str:
+        return self.label or self.data.name
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a mixture is from some point on. `at`: a length of the run, before which nothing of it holds. `weights`: by label, of the
+    sources whose weight changes. `temperature`: another one; null: as before. `over`: the length in which weights and temperature
+    go from the old to the new, in equal steps; 0: at once."""
+
+    at: Ask[int | float | str]
+    weights: Ask[dict[str, float]] = field(default_factory=dict)
+    temperature: Ask[float | None] = None
+    over: Ask[int | float | str] = 0
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources, mixed sample by sample. `sources`: each with the keys of a data source (`name`, `files`, ...), and of `weight`
+    and `label`. `temperature`: shares are as weight^(1 / temperature): 1 as the weights are, above it more equal. `changes`: from
+    `at` (an interval: steps, tokens or a share of the run) on other `weights` (by label) or another `temperature`, reached
+    `over` an interval. `when_short`: a source whose samples are all read begins again (`repeat`), leaves its share to the
+    others (`stop`), or the run is refused (`refuse`)."""
+
+    ENDINGS: ClassVar[tuple[str, ...]] = ()
+    name: MayChange[Literal["mixture"]] = "mixture"
+    sources: MayChange[list[Part]] = field(default_factory=list)
+    temperature: Ask[float] = 1.0
+    changes: Ask[list[Change]] = field(default_factory=list)
+    when_short: Ask[Literal["repeat", "stop", "refuse"]] = "repeat"
+
+    @property
+    def holdout(self) -> float:
+        """The largest share that one of them holds out."""
+        return max((part.data.holdout for part in self.sources), default=0.0)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(part.called for part in self.sources)
+
+
+DataConfig = Source | Mixture

@@ -11,9 +11,9 @@ predicted once. Document boundaries are kept as offsets beside the tokens. On di
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from rowwise.trainer.data.integrity import (
     file_fingerprint,
     read_record,
 )
+from rowwise.trainer.data.order import sample_indices
 from rowwise.trainer.data.watch import Watch
 
 
@@ -93,6 +94,7 @@ class Corpus:
     fingerprint: str
     watch: Watch | None = None
     vocab_size: int | None = None
+    labels: ClassVar[tuple[str, ...]] = ()
 
     @property
     def samples(self) -> int:
@@ -101,6 +103,18 @@ class Corpus:
     @property
     def tokens(self) -> int:
         return sum(len(stream.tokens) for stream in self.streams)
+
+    def drawn(self, first: int, count: int, key: str) -> np.ndarray:
+        """Returns the indices (n,) of the samples number `first`, ... of the order that `key` names."""
+        return sample_indices(first, count, self.samples, key)
+
+    def source_of(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the sources (n,) of these samples, of a corpus that has several: here there is one."""
+        return np.zeros(len(indices), dtype=np.int64)
+
+    def of_vocabulary(self, vocab_size: int) -> "Corpus":
+        """Returns it for a model of so many words."""
+        return replace(self, vocab_size=vocab_size)
 
     def sample(self, index: int) -> Sample:
         """Returns sample `index` of the corpus, in the order of the files. Where it cannot be one, `watch` is told, and it is

@@ -16,7 +16,7 @@ came to, and from what was left of its divisions, so that nothing is rounded twi
 import functools
 import hashlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -69,6 +69,10 @@ class Stretch:
     def counts(self, number: int) -> tuple[int, ...]:
         """Returns how many of the samples before `number` each source gave."""
         return tuple(before + taken for before, (taken, _) in zip(self.drawn, self._divided(number), strict=True))
+
+    def drawn_of(self, source: int) -> Callable[[int], int]:
+        """Returns what says how many of the samples before a number one source gave."""
+        return lambda number: self.counts(number)[source]
 
     def followed_by(self, first: int, shares: tuple[int, ...]) -> "Stretch":
         """Returns the stretch that goes on from sample `first` with other shares."""
@@ -157,6 +161,5 @@ def _first_end(stretch: Stretch, dealing: Dealing, stop: int) -> int:
         return stop
     for i, size in enumerate(dealing.sizes):
         if stretch.shares[i]:
-            numbers = range(stretch.first, stop)
-            stop = stretch.first + bisect_left(numbers, size, key=lambda number, i=i: stretch.counts(number)[i])
+            stop = stretch.first + bisect_left(range(stretch.first, stop), size, key=stretch.drawn_of(i))
     return stop

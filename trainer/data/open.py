@@ -6,15 +6,16 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rowwise.trainer.data.config import DataConfig, Tokens
+from rowwise.trainer.data.config import DataConfig, Mixture, Source, Tokens
 from rowwise.trainer.data.corpus import Corpus
 from rowwise.trainer.data.documents import Found
 from rowwise.trainer.data.integrity import file_fingerprint
+from rowwise.trainer.data.mixture import AnyCorpus, check_mixture, mixed
 from rowwise.trainer.data.source import TextSource
 from rowwise.trainer.data.store import cached_store
 from rowwise.trainer.data.tokenizer import Tokenizer
 from rowwise.trainer.data.tokens import open_folder, open_tokens, split_streams, token_files, token_range
-from rowwise.trainer.data.watch import Watch
+from rowwise.trainer.data.watch import Watch, Watches
 from rowwise.trainer.screen import count
 
 
@@ -24,20 +25,21 @@ class Data:
     where only tokens are known. `found`: the files it comes from. `tokens`: in all; `short`: of files of tokens, those
     that hold no whole sample. `read`: of each file that is mapped, a hash of what was read of it here, whatever is recorded;
     `watch` looks after them. `unhashed`: folders whose records have no hashes. `left_out`: characters that have no token. `told`:
-    what else there is to say of it at the start."""
+    what else there is to say of it at the start. `parts`: the sources of a mixture, and what each reads."""
 
-    train: Corpus
-    holdout: Corpus
+    train: AnyCorpus
+    holdout: AnyCorpus
     vocab_size: int
     tokenizer: Tokenizer | None
     found: Found
     tokens: int
     read: dict[str, str]
-    watch: Watch
+    watch: Watch | Watches
     short: int = 0
     unhashed: tuple[Path, ...] = ()
     left_out: Counter[str] = field(default_factory=Counter)
     told: tuple[str, ...] = ()
+    parts: tuple[tuple[Source, "Data"], ...] = ()
 
 
 def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
@@ -46,6 +48,8 @@ def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
     Raises ValueError for data that is missing, empty, of another kind than `config` reads, damaged, shorter than one
     sample, or has tokens beyond `vocab_size`.
     """
+    if isinstance(config, Mixture):
+        return _open_mixture(config, seq_len, vocab_size)
     if not 0 <= config.holdout < 1:
         raise ValueError(f"data.holdout={config.holdout}: a share from 0 to below 1")
     data = _open_tokens(config, seq_len) if isinstance(config, Tokens) else _open_text(config, seq_len)
@@ -56,18 +60,60 @@ def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
         )
     if not data.train.samples:
         raise ValueError(_no_samples(config, data, seq_len))
-    train, holdout = (replace(corpus, watch=data.watch, vocab_size=vocab_size) for corpus in (data.train, data.holdout))
+    watch, corpora = data.watch, (data.train, data.holdout)
+    assert isinstance(watch, Watch)
+    train, holdout = (replace(one, watch=watch, vocab_size=vocab_size) for one in corpora if isinstance(one, Corpus))
     return replace(data, train=train, holdout=holdout)
+
+
+def _open_mixture(config: Mixture, seq_len: int, vocab_size: int) -> Data:
+    check_mixture(config)
+    opened: dict[str, Data] = {}
+    for part in config.sources:
+        try:
+            opened[part.called] = open_data(part.data, seq_len, vocab_size)
+        except ValueError as error:
+            raise ValueError(f"data.sources, {part.called}: {error}") from None
+    parts = list(opened.values())
+    tokenizers = [(label, data.tokenizer) for label, data in opened.items() if data.tokenizer is not None]
+    for label, tokenizer in tokenizers[1:]:
+        if _same_tokens(tokenizer, tokenizers[0][1]):
+            continue
+        raise ValueError(
+            f"data.sources: {tokenizers[0][0]} and {label} have tokenizers that differ, so that a token does not mean the same in "
+            "both; give each the same tokenizer"
+        )
+    train, holdout = mixed(config, [(data.train, data.holdout) for data in parts], seq_len)
+    return Data(
+        train,
+        holdout,
+        max(data.vocab_size for data in parts),
+        tokenizers[0][1] if tokenizers else None,
+        sum((data.found for data in parts), Found()),
+        sum(data.tokens for data in parts),
+        {name: hash_ for data in parts for name, hash_ in data.read.items()},
+        Watches([data.watch for data in parts]),
+        parts=tuple((part.data, data) for part, data in zip(config.sources, parts, strict=True)),
+    )
+
+
+def _same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether they make the same tokens, whatever ends a document."""
+    return one.fingerprint.partition("/")[0] == other.fingerprint.partition("/")[0]
 
 
 def data_in_words(config: DataConfig, data: Data) -> str:
     """Returns the corpus of a run: its kind, tokens and files."""
     files = len(data.found.files)
-    return f"{config.name}: {count(data.tokens)} tokens, {files:,} file{'s' * (files > 1)}"
+    sources = f"{len(data.parts)} sources, " if data.parts else ""
+    return f"{config.name}: {sources}{count(data.tokens)} tokens, {files:,} file{'s' * (files > 1)}"
 
 
 def told_of_data(config: DataConfig, data: Data) -> list[str]:
     """Returns what is said of the data at the start of a run: what was passed over, left out or cannot be watched."""
+    if isinstance(config, Mixture):
+        pairs = zip(config.labels, data.parts, strict=True)
+        return [f"{label}: {line}" for label, part in pairs for line in told_of_data(*part)]
     seq_len, files = data.train.seq_len, len(data.found.files)
     told = list(data.told)
     if count := data.found.passed_over.total():

@@ -1,7 +1,9 @@
 """The tokenizer of a run that is to be read again. Needs no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rowwise.trainer.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_file
 from rowwise.trainer.manifest_form import Manifest
@@ -21,7 +23,7 @@ def tokenizer_of_run(manifest: Manifest, choice: str | None, or_none: str = "") 
     """Returns the tokenizer of the run that wrote the checkpoint of `manifest`, or the one that `choice` names: `bytes`, or a path.
     None where there is none: what read tokens alone has none, whatever made them. `or_none`: what else a refusal advises. Raises
     ValueError where the file is not there, or not the run's, or not any more what the run read."""
-    data, vocab_size = manifest["config"]["data"], manifest["config"]["model"]["vocab_size"]
+    data, vocab_size = of_one_tokenizer(manifest["config"]["data"]), manifest["config"]["model"]["vocab_size"]
     given = choice or data.get("tokenizer", "none" if data["name"] == "tokens" else "bytes")
     if given == "none":
         return None
@@ -42,3 +44,10 @@ def tokenizer_of_run(manifest: Manifest, choice: str | None, or_none: str = "") 
         )
     end_token = tokenizer.end[0] if tokenizer.end else data.get("separator")
     return OwnTokenizer(tokenizer, end_token, end_of_text, None if given == "bytes" else path)
+
+
+def of_one_tokenizer(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns of a mixture, as a plain tree, the first source that has a tokenizer, or else the first: they have the same tokens. Of
+    another source, that."""
+    sources = [part["data"] for part in data.get("sources", ())]
+    return next((one for one in sources if one["name"] != "tokens"), sources[0] if sources else data)

@@ -111,3 +111,32 @@ class Watch:
             if now != before and not (self._ours and now.inode != before.inode):
                 size = f": it has {now.size:,} bytes, and had {before.size:,}" if now.size != before.size else ""
                 raise DataDamaged(f"{path} has been written to while the run reads it{size}")
+
+
+class Watches:
+    """Several as one."""
+
+    def __init__(self, watches: Sequence["Watch | Watches"]):
+        self._watches = watches
+
+    @property
+    def complaint(self) -> str | None:
+        return next(filter(None, (watch.complaint for watch in self._watches)), None)
+
+    def __enter__(self) -> "Watches":
+        for watch in self._watches:
+            watch.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for watch in self._watches:
+            watch.__exit__(*error)
+
+    def share(self, place: int, sharers: int) -> None:
+        """Leaves to the other ranks of this machine their part of each."""
+        for watch in self._watches:
+            watch.share(place, sharers)
+
+    def unread(self) -> str | None:
+        """Says what the first says that has something to say."""
+        return next(filter(None, (watch.unread() for watch in self._watches)), None)
