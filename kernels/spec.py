@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-Role = Literal["hidden", "embedding", "head", "vector"]
+Role = Literal["hidden", "embedding", "head", "adapter", "vector"]
 DENSE = "dense"  # the view of the mesh that every run has: see `parallel.mesh`
 
 
@@ -39,11 +39,12 @@ class Constant:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter. `shape`: logical, of the whole. `role`: a `hidden` matrix, the `embedding`, the `head`, or a `vector`, which
-    is anything whose numbers form no matrix. `init`: what it begins as (None: its model never begins at random).
-    `batched`: dim 0 counts, and each entry is a matrix, or a vector, of its own. `view`: of the mesh, over which its rows are
-    split and repeated. `theirs`: its name in a folder of Hugging Face (None: there it has none), `copies`: names under which
-    the folder may hold it once more."""
+    """One parameter. `shape`: logical, of the whole. `role`: a `hidden` matrix, the `embedding`, the `head`, a narrow matrix of an
+    `adapter` beside a hidden one, or a `vector`, which is anything whose numbers form no matrix. `init`: what it begins as
+    (None: its model never begins at random). `batched`: dim 0 counts, and each entry is a matrix, or a vector, of its own.
+    `view`: of the mesh, over which its rows are split and repeated. `theirs`: its name in a folder of Hugging Face (None: there
+    it has none), `copies`: names under which the folder may hold it once more. `frozen`: it does not learn, so that it has
+    neither gradient nor state. `rate`: its learning rate, as a multiple of the run's."""
 
     shape: torch.Size
     role: Role
@@ -52,6 +53,8 @@ class ParameterSpec:
     view: str = DENSE
     theirs: str | None = None
     copies: tuple[str, ...] = ()
+    frozen: bool = False
+    rate: float = 1.0
 
     @property
     def matrix(self) -> torch.Size:
@@ -60,6 +63,11 @@ class ParameterSpec:
 
 
 Specs = Mapping[str, ParameterSpec]
+
+
+def learning(specs: Specs) -> Specs:
+    """Returns the specs of the parameters that learn."""
+    return {name: spec for name, spec in specs.items() if not spec.frozen}
 
 
 @runtime_checkable

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 GROUPS = (
-    "model", "data", "optim", "schedule", "parallel", "precision", "memory", "sparsity", "checkpoint", "tracker", "experiment",
+    "model", "data", "optim", "schedule", "parallel", "precision", "memory", "sparsity", "adapter", "checkpoint", "tracker",
+    "experiment",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Parameters -> roles -> rules -> optimizer; and the table that says where every parameter went."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rowwise.conf.refusal import Refusal, Refusals
-from rowwise.kernels.spec import ParameterSpec, Specs, specs_of
+from rowwise.kernels.spec import ParameterSpec, Specs, learning, specs_of
 from rowwise.optim.adafactor import AdafactorConfig
 from rowwise.optim.adamw import AdamWConfig
 from rowwise.optim.home import Home
@@ -40,10 +40,11 @@ CYCLED = ("adamw", "adamw8bit", "lion", "lion8bit", *LOW_RANK)  # all that they 
 ELEMENTWISE = ("adamw", "adamw8bit", "lion", "lion8bit")  # and so are all that they fall back on
 # Rules that parameters of others may follow.
 LENT = {"adamw": AdamWConfig, "adamw8bit": AdamW8bitConfig, "lion": LionConfig, "lion8bit": Lion8bitConfig}
+FROZEN = "frozen"  # what optim.assign can name in the place of a rule
 LION_KAPPA = "lion_kappa"  # of hidden matrices, where optim.kappa is not l1
 MATRICES_ONLY = {"adamw8bit", "lion8bit"}  # of what optim.assign can name
 # What `own` means: rule -> role -> rule; a role that is not named has the rule itself.
-HIDDEN_ONLY = {"embedding": "adamw", "head": "adamw", "vector": "adamw"}
+HIDDEN_ONLY = {"embedding": "adamw", "head": "adamw", "adapter": "adamw", "vector": "adamw"}
 FALLBACKS = {
     "adamw8bit": {"embedding": "adamw", "vector": "adamw"},
     "lion8bit": {"embedding": "lion", "vector": "lion"},
@@ -55,9 +56,17 @@ def assigned(name: str, config: OptimConfig) -> str:
     return next((a.rule for a in config.assign if fnmatchcase(name, a.match)), "own")
 
 
+def frozen_by(specs: Specs, config: OptimConfig) -> Specs:
+    """Returns the specs of a run in which what `optim.assign` freezes does not learn."""
+    frozen = {name for name in specs if assigned(name, config) == FROZEN} if config.assign else set()
+    return {**specs, **{name: replace(specs[name], frozen=True) for name in frozen}} if frozen else specs
+
+
 def rule_name(name: str, spec: ParameterSpec, config: OptimConfig) -> str:
     """Returns the rule of a parameter: the first pattern of `optim.assign` that matches, else the rule's own table. An 8-bit
-    rule keeps a matrix that is too small for 8 bits in 32."""
+    rule keeps a matrix that is too small for 8 bits in 32. What is frozen follows none."""
+    if spec.frozen:
+        return FROZEN
     own = FALLBACKS.get(config.name, {}).get(spec.role, config.name)
     if isinstance(config, LionConfig) and config.kappa != "l1" and spec.role == "hidden":
         own = LION_KAPPA
@@ -69,10 +78,10 @@ def rule_name(name: str, spec: ParameterSpec, config: OptimConfig) -> str:
 
 def rank_of(config: OptimConfig, specs: Specs) -> int:
     """Returns the rank of low-rank rules: what `config` says, else a quarter of the model's width, which is the widest narrow side
-    of its hidden matrices, so that every stage of a pipeline finds the same."""
+    of its hidden matrices that learn, so that every stage of a pipeline finds the same."""
     if not isinstance(config, LowRankBase):
         return 1
-    sides = [min(spec.matrix) for spec in specs.values() if spec.role == "hidden"]
+    sides = [min(spec.matrix) for spec in learning(specs).values() if spec.role == "hidden"]
     return config.rank or max(1, max(sides, default=1) // 4)
 
 
@@ -91,26 +100,35 @@ def new_rule(name: str, config: Any, rank: int = 1) -> Rule:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0, home: Home | None = None) -> Optimizer:
-    """Makes the optimizer of `config` over the model's (sharded) parameters. Matrices decay, vectors do not; `seed` is that
+    """Makes the optimizer of `config` over the model's (sharded) parameters that learn. Matrices decay, vectors do not; `seed` is that
     of random projections and of stochastic rounding; `home`: where its states wait, if not on the device. Raises ValueError for a
     parameter that the model's specs lack."""
-    groups: dict[tuple[str, bool, int, bool, str], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool, int, bool, str, float], dict[str, Any]] = {}
     specs = specs_of(model)
     rank = rank_of(config, specs)
     for name, p in model.named_parameters():
         if name not in specs:
             raise ValueError(f"{name} is not among the model's parameter_specs(); say there what it is")
         spec = specs[name]
+        if spec.frozen:
+            continue
         # What is in one group exchanges its messages together, over the ranks that one view splits rows over.
-        key = rule_name(name, spec, config), spec.role == "vector", len(spec.matrix), spec.batched, spec.view
+        key = rule_name(name, spec, config), spec.role == "vector", len(spec.matrix), spec.batched, spec.view, spec.rate
         if key not in groups:
-            decay = 0.0 if spec.role == "vector" else config.weight_decay
-            rule = new_rule(key[0], config, rank)
-            said = {"batched": spec.batched, "view": spec.view, "weight_decay": decay}
-            groups[key] = {"params": [], "names": [], "rule": rule, **said}
+            groups[key] = _new_group(spec, new_rule(key[0], config, rank), config)
         groups[key]["params"].append(p)
         groups[key]["names"].append(name)
+    if not groups:  # a stage of a pipeline that is frozen
+        spec = ParameterSpec(torch.Size(), "vector")
+        return Optimizer([_new_group(spec, new_rule(config.name, config, rank), config)], config.lr, seed, home)
     return Optimizer(list(groups.values()), config.lr, seed, home)
+
+
+def _new_group(spec: ParameterSpec, rule: Rule, config: OptimConfig) -> dict[str, Any]:
+    """A group of parameters like one of this spec, none yet."""
+    decay = 0.0 if spec.role == "vector" else config.weight_decay
+    said = {"batched": spec.batched, "view": spec.view, "rate": spec.rate, "weight_decay": decay}
+    return {"params": [], "names": [], "rule": rule, **said}
 
 
 MOMENTUM_CYCLE: Refusals = (
@@ -148,12 +166,26 @@ def check_optimizer(config: OptimConfig, specs: Specs) -> None:
     config.check()
     for i, assign in enumerate(config.assign):
         left = [n for n in specs if not any(fnmatchcase(n, earlier.match) for earlier in config.assign[:i])]
-        if not any(fnmatchcase(name, assign.match) for name in left):
+        found = [name for name in left if fnmatchcase(name, assign.match)]
+        if not found:
             raise ValueError(
                 f"optim.assign: no parameter matches {assign.match!r}"
                 f"{' that no earlier pattern takes' if i else ''}; there are {', '.join(sorted(fold(left)))}"
             )
-    for name, spec in specs.items():
+        if assign.rule in LENT and all(specs[name].frozen for name in found):
+            raise ValueError(
+                f"optim.assign: what {assign.match!r} matches is frozen already, and follows no rule such as {assign.rule}; there "
+                f"learn {', '.join(sorted(fold(learning(specs))))}"
+            )
+    learns = learning(specs)
+    if not learns:
+        raise ValueError("optim.assign: every parameter is frozen; leave some to learn")
+    if FALLBACKS.get(config.name) is HIDDEN_ONLY and not any(spec.role == "hidden" for spec in learns.values()):
+        raise ValueError(
+            f"optim={config.name} is a rule of hidden matrices, and none of them learns; possible are {', '.join(ELEMENTWISE)}, "
+            "adafactor"
+        )
+    for name, spec in learns.items():
         _check_parameter(name, spec, config)
 
 
@@ -244,12 +276,12 @@ def _short(dtype: torch.dtype) -> str:
 def follow_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, schedule: ScheduleConfig, step: int, steps: int
 ) -> float:
-    """Sets what `schedule` says of `step`, counted from 0: the learning rate of every group, which is returned, and under a
-    momentum cycle the beta1 of every rule."""
+    """Sets what `schedule` says of `step`, counted from 0: the learning rate, which is returned, in every group as the multiple
+    that it has of it, and under a momentum cycle the beta1 of every rule."""
     lr = config.lr * schedule.factor(step, steps)
     beta1 = schedule.beta1(step, steps) if isinstance(schedule, OneCycle) else None
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate"]
         if beta1 is not None:
             group["rule"].beta1 = beta1
     return lr
@@ -257,7 +289,7 @@ def follow_schedule(
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """Returns parameter name -> state name -> tensor: tensors only, laid so that any layout can read what any other wrote."""
-    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters()}
+    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:

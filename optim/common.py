@@ -9,10 +9,11 @@ from rowwise.conf.option import Ask, Fixed, MayChange
 @dataclass(frozen=True)
 class Assign:
     """Parameters whose names match the shell pattern `match` follow `rule`: `own` is what they would follow without any
-    pattern; another has the same learning rate, and the same betas and eps where `optim.name` has them."""
+    pattern; `frozen` ones do not learn; another rule has the same learning rate, and the same betas and eps where `optim.name`
+    has them."""
 
     match: str
-    rule: Literal["own", "adamw", "adamw8bit", "lion", "lion8bit"]
+    rule: Literal["own", "frozen", "adamw", "adamw8bit", "lion", "lion8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)

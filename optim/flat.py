@@ -24,7 +24,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     def __init__(self, planned: Optimizer, params: dict[str, Tensor]):
         groups: list[dict[str, Any]] = []
         for group in planned.param_groups:
-            kept = {key: group[key] for key in ("rule", "weight_decay")}
+            kept = {key: group[key] for key in ("rule", "weight_decay", "rate")}
             groups.append({"params": [params[name] for name in group["names"]], **kept})
         super().__init__(groups, {"lr": planned.defaults["lr"], "step": 0})
         self._groups = list(self.param_groups)

@@ -108,8 +108,7 @@ class GradientRows:
         self._held = set[Any]()  # those of which an earlier micro-batch's are in the file
         self._writing, self._written_for = list[Future[None]](), -1
         for block, module in enumerate(modules):
-            for held in fsdp_params(module):
-                p = held.sharded_param
+            for p in (held.sharded_param for held in fsdp_params(module) if held.sharded_param.requires_grad):
                 self._there[p], self._block[p] = file.room(local(p).shape, p.dtype), block
                 p.register_post_accumulate_grad_hook(self._take)
 

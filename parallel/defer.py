@@ -80,8 +80,9 @@ def _linear(
 ) -> Tensor:
     if not (isinstance(weight, nn.Parameter) and weight.requires_grad):
         return function(input, weight, bias, *how)
-    # Detached: autograd must not see a parameter that gets no gradient from it.
-    y = _InputGradient.apply(input, weight.detach(), partial(_keep, later, weight), function, *how)
+    # Detached: autograd must not see a parameter that gets no gradient from it. Where nothing before it learns, it is why dy comes.
+    unseen = weight.detach().requires_grad_(not input.requires_grad)
+    y = _InputGradient.apply(input, unseen, partial(_keep, later, weight), function, *how)
     return y if bias is None else y + bias
 
 

@@ -66,8 +66,8 @@ class Trace:
 
 @dataclass
 class _Open:
-    """A micro-batch on a stage: between F and its backward `input` and the graph's end `output` (without its numbers;
-    `one` is in its dtype), and from I to W what is left to do."""
+    """A micro-batch on a stage: between F and its backward `input` and the graph's end `output` (without its numbers; None where
+    nothing behind it learns; `one` is in its dtype), and from I to W what is left to do."""
 
     input: Tensor | None
     output: GradientEdge | None
@@ -215,7 +215,8 @@ class Pipeline:
             x.requires_grad_()
         with deferred(later) if later is not None else nullcontext():
             y = step.forward(stage, i, x)
-        step.opened[stage, i] = _Open(x, get_gradient_edge(y), y.new_ones(()), later)
+        output = get_gradient_edge(y) if y.requires_grad else None
+        step.opened[stage, i] = _Open(x, output, y.new_ones(()), later)
         return y.detach() if stage + 1 < self.schedule.stages else None
 
     def _backward(self, action: Action, step: Step, dy: Tensor | None, scale: float) -> Tensor | None:
@@ -226,9 +227,9 @@ class Pipeline:
             assert this.later is not None
             this.later.run()
             return None
-        assert this.output is not None
-        # The loss is scaled here: what begins a step need not know the scale.
-        torch.autograd.backward([this.output], [this.one * scale if dy is None else dy])
+        if this.output is not None:
+            # The loss is scaled here: what begins a step need not know the scale.
+            torch.autograd.backward([this.output], [this.one * scale if dy is None else dy])
         if kind == "I":
             step.opened[stage, i] = _Open(None, None, this.one, this.later)
         if this.input is None:
@@ -256,7 +257,7 @@ class Pipeline:
 
     def _move_tied_gradient(self) -> None:
         """The gradient of the copy is added to the embedding's own, whose optimizer state is the only one."""
-        if self.tied is None:
+        if self.tied is None or not any(p is not None and p.requires_grad for p in self.tied):
             return
         own, copy = self.tied
         moved = None if own is None else torch.empty_like(local(own))

@@ -31,7 +31,7 @@ from rowwise.kernels.philox import stream_key
 from rowwise.parallel.config import ParallelConfig
 from rowwise.parallel.mesh import Levels, Mesh
 from rowwise.parallel.row_messages import RowMessages
-from rowwise.parallel.torch_fsdp import padded_shapes
+from rowwise.parallel.torch_fsdp import learning_shapes
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -121,7 +121,7 @@ def reduce_by(
     reductions = []
     for part, module in enumerate(modules):
         stream = f"reduce/{mesh.rank}/{stage}/{part}"
-        reductions.append(Reduce(padded_shapes(module), BITS[config.quantize_reduce], mesh.levels, seed, stream))
+        reductions.append(Reduce(learning_shapes(module), BITS[config.quantize_reduce], mesh.levels, seed, stream))
         module.set_custom_reduce_scatter(cast(Any, reductions[-1]))  # a ReduceScatter by its methods
     setattr(model, _HANDLE, reductions)
 

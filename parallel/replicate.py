@@ -22,11 +22,12 @@ T = TypeVar("T")
 
 
 class GradientBuckets:
-    """The gradients of one model. Parameters are taken in reverse, since the backward completes the last first."""
+    """The gradients of what learns of one model. Parameters are taken in reverse, since the backward completes the last first."""
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup):
         self._group = group
-        self._buckets = [_Bucket(params) for params in in_buckets(list(model.parameters())[::-1], lambda p: p.nbytes)]
+        learning = [p for p in model.parameters() if p.requires_grad][::-1]
+        self._buckets = [_Bucket(params) for params in in_buckets(learning, lambda p: p.nbytes) if params]
         self._last = False
         self._launched = 0
         self._under_way: list[dist.Work] = []

@@ -47,6 +47,11 @@ def padded_shapes(module: "FSDPModule") -> list[torch.Size]:
     return [param.padded_sharded_param_size for param in fsdp_params(module)]
 
 
+def learning_shapes(module: "FSDPModule") -> list[torch.Size]:
+    """Lists what every rank has of each parameter that has a gradient, as `padded_shapes` does."""
+    return [param.padded_sharded_param_size for param in fsdp_params(module) if param.sharded_param.requires_grad]
+
+
 def transform_alone(param: Any, transform: Callable[[Tensor], Tensor]) -> None:
     """Has FSDP2 compute with `transform` of a parameter that one rank has whole, which is given to it in the dtype that computes. (On
     more ranks what gathers does that.) FSDP2 asks the parameter's own tensor, so this holds as long as that does."""

@@ -11,7 +11,7 @@ from rowwise.trainer.resume import data_facts, model_facts, state_facts
 OPTIONS = dict(options_of(TrainConfig))
 # Where `trainer.resume` reads them: a word that nothing reads would be ignored.
 READ = {
-    "fixed": {"model", "optim", "sparsity"},
+    "fixed": {"model", "optim", "sparsity", "adapter"},
     "fixed as steps": {"sparsity"},
     "ask": {"", "batch", "data", "optim"},
     "apart": {""},
@@ -62,7 +62,8 @@ def test_what_a_manifest_holds_is_what_it_held():
     assert state_facts(config) == {
         "optim.name": "galore", "optim.rank": None, "optim.state_bits": 32, "optim.assign": [],
         "sparsity.name": "set", "sparsity.layers": ["*"], "sparsity.density": 0.2, "sparsity.distribution": "erk",
-        "sparsity.growth": "random", "sparsity.start_at": 0, "sparsity.stop_at": 68, "sparsity.update_every": 9,
+        "sparsity.growth": "random", "adapter.name": "none", "sparsity.start_at": 0, "sparsity.stop_at": 68,
+        "sparsity.update_every": 9,
     }  # fmt: skip
     assert list(state_facts(config))[:4] == ["optim.name", "optim.rank", "optim.state_bits", "optim.assign"]
     groups = config_from_tree(compose_tree(["sparsity=nm"]))
@@ -70,5 +71,6 @@ def test_what_a_manifest_holds_is_what_it_held():
         "optim.name",
         "optim.assign",
         *(f"sparsity.{k}" for k in ("name", "layers", "n", "m")),
+        "adapter.name",
     ]
     assert list(data_facts(config, "x")) == ["seed", "batch.seq_len", "data.mask_documents", "the data"]

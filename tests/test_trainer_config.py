@@ -27,6 +27,7 @@ from rowwise.optim.sparse.config import SparsityConfig
 from rowwise.parallel.activations.config import MemoryConfig
 from rowwise.parallel.config import DEGREES, ParallelConfig
 from rowwise.parallel.precision import PrecisionConfig
+from rowwise.trainer.adapters.config import AdapterConfig
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.data.config import DataConfig
@@ -45,7 +46,7 @@ CHOICES = {  # group -> choice -> its dataclass
     group: {choice.name: choice for choice in get_args(union)}
     for group, union in {
         "data": DataConfig, "optim": OptimConfig, "schedule": ScheduleConfig, "precision": PrecisionConfig,
-        "sparsity": SparsityConfig, "tracker": TrackerConfig,
+        "sparsity": SparsityConfig, "adapter": AdapterConfig, "tracker": TrackerConfig,
     }.items()
 }  # fmt: skip
 CONF = Path(__file__).parents[1] / "conf"
@@ -111,7 +112,7 @@ def test_every_config_file_is_composed_and_run(ranks, tmp_path, text, together):
     overrides = [*(file.replace("/", "=") for file in together), *SMALL, *SHORT, f"run_dir={tmp_path}/run"]
     for file in together:
         group, choice = file.split("/")
-        if "rank" in yaml.safe_load((CONF / f"{file}.yaml").read_text()):
+        if group == "optim" and "rank" in yaml.safe_load((CONF / f"{file}.yaml").read_text()):
             overrides.append("optim.rank=4")
         if file in ("sparsity/set", "sparsity/rigl", "sparsity/srigl"):
             overrides += ["sparsity.update_every=1", "sparsity.stop_at=2"]

@@ -20,6 +20,8 @@ from rowwise.parallel.precision import BF16_PARAMETERS, LOSS_SCALE
 from rowwise.parallel.reduce import REDUCED
 from rowwise.parallel.sequence import HEADS
 from rowwise.trainer.activations import OWN_LAYERS
+from rowwise.trainer.adapters.check import ADAPTED, check_adapter
+from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import FOLDER, LENGTH, LINES, TrainConfig, tree_of
 from rowwise.trainer.data.batches import check_batch
 from rowwise.trainer.evaluate import EVALUATION
@@ -43,6 +45,7 @@ COMPOSED: Refusals = (
     *IN_BACKWARD,
     *SPIKES,
     *MASKED,
+    *ADAPTED,
     *OWN_LAYERS,
     *COMPILED_CODES,
     *SHARED_CODES,
@@ -61,7 +64,8 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_folder_name("name", config.name)
     refuse(config, FOLDER)
     check_model(config.model)
-    specs = parameter_specs(config.model)
+    check_adapter(config.adapter, parameter_specs(config.model))
+    specs = run_specs(config)
     check_optimizer(config.optim, specs)
     refuse(config, STABLE_EMBEDDING)
     check_schedule(config.schedule, config.known_steps)

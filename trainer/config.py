@@ -19,6 +19,7 @@ from rowwise.optim.sparse.config import SparsityConfig
 from rowwise.parallel.activations.config import MemoryConfig
 from rowwise.parallel.config import ParallelConfig
 from rowwise.parallel.precision import PrecisionConfig
+from rowwise.trainer.adapters.config import AdapterConfig
 from rowwise.trainer.data.batches import BatchConfig
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.evaluate import EvalConfig
@@ -83,6 +84,7 @@ class TrainConfig:
     precision: Annotated[PrecisionConfig, _BY_NAME]
     memory: MemoryConfig
     sparsity: Annotated[SparsityConfig, _BY_NAME]
+    adapter: Annotated[AdapterConfig, _BY_NAME]
     checkpoint: CheckpointConfig
     tracker: Annotated[TrackerConfig, _BY_NAME]
 

@@ -1,4 +1,4 @@
-"""Norms of every parameter, of its gradient and of its update, every `log.norms_every` steps, in the record of the step.
+"""Norms of every parameter that learns, of its gradient and of its update, every `log.norms_every` steps, in the record of the step.
 
     parameter_norms, gradient_norms, update_norms      {parameter: the 2-norm of the logical tensor}
 
@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import nn
 
 from rowwise.kernels.rows import local
+from rowwise.kernels.spec import learning
 from rowwise.kernels.wide import wide
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.shard import clip_factor
+from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.step import StepReport
 
 KINDS = ("parameter_norms", "gradient_norms", "update_norms")
@@ -28,7 +29,7 @@ class Norms:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module):
-        self._before = {name: local(p).clone() for name, p in model.named_parameters()}
+        self._before = {name: local(p).clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def measure(
@@ -36,11 +37,13 @@ class Norms:
     ) -> dict[str, dict[str, float]]:
         """Returns what the step adds to its record, once it is made and while its gradients are there. One all-reduce of 24 bytes a
         parameter over all ranks, and one more wait for the device."""
-        specs = parameter_specs(config.model)
+        specs = learning(run_specs(config))
         names = list(specs)
         place = {name: number for number, name in enumerate(names)}
         squares = torch.zeros(len(KINDS), len(names), dtype=torch.float64, device=mesh.device)
         for name, p in model.named_parameters():
+            if not p.requires_grad:
+                continue
             now = local(p)
             changed = wide(now) - wide(self._before.pop(name))
             for kind, tensor in enumerate((now, None if p.grad is None else local(p.grad), changed)):

@@ -27,6 +27,7 @@ from rowwise.parallel.shard import (
     sharded_parts,
 )
 from rowwise.trainer.activations import keep_results, one_by_one
+from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import Engine, WholeModel
 from rowwise.trainer.models.decoder import Decoder, parameter_specs
@@ -125,8 +126,12 @@ def files_of_rows(config: TrainConfig) -> Files:
 
 def initial_rows(config: TrainConfig) -> Callable[[str, Tensor, int, int], None]:
     """Returns what fills rows of a parameter before the first step."""
-    source, specs = config.model.init_from, parameter_specs(config.model)
-    return random_rows(specs, config.seed) if source is None else rows_from(Path(source).expanduser(), specs)
+    source, own = config.model.init_from, parameter_specs(config.model)
+    draw_ = random_rows(run_specs(config), config.seed)
+    if source is None:
+        return draw_
+    read_ = rows_from(Path(source).expanduser(), own)
+    return lambda name, *rows: read_(name, *rows) if name in own else draw_(name, *rows)
 
 
 def engine_of(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> Engine:
@@ -139,5 +144,5 @@ def engine_of(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -
 def masks_of(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> Sparsity | None:
     """Returns what keeps the weights of `model` sparse; None where none are."""
     stages = None if mesh.pipeline is None else mesh.pipeline.group
-    specs, dtype = parameter_specs(config.model), compute_dtype(config.precision)
+    specs, dtype = run_specs(config), compute_dtype(config.precision)
     return build_sparsity(model, config.sparsity, specs, config.seed, config.steps, stages, dtype)

@@ -27,7 +27,7 @@ from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import no_totals, totals_of
 from rowwise.trainer.measure import measure_parts, read_part_times
-from rowwise.trainer.models.decoder import Decoder, Target, parameter_specs
+from rowwise.trainer.models.decoder import Decoder, Target
 from rowwise.trainer.stages import (
     PLAN_KEYS,
     SEQUENCE_KEYS,
@@ -57,7 +57,7 @@ class StagedDecoder(nn.Module):
 
     def parameter_specs(self) -> Specs:
         """Gives the spec of every parameter of the whole model."""
-        return parameter_specs(self.config)
+        return next(iter(self.decoders.values())).parameter_specs()
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         for decoder in self.decoders.values():

@@ -24,7 +24,12 @@ from rowwise.trainer.metadata import METADATA, read_metadata
 from rowwise.trainer.metrics import Recorded, read_metrics
 
 # What was so before it was kept, where no default says so.
-BEFORE: dict[str, Any] = {"sparsity.name": "none", "on_spike": "record", "memory.fused_loss": False}
+BEFORE: dict[str, Any] = {
+    "sparsity.name": "none",
+    "adapter.name": "none",
+    "on_spike": "record",
+    "memory.fused_loss": False,
+}
 
 
 def model_facts(config: TrainConfig) -> dict[str, Any]:
@@ -33,10 +38,10 @@ def model_facts(config: TrainConfig) -> dict[str, Any]:
 
 
 def state_facts(config: TrainConfig) -> dict[str, Any]:
-    """Returns what the optimizer's states and the masks are made of; a checkpoint must agree in it too."""
+    """Returns what the optimizer's states, the masks and the adapter are made of; a checkpoint must agree in it too."""
     facts = _facts("fixed", config, "optim")
     facts["optim.assign"] = facts.pop("optim.assign")  # the last, as in every manifest
-    facts |= _facts("fixed", config, "sparsity")
+    facts |= _facts("fixed", config, "sparsity") | _facts("fixed", config, "adapter")
     if isinstance(config.sparsity, TimedBase):
         # Times that moved with `steps` would change masks that were meant to stay.
         facts["sparsity.start_at"] = config.sparsity.first_step(config.steps)

@@ -7,6 +7,7 @@ reader's business. The process holds the weights once, in the precision in which
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from rowwise.kernels.spec import Specs
 from rowwise.kernels.wide import wide_dtype
 from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.parallel.precision import DTYPES
+from rowwise.trainer.adapters.config import NoAdapter
+from rowwise.trainer.adapters.merge import adapter_of, merged
 from rowwise.trainer.files import behind
 from rowwise.trainer.manifest_form import Manifest
 from rowwise.trainer.metadata import Reader, read_metadata
@@ -129,7 +132,10 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 def reader(source: Source, specs: Specs) -> Callable[[dict[str, Tensor]], None]:
     """Returns a function that fills tensors (our parameters by name) with what the run computed with. After sparsity=nm that is
-    its matrices pruned, chosen in the run's own precision; a checkpoint has the dense ones, which learn."""
+    its matrices pruned, chosen in the run's own precision; a checkpoint has the dense ones, which learn. Of a run with an adapter it
+    is the matrices that its layers stand for. `specs`: of the plain model."""
+    if not isinstance(adapter := adapter_of(source.config), NoAdapter):
+        return merged(adapter, specs, source.precision, partial(read_, source.checkpoint))
     sparsity, own = source.config.get("sparsity", {"name": "none"}), source.precision
     pruned: set[str] = set()
     if sparsity["name"] == "nm":

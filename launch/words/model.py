@@ -37,9 +37,18 @@ WORDS = (
          "the loss is made a tile of logits at a time; it is so where nothing is said"),
     Word("torch_compile compile.enable training.compile", "compile={value}", "torch.compile of each block"),
     Word("torch_compile_backend torch_compile_mode compile.backend", "compile=true", "by torch's own backend and mode"),
-    Word("lora_r lora_rank lora_alpha lora_dropout lora_target_modules adapter use_peft peft qlora lora_target_linear "
-         "load_in_4bit load_in_8bit peft_use_dora quantization",
-         means="all weights are trained, there are no adapters; optim=apollo_mini or optim=galore trains them with little "
-         "state"),
-    Word("freeze_all_layers unfrozen_parameters freeze lisa_n_layers", means="all parameters are trained; none can be frozen"),
+    Word("lora_r lora_rank lora_dim", "adapter=lora adapter.rank={value}"),
+    Word("lora_alpha", "adapter=lora adapter.alpha={value}"),
+    Word("lora_target_modules target_modules lora_target", "adapter=lora adapter.layers=[PATTERN]",
+         "shell patterns of our names, '*.wq.weight' say; '*' is every linear layer"),
+    Word("lora_target_linear", "adapter=lora adapter.layers=['*']"),
+    Word("lora_modules_to_save modules_to_save", "adapter=lora adapter.train=[PATTERN]", "what learns beside the adapter, whole"),
+    Word("use_rslora peft_use_rslora", "adapter=lora adapter.rslora=true"),
+    Word("loraplus_lr_ratio", "adapter=lora adapter.b_lr_ratio={value}"),
+    Word("use_peft peft use_lora finetuning_type", "adapter=lora"),
+    Word("lora_dropout qlora load_in_4bit load_in_8bit use_dora peft_use_dora quantization",
+         means="adapter=lora adds to matrices that are kept as they are; optim=apollo_mini or optim=galore trains whole ones with "
+         "little state"),
+    Word("freeze_all_layers freeze freeze_parameters", "optim.assign=[{{match: PATTERN, rule: frozen}}]", "by our names"),
+    Word("unfrozen_parameters lisa_n_layers", means="what does not learn is named: optim.assign=[{match: PATTERN, rule: frozen}]"),
 )  # fmt: skip

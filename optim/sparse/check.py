@@ -69,6 +69,11 @@ def check_sparsity(config: SparsityConfig, specs: Specs, steps: int | None) -> N
     if not config.layers:
         raise ValueError('sparsity.layers is empty; give patterns such as ["*"], or sparsity=none')
     for name in sparse_layers(config, specs):
+        if specs[name].frozen:
+            raise ValueError(
+                f"sparsity.layers: {name} is frozen, and masks are of weights that learn; leave it out of sparsity.layers, or give "
+                "sparsity=none"
+            )
         if specs[name].batched:
             raise ValueError(
                 f"sparsity.layers: {name}, {tuple(specs[name].shape)}, is a batch of matrices, and masks are of single "

@@ -20,7 +20,7 @@ from rowwise.trainer.models.blocks import Block, Layer
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.norm import RMSNorm
 from rowwise.trainer.models.rope import rope_tables
-from rowwise.trainer.models.specs import EMBEDDING, decoder_specs
+from rowwise.trainer.models.specs import EMBEDDING, HEAD, decoder_specs
 
 BLOCKS: dict[str, type[Layer]] = {"llama": Block}  # by `model.block`
 
@@ -133,8 +133,11 @@ class Decoder(nn.Module):
     the head after the last. What is not in the stage is None.
 
     A tied head is the embedding's own matrix; in a stage that has no embedding it is a copy (`tied_copy`). `attend` is
-    all that looks at other tokens. `fused_loss`: a loss is made without logits.
+    all that looks at other tokens. `fused_loss`: a loss is made without logits. `specs`: of every parameter of the whole model,
+    where they are others than its configuration alone says.
     """
+
+    specs: Specs | None = None
 
     def __init__(
         self,
@@ -178,7 +181,7 @@ class Decoder(nn.Module):
 
     def parameter_specs(self) -> Specs:
         """Gives the spec of every parameter of the whole model, whichever stage of it this is."""
-        return parameter_specs(self.config)
+        return parameter_specs(self.config) if self.specs is None else self.specs
 
     def parts(self) -> list[list[nn.Module]]:
         """What is used together, in forward order. An embedding that is used first and last belongs to the whole."""
@@ -212,7 +215,7 @@ def stage_parts(config: ModelConfig, layers: range) -> tuple[list[Specs], Specs]
     before = by_module["embed"] if first else {}
     after = by_module["norm"] | by_module.get("head", {}) if last else {}
     if tied and last and not first:
-        after = after | {"head.weight": replace(by_module["embed"][EMBEDDING], role="head")}
+        after = after | {HEAD: replace(by_module["embed"][EMBEDDING], role="head")}
     blocks: list[Specs] = [by_module[f"blocks.{layer}"] for layer in layers]
     if tied and first and last:
         return blocks, before | after

@@ -50,9 +50,10 @@ LAYER = {
     "feed_forward.w2.weight": Entry("hidden", "residual", "mlp.down_proj.weight"),
 }
 TIED = "lm_head.weight"  # which a folder may hold beside the embedding that it is
+HEAD = "head.weight"
 LAST = {
     "norm.weight": Entry("vector", "ones", "model.norm.weight"),
-    "head.weight": Entry("head", "normal", TIED),
+    HEAD: Entry("head", "normal", TIED),
 }
 STABLE_EMBEDDING: Refusals = (
     Refusal(

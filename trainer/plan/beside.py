@@ -13,8 +13,8 @@ from rowwise.optim.build import new_rule, rank_of, rule_name
 from rowwise.optim.in_backward import BACKLOG_BYTES
 from rowwise.parallel.activations.config import is_folder
 from rowwise.parallel.row_file import BLOCK
+from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.plan.ledger import FILE, HOST
 from rowwise.trainer.plan.states import Group, Place, local_numbers, widths_of
 from rowwise.trainer.plan.update import Entry, Portion
@@ -82,7 +82,7 @@ def backlog_bytes(config: TrainConfig, specs: Iterable[Entry], place: Place) -> 
     """Counts the gradients that may wait for steps which are made beside the backward (`optim.in_backward.StepsApart`)."""
     if config.memory.offload_states == "none" or not config.optim.in_backward:
         return 0
-    rank = rank_of(config.optim, parameter_specs(config.model))
+    rank = rank_of(config.optim, run_specs(config))
     apart = [
         local_numbers(spec, place) * widths_of(config).parameter
         for name, spec in specs

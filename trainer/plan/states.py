@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rowwise.kernels.spec import ParameterSpec, Specs
+from rowwise.kernels.spec import ParameterSpec, Specs, learning
 from rowwise.optim.build import new_rule, rank_of, rule_name
 from rowwise.optim.rule import Rule
 from rowwise.optim.sparse.config import SET, ST3, NoSparsity, PDPBase, sparse_layers
@@ -17,8 +17,8 @@ from rowwise.parallel.reduce import BITS
 from rowwise.parallel.replicate import in_buckets
 from rowwise.parallel.row_file import BLOCK
 from rowwise.parallel.row_messages import RowMessages
+from rowwise.trainer.adapters.specs import run_parts, run_specs
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.models.decoder import parameter_specs, stage_parts
 from rowwise.trainer.plan.codes import message_bytes
 
 _known: dict[Any, int] = {}  # bytes of states that were counted
@@ -99,10 +99,11 @@ class Group:
 def pieces_of(config: TrainConfig, layers: range) -> list[Specs]:
     """Lists the parameters of each piece of a stage: the embedding where it has one, its layers, the norm and the head. A tied matrix
     is the embedding's: its gradient is complete when that is."""
-    parts, rest = stage_parts(config.model, layers)
+    parts, rest = run_parts(config, layers)
     if not rest:
         return parts
-    before = stage_parts(replace(config.model, tie_embeddings=False), range(1))[0][0]
+    untied = replace(config, model=replace(config.model, tie_embeddings=False))
+    before = run_parts(untied, range(1))[0][0]
     return [before, *parts, {name: spec for name, spec in rest.items() if name not in before}]
 
 
@@ -146,7 +147,7 @@ def _sums(config: TrainConfig, shapes: list[torch.Size], place: Place) -> tuple[
 
 
 def _merged(config: TrainConfig, layers: range, place: Place) -> list[Group]:
-    parts, rest = stage_parts(config.model, layers)
+    parts, rest = run_parts(config, layers)
     zero, first, width = config.parallel.zero, layers.start == 0, widths_of(config).parameter
     placed = list(enumerate(parts, 1 if rest else 0))
     last = len(placed) if rest else len(placed) - 1
@@ -172,24 +173,24 @@ def _group(
 
 
 def owned(config: TrainConfig, layers: range) -> Specs:
-    """Lists the parameters of these layers whose optimizer states are kept there: all but the copy of a tied embedding."""
-    parts, rest = stage_parts(config.model, layers)
+    """Lists the parameters of these layers whose optimizer states are kept there: what learns, but a tied copy."""
+    parts, rest = run_parts(config, layers)
     held = {name: spec for part in [*parts, rest] for name, spec in part.items()}
-    known = parameter_specs(config.model)
-    return {name: spec for name, spec in held.items() if name in known}
+    known = run_specs(config)
+    return {name: spec for name, spec in learning(held).items() if name in known}
 
 
 def optimizer_bytes(config: TrainConfig, layers: range, place: Place) -> int:
     """Counts the states of a rank's rows, by asking each rule what it keeps of a parameter of that shape; remembers it, for a search
     asks again and again."""
-    asked = repr(config.optim), config.model, layers, place, widths_of(config).wide
+    asked = repr((config.optim, config.adapter)), config.model, layers, place, widths_of(config).wide
     if asked not in _known:
         _known[asked] = _count_states(config, layers, place)
     return _known[asked]
 
 
 def _count_states(config: TrainConfig, layers: range, place: Place) -> int:
-    dtype, rank = wide_of(config), rank_of(config.optim, parameter_specs(config.model))
+    dtype, rank = wide_of(config), rank_of(config.optim, run_specs(config))
     found: dict[tuple[str, torch.Size, bool], int] = {}
     total = 0
     for name, spec in owned(config, layers).items():
@@ -233,7 +234,7 @@ def unsplit(rule: Rule, dtype: torch.dtype) -> set[str]:
 def parameter_bytes(config: TrainConfig, layers: range, place: Place, held_by_fsdp: bool) -> int:
     """Counts a rank's rows; FSDP2 makes them up to as many on each rank. On the host each parameter has room to begin where a file's
     blocks would."""
-    parts, rest = stage_parts(config.model, layers)
+    parts, rest = run_parts(config, layers)
     width = widths_of(config).parameter
     total = BLOCK * (config.memory.offload_params == "cpu") * sum(map(len, (*parts, rest)))
     for part in [*parts, rest]:
@@ -252,7 +253,7 @@ def mask_bytes(config: TrainConfig, layers: range, place: Place) -> int:
     masks = 4 if isinstance(choice, SET) and choice.growth == "unfired" else 3
     dense = widths_of(config).parameter if isinstance(choice, ST3 | PDPBase) else 0
     held = owned(config, layers)
-    shapes = [held[name].shape for name in sparse_layers(choice, parameter_specs(config.model)) if name in held]
+    shapes = [held[name].shape for name in sparse_layers(choice, run_specs(config)) if name in held]
     return sum(rows_of(m, place) * (masks * packed_columns(n) + dense * n) for m, n in shapes)
 
 

@@ -22,8 +22,8 @@ from rowwise.optim.lowrank.projection import OVERSAMPLE
 from rowwise.optim.rule import Batch, Rule
 from rowwise.optim.transpose import is_wide
 from rowwise.parallel.lifetimes import Lifetimes
+from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.plan.on_paper import OnPaper
 from rowwise.trainer.plan.states import Place, local_numbers, owned, rows_of, state_bytes, unsplit, wide_of, widths_of
 
@@ -73,7 +73,7 @@ def update_bytes_of_each(config: TrainConfig, layers: range, place: Place, gpu: 
 
 def portions_of(entries: Iterable[Entry], config: TrainConfig, place: Place) -> Iterator[Portion]:
     """Yields the portions in which a step goes through parameters."""
-    rank, dtype = rank_of(config.optim, parameter_specs(config.model)), wide_of(config)
+    rank, dtype = rank_of(config.optim, run_specs(config)), wide_of(config)
     groups: dict[tuple[str, bool, int, bool], list[Entry]] = {}
     for name, spec in entries:
         key = rule_name(name, spec, config.optim), spec.role == "vector", len(spec.matrix), spec.batched
@@ -119,7 +119,7 @@ def _cut(entries: Iterable[Entry], place: Place) -> Iterator[list[Entry]]:
 
 
 def _most(portions: Iterable[Portion], config: TrainConfig, gpu: bool) -> StepBytes:
-    rank = rank_of(config.optim, parameter_specs(config.model))
+    rank = rank_of(config.optim, run_specs(config))
     return NONE.or_more(*(_portion_bytes(one.rule, rank, one.entries, config, one.place, gpu) for one in portions))
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
+from rowwise.optim.build import FROZEN
 from rowwise.trainer.activations import kept_of, results_of, tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import BLOCKS
@@ -38,6 +39,10 @@ def unknown(config: TrainConfig) -> str | None:
             f"parallel.backend={config.parallel.backend}: what its engine holds beside the layers is not forecast; give "
             "parallel.backend=torch to see what a run holds that splits the same states"
         )
+    if config.adapter.name != "none":
+        return f"adapter={config.adapter.name}: what its layers keep is not forecast; adapter=none shows what a whole model holds"
+    if any(one.rule == FROZEN for one in config.optim.assign):
+        return "optim.assign: what a run holds of which some is frozen is not forecast; freeze none to see what a whole model holds"
     if results_of(config) is None:
         return (
             f"model.block={config.model.block}: its layers do not say what they make, so that nobody knows what they keep; give the "

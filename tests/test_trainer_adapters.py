@@ -1,0 +1,52 @@
+"""Laws 2 and 3 for what is frozen and for adapters: every layout is one process with whole matrices. What is refused."""
+
+import pytest
+
+from parity import assert_all_same, run_plain, run_together, small_config, with_layout
+from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
+
+LORA = ("adapter=lora", "adapter.rank=3", "adapter.alpha=7", "optim.weight_decay=0.1")
+FROZEN = (
+    "optim.assign=[{match: 'embed.*', rule: frozen}, {match: 'blocks.0.*', rule: frozen}, {match: '*.w2.*', rule: frozen}]",
+)
+SPLIT = {"pipeline": 2, "pipeline_schedule": "zb_v", "virtual_stages": 2}
+BOTH = {"ulysses": 2, "ring": 2, "ring_order": "zigzag"}
+SHARED = ("model.heads=4", "model.kv_heads=2", "model.head_dim=6")
+FOUR = ("model.layers=4", "batch.micro_size=1", "batch.global_size=8")
+# Options -> the layouts on which they are tried.
+CASES = {
+    "lora": ((*LORA, *SHARED), [(1, {}), (2, {"zero": 0}), (2, {"zero": 3}), (4, {**BOTH, "zero": 3})]),
+    "lora split": ((*LORA, *FOUR), [(2, SPLIT), (4, {**SPLIT, "zero": 3})]),
+    "frozen": (FROZEN, [(1, {}), (2, {"zero": 0}), (2, {"zero": 1}), (4, {"replicate": 2, "zero": 3})]),
+    "frozen split": ((*FROZEN, *FOUR, "model.tie_embeddings=true"), [(2, SPLIT), (4, {**SPLIT, "zero": 2})]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_layout_is_one_process(ranks, folder, name):
+    """Every gradient, every update, every state; what is frozen has none of them, and stays what it was."""
+    options, layouts = CASES[name]
+    config = small_config(folder, *options)
+    reference = run_plain(config)
+    configs = {number: with_layout(config, world, **layout) for number, (world, layout) in enumerate(layouts)}
+    for traces in run_together(ranks, configs).values():
+        assert_all_same(traces, reference)
+
+
+def test_adapters_of_four_ranks_go_on_on_one(ranks, folder):
+    base = named(small_config(folder, *LORA, *SHARED, "steps=6", "eval.every=3", "eval.batches=1"), folder, "moved")
+    alone = named(with_layout(base, 1), folder, "alone")
+    ranks.run(run_train, 1, alone)
+    ranks.run(run_until, 4, with_layout(base, 4, **BOTH, zero=3), 3)
+    ranks.run(run_train, 1, with_layout(base, 1))
+    assert_same_run(base.run_dir, alone.run_dir)
+
+
+def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
+    config = with_layout(small_config(folder, *LORA, *FOUR, "steps=4"), 2, **SPLIT)
+    assert_resumes_to_the_last_bit(ranks, 2, config, folder, stop_at=2)

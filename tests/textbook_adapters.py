@@ -1,0 +1,48 @@
+"""Adapters as their papers write them, on whole matrices: a layer multiplies by the one matrix that it stands for.
+
+LoRA    W + s B A        s = alpha / r, or alpha / sqrt(r)
+"""
+
+import math
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rowwise.kernels.philox import random_words, stream_key
+from rowwise.trainer.config import TrainConfig
+
+
+class Adapted(nn.Module):
+    """A linear layer that multiplies by W + s B A; `x` (B, S, n)."""
+
+    def __init__(self, linear: nn.Linear, path: str, config: TrainConfig):
+        super().__init__()
+        choice, (rows, columns) = config.adapter, linear.weight.shape
+        self.weight, self.scale = linear.weight, choice.alpha / choice.rank
+        if choice.rslora:
+            self.scale = choice.alpha / math.sqrt(choice.rank)
+        words = random_words(stream_key(config.seed, f"{path}.lora_a"), 0, choice.rank * columns, torch.device("cpu"))
+        drawn = (words.double() / 2**31 - 1) / math.sqrt(columns)
+        self.lora_a = nn.Parameter(drawn.view(choice.rank, columns))
+        self.lora_b = nn.Parameter(torch.zeros(rows, choice.rank, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.scale * self.lora_b @ self.lora_a)
+
+
+def adapt(model: nn.Module, config: TrainConfig) -> None:
+    """Gives a plain model the adapter of a run, with its initial numbers, and freezes what does not learn."""
+    choice = config.adapter
+    for path, module in list(model.named_modules()):
+        if choice.name != "none" and type(module) is nn.Linear and matches(f"{path}.weight", choice.layers):
+            model.set_submodule(path, Adapted(module, path, config))
+    for name, p in model.named_parameters():
+        first = next((one.rule for one in config.optim.assign if fnmatchcase(name, one.match)), "own")
+        learns = choice.name == "none" or "lora_" in name or matches(name, choice.train)
+        p.requires_grad_(learns and first != "frozen")
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

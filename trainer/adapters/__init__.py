@@ -1,0 +1,1 @@
+"""Adapters: a few numbers that learn beside matrices that do not."""

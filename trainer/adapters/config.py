@@ -1,0 +1,61 @@
+"""The choices of `adapter`: what learns beside matrices that are frozen, and which of a model's matrices have it."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from rowwise.conf.option import Fixed, MayChange
+from rowwise.kernels.spec import Constant, ParameterSpec, Uniform
+
+Added = dict[str, ParameterSpec]  # by name, inside the layer of the matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoAdapter:
+    """Every parameter learns."""
+
+    name: Fixed[Literal["none"]] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterBase:
+    """Of a model with an adapter only that learns. `layers`: shell patterns of parameter names; the hidden matrices that match one
+    have it. `train`: shell patterns of parameters that learn beside it, whole."""
+
+    layers: Fixed[list[str]] = field(default_factory=lambda: ["*"])
+    train: Fixed[list[str]] = field(default_factory=list)
+
+    def added(self, matrix: torch.Size) -> Added:
+        """Gives the specs of what stands beside a matrix (rows, columns)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(AdapterBase):
+    """Hu et al., *LoRA*: beside W (m, n) stand A (r, n) and B (m, r). `rank`: r of what is added to a matrix. `alpha`: what is added
+    is multiplied by alpha / rank. `rslora`: it is by alpha / sqrt(rank) in its place (Kalajdzievski, *rsLoRA*). `b_lr_ratio`: the
+    learning rate of B, as a multiple of A's (Hayou et al., *LoRA+*)."""
+
+    name: Fixed[Literal["lora"]] = "lora"
+    rank: Fixed[int] = 8
+    alpha: Fixed[float] = 16.0
+    rslora: Fixed[bool] = False
+    b_lr_ratio: MayChange[float] = 1.0
+
+    @property
+    def scale(self) -> float:
+        """What the product of its matrices is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def added(self, matrix: torch.Size) -> Added:
+        """A begins uniform in +-1 / sqrt(n), which is Kaiming's with a = sqrt(5), as torch's linear layers do; B is 0."""
+        rows, columns = matrix
+        return {
+            "lora_a": ParameterSpec(torch.Size((self.rank, columns)), "adapter", Uniform(1 / math.sqrt(columns))),
+            "lora_b": ParameterSpec(torch.Size((rows, self.rank)), "adapter", Constant(0.0), rate=self.b_lr_ratio),
+        }
+
+
+AdapterConfig = NoAdapter | Lora

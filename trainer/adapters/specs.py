@@ -1,0 +1,77 @@
+"""What the parameters of a run are: those of its model, those of its adapter, and which of them learn.
+
+The parameters of an adapter stand in the layer of the matrix that they are beside, behind its own:
+
+    blocks.0.attention.wq.weight    frozen
+    blocks.0.attention.wq.lora_a    learns
+    blocks.0.attention.wq.lora_b    learns
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from rowwise.kernels.spec import ParameterSpec, Specs
+from rowwise.optim.build import frozen_by
+from rowwise.trainer.adapters.config import AdapterConfig, NoAdapter
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.models.decoder import parameter_specs, stage_parts
+from rowwise.trainer.models.specs import EMBEDDING, HEAD
+
+
+def run_specs(config: TrainConfig) -> Specs:
+    """Gives the spec of every parameter of a run, by name and in order."""
+    return frozen_by(with_adapter(parameter_specs(config.model), config.adapter), config.optim)
+
+
+def run_parts(config: TrainConfig, layers: range) -> tuple[list[Specs], Specs]:
+    """Reads what `Decoder.parts` of these layers of a run hold, and what they leave, in specs: see `stage_parts`."""
+    parts, rest = stage_parts(config.model, layers)
+    copy_learns = not run_specs(config)[EMBEDDING].frozen
+
+    def of_run(part: Specs) -> Specs:
+        found = frozen_by(with_adapter(part, config.adapter), config.optim)
+        if config.model.tie_embeddings and HEAD in found:  # the copy of another stage's embedding
+            return {**found, HEAD: replace(found[HEAD], frozen=not copy_learns)}
+        return found
+
+    return [of_run(part) for part in parts], of_run(rest)
+
+
+def with_adapter(specs: Specs, adapter: AdapterConfig) -> Specs:
+    """Returns the specs of a model, or of some of its parameters, with those of its adapter; all else is frozen, but for what is
+    trained whole."""
+    if isinstance(adapter, NoAdapter):
+        return specs
+    trained = matching(adapter.train)
+    found: dict[str, ParameterSpec] = {}
+    for layer, members in _by_layer(specs):
+        found |= {name: replace(spec, frozen=not trained(name)) for name, spec in members.items()}
+        weight = f"{layer}.weight"
+        if weight in members and is_adapted(weight, members[weight], adapter):
+            found |= {f"{layer}.{name}": spec for name, spec in adapter.added(members[weight].shape).items()}
+    return found
+
+
+def adapted_layers(specs: Specs, adapter: AdapterConfig) -> list[str]:
+    """Names the linear layers that have the adapter, in the order of the model."""
+    return [name.removesuffix(".weight") for name, spec in specs.items() if is_adapted(name, spec, adapter)]
+
+
+def is_adapted(name: str, spec: ParameterSpec, adapter: AdapterConfig) -> bool:
+    """Says whether a parameter is a matrix that the adapter stands beside."""
+    if isinstance(adapter, NoAdapter) or spec.role != "hidden":
+        return False
+    return name.endswith(".weight") and matching(adapter.layers)(name)
+
+
+def matching(patterns: list[str]) -> Callable[[str], bool]:
+    """Returns what says whether a name matches one of the shell patterns."""
+    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _by_layer(specs: Specs) -> Iterator[tuple[str, dict[str, ParameterSpec]]]:
+    """The parameters of each module, by the name of the module."""
+    for layer, members in itertools.groupby(specs.items(), key=lambda item: item[0].rpartition(".")[0]):
+        yield layer, dict(members)
