@@ -58,8 +58,9 @@ def assigned(name: str, config: OptimConfig) -> str:
 
 def frozen_by(specs: Specs, config: OptimConfig) -> Specs:
     """Returns the specs of a run in which what `optim.assign` freezes does not learn."""
-    frozen = {name for name in specs if assigned(name, config) == FROZEN} if config.assign else set()
-    return {**specs, **{name: replace(specs[name], frozen=True) for name in frozen}} if frozen else specs
+    if not any(assign.rule == FROZEN for assign in config.assign):
+        return specs
+    return {n: replace(spec, frozen=True) if assigned(n, config) == FROZEN else spec for n, spec in specs.items()}
 
 
 def rule_name(name: str, spec: ParameterSpec, config: OptimConfig) -> str:
