@@ -70,7 +70,7 @@ def layer_step(attend: Attend, positions: Tensor, documents: Documents | None) -
     torch.manual_seed(0)
     block = Block(MODEL)
     x = torch.randn(1, len(positions), MODEL.dim, requires_grad=True)
-    cos, sin = rope_tables(positions.unsqueeze(0), MODEL, torch.float32)
+    cos, sin = rope_tables(positions.unsqueeze(0), MODEL.rope, torch.float32)
     return lambda: block(x, cos, sin, documents, attend).sum().backward()
 
 

@@ -184,10 +184,11 @@ def told_type(hint: Any) -> str:
     for one in options_of_type(hint):
         if get_origin(one) is Literal:
             told += [f"`{value}`" for value in get_args(one)]
-        elif get_origin(one) is list:
+        elif get_origin(one) in (list, tuple):
             told.append(f"list of {told_type(get_args(one)[0])}")
         else:
             told.append(words.get(one, "keys"))
+    told = list(dict.fromkeys(told))
     return " or ".join([", ".join(told[:-1]), told[-1]] if told[1:] else told)
 
 
@@ -195,7 +196,7 @@ def options_of_type(hint: Any) -> list[Any]:
     """The members of a union, without what is said beside them."""
     if hasattr(hint, "__metadata__"):
         return options_of_type(hint.__origin__)
-    if get_origin(hint) in (Literal, list):
+    if get_origin(hint) in (Literal, list, tuple):
         return [hint]
     return [part for one in get_args(hint) for part in options_of_type(one)] or [hint]
 

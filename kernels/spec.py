@@ -43,7 +43,8 @@ class ParameterSpec:
     `adapter` beside a hidden one, or a `vector`, which is anything whose numbers form no matrix. `init`: what it begins as
     (None: its model never begins at random). `batched`: dim 0 counts, and each entry is a matrix, or a vector, of its own.
     `view`: of the mesh, over which its rows are split and repeated. `theirs`: its name in a folder of Hugging Face (None: there
-    it has none), `copies`: names under which the folder may hold it once more. `frozen`: it does not learn, so that it has
+    it has none), or that of the tensor whose rows from `their_row` on it is, of `their_rows` (None: it is all of it); `copies`:
+    names under which the folder may hold it once more. `frozen`: it does not learn, so that it has
     neither gradient nor state. `rate`: its learning rate, as a multiple of the run's."""
 
     shape: torch.Size
@@ -53,6 +54,8 @@ class ParameterSpec:
     view: str = DENSE
     theirs: str | None = None
     copies: tuple[str, ...] = ()
+    their_row: int = 0
+    their_rows: int | None = None
     frozen: bool = False
     rate: float = 1.0
 

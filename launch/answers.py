@@ -48,7 +48,7 @@ def unknown_choice(group: str, name: str, possible: Sequence[str]) -> str:
     if (near := _choice(group, name, possible)) is not None:
         return f"{said}; did you mean {near}?"
     if group == "model":
-        said += "; a Hugging Face folder is model.init_from=FOLDER, a file of your own --config-dir DIR"
+        said += "; a Hugging Face folder is model=FOLDER, a file of your own --config-dir DIR"
     if group == "data":
         said += "; files of your own are data=text (or tokens, hf) and data.files=PATH"
     return said

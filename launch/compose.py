@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rowwise.launch.answers import unknown_choice, unknown_keys
 from rowwise.launch.choices import GROUPS, check_folder, choices_of, tree_of_files
+from rowwise.launch.model_folder import as_source
 from rowwise.launch.overrides import SEARCHPATH, parse, spelt
 from rowwise.trainer.keys import refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.models.config_json import read_shape, refuse_other_shape
@@ -33,6 +34,7 @@ YES = {"yes": True, "on": True, "1": True, "true": True, "no": False, "off": Fal
 
 def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     """Composes the resolved configuration. Raises ValueError with what was given, what is possible, what to change."""
+    overrides = [as_source(word) for word in overrides]
     read = [parse(word) for word in overrides]
     own = _own_folders(read)
     choices = tuple(filter(None, (_choice(one, own) for one in read if one.key_or_group in (*GROUPS, SEARCHPATH))))
@@ -211,9 +213,12 @@ def _take_shape_(config: DictConfig, overrides: list[str]) -> None:
     folder, words = Path(source).expanduser(), {key_of(override) for override in overrides}
     theirs, default = read_shape(folder), _chosen(())[1]["model"]
     ours: Any = OmegaConf.to_container(config.model)
+    if isinstance(ours["rope_scaling"], dict):
+        ours["rope_scaling"].setdefault("kind", "llama3")
     given = [key for key in theirs if {"model", f"model.{key}"} & words or ours[key] != default[key]]
     if ours["head_dim"] == theirs["dim"] // theirs["heads"]:
         theirs["head_dim"] = theirs["head_dim"] or ours["head_dim"]  # it may be said
+    given = [key for key in given if key != "family" or ours[key] is not None]
     refuse_other_shape(folder, {key: (theirs[key], ours[key]) for key in given})
     config.model.update(theirs)
     if ours["name"] == default["name"] and not {"model", "model.name"} & words:

@@ -38,7 +38,7 @@ REFUSED = {
     "a long name": ([f"name={'a' * 300}"], r"name='a{57}\.\.\.' has 300 bytes: a run name has at most 200"),
     "no name": (["name=.."], r"name='..': a run name is the name of a folder"),
     "endless loss scale": (["precision=fp16", "precision.initial_scale=1e999"], r"finite"),
-    "rope": (["model.rope_theta=0"], r"model.rope_theta and model.init_std are above 0"),
+    "rope": (["model.rope_theta=0"], r"model.rope_theta=0.0: it is above 0"),
     "no steps": (["steps=0"], r"steps=0: a run has at least 1 step"),
     "how long, twice": (
         ["tokens=2e6", "steps=100"],

@@ -134,7 +134,7 @@ def given(config: ModelConfig, dtype: torch.dtype = torch.float32, device: str =
     positions = torch.arange(tokens, device=device).expand(2, tokens)
     x = torch.randn(2, tokens, config.dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     x = x.to(dtype) if device == "cpu" else torch.empty(x.shape, dtype=dtype, device=device)
-    return [x.requires_grad_(), *rope_tables(positions, config, dtype), None, causal_attention]
+    return [x.requires_grad_(), *rope_tables(positions, config.rope, dtype), None, causal_attention]
 
 
 def bytes_waiting(block: Block, arguments: list) -> int:

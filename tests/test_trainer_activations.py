@@ -45,7 +45,7 @@ def test_codes_take_the_bytes_of_the_table(name, dtype):
         attend = named_attention(keeper, causal_attention, config.kv_heads)
         begin_sequences(model, 0)
         x = torch.empty(1, TOKENS, config.dim, dtype=dtype, requires_grad=True)
-        tables = rope_tables(places.to("meta")[None], config, dtype)
+        tables = rope_tables(places.to("meta")[None], config.rope, dtype)
         with LiveBytes() as live:
             y = model.blocks["0"](x, *tables, None, attend)
             waiting = live.now() - y.untyped_storage().nbytes()

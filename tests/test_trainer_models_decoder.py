@@ -15,7 +15,7 @@ from rowwise.trainer.data.batches import micro_batches
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.models.config_json import their_config
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, parameter_count, parameter_specs
-from rowwise.trainer.models.rope import RopeScaling, rope_frequencies, rope_tables
+from rowwise.trainer.models.rope import Llama3Scaling, rope_frequencies, rope_tables
 
 TOLERANCE = 1e-5
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf/model").glob("*.yaml"))
@@ -23,7 +23,7 @@ PRESETS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf/model"
 # Sizes that no power of two divides, and that 3 ranks share unevenly.
 ODD = {"layers": 2, "dim": 30, "heads": 3, "kv_heads": 1, "ffn_dim": 37, "vocab_size": 61}
 QWEN3 = ODD | {"heads": 4, "kv_heads": 2, "head_dim": 10, "qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1e6}
-SCALING = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=32)
+SCALING = Llama3Scaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=32)
 CASES = {
     "llama": ModelConfig(**ODD),
     "llama without shared keys": ModelConfig(**ODD | {"kv_heads": 3, "norm_eps": 1e-6, "rope_theta": 5e5}),
@@ -126,15 +126,15 @@ def test_scaled_frequencies_equal_those_of_transformers():
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = ModelConfig(dim=256, heads=2, rope_theta=500_000.0, rope_scaling=RopeScaling())
+    config = ModelConfig(dim=256, heads=2, rope_theta=500_000.0, rope_scaling=Llama3Scaling())
     rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     theirs = LlamaConfig(hidden_size=256, num_attention_heads=2, rope_parameters=rope, max_position_embeddings=65536)
     reference, factor = ROPE_INIT_FUNCTIONS["llama3"](theirs, device=torch.device("cpu"))
-    ours = rope_frequencies(config, torch.device("cpu"))
+    ours = rope_frequencies(config.rope, torch.device("cpu"))
     torch.testing.assert_close(ours, reference, rtol=1e-6, atol=0)
     assert factor == 1.0
-    stretch = rope_frequencies(ModelConfig(dim=256, heads=2, rope_theta=500_000.0), torch.device("cpu")) / ours
+    stretch = rope_frequencies(ModelConfig(dim=256, heads=2, rope_theta=500_000.0).rope, torch.device("cpu")) / ours
     kept, stretched = (stretch < 1.0001), (stretch > 7.999)
     assert kept.any() and stretched.any() and not (kept | stretched).all(), "one of the three ranges is not seen"
 
@@ -145,7 +145,7 @@ def test_rotary_tables_equal_those_of_transformers_at_far_positions():
 
     positions = torch.tensor([[0, 1, 777, 8191, 131_071]])
     theirs = LlamaRotaryEmbedding(LlamaConfig(hidden_size=256, num_attention_heads=2))(torch.zeros(1), positions)
-    ours = rope_tables(positions, ModelConfig(dim=256, heads=2), torch.float32)
+    ours = rope_tables(positions, ModelConfig(dim=256, heads=2).rope, torch.float32)
     for table, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(table, reference, rtol=0, atol=1e-6)
 

@@ -284,16 +284,16 @@ DAMAGES = {
     "config.json is no JSON": (lambda f: (f / "config.json").write_text("{"), "Expecting"),
     "config.json lacks a key": (
         lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
-        "no key 'num_attention_heads'",
+        "no key 'num_hidden_layers'",
     ),
     "another size": (lambda f: change_config(f, intermediate_size=38), "model.ffn_dim=38 there and 37 here"),
     "tied there": (lambda f: change_config(f, tie_word_embeddings=True), "model.tie_embeddings=True there"),
-    "another model": (lambda f: change_config(f, model_type="mistral"), "model_type is 'mistral', possible are llama"),
-    "biases": (lambda f: change_config(f, attention_bias=True), "attention_bias is True, possible is False"),
+    "another model": (lambda f: change_config(f, model_type="gpt2"), "model_type is 'gpt2', possible are llama"),
+    "biases": (lambda f: change_config(f, attention_bias=True), "model.qkv_bias=True there and False here, model.out_bias=True there"),
     "quantized": (lambda f: change_config(f, quantization_config={"bits": 4}), "quantization_config is"),
     "another RoPE": (
-        lambda f: change_config(f, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
-        "possible are the rope_type default and llama3",
+        lambda f: change_config(f, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}),
+        "possible are the rope_type default, linear, llama3, yarn, longrope",
     ),
     "half the head turns": (
         lambda f: change_config(f, partial_rotary_factor=0.5),

@@ -29,6 +29,7 @@ from rowwise.trainer.keys import check_folder_name
 from rowwise.trainer.lr_range import RANGE_TEST
 from rowwise.trainer.manifest import CHECKPOINTS
 from rowwise.trainer.models.decoder import check_model, parameter_specs
+from rowwise.trainer.models.form import with_length
 from rowwise.trainer.models.specs import STABLE_EMBEDDING
 from rowwise.trainer.sample import SAMPLES
 from rowwise.trainer.spike import SPIKES
@@ -64,6 +65,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_folder_name("name", config.name)
     refuse(config, FOLDER)
     check_model(config.model)
+    config = replace(config, model=with_length(config.model, config.batch.seq_len))
     check_adapter(config.adapter, parameter_specs(config.model))
     specs = run_specs(config)
     check_optimizer(config.optim, specs)

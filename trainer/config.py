@@ -24,7 +24,7 @@ from rowwise.trainer.data.batches import BatchConfig
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.evaluate import EvalConfig
 from rowwise.trainer.files import full_path
-from rowwise.trainer.keys import refuse_control_characters, told_of_type, unknown_key
+from rowwise.trainer.keys import as_lists, refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.manifest import CheckpointConfig
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.decoder import check_model, parameter_count
@@ -174,7 +174,7 @@ def _with_rate_of_size(config: TrainConfig) -> TrainConfig:
 
 def tree_of(config: TrainConfig) -> dict[str, Any]:
     """Returns the plain tree of a configuration: what `config_from_tree` reads back."""
-    return asdict(config) | {"steps": config.known_steps}
+    return as_lists(asdict(config)) | {"steps": config.known_steps}
 
 
 def schedule_of(tree: dict[str, Any]) -> ScheduleConfig:
@@ -229,7 +229,8 @@ def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
     first, *others = error.errors(include_url=False)
     path = ".".join(map(str, _path(first, tree)))
     if first["type"] == "union_tag_invalid":
-        return f"{path}.name={first['ctx']['tag']!r}: possible are {first['ctx']['expected_tags']}"
+        key = "kind" if path == "model.rope_scaling" else "name"
+        return f"{path}.{key}={first['ctx']['tag']!r}: possible are {first['ctx']['expected_tags']}"
     if first["type"] in ("missing", "union_tag_not_found"):
         return f"{path}{'' if first['type'] == 'missing' else '.name'} is missing"
     number = any(one["type"] == "float_type" and _path(one, tree) == _path(first, tree) for one in others)

@@ -41,13 +41,23 @@ def write(source: Source, target: Target) -> str:
         )
     if model.block != "llama":
         raise ValueError(
-            f"{source.checkpoint} has model.block={model.block}, and folders hold layers of Llama and Qwen3; possible are runs with "
+            f"{source.checkpoint} has model.block={model.block}, and folders hold layers like Llama's; possible are runs with "
             "model.block=llama: train one"
         )
     specs, scaling, seq_len = parameter_specs(model), model.rope_scaling, source.config["batch"]["seq_len"]
     tokenizer, end_token = tokenizer_of(source, target.tokenizer)
-    positions = seq_len if scaling is None else max(seq_len, round(scaling.original_length * scaling.factor))
-    config_json = with_form(their_config(model, dtype, positions, end_token), target.form)
+    positions = seq_len if scaling is None else max(seq_len, scaling.longest)
+    try:
+        config_json = with_form(their_config(model, dtype, positions, end_token), target.form)
+    except ValueError as error:
+        raise ValueError(
+            f"{source.checkpoint}: {error}; possible are the shapes of docs/models.md: train one"
+        ) from None
+    if target.form != "dense" and any(spec.their_rows is not None for spec in specs.values()):
+        kind = config_json["model_type"]
+        raise ValueError(
+            f"form={target.form}: {kind} has several matrices in one tensor, which is dense; give form=dense"
+        )
     changed: list[str] = []
 
     def form(name: str, tensor: Tensor) -> dict[str, Tensor]:

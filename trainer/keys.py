@@ -76,6 +76,13 @@ def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return found
 
 
+def as_lists(tree: Any) -> Any:
+    """Returns a plain tree as JSON gives it back: its tuples are lists."""
+    if isinstance(tree, dict):
+        return {key: as_lists(value) for key, value in tree.items()}
+    return [as_lists(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
 def without_password(text: str) -> str:
     """Returns the text with stars for the password of every URL in it."""
     hidden = re.sub(

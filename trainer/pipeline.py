@@ -5,7 +5,6 @@ gradients cross stages.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +26,7 @@ from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import no_totals, totals_of
 from rowwise.trainer.measure import measure_parts, read_part_times
+from rowwise.trainer.models.config import plain_of
 from rowwise.trainer.models.decoder import Decoder, Target
 from rowwise.trainer.stages import (
     PLAN_KEYS,
@@ -206,7 +206,7 @@ def made_for(run: TrainConfig, micro_batches: int) -> dict[str, Any]:
     keys = ("recompute", "compress", "offload_activations", "fused_loss")
     return {
         "parallel": {key: getattr(run.parallel, key) for key in ("pipeline", "zero", *SEQUENCE_KEYS, *PLAN_KEYS)},
-        "model": asdict(run.model),
+        "model": plain_of(run.model),
         "micro_batches": [micro_batches, run.batch.micro_size, run.batch.seq_len],
         **{key: value for key in keys if (value := getattr(memory, key)) != getattr(plain, key)},
     }

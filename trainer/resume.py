@@ -10,7 +10,7 @@ from rowwise.conf.option import Resume, keys_that
 from rowwise.optim.sparse.config import TimedBase, every
 from rowwise.trainer.config import TrainConfig, schedule_of, tree_of
 from rowwise.trainer.convert.find import is_deepspeeds
-from rowwise.trainer.keys import flat
+from rowwise.trainer.keys import as_lists, flat
 from rowwise.trainer.manifest import (
     Manifest,
     OtherVersion,
@@ -193,9 +193,14 @@ def completed(before: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
         same = group == "model" or found.get(f"{group}.name") == getattr(choice, "name", None)
         for key in fields(choice) if is_dataclass(choice) and same else ():
             if key.default is not MISSING:
-                found.setdefault(f"{group}.{key.name}", key.default)
+                found.setdefault(f"{group}.{key.name}", as_lists(key.default))
             elif key.default_factory is not MISSING:
                 found.setdefault(f"{group}.{key.name}", key.default_factory())
+    # Before a stretch said of which kind it is, all were Llama 3's.
+    if isinstance(scaling := found.get("model.rope_scaling"), dict):
+        found["model.rope_scaling"] = {**scaling, "kind": scaling.get("kind", "llama3")}
+    elif "model.rope_scaling.factor" in found:
+        found.setdefault("model.rope_scaling.kind", "llama3")
     return found
 
 

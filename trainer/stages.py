@@ -17,7 +17,7 @@ from rowwise.parallel.pipeline_schedule.search import find_schedule
 from rowwise.parallel.pipeline_schedule.simulate import Costs, Gathering, Timeline
 from rowwise.trainer.files import from_json, to_json, write_whole
 from rowwise.trainer.measure import PartTimes, read_part_times, write_part_times
-from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.config import ModelConfig, model_of, plain_of
 from rowwise.trainer.models.decoder import layer_flops
 
 PLAN_FILE = "plan.json"
@@ -248,7 +248,7 @@ def saved_plan(made_for: dict[str, Any], ranks: int, stages: int, micro_batches:
     try:
         saved = from_json(path.read_bytes())
         # What an earlier release did not know of models was as it is by default.
-        saved["made_for"]["model"] = asdict(ModelConfig()) | saved["made_for"]["model"]
+        saved["made_for"]["model"] = plain_of(model_of(saved["made_for"]["model"]))
         if saved["made_for"] != made_for:
             return None
         rows = tuple(tuple(parse_action(cell) for cell in row) for row in saved["schedule"])

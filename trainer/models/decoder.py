@@ -16,9 +16,10 @@ from rowwise.kernels.logit_form import AS_THEY_ARE, LogitForm
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.kernels.visible import Documents
 from rowwise.kernels.wide import wide, wide_dtype
-from rowwise.trainer.models.blocks import Block, Layer
+from rowwise.trainer.models.blocks import OF_A_BLOCK, Block, Layer
 from rowwise.trainer.models.config import ModelConfig
-from rowwise.trainer.models.norm import RMSNorm
+from rowwise.trainer.models.form import check_form
+from rowwise.trainer.models.norm import norm_of
 from rowwise.trainer.models.rope import rope_tables
 from rowwise.trainer.models.specs import EMBEDDING, HEAD, decoder_specs
 
@@ -43,9 +44,15 @@ def check_model(config: ModelConfig) -> None:
         raise ValueError(f"model.block={config.block}: possible are {', '.join(BLOCKS)}")
     if config.block != "llama" and config.init_from is not None:
         raise ValueError(
-            f"model.init_from={config.init_from} with model.block={config.block}: folders hold layers of Llama and Qwen3; give "
+            f"model.init_from={config.init_from} with model.block={config.block}: folders hold layers like Llama's; give "
             "model.block=llama, or model.init_from=null"
         )
+    for key in sorted(OF_A_BLOCK - BLOCKS[config.block].READS):
+        if (value := getattr(config, key)) != getattr(ModelConfig, key):
+            raise ValueError(
+                f"model.{key}={value} with model.block={config.block}: its layers have {getattr(ModelConfig, key)}; leave it out, or "
+                "give model.block=llama"
+            )
     for key, most in LARGEST.items():
         size = getattr(config, key)
         if size is not None and not 1 <= size <= most:
@@ -60,13 +67,7 @@ def check_model(config: ModelConfig) -> None:
             f"model.heads={config.heads} is not divisible by model.kv_heads={config.kv_heads}; "
             f"possible for kv_heads are {[k for k in range(1, config.heads + 1) if config.heads % k == 0]}"
         )
-    if config.norm_eps <= 0 or config.rope_theta <= 0 or config.init_std <= 0:
-        raise ValueError("model.norm_eps, model.rope_theta and model.init_std are above 0")
-    scaling = config.rope_scaling
-    if scaling is not None and not (scaling.factor >= 1 and 0 < scaling.low_freq_factor < scaling.high_freq_factor):
-        raise ValueError("model.rope_scaling: factor is at least 1, and low_freq_factor below high_freq_factor")
-    if config.head_size < 2 or config.head_size % 2:
-        raise ValueError(f"the head dim is {config.head_size}: RoPE turns pairs, so it must be even and above 0")
+    check_form(config)
     parameters, _ = parameter_count(config)
     if parameters > MOST_PARAMETERS:
         raise ValueError(
@@ -74,6 +75,11 @@ def check_model(config: ModelConfig) -> None:
             f"{config.vocab_size}: {parameters:,} parameters, {4 * parameters / 1e12:,.0f} TB in 32 bits; at most "
             f"{MOST_PARAMETERS:,} are possible; give a smaller model"
         )
+
+
+def scaled(x_BSD: Tensor, scale: float) -> Tensor:
+    """Multiplies embeddings by a number that is rounded to their dtype first, as Gemma does."""
+    return x_BSD if scale == 1 else x_BSD * torch.full((), scale, dtype=x_BSD.dtype, device=x_BSD.device)
 
 
 class StableEmbedding(nn.Embedding):
@@ -152,10 +158,13 @@ class Decoder(nn.Module):
         first, last = layers.start == 0, layers.stop == config.layers
         embedding = StableEmbedding if config.stable_embedding else nn.Embedding
         self.embed = embedding(config.vocab_size, config.dim, _weight=_normal(config)) if first else None
-        self.blocks = nn.ModuleDict({str(layer): BLOCKS[config.block](config) for layer in layers})
-        self.norm = RMSNorm(config.dim, eps=config.norm_eps) if last else None
+        own = {layer: config.at(layer) for layer in layers}
+        self.blocks = nn.ModuleDict({str(layer): BLOCKS[config.block](one) for layer, one in own.items()})
+        self.ropes = [one.rope for one in own.values()]
+        self.form = LogitForm(config.logit_scale, config.logit_cap)
+        self.norm = norm_of(config) if last else None
         needs_head = last and not (first and config.tie_embeddings)
-        self.head = Head(config.dim, config.vocab_size, fused_loss) if needs_head else None
+        self.head = Head(config.dim, config.vocab_size, fused_loss, self.form) if needs_head else None
 
     @property
     def tied_copy(self) -> Tensor | None:
@@ -167,17 +176,17 @@ class Decoder(nn.Module):
     ) -> Tensor | Loss:
         """Takes tokens (B, S), or what the stage before gave (B, S, D), to what the next one takes, or to logits (B, S, V), or with
         a target to the loss. `positions` count from 0 inside a document; with `documents` a token attends only inside its own."""
-        x_BSD = x if self.embed is None else self.embed(x)
-        cos_BSE, sin_BSE = rope_tables(positions_BS, self.config, x_BSD.dtype)
-        for block in self.blocks.values():
-            x_BSD = block(x_BSD, cos_BSE, sin_BSE, documents, self.attend)
+        x_BSD = x if self.embed is None else scaled(self.embed(x), self.config.embed_scale)
+        tables = {rope: rope_tables(positions_BS, rope, x_BSD.dtype) for rope in dict.fromkeys(self.ropes)}
+        for block, rope in zip(self.blocks.values(), self.ropes, strict=True):
+            x_BSD = block(x_BSD, *tables[rope], documents, self.attend)
         if self.norm is None:
             return x_BSD
         x_BSD = self.norm(x_BSD)
         if self.head is not None:
             return self.head(x_BSD, target)
         assert self.embed is not None
-        return apply_head(x_BSD, self.embed.weight, target, self.fused_loss)
+        return apply_head(x_BSD, self.embed.weight, target, self.fused_loss, self.form)
 
     def parameter_specs(self) -> Specs:
         """Gives the spec of every parameter of the whole model, whichever stage of it this is."""

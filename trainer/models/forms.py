@@ -34,8 +34,8 @@ def in_form(form: str, name: str, spec: ParameterSpec, w: Tensor) -> dict[str, T
 
     Raises ValueError for a hidden weight that is sparse enough for `form` but has not its pattern or shape.
     """
-    stem = their_name(name, spec).removesuffix("weight")
-    dense = {f"{stem}weight": w}
+    theirs = their_name(name, spec)
+    stem, dense = theirs.removesuffix("weight"), {theirs: w}
     if form == "dense" or spec.role != "hidden":
         return dense
     nonzeros = int(w.count_nonzero())
@@ -110,25 +110,37 @@ def _check_form(form: str, device: torch.device) -> None:
 
 def _fill(model: Decoder, folder: Path, device: torch.device) -> None:
     """Gives every module of `model` its parts from the files."""
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    parts: dict[str, dict[str, Tensor]] = defaultdict(
+        dict
+    )  # those of a bias, of which there is one form, by its own name
     files = weight_files(folder)
     for path in dict.fromkeys(files.values()):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
                 stem, _, part = name.rpartition(".")
-                parts[stem][part] = file.get_tensor(name).to(device)
-    specs = model.parameter_specs()
+                parts[name if part == "bias" else stem][part] = file.get_tensor(name).to(device)
+    specs, used = model.parameter_specs(), set[str]()
     for name, p in list(model.named_parameters()):
-        stem = their_name(name, specs[name]).removesuffix(".weight")
+        spec, theirs = specs[name], their_name(name, specs[name])
+        stem = theirs.removesuffix(".weight")
         if stem not in parts:
             raise ValueError(f"it has no tensor of {stem}, which the model needs; export it again")
-        _set(model, name.removesuffix(".weight"), p.shape, parts.pop(stem))
+        used.add(stem)
+        found = parts[stem]
+        if spec.their_rows is not None and found.keys() == {"weight"}:
+            found = {"weight": found["weight"][spec.their_row : spec.their_row + p.size(0)]}
+        _set(model, name, p.shape, found)
+    parts = {stem: found for stem, found in parts.items() if stem not in used}
     if parts:
         raise ValueError(f"it has tensors of {', '.join(parts)}, which the model does not have; export it again")
 
 
 def _set(model: Decoder, name: str, shape: torch.Size, parts: dict[str, Tensor]) -> None:
-    """Gives the module `name` its weight, whatever form it has."""
+    """Gives the model its parameter `name`, whatever form it has."""
+    name, _, last = name.rpartition(".")
+    if parts.keys() == {last} == {"bias"} and parts["bias"].shape == shape:
+        model.get_submodule(name).bias = nn.Parameter(parts["bias"], requires_grad=False)
+        return
     if parts.keys() == {"weight"} and parts["weight"].shape == shape:
         weight = parts["weight"]
     elif parts.keys() == {"values", "meta"} and parts["values"].shape == (shape[0], shape[1] // 2):

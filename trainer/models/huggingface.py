@@ -1,14 +1,14 @@
-"""To and from Hugging Face folders of Llama and Qwen3: a config.json (`config_json`) and safetensors in one or many files.
+"""To and from Hugging Face folders: a config.json (`config_json`) and safetensors in one or many files.
 
-The two forms differ in names only (the rotary halves stand in the same order), so a row of ours is a row of theirs:
-loading reads just the rows of a shard, exporting holds one output file at a time.
+The two forms differ in names only (the rotary halves stand in the same order), and where a tensor of theirs is several of ours, in
+which rows of it these are. So a row of ours is a row of theirs: loading reads just the rows of a shard, exporting holds one output
+file at a time.
 """
 
 import json
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rowwise.kernels.spec import ParameterSpec, Specs
-from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.config import ModelConfig, plain_of
 from rowwise.trainer.models.config_json import our_keys, read_config, read_object, refuse_other_shape, refusing
 from rowwise.trainer.models.decoder import parameter_specs
+from rowwise.trainer.models.families.keys import family_of, normal
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROWS_AT_A_TIME = 4096
@@ -37,6 +38,11 @@ def their_name(name: str, spec: ParameterSpec) -> str:
     return spec.theirs
 
 
+def their_shape(spec: ParameterSpec) -> torch.Size:
+    """Gives the shape of the tensor of a folder that a parameter of ours is, or is rows of."""
+    return spec.shape if spec.their_rows is None else torch.Size((spec.their_rows, *spec.shape[1:]))
+
+
 def check_source(folder: Path, config: ModelConfig) -> None:
     """Refuses a folder that does not hold the model that `config` describes, each tensor in its shape.
 
@@ -44,15 +50,18 @@ def check_source(folder: Path, config: ModelConfig) -> None:
     the embedding. Raises ValueError.
     """
     with refusing(folder):
-        theirs, ours = our_keys(read_config(folder)), asdict(config) | {"head_dim": config.head_size}
-    refuse_other_shape(folder, {key: (theirs[key], ours[key]) for key in theirs})
+        theirs, ours = our_keys(read_config(folder)), normal(plain_of(config))
+    refuse_other_shape(folder, {key: (theirs[key], ours[key]) for key in theirs if key != "family"})
+    with refusing(folder):
+        families = family_of(theirs), family_of(ours)
+    refuse_other_shape(folder, {"family": families})
     with refusing(folder):
         _check_tensors(folder, config)
 
 
 def _check_tensors(folder: Path, config: ModelConfig) -> None:
     specs = parameter_specs(config)
-    shapes = {their_name(name, spec): spec.shape for name, spec in specs.items()}
+    shapes = {their_name(name, spec): their_shape(spec) for name, spec in specs.items()}
     copies = {copy: their_name(name, spec) for name, spec in specs.items() for copy in spec.copies}
     files = weight_files(folder)
     for name in shapes:
@@ -93,9 +102,11 @@ def rows_from(folder: Path, specs: Specs) -> Callable[[str, Tensor, int, int], N
         theirs = their_name(name, specs[name])
         if theirs not in files:
             raise ValueError(f"{folder} has no tensor {theirs}, which the model needs")
-        source = _sliced(open_(files[theirs]), files[theirs], theirs, torch.Size((size, *rows.shape[1:])))
+        spec = specs[name]
+        whole = torch.Size((spec.their_rows or size, *rows.shape[1:]))
+        source, first = _sliced(open_(files[theirs]), files[theirs], theirs, whole), spec.their_row + start
         if rows.numel():
-            rows.copy_(source[start : start + rows.size(0)])
+            rows.copy_(source[first : first + rows.size(0)])
 
     return fill_
 
@@ -143,15 +154,14 @@ def write_folder(
     `specs` are those of our parameters; `read_(tensors)` fills those of one file, by our names, in place; `form` gives
     the tensors to write for one of them (None: itself). Raises ValueError for numbers that `dtype` cannot hold.
     """
-    shapes = {name: spec.shape for name, spec in specs.items()}
     form = form or (lambda name, tensor: {their_name(name, specs[name]): tensor})
-    groups = list(_pack(shapes, dtype.itemsize, max_file_bytes))
+    groups = list(_pack(specs, dtype.itemsize, max_file_bytes))
     (folder / "config.json").write_text(json.dumps(config_json, indent=1))
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(groups, 1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        written = _write_file(folder / file, {name: shapes[name] for name in names}, read_, dtype, form)
+        written = _write_file(folder / file, {name: specs[name] for name in names}, read_, dtype, form)
         weight_map |= dict.fromkeys(written, file)
         total += sum(written.values())
     if len(groups) > 1:
@@ -163,31 +173,43 @@ def write_folder(
     return files
 
 
-def _write_file(
-    path: Path, shapes: dict[str, torch.Size], read_: Read, dtype: torch.dtype, form: Form
-) -> dict[str, int]:
+def _write_file(path: Path, specs: Specs, read_: Read, dtype: torch.dtype, form: Form) -> dict[str, int]:
     """Everything a file holds lives in this call, and nowhere after it. Returns the bytes of every tensor."""
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    written: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, spec in specs.items():
+        if spec.their_rows is None:
+            tensors[name] = torch.empty(spec.shape, dtype=dtype)
+            continue
+        theirs = their_name(name, spec)
+        if theirs not in written:
+            written[theirs] = torch.empty(their_shape(spec), dtype=dtype)
+        tensors[name] = written[theirs][spec.their_row : spec.their_row + spec.shape[0]]
     read_(tensors)
     for name, tensor in tensors.items():
         smallest, largest = torch.aminmax(tensor)  # isfinite would make copies of it
         if not (smallest.isfinite() and largest.isfinite()):
             raise ValueError(f"{name} has numbers that are infinite or undefined in {dtype}; give a wider dtype")
-    written = {part: tensor for name in shapes for part, tensor in form(name, tensors.pop(name)).items()}
+    for name, spec in specs.items():
+        tensor = tensors.pop(name)
+        written |= form(name, tensor) if spec.their_rows is None else {}
     save_file(written, path, metadata={"format": "pt"})
     return {name: tensor.nbytes for name, tensor in written.items()}
 
 
-def _pack(shapes: dict[str, torch.Size], itemsize: int, max_bytes: int) -> Iterator[list[str]]:
-    """Names in order, in groups of at most `max_bytes` (a larger tensor is a group of its own)."""
+def _pack(specs: Specs, itemsize: int, max_bytes: int) -> Iterator[list[str]]:
+    """Names in order, those of one tensor of theirs together, in groups of at most `max_bytes` (of a larger tensor: by itself)."""
+    tensors: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        tensors.setdefault(their_name(name, spec) if spec.their_rows is not None else name, []).append(name)
     group: list[str] = []
     held = 0
-    for name, shape in shapes.items():
-        size = shape.numel() * itemsize
+    for names in tensors.values():
+        size = sum(specs[name].shape.numel() for name in names) * itemsize
         if group and held + size > max_bytes:
             yield group
             group, held = [], 0
-        group.append(name)
+        group += names
         held += size
     if group:
         yield group

@@ -92,7 +92,7 @@ def stored(kept: Kept) -> frozenset[str]:
 
 def waits(table: LayerResults, work: LayerWork) -> frozenset[str]:
     """Names the results that weights' gradients need."""
-    return frozenset(name for piece in work.backward for name in piece.inputs) & table.names
+    return frozenset(name for piece in work.backward for name in piece.inputs) & (table.names | {INPUT})
 
 
 def later(table: LayerResults, kept: Kept, waiting: frozenset[str]) -> int:

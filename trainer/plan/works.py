@@ -65,7 +65,8 @@ def works_of(config: TrainConfig, layers: range, split: bool, gpu: bool) -> list
     """Lists the work of each piece of a stage. `split`: its backward is in two."""
     tokens, width, model = tokens_of(config), widths_of(config).compute, config.model
     works = layer_works(config, layers, split, gpu)
-    tables = 2 * model.head_size * width * tokens  # RoPE's, which all layers of a stage share
+    ropes = {model.at(layer).rope for layer in layers}
+    tables = sum(2 * rope.size * width * tokens for rope in ropes)  # which all layers of a stage that are alike share
     memory = config.memory
     # What a stage was given it holds itself, beside what its first layer keeps of that.
     given = tokens * model.dim * width if layers.start > 0 else 0

@@ -1,0 +1,1 @@
+"""The families of models that folders of Hugging Face hold, as data."""
