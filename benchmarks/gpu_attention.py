@@ -50,8 +50,8 @@ def by_documents(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, documents: Docu
         begins = (0,) if documents is None else documents.begins[row]
         for begin, end in itertools.pairwise((*begins, q.size(1))):
             part = [t[row : row + 1, begin:end] for t in (q, k, v, d_out)]
-            out, lse = plain_forward(*part[:3], True, q.size(-1) ** -0.5)
-            gradients = plain_backward(part[3], Attended(*part[:3], out, lse), True, q.size(-1) ** -0.5)
+            out, lse = plain_forward(*part[:3], True, PLAINLY.form(q.size(-1)))
+            gradients = plain_backward(part[3], Attended(*part[:3], out, lse), True, PLAINLY.form(q.size(-1)))
             for total, piece in zip(results, (out, *gradients), strict=True):
                 total[row : row + 1, begin:end] = piece
     return results

@@ -1,6 +1,6 @@
 """Causal attention between the tokens of packed sequences that see each other, block by block, and no others.
 
-    out = softmax(scale Q K^T) V over the keys that a query sees,    lse = log sum exp(scale Q K^T)
+    S = scale Q K^T        out = softmax(S) V over the keys that a query sees        lse = log sum exp(S)
 
 (Vaswani et al.; Dao, *FlashAttention-2*, for lse, and for a backward that keeps no scores.) Blocks of keys merge by
 
@@ -8,12 +8,13 @@
 
 What queries see (`kernels.visible`) is looked at by the device's fastest operator that gives lse, area by area
 (`kernels.attention_block`) or, where that operator takes several, in one call (`kernels.attention_packed`); no mask is ever
-made, and what is not seen is not computed.
+made, and what is not seen is not computed. No operator caps scores: capped ones (`kernels.look`) are made in tiles by plain torch, and
+made again in the backward, so that memory is linear in S.
 
 Shapes: B sequences, S queries, T keys, H heads, K key/value heads, E head dim. Sums are kept in float32, or float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from torch.autograd.function import once_differentiable
 
 from rowwise.kernels.attention_block import Attended, Gradients, block_backward, block_forward, repeat_heads
 from rowwise.kernels.attention_packed import packed_backward, packed_forward, packings, packs, taken
+from rowwise.kernels.logit_form import LogitForm
 from rowwise.kernels.look import PLAINLY, Look
 from rowwise.kernels.torch_compiler import left_to_python
-from rowwise.kernels.visible import Area, Documents, Run, visible_areas
+from rowwise.kernels.visible import Area, Documents, Run, tiles, visible_areas
 
 # What looks from queries (B, S, H, E) at keys and values (B, S, K, E), each inside its document: `causal_attention`, or
 # what does the same where a sequence is shared.
@@ -35,10 +37,11 @@ Attend = Callable[[Tensor, Tensor, Tensor, Documents | None, Look], Tensor]
 def causal_attention(
     q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, documents: Documents | None = None, look: Look = PLAINLY
 ) -> Tensor:
-    """Computes attention of whole sequences, (B, S, H, E); each token sees its document up to itself. H is a multiple of K: query
-    head h looks at key head h K / H."""
-    if documents is not None:
-        return _packed_attention(q_BSHE, k_BSKE, v_BSKE, documents, look)
+    """Computes attention of whole sequences, (B, S, H, E); each token sees its document up to itself, or the window of `look`. H is
+    a multiple of K: query head h looks at key head h K / H."""
+    look = look.at(q_BSHE.size(1))
+    if documents is not None or look.window is not None or look.cap is not None:
+        return _attention_by_areas(q_BSHE, k_BSKE, v_BSKE, documents, look)
     if not torch.compiler.is_compiling():
         return _WholeAttention.apply(q_BSHE, k_BSKE, v_BSKE, look)
     if q_BSHE.is_cuda and q_BSHE.dtype == torch.float32:  # there torch knows no groups but by whole scores
@@ -59,8 +62,8 @@ class _WholeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
-        ctx.scale = look.scale_of(q.size(-1))
-        out, lse = block_forward(q, k, v, True, ctx.scale)
+        ctx.form = look.form(q.size(-1))
+        out, lse = block_forward(q, k, v, True, ctx.form)
         out = out.contiguous()  # as the products behind it take it
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -68,21 +71,21 @@ class _WholeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return *block_backward(d_out, Attended(*ctx.saved_tensors), True, ctx.scale), None
+        return *block_backward(d_out, Attended(*ctx.saved_tensors), True, ctx.form), None
 
 
 @left_to_python  # the areas differ from batch to batch
-def _packed_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, look: Look) -> Tensor:
-    return _PackedAttention.apply(q, k, v, documents, look)
+def _attention_by_areas(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, look: Look) -> Tensor:
+    return _AttentionByAreas.apply(q, k, v, documents, look)
 
 
-class _PackedAttention(torch.autograd.Function):
+class _AttentionByAreas(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, look: Look) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, look: Look) -> Tensor:
         run = (Run(0, 1, q.size(1)),)
-        ctx.areas, ctx.look = visible_areas(run, run, documents), look
+        ctx.areas, ctx.look = visible_areas(run, run, documents, look.window), look
         out, lse = nothing_seen(q)
-        see(q, k, v, ctx.areas, out, lse, look, once=True)  # a triangle for each document
+        see(q, k, v, ctx.areas, out, lse, look, once=look.window is None)  # then a triangle for each document
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -108,15 +111,17 @@ def see(
 ) -> None:
     """Adds to (`out`, `lse`), in place, what queries (B, S, H, E) see in keys and values (B, T, K, E). `once`: no query is
     in two of the areas and none has seen a key before, so that there is nothing to merge."""
-    scale = look.scale_of(q.size(-1))
-    if packs(q, areas):
-        _see_packed(q, k, v, areas, out, lse, scale)
+    form = look.form(q.size(-1))
+    if packs(q, areas, form):
+        _see_packed(q, k, v, areas, out, lse, form)
         return
-    for area in areas:
+    for area in areas if form.cap is None else _in_tiles(areas, q):
         rows, seen = _slices(area)
-        part, part_lse = block_forward(q[rows], k[seen], v[seen], area.causal, scale)
+        here, k_here, v_here = (_ordered(t, area) for t in (q[rows], k[seen], v[seen]))
+        part, part_lse = block_forward(here, k_here, v_here, area.causal, form)
+        part, part_lse = _ordered(part, area), _ordered(part_lse, area, dim=2)
         lse_here = lse[rows[0], :, rows[1]]
-        if once:
+        if once and form.cap is None:
             out[rows], lse_here[:] = part, part_lse
         else:
             _merge_(out[rows], lse_here, part, part_lse)
@@ -126,25 +131,46 @@ def see_backward(d_out: Tensor, attended: Attended, areas: tuple[Area, ...], sum
     """Adds to `sums`, in place, what these areas give of the gradients of q, k and v. `out` and `lse` are those of all keys
     that the queries see, anywhere."""
     q, k, v, out, lse = attended
-    scale = look.scale_of(q.size(-1))
-    if packs(q, areas):
-        _see_packed_backward(d_out, attended, areas, sums, scale)
+    form = look.form(q.size(-1))
+    if packs(q, areas, form):
+        _see_packed_backward(d_out, attended, areas, sums, form)
         return
-    for area in areas:
+    for area in areas if form.cap is None else _in_tiles(areas, q):
         rows, seen = _slices(area)
-        lse_here = lse[rows[0], :, rows[1]].contiguous()  # FlashAttention reads it as if it were
-        here = Attended(q[rows], k[seen], v[seen], out[rows], lse_here)
-        gradients = block_backward(d_out[rows], here, area.causal, scale)
+        lse_here = _ordered(lse[rows[0], :, rows[1]], area, dim=2).contiguous()  # FlashAttention reads it as if it were
+        d_out_here, q_here, out_here = (_ordered(t[rows], area) for t in (d_out, q, out))
+        here = Attended(q_here, _ordered(k[seen], area), _ordered(v[seen], area), out_here, lse_here)
+        gradients = block_backward(d_out_here, here, area.causal, form)
         for total, index, gradient in zip(sums, (rows, seen, seen), gradients, strict=True):
-            total[index].add_(gradient)
+            total[index].add_(_ordered(gradient, area))
+
+
+# Scores of a tile, of all heads and sequences: on a CPU it stays in the cache, on a GPU it fills the device.
+TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 25}
+
+
+def tile_side(sequences: int, heads: int, device: str) -> int:
+    """Gives the queries, and the keys, of a tile of capped scores: a power of two, from 32 to 1,024."""
+    scores = TILE_SCORES.get(device, TILE_SCORES["cpu"]) // (sequences * heads)
+    return min(1024, max(32, 1 << (scores.bit_length() - 1) // 2))
+
+
+def _in_tiles(areas: tuple[Area, ...], q_BSHE: Tensor) -> Iterator[Area]:
+    side = tile_side(q_BSHE.size(0), q_BSHE.size(2), q_BSHE.device.type)
+    return (tile for area in areas for tile in tiles(area, side))
+
+
+def _ordered(t: Tensor, area: Area, dim: int = 1) -> Tensor:
+    """What an area has of queries or keys, in the order in which the n-th sees the first n, and back."""
+    return t.flip(dim) if area.turned else t
 
 
 def _see_packed(
-    q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, areas: tuple[Area, ...], out: Tensor, lse: Tensor, form: LogitForm
 ) -> None:
     for packing in packings(areas, *q.shape[:2], k.size(1), q.device):
         k_here, v_here = (taken(t, packing.keys) for t in (k, v))
-        part, part_lse = packed_forward(taken(q, packing.queries), k_here, v_here, packing, scale)
+        part, part_lse = packed_forward(taken(q, packing.queries), k_here, v_here, packing, form)
         # As one sequence, so that both are (1, N, H, E) and (1, H, N).
         out_here, lse_here = taken(out, packing.queries)[None], taken(lse.transpose(1, 2), packing.queries).T[None]
         _merge_(out_here, lse_here, part[None], part_lse[None])
@@ -153,7 +179,7 @@ def _see_packed(
 
 
 def _see_packed_backward(
-    d_out: Tensor, attended: Attended, areas: tuple[Area, ...], sums: Gradients, scale: float
+    d_out: Tensor, attended: Attended, areas: tuple[Area, ...], sums: Gradients, form: LogitForm
 ) -> None:
     q, k, v, out, lse = attended
     for packing in packings(areas, *q.shape[:2], k.size(1), q.device):
@@ -161,7 +187,7 @@ def _see_packed_backward(
         k_here, v_here = (taken(t, packing.keys) for t in (k, v))
         lse_here = taken(lse.transpose(1, 2), packing.queries).T
         here = Attended(q_here, k_here, v_here, out_here, lse_here)
-        gradients = packed_backward(d_out_here, here, packing, scale)
+        gradients = packed_backward(d_out_here, here, packing, form)
         for total, gradient, index in zip(sums, gradients, (packing.queries, packing.keys, packing.keys), strict=True):
             if index is None:
                 total += gradient.view(total.shape)

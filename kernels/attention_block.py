@@ -5,10 +5,10 @@
 | CPU | float64, float32, bfloat16, float16 | torch's FlashAttention for CPUs |
 | CUDA from sm_80 on | bfloat16, float16, heads of up to 256 | FlashAttention-2 |
 | CUDA | float32, float16, and bfloat16 from sm_80 on | memory-efficient attention (Rabe & Staats) |
-| any | any other, float64 above all | plain torch, whole scores of a block |
+| any | any other, float64 above all, and capped scores | plain torch, whole scores of a block |
 
 Shapes: queries (B, S, H, E), keys and values (B, T, K, E), lse (B, H, S); H is a multiple of K. `causal`: as many keys as
-queries, and the n-th query sees the first n.
+queries, and the n-th query sees the first n. `form`: the scale and the cap of scores (`kernels.logit_form`).
 """
 
 from typing import NamedTuple
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowwise.kernels import torch_attention
+from rowwise.kernels.logit_form import AS_THEY_ARE, LogitForm
+from rowwise.kernels.wide import wide_dtype
 
 
 class Attended(NamedTuple):
@@ -34,12 +36,12 @@ class Attended(NamedTuple):
 Gradients = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, form: LogitForm) -> tuple[Tensor, Tensor]:
     """Computes out in the dtype of `q`, and lse in float32, or float64 for float64."""
-    operator = operator_of(q)
+    operator = operator_of(q, form)
     if operator == "plain":
-        return plain_forward(q, k, v, causal, scale)
-    size = q.size(-1)
+        return plain_forward(q, k, v, causal, form)
+    size, scale = q.size(-1), form.scale
     q, k, v = (_heads_first(t, operator) for t in (q, k, v))
     if operator == "cpu":
         out, lse = torch_attention.cpu_forward(q, k, v, 0.0, causal, scale=scale)
@@ -52,13 +54,13 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     return out.transpose(1, 2)[..., :size], lse[..., : q.size(2)]
 
 
-def block_backward(d_out: Tensor, attended: Attended, causal: bool, scale: float) -> Gradients:
+def block_backward(d_out: Tensor, attended: Attended, causal: bool, form: LogitForm) -> Gradients:
     """Returns what this block of keys gives of the gradients."""
     q, k, v, out, lse = attended
-    operator = operator_of(q)
+    operator = operator_of(q, form)
     if operator == "plain":
-        return plain_backward(d_out, attended, causal, scale)
-    size, groups = q.size(-1), k.size(2)
+        return plain_backward(d_out, attended, causal, form)
+    size, groups, scale = q.size(-1), k.size(2), form.scale
     d_out, q, k, v, out = (_heads_first(t, operator) for t in (d_out, q, k, v, out))
     if operator == "cpu":
         gradients = torch_attention.cpu_backward(d_out, q, k, v, out, lse, 0.0, causal, scale=scale)
@@ -81,34 +83,42 @@ def block_backward(d_out: Tensor, attended: Attended, causal: bool, scale: float
     return d_q, d_k, d_v
 
 
-def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, form: LogitForm) -> tuple[Tensor, Tensor]:
     """Computes `block_forward` in plain torch: the reference."""
-    scores = _scores(q, k, causal, scale)
+    scores = form.of(_products(q, k))
+    if causal:
+        scores = scores.masked_fill(_later(scores), -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp()
     out = torch.einsum("bhst,bthe->bshe", weights, repeat_heads(v, q.size(2), dim=2).to(weights.dtype))
     return out.to(q.dtype), lse
 
 
-def plain_backward(d_out: Tensor, attended: Attended, causal: bool, scale: float) -> Gradients:
+def plain_backward(d_out: Tensor, attended: Attended, causal: bool, form: LogitForm) -> Gradients:
     """Computes `block_backward` in plain torch: the reference.
 
-    P = exp(S - lse),  dV = P^T dO,  dS = P (dO V^T - rowsum(dO out)),  dQ = scale dS K,  dK = scale dS^T Q.
+    P = exp(S - lse),  dV = P^T dO,  dS = P (dO V^T - rowsum(dO out)),  dQ = t dS K,  dK = t dS^T Q,  t: the slope of S.
     """
     q, k, v, out, lse = attended
     heads, groups, wide = q.size(2), k.size(2), lse.dtype
-    weights = (_scores(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
+    scores = form.formed_(_products(q, k))
+    slope = form.slope(scores)
+    weights = scores.sub_(lse.unsqueeze(-1)).exp_()
+    if causal:
+        weights.masked_fill_(_later(weights), 0.0)
     d_out, out, q_wide, k_wide, v_wide = (repeat_heads(t, heads, dim=2).to(wide) for t in (d_out, out, q, k, v))
     d_v = torch.einsum("bhst,bshe->bthe", weights, d_out)
     d_weights = torch.einsum("bshe,bthe->bhst", d_out, v_wide)
-    d_scores = weights * (d_weights - (d_out * out).sum(-1).transpose(1, 2).unsqueeze(-1)) * scale
+    d_scores = d_weights.sub_((d_out * out).sum(-1).transpose(1, 2).unsqueeze(-1)).mul_(weights).mul_(slope)
     d_q = torch.einsum("bhst,bthe->bshe", d_scores, k_wide)
     d_k = torch.einsum("bhst,bshe->bthe", d_scores, q_wide)
     return d_q.to(q.dtype), _summed(d_k, groups, dim=2).to(q.dtype), _summed(d_v, groups, dim=2).to(q.dtype)
 
 
-def operator_of(q: Tensor) -> str:
+def operator_of(q: Tensor, form: LogitForm = AS_THEY_ARE) -> str:
     """Says which operator takes queries like `q`, by the table above: cpu, flash, efficient or plain."""
+    if form.cap is not None:
+        return "plain"
     if q.device.type == "cpu":
         return "cpu"
     if q.device.type != "cuda" or q.dtype == torch.float64:
@@ -129,13 +139,14 @@ def _heads_first(t_BSHE: Tensor, operator: str) -> Tensor:
     return t_BSHE.transpose(1, 2)
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = torch.einsum("bshe,bthe->bhst", q.to(wide), repeat_heads(k, q.size(2), dim=2).to(wide)) * scale
-    if not causal:
-        return scores
-    later = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(later, -torch.inf)
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    wide = wide_dtype(q.dtype)
+    return torch.einsum("bshe,bthe->bhst", q.to(wide), repeat_heads(k, q.size(2), dim=2).to(wide))
+
+
+def _later(scores_BHST: Tensor) -> Tensor:
+    """The keys that the n-th query does not see, which are behind the n-th."""
+    return torch.ones(scores_BHST.shape[2:], dtype=torch.bool, device=scores_BHST.device).triu(1)
 
 
 def repeat_heads(t: Tensor, heads: int, dim: int = 1) -> Tensor:

@@ -6,8 +6,8 @@ areas of different lengths one behind the other instead, with the places where t
     rows of queries  [area 0 | area 1 | ...]  (N, H, E)      rows of keys  [area 0 | area 1 | ...]  (M, K, E)
 
 so a layer makes one call, or two where areas of both kinds lie side by side. Areas of one call have no query in common, and are
-all causal or none. Rows that already lie so are used as they are; others are gathered by an index that is made once a
-batch for all layers, on the host, and copied without waiting.
+all causal or none; turned ones are gathered from the last row to the first. Rows that already lie so are used as they are; others
+are gathered by an index that is made once a batch for all layers, on the host, and copied without waiting.
 
 Shapes: N queries and M keys over all areas, H heads, K key heads, E head dim, lse (H, N).
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rowwise.kernels import torch_attention
 from rowwise.kernels.attention_block import Attended, Gradients, block_backward, block_forward, operator_of
+from rowwise.kernels.logit_form import LogitForm
 from rowwise.kernels.visible import Area
 
 
@@ -41,9 +42,9 @@ class Packing:
     k_lengths: tuple[int, ...]
 
 
-def packs(q: Tensor, areas: Sequence[Area]) -> bool:
+def packs(q: Tensor, areas: Sequence[Area], form: LogitForm) -> bool:
     """Says whether these areas are better looked at together: there are several, and the operator takes them so."""
-    return operator_of(q) == "flash" and (len(areas) > 1)
+    return operator_of(q, form) == "flash" and (len(areas) > 1)
 
 
 @functools.lru_cache(maxsize=64)  # the layers of a model ask for the same
@@ -62,8 +63,8 @@ def packings(
     return [
         Packing(
             causal=group[0].causal,
-            queries=_index([(a.q0, a.q1) for a in group], sequences * q_length, device),
-            keys=_index([(a.k0, a.k1) for a in group], sequences * k_length, device),
+            queries=_index([_stretch(a.q0, a.q1, a.turned) for a in group], sequences * q_length, device),
+            keys=_index([_stretch(a.k0, a.k1, a.turned) for a in group], sequences * k_length, device),
             q_begins=_begins([a.q1 - a.q0 for a in group], device),
             k_begins=_begins([a.k1 - a.k0 for a in group], device),
             q_lengths=tuple(a.q1 - a.q0 for a in group),
@@ -87,27 +88,27 @@ def disjoint_groups(areas: Iterable[Area]) -> list[list[Area]]:
     return groups
 
 
-def packed_forward(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> tuple[Tensor, Tensor]:
+def packed_forward(q: Tensor, k: Tensor, v: Tensor, packing: Packing, form: LogitForm) -> tuple[Tensor, Tensor]:
     """Computes out (N, H, E) in the dtype of `q`, and lse (H, N) in float32 (float64 for float64), of gathered rows."""
     if operator_of(q) != "flash":
-        parts = [block_forward(a, b, c, packing.causal, scale) for a, b, c in _each(packing, (q,), (k, v))]
+        parts = [block_forward(a, b, c, packing.causal, form) for a, b, c in _each(packing, (q,), (k, v))]
         outs, lses = zip(*parts, strict=True)
         return torch.cat([out[0] for out in outs]), torch.cat([lse[0] for lse in lses], dim=1)
     size = q.size(-1)
     out, lse, *_ = torch_attention.packed_flash_forward(
-        *map(_filled, (q, k, v)), *_shape(packing), 0.0, packing.causal, False, scale=scale
+        *map(_filled, (q, k, v)), *_shape(packing), 0.0, packing.causal, False, scale=form.scale
     )
     return out[..., :size], lse
 
 
-def packed_backward(d_out: Tensor, attended: Attended, packing: Packing, scale: float) -> Gradients:
+def packed_backward(d_out: Tensor, attended: Attended, packing: Packing, form: LogitForm) -> Gradients:
     """Returns what these areas give of the gradients, of gathered rows."""
     q, k, v, out, lse = attended
     if operator_of(q) != "flash":
         lses = [part.contiguous().unsqueeze(0) for part in lse.split(packing.q_lengths, dim=1)]
         parts = _each(packing, (d_out, q, out), (k, v))
         found = [
-            block_backward(d, Attended(a, b, c, o, part_lse), packing.causal, scale)
+            block_backward(d, Attended(a, b, c, o, part_lse), packing.causal, form)
             for (d, a, o, b, c), part_lse in zip(parts, lses, strict=True)
         ]
         d_q, d_k, d_v = (torch.cat([gradient[0] for gradient in of_one]) for of_one in zip(*found, strict=True))
@@ -116,7 +117,7 @@ def packed_backward(d_out: Tensor, attended: Attended, packing: Packing, scale: 
     seed, unused = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in (2, 1))  # of dropout: there is none
     gradients = torch_attention.packed_flash_backward(
         *map(_filled, (d_out, q, k, v, out)), lse.contiguous(), *_shape(packing), 0.0, packing.causal, seed, unused,
-        scale=scale,
+        scale=form.scale,
     )  # fmt: skip
     d_q, d_k, d_v = (gradient[..., :size] for gradient in gradients)
     return d_q, d_k, d_v
@@ -147,12 +148,16 @@ def _begins(lengths: list[int], device: torch.device) -> Tensor:
     return _on(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
-def _index(stretches: list[tuple[int, int]], total: int, device: torch.device) -> Tensor | None:
-    """The rows of these stretches, [begin, end), one behind the other; None where they are all rows in order."""
-    begins, ends = zip(*stretches, strict=True)
-    if (*begins, total) == (0, *ends):
+def _stretch(begin: int, end: int, turned: bool) -> range:
+    return range(end - 1, begin - 1, -1) if turned else range(begin, end)
+
+
+def _index(stretches: list[range], total: int, device: torch.device) -> Tensor | None:
+    """The rows of these stretches, one behind the other; None where they are all rows in order."""
+    joined = (*(rows.start for rows in stretches), total) == (0, *(rows.stop for rows in stretches))
+    if joined and all(rows.step == 1 for rows in stretches):
         return None
-    return _on(torch.cat([torch.arange(begin, end) for begin, end in stretches]), device)
+    return _on(torch.cat([torch.arange(rows.start, rows.stop, rows.step) for rows in stretches]), device)
 
 
 def _on(t: Tensor, device: torch.device) -> Tensor:

@@ -172,13 +172,14 @@ class _RingAttention(torch.autograd.Function):
     ) -> Tensor:
         length = q.size(1) * ring.size
         own = runs_of(order, ring.rank, ring.size, length)
-        ctx.ring, ctx.look, ctx.areas = ring, look, {}
+        ctx.ring, ctx.look, ctx.areas = ring, look.at(length), {}
         # After an all-to-all, a view of what came would keep the keys and values that are in the block.
         q, block = q.contiguous(), torch.stack((k, v))
         out, lse = nothing_seen(q)
         for source, (k_there, v_there) in rotate(block, ring):
-            ctx.areas[source] = visible_areas(own, runs_of(order, source, ring.size, length), documents)
-            see(q, k_there, v_there, ctx.areas[source], out, lse, look)
+            theirs = runs_of(order, source, ring.size, length)
+            ctx.areas[source] = visible_areas(own, theirs, documents, ctx.look.window)
+            see(q, k_there, v_there, ctx.areas[source], out, lse, ctx.look)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, block, out, lse)
         return out

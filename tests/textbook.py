@@ -23,9 +23,12 @@ def attention(q, k, v, documents, look=PLAINLY):
     begins = [(0,)] * q.size(0) if documents is None else documents.begins
     own = torch.stack([torch.tensor([sum(b <= int(place) for b in row) for place in places]) for row in begins])
     seen = (own.unsqueeze(2) == own.unsqueeze(1)) & (places.unsqueeze(1) >= places)
+    if look.window is not None:
+        seen &= places.unsqueeze(1) - places < look.window
     k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
     scale = 1 / math.sqrt(q.size(-1)) if look.scale is None else look.scale
     scores = torch.einsum("bshe,bthe->bhst", q, k) * scale
+    scores = scores if look.cap is None else look.cap * torch.tanh(scores / look.cap)
     return torch.einsum("bhst,bthe->bshe", scores.masked_fill(~seen.unsqueeze(1), -math.inf).softmax(-1), v)
 
 

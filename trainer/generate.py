@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rowwise.kernels.attention import nothing_seen, see
 from rowwise.kernels.look import PLAINLY, Look
 from rowwise.kernels.products import float32_products
-from rowwise.kernels.visible import Documents
+from rowwise.kernels.visible import Documents, Run, visible_areas
 from rowwise.trainer.data.tokenizer import Tokenizer
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.sample import Sampling, drawn
@@ -41,6 +42,11 @@ class KeyValueCache:
         self._kept[self._turn] = k_BSKE, v_BSKE
         self._turn = (self._turn + 1) % len(self._kept)
         S, T = q_BSHE.size(1), k_BSKE.size(1)
+        if (look := look.at(T)).window is not None or look.cap is not None:
+            out, lse = nothing_seen(q_BSHE)
+            areas = visible_areas((Run(T - S, 1, S),), (Run(0, 1, T),), None, look.window)
+            see(q_BSHE, k_BSKE, v_BSKE, areas, out, lse, look)
+            return out.to(q_BSHE.dtype)
         seen = None if S == 1 else torch.ones(S, T, dtype=torch.bool, device=q_BSHE.device).tril(T - S)
         y_BHSE = F.scaled_dot_product_attention(
             q_BSHE.transpose(1, 2),
