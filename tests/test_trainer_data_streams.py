@@ -77,7 +77,7 @@ def test_pieces_have_the_tokens_of_the_whole(tmp_path, tokenizer, small, holdout
         if holdout and cut >= 700:
             cut = content.rfind(b"\n", 0, round(cut * (1 - holdout))) + 1
         parts = {"train": content[:cut], "holdout": content[cut:]}
-        if holdout and cut == len(content) and pieces._is_held_out(Document("", content), holdout):
+        if holdout and cut == len(content) and pieces.is_held_out(Document("", content), holdout):
             parts = {"holdout": content}
         for split, part in parts.items():
             if part:

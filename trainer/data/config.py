@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from rowwise.conf.option import Ask, MayChange
+from rowwise.trainer.data.chat.config import Chat
 from rowwise.trainer.data.documents import Found, rows_of, stdlib_files
 from rowwise.trainer.data.kinds import check_rows
 from rowwise.trainer.data.pieces import Document
@@ -99,7 +100,7 @@ class Hf(TextSource):
         yield from rows_of(path, self.column, folder)
 
 
-Source = Stdlib | Text | Tokens | Hf
+Source = Stdlib | Text | Tokens | Hf | Chat
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,7 @@ def _columns(path: Path, kind: Kind | None, column: str, folder: Path) -> Iterat
     import pyarrow as pa
 
     try:
-        schema, batches = _table(path, kind, column)
+        schema, batches = table(path, kind, (column,))
         if column not in schema.names:
             raise ValueError(
                 f"{path}: no column {column!r}; its columns are {', '.join(schema.names)}; set data.column"
@@ -216,8 +216,9 @@ def _columns(path: Path, kind: Kind | None, column: str, folder: Path) -> Iterat
         raise ValueError(f"{path} cannot be read as {what} ({str(error).splitlines()[0]}); write it again") from None
 
 
-def _table(path: Path, kind: Kind | None, column: str) -> tuple[Any, Iterable[Any]]:
-    """The schema of a file, and its rows a batch at a time."""
+def table(path: Path, kind: Kind | None, columns: Sequence[str]) -> tuple[Any, Iterable[Any]]:
+    """Returns the schema of a Parquet or Arrow file, and its rows a batch at a time: at least those of `columns` that it has. Raises
+    pyarrow's errors."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -227,8 +228,8 @@ def _table(path: Path, kind: Kind | None, column: str) -> tuple[Any, Iterable[An
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
         largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
         rows = min(65_536, max(1, _BATCH_BYTES // max(1, largest)))
-        there = column in file.schema_arrow.names
-        return file.schema_arrow, file.iter_batches(batch_size=rows, columns=[column]) if there else ()
+        there = [name for name in file.schema_arrow.names if name in columns]
+        return file.schema_arrow, file.iter_batches(batch_size=rows, columns=there) if there else ()
     mapped = pa.memory_map(str(path))
     if kind == ARROW_STREAM:
         stream = pa.ipc.open_stream(mapped)

@@ -31,6 +31,7 @@ NPY = Kind("an array of NumPy (.npy)", ("tokens",))
 PARQUET = Kind("a Parquet file", ("hf",))
 ARROW = Kind("an Arrow file", ("hf",))
 ARROW_STREAM = Kind("an Arrow stream", ("hf",))
+ZSTD = Kind("compressed by zstd", (), _UNPACK)
 GZIP = Kind("compressed by gzip", (), f"give data=hf where it holds JSON lines, or {_UNPACK}")
 LLM_C = Kind("tokens behind a header of llm.c", ("tokens",))
 _INDEX = Kind("an index of Megatron, which says where tokens are", (), "give the .bin file beside it to data=tokens")
@@ -67,7 +68,7 @@ _MAGIC: list[tuple[int, bytes, Kind]] = [
     (0, b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", _MODEL),  # torch.save before 1.6
     (0, b"PK\x03\x04", _ZIP),
     (0, b"PK\x05\x06", _ZIP),
-    (0, b"\x28\xb5\x2f\xfd", Kind("compressed by zstd", (), _UNPACK)),
+    (0, b"\x28\xb5\x2f\xfd", ZSTD),
     (0, b"\xfd7zXZ\0", Kind("compressed by xz", (), _UNPACK)),
     (0, b"\x04\x22\x4d\x18", Kind("compressed by lz4", (), _UNPACK)),
     (0, b"7z\xbc\xaf\x27\x1c", Kind("a 7z archive", (), _UNPACK)),
@@ -121,6 +122,15 @@ def check_rows(path: Path) -> Kind | None:
     kind = kind_of(path)
     if kind not in (PARQUET, ARROW, ARROW_STREAM, GZIP):
         _refuse(path, kind or _no_text(_head(path)), "hf")
+    return kind
+
+
+def check_conversations(path: Path) -> Kind | None:
+    """Returns the kind of a file of `data=chat`: Parquet, Arrow, gzip, zstd; None of what is to hold JSON as it is. Raises ValueError
+    for what is none of them."""
+    kind = kind_of(path)
+    if kind not in (PARQUET, ARROW, ARROW_STREAM, GZIP, ZSTD):
+        _refuse(path, kind or _no_text(_head(path)), "chat")
     return kind
 
 

@@ -3,11 +3,15 @@
 import hashlib
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from rowwise.trainer.data.chat.config import Chat
+from rowwise.trainer.data.chat.corpus import packed_streams
+from rowwise.trainer.data.chat.store import write_conversations
 from rowwise.trainer.data.config import DataConfig, Mixture, Source, Tokens
-from rowwise.trainer.data.corpus import Corpus
+from rowwise.trainer.data.corpus import Corpus, Store
 from rowwise.trainer.data.documents import Found
 from rowwise.trainer.data.integrity import file_fingerprint
 from rowwise.trainer.data.mixture import AnyCorpus, check_mixture, mixed
@@ -52,7 +56,7 @@ def open_data(config: DataConfig, seq_len: int, vocab_size: int) -> Data:
         return _open_mixture(config, seq_len, vocab_size)
     if not 0 <= config.holdout < 1:
         raise ValueError(f"data.holdout={config.holdout}: a share from 0 to below 1")
-    data = _open_tokens(config, seq_len) if isinstance(config, Tokens) else _open_text(config, seq_len)
+    data = _open(config, seq_len)
     if data.vocab_size > vocab_size:
         raise ValueError(
             f"the tokens of data={config.name} go up to {data.vocab_size - 1}, but model.vocab_size={vocab_size}; "
@@ -141,6 +145,8 @@ def told_of_data(config: DataConfig, data: Data) -> list[str]:
 
 def _no_samples(config: DataConfig, data: Data, seq_len: int) -> str:
     """Why there is nothing to train on."""
+    if isinstance(config, Chat):
+        return f"data=chat has no conversation to train on: {'; '.join(data.told)}; give more data, or a larger batch.seq_len"
     needed = f"one sample takes batch.seq_len + 1 = {seq_len + 1}"
     if data.holdout.samples or (isinstance(config, TextSource) and data.tokens > seq_len):
         return (
@@ -153,12 +159,34 @@ def _no_samples(config: DataConfig, data: Data, seq_len: int) -> str:
     )
 
 
+def _open(config: Source, seq_len: int) -> Data:
+    match config:
+        case Tokens():
+            return _open_tokens(config, seq_len)
+        case Chat():
+            return _open_chat(config, seq_len)
+    return _open_text(config, seq_len)
+
+
+def _open_chat(config: Chat, seq_len: int) -> Data:
+    tokenizer, found = config.open_tokenizer(), config.find()
+    store = cached_store(config, found.files, tokenizer, write_conversations)
+    streams, told = packed_streams(config, store, found.files, seq_len)
+    fingerprint = hashlib.sha256(f"{store.record.fingerprint}/{config.packing}/{config.too_long}".encode()).hexdigest()
+    corpora = [Corpus((stream,), seq_len, config.mask_documents, fingerprint) for stream in streams]
+    return replace(_of_store(corpora, tokenizer, found, store), told=told)
+
+
 def _open_text(config: TextSource, seq_len: int) -> Data:
     tokenizer, found = config.open_tokenizer(), config.find()
     store = cached_store(config, found.files, tokenizer)
-    train, holdout = (
-        Corpus((stream,), seq_len, config.mask_documents, store.record.fingerprint) for stream in store.streams()
-    )
+    fingerprint = store.record.fingerprint
+    corpora = [Corpus((stream,), seq_len, config.mask_documents, fingerprint) for stream in store.streams()]
+    return _of_store(corpora, tokenizer, found, store)
+
+
+def _of_store(corpora: Sequence[Corpus], tokenizer: Tokenizer, found: Found, store: Store) -> Data:
+    train, holdout = corpora
     watch = Watch([store.folder / name for name in store.record.files], store.unread, ours=True)
     tokens = train.tokens + holdout.tokens
     left_out = Counter(store.record.left_out)

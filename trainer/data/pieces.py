@@ -84,7 +84,7 @@ def pieces(document: Document, holdout: float) -> Iterator[Piece]:
     """Yields a document in pieces, of one split, or of a long one its beginning and its end, cut between two lines."""
     size = document.size
     if size < LONG_BYTES or holdout == 0:
-        parts = [("holdout" if holdout and _is_held_out(document, holdout) else "train", 0, size)]
+        parts = [("holdout" if holdout and is_held_out(document, holdout) else "train", 0, size)]
     else:
         cut = _line_before(document, round(size * (1 - holdout)))
         parts = [("train", 0, cut), ("holdout", cut, size)]
@@ -121,8 +121,8 @@ def whole_characters(text: bytes) -> int:
     return len(text)
 
 
-def _is_held_out(document: Document, share: float) -> bool:
-    """Whether a hash of the bytes is below `share`."""
+def is_held_out(document: Document, share: float) -> bool:
+    """Says whether a hash of the bytes is below `share`."""
     digest = hashlib.blake2b(digest_size=8)
     for block in document.blocks(0, document.size):
         digest.update(block)

@@ -140,10 +140,8 @@ def write_store(
     folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, holdout: float, progress: Progress | None = None
 ) -> None:
     """Writes a corpus folder (see `corpus.py`). Raises ValueError where there is no text."""
-    dtype = np.dtype(
-        "uint8" if tokenizer.vocab_size <= 1 << 8 else "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    )
-    splits = {split: _Split(folder, split, dtype) for split in SPLITS}
+    dtype = dtype_of(tokenizer.vocab_size)
+    splits = {split: Split(folder, split, dtype) for split in SPLITS}
     for batch in _batches(itertools.chain.from_iterable(pieces(document, holdout) for document in documents)):
         for piece, tokens in zip(batch, _encode(tokenizer, batch), strict=True):
             splits[piece.split].add(tokens, tokenizer.end if piece.last else None)
@@ -162,7 +160,12 @@ def write_store(
     )
 
 
-class _Split:
+def dtype_of(vocab_size: int) -> np.dtype:
+    """Returns the narrowest dtype that a corpus folder keeps tokens of so large a vocabulary in."""
+    return np.dtype("uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32")
+
+
+class Split:
     """The files of one split, as they are written. `content`: a hash of the tokens and of where documents end."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype):

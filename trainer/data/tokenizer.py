@@ -112,14 +112,18 @@ class FileTokenizer:
         with self._told():
             if self._marking is not None:
                 marked = [one.ids for one in self._marking.encode_batch_fast(decoded, add_special_tokens=False)]
-                if not (found := [text for text, ids in zip(decoded, marked, strict=True) if self.vocab_size in ids]):
+                if not any(self.vocab_size in ids for ids in marked):
                     return marked
-                self._count_unknown(found)
+                self.count_unknown(decoded)
             return [encoding.ids for encoding in self._library.encode_batch_fast(decoded, add_special_tokens=False)]
 
-    def _count_unknown(self, texts: list[str]) -> None:
-        assert self._marking is not None
-        for text, encoding in zip(texts, self._marking.encode_batch(texts, add_special_tokens=False), strict=True):
+    def count_unknown(self, texts: Sequence[str]) -> None:
+        """Counts in `left_out` the characters of texts that have no token."""
+        if self._marking is None:
+            return
+        for text, encoding in zip(
+            texts, self._marking.encode_batch(list(texts), add_special_tokens=False), strict=True
+        ):
             pairs = zip(encoding.ids, encoding.offsets, strict=True)
             # Several bytes of a character may be unknown.
             for start, end in {place for token, place in pairs if token == self.vocab_size}:
