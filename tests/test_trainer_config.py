@@ -15,6 +15,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from chat_templates import CHATML
 from parity import small_config, write_tokens
 from refusals import REFUSED
 from rowwise.launch import train as launch
@@ -41,6 +42,7 @@ from rowwise.trainer.models.huggingface import write_folder
 from rowwise.trainer.prepare import prepare
 from rowwise.trainer.tracker import TrackerConfig
 from runs import run_said, run_train
+from test_trainer_data_chat import write_folder as write_tokenizer
 
 CHOICES = {  # group -> choice -> its dataclass
     group: {choice.name: choice for choice in get_args(union)}
@@ -79,6 +81,8 @@ def text(tmp_path_factory):
     rows = "".join(f'{{"text": "row {n} {"and so on " * 20}"}}\n' for n in range(40))
     (folder / "rows.jsonl").write_text(rows)
     write_tokens(folder)
+    (folder / "talk.json").write_text(json.dumps([{"prompt": f"{n}?", "completion": "to be"} for n in range(200)]))
+    write_tokenizer(folder / "talk", CHATML)
     (folder / "source").mkdir()
     (folder / "source/config.json").write_text(json.dumps(their_config(ModelConfig(), torch.float32, 128, None)))
     (folder / "cycle.csv").write_text("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n")
@@ -87,9 +91,10 @@ def text(tmp_path_factory):
 
 
 def data_overrides(choice: str, folder: Path) -> list[str]:
-    files = {"text": folder, "hf": folder, "tokens": folder / "tokens.bin"}
+    files = {"text": folder, "hf": folder, "tokens": folder / "tokens.bin", "chat": folder / "talk.json"}
     found = [f"data.files={files[choice]}", "data.holdout=0.3"] if choice in files else []
-    return [f"data={choice}", *found, *(["sample.tokens=null"] if choice == "tokens" else [])]
+    talk = [f"data.tokenizer={folder / 'talk'}"] if choice == "chat" else []
+    return [f"data={choice}", *found, *talk, *(["sample.tokens=null"] if choice == "tokens" else [])]
 
 
 OPTIONAL = ("tracker/mlflow", "tracker/trackio")  # packages: test_trainer_trackers

@@ -1,5 +1,5 @@
 """Runs on conversations: the same samples from files of every form, packed with each apart; what is bad is named or counted; a run is
-the same on every layout, and goes on where it stopped."""
+the same on every layout, and goes on where it stopped (laws 2 and 3)."""
 
 import gzip
 import json
