@@ -2,10 +2,14 @@
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from rowwise.trainer.manifest import Manifest, damage, find_checkpoints, read_manifest, step_folder
+
+Weights = Literal["average", "last"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,22 @@ def examined(checkpoint: Path) -> Sound:
     if found:
         raise ValueError(f"{checkpoint} is damaged: {'; '.join(found)}")
     return Sound(checkpoint, manifest)
+
+
+def means_last(manifest: Manifest, weights: Weights | None) -> bool:
+    """Says whether the weights of the last step are meant, of a checkpoint that may have an average. Raises ValueError where it has
+    none and that is asked for."""
+    if weights == "average" and average_of(manifest) is None:
+        raise ValueError(
+            f"weights=average: at step {manifest['step']} the run kept none (average.ema=null); give weights=last, or leave it out"
+        )
+    return weights == "last"
+
+
+def average_of(manifest: Manifest) -> float | None:
+    """Returns the `average.ema` that the run had; None where it kept no average."""
+    config: Mapping[str, Any] = manifest["config"]
+    return config.get("average", {}).get("ema")
 
 
 def candidates_of(run: str | Path, choice: str | None, key: str = "checkpoint") -> list[Path]:

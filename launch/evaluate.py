@@ -12,6 +12,7 @@
     seq_len=N            tokens of a sample, each predicted from those before it there; default: the run's batch.seq_len
     micro_size=N         samples of a forward; default: the run's batch.micro_size
     batches=N            of batch.global_size samples, at most, or all; default: the run's eval.batches of what it held out, else all
+    weights=last         of a run with average.ema: those of the last step; default: the average
     device=DEVICE        cpu, cuda or cuda:N; default: a GPU where there is one
     to=FILE.json         writes the table there too
 
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from rowwise.launch.checkpoints import Sound, candidates_of, choose_sound, examined
+from rowwise.launch.checkpoints import Sound, Weights, average_of, candidates_of, choose_sound, examined, means_last
 from rowwise.launch.evaluated import Amounts, Text, open_text
 from rowwise.launch.runs import Run, open_run
 from rowwise.launch.settings import parse, read_words
@@ -54,6 +55,7 @@ class EvaluateConfig:
     seq_len: Count | None = None
     micro_size: Count | None = None
     batches: Count | Literal["all"] | None = None
+    weights: Weights | None = None
     device: str | None = None
     to: str | None = None
 
@@ -92,12 +94,15 @@ def evaluate(config: EvaluateConfig, words: Sequence[str] = ()) -> list[Row]:
     to = None if config.to is None else _file(Path(config.to).expanduser())
     run = open_run(config.run)
     sounds = chosen(run, config.steps)
+    for sound in sounds:
+        means_last(sound.manifest, config.weights)
     text = open_text(words, Amounts(config.seq_len, config.micro_size, config.batches), sounds[-1].manifest)
     recorded = {record["step"]: record.get("eval_loss") for record in run.records}
     print(f"{config.run}: {text.told}", *text.remarks, f"{'step':>10}  {_HEAD}", sep="\n", flush=True)
     rows = []
-    for sound, found in measured(sounds, text, config.device):
-        here = recorded.get(sound.step) if text.was_read_by(sound.manifest) else None
+    for sound, found in measured(sounds, text, config):
+        other = config.weights == "last" and average_of(sound.manifest) is not None
+        here = recorded.get(sound.step) if text.was_read_by(sound.manifest) and not other else None
         figures = (found.loss, found.perplexity, found.bits_per_byte, here)
         rows.append(Row(sound.step, *(number(figure) for figure in figures)))
         print(line_of(rows[-1]), flush=True)
@@ -130,7 +135,7 @@ def chosen(run: Run, steps: str | None) -> list[Sound]:
     return sound
 
 
-def measured(sounds: Sequence[Sound], text: Text, device: str | None) -> Iterator[tuple[Sound, "Measured"]]:
+def measured(sounds: Sequence[Sound], text: Text, config: EvaluateConfig) -> Iterator[tuple[Sound, "Measured"]]:
     """Yields what each checkpoint gives the text. Raises ValueError where the text is damaged."""
     from rowwise.trainer.data.batches import BatchConfig, Share, holdout_batches  # torch, which no refusal waits for
     from rowwise.trainer.perplexity import measure
@@ -138,9 +143,9 @@ def measured(sounds: Sequence[Sound], text: Text, device: str | None) -> Iterato
 
     model, batch = None, BatchConfig(text.samples, micro_size=text.micro_size, seq_len=text.corpus.seq_len)
     for sound in sounds:
-        source = Source(sound.path, sound.manifest)
+        source = Source(sound.path, sound.manifest, means_last(sound.manifest, config.weights))
         if model is None:
-            model = load_model(source, device_named(device))
+            model = load_model(source, device_named(config.device))
         else:
             fill_(model, source)
         found = measure(model, holdout_batches(text.corpus, batch, 1, Share()), text.sizes, source.tf32)

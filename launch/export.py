@@ -5,6 +5,7 @@
     run=PATH             the run, or one checkpoint of it
     to=DIR               the folder to make; it must not exist, or be empty
     checkpoint=STEP      the checkpoint, by step or path; default: the newest whose checksums are right
+    weights=last         of a run with average.ema: those of the last step; default: the average
     dtype=fp32           fp32 (as trained, unless in fp64), bf16 (half the size) or fp16
     max_file_bytes=5e9   of a safetensors file; the export holds one of them in memory, and a shard of one tensor
     tokenizer=PATH       the tokenizer.json to put beside the weights, bytes (a token is a byte), or none; default: the run's
@@ -25,7 +26,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 from dataclasses import dataclass
 from pathlib import Path
 
-from rowwise.launch.checkpoints import choose_sound
+from rowwise.launch.checkpoints import Weights, choose_sound, means_last
 from rowwise.launch.settings import free_folder, parse, read_words
 from rowwise.trainer.models.config_json import FORMS
 
@@ -39,6 +40,7 @@ class ExportConfig:
     run: str
     to: str
     checkpoint: str | None = None
+    weights: Weights | None = None
     dtype: str = "fp32"
     max_file_bytes: str = "5e9"
     tokenizer: str | None = None
@@ -66,11 +68,12 @@ def export(config: ExportConfig) -> str:
         raise ValueError("dtype=fp32: form=semi_structured has 16-bit numbers; give dtype=bf16 or dtype=fp16")
     max_file_bytes, folder = _bytes(config.max_file_bytes), free_folder(Path(config.to).expanduser())
     chosen = choose_sound(config.run, config.checkpoint)
+    last = means_last(chosen.manifest, config.weights)
     from rowwise.trainer.export import Target, write  # torch, which no refusal above waits for
     from rowwise.trainer.whole import Source
 
     target = Target(folder, config.dtype, config.form, max_file_bytes, config.tokenizer)
-    return write(Source(chosen.path, chosen.manifest), target)
+    return write(Source(chosen.path, chosen.manifest, last), target)
 
 
 def _bytes(text: str) -> int:

@@ -13,6 +13,7 @@
     top_p=1              of the likeliest tokens, those that have this share of the probability
     seed=0               of what is drawn: the same text again; of a person's second prompt seed + 1, and so on
     tokenizer=PATH       of a run that read tokens: the tokenizer.json that made them, or bytes; default: the run's own
+    weights=last         of a run with average.ema: those of the last step; default: the average
     device=DEVICE        cpu, cuda or cuda:N; default: a GPU where there is one
 
 The text, prompt and all, goes to standard output as it is written. The model looks back batch.seq_len tokens; up to there
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from rowwise.launch.checkpoints import Weights
 from rowwise.launch.runs import open_run
 from rowwise.launch.settings import parse, read_words
 
@@ -57,6 +59,7 @@ class GenerateConfig:
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     tokenizer: str | None = None
+    weights: Weights | None = None
     device: str | None = None
 
 
@@ -82,7 +85,7 @@ def generate(config: GenerateConfig) -> None:
     """Writes what the keys ask for to standard output. Raises ValueError, and FloatingPointError where the model's numbers are
     not finite."""
     prompt = given_prompt(config)
-    writer = open_run(config.run).writer(config.step, config.tokenizer, config.device)
+    writer = open_run(config.run).writer(config.step, config.tokenizer, config.device, config.weights)
     from rowwise.trainer.sample import Sampling  # torch, which no refusal above waits for
 
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rowwise.launch.checkpoints import candidates_of, choose_sound
+from rowwise.launch.checkpoints import Weights, candidates_of, choose_sound, means_last
 from rowwise.launch.settings_file import read_settings
 from rowwise.launch.standing import Standing, of_run
 from rowwise.trainer.data.own_tokenizer import tokenizer_of_run
@@ -100,21 +100,33 @@ class Run:
         return tuple(Checkpoint(step_of(path), path) for path in reversed(found))
 
     def model(
-        self, step: int | None = None, device: str | None = None, dtype: "torch.dtype | None" = None
+        self,
+        step: int | None = None,
+        device: str | None = None,
+        dtype: "torch.dtype | None" = None,
+        weights: Weights | None = None,
     ) -> "Decoder":
         """Returns the model of a step (None: of the newest sound checkpoint), whole, whatever layout it was trained on: an nn.Module
         that does not learn, `model(tokens, positions)` (B, S) to logits (B, S, V). `device`: `cpu`, `cuda`, `cuda:N`; None: a GPU
-        where there is one. `dtype`: None: what the run computed in. Raises ValueError."""
+        where there is one. `dtype`: None: what the run computed in. `weights`: `average` or `last`; None: the average
+        where there is one. Raises ValueError."""
         sound = choose_sound(self.given, step_key(step), "step")
+        last = means_last(sound.manifest, weights)
         from rowwise.trainer.whole import Source, device_named, load_model
 
-        return load_model(Source(sound.path, sound.manifest), device_named(device), dtype)
+        return load_model(Source(sound.path, sound.manifest, last), device_named(device), dtype)
 
-    def writer(self, step: int | None = None, tokenizer: str | None = None, device: str | None = None) -> "Writer":
-        """Returns the model of a step with its tokenizer, to write with. `tokenizer`: of a run that read tokens, the path of the
-        tokenizer.json that made them, or `bytes`. Raises ValueError."""
+    def writer(
+        self,
+        step: int | None = None,
+        tokenizer: str | None = None,
+        device: str | None = None,
+        weights: Weights | None = None,
+    ) -> "Writer":
+        """Returns the model of a step, as `model` does, with its tokenizer, to write with. `tokenizer`: of a run that read
+        tokens, the path of the tokenizer.json that made them, or `bytes`. Raises ValueError."""
         sound = choose_sound(self.given, step_key(step), "step")
-        config = sound.manifest["config"]
+        config, last = sound.manifest["config"], means_last(sound.manifest, weights)
         own = tokenizer_of_run(sound.manifest, tokenizer)
         if own is None:
             raise ValueError(
@@ -124,7 +136,7 @@ class Run:
         from rowwise.trainer.generate import Writer
         from rowwise.trainer.whole import Source, device_named, load_model
 
-        source = Source(sound.path, sound.manifest)
+        source = Source(sound.path, sound.manifest, last)
         model = load_model(source, device_named(device))
         return Writer(model, own.tokenizer, config["batch"]["seq_len"], own.end_token, source.tf32)
 

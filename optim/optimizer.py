@@ -163,6 +163,11 @@ class Optimizer(torch.optim.Optimizer):
         return [one for entry in entries for one in _each(entry)] if group["batched"] else entries
 
 
+def update_count(optimizer: torch.optim.Optimizer) -> int:
+    """Returns how many updates have been made; 0 where nothing here learns."""
+    return max((group["step"] for group in optimizer.param_groups), default=0)
+
+
 def _live(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
     return [(name, p) for name, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
 

@@ -78,20 +78,20 @@ def row_length(shape: Sequence[int]) -> int:
 def rows_like(p: Tensor, columns: int | None, dtype: torch.dtype) -> Tensor:
     """Makes zeros with the rows of `p` and `columns` columns (None: a vector of one number a row), split as `p` is."""
     tail = () if columns is None else (columns,)
-    return _laid_like(p, torch.zeros(local(p).size(0), *tail, dtype=dtype, device=p.device))
+    return laid_like(p, torch.zeros(local(p).size(0), *tail, dtype=dtype, device=p.device))
 
 
 def zeros_of(p: Tensor, dtype: torch.dtype) -> Tensor:
     """Makes zeros of the shape of `p`, split as `p` is; by rows, for DTensor learns an operation anew for every shape."""
-    return _laid_like(p, torch.zeros_like(local(p), dtype=dtype))
+    return laid_like(p, torch.zeros_like(local(p), dtype=dtype))
 
 
 def each_of(p: Tensor, one: Tensor) -> Tensor:
     """Makes copies of `one`, one for each entry of dim 0 of `p`, split as `p` is."""
-    return _laid_like(p, one.expand(local(p).size(0), *one.shape).contiguous())
+    return laid_like(p, one.expand(local(p).size(0), *one.shape).contiguous())
 
 
-def _laid_like(p: Tensor, rows: Tensor) -> Tensor:
+def laid_like(p: Tensor, rows: Tensor) -> Tensor:
     """This rank's rows of a tensor that is split as `p` is."""
     if not isinstance(p, tensors.DTensor):
         return rows

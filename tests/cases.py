@@ -122,6 +122,7 @@ def _options() -> Iterable[Option]:
     yield Option("momentum-cycle", "learning rate", ("schedule=one_cycle", "schedule.momentum=[0.95,0.5]"))
     yield Option("on_spike=skip", "spikes", ("on_spike=skip",))
     yield Option("on_spike=rollback", "spikes", ("on_spike=rollback",), ("checkpoint.every=1",))
+    yield Option("average", "average", ("average.ema=0.6",))
     yield Option("norms", "norms", ("log.norms_every=2",))
     yield Option("moved", "another layout", ())
 

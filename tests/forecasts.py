@@ -14,6 +14,7 @@ import torch
 
 from parity import step_input, write_tokens
 from rowwise.launch.compose import compose_tree
+from rowwise.optim.average import Average
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.activations.config import is_folder
 from rowwise.parallel.mesh import Workers, make_mesh
@@ -23,7 +24,7 @@ from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.feed import train_batches
-from rowwise.trainer.memory import mask_bytes_of, measured_bytes, watching
+from rowwise.trainer.memory import bytes_beside, measured_bytes, watching
 from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.plan.devices import device_named
 from rowwise.trainer.plan.forecast import plan_for
@@ -113,6 +114,8 @@ def _words(chance: random.Random) -> tuple[list[str], int]:
         words += [f"parallel.quantize_gather={pick(('none', 'int8'))}"]
         words += [f"parallel.inner_shard={pick((1, world_size // 2))}"] * ("parallel.zero=3" in words)
         words += [f"parallel.quantize_reduce={pick(('none', 'int8', 'int4'))}"]
+    if chance.random() < 0.25:
+        words += ["average.ema=0.9", f"average.dtype={pick(('fp32', 'bf16'))}"]
     if chance.random() < 0.15:
         words += ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4"]
     return words, world_size
@@ -127,13 +130,13 @@ def held_in_a_step(workers: Workers, config: TrainConfig) -> tuple[dict[str, int
     engine, sparsity = parallelize(model, config, mesh)
     home = home_of(config, model, mesh.device)
     optimizer = build_optimizer(model, config.optim, config.seed, home)
-    update = make_update(config, mesh, engine, optimizer, sparsity)
+    average = None if config.average.ema is None else Average(model, config.average, config.seed)
+    update = make_update(config, mesh, engine, optimizer, sparsity, average=average)
     batches = next(train_batches(config, mesh, data, position=0))
     with watching(config, mesh, model, 1, True, [] if home is None else home.files) as watch:
         update(step_input(config, 1, batches))
-    measured, _ = measured_bytes(
-        watch, model, optimizer, mask_bytes_of(tensors_of(model, optimizer, sparsity)), mesh.device
-    )
+    tensors = tensors_of(model, optimizer, sparsity, average)
+    measured, _ = measured_bytes(watch, model, optimizer, bytes_beside(tensors, mesh.device), mesh.device)
     predicted = memory_of(config, mesh.rank, False, plan_for(config, device_named("cpu")))
     return measured, {**predicted.peaks, "total": predicted.most}, predicted.moment
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from rowwise.kernels.rows import local, row_offset
 from rowwise.launch.compose import compose_tree
+from rowwise.optim.average import PREFIX as AVERAGE
 from rowwise.optim.build import named_state
 from rowwise.optim.lr_schedules import OneCycle
 from rowwise.optim.sparse.build import Sparsity
@@ -169,7 +170,8 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
         return report
 
     at_once = config.parallel.post_validation  # they are clipped after they were judged
-    update = make_update(config, mesh, built.engine, optimizer, sparsity, accept if at_once else keep_gradients)
+    judge = accept if at_once else keep_gradients
+    update = make_update(config, mesh, built.engine, optimizer, sparsity, judge, built.average)
     batches = train_batches(config, mesh, data, position=0)
     trace = Trace()
     pieces: dict[tuple[str, int, str], Piece] = {}
@@ -186,6 +188,9 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
             pieces["updates", step, name] = shape, offset, after - numbers_of(before[name])
         for name, state in named_state(model, optimizer).items():
             pieces |= {("states", step, f"{name}.{key}"): piece_of(t, offsets) for key, t in state.items()}
+        if built.average is not None:
+            averages = built.average.named_state().items()
+            pieces |= {("states", step, name): piece_of(t, offsets) for name, t in averages}
         pieces |= sparse_pieces(sparsity, dict(model.named_parameters()), step, offsets)
         trace.losses.append(report.loss)
         trace.norms.append(report.grad_norm)
@@ -297,6 +302,7 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
     states: dict[str, dict[str, Tensor]] = {name: {} for name in params}
     prune_forwards(model, config.sparsity)
     sparsity = textbook_sparsity(config.sparsity, params, config.seed, config.steps)
+    means = {f"{AVERAGE}{name}": p.detach().clone() for name, p in params.items()}
     trace = Trace()
     for step in range(steps):
         batch = global_batch(config, data, step)
@@ -317,6 +323,9 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
         unchanged = {name: torch.zeros_like(p) for name, p in every.items() if name not in params}
         trace.updates.append(unchanged | {name: p.detach() - before[name] for name, p in params.items()})
         kept = {f"{n}.{key}": t.clone() for n, state in states.items() for key, t in state.items()}
+        if config.average.ema is not None:
+            take_in(means, params, step, config)
+            kept |= {name: mean.clone() for name, mean in means.items()}
         trace.states.append(kept | sparsity.extra_states())
         trace.masks.append(dict(sparsity.masks))
         trace.weights.append({name: params[name].detach().clone() for name in sparsity.masks})
@@ -324,6 +333,15 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
         trace.norms.append(float(norm))
         trace.valid_tokens.append(int((batch.labels >= 0).sum()))
     return trace
+
+
+def take_in(means: dict[str, Tensor], params: dict[str, Tensor], made: int, config: TrainConfig) -> None:
+    """The average of the weights, after as many updates as were made before, and one more."""
+    kept = config.average.ema
+    if config.average.warmup:
+        kept = min(kept, (1 + made) / (10 + made))
+    for name, p in params.items():
+        means[f"{AVERAGE}{name}"].mul_(kept).add_((1 - kept) * p.detach())
 
 
 @contextmanager

@@ -540,6 +540,26 @@ REFUSED = {
     "a step that is not made": (["profile.memory_step=900"], r"profile.memory_step=900: give one of the \d+ steps"),
     "a rank that there is not": (["profile.ranks=[2]"], r"profile.ranks=\[2\]: give some of 0 to 1, or null"),
     "nobody to profile": (["profile.ranks=[]"], r"profile.ranks=\[\]: give some of 0 to 1, or null"),
+    "an average that never moves": (
+        ["average.ema=1"],
+        r"average.ema=1.0: how much of the average a move keeps, between 0 and 1",
+    ),
+    "an average after no update": (
+        ["average.ema=0.9", "average.every=0"],
+        r"average.every=0: updates from one move .* at least 1",
+    ),
+    "no average on the host": (
+        ["average.offload=cpu"],
+        r"average.offload=cpu with average.ema=null, which keeps no average; give average.ema=0.999, or leave it out",
+    ),
+    "an average of moving masks": (
+        ["average.ema=0.9", "sparsity=rigl"],
+        r"average.ema=0.9 with sparsity=rigl: its masks move.*possible are sparsity=none, sparsity=static, sparsity=nm, or",
+    ),
+    "an average of flat pieces": (
+        ["average.ema=0.9", "parallel.backend=accelerate", "parallel.zero=3"],
+        r"average.ema=0.9 with parallel.backend=accelerate: DeepSpeed has the weights in flat pieces",
+    ),
     "norms by the clock": (["log.norms_every=20min"], r"log.norms_every=20min: .*give steps"),
     "a skip in the backward": (
         ["on_spike=skip", "optim.in_backward=true", "clip_norm=0"],

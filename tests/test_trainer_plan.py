@@ -35,7 +35,8 @@ from runs import named, run_watched
 # Few operations each, and between them every way in which parameters, gradients and activations come and go.
 RUNS = {
     "buckets": (1, ["memory.fused_loss=false", "batch.global_size=4", "optim=galore"]),
-    "zero 3, recomputed": (2, ["parallel.zero=3", "memory.recompute=full", "optim=adamw8bit", "batch.global_size=8"]),
+    "zero 3, recomputed": (2, ["parallel.zero=3", "memory.recompute=full", "optim=adamw8bit", "batch.global_size=8",
+                               "average.ema=0.9"]),
     "16 bits, replicas": (2, ["parallel.zero=2", "parallel.replicate=2", "precision=bf16", "batch.seq_len=32",
                              "memory.compress=int8"]),
     "shared sequences": (2, ["parallel.ulysses=2", "parallel.zero=2", "sparsity=static", "batch.global_size=2",
@@ -44,7 +45,8 @@ RUNS = {
                             "memory.recompute=selective", "memory.compress=int8", "batch.global_size=6"]),
     "a rule that exchanges": (2, ["parallel.zero=3", "optim=muon", "batch.seq_len=16", "batch.micro_size=1",
                                  "batch.global_size=2"]),
-    "in the backward": (2, ["optim.in_backward=true", "clip_norm=0", "parallel.zero=3", "batch.global_size=4",
+    "in the backward": (2, ["optim.in_backward=true", "clip_norm=0", "parallel.zero=3", "average.ema=0.9",
+                            "average.dtype=bf16", "batch.global_size=4",
                             "model.tie_embeddings=true", "optim=adafactor"]),
     "in files": (2, ["parallel.zero=3", "memory.offload_states=FOLDER", "memory.offload_params=FOLDER",
                      "memory.offload_gradients=FOLDER", "batch.global_size=8", "optim=adamw8bit"]),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rowwise.optim.average import Average
 from rowwise.optim.build import Assignments, assignments, build_optimizer
 from rowwise.optim.flat import FlatOptimizer
 from rowwise.optim.optimizer import Optimizer
@@ -30,7 +31,8 @@ from rowwise.trainer.states import LiveStates, States
 @dataclass(frozen=True)
 class Assembled:
     """A run on this rank. `model`: the decoder, or this rank's stages of it. `assignments`: which rule the parameters of each stage
-    follow. `files`: in which some of its rows lie. `close`: removes what it has beside memory."""
+    follow. `files`: in which some of its rows lie. `average`: of the weights, where one is kept. `close`: removes what it has beside
+    memory."""
 
     model: Decoder | StagedDecoder
     engine: Engine
@@ -39,6 +41,7 @@ class Assembled:
     states: States
     assignments: list[Assignments]
     files: Sequence[RowFile] = ()
+    average: Average | None = None
     close: Callable[[], None] = lambda: None
 
     @property
@@ -63,11 +66,12 @@ def assemble(config: TrainConfig, mesh: Mesh) -> Assembled:
         engine, sparsity = parallelize(model, config, mesh)
     home = home_of(config, model, mesh.device)
     optimizer = build_optimizer(model, config.optim, config.seed, home)
-    states = LiveStates(model, optimizer, sparsity)
+    average = None if config.average.ema is None else Average(model, config.average, config.seed)
+    states = LiveStates(model, optimizer, sparsity, average)
     rules = of_every_stage(assignments(model, optimizer), mesh)
     if home is None:
-        return Assembled(model, engine, optimizer, sparsity, states, rules)
-    return Assembled(model, engine, optimizer, sparsity, states, rules, home.files, home.close)
+        return Assembled(model, engine, optimizer, sparsity, states, rules, average=average)
+    return Assembled(model, engine, optimizer, sparsity, states, rules, home.files, average, home.close)
 
 
 def home_of(config: TrainConfig, model: Decoder | StagedDecoder, device: torch.device) -> HostRows | None:

@@ -7,11 +7,11 @@ from typing import Any
 
 from rowwise.optim.lr_schedules import LrRange
 from rowwise.parallel.activations.ranges import RunningRanges
-from rowwise.parallel.activations.saved import Keeper
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_rank_0
 from rowwise.parallel.precision import initial_loss_scale
-from rowwise.trainer.checkpoint import load_first_sound, load_ranges
+from rowwise.trainer.assemble import Assembled
+from rowwise.trainer.checkpoint import lacking_averages, load_first_sound, load_ranges
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import Data
 from rowwise.trainer.lr_range import RangeTest, points_of
@@ -21,7 +21,6 @@ from rowwise.trainer.resume import changes, find_resume, recorded_by, told_of
 from rowwise.trainer.rollback import Rollbacks, pass_over
 from rowwise.trainer.spike import told_of as told_of_rollback
 from rowwise.trainer.state import TrainState
-from rowwise.trainer.states import States
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,13 @@ def resume(
     config: TrainConfig,
     mesh: Mesh,
     data: Data,
-    states: States,
-    keeper: Keeper | None,
+    built: Assembled,
     rollbacks: Rollbacks,
 ) -> Begun:
-    """Loads the newest sound checkpoint that `config.resume` allows into `states` and the ranges of `keeper`; of a run that was
-    rolled back, its own. Says what was passed over as damaged, where it goes on, what changes, what it was rolled back by, and what
-    there is to say of `keeper`."""
+    """Loads the newest sound checkpoint that `config.resume` allows into the states of `built` and the ranges of its keeper; of a run
+    that was rolled back, its own. Says what was passed over as damaged, where it goes on, what changes, what it was rolled back by,
+    and what there is to say of the keeper."""
+    states, keeper = built.states, built.keeper
     told = [keeper.told] if keeper is not None and keeper.told is not None else []
     here = find_resume(config, data.train.fingerprint, bool(rollbacks)) if mesh.rank == 0 else []
     found = from_rank_0(here, mesh.save_group)
@@ -63,6 +62,9 @@ def resume(
     ranges = None if keeper is None else keeper.ranges
     if ranges is not None and not resume_ranges(config, mesh, checkpoint, manifest, ranges):
         remarks.append("memory.ranges=running begins anew: the checkpoint has no ranges of these results")
+    if built.average is not None and lacking_averages(checkpoint, built.average.named_state()):
+        built.average.begin()
+        remarks.append("average.ema begins anew, with the weights of the checkpoint, which has no average of them")
     if rollbacks:
         remarks.append(told_of_rollback(pass_over(state, rollbacks)))
     return Begun(state, recorded_by(checkpoint, manifest, config), remarks, manifest)

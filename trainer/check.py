@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from rowwise.conf.refusal import Refusals, refuse
+from rowwise.optim.average import AVERAGES
 from rowwise.optim.build import MOMENTUM_CYCLE, STEP_BACK, check_optimizer
 from rowwise.optim.in_backward import IN_BACKWARD
 from rowwise.optim.lr_schedules import check_schedule
@@ -73,7 +74,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_schedule(config.schedule, config.known_steps)
     refuse(config, (*MOMENTUM_CYCLE, *RANGE_TEST, *LOSS_SCALE))
     check_sparsity(config.sparsity, specs, config.known_steps)
-    refuse(config, (*CHECKPOINTS, *EVALUATION, *SAMPLES))
+    refuse(config, (*CHECKPOINTS, *AVERAGES, *EVALUATION, *SAMPLES))
     config = check_layout(config, world_size)
     check_tracker(config.tracker)
     return config

@@ -1,11 +1,12 @@
 """Saving and loading a run: torch distributed checkpoint, in the background, on any layout.
 
-The state is one flat tree of tensors, `model.<parameter>`, `optim.<parameter>.<state>` and `sparsity.<parameter>.<state>`,
-each a DTensor split like its parameter, and `ranges.<layer>.<result>`, which are whole; torch.distributed.checkpoint reads
-whatever rows a rank needs out of whatever files hold them. The few numbers of `TrainState` are in the manifest.
+The state is one flat tree of tensors, `model.<parameter>`, `optim.<parameter>.<state>`, `sparsity.<parameter>.<state>` and
+`average.<parameter>`, each a DTensor split like its parameter, and `ranges.<layer>.<result>`, which are whole;
+torch.distributed.checkpoint reads whatever rows a rank needs out of whatever files hold them. The few numbers of `TrainState` are
+in the manifest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
+from rowwise.optim.average import PREFIX as AVERAGE
 from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.device import Mark, device_of
 from rowwise.parallel.mesh import Mesh
@@ -175,8 +177,19 @@ def load_first_sound(
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
-    """Reads a checkpoint into `tensors`, in place: each rank its own rows, whatever layout wrote them."""
-    dcp.load(dict(tensors), storage_reader=Reader(checkpoint), process_group=mesh.save_group)
+    """Reads a checkpoint into `tensors`, in place: each rank its own rows, whatever layout wrote them. An average that it lacks is
+    left as it is."""
+    wanted = dict(tensors)
+    for name in lacking_averages(checkpoint, tensors):
+        del wanted[name]
+    dcp.load(wanted, storage_reader=Reader(checkpoint), process_group=mesh.save_group)
+
+
+def lacking_averages(checkpoint: Path, names: Iterable[str]) -> list[str]:
+    """Returns which of `names` are tensors of an average that a checkpoint does not have."""
+    wanted = [name for name in names if name.startswith(AVERAGE)]
+    there = read_metadata(checkpoint).state_dict_metadata if wanted else {}
+    return [name for name in wanted if name not in there]
 
 
 def load_ranges(checkpoint: Path, ranges: RunningRanges, mesh: Mesh) -> bool:

@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from rowwise.conf.option import Apart, Ask, MayChange
 from rowwise.conf.refusal import Refusal, Refusals
+from rowwise.optim.average import AverageConfig
 from rowwise.optim.build import OptimConfig
 from rowwise.optim.lengths import RunLength
 from rowwise.optim.lr_schedules import ScheduleConfig
@@ -85,6 +86,7 @@ class TrainConfig:
     memory: MemoryConfig
     sparsity: Annotated[SparsityConfig, _BY_NAME]
     adapter: Annotated[AdapterConfig, _BY_NAME]
+    average: AverageConfig
     checkpoint: CheckpointConfig
     tracker: Annotated[TrackerConfig, _BY_NAME]
 

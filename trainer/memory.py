@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rowwise.kernels.cross_entropy import Loss
 from rowwise.kernels.rows import local
+from rowwise.optim.average import PREFIX as AVERAGE
 from rowwise.parallel.away import away_of
 from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.parallel.mesh import Mesh
@@ -141,22 +142,28 @@ def _tell(seen: Lifetimes, stage: Decoder, norm: nn.Module) -> list[RemovableHan
 
 
 def measured_bytes(
-    watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, masks: int, device: torch.device
+    watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, beside: Bytes, device: torch.device
 ) -> tuple[Bytes, StateBytes]:
-    """Counts what a rank held in the step, by category, and `total`; and what it holds now, when its gradients are there."""
+    """Counts what a rank held in the step, by category, and `total`; and what it holds now, when its gradients are there. `beside`:
+    what it has beside parameters and optimizer states for good (`bytes_beside`)."""
     now = measure(model, optimizer, device)
     if watch.seen is None:
         return {}, now
     peaks, most = watch.seen.peaks()
-    stays = {"parameters": watch.seen.parameter_bytes, "optimizer": now.optimizer, "masks": masks}
+    stays = {"parameters": watch.seen.parameter_bytes, "optimizer": now.optimizer, **beside}
     away = away_of(model)
     host = peaks["host"] + (0 if away is None else away.memory_bytes)
     return {**stays, **peaks, "host": host, "file": now.file, "total": most + sum(stays.values())}, now
 
 
-def mask_bytes_of(tensors: dict[str, Tensor]) -> int:
-    """Counts what masks, and what is kept beside them, take among the tensors of a run."""
-    return sum(local(t).numel() * t.itemsize for name, t in tensors.items() if name.startswith("sparsity."))
+def bytes_beside(tensors: dict[str, Tensor], device: torch.device) -> Bytes:
+    """Counts what masks, with what is kept beside them, and the average take on a device, among the tensors of a run."""
+    rows = {name: local(t) for name, t in tensors.items()}
+
+    def of(prefix: str) -> int:
+        return sum(t.nbytes for name, t in rows.items() if name.startswith(prefix) and t.device.type == device.type)
+
+    return {"masks": of("sparsity."), "average": of(AVERAGE)}
 
 
 def plan_made(model: StagedDecoder) -> Plan:
@@ -180,8 +187,8 @@ def keep_memory(
     if not watch.first:
         return
     by_torch = config.parallel.backend == "torch"
-    masks = mask_bytes_of(states.read()) if by_torch else 0
-    measured, now = measured_bytes(watch, model, optimizer, masks, mesh.device) if by_torch else ({}, states.held())
+    beside = bytes_beside(states.read() if by_torch else {}, mesh.device)
+    measured, now = measured_bytes(watch, model, optimizer, beside, mesh.device) if by_torch else ({}, states.held())
     plan = plan_made(model) if isinstance(model, StagedDecoder) else None
     known = unknown(config) is None
     predicted = memory_of(config, mesh.rank, mesh.device.type == "cuda", plan) if known else None
@@ -189,7 +196,7 @@ def keep_memory(
         "parameters": now.shards + now.gathered,
         "gradients": now.gradients,
         "optimizer": now.optimizer,
-        "masks": masks,
+        **beside,
         "host": now.host,
         "file": now.file,
         "peak": peak_memory_bytes(mesh.device),

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rowwise.optim.average import Average
 from rowwise.optim.build import named_state
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.state_bytes import StateBytes, measure
@@ -17,7 +18,10 @@ def name_of(parameter: str, state: str | None = None) -> str:
 
 
 def tensors_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, sparsity: Sparsity | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sparsity: Sparsity | None = None,
+    average: Average | None = None,
 ) -> dict[str, Tensor]:
     """Returns every tensor that a checkpoint holds, by its name in it."""
     tensors: dict[str, Tensor] = {name_of(name): p.detach() for name, p in model.named_parameters()}
@@ -25,11 +29,11 @@ def tensors_of(
         tensors |= {name_of(name, key): tensor for key, tensor in states.items()}
     if sparsity is not None:
         tensors |= {f"sparsity.{name}": tensor for name, tensor in sparsity.named_state().items()}
-    return tensors
+    return tensors if average is None else tensors | average.named_state()
 
 
 class States(Protocol):
-    """The parameters, optimizer states and masks of a run."""
+    """The parameters, optimizer states, masks and averages of a run."""
 
     def read(self) -> dict[str, Tensor]:
         """Returns them by their names in a checkpoint, each split by rows. All ranks call it."""
@@ -51,9 +55,10 @@ class LiveStates:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     sparsity: Sparsity | None
+    average: Average | None = None
 
     def read(self) -> dict[str, Tensor]:
-        return tensors_of(self.model, self.optimizer, self.sparsity)
+        return tensors_of(self.model, self.optimizer, self.sparsity, self.average)
 
     def room(self) -> dict[str, Tensor]:
         return self.read()

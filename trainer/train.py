@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rowwise.kernels.products import float32_products
+from rowwise.optim.average import averaged
 from rowwise.optim.build import set_step
 from rowwise.optim.lr_schedules import LrRange
 from rowwise.parallel.activations.saved import open_stores
@@ -24,7 +25,6 @@ from rowwise.trainer.checkpoint import Saver
 from rowwise.trainer.clock import Clock
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.open import Data
-from rowwise.trainer.engine import Engine
 from rowwise.trainer.evaluate import evaluate
 from rowwise.trainer.feed import Fed, Feed, eval_batches
 from rowwise.trainer.files import DiskFull, fingerprint
@@ -79,11 +79,11 @@ def _train(
     """From where the run stands to its end, or to a spike that it goes back from: what it goes back by is given to the next
     call, which heeds a `stop` that was asked for meanwhile."""
     built = assemble(config, mesh)
-    model, engine, optimizer, states = built.model, built.engine, built.optimizer, built.states
-    begun = resume(config, mesh, data, states, built.keeper, rollbacks)
+    model, optimizer, states = built.model, built.optimizer, built.states
+    begun = resume(config, mesh, data, built, rollbacks)
     state, first, back, saved = begun.state, begun.state.step, Rollbacks(), dict[str, float]()
     set_step(optimizer, state.updates)
-    update = make_update(config, mesh, engine, optimizer, built.sparsity, functools.partial(judge, config, state))
+    update = update_of(config, mesh, built, state)
     products = float32_products(product_precision(config.precision, mesh.device))
     with products, open_stores(model), closing(built), ExitStack() as stack:
         reporter = stack.enter_context(open_reporter(config, mesh, data, begun, built.assignments, outlets))
@@ -116,7 +116,7 @@ def _train(
             record |= measured | profiler.end(state.step) | sparsity_record(built.sparsity, config, state.step)
             record |= spike_record(state.spikes, state.step, report.spike, "skipped" if report.held else "recorded")
             if report.evaluate or config.eval.due(state.step, config.length):
-                record |= eval_record(config, mesh, engine, data, clock)
+                record |= eval_record(config, mesh, built, data, clock)
             reporter.step(record | saved)
             stopping = (test is not None and test.add(record)) or report.stop
             saved, started = {}, time.perf_counter()
@@ -131,7 +131,7 @@ def _train(
                 saved = {"save_seconds": time.perf_counter() - started}
         saver.wait()
         require_sound(data, mesh, first, state.step, saved=True)
-        conclude(config, mesh, engine, data, state, reporter, test)
+        conclude(config, mesh, built, data, state, reporter, test)
         return state
 
 
@@ -143,6 +143,12 @@ def make_saver(config: TrainConfig, mesh: Mesh, built: Assembled) -> Saver:
     spoilt_ends = not isinstance(config.schedule, LrRange)
     anchor = functools.partial(is_anchor, config)
     return Saver(checkpoints, mesh, choice.keep, choice.background, spoilt_ends, anchor, ranges, built.files)
+
+
+def update_of(config: TrainConfig, mesh: Mesh, built: Assembled, state: TrainState) -> Update:
+    """Makes what makes the steps of the run, judged by what `state` knows of those before."""
+    judged = functools.partial(judge, config, state)
+    return make_update(config, mesh, built.engine, built.optimizer, built.sparsity, judged, built.average)
 
 
 def input_of(config: TrainConfig, mesh: Mesh, state: TrainState, fed: Fed, status: RankStatus) -> StepInput:
@@ -183,10 +189,12 @@ def answer_spike(
     return []
 
 
-def eval_record(config: TrainConfig, mesh: Mesh, engine: Engine, data: Data, clock: Clock) -> dict[str, Any]:
-    """Returns what a step that evaluates adds to its record: the held-out loss, and the seconds that it took."""
+def eval_record(config: TrainConfig, mesh: Mesh, built: Assembled, data: Data, clock: Clock) -> dict[str, Any]:
+    """Returns what a step that evaluates adds to its record: the held-out loss, of the average where one is kept, and the seconds
+    that it took."""
     started = time.perf_counter()
-    loss, by_source = evaluate(engine, eval_batches(config, mesh, data))
+    with averaged(built.average):
+        loss, by_source = evaluate(built.engine, eval_batches(config, mesh, data))
     clock.evaluated()
     found = {"eval_loss": number_or_none(loss), "eval_seconds": time.perf_counter() - started}
     return found | source_record("eval_loss", data, by_source)
@@ -218,7 +226,7 @@ def manifest_of(
 def conclude(
     config: TrainConfig,
     mesh: Mesh,
-    engine: Engine,
+    built: Assembled,
     data: Data,
     state: TrainState,
     reporter: Reporter,
@@ -230,17 +238,20 @@ def conclude(
     if test is not None and (test.over or state.step == config.steps):
         reporter.say(test.told())
         return
-    reporter.say(sample(config, mesh, engine, data, state.step) if state.step >= config.steps else None)
+    reporter.say(sample(config, mesh, built, data, state.step) if state.step >= config.steps else None)
     reporter.end(state, writes=data.tokenizer is not None)
 
 
-def sample(config: TrainConfig, mesh: Mesh, engine: Engine, data: Data, step: int) -> str | None:
+def sample(config: TrainConfig, mesh: Mesh, built: Assembled, data: Data, step: int) -> str | None:
     """Returns what the model writes after the prompt; None where none is asked for."""
     choice = config.sample
     if not choice.tokens or data.tokenizer is None:
         return None
     prompt = data.tokenizer.encode_prompt(choice.prompt)
-    tokens = generate(engine, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh)
+    with averaged(built.average):
+        tokens = generate(
+            built.engine, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh
+        )
     text = data.tokenizer.decode(tokens)
     written = f"the model writes:\n{text}"
     if mesh.rank == 0:

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rowwise.optim.average import Average
 from rowwise.optim.build import follow_schedule
 from rowwise.optim.flat import FlatOptimizer
 from rowwise.optim.in_backward import InBackward
-from rowwise.optim.optimizer import Optimizer
+from rowwise.optim.optimizer import Optimizer, update_count
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.device import device_of
 from rowwise.parallel.mesh import Mesh
@@ -55,10 +56,11 @@ def make_update(
     optimizer: Optimizer | FlatOptimizer,
     sparsity: Sparsity | None,
     judge: Judge = accept,
+    average: Average | None = None,
 ) -> Update:
     """Makes the function that makes a step of the run: its learning rate, its gradients, and its update, in the form that the
     configuration asks for. The gradients it used stay until they are let go. What is not for `judge` to hold is the update in
-    the backward, which is made before its numbers are known."""
+    the backward, which is made before its numbers are known. `average` takes in the weights of every update."""
     if isinstance(engine, DeepSpeedEngine):
         form = functools.partial(step_by_deepspeed, engine, mesh, judge)
     elif isinstance(optimizer, FlatOptimizer):
@@ -79,6 +81,8 @@ def make_update(
         report = replace(form(given), lr=lr)
         if ranges is not None:
             ranges.move()
+        if average is not None and report.applied:
+            average.move(update_count(optimizer))
         return report
 
     return update

@@ -7,7 +7,6 @@ reader's business. The process holds the weights once, in the precision in which
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from rowwise.kernels.nm import nm_mask
 from rowwise.kernels.spec import Specs
 from rowwise.kernels.wide import wide_dtype
+from rowwise.optim.average import PREFIX as AVERAGE
 from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.adapters.config import NoAdapter
@@ -33,10 +33,11 @@ from rowwise.trainer.models.decoder import Decoder, check_model, parameter_specs
 
 @dataclass(frozen=True)
 class Source:
-    """A sound checkpoint, and its manifest."""
+    """A sound checkpoint, its manifest, and which of its weights are meant: the average where it has one, or the `last` step's."""
 
     checkpoint: Path
     manifest: Manifest
+    last: bool = False
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -67,6 +68,16 @@ class Source:
     def fused_loss(self) -> bool:
         """Whether it made its loss without logits; a release that had no such choice made them."""
         return self.config.get("memory", {}).get("fused_loss", False)
+
+    def read_(self) -> Callable[[dict[str, Tensor]], None]:
+        """Returns what fills tensors (our parameters by name) with the weights that are meant: in the average are those that learn."""
+        there = {} if self.last else read_metadata(self.checkpoint).state_dict_metadata
+
+        def fill_(tensors: dict[str, Tensor]) -> None:
+            keys = {name: f"{AVERAGE}{name}" if f"{AVERAGE}{name}" in there else f"model.{name}" for name in tensors}
+            read_tensors(self.checkpoint, {keys[name]: tensor for name, tensor in tensors.items()})
+
+        return fill_
 
 
 def device_named(name: str | None) -> torch.device:
@@ -107,11 +118,6 @@ def fill_(model: Decoder, source: Source) -> None:
     reader(source, parameter_specs(source.model))({name: p.detach() for name, p in model.named_parameters()})
 
 
-def read_(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fills `tensors` (our parameters by name) from the checkpoint; see `read_tensors`."""
-    read_tensors(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()})
-
-
 def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Fills `tensors` (by their names in the checkpoint) in their dtype; reads nothing else. One process is
     enough, whatever layout wrote it. Raises ValueError where it is gone, which may be as the run goes on and keeps few."""
@@ -134,8 +140,9 @@ def reader(source: Source, specs: Specs) -> Callable[[dict[str, Tensor]], None]:
     """Returns a function that fills tensors (our parameters by name) with what the run computed with. After sparsity=nm that is
     its matrices pruned, chosen in the run's own precision; a checkpoint has the dense ones, which learn. Of a run with an adapter it
     is the matrices that its layers stand for. `specs`: of the plain model."""
+    read_ = source.read_()
     if not isinstance(adapter := adapter_of(source.config), NoAdapter):
-        return merged(adapter, specs, source.precision, partial(read_, source.checkpoint))
+        return merged(adapter, specs, source.precision, read_)
     sparsity, own = source.config.get("sparsity", {"name": "none"}), source.precision
     pruned: set[str] = set()
     if sparsity["name"] == "nm":
@@ -143,10 +150,10 @@ def reader(source: Source, specs: Specs) -> Callable[[dict[str, Tensor]], None]:
 
     def fill_(tensors: dict[str, Tensor]) -> None:
         if as_they_are := {name: tensor for name, tensor in tensors.items() if name not in pruned}:
-            read_(source.checkpoint, as_they_are)
+            read_(as_they_are)
         for name in tensors.keys() & pruned:
             w = torch.empty(specs[name].shape, dtype=wide_dtype(own))
-            read_(source.checkpoint, {name: w})
+            read_({name: w})
             kept = nm_mask(w.to(own), sparsity["n"], sparsity["m"])
             tensors[name].copy_(w.masked_fill_(~kept, 0))
 

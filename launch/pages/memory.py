@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FIELDS = frozenset({"peak_memory_bytes"})
-CATEGORIES = {"parameters": COLORS[0], "gradients": COLORS[5], "optimizer": COLORS[2], "masks": COLORS[3]}
+CATEGORIES = {
+    "parameters": COLORS[0],
+    "gradients": COLORS[5],
+    "optimizer": COLORS[2],
+    "masks": COLORS[3],
+    "average": COLORS[4],
+}
 BESIDE = ("host", "file")  # the device: what waits there
 REST = "activations and the rest"
 MEBI, GIBI = 2**20, 2**30

@@ -174,6 +174,12 @@ ACCELERATED: Refusals = (
         "optim.param_dtype=null, or parallel.backend=torch",
     ),
     Refusal(
+        ("average.ema", "parallel.backend"),
+        lambda run: by_deepspeed(run) and run.average.ema is not None,
+        "average.ema={average.ema} with parallel.backend=accelerate: DeepSpeed has the weights in flat pieces that no average here is "
+        "of; give average.ema=null, parallel.accelerate=fsdp2, or parallel.backend=torch",
+    ),
+    Refusal(
         ("on_spike", "parallel.backend"),
         lambda run: by_deepspeed(run) and run.on_spike != "record",
         "on_spike={on_spike} with parallel.backend=accelerate: DeepSpeed has stepped when the norm is known; give on_spike=record, or "

@@ -6,6 +6,7 @@ CATEGORIES = (
     "gradients",
     "optimizer",
     "masks",
+    "average",
     "activations",
     "loss",
     "messages",

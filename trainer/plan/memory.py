@@ -15,6 +15,7 @@ from rowwise.trainer.plan.ledger import FILE, HOST, Ledger
 from rowwise.trainer.plan.sharded import Sharded
 from rowwise.trainer.plan.states import (
     Place,
+    average_bytes,
     groups_of,
     mask_bytes,
     optimizer_bytes,
@@ -75,6 +76,7 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         ledger.take(where("parameters", kept.offload_params, gpu), parameter_bytes(config, layers, place, sharded))
         ledger.take(where("optimizer", kept.offload_states, gpu), optimizer_bytes(config, layers, place))
         ledger.take("masks", mask_bytes(config, layers, place))
+        ledger.take(place_of_average(config, gpu), average_bytes(config, layers, place))
     ledger.take(HOST, read_bytes(config, (g for layers in stages.values() for g in groups_of(config, layers, place))))
     entries = [entry for layers in stages.values() for entry in owned(config, layers).items()]
     ledger.take(where("gradients", "cpu", gpu), backlog_bytes(config, entries, place))
@@ -108,6 +110,12 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         ledger.use(HOST, step_bytes(config, portions_of(entries, config, place), gpu) + (most - messages) * on_host)
         ledger.use("working", messages if on_host else most, messages)
     return Memory(rank, ledger.peaks, ledger.most, ledger.then, ledger.moment)
+
+
+def place_of_average(config: TrainConfig, gpu: bool) -> str:
+    """Names the category that counts the average: it is in memory, where the rows are, or on the host."""
+    away = config.average.offload == "cpu" or config.memory.offload_params != "none"
+    return HOST if gpu and away else "average"
 
 
 def tied_bytes(config: TrainConfig, place: Place) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rowwise.kernels.spec import ParameterSpec, Specs, learning
+from rowwise.optim.average import average_dtype
 from rowwise.optim.build import new_rule, rank_of, rule_name
 from rowwise.optim.rule import Rule
 from rowwise.optim.sparse.config import SET, ST3, NoSparsity, PDPBase, sparse_layers
@@ -255,6 +256,14 @@ def mask_bytes(config: TrainConfig, layers: range, place: Place) -> int:
     held = owned(config, layers)
     shapes = [held[name].shape for name in sparse_layers(choice, run_specs(config)) if name in held]
     return sum(rows_of(m, place) * (masks * packed_columns(n) + dense * n) for m, n in shapes)
+
+
+def average_bytes(config: TrainConfig, layers: range, place: Place) -> int:
+    """Counts the average of a rank's rows."""
+    if config.average.ema is None:
+        return 0
+    width = average_dtype(config.average, wide_of(config)).itemsize
+    return width * sum(local_numbers(spec, place) for spec in owned(config, layers).values())
 
 
 def numbers_of(specs: Specs) -> int:

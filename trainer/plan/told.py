@@ -15,6 +15,7 @@ MEANINGS = {
     "gradients": "whole ones and this rank's rows",
     "optimizer": "the states of this rank's rows",
     "masks": "and what sparse methods keep beside them",
+    "average": "the average of this rank's rows",
     "activations": "what layers keep for the backward",
     "loss": "the loss, its logits and gradients",
     "messages": "buffers of what crosses ranks",
