@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": ("rowwise.launch.convert", "a checkpoint of DeepSpeed as one of a run, and back"),
     "generate": ("rowwise.launch.generate", "text from a run's model"),
     "evaluate": ("rowwise.launch.evaluate", "loss, perplexity and bits per byte of a run on a text"),
+    "tokenize": ("rowwise.launch.token_files", "text as files of tokens, by many processes, once for many runs"),
     "schedule": ("rowwise.launch.schedule", "a pipeline schedule's table and picture"),
     "slurm": ("rowwise.launch.slurm", "a batch script for a run or a sweep"),
 }
@@ -48,6 +49,7 @@ EXAMPLES = """\
   rowwise convert from=CHECKPOINTS to=runs/NAME model=llama_1b optim=adamw batch.global_size=128 steps=2000
   rowwise generate run=runs/NAME prompt='def main('
   rowwise evaluate run=runs/NAME steps=all data=text data.files=other.txt
+  rowwise tokenize data=text data.files=wiki data.tokenizer=tokenizer.json to=tokens nproc=16
   rowwise schedule zb_v ranks=4 micro_batches=12 to=zb_v.png
 """
 

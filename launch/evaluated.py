@@ -116,11 +116,17 @@ def source_of(own: Mapping[str, Any], words: Sequence[str]) -> DataConfig:
             tree["end_of_text"] = None
         if "holdout" in tree and "data.holdout" not in given:
             tree["holdout"] = 0.0
+    return data_of(tree)
+
+
+def data_of(tree: Mapping[str, Any]) -> DataConfig:
+    """Returns the source of a plain tree. Raises ValueError for a value of a wrong type."""
     try:
         return _DATA.validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ValueError(f"data.{first['loc'][1]}={first['input']}: {told_of_type(first)}") from None
+        path = ".".join(str(part) for part in first["loc"][1:])
+        raise ValueError(f"data.{path}={first['input']}: {told_of_type(first)}") from None
 
 
 def require_own_tokens(data: Data, source: DataConfig, manifest: Manifest) -> None:

@@ -125,25 +125,40 @@ class Progress:
         )
 
 
+Tokens = Sequence[int] | np.ndarray | bytes  # of a piece
+Encoded = Callable[[Iterable[list[Piece]]], Iterator[tuple[list[Piece], Sequence[Tokens]]]]
 Write = Callable[[Path, TextSource, Sequence[Path], Tokenizer, Progress], None]
 
 
 def write_texts(
-    folder: Path, config: TextSource, files: Sequence[Path], tokenizer: Tokenizer, progress: Progress
+    folder: Path,
+    config: TextSource,
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    progress: Progress,
+    encoded: "Encoded | None" = None,
 ) -> None:
-    """Writes the documents of a source's files as a corpus folder. Raises ValueError."""
+    """Writes the documents of a source's files as a corpus folder. `encoded`: as of `write_store`. Raises ValueError."""
     documents = itertools.chain.from_iterable(config.documents(file, folder) for file in files)
-    write_store(folder, documents, tokenizer, config.holdout, progress)
+    write_store(folder, documents, tokenizer, config.holdout, progress, encoded)
 
 
 def write_store(
-    folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, holdout: float, progress: Progress | None = None
+    folder: Path,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    holdout: float,
+    progress: Progress | None = None,
+    encoded: "Encoded | None" = None,
 ) -> None:
-    """Writes a corpus folder (see `corpus.py`). Raises ValueError where there is no text."""
+    """Writes a corpus folder (see `corpus.py`). `encoded`: makes tokens of batches of pieces, in their order; None: `tokenizer`, here.
+    Raises ValueError where there is no text."""
     dtype = dtype_of(tokenizer.vocab_size)
     splits = {split: Split(folder, split, dtype) for split in SPLITS}
-    for batch in _batches(itertools.chain.from_iterable(pieces(document, holdout) for document in documents)):
-        for piece, tokens in zip(batch, _encode(tokenizer, batch), strict=True):
+    batches = _batches(itertools.chain.from_iterable(pieces(document, holdout) for document in documents))
+    here = ((batch, encode(tokenizer, batch)) for batch in batches)
+    for batch, each in here if encoded is None else encoded(batches):
+        for piece, tokens in zip(batch, each, strict=True):
             splits[piece.split].add(tokens, tokenizer.end if piece.last else None)
         if progress is not None:
             progress.add(sum(len(piece.text) for piece in batch))
@@ -174,11 +189,10 @@ class Split:
         self._file = HashedFile(folder / f"{name}.bin")
         self._starts, self._count, self._in_document = (folder / f"{name}.starts").open("w+b"), 0, False
 
-    def add(self, tokens: Sequence[int], end: list[int] | None) -> None:
+    def add(self, tokens: "Tokens", end: list[int] | None) -> None:
         """Tokens of a piece of a document, and at its end what ends it; None: it goes on."""
-        whole = (
-            tokens if isinstance(tokens, bytes) else np.asarray([*tokens, *(end or [])], dtype=self._dtype).tobytes()
-        )
+        parts = (tokens, end or [])
+        whole = b"".join(p if isinstance(p, bytes) else np.asarray(p, self._dtype).tobytes() for p in parts)
         if whole and not self._in_document:
             self._starts.write(self.tokens.to_bytes(8, "little"))
             self._count, self._in_document = self._count + 1, True
@@ -218,7 +232,8 @@ def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, batch: list[Piece]) -> list[list[int]] | list[bytes]:
+def encode(tokenizer: Tokenizer, batch: list[Piece]) -> list[list[int]] | list[bytes]:
+    """Returns the tokens of each piece. Raises ValueError, which names the file and the line, for what is not UTF-8."""
     try:
         return tokenizer.encode([piece.text for piece in batch])
     except UnicodeDecodeError:
