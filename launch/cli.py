@@ -26,6 +26,7 @@ COMMANDS = {
     "report": ("rowwise.launch.report", "one page about one or several runs"),
     "export": ("rowwise.launch.export", "a run's model as Hugging Face safetensors"),
     "convert": ("rowwise.launch.convert", "a checkpoint of DeepSpeed as one of a run, and back"),
+    "average": ("rowwise.launch.average", "the mean of a run's checkpoints, as a run of its own"),
     "generate": ("rowwise.launch.generate", "text from a run's model"),
     "evaluate": ("rowwise.launch.evaluate", "loss, perplexity and bits per byte of a run on a text"),
     "tokenize": ("rowwise.launch.token_files", "text as files of tokens, by many processes, once for many runs"),
@@ -47,6 +48,7 @@ EXAMPLES = """\
   rowwise report run=runs/NAME
   rowwise export run=runs/NAME to=DIR
   rowwise convert from=CHECKPOINTS to=runs/NAME model=llama_1b optim=adamw batch.global_size=128 steps=2000
+  rowwise average run=runs/NAME last=5 to=runs/NAME-mean
   rowwise generate run=runs/NAME prompt='def main('
   rowwise evaluate run=runs/NAME steps=all data=text data.files=other.txt
   rowwise tokenize data=text data.files=wiki data.tokenizer=tokenizer.json to=tokens nproc=16

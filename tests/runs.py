@@ -87,7 +87,11 @@ def run_until(workers: Workers, config: TrainConfig, stop_at: int) -> TrainState
 
 def final_tensors(run_dir: str | Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint, whole."""
-    checkpoint = complete_checkpoints(Path(run_dir) / "checkpoints")[0]
+    return tensors_in(complete_checkpoints(Path(run_dir) / "checkpoints")[0])
+
+
+def tensors_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
     reader = FileSystemReader(checkpoint)
     metadata = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}  # type: ignore[union-attr]

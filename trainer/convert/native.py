@@ -4,34 +4,28 @@ What the run would save says what is needed, by name, shape and dtype; each tens
 memory at a time.
 """
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.mesh import Workers
-from rowwise.trainer.checkpoint import Writer
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.convert.foreign import MASTER, Foreign, key_of
 from rowwise.trainer.convert.names import theirs_by_ours
 from rowwise.trainer.data.open import Data
-from rowwise.trainer.files import write_whole, writing
-from rowwise.trainer.manifest import begin, commit, file_facts
+from rowwise.trainer.files import write_whole
+from rowwise.trainer.manifest import begin, commit
 from rowwise.trainer.metrics import Recorded
 from rowwise.trainer.models.decoder import Decoder, parameter_specs
+from rowwise.trainer.one_by_one import Read, save_one_by_one
 from rowwise.trainer.parallelize import parameter_dtype
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.states import tensors_of
 from rowwise.trainer.train import manifest_of
-
-Read = Callable[[str], Tensor]
 
 
 def write_run(foreign: Foreign, config: TrainConfig, workers: int, data: Data, folder: Path) -> str:
@@ -46,12 +40,7 @@ def write_run(foreign: Foreign, config: TrainConfig, workers: int, data: Data, f
     read, state = reader(foreign, config, tensors), state_of(foreign, config)
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(tree_of(config))))
     partial = begin(folder / "checkpoints", state.step)
-    with writing(partial), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process")
-        # A file each: torch keeps all that goes into one until it is closed.
-        writer = Writer(partial, single_file_per_rank=False)
-        dcp.save(dict(tensors), storage_writer=writer, planner=_OneByOne(read, tensors), no_dist=True)
-    files = {path.name: file_facts(path) for path in sorted(partial.iterdir())}
+    files = save_one_by_one(partial, tensors, read)
     manifest = manifest_of(config, Workers(world_size=workers), data, state, Recorded(state.step))
     return commit(partial, {**manifest, "files": files}).name
 
@@ -111,15 +100,3 @@ def _require_shape(foreign: Foreign, name: str, shape: torch.Size) -> None:
                 f"{foreign.place} has {found:,} of the {shape.numel():,} numbers of {name}'s {state}: the others are elsewhere "
                 "(ZeRO-Infinity keeps them beside a checkpoint), or it is damaged"
             )
-
-
-class _OneByOne(dcp.DefaultSavePlanner):
-    """Reads a tensor when its turn comes to be written, in the shape and dtype of that on the meta device."""
-
-    def __init__(self, read: Read, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._read, self._tensors = read, tensors
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        like = self._tensors[index.fqn]
-        return self._read(index.fqn).view(like.shape).to(like.dtype)
