@@ -50,6 +50,15 @@ class Drawn:
     config: TrainConfig
 
 
+FORMS = (  # of layers: those of families
+    ("model.norms=both", "model.norm_offset=1", "model.activation=gelu_tanh", "model.embed_scale=2"),
+    ("model.norms=after", "model.qk_norm=true", "model.qk_norm_over=all"),
+    ("model.norms=after", "model.residual_scale=0.5", "model.qkv_bias=true"),
+    ("model.residual_scale=0.5", "model.attention_scale=0.2", "model.embed_scale=2"),
+    ("model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true"),
+)
+
+
 def forecast_config(folder: Path, world_size: int, *words: str) -> TrainConfig:
     """A run whose parameters, activations and loss take more than WORTH each, in few operations."""
     tokens = folder / "tokens.bin"
@@ -118,6 +127,8 @@ def _words(chance: random.Random) -> tuple[list[str], int]:
         words += ["average.ema=0.9", f"average.dtype={pick(('fp32', 'bf16'))}"]
     if chance.random() < 0.15:
         words += ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4"]
+    if chance.random() < 0.5:
+        words += pick(FORMS)
     return words, world_size
 
 

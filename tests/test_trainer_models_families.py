@@ -1,7 +1,7 @@
 """Families of models against transformers' own on the same random weights: logits, gradients, folders both ways, what is generated."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,19 @@ import torch
 from test_trainer_models_decoder import TOLERANCE, our_logits, some_tokens, their_logits
 from torch import Tensor
 
-from parity import relative_error
+from parity import relative_error, small_config
 from rowwise.launch.compose import compose_tree
-from rowwise.trainer.config import config_from_tree
-from rowwise.trainer.keys import as_lists
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree, tree_of
+from rowwise.trainer.keys import as_lists, flat
 from rowwise.trainer.models.config import ModelConfig, plain_of
 from rowwise.trainer.models.config_json import their_config
 from rowwise.trainer.models.decoder import Decoder, check_model, parameter_count, parameter_specs
 from rowwise.trainer.models.families.keys import family_of
 from rowwise.trainer.models.families.table import FAMILIES
 from rowwise.trainer.models.huggingface import check_source, rows_from, write_folder
-from rowwise.trainer.models.rope import LinearScaling, LongRopeScaling, YarnScaling
+from rowwise.trainer.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
+from rowwise.trainer.resume import completed, model_facts
 
 # Sizes that no power of two divides; three layers, so that patterns go round unevenly.
 ODD = {"layers": 3, "dim": 30, "heads": 3, "kv_heads": 1, "ffn_dim": 37, "vocab_size": 61}
@@ -30,6 +32,10 @@ THEIRS = {
 }  # fmt: skip
 SHORT, LONG = (1.0, 1.5, 2.0, 2.5, 3.0), (2.0, 4.0, 6.0, 8.0, 10.0)
 NORMED_AFTER = {"norms": "after", "qk_norm": True, "qk_norm_over": "all"}
+GEMMA = {"head_dim": 14}
+OUR_GEMMA = {
+    "head_dim": 14, "norms": "both", "norm_offset": 1.0, "activation": "gelu_tanh", "embed_scale": 30**0.5, "tie_embeddings": True,
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
 LONGROPE = {
     "rope_type": "longrope", "short_factor": list(SHORT), "long_factor": list(LONG), "rope_theta": 1e4,
@@ -100,6 +106,67 @@ CASES = {
         {"no_rope_layers": [0, 1, 1], "mlp_bias": True, "attention_bias": True, "tie_word_embeddings": False},
         {"rope_layers": (False, True, True), "rope_theta": 2e6, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
     ),
+    "smollm3 windowed": Case(
+        "SmolLM3",
+        {"use_sliding_window": True, "sliding_window": 6, "no_rope_layer_interval": 2},
+        {
+            "rope_layers": (True, False), "window_layers": (False, True), "window": 6, "rope_theta": 2e6, "tie_embeddings": True,
+        },
+    ),
+    "mistral": Case("Mistral", {"sliding_window": 7}, {"window": 7}),
+    "mistral with a wide window": Case(
+        "Mistral", {"sliding_window": 70, "tie_word_embeddings": True}, {"window": 70, "tie_embeddings": True}
+    ),
+    "qwen2 windowed": Case(
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
+        {"qkv_bias": True, "window": 11, "window_layers": (False, True, True)},
+    ),
+    "gemma2": Case(
+        "Gemma2",
+        GEMMA | {"sliding_window": 9, "query_pre_attn_scalar": 22, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+        OUR_GEMMA | {
+            "window": 9, "window_layers": (True, False), "attention_scale": 22**-0.5, "attention_cap": 5.0, "logit_cap": 3.0,
+        },
+    ),
+    "gemma2 of a wide window, biased": Case(
+        "Gemma2",
+        GEMMA | {
+            "sliding_window": 51, "query_pre_attn_scalar": 14, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "attention_bias": True, "tie_word_embeddings": False,
+        },
+        OUR_GEMMA | {
+            "window": 51, "window_layers": (True, False), "qkv_bias": True, "out_bias": True, "tie_embeddings": False,
+            
+        },
+    ),
+    "gemma3": Case(
+        "Gemma3",
+        GEMMA | {"sliding_window": 5, "query_pre_attn_scalar": 14, "sliding_window_pattern": 2, "final_logit_softcapping": 4.0},
+        OUR_GEMMA | {
+            "qk_norm": True, "window": 5, "window_layers": (True, False), "logit_cap": 4.0, "rope_theta": 1e6,
+            "rope_local_theta": 1e4,
+        },
+    ),
+    "gemma3 stretched": Case(
+        "Gemma3",
+        GEMMA | {
+            "sliding_window": 5, "query_pre_attn_scalar": 20, "layer_types": ["full_attention", *["sliding_attention"] * 2],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            },
+        },
+        OUR_GEMMA | {
+            "qk_norm": True, "window": 5, "window_layers": (False, True, True), "attention_scale": 20**-0.5, "rope_theta": 1e6,
+            "rope_local_theta": 2e4, "rope_scaling": LinearScaling(8.0),
+        },
+    ),
+    "phi3 windowed": Case(
+        "Phi3",
+        {"num_key_value_heads": 3, "sliding_window": 8},
+        {"kv_heads": 3, "window": 8, "norm_eps": 1e-5, "family": "phi3"},
+    ),
     "phi3": Case("Phi3", {"num_key_value_heads": 3}, {"family": "phi3", "kv_heads": 3, "norm_eps": 1e-5}),
     "phi3 longrope": Case(
         "Phi3",
@@ -128,7 +195,9 @@ def transformers_model(case: Case, seed: int = 0) -> Any:
     """transformers' own model, every number random."""
     import transformers
 
-    made = getattr(transformers, f"{case.kind}Config")(**json.loads(json.dumps(THEIRS | case.theirs)))
+    made = getattr(transformers, f"{case.kind}{'Text' * (case.kind == 'Gemma3')}Config")(
+        **json.loads(json.dumps(THEIRS | case.theirs))
+    )
     made._attn_implementation = "eager"
     model = getattr(transformers, f"{case.kind}ForCausalLM")(made).eval()
     random = torch.Generator().manual_seed(seed)
@@ -220,3 +289,107 @@ def test_a_model_is_of_one_family(name):
     kind = family_of(keys)
     assert FAMILIES[kind].architecture == f"{CASES[name].kind}ForCausalLM"
     assert as_lists(keys) == keys
+
+
+def test_the_text_model_of_one_with_images_is_read_alone(tmp_path):
+    """Of Gemma 3, whose config.json may leave out what is as in its class."""
+    import transformers
+
+    text = THEIRS | GEMMA | {"sliding_window": 5, "query_pre_attn_scalar": 14}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    whole = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    theirs = transformers.Gemma3ForConditionalGeneration(whole).eval()
+    theirs.save_pretrained(tmp_path)
+    model = config_from_tree(compose_tree([f"model={tmp_path}"])).model
+    assert family_of(plain_of(model)) == "gemma3_text" and model.window_layers == (True,)
+    tokens = some_tokens(model)
+    assert relative_error(our_logits(loaded(tmp_path, model), tokens), their_logits(theirs, tokens)) <= TOLERANCE
+    said = json.loads((tmp_path / "config.json").read_text())
+    for key in ("num_attention_heads", "num_key_value_heads", "vocab_size"):
+        said["text_config"].pop(key)
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(
+        ValueError, match=r"model.heads=8 there and 3 here, .*model.vocab_size=262208 there and 61 here"
+    ):
+        check_source(tmp_path, model)
+
+
+def test_a_folder_is_a_model(tmp_path):
+    """`model=FOLDER`; and the name of a model on the hub is refused with what downloads it."""
+    (tmp_path / "ours").mkdir()
+    write(tmp_path / "ours", Decoder(CASES["qwen2"].config))
+    composed = compose_tree([f"model={tmp_path / 'ours'}"])
+    assert composed == compose_tree([f"model.init_from={tmp_path / 'ours'}"]) and composed["model"]["qkv_bias"]
+    with pytest.raises(
+        ValueError, match=r"^model=Qwen/Qwen2.5-7B: .*hf download Qwen/Qwen2.5-7B --local-dir Qwen2.5-7B"
+    ):
+        compose_tree(["model=Qwen/Qwen2.5-7B"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"model.init_from=.*empty: .*config.json"):
+        compose_tree([f"model={tmp_path / 'empty'}"])
+
+
+def test_a_shape_of_no_family_is_refused_with_what_it_lacks():
+    config = replace(CASES["olmo2"].config, residual_scale=0.5)
+    with pytest.raises(
+        ValueError, match=r"^no family of .*: olmo2, the nearest, has model.residual_scale=1.0 and not 0.5$"
+    ):
+        their_config(config, torch.float32, 64, None)
+    assert {spec.theirs for name, spec in parameter_specs(config).items() if name.startswith("blocks.")} == {None}
+
+
+FORMS = {
+    "offset": ({"norm_offset": 0.5}, "model.norm_offset=0.5: possible are 0, and 1"),
+    "family": ({"family": "gpt2"}, "model.family=gpt2: possible are llama"),
+    "cap": ({"attention_cap": 0.0}, "model.attention_cap=0.0: it is above 0"),
+    "window": ({"window": 0}, "model.window=0: at least 1 token"),
+    "layers without a window": ({"window_layers": (True, False)}, "without a window"),
+    "more layers than there are": ({"rope_layers": (True,) * 4}, "model.rope_layers says it of 4 layers, possible are 1 to 3"),
+    "a norm over none": ({"qk_norm_over": "all"}, "model.qk_norm_over=all without norms"),
+    "a third of a pair": ({"rope_share": 0.3}, "model.rope_share=0.3 of the head dim is 3: RoPE turns pairs"),
+    "factors": ({"rope_scaling": longrope(original_length=9, factor=2, log=1.0), "rope_share": 0.4}, "has 5 factors, and 2 pairs"),
+    "beta": ({"rope_scaling": YarnScaling(4.0, 16, 1.0, 1.0, 32.0)}, "beta_slow below beta_fast"),
+    "long": ({"rope_long": True}, "model.rope_long=True without a model.rope_scaling of kind longrope"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_that_are_no_decoder_are_refused(form):
+    keys, named = FORMS[form]
+    with pytest.raises(ValueError, match=named):
+        check_model(ModelConfig(**ODD | keys))
+
+
+def test_the_length_of_sequences_says_which_factors_a_longrope_has(tmp_path):
+    config = small_config(tmp_path)
+    scaling = longrope(original_length=20, factor=2, log=0.7)
+    model = replace(config.model, rope_scaling=scaling)
+    for length, long in ((20, False), (21, True)):
+        run = check(replace(config, model=model, batch=replace(config.batch, seq_len=length)), 1)
+        assert run.model.rope_long is long
+        with pytest.raises(ValueError, match=f"model.rope_long={not long} with batch.seq_len={length}"):
+            check(replace(run, model=replace(model, rope_long=not long)), 1)
+
+
+def test_a_run_of_before_there_were_families_goes_on(tmp_path):
+    """What its manifest did not know of its model was as it is by default."""
+    config = small_config(tmp_path)
+    config = replace(config, model=replace(config.model, rope_scaling=Llama3Scaling()))
+    names = [one.name for one in fields(ModelConfig)]
+    new = {f"model.{name}" for name in names[names.index("block") + 1 :]}
+    assert len(new) == 20 and "model.window" in new
+    facts, told = model_facts(config), flat(tree_of(config))
+    before = {key: value for key, value in facts.items() if key not in new}
+    before["model.rope_scaling"] = {key: value for key, value in before["model.rope_scaling"].items() if key != "kind"}
+    found = completed(before, config)
+    assert len(before) == 14 and {key: found[key] for key in facts} == facts
+    old = {key: value for key, value in told.items() if key not in new and key != "model.rope_scaling.kind"}
+    found = completed(old, config)
+    assert {key: found[key] for key in told} == told

@@ -28,7 +28,7 @@ class Attention(nn.Module):
         super().__init__()
         heads, kv_heads, size = config.heads, config.kv_heads, config.head_size
         self.head_size, self.qk_norm, self.whole_norm = size, config.qk_norm, config.qk_norm_over == "all"
-        self.looks = Look(config.attention_scale)
+        self.looks = Look(config.attention_scale, config.window, config.attention_cap)
         self.wq = nn.Linear(config.dim, heads * size, bias=config.qkv_bias)
         self.wk = nn.Linear(config.dim, kv_heads * size, bias=config.qkv_bias)
         self.wv = nn.Linear(config.dim, kv_heads * size, bias=config.qkv_bias)

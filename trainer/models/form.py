@@ -36,10 +36,6 @@ def check_form(config: ModelConfig) -> None:
         raise ValueError(f"model.norm_offset={config.norm_offset}: possible are 0, and 1, which Gemma adds to weights")
     if config.family is not None and config.family not in FAMILIES:
         raise ValueError(f"model.family={config.family}: possible are {', '.join(FAMILIES)}, or null")
-    # Until kernels have them.
-    for key in ("window", "attention_cap"):
-        if getattr(config, key) != getattr(ModelConfig, key):
-            raise ValueError(f"model.{key}={getattr(config, key)} is not built yet; leave it out")
     _check_layers(config)
     _check_rope(config)
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ from rowwise.trainer.models.config import ModelConfig, plain_of
 from rowwise.trainer.models.config_json import our_keys, read_config, read_object, refuse_other_shape, refusing
 from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.models.families.keys import family_of, normal
+from rowwise.trainer.models.families.table import name_in_family
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROWS_AT_A_TIME = 4096
@@ -63,29 +64,29 @@ def _check_tensors(folder: Path, config: ModelConfig) -> None:
     specs = parameter_specs(config)
     shapes = {their_name(name, spec): their_shape(spec) for name, spec in specs.items()}
     copies = {copy: their_name(name, spec) for name, spec in specs.items() for copy in spec.copies}
-    files = weight_files(folder)
+    files = stored_tensors(folder)
     for name in shapes:
         if name not in files:
             raise ValueError(f"it has no tensor {name}, which the model needs")
     names_of_files = defaultdict(list)
-    for name, path in files.items():
+    for name, stored in files.items():
         # Releases before 2024 hold the frequencies of RoPE.
         if name not in shapes and name not in copies and not name.endswith("rotary_emb.inv_freq"):
             raise ValueError(f"it has a tensor {name}, which the model does not have")
-        names_of_files[path].append(name)
+        names_of_files[stored.path].append(name)
     for path, names in names_of_files.items():
         with opened(path) as file:
             for name in shapes.keys() & names:
-                _sliced(file, path, name, shapes[name])
+                _sliced(file, files[name], shapes[name])
     for copy, name in copies.items():
         if copy in files:
             _check_tied(files, copy, name, shapes[name])
 
 
-def _check_tied(files: dict[str, Path], copy: str, name: str, shape: torch.Size) -> None:
-    with opened(files[name]) as embed_file, opened(files[copy]) as head_file:
-        embed = _sliced(embed_file, files[name], name, shape)
-        head = _sliced(head_file, files[copy], copy, shape)
+def _check_tied(files: "dict[str, Stored]", copy: str, name: str, shape: torch.Size) -> None:
+    with opened(files[name].path) as embed_file, opened(files[copy].path) as head_file:
+        embed = _sliced(embed_file, files[name], shape)
+        head = _sliced(head_file, files[copy], shape)
         for start in range(0, shape[0], _ROWS_AT_A_TIME):
             rows = slice(start, start + _ROWS_AT_A_TIME)
             if (embed[rows] != head[rows]).any():
@@ -95,7 +96,7 @@ def _check_tied(files: dict[str, Path], copy: str, name: str, shape: torch.Size)
 def rows_from(folder: Path, specs: Specs) -> Callable[[str, Tensor, int, int], None]:
     """Returns a function that fills rows of a parameter from the folder's safetensors and reads no others; see
     `parallel.shard.materialize`. Raises ValueError for a tensor that `check_source` would have refused."""
-    files = weight_files(folder)
+    files = stored_tensors(folder)
     open_ = cache(opened)
 
     def fill_(name: str, rows: Tensor, start: int, size: int) -> None:
@@ -104,11 +105,27 @@ def rows_from(folder: Path, specs: Specs) -> Callable[[str, Tensor, int, int], N
             raise ValueError(f"{folder} has no tensor {theirs}, which the model needs")
         spec = specs[name]
         whole = torch.Size((spec.their_rows or size, *rows.shape[1:]))
-        source, first = _sliced(open_(files[theirs]), files[theirs], theirs, whole), spec.their_row + start
+        stored, first = files[theirs], spec.their_row + start
+        source = _sliced(open_(stored.path), stored, whole)
         if rows.numel():
             rows.copy_(source[first : first + rows.size(0)])
 
     return fill_
+
+
+class Stored(NamedTuple):
+    """Where a tensor is: the file, and what it is called there."""
+
+    path: Path
+    name: str
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Returns where the tensors of a folder's model of text are, by the names that its family has for them."""
+    kind = read_config(folder).get("model_type", "")
+    files = weight_files(folder)
+    named = {name: name_in_family(kind, name) for name in files}
+    return {own: Stored(files[name], name) for name, own in named.items() if own is not None}
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -130,8 +147,9 @@ def opened(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as safetensors ({error})") from None
 
 
-def _sliced(file: Any, path: Path, name: str, shape: torch.Size) -> Any:
+def _sliced(file: Any, stored: Stored, shape: torch.Size) -> Any:
     """A tensor of a file, to be read by rows. Raises ValueError where its shape or dtype is not the model's."""
+    path, name = stored
     source = file.get_slice(name)
     if tuple(source.get_shape()) != tuple(shape):
         raise ValueError(f"{path}: {name} has the shape {source.get_shape()}, and the model needs {list(shape)}")

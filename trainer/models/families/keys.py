@@ -5,16 +5,20 @@ from math import isclose
 from typing import Any
 
 from rowwise.trainer.models.families.rope import Keys, read_rope, write_rope
-from rowwise.trainer.models.families.table import COMMON, FAMILIES, PLAIN, REQUIRED, Family
+from rowwise.trainer.models.families.table import COMMON, FAMILIES, PLAIN, REQUIRED, WHOLES, Family
 
 
 def read_keys(theirs: Keys) -> Keys:
     """Returns the model.* keys that a config.json says, as plain values, `family` among them. Raises ValueError for what our decoder
     does not have, and KeyError for a key that it must say."""
     kind = theirs.get("model_type")
+    if whole := WHOLES.get(str(kind)):
+        outer = {key: theirs[key] for key in ("tie_word_embeddings", "quantization_config") if key in theirs}
+        kind, theirs = whole.family, outer | theirs[whole.config]
     if kind not in FAMILIES:
-        raise ValueError(f"model_type is {kind!r}, possible are {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type is {kind!r}, possible are {', '.join((*FAMILIES, *WHOLES))}")
     family = FAMILIES[kind]
+    theirs = {**family.sizes, **theirs}
     _refuse_others(theirs, family)
     keys = PLAIN | {"family": kind}
     for key in (*COMMON, *family.keys):

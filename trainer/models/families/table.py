@@ -90,7 +90,8 @@ class Family:
     """A family. `keys`: those beside COMMON; `fixed`: our keys that all its models have, some a function of the others; `theirs`: what
     else in its config.json must be one of these values, where it is there; `tie`: whether embeddings are tied where it does not say;
     `eps` of norms, `head_dim` (None: dim / heads), `theta` and `local_theta`: likewise; `ropes`: how rotary positions are stretched;
-    `rope_share`: parts of heads may turn; `rope_layers`: whether layer n turns them (None: all do); `names`: of our parameters of a
+    `rope_share`: parts of heads may turn; `rope_layers`: whether layer n turns them (None: all do); `sizes`: what its class
+    in transformers has where the file does not say; `names`: of our parameters of a
     layer, where they are not Llama's; `fused`: a tensor of theirs, and the parameters of ours that are its rows, in their order."""
 
     architecture: str
@@ -106,6 +107,7 @@ class Family:
     ropes: tuple[str, ...] = ROPES
     rope_share: bool = False
     rope_layers: Callable[[Keys, int], bool] | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -200,6 +202,40 @@ FAMILIES: dict[str, Family] = {
         windows=Windows(4096, False, lambda theirs, layer: (layer + 1) % theirs.get("sliding_window_pattern", 6) != 0),
         theta=1_000_000.0,
         local_theta=10_000.0,
+        sizes={
+            "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+            "num_attention_heads": 8, "num_key_value_heads": 4,
+        },
         names=AFTER | {"feed_forward_norm.weight": "pre_feedforward_layernorm.weight"},
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model of more than text that has a model of `family` in it: its config.json under the key `config`, its tensors under names
+    that begin otherwise, by what they begin with in a folder of the family; tensors that begin with one of `beside` are not its."""
+
+    family: str
+    config: str
+    stems: Mapping[str, str]
+    beside: tuple[str, ...]
+
+
+WHOLES = {
+    "gemma3": Whole(
+        "gemma3_text",
+        "text_config",
+        {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."},
+        ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+    )
+}
+
+
+def name_in_family(kind: str, name: str) -> str | None:
+    """Gives the name that a tensor of a folder has in one of its family alone; None: it is none of the family's."""
+    if (whole := WHOLES.get(kind)) is None:
+        return name
+    if name.startswith(whole.beside):
+        return None
+    return next((ours + name.removeprefix(stem) for stem, ours in whole.stems.items() if name.startswith(stem)), name)
