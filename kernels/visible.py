@@ -53,6 +53,12 @@ class Area(NamedTuple):
         return side * (side + 1) // 2 if self.causal else side * (self.k1 - self.k0)
 
 
+def document_pairs(length: int, window: int | None = None) -> int:
+    """Counts the pairs of a token and one that it sees, itself included, in a document of `length`."""
+    near = length if window is None else min(length, window)
+    return near * (near + 1) // 2 + (length - near) * near
+
+
 @functools.lru_cache(maxsize=256)  # the layers of a model ask for the same
 def visible_areas(
     queries: tuple[Run, ...], keys: tuple[Run, ...], documents: Documents | None = None, window: int | None = None

@@ -67,6 +67,38 @@ def test_steps_equal_those_of_one_process(ranks, folder, ulysses, ring, order, z
     assert_law(ranks, folder, [*cases, without])
 
 
+# Windows shorter and longer than a rank's tokens, and than documents; layers with and without; capped scores.
+LOOKS = (
+    "model.layers=3",
+    "model.window=5",
+    "model.window_layers=[true,false]",
+    "model.attention_cap=2",
+    "model.attention_scale=0.7",
+)
+WINDOWS = [(2, 1, None, 0), (1, 2, "zigzag", 3), (1, 4, "striped", 0), (2, 2, "contiguous", 3)]
+
+
+@pytest.mark.parametrize(("ulysses", "ring", "order", "zero"), WINDOWS)
+def test_windows_and_caps_are_those_of_one_process(ranks, folder, ulysses, ring, order, zero):
+    layout = {"ulysses": ulysses, "ring": ring, "ring_order": order, "zero": zero}
+    longer = (2, 32, "model.window=20", "data.mask_documents=false")
+    assert_law(ranks, folder, [(ulysses * ring, layout, case) for case in ((4, 29, *LOOKS), longer)])
+
+
+def test_windows_and_caps_under_a_pipeline(ranks, folder):
+    """Whose layers have other windows than their stage's first, and whose backward is in two."""
+    layout = {
+        "pipeline": 2,
+        "pipeline_schedule": "zb_v",
+        "virtual_stages": 2,
+        "ring": 2,
+        "ring_order": "striped",
+        "zero": 3,
+    }
+    case = (2, 29, *LOOKS[1:], "model.layers=4", "batch.global_size=3", "batch.micro_size=1")
+    assert_law(ranks, folder, [(4, layout, case)])
+
+
 def test_every_kind_of_rank_at_once(ranks, folder):
     """Replicas, shards and sharers of sequences, at every stage of ZeRO."""
     layout = {"replicate": 2, "shard": 2, "ring": 2}

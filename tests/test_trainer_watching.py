@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,11 +108,18 @@ def test_pairs_are_those_that_attention_sees():
     assert visible_pairs([whole], 5) == 2 * 15
     packed = MicroBatch(tokens, tokens, tokens, Documents(((0, 2), (0, 1, 4))))
     assert visible_pairs([packed, whole], 5) == (3 + 6) + (1 + 6 + 1) + 30
+    # Of five layers three see two tokens, themselves and the one before.
+    model = ModelConfig(layers=5, window=2, window_layers=(True, False))
+    near = (3 + 5) + (1 + 5 + 1) + 2 * 9
+    assert visible_pairs([packed, whole], 5, model.pairs) == pytest.approx(0.6 * near + 0.4 * 47)
+    assert replace(model, window=5).pairs(5) == 15 == ModelConfig().pairs(5)
 
 
 def test_operations_of_a_whole_sequence_are_those_of_its_tokens():
     config = ModelConfig()
     assert flops_of(config, 13, 13 * 14 / 2) == pytest.approx(13 * flops_per_token(config, 13))
+    near = replace(config, window=4)
+    assert flops_of(config, 13, 4 * 13 - 6) == pytest.approx(13 * flops_per_token(near, 13))
     _, multiplying = parameter_count(config)
     # A token alone: two operations a weight forward, four backward; of attention, q k and p v of one pair, thrice.
     attention = 3 * (2 * 2) * config.layers * config.heads * config.head_size

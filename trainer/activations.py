@@ -161,7 +161,8 @@ def recompute(stages: Iterable[Decoder], config: TrainConfig, keeper: Keeper | N
 def stored_as(config: TrainConfig) -> tuple[int, bool, float]:
     """Returns what the bytes of results and the operations behind them depend on: the bytes of a number, whether they are codes,
     and how many tokens one sees on the mean."""
-    return compute_dtype(config.precision).itemsize, config.memory.compress != "none", (config.batch.seq_len + 1) / 2
+    seen = config.model.seen(config.batch.seq_len)
+    return compute_dtype(config.precision).itemsize, config.memory.compress != "none", seen
 
 
 def offload_in_words(

@@ -62,7 +62,7 @@ class Feed:
         batches, digest = next(self._read) if self._ahead is None else self._ahead
         self._ahead = next(self._read) if may_begin_next(self._config, step) else None
         waited = time.perf_counter() - started
-        pairs = visible_pairs(batches, self._config.batch.seq_len) * self._share
+        pairs = visible_pairs(batches, self._config.batch.seq_len, self._config.model.pairs) * self._share
         return Fed(batches, digest, self._ahead and self._ahead[0], pairs, started, waited)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rowwise.conf.option import Ask, MayChange
-from rowwise.kernels.visible import Documents
+from rowwise.kernels.visible import Documents, document_pairs
 from rowwise.trainer.data.corpus import IGNORE, Sample, padding
 from rowwise.trainer.data.mixture import AnyCorpus
 
@@ -129,15 +129,15 @@ class Share:
         return batch if self.positions is None else batch.at(self.positions)
 
 
-def visible_pairs(batches: Sequence[MicroBatch], seq_len: int) -> int:
+def visible_pairs(
+    batches: Sequence[MicroBatch], seq_len: int, pairs_of: Callable[[int], float] = document_pairs
+) -> float:
     """How many pairs of a token and one that it sees, itself included, are in these whole sequences of `seq_len` tokens:
-    n (n + 1) / 2 in a document of n, or in a sequence whose attention does not stop at documents."""
-    pairs = 0
+    `pairs_of` n in a document of n, or in a sequence whose attention does not stop at documents."""
+    pairs = 0.0
     for batch in batches:
         begins = batch.documents.begins if batch.documents is not None else ((0,),) * len(batch.inputs)
-        pairs += sum(
-            (end - begin) * (end - begin + 1) // 2 for row in begins for begin, end in pairwise((*row, seq_len))
-        )
+        pairs += sum(pairs_of(end - begin) for row in begins for begin, end in pairwise((*row, seq_len)))
     return pairs
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rowwise.conf.option import Fixed, MayChange
+from rowwise.kernels.visible import document_pairs
 from rowwise.trainer.keys import as_lists
 from rowwise.trainer.models.rope import Rope, RopeScaling, scaling_of
 
@@ -82,6 +83,19 @@ class ModelConfig:
     def rope_size(self) -> int:
         """How many numbers of a head turn, where they do."""
         return int(self.head_size * self.rope_share)
+
+    def pairs(self, length: int) -> float:
+        """Counts the pairs of a token and one that it sees in a document of `length`, on the mean of the layers."""
+        every = document_pairs(length)
+        if self.window is None:
+            return every
+        rounds, rest = divmod(self.layers, len(self.window_layers))
+        windowed = rounds * sum(self.window_layers) + sum(self.window_layers[:rest])
+        return every - (every - document_pairs(length, self.window)) * windowed / self.layers
+
+    def seen(self, length: int) -> float:
+        """Counts the tokens that one sees in a document of `length`, on the mean of the tokens and of the layers."""
+        return self.pairs(length) / length
 
     def at(self, layer: int) -> "ModelConfig":
         """Gives the configuration of a model all of whose layers are as that one."""

@@ -250,12 +250,12 @@ def parameter_count(config: ModelConfig) -> tuple[int, int]:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """`flops_of` a token of a sequence of `seq_len`, all of whose earlier tokens are seen."""
-    return flops_of(config, 1, (seq_len + 1) / 2)
+    """`flops_of` a token of a sequence of `seq_len` that is one document."""
+    return flops_of(config, 1, config.seen(seq_len))
 
 
 def flops_of(config: ModelConfig, tokens: int, pairs: float) -> float:
-    """Forward and backward: 6 per multiplying parameter and token, and 12 layers H E per pair of a token and one that it sees
+    """Forward and backward: 6 per multiplying parameter and token, and 12 layers H E per pair of a token and one that a layer sees
     (Chowdhery et al., *PaLM*, appendix B, where every token is counted as seen by every other)."""
     _, multiplying = parameter_count(config)
     return 6 * multiplying * tokens + 12 * config.layers * config.heads * config.head_size * pairs
@@ -263,8 +263,8 @@ def flops_of(config: ModelConfig, tokens: int, pairs: float) -> float:
 
 def layer_flops(config: ModelConfig, seq_len: int) -> tuple[float, float, float]:
     """Forward operations per token of (what comes before the layers, one layer, what comes after): 2 per weight of a
-    matrix, and causal attention as in `flops_per_token`. A look-up costs none."""
+    matrix, and attention as in `flops_per_token`. A look-up costs none."""
     one = parameter_specs(replace(config, layers=1)).values()
     layer = sum(spec.shape.numel() for spec in one if spec.role == "hidden")
-    attention = 2 * config.heads * config.head_size * (seq_len + 1)
+    attention = 4 * config.heads * config.head_size * config.seen(seq_len)
     return 0.0, 2.0 * layer + attention, 2.0 * config.vocab_size * config.dim

@@ -70,7 +70,7 @@ class Clock:
     def _passes(self, kept: frozenset[str]) -> tuple[Pass, Pass, Pass]:
         model, tokens = self.config.model, self.tokens
         _, forward, _ = layer_flops(model, self.config.batch.seq_len)
-        attention = 2.0 * model.heads * model.head_size * (self.config.batch.seq_len + 1)
+        attention = 4.0 * model.heads * model.head_size * model.seen(self.config.batch.seq_len)
         products = Pass(products=(forward - attention) * tokens / self.rate / self.device.reached("products"))
         looked = Pass(attention=attention * tokens / self.rate / self.device.reached("attention"))
         moved = Pass(elementwise=self._traffic() * tokens / self.device.bandwidth / self.device.reached("memory"))
@@ -110,7 +110,7 @@ class Clock:
     def _again(self, kept: frozenset[str]) -> float:
         if self._table is None:
             return 0.0
-        return self._table.operations_again(kept, (self.config.batch.seq_len + 1) / 2)
+        return self._table.operations_again(kept, self.config.model.seen(self.config.batch.seq_len))
 
     def _coded(self, kept: frozenset[str]) -> float:
         """Bytes a token that are read and written where a layer's results are coded, and again where they are decoded."""
@@ -164,14 +164,8 @@ class Clock:
         if parallel.ulysses > 1:
             seconds += self.links.exchange(size * (2 * heads + 2 * keys), 1, parallel.ulysses)
         if parallel.ring > 1:  # hidden behind the blocks that are looked at meanwhile, or longer than they are
-            looked = (
-                2.0
-                * heads
-                * (self.config.batch.seq_len + 1)
-                * self.tokens
-                / self.rate
-                / self.device.reached("attention")
-            )
+            seen = 4.0 * heads * model.seen(self.config.batch.seq_len)
+            looked = seen * self.tokens / self.rate / self.device.reached("attention")
             block = self.links.message(size * 2 * keys, parallel.ulysses)
             seconds += max(0.0, (parallel.ring - 1) * block - looked)
         return seconds

@@ -145,7 +145,7 @@ def _summed(clock: Clock, spent: Pass, exposed: float, optimizer: float, bubble:
     config = clock.config
     step = spent.total + exposed + optimizer + bubble
     tokens = config.batch.positions
-    operations = flops_of(config.model, tokens, tokens * (config.batch.seq_len + 1) / 2)
+    operations = flops_of(config.model, tokens, tokens * config.model.seen(config.batch.seq_len))
     devices = config.parallel.world_size
     mfu = operations / step / devices / clock.device.flops
     return Seconds(
