@@ -196,7 +196,7 @@ def test_the_cache_notices_a_changed_file(tmp_path):
     assert after.tokens != before.tokens
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "arrow"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow"])
 def test_every_kind_of_dataset_file_gives_the_same_corpus(tmp_path, kind):
     import gzip
 
@@ -215,6 +215,9 @@ def test_every_kind_of_dataset_file_gives_the_same_corpus(tmp_path, kind):
             writer.write_table(table, max_chunksize=7)
     elif kind == "jsonl.gz":
         path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "jsonl.zst":
+        halves = lines[: len(lines) // 2], lines[len(lines) // 2 :]  # two frames, as `cat a.zst b.zst` makes
+        path.write_bytes(b"".join(pa.compress(half.encode(), codec="zstd", asbytes=True) for half in halves))
     else:
         path.write_text(lines)
     data = open_data(Hf(files=str(folder), holdout=0.2, cache_dir=str(tmp_path / "cache")), 16, 256)
@@ -238,7 +241,7 @@ def test_token_files_raw_or_written_by_rowwise(tmp_path):
     assert data.train.sample(data.train.streams[0].windows(9)).inputs.tolist() == list(range(9))
     with pytest.raises(ValueError, match=r"go up to 999, but model.vocab_size=500"):
         open_data(raw, 9, 500)
-    with pytest.raises(ValueError, match=r"mask_documents=true needs data.separator"):
+    with pytest.raises(ValueError, match=r"mask_documents=true needs data.separator, .* or Megatron's index beside it"):
         open_data(replace(raw, mask_documents=True), 9, 1000)
     assert open_data(replace(raw, holdout=0.2), 9, 1000).train.fingerprint != data.train.fingerprint
     np.array([1, -5, 3] * 20, dtype=np.int32).tofile(tmp_path / "negative.bin")

@@ -64,6 +64,16 @@ def llm_c(magic: int = 20240520, version: int = 1, dtype: str = "<u2", count: in
     return struct.pack("<3i", magic, version, count).ljust(1024, b"\0") + TOKENS.astype(dtype).tobytes()
 
 
+def index(code: int, lengths: list[int], borders: list[int] | None = None, itemsize: int = 4) -> bytes:
+    """Megatron's, of sequences of these lengths; each is a document, or as `borders` have it."""
+    begins = np.concatenate(([0], np.cumsum(lengths)))[:-1] * itemsize
+    borders = list(range(len(lengths) + 1)) if borders is None else borders
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(lengths), len(borders))
+    return (
+        head + np.array(lengths, "<i4").tobytes() + begins.astype("<i8").tobytes() + np.array(borders, "<i8").tobytes()
+    )
+
+
 def torch_saved(zip_: bool) -> bytes:
     return write_with(lambda s: torch.save({"w": torch.ones(3)}, s, _use_new_zipfile_serialization=zip_))
 
@@ -90,7 +100,7 @@ KINDS: dict[str, tuple[bytes, tuple[str, ...], str]] = {
     "a.tar": (write_with(tarred), (), "unpack it"),
     "a.bz2": (bz2.compress(TEXT), (), "unpack it"),
     "a.xz": (lzma.compress(TEXT), (), "unpack it"),
-    "a.zst": (pa.compress(TEXT, codec="zstd", asbytes=True), (), "unpack it"),
+    "a.jsonl.zst": (pa.compress(ROWS, codec="zstd", asbytes=True), ("hf",), "give data=hf where it holds JSON lines, or unpack it"),
     "a.lz4": (pa.compress(TEXT, codec="lz4", asbytes=True), (), "unpack it"),
     "program": (Path(sys.executable).read_bytes()[:9000], (), "give text or tokens"),
     "a.png": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 20, (), "give text or tokens"),
@@ -275,12 +285,51 @@ def test_arrays_of_every_integer(tmp_path, dtype):
     assert data.train.sample(3).inputs.dtype == np.int64
 
 
+def test_documents_are_as_megatrons_index_has_them(tmp_path):
+    """Of several sequences each, some empty; and a separator says more than the index."""
+    TOKENS.astype(np.int32).tofile(tmp_path / "a.bin")
+    (tmp_path / "a.idx").write_bytes(index(4, [100, 0, 200, 300, 0, 400], [0, 1, 3, 4, 4, 5, 6]))
+    config = Tokens(files=str(tmp_path / "a.bin"), mask_documents=True, holdout=0)
+    data = open_data(config, 16, 256)
+    assert data.train.streams[0].documents.tolist() == [0, 100, 300, 600]
+    assert set(data.read) == {str(tmp_path / "a.bin"), str(tmp_path / "a.idx")}
+    sample = data.train.sample(6)  # tokens 96 to 112
+    assert sample.documents.tolist() == [0] * 4 + [1] * 12
+    assert sample.positions.tolist() == [0, 1, 2, 3, *range(12)]
+    assert (sample.labels == -100).nonzero()[0].tolist() == [3]
+    separated = open_data(replace(config, separator=255), 16, 256)
+    assert separated.train.streams[0].documents.tolist() == [0, 256, 512, 768]
+    (tmp_path / "a.idx").write_bytes(index(4, [500, 500]))
+    assert open_data(config, 16, 256).train.fingerprint != data.train.fingerprint
+
+
+WRONG_INDICES = {
+    "short": (index(4, [100, 900])[:60], "a.idx is cut short: it has not what it says of 2 sequences"),
+    "of others": (index(4, [100, 800]), "a.idx is of 900 tokens, and .*a.bin has 1,000"),
+    "overlapping": (index(4, [100, 900], itemsize=2), "its sequences do not stand one behind another in"),
+    "less than nothing": (index(4, [1100, -100]), "its sequences do not stand one behind another in"),
+    "no end": (index(4, [100, 900], [0, 1]), "its documents do not go from the first sequence to the last"),
+    "backwards": (index(4, [100, 900], [0, 2, 1, 2]), "its documents do not go from the first sequence to the last"),
+    "beyond": (index(4, [100, 900], [0, 9, 2]), "its documents do not go from the first sequence to the last"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INDICES)
+def test_an_index_that_is_not_of_its_tokens_is_refused(tmp_path, name):
+    TOKENS.astype(np.int32).tofile(tmp_path / "a.bin")
+    content, says = WRONG_INDICES[name]
+    (tmp_path / "a.idx").write_bytes(content)
+    with pytest.raises(ValueError, match=says) as refusal:
+        open_data(Tokens(files=str(tmp_path / "a.bin"), mask_documents=True, holdout=0), 16, 256)
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_dtype_that_the_file_contradicts_is_refused(tmp_path):
     """Said by the header of an array, of llm.c, or by Megatron's index beside the tokens; else it is data.dtype that says it."""
     np.save(tmp_path / "a.npy", TOKENS.astype(np.int32))
     (tmp_path / "b.bin").write_bytes(llm_c())
     TOKENS.astype(np.int32).tofile(tmp_path / "c.bin")
-    (tmp_path / "c.idx").write_bytes(b"MMIDIDX\0\0" + struct.pack("<QB", 1, 4) + bytes(400))
+    (tmp_path / "c.idx").write_bytes(index(4, [1000]))
     TOKENS.astype(np.int32).tofile(tmp_path / "d.bin")
     for name, held in {"a.npy": "int32", "b.bin": "uint16", "c.bin": "int32"}.items():
         config = Tokens(files=str(tmp_path / name), holdout=0.1)

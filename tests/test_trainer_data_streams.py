@@ -231,6 +231,16 @@ def test_gzip_cut_short_anywhere_is_named(tmp_path):
         assert "\n" not in str(refusal.value)
 
 
+def test_zstd_cut_short_anywhere_is_named(tmp_path):
+    lines = "".join(json.dumps({"text": prose(40, n)}) + "\n" for n in range(30)).encode()
+    whole, path = pa.compress(lines, codec="zstd", asbytes=True), tmp_path / "a.jsonl.zst"
+    for size in (*range(4, 30), *range(30, len(whole), 97), *range(len(whole) - 9, len(whole))):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"a.jsonl.zst cannot be read as JSON lines beyond line \d+") as refusal:
+            open_data(Hf(files=str(path), cache_dir=str(tmp_path / "cache")), 8, 256)
+        assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("by_bytes", [False, True])
 def test_characters_that_a_tokenizer_leaves_out_are_counted_and_its_tokens_are_the_librarys(tmp_path, by_bytes):
     """Byte-pair encoding without an unknown token says nothing of them, and merges what stood around them."""

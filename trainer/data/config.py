@@ -62,7 +62,8 @@ class Text(TextSource):
 class Tokens:
     """Files of tokens, mapped, never copied: raw ones, ones that say what they hold (.npy, llm.c's .bin), or folders that
     Rowwise wrote. `files`: paths, folders or globs. `dtype`: of raw files; null: what an index of Megatron beside them
-    says, else uint16. `separator`: the token that ends a document in a file; null: none. `mask_documents`: attention stays
+    says, else uint16. `separator`: the token that ends a document in a file; null: documents are as that index has them,
+    else one a file. `mask_documents`: attention stays
     inside a document. `holdout`: the share of the tokens that is held out, 0 to below 1."""
 
     ENDINGS: ClassVar[tuple[str, ...]] = (".bin", ".npy")
@@ -76,14 +77,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Hf(TextSource):
-    """A local Hugging Face dataset folder. `files`: .parquet, .arrow, .jsonl or .jsonl.gz files, folders of them, or globs.
+    """A local Hugging Face dataset folder. `files`: .parquet, .arrow, .jsonl, .jsonl.gz or .jsonl.zst files, folders of them, or
+    globs.
     `column`: the one that holds the text. `tokenizer`: `bytes`, or the path of a tokenizer.json. `end_of_text`: the
     tokenizer's token that ends a document; null: none. `mask_documents`: attention stays inside a document. `holdout`: the
     share of the tokens that is held out, 0 to below 1. `cache_dir`: where its tokens are kept; null: the user's cache
     folder."""
 
     # Not .json: such files of a saved dataset describe it.
-    ENDINGS, AS_LARGE = (".parquet", ".arrow", ".jsonl", ".jsonl.gz"), False
+    ENDINGS, AS_LARGE = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst"), False
     name: MayChange[Literal["hf"]] = "hf"
     files: MayChange[str | list[str]] = field(default_factory=list)
     column: MayChange[str] = "text"

@@ -3,6 +3,7 @@
 import codecs
 import glob
 import gzip
+import io
 import json
 import os
 import tempfile
@@ -11,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from rowwise.trainer.data.kinds import ARROW_STREAM, GZIP, PARQUET, Kind, check_rows
+from rowwise.trainer.data.kinds import ARROW_STREAM, GZIP, PARQUET, ZSTD, Kind, check_rows
 from rowwise.trainer.data.long_lines import LongLine, encoded
 from rowwise.trainer.data.pieces import LONG_BYTES, Document, Stretch
 from rowwise.trainer.files import want_of_room
@@ -111,8 +112,17 @@ def _each_once(paths: Iterable[Path]) -> Iterable[Path]:
 def rows_of(path: Path, column: str, folder: Path) -> Iterator[Document]:
     """Reads the rows of a dataset's file, each a document. Long ones pass through files in `folder`. Raises ValueError."""
     kind = check_rows(path)
-    read = _json_lines if kind in (None, GZIP) else _columns
+    read = _json_lines if kind in (None, GZIP, ZSTD) else _columns
     yield from read(path, kind, column, folder)
+
+
+def opened(path: Path, kind: Kind | None) -> io.BufferedReader:
+    """Opens a file for the bytes that are in it, unpacked. What is damaged raises OSError, EOFError or zlib.error where it is read."""
+    if kind == ZSTD:
+        import pyarrow as pa
+
+        return io.BufferedReader(cast(io.RawIOBase, pa.input_stream(str(path), compression="zstd")))
+    return cast(io.BufferedReader, gzip.open(path)) if kind == GZIP else path.open("rb")
 
 
 def whole_file(path: Path) -> Document:
@@ -137,7 +147,7 @@ def _of_row(where: str, text: bytes | memoryview, folder: Path) -> Document:
 def _json_lines(path: Path, kind: Kind | None, column: str, folder: Path) -> Iterator[Document]:
     number = 0
     try:
-        with (gzip.open if kind == GZIP else open)(path, "rb") as lines:
+        with opened(path, kind) as lines:
             while line := lines.readline(_LINE_BYTES):
                 number += 1
                 where = f"{path}, line {number}"

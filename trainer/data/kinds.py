@@ -31,7 +31,7 @@ NPY = Kind("an array of NumPy (.npy)", ("tokens",))
 PARQUET = Kind("a Parquet file", ("hf",))
 ARROW = Kind("an Arrow file", ("hf",))
 ARROW_STREAM = Kind("an Arrow stream", ("hf",))
-ZSTD = Kind("compressed by zstd", (), _UNPACK)
+ZSTD = Kind("compressed by zstd", (), f"give data=hf where it holds JSON lines, or {_UNPACK}")
 GZIP = Kind("compressed by gzip", (), f"give data=hf where it holds JSON lines, or {_UNPACK}")
 LLM_C = Kind("tokens behind a header of llm.c", ("tokens",))
 _INDEX = Kind("an index of Megatron, which says where tokens are", (), "give the .bin file beside it to data=tokens")
@@ -117,10 +117,10 @@ def check_text(path: Path) -> None:
 
 
 def check_rows(path: Path) -> Kind | None:
-    """Returns the kind of a file of `data=hf`: Parquet, Arrow, gzip; None of what is to hold JSON lines as they are. Raises
+    """Returns the kind of a file of `data=hf`: Parquet, Arrow, gzip, zstd; None of what is to hold JSON lines as they are. Raises
     ValueError for what is none of them."""
     kind = kind_of(path)
-    if kind not in (PARQUET, ARROW, ARROW_STREAM, GZIP):
+    if kind not in (PARQUET, ARROW, ARROW_STREAM, GZIP, ZSTD):
         _refuse(path, kind or _no_text(_head(path)), "hf")
     return kind
 

@@ -203,6 +203,10 @@ def _open_tokens(config: Tokens, seq_len: int) -> Data:
         digest.update(store.record.fingerprint.encode())
     streams = [open_tokens(path, config) for path in files]
     fingerprints = {str(path): file_fingerprint(path) for path in files}
+    if config.mask_documents and config.separator is None:
+        indices = [path.with_suffix(".idx") for path in files]
+        fingerprints |= {str(path): file_fingerprint(path) for path in indices}
+        digest.update("".join(fingerprints[str(path)] for path in indices).encode())
     for path, stream in zip(files, streams, strict=True):
         least, most = token_range(stream.tokens)
         if least < 0:

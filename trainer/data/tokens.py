@@ -1,6 +1,7 @@
 """Files of tokens, mapped: which they are, of what dtype, where in them the tokens stand, and what is held out.
 
-bare tokens      of `data.dtype`; where Megatron's index lies beside them (x.idx beside x.bin), of the dtype it names
+bare tokens      of `data.dtype`; where Megatron's index lies beside them (x.idx beside x.bin), of the dtype and in the documents that
+                 it names (`megatron.py`)
 x.npy            a 1-D array of integers
 llm.c's          1,024 bytes of header, then tokens of 16 or 32 bits
 a folder         with meta.json: a corpus that Rowwise wrote (`corpus.py`)
@@ -25,10 +26,9 @@ from rowwise.trainer.data.documents import Found, find_files
 from rowwise.trainer.data.earlier import record_of_earlier
 from rowwise.trainer.data.integrity import DataDamaged
 from rowwise.trainer.data.kinds import LLM_C, NPY, check_tokens
+from rowwise.trainer.data.megatron import index_of
 
 _DEFAULT_DTYPE = "uint16"
-_INDEX_DTYPES = {1: "uint8", 4: "int32", 5: "int64", 8: "uint16"}  # by Megatron's numbers
-_INDEX_HEAD = b"MMIDIDX\0\0" + (1).to_bytes(8, "little")
 _LLM_C_HEAD, _LLM_C_DTYPES = 1024, {20240520: "uint16", 20240801: "uint32"}
 
 
@@ -73,12 +73,15 @@ def open_folder(path: Path) -> Store:
 
 
 def open_tokens(path: Path, config: Tokens) -> TokenStream:
-    """Opens the tokens of a file, with documents that end with `data.separator`. Raises ValueError for what holds none."""
-    if config.mask_documents and config.separator is None:
+    """Opens the tokens of a file, with documents that end with `data.separator`, or as an index beside it has them. Raises ValueError
+    for what holds none."""
+    index = index_of(path)
+    if config.mask_documents and config.separator is None and index is None:
         raise ValueError(
-            "data.mask_documents=true needs data.separator, the token that ends a document in a raw token file"
+            "data.mask_documents=true needs data.separator, the token that ends a document in a raw token file, or Megatron's index "
+            "beside it"
         )
-    dtype = _indexed_dtype(path) or config.dtype or _DEFAULT_DTYPE
+    dtype = (index.dtype if index is not None else config.dtype) or _DEFAULT_DTYPE
     kind = check_tokens(path, np.dtype(dtype).itemsize)
     if kind == NPY:
         tokens = _array(path)
@@ -93,6 +96,8 @@ def open_tokens(path: Path, config: Tokens) -> TokenStream:
         )
     if not len(tokens):
         raise ValueError(f"{path} has no tokens; give other data.files")
+    if index is not None and config.separator is None:
+        return TokenStream(tokens, index.documents)
     return with_documents(tokens, config.separator)
 
 
@@ -147,18 +152,3 @@ def _behind_header(path: Path) -> np.ndarray:
     if len(tokens) != count:
         raise ValueError(f"{path} has {len(tokens)} tokens, and its header says {count}; write it again")
     return tokens
-
-
-def _indexed_dtype(path: Path) -> str | None:
-    """What Megatron's index beside the file says; None where there is none."""
-    index = path.with_suffix(".idx")
-    if path.suffix != ".bin" or not index.is_file():
-        return None
-    with index.open("rb") as file:
-        head = file.read(len(_INDEX_HEAD) + 1)
-    if not head.startswith(_INDEX_HEAD):
-        return None
-    dtype = _INDEX_DTYPES.get(head[-1])
-    if dtype is None:
-        raise ValueError(f"{index} names the dtype {head[-1]}, possible are {_INDEX_DTYPES}; write the tokens anew")
-    return dtype

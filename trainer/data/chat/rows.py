@@ -1,17 +1,15 @@
 """Rows of files of conversations: JSON lines (as they are, or in gzip or zstd), a list in one JSON file, Parquet, Arrow."""
 
 import codecs
-import gzip
 import io
 import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from rowwise.trainer.data.chat.forms import COLUMNS, BadRow
-from rowwise.trainer.data.documents import table
+from rowwise.trainer.data.documents import opened, table
 from rowwise.trainer.data.kinds import GZIP, ZSTD, Kind, check_conversations
 
 MOST_BYTES = 64 << 20  # of a line
@@ -33,7 +31,7 @@ def rows_of(path: Path) -> Iterator[Row]:
         yield from _of_table(path, kind)
         return
     try:
-        with _opened(path, kind) as file:
+        with opened(path, kind) as file:
             if _first(file) == b"[":
                 yield from _of_list(path, file)
             else:
@@ -45,14 +43,6 @@ def rows_of(path: Path) -> Iterator[Row]:
 def place_of(path: Path, number: int) -> str:
     """Says where a row stands, for a person."""
     return f"{path}, {'line' if check_conversations(path) in (None, GZIP, ZSTD) else 'row'} {number}"
-
-
-def _opened(path: Path, kind: Kind | None) -> io.BufferedReader:
-    if kind == ZSTD:
-        import pyarrow as pa
-
-        return io.BufferedReader(cast(io.RawIOBase, pa.input_stream(str(path), compression="zstd")))
-    return cast(io.BufferedReader, gzip.open(path)) if kind == GZIP else path.open("rb")
 
 
 def _first(file: io.BufferedReader) -> bytes:
