@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rowwise.kernels.coded_rows import RowForm, decode_rows
+from rowwise.kernels.torch_compiler import left_to_python
 
 
 def stored_weight(kept: Tensor, columns: int, form: RowForm | None, dtype: torch.dtype) -> Tensor:
@@ -22,11 +23,13 @@ def stored_weight(kept: Tensor, columns: int, form: RowForm | None, dtype: torch
     return kept.to(dtype) if form is None else decode_rows(kept, columns, form, dtype)
 
 
-def coded_linear(x: Tensor, kept: Tensor, form: RowForm | None) -> Tensor:
-    """Multiplies x (..., C) by W, to (..., R). No gradient goes to W. Communicates nothing."""
+@left_to_python
+def coded_linear(x: Tensor, kept: Tensor, form: RowForm | None, bias: Tensor | None = None) -> Tensor:
+    """Multiplies x (..., C) by W, to (..., R), and adds the bias (R,). No gradient goes to W. Communicates nothing."""
     if form is None and kept.dtype == x.dtype:
-        return F.linear(x, kept)
-    return _CodedLinear.apply(x, kept, form)
+        return F.linear(x, kept, bias)
+    y = _CodedLinear.apply(x, kept, form)
+    return y if bias is None else y + bias
 
 
 class _CodedLinear(torch.autograd.Function):

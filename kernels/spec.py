@@ -12,6 +12,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from rowwise.kernels.coded_rows import RowForm
+
 Role = Literal["hidden", "embedding", "head", "adapter", "vector"]
 DENSE = "dense"  # the view of the mesh that every run has: see `parallel.mesh`
 
@@ -44,8 +46,9 @@ class ParameterSpec:
     (None: its model never begins at random). `batched`: dim 0 counts, and each entry is a matrix, or a vector, of its own.
     `view`: of the mesh, over which its rows are split and repeated. `theirs`: its name in a folder of Hugging Face (None: there
     it has none), or that of the tensor whose rows from `their_row` on it is, of `their_rows` (None: it is all of it); `copies`:
-    names under which the folder may hold it once more. `frozen`: it does not learn, so that it has
-    neither gradient nor state. `rate`: its learning rate, as a multiple of the run's."""
+    names under which the folder may hold it once more. `frozen`: it does not learn, so that it has neither gradient nor state.
+    `rate`: its learning rate, as a multiple of the run's. `kept`: in which dtype or as which codes its rows are kept, where that
+    is not the run's dtype."""
 
     shape: torch.Size
     role: Role
@@ -58,11 +61,19 @@ class ParameterSpec:
     their_rows: int | None = None
     frozen: bool = False
     rate: float = 1.0
+    kept: RowForm | torch.dtype | None = None
 
     @property
     def matrix(self) -> torch.Size:
         """The shape of what rules work on: the matrix or vector that the parameter is, or each that it holds."""
         return self.shape[1:] if self.batched else self.shape
+
+    def row_bytes(self, width: int) -> int:
+        """Counts the bytes of an entry of dim 0 as it is kept; of `width` bytes a number, where that is in the run's dtype."""
+        numbers = self.shape[1:].numel()
+        if isinstance(self.kept, RowForm):
+            return self.kept.row_bytes(numbers)
+        return numbers * (width if self.kept is None else self.kept.itemsize)
 
 
 Specs = Mapping[str, ParameterSpec]

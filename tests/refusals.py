@@ -416,6 +416,22 @@ REFUSED = {
         ["memory.offload_activations=cpu", "memory.offload_share=1.5"],
         r"memory.offload_share=1.5: all, auto, or the share of what layers keep that leaves the device, from 0 to 1",
     ),
+    "nothing to keep in fewer bits": (
+        ["model.frozen_dtype=nf4"],
+        r"model.frozen_dtype=nf4: nothing is frozen; give an adapter, such as adapter=lora, or freeze matrices with optim.assign",
+    ),
+    "bytes that are rounded": (
+        ["model.frozen_dtype=nf4", "adapter=lora", "parallel.quantize_gather=int8"],
+        r"model.frozen_dtype=nf4 with parallel.quantize_gather=int8: .*give parallel.quantize_gather=none, or model.frozen_dtype",
+    ),
+    "16 bits, twice": (
+        ["model.frozen_dtype=bf16", "adapter=lora", "optim.param_dtype=bf16", "precision=bf16"],
+        r"model.frozen_dtype=bf16 with optim.param_dtype=bf16: every parameter is in 16 bits; give model.frozen_dtype=null",
+    ),
+    "other bits of what is frozen": (
+        ["model.frozen_dtype=nf3", "adapter=lora"],
+        r"model.frozen_dtype='nf3': .*'bf16', 'int8' or 'nf4'",
+    ),
     "other bits to gather": (["parallel.quantize_gather=int4"], r"quantize_gather='int4': .*'none' or 'int8'"),
     "masks of rounded weights": (
         ["parallel.quantize_gather=int8", "sparsity=nm"],

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rowwise.kernels.coded_rows import INT8, NF4, decode_rows, encode_rows
 from rowwise.kernels.philox import random_words, stream_key
 from rowwise.trainer.config import TrainConfig
 
@@ -42,6 +43,18 @@ def adapt(model: nn.Module, config: TrainConfig) -> None:
         first = next((one.rule for one in config.optim.assign if fnmatchcase(name, one.match)), "own")
         learns = choice.name == "none" or "lora_" in name or matches(name, choice.train)
         p.requires_grad_(learns and first != "frozen")
+        if not p.requires_grad and "blocks." in name and p.ndim == 2:
+            p.data = as_kept(p.data, config.model.frozen_dtype)
+
+
+def as_kept(w: Tensor, frozen_dtype: str | None) -> Tensor:
+    """What a matrix is once it was kept in fewer bits."""
+    if frozen_dtype is None:
+        return w
+    if frozen_dtype == "bf16":
+        return w.bfloat16().double()
+    form = {"nf4": NF4, "int8": INT8}[frozen_dtype]
+    return decode_rows(encode_rows(w.float(), form), w.size(1), form, torch.float64)
 
 
 def matches(name: str, patterns: list[str]) -> bool:

@@ -22,6 +22,7 @@ from rowwise.parallel.reduce import REDUCED
 from rowwise.parallel.sequence import HEADS
 from rowwise.trainer.activations import OWN_LAYERS
 from rowwise.trainer.adapters.check import ADAPTED, check_adapter
+from rowwise.trainer.adapters.frozen import FROZEN_DTYPE
 from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import FOLDER, LENGTH, LINES, TrainConfig, tree_of
 from rowwise.trainer.data.batches import check_batch
@@ -48,6 +49,7 @@ COMPOSED: Refusals = (
     *SPIKES,
     *MASKED,
     *ADAPTED,
+    *FROZEN_DTYPE,
     *OWN_LAYERS,
     *COMPILED_CODES,
     *SHARED_CODES,

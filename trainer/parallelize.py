@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from rowwise.parallel.shard import (
     sharded_parts,
 )
 from rowwise.trainer.activations import keep_results, one_by_one
+from rowwise.trainer.adapters.frozen import coded_as_filled, keep_frozen
 from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import Engine, WholeModel
@@ -38,8 +40,9 @@ from rowwise.trainer.pipeline import StagedDecoder, connect_stages
 from rowwise.trainer.pruned import prune_groups
 
 Conversion = Callable[[list[Decoder], TrainConfig, Mesh], None]
-# Each puts other layers in the place of those that a configuration names, with the very same parameters; in this order.
-CONVERSIONS: tuple[Conversion, ...] = (prune_groups,)
+# Each puts other layers in the place of those that a configuration names, with the very same parameters; in this order. (What is
+# kept otherwise than the model's other parameters becomes so there.)
+CONVERSIONS: tuple[Conversion, ...] = (prune_groups, lambda stages, config, mesh: keep_frozen(stages))
 
 
 def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> tuple[Engine, Sparsity | None]:
@@ -126,12 +129,15 @@ def files_of_rows(config: TrainConfig) -> Files:
 
 def initial_rows(config: TrainConfig) -> Callable[[str, Tensor, int, int], None]:
     """Returns what fills rows of a parameter before the first step."""
-    source, own = config.model.init_from, parameter_specs(config.model)
-    draw_ = random_rows(run_specs(config), config.seed)
-    if source is None:
-        return draw_
-    read_ = rows_from(Path(source).expanduser(), own)
-    return lambda name, *rows: read_(name, *rows) if name in own else draw_(name, *rows)
+    source, own, specs = config.model.init_from, parameter_specs(config.model), run_specs(config)
+    fill_ = draw_ = random_rows(specs, config.seed)
+    if source is not None:
+        read_ = rows_from(Path(source).expanduser(), own)
+
+        def fill_(name: str, *rows: Any) -> None:
+            (read_ if name in own else draw_)(name, *rows)
+
+    return coded_as_filled(fill_, specs)
 
 
 def engine_of(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> Engine:

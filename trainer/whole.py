@@ -15,7 +15,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from rowwise.kernels.coded_rows import RowForm
 from rowwise.kernels.nm import nm_mask
 from rowwise.kernels.spec import Specs
 from rowwise.kernels.wide import wide_dtype
@@ -23,6 +25,7 @@ from rowwise.optim.average import PREFIX as AVERAGE
 from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.adapters.config import NoAdapter
+from rowwise.trainer.adapters.frozen import KEPT, decoded
 from rowwise.trainer.adapters.merge import adapter_of, merged
 from rowwise.trainer.files import behind
 from rowwise.trainer.manifest_form import Manifest
@@ -136,11 +139,22 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{checkpoint} cannot be read ({missing[0].strerror}); give another step") from None
 
 
+def coded_in(source: Source, specs: Specs) -> dict[str, tuple[RowForm, int]]:
+    """Finds which matrices a checkpoint holds as rows of bytes: the form of each, and how many numbers a row has."""
+    form = KEPT.get(source.config["model"].get("frozen_dtype"))
+    if not isinstance(form, RowForm):
+        return {}
+    held = read_metadata(source.checkpoint).state_dict_metadata
+    tensors = {name: told for name in specs if isinstance(told := held.get(f"model.{name}"), TensorStorageMetadata)}
+    coded = [name for name, told in tensors.items() if told.properties.dtype == torch.uint8]
+    return {name: (form, specs[name].shape[1]) for name in coded}
+
+
 def reader(source: Source, specs: Specs) -> Callable[[dict[str, Tensor]], None]:
     """Returns a function that fills tensors (our parameters by name) with what the run computed with. After sparsity=nm that is
     its matrices pruned, chosen in the run's own precision; a checkpoint has the dense ones, which learn. Of a run with an adapter it
     is the matrices that its layers stand for. `specs`: of the plain model."""
-    read_ = source.read_()
+    read_ = decoded(source.read_(), coded_in(source, specs))
     if not isinstance(adapter := adapter_of(source.config), NoAdapter):
         return merged(adapter, specs, source.precision, read_)
     sparsity, own = source.config.get("sparsity", {"name": "none"}), source.precision

@@ -5,20 +5,19 @@
 Split by rows, each rank has rows of W, A and B; a layer computes with all of them, gathered as every parameter is.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rowwise.trainer.adapters.config import Lora
+from rowwise.trainer.adapters.frozen import FrozenLinear
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(FrozenLinear):
     """A linear layer with a low-rank adapter beside it. Its weight and bias are those of the layer that it stands in for."""
 
     def __init__(self, linear: nn.Linear, config: Lora):
-        with torch.device("meta"):  # so that nothing is made for it
-            super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, config.scale
+        super().__init__(linear)
+        self.scale = config.scale
         for name, spec in config.added(linear.weight.shape).items():
             self.register_parameter(name, nn.Parameter(linear.weight.new_empty(spec.shape)))
 
@@ -26,11 +25,7 @@ class LoraLinear(nn.Linear):
     lora_b: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.base(input) + self.beside(input)
-
-    def base(self, x: Tensor) -> Tensor:
-        """What the layer gives without its adapter: (..., n) to (..., m)."""
-        return F.linear(x, self.weight, self.bias)
+        return self.base(input, self.bias) + self.beside(input)
 
     def beside(self, x: Tensor) -> Tensor:
         """What the adapter adds to that."""

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.optim.build import frozen_by
 from rowwise.trainer.adapters.config import AdapterConfig, NoAdapter
+from rowwise.trainer.adapters.frozen import with_kept
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_specs, stage_parts
 from rowwise.trainer.models.specs import EMBEDDING, HEAD
@@ -22,7 +23,11 @@ from rowwise.trainer.models.specs import EMBEDDING, HEAD
 
 def run_specs(config: TrainConfig) -> Specs:
     """Gives the spec of every parameter of a run, by name and in order."""
-    return frozen_by(with_adapter(parameter_specs(config.model), config.adapter), config.optim)
+    return _of_run(parameter_specs(config.model), config)
+
+
+def _of_run(specs: Specs, config: TrainConfig) -> Specs:
+    return with_kept(frozen_by(with_adapter(specs, config.adapter), config.optim), config.model.frozen_dtype)
 
 
 def run_parts(config: TrainConfig, layers: range) -> tuple[list[Specs], Specs]:
@@ -31,7 +36,7 @@ def run_parts(config: TrainConfig, layers: range) -> tuple[list[Specs], Specs]:
     copy_learns = not run_specs(config)[EMBEDDING].frozen
 
     def of_run(part: Specs) -> Specs:
-        found = frozen_by(with_adapter(part, config.adapter), config.optim)
+        found = _of_run(part, config)
         if config.model.tie_embeddings and HEAD in found:  # the copy of another stage's embedding
             return {**found, HEAD: replace(found[HEAD], frozen=not copy_learns)}
         return found

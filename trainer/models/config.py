@@ -35,7 +35,9 @@ class ModelConfig:
     likewise (SmolLM3). `rope_local_theta`: the base in layers with a window, which are not stretched; null: `rope_theta`.
     `rope_long`: of a longrope, whether `long_factors` are used; null: where batch.seq_len is above `original_length`.
     `rope_share`: of each head, what turns (Phi-4-mini). `family`: as which of the families of docs/models.md it is read and
-    written in folders of Hugging Face; null: the first that has its shape."""
+    written in folders of Hugging Face; null: the first that has its shape. `frozen_dtype`: in which hidden matrices that do not
+    learn are kept; they multiply in the run's precision (`int8` and `nf4`: as codes, in blocks of 256 and of 64 in a row); null: in
+    that in which those that learn are."""
 
     name: MayChange[str] = "tiny"
     layers: Fixed[int] = 4
@@ -74,6 +76,7 @@ class ModelConfig:
     rope_long: MayChange[bool | None] = None
     rope_share: Fixed[float] = 1.0
     family: MayChange[str | None] = None
+    frozen_dtype: Fixed[Literal["bf16", "int8", "nf4"] | None] = None
 
     @property
     def head_size(self) -> int:

@@ -241,7 +241,7 @@ def parameter_bytes(config: TrainConfig, layers: range, place: Place, held_by_fs
     for part in [*parts, rest]:
         for spec in part.values():
             rows = -(-spec.shape[0] // place.shards) if held_by_fsdp else rows_of(spec.shape[0], place)
-            total += rows * spec.shape[1:].numel() * width
+            total += rows * spec.row_bytes(width)
     return total
 
 

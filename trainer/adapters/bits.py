@@ -1,0 +1,51 @@
+"""How many bits each matrix gets, under a budget for all: LQ-LoRA's integer programme (Guo et al., section 3.3).
+
+    minimise  sum c_ij x_ij        where  sum_j x_ij = 1,   sum b_ij x_ij <= B,   x_ij in {0, 1}
+
+Matrix i in form j has b_ij bits, and c_ij is the square of the error that is left of it.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rowwise.kernels.coded_rows import RowForm
+
+# The authors' grid has 432 forms: tops of 32 bits, and scales of 2 and 3, beside these.
+FORMS = tuple(
+    RowForm(bits, block, scales="whole", scale_bits=scale_bits, group=256, top="bf16")
+    for bits in (2, 3, 4, 8)
+    for scale_bits in (4, 8)
+    for block in (16, 32, 64)
+)
+
+
+def bits_of(shape: torch.Size, form: RowForm) -> int:
+    """Counts the bits of a matrix (rows, columns) in a form."""
+    return shape[0] * form.row_bytes(shape[1]) * 8
+
+
+def choose(costs: Tensor, bits: Tensor, budget: float) -> list[int]:
+    """Chooses a form (a column) for each matrix (a row) of `costs` and `bits`, so that all their bits are at most `budget` and the sum
+    of costs is least. Raises ValueError where the least that there is takes more."""
+    from scipy.optimize import Bounds, LinearConstraint, milp  # nothing else needs it, and it takes a tenth of a second
+
+    least = bits.amin(1).sum().item()
+    if least > budget:
+        raise ValueError(f"the forms of fewest bits take {least:,.0f} bits, and there are {budget:,.0f}; give more")
+    count, forms = costs.shape
+    # Of one size, so that the solver's tolerances are of the answer's.
+    c = (costs.double() / costs.double().norm().clamp_min(1e-300) * 1000).flatten().numpy()
+    b = (bits.double() / budget).flatten().numpy()
+    one_each = np.repeat(np.eye(count), forms, axis=1)
+    found = milp(
+        c,
+        constraints=[LinearConstraint(b[None], 0, 1), LinearConstraint(one_each, 1, 1)],
+        integrality=np.ones_like(c),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0},
+    )
+    assert found.x is not None, found.message
+    chosen = found.x.reshape(count, forms).argmax(1).tolist()
+    assert sum(bits[i, j].item() for i, j in enumerate(chosen)) <= budget * (1 + 1e-6)
+    return chosen

@@ -1,0 +1,139 @@
+"""A matrix as one of low rank and what remains, as adapters begin with: functions of matrices alone.
+
+    W (m, n)  =  R + s B A        A (r, n), B (m, r), s the adapter's scale; U S V^T = W, its singular values descending
+
+    pissa    B A s = U_r S_r V_r^T, so that the principal part learns (Meng et al., *PiSSA*)
+    corda    of U S V^T = W C, with the covariance C (n, n) of what the layer takes: B A s = U_r S_r V_r^T C^-1, the part that matters
+             most for such inputs, or least (Yang et al., *CorDA*: "instruction" and "knowledge")
+    eva      A = the principal components of what the layer takes, B = 0, R = W (Paischer et al., *EVA*)
+    lq       R is made of few bits: A, B and R are found in turn, until the error grows (Guo et al., *LQ-LoRA*)
+
+Half of the singular values goes into each of A and B. Arithmetic is in float32, of float64 in float64.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rowwise.kernels.coded_rows import RowForm, decode_rows, encode_rows, least_scale
+from rowwise.kernels.philox import normal
+from rowwise.kernels.wide import wide
+
+OVERSAMPLED = 10  # columns beyond the rank in LQ-LoRA's sketch
+POWERS = 2  # passes that sharpen it, as in torch.svd_lowrank
+WHOLE = 4  # of a matrix whose narrow side is below this multiple of the sketch's, all singular values are computed
+
+
+class Parts(NamedTuple):
+    """What a matrix (m, n) is made of: R + s B A."""
+
+    rest: Tensor
+    a: Tensor
+    b: Tensor
+
+
+def pissa(w: Tensor, rank: int, scale: float) -> Parts:
+    """Takes the principal part of W."""
+    w = wide(w)
+    u, s, vt = torch.linalg.svd(w, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return _without(w, root[:, None] * vt[:rank], u[:, :rank] * root, scale)
+
+
+def corda(w: Tensor, covariance: Tensor, rank: int, scale: float, part: Literal["most", "least"] = "most") -> Parts:
+    """Takes the part of W that matters `most` for inputs of a covariance (n, n), or `least`. Raises ValueError where that cannot be
+    inverted."""
+    w, c = wide(w), wide(covariance).to(wide(w).dtype)
+    damped, inverse = _inverted(c)
+    u, s, vt = torch.linalg.svd(w @ damped, full_matrices=False)
+    some = slice(None, rank) if part == "most" else slice(len(s) - rank, None)
+    root = (s[some] / scale).sqrt()
+    return _without(w, root[:, None] * (vt[some] @ inverse), u[:, some] * root, scale)
+
+
+def _inverted(c: Tensor) -> tuple[Tensor, Tensor]:
+    """C with as much on its diagonal as makes it invertible, a hundredth of the mean there and twice that from then; its inverse."""
+    eye, mean, damping = torch.eye(len(c), dtype=c.dtype, device=c.device), c.diagonal().mean(), 0.01
+    if not (mean.isfinite() and mean > 0):
+        raise ValueError("adapter.init=corda: a layer takes nothing but zeros, or what is not finite")
+    while True:
+        damped = c + eye * mean * damping
+        inverse = torch.linalg.inv(damped)
+        if torch.dist(damped @ inverse, eye) < 0.05:
+            return damped, inverse
+        damping *= 2
+
+
+def eva(w: Tensor, count: float, total: Tensor, squares: Tensor, rank: int) -> Parts:
+    """Takes the `rank` directions in which what a layer takes varies most: `count` inputs x (n,), whose sum is `total` (n,) and whose
+    sum of x x^T is `squares` (n, n). B is 0."""
+    w = wide(w)
+    mean = wide(total).to(w.dtype) / count
+    scatter = wide(squares).to(w.dtype) - count * torch.outer(mean, mean)
+    directions = torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :rank].T
+    # Of the two signs that which makes the largest number of a direction positive (scikit-learn's `svd_flip`).
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    return Parts(w, directions * largest.sign(), w.new_zeros(w.size(0), rank))
+
+
+class Quantised(NamedTuple):
+    """LQ-LoRA's parts: bytes of R, A, B, and the error that is left, over the norm that W has."""
+
+    packed: Tensor
+    a: Tensor
+    b: Tensor
+    error: float
+
+
+def lq(
+    w: Tensor,
+    form: RowForm,
+    rank: int,
+    scale: float,
+    key: int,
+    importance: tuple[Tensor, Tensor] | None = None,
+    most: int = 100,
+) -> Quantised:
+    """Finds R of `form`, A and B in turn, `most` times or until the error grows. `importance`: of W's rows (m,) and columns (n,), by
+    which errors are weighed, such as the means of squared gradients; `key`: of the stream that sketches are drawn from.
+
+        s B A  <-  the best of rank r of D_1 (W - R) D_2, divided by D_1 and D_2        R  <-  round(W - s B A)
+
+    with D = diag(sqrt(importance)); the last turn stands, as in the authors' code."""
+    w = wide(w)
+    ones = (w.new_ones(w.size(0)), w.new_ones(w.size(1)))
+    d1, d2 = (d.to(w.dtype).sqrt() for d in (importance or ones))
+    d1, d2, r, last = d1[:, None], d2[None], torch.zeros_like(w), float("inf")
+    for _ in range(most):
+        b, a = (half / d for half, d in zip(_halves(d1 * (w - r) * d2, rank, key), (d1, d2), strict=True))
+        remaining = w - b @ a
+        packed = encode_rows(remaining, form, least_scale(remaining, form) if form.scales == "whole" else None)
+        r = decode_rows(packed, w.size(1), form, w.dtype)
+        error = (d1 * (remaining - r) * d2).norm().item()
+        if error > last:
+            break
+        last = error
+    root = scale**0.5
+    return Quantised(packed, a / root, b / root, error / max((d1 * w * d2).norm().item(), 1e-30))
+
+
+def _halves(x: Tensor, rank: int, key: int) -> tuple[Tensor, Tensor]:
+    """(m, r) and (r, n), whose product is the best of rank r; of a large matrix by a sketch (Halko et al., *Finding Structure with
+    Randomness*)."""
+    width, narrow = rank + OVERSAMPLED, min(x.shape)
+    if narrow < WHOLE * width:
+        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    else:
+        drawn = normal(key, 0, x.size(1) * width, x.device).view(x.size(1), width).to(x.dtype)
+        q = torch.linalg.qr(x @ drawn).Q
+        for _ in range(POWERS):
+            q = torch.linalg.qr(x @ torch.linalg.qr(x.T @ q).Q).Q
+        u, s, vt = torch.linalg.svd(q.T @ x, full_matrices=False)
+        u = q @ u
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def _without(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Parts:
+    return Parts(w - scale * (b @ a), a, b)
