@@ -18,7 +18,7 @@ class Chat(TextSource):
     """Conversations, of which what the assistant says is learned: rows of `messages`, of ShareGPT, of a prompt and its completion, of
     Alpaca. `files`: .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet or .arrow files, folders of them, or globs. `tokenizer`:
     the folder of a tokenizer.json and its chat template. `template`: the path of another Jinja template; null: the folder's.
-    `template_values`: what the template finds beside a conversation, such as {enable_thinking: false}. `packing`: how whole
+    `template_values`: what the template finds beside a conversation, such as {enable_thinking: false}; null: its defaults. `packing`: how whole
     conversations share a sample, which do not see each other: `best_fit`, the longest first, or `in_order`. `too_long`: what is
     done about one that is longer than batch.seq_len + 1: `cut` its end off, `skip` it, or `refuse` it. `bad_rows`: what is done
     about a row that is no conversation that can be learned: `refuse` it, or `skip` and count it. `holdout`: the share of the
@@ -32,7 +32,7 @@ class Chat(TextSource):
     files: MayChange[str | list[str]] = field(default_factory=list)
     tokenizer: MayChange[str] = ""
     template: MayChange[str | None] = None
-    template_values: MayChange[dict[str, Value]] = field(default_factory=dict)
+    template_values: MayChange[dict[str, Value] | None] = None
     packing: Ask[Packing] = "best_fit"
     too_long: Ask[Literal["cut", "skip", "refuse"]] = "cut"
     bad_rows: MayChange[Literal["refuse", "skip"]] = "refuse"
@@ -43,9 +43,9 @@ class Chat(TextSource):
         check_conversations(path)
 
     def open_tokenizer(self) -> ChatTokenizer:
-        return open_chat_tokenizer(self.tokenizer, self.template, self.template_values)
+        return open_chat_tokenizer(self.tokenizer, self.template, self.template_values or {})
 
     def reading(self) -> str:
         """What is packed, and how, is seen when the tokens are there; the template is in the fingerprint of the tokenizer."""
-        usual = replace(self, packing="best_fit", too_long="cut", template=None, template_values={})
+        usual = replace(self, packing="best_fit", too_long="cut", template=None, template_values=None)
         return super(Chat, usual).reading()
