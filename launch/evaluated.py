@@ -17,7 +17,9 @@ from rowwise.trainer.data.own_tokenizer import of_one_tokenizer
 from rowwise.trainer.keys import told_of_type
 from rowwise.trainer.manifest_form import Manifest
 
-INHERITED = ("tokenizer", "end_of_text", "mask_documents", "separator", "dtype", "column")
+INHERITED = (
+    "tokenizer", "end_of_text", "mask_documents", "separator", "dtype", "column", "template", "template_values", "packing", "too_long",
+)  # fmt: skip
 _DATA: TypeAdapter[DataConfig] = TypeAdapter(Annotated[DataConfig, Field(discriminator="name")])
 
 

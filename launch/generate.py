@@ -3,6 +3,7 @@
     rowwise generate run=runs/NAME prompt='def main('
     rowwise generate run=runs/NAME prompt_file=PATH temperature=0
     rowwise generate run=runs/NAME                        on a terminal: asks for prompt after prompt; else reads standard input
+    rowwise generate run=runs/NAME chat=true              a conversation: a message a line, and what the model answers
 
     run=PATH             the run, or one checkpoint of it
     prompt=TEXT          what the text begins with; or prompt_file=PATH, or standard input, without the newline at its end
@@ -12,6 +13,8 @@
     top_k=0              of the likeliest tokens, how many may be drawn; 0: all
     top_p=1              of the likeliest tokens, those that have this share of the probability
     seed=0               of what is drawn: the same text again; of a person's second prompt seed + 1, and so on
+    chat=false           true: by the chat template of the run, or of the folder that tokenizer= names; prompt= is one message
+    system=TEXT          of a conversation: its first message
     tokenizer=PATH       of a run that read tokens: the tokenizer.json that made them, or bytes; default: the run's own
     weights=last         of a run with average.ema: those of the last step; default: the average
     device=DEVICE        cpu, cuda or cuda:N; default: a GPU where there is one
@@ -28,7 +31,6 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 
 import contextlib
 import itertools
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +41,7 @@ from pydantic import Field
 from rowwise.launch.checkpoints import Weights
 from rowwise.launch.runs import open_run
 from rowwise.launch.settings import parse, read_words
+from rowwise.launch.talk import Manner, show, talk, tell_of_length
 
 if TYPE_CHECKING:
     from rowwise.trainer.generate import Writer
@@ -61,6 +64,8 @@ class GenerateConfig:
     tokenizer: str | None = None
     weights: Weights | None = None
     device: str | None = None
+    chat: bool = False
+    system: str | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,11 +89,20 @@ def main(arguments: list[str] | None = None) -> int:
 def generate(config: GenerateConfig) -> None:
     """Writes what the keys ask for to standard output. Raises ValueError, and FloatingPointError where the model's numbers are
     not finite."""
-    prompt = given_prompt(config)
-    writer = open_run(config.run).writer(config.step, config.tokenizer, config.device, config.weights)
+    if config.system is not None and not config.chat:
+        raise ValueError(f"system={config.system}: a conversation begins with it; give chat=true too")
+    prompt = None if config.chat and config.prompt is config.prompt_file is None else given_prompt(config)
+    writer = open_run(config.run).writer(config.step, config.tokenizer, config.device, config.weights, config.chat)
     from rowwise.trainer.sample import Sampling  # torch, which no refusal above waits for
 
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
+    if config.chat:
+        talk(
+            writer,
+            messages() if prompt is None else [prompt],
+            Manner(config.system, config.max_tokens, sampling),
+        )
+        return
     if prompt is not None:
         write(writer, prompt, config.max_tokens, sampling, shown=prompt)
         return
@@ -102,19 +116,9 @@ def generate(config: GenerateConfig) -> None:
 
 def write(writer: "Writer", prompt: str, most: int, sampling: "Sampling", shown: str) -> None:
     """Writes what comes after `prompt`, as it comes, behind what is `shown` of it."""
-    if (long := len(writer.encode(prompt))) > writer.context:
-        told = f"the prompt has {long:,} tokens, and the model looks back {writer.context:,} (batch.seq_len): it sees the last"
-        print(told, file=sys.stderr)
-    for piece in itertools.chain([shown], writer.write(prompt, most, sampling)):
-        print(harmless(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+    tell_of_length(writer, prompt)
+    show(itertools.chain([shown], writer.write(prompt, most, sampling)))
     print(flush=True)
-
-
-def harmless(text: str) -> str:
-    """Returns the text without what a terminal would obey: control characters but line breaks and tabs are U+FFFD."""
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
-    )
 
 
 def given_prompt(config: GenerateConfig) -> str | None:
@@ -157,6 +161,23 @@ def asked() -> Iterator[str]:
             return
         if line:
             yield line
+
+
+def messages() -> Iterator[str]:
+    """Yields the messages that a person types, where Ctrl-C drops a line; else the lines of standard input."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        yield from filter(None, (_text(b"", "standard input") if sys.stdin is None else sys.stdin.read()).splitlines())
+        return
+    print("a message a line; Ctrl-C ends an answer, Ctrl-D the conversation", file=sys.stderr)
+    lines = asked()
+    while True:
+        try:
+            yield next(lines)
+        except KeyboardInterrupt:
+            print()
+            lines = asked()
+        except StopIteration:
+            return
 
 
 if __name__ == "__main__":

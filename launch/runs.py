@@ -122,12 +122,14 @@ class Run:
         tokenizer: str | None = None,
         device: str | None = None,
         weights: Weights | None = None,
+        chat: bool = False,
     ) -> "Writer":
         """Returns the model of a step, as `model` does, with its tokenizer, to write with. `tokenizer`: of a run that read
-        tokens, the path of the tokenizer.json that made them, or `bytes`. Raises ValueError."""
+        tokens, the path of the tokenizer.json that made them, or `bytes`. `chat`: it is to have a chat template. Raises
+        ValueError."""
         sound = choose_sound(self.given, step_key(step), "step")
         config, last = sound.manifest["config"], means_last(sound.manifest, weights)
-        own = tokenizer_of_run(sound.manifest, tokenizer)
+        own = tokenizer_of_run(sound.manifest, tokenizer, chat=chat)
         if own is None:
             raise ValueError(
                 f"the run has no tokenizer to write with (data={config['data']['name']}); give tokenizer=PATH of the "

@@ -16,8 +16,9 @@ from rowwise.kernels.attention import causal_attention
 from rowwise.launch import generate as generating
 from rowwise.launch.api import train
 from rowwise.launch.export import main as export
-from rowwise.launch.generate import harmless, main
+from rowwise.launch.generate import main
 from rowwise.launch.runs import open_run
+from rowwise.launch.talk import harmless
 from rowwise.parallel.precision import DTYPES
 from rowwise.trainer import generate as writing
 from rowwise.trainer.config import TrainConfig

@@ -14,6 +14,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from test_trainer_data_chat import write_folder as write_tokenizer
 
 from chat_templates import CHATML
 from parity import small_config, write_tokens
@@ -42,7 +43,6 @@ from rowwise.trainer.models.huggingface import write_folder
 from rowwise.trainer.prepare import prepare
 from rowwise.trainer.tracker import TrackerConfig
 from runs import run_said, run_train
-from test_trainer_data_chat import write_folder as write_tokenizer
 
 CHOICES = {  # group -> choice -> its dataclass
     group: {choice.name: choice for choice in get_args(union)}

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_trainer_data_chat import messages, write_folder
 
 from chat_templates import CHATML
 from parity import assert_all_same, run_plain, run_together, small_config, with_layout
@@ -22,7 +23,6 @@ from rowwise.trainer.data.config import Tokens
 from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.data.open import Data, open_data, told_of_data
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
-from test_trainer_data_chat import messages, write_folder
 
 WORDS = ["Paris", "Madrid", "of", "course.", "é", "🙂", "capital", "thank", "you;", "What", "is", "it?"]
 

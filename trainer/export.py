@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rowwise.parallel.precision import DTYPES
+from rowwise.trainer.data.chat.tokenizer import ChatTokenizer
 from rowwise.trainer.data.own_tokenizer import of_one_tokenizer, tokenizer_of_run
 from rowwise.trainer.data.tokenizer import byte_tokenizer_json
 from rowwise.trainer.files import new_folder
@@ -88,5 +89,8 @@ def tokenizer_of(source: Source, choice: str | None) -> tuple[dict[str, bytes], 
     content = byte_tokenizer_json().encode() if own.file is None else own.file.read_bytes()
     if own.end_of_text is not None:
         settings["eos_token"] = own.end_of_text
-    files = {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
-    return files, own.end_token
+    files = {"tokenizer.json": content}
+    if isinstance(own.tokenizer, ChatTokenizer):
+        settings |= own.tokenizer.named
+        files["chat_template.jinja"] = own.tokenizer.template.source.encode()
+    return {**files, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}, own.end_token

@@ -15,14 +15,15 @@ Value = str | bool | int | float
 
 @dataclass(frozen=True)
 class Chat(TextSource):
-    """Conversations, of which what the assistant says is learned: rows of `messages`, of ShareGPT, of a prompt and its completion, of
-    Alpaca. `files`: .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet or .arrow files, folders of them, or globs. `tokenizer`:
-    the folder of a tokenizer.json and its chat template. `template`: the path of another Jinja template; null: the folder's.
-    `template_values`: what the template finds beside a conversation, such as {enable_thinking: false}; null: its defaults. `packing`: how whole
-    conversations share a sample, which do not see each other: `best_fit`, the longest first, or `in_order`. `too_long`: what is
-    done about one that is longer than batch.seq_len + 1: `cut` its end off, `skip` it, or `refuse` it. `bad_rows`: what is done
-    about a row that is no conversation that can be learned: `refuse` it, or `skip` and count it. `holdout`: the share of the
-    conversations that is held out, 0 to below 1. `cache_dir`: where its tokens are kept; null: the user's cache folder."""
+    """Conversations, of which what the assistant says is learned: rows of `messages`, of ShareGPT, of a prompt and its
+    completion, of Alpaca. `files`: .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet or .arrow files, folders of them, or globs.
+    `tokenizer`: the folder of a tokenizer.json and its chat template. `template`: the path of another Jinja template; null:
+    the folder's. `template_values`: what the template finds beside a conversation, such as {enable_thinking: false}; null:
+    its defaults. `packing`: how whole conversations share a sample, which do not see each other: `best_fit`, the longest
+    first, or `in_order`. `too_long`: what is done about one that is longer than batch.seq_len + 1: `cut` its end off, `skip`
+    it, or `refuse` it. `bad_rows`: what is done about a row that is no conversation that can be learned: `refuse` it, or
+    `skip` and count it. `holdout`: the share of the conversations that is held out, 0 to below 1. `cache_dir`: where its
+    tokens are kept; null: the user's cache folder."""
 
     ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".arrow")
     AS_LARGE = False

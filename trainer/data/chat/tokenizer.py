@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rowwise.trainer.data.chat.renderer import Template
+from rowwise.trainer.data.chat.forms import BadRow, conversation_of
+from rowwise.trainer.data.chat.renderer import Renderer, Template
 from rowwise.trainer.data.tokenizer import FileTokenizer, tokenizer_file
 
 _NEEDED = ("bos_token", "eos_token", "unk_token")
@@ -17,7 +18,8 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 class ChatTokenizer(FileTokenizer):
-    """`template`: what makes a text of a conversation. `end`: the token that ends all text, where the folder names one."""
+    """`template`: what makes a text of a conversation. `named`: the tokens that the folder names, such as bos_token. `end`: the token
+    that ends all text, where it names one."""
 
     def __init__(
         self, path: Path, named: Mapping[str, str], added: Mapping[int, str], template: tuple[str, str], values: Any
@@ -32,6 +34,7 @@ class ChatTokenizer(FileTokenizer):
                     "token; give data.tokenizer a folder whose files belong together"
                 )
         named = {name: token for name, token in named.items() if token in vocabulary}
+        self.named = named
         special = {one.content for one in self._library.get_added_tokens_decoder().values() if one.special}
         self.template = Template(source, where, {**named, **values}, tuple(sorted(special | set(named.values()))))
         told = json.dumps({**asdict(self.template), "where": None}, sort_keys=True)
@@ -53,6 +56,18 @@ class ChatTokenizer(FileTokenizer):
             (one.ids, learned_tokens(np.array(one.offsets, dtype=np.int64).reshape(-1, 2), of_one))
             for one, of_one in zip(encodings, spans, strict=True)
         ]
+
+    def end_of_turn(self, renderer: Renderer) -> int | None:
+        """Returns the token that ends what the assistant says, as the template ends it, or else all text; None where neither does.
+        Raises ValueError where the template does not take a question and its answer."""
+        turns = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+        (said,) = renderer.conversations([conversation_of(turns)])
+        if isinstance(said, BadRow):
+            raise said
+        ((ids, learned),) = self.encode_learned([said.text], [said.spans])
+        last = ids[int(np.flatnonzero(learned)[-1])]
+        added = self._library.get_added_tokens_decoder()
+        return last if last in added and added[last].special else next(iter(self.end), None)
 
 
 def learned_tokens(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
