@@ -3,6 +3,7 @@
     rowwise evaluate run=runs/NAME                              the newest checkpoint, on the text that the run held out
     rowwise evaluate run=runs/NAME steps=all to=held_out.json
     rowwise evaluate run=runs/NAME steps=10,20 data=text data.files=other.txt
+    rowwise evaluate run=runs/NAME tasks=arc_easy,hellaswag limit=200
 
     run=PATH             the run, or one checkpoint of it
     steps=10,20          the checkpoints, by step, or all; default: the newest whose checksums are right
@@ -16,6 +17,14 @@
     device=DEVICE        cpu, cuda or cuda:N; default: a GPU where there is one
     to=FILE.json         writes the table there too
 
+In place of a text, tasks of lm-evaluation-harness (pip install 'rowwise[tasks]'), one line a metric:
+
+    tasks=NAME,NAME      the harness's, whose data it downloads, or those of
+    tasks_folder=DIR     YAML files of one's own (which may run code of theirs)
+    shots=N              examples before each question; default: as the task says
+    limit=N              the first questions of a task; default: all
+    tokenizer=PATH       of a run that read tokens: the tokenizer.json that made them, or bytes
+
 On what the run held out, with nothing else given, the loss is that of the run's records, which stands beside it. Bits per
 byte are of the text that the tokens stand for; they are left out where that cannot be said, and why is told. What is at the end
 of the text and fills no sample is left out. Exit code 0: done; 1: a loss is not a number; 2: refused.
@@ -26,6 +35,7 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, before its modules and all others
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +51,7 @@ from rowwise.trainer.files import to_json, write_whole
 from rowwise.trainer.metrics import number
 
 if TYPE_CHECKING:
+    from rowwise.launch.tasks import Score
     from rowwise.trainer.perplexity import Measured
 
 Count = Annotated[int, Field(ge=1)]
@@ -58,6 +69,11 @@ class EvaluateConfig:
     weights: Weights | None = None
     device: str | None = None
     to: str | None = None
+    tasks: str | None = None
+    tasks_folder: str | None = None
+    shots: Annotated[int, Field(ge=0)] | None = None
+    limit: Count | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
     data = [word for word in words if word.partition("=")[0].partition(".")[0] == "data"]
     try:
         config = parse(EvaluateConfig, [word for word in words if word not in data], "run=runs/NAME", also=("data",))
+        if config.tasks is not None:
+            evaluate_tasks(config, data)
+            return 0
         rows = evaluate(config, data)
     except ValueError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
@@ -91,6 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig, words: Sequence[str] = ()) -> list[Row]:
     """Prints the table, a row as it comes, writes it to `to`, and returns it. `words`: data and data.*, as overrides. Raises
     ValueError."""
+    for key in ("tasks_folder", "shots", "limit", "tokenizer"):
+        if getattr(config, key) is not None:
+            raise ValueError(f"{key}={getattr(config, key)}: it is for tasks; give tasks=NAME, or leave it out")
     to = None if config.to is None else _file(Path(config.to).expanduser())
     run = open_run(config.run)
     sounds = chosen(run, config.steps)
@@ -110,6 +132,35 @@ def evaluate(config: EvaluateConfig, words: Sequence[str] = ()) -> list[Row]:
         write_whole(to, to_json(document(config.run, text, found, rows), indent=1) + "\n")
         print(f"written to {to}")
     return rows
+
+
+def evaluate_tasks(config: EvaluateConfig, words: Sequence[str] = ()) -> "list[tuple[int, Score]]":
+    """Prints what each task finds of each checkpoint, writes it to `to`, and returns it. Raises ValueError."""
+    for given in (*words, *(f"{key}={value}" for key in ("batches", "seq_len") if (value := getattr(config, key)))):
+        raise ValueError(f"{given} with tasks={config.tasks}: a task has its own questions; leave it out, or tasks")
+    to = None if config.to is None else _file(Path(config.to).expanduser())
+    run = open_run(config.run)
+    sounds = chosen(run, config.steps)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(f"tasks={config.tasks}: lm-evaluation-harness is not installed; pip install 'rowwise[tasks]'")
+    writers = (
+        (sound.step, run.writer(sound.step, config.tokenizer, config.device, config.weights)) for sound in sounds
+    )
+    found: list[tuple[int, Score]] = []
+    for step, writer in writers:
+        from rowwise.launch.tasks import Tasks, run_tasks
+
+        names = [name for name in (config.tasks or "").split(",") if name]
+        tasks = Tasks(names, config.tasks_folder, config.shots, config.limit, config.micro_size or 8)
+        for score in run_tasks(writer, tasks):
+            error = "" if score.error is None else f" +- {score.error:.4f}"
+            print(f"{step:>10}  {score.task}  {score.metric}  {score.value:.4f}{error}", flush=True)
+            found.append((step, score))
+    if to is not None:
+        rows = [{"step": step, **asdict(score)} for step, score in found]
+        write_whole(to, to_json({"run": config.run, "tasks": rows}, indent=1) + "\n")
+        print(f"written to {to}")
+    return found
 
 
 def chosen(run: Run, steps: str | None) -> list[Sound]:
