@@ -66,6 +66,10 @@ FULL = (
     "2:4",
     "16 bits, one rank",
     "fp16",
+    "replicas",
+    "copies among neighbours",
+    "16 bits",
+    "codes",
 )
 
 

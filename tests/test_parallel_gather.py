@@ -79,7 +79,10 @@ CASES = {
 
 
 # Those for which others stand: what they have is in another case together with more.
-FULL = ("one process", "copies", "copies, replicas", "copies of codes, pipeline", "zero 2")
+FULL = (
+    "one process", "copies", "copies, replicas", "copies of codes, pipeline", "zero 2", "copies, in backward", "copies, sparse",
+    "replicas", "in backward, whole",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    "name", [name if name != "replicas" else pytest.param(name, marks=pytest.mark.full) for name in RUNS]
+    "name", [name if name == "pipeline" else pytest.param(name, marks=pytest.mark.full) for name in RUNS]
 )
 def test_a_run_goes_on_to_the_last_bit(ranks, tmp_path, name):
     world, degrees, options = RUNS[name]

@@ -13,6 +13,7 @@ import torch
 from parity import small_config, with_layout
 from rowwise.launch.worker import _reason
 from rowwise.trainer.manifest import complete_checkpoints
+from rowwise.trainer.models.decoder import parameter_specs
 from runs import assert_resumes_to_the_last_bit, assert_same_run, final_tensors, named, records, run_train, run_until
 
 LAST = 6
@@ -46,7 +47,7 @@ def test_rows_go_into_files_and_out_of_them(ranks, tmp_path):
     assert all(torch.equal(t, theirs[name]) for name, t in final_tensors(plain.run_dir).items())
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_it_moves_to_other_layouts(ranks, tmp_path, pipeline):
     whole = named(config_of(tmp_path, 1, away=False), tmp_path, "whole")
     ranks.run(run_train, 1, whole)
@@ -55,6 +56,14 @@ def test_it_moves_to_other_layouts(ranks, tmp_path, pipeline):
         config = named(config_of(tmp_path, world, *overrides), tmp_path, "moved")
         ranks.run(run_until, world, config, stop_at) if stop_at else ranks.run(run_train, world, config)
     assert_same_run(whole.run_dir, config.run_dir)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks, tmp_path_factory):
+    """A run whose disk is well."""
+    config = config_of(tmp_path_factory.mktemp("undisturbed"), 1, "checkpoint.background=false")
+    ranks.run(run_train, 1, config)
+    return config
 
 
 def run_on_a_disk_that_fails(workers, config, call, after):
@@ -77,15 +86,46 @@ def run_on_a_disk_that_fails(workers, config, call, after):
 
 @pytest.mark.parametrize(
     ("call", "after", "option", "what"),
-    [("preadv", 3, "params", "read"), ("preadv", 80, "gradients", "read"), ("pwritev", 3, "gradients", "written")],
+    [
+        ("preadv", 3, "params", "read"),
+        pytest.param("preadv", 80, "gradients", "read", marks=pytest.mark.slow),
+        ("pwritev", 3, "gradients", "written"),
+    ],
 )
-def test_a_disk_that_fails_is_named_and_what_is_saved_is_sound(ranks, tmp_path, call, after, option, what):
-    config = config_of(tmp_path, 1, "checkpoint.background=false")
-    failed, whole = named(config, tmp_path, "failed"), named(config, tmp_path, "whole")
+def test_a_disk_that_fails_is_named_and_what_is_saved_is_sound(ranks, tmp_path, undisturbed, call, after, option, what):
+    failed = named(config_of(tmp_path, 1, "checkpoint.background=false"), tmp_path, "failed")
     (said,) = ranks.run(run_on_a_disk_that_fails, 1, failed, call, after)
     assert re.search(
         rf"memory\.offload_{option}=\S+ cannot be {what} \(Input/output error\); give another folder, or cpu", said
     )
     ranks.run(run_train, 1, failed)
-    ranks.run(run_train, 1, whole)
-    assert records(failed.run_dir) == records(whole.run_dir)
+    assert records(failed.run_dir) == records(undisturbed.run_dir)
+
+
+def run_on_a_full_disk(workers, config, after):
+    """What a run says whose disk has room for so many tensors."""
+    real, left = os.posix_fallocate, [after]
+
+    def fails(*given):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*given)
+
+    with mock.patch.object(os, "posix_fallocate", fails):
+        try:
+            run_train(workers, config)
+        except OSError as error:
+            return _reason(error, Path(config.run_dir))
+    return "it went on"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["params", "gradients"])
+def test_a_full_disk_is_named(ranks, tmp_path, option):
+    """Rows have their room before the first step, parameters first; of what there was no file is left."""
+    config = config_of(tmp_path, 1)
+    after = len(parameter_specs(config.model)) if option == "gradients" else 0
+    (said,) = ranks.run(run_on_a_full_disk, 1, config, after)
+    assert re.search(rf"disk full: (\S+): memory\.offload_{option}=\1 cannot be written \(No space", said)
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "tokens.bin"}

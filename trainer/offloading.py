@@ -98,7 +98,8 @@ def check_folder(config: TrainConfig, ranks: int = 1) -> None:
     """Refuses a folder of `memory` that is none, that cannot be written, that has less room than `ranks` of this machine need, or that
     is so slow that other ranks would give up waiting: measured, on this machine. Raises ValueError."""
     taken: dict[int, int] = {}  # by the disk
-    for kept in kept_in_folders(config):
+    every, probed = kept_in_folders(config), set[str]()
+    for kept in every:
         if not kept.where or not kept.folder.is_dir():
             raise ValueError(
                 f"{kept.given}: there is no such folder; possible are none, cpu, or the path of a folder, which you make"
@@ -112,14 +113,21 @@ def check_folder(config: TrainConfig, ranks: int = 1) -> None:
                 f"{kept.given}: {who} {needed / 1e9:,.1f} GB of {kept.name}{also} there, and it has {free / 1e9:,.1f} GB free; give "
                 f"another folder, {kept.less}"
             )
+        if kept.where not in probed:  # once, of all that waits there
+            probed.add(kept.where)
+            _probe(kept, max(one.size for one in every if one.where == kept.where))
         _require_fast(config, kept)
 
 
-def _require_fast(config: TrainConfig, kept: Kept) -> None:
+def _probe(kept: Kept, most: int) -> None:
     try:
-        speed = _measured[kept.where] = write_speed(kept.folder, min(PROBE_BYTES, kept.size or PROBE_BYTES))
+        _measured[kept.where] = write_speed(kept.folder, min(PROBE_BYTES, most or PROBE_BYTES))
     except OSError as error:
         raise ValueError(f"{kept.given} cannot be written ({error.strerror}); give another folder") from None
+
+
+def _require_fast(config: TrainConfig, kept: Kept) -> None:
+    speed = _measured[kept.where]
     if (seconds := kept.size / speed) > config.parallel.timeout_seconds:
         raise ValueError(
             f"{kept.given}: {kept.size / 1e9:,.1f} GB of {kept.name} take {seconds:,.0f} s to be written there, at "
