@@ -420,6 +420,10 @@ REFUSED = {
         ["model.frozen_dtype=nf4"],
         r"model.frozen_dtype=nf4: nothing is frozen; give an adapter, such as adapter=lora, or freeze matrices with optim.assign",
     ),
+    "a block wider than a matrix": (
+        ["adapter=bone", "adapter.rank=300"],
+        r"adapter.rank=300: it is at least 1, and at most the columns of blocks.0.attention.wq.weight, \(256, 256\); give 1 to 256",
+    ),
     "bytes that are rounded": (
         ["model.frozen_dtype=nf4", "adapter=lora", "parallel.quantize_gather=int8"],
         r"model.frozen_dtype=nf4 with parallel.quantize_gather=int8: .*give parallel.quantize_gather=none, or model.frozen_dtype",

@@ -9,7 +9,9 @@ import torch
 
 from rowwise.kernels.coded_rows import NF4, RowForm, decode_rows, encode_rows
 from rowwise.trainer.adapters.bits import FORMS, bits_of, choose
+from rowwise.trainer.adapters.bone import BoneLinear, unfolded
 from rowwise.trainer.adapters.budget import Budget, kept, move_importance_
+from rowwise.trainer.adapters.config import Bone
 from rowwise.trainer.adapters.decompose import corda, eva, lq, pissa
 
 peft = pytest.importorskip("peft")
@@ -176,3 +178,20 @@ def test_triplets_are_those_of_peft():
                 ours[f"{layer}.lora_E.default"].mul_(mask[:, None])
         for name, p in model.named_parameters():
             torch.testing.assert_close(ours[name], p.data)
+
+
+@pytest.mark.parametrize("rank", [4, 7, 21])
+def test_bone_is_that_of_peft(rank):
+    """Outputs, gradients of the block, and the merged matrix; 21 columns are no multiple of 4."""
+    w, x = matrix(6, 21, std=1.0), matrix(10, 21, 1, 1.0).view(2, 5, 21)
+    theirs = peft.get_peft_model(Holder(w), peft.MissConfig(r=rank, target_modules=["linear"])).base_model.model.linear
+    ours = BoneLinear(Holder(w).linear, Bone(rank=rank))
+    block = matrix(rank, 6, 2, 1.0)
+    ours.bone.data, theirs.miss_block["default"].data = block.clone(), block.clone()
+    y, right = ours(x), theirs(x)
+    torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-5)
+    y.square().sum().backward()
+    right.square().sum().backward()
+    torch.testing.assert_close(ours.bone.grad, theirs.miss_block["default"].grad, rtol=1e-5, atol=1e-4)
+    whole = theirs.get_delta_weight_miss("default", w.clone())
+    torch.testing.assert_close(w + unfolded(block, 21), whole.data)

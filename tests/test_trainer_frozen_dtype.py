@@ -27,6 +27,7 @@ CASES = {
     "nf4": ((*LORA, *SHARED, "model.frozen_dtype=nf4"), [(1, {}), (2, {"zero": 0}), (4, {**BOTH, "zero": 3})]),
     "int8 split": ((*LORA, *FOUR, "model.frozen_dtype=int8"), [(4, {**SPLIT, "zero": 3})]),
     "bf16": ((*FROZEN, "model.frozen_dtype=bf16"), [(2, {"zero": 0}), (4, {"replicate": 2, "zero": 3})]),
+    "bone": (("adapter=bone", "adapter.rank=5", *FOUR, "model.frozen_dtype=nf4"), [(1, {}), (4, {**SPLIT, "zero": 3})]),
     "nf4 away": ((*LORA, "model.frozen_dtype=nf4", *AWAY), [(2, {"zero": 3})]),
 }
 

@@ -33,15 +33,29 @@ class Adapted(nn.Module):
         return F.linear(x, self.weight + self.scale * self.lora_b @ self.lora_a)
 
 
+class WithBone(nn.Module):
+    """A linear layer that multiplies by W, to whose column c the column c mod r of P^T is added."""
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.weight = linear.weight
+        self.bone = nn.Parameter(torch.zeros(rank, len(linear.weight), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = torch.arange(self.weight.size(1)) % len(self.bone)
+        return F.linear(x, self.weight + self.bone.t()[:, columns])
+
+
 def adapt(model: nn.Module, config: TrainConfig) -> None:
     """Gives a plain model the adapter of a run, with its initial numbers, and freezes what does not learn."""
     choice = config.adapter
     for path, module in list(model.named_modules()):
         if choice.name != "none" and type(module) is nn.Linear and matches(f"{path}.weight", choice.layers):
-            model.set_submodule(path, Adapted(module, path, config))
+            layer = WithBone(module, choice.rank) if choice.name == "bone" else Adapted(module, path, config)
+            model.set_submodule(path, layer)
     for name, p in model.named_parameters():
         first = next((one.rule for one in config.optim.assign if fnmatchcase(name, one.match)), "own")
-        learns = choice.name == "none" or "lora_" in name or matches(name, choice.train)
+        learns = choice.name == "none" or "lora_" in name or ".bone" in name or matches(name, choice.train)
         p.requires_grad_(learns and first != "frozen")
         if not p.requires_grad and "blocks." in name and p.ndim == 2:
             p.data = as_kept(p.data, config.model.frozen_dtype)

@@ -3,7 +3,7 @@
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.spec import Specs
 from rowwise.optim.build import FROZEN, fold
-from rowwise.trainer.adapters.config import AdapterConfig, Lora, NoAdapter
+from rowwise.trainer.adapters.config import AdapterConfig, Bone, Lora, NoAdapter
 from rowwise.trainer.adapters.specs import is_adapted, matching
 
 ADAPTED: Refusals = (
@@ -52,6 +52,17 @@ def check_adapter(config: AdapterConfig, specs: Specs) -> None:
             )
     if isinstance(config, Lora):
         _check_lora(config, specs)
+    if isinstance(config, Bone):
+        _check_bone(config, specs)
+
+
+def _check_bone(config: Bone, specs: Specs) -> None:
+    for name, spec in specs.items():
+        if is_adapted(name, spec, config) and not 1 <= config.rank <= spec.shape[1]:
+            raise ValueError(
+                f"adapter.rank={config.rank}: it is at least 1, and at most the columns of {name}, {tuple(spec.shape)}; give 1 to "
+                f"{spec.shape[1]}, or leave it out of adapter.layers"
+            )
 
 
 def _check_lora(config: Lora, specs: Specs) -> None:

@@ -58,4 +58,17 @@ class Lora(AdapterBase):
         }
 
 
-AdapterConfig = NoAdapter | Lora
+@dataclass(frozen=True, kw_only=True)
+class Bone(AdapterBase):
+    """Kang & Yin, *Bone*: beside W (m, n) stands P (r, m), whose transpose is added to every r columns of it. `rank`: r; of more
+    parameters the larger it is, and no larger than n."""
+
+    name: Fixed[Literal["bone"]] = "bone"
+    rank: Fixed[int] = 64
+
+    def added(self, matrix: torch.Size) -> Added:
+        """P is 0."""
+        return {"bone": ParameterSpec(torch.Size((self.rank, matrix[0])), "adapter", Constant(0.0))}
+
+
+AdapterConfig = NoAdapter | Lora | Bone

@@ -6,14 +6,15 @@ from typing import Any
 from torch import nn
 
 from rowwise.kernels.spec import Specs
-from rowwise.trainer.adapters.config import AdapterConfig, Lora
+from rowwise.trainer.adapters.bone import BoneLinear
+from rowwise.trainer.adapters.config import AdapterConfig, Bone, Lora
 from rowwise.trainer.adapters.lora import LoraLinear
 from rowwise.trainer.adapters.specs import adapted_layers
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.models.specs import EMBEDDING
 
 # What makes of a linear layer one that has the adapter, with the very same parameters beside its own.
-LAYERS: dict[type, Callable[[nn.Linear, Any], nn.Linear]] = {Lora: LoraLinear}
+LAYERS: dict[type, Callable[[nn.Linear, Any], nn.Linear]] = {Lora: LoraLinear, Bone: BoneLinear}
 
 
 def adapt(model: Decoder, adapter: AdapterConfig, specs: Specs) -> Decoder:
