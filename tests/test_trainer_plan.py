@@ -54,6 +54,8 @@ RUNS = {
                                   "batch.global_size=4"]),
     "codes and copies": (2, ["parallel.zero=3", "parallel.quantize_gather=int8", "parallel.inner_shard=1", "batch.global_size=8",
                              "precision=bf16", "batch.seq_len=32"]),
+    "windows and caps": (2, ["parallel.ring=2", "parallel.zero=1", "model.window=24", "model.window_layers=[true,false]",
+                             "model.attention_cap=30", "model.logit_cap=30"]),
     "sums in codes": (2, ["parallel.zero=2", "parallel.quantize_reduce=int4", "batch.global_size=8"]),
     "whole parameters, in the backward": (1, ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4",
                                              "parallel.zero=0", "optim=muon"]),

@@ -42,7 +42,8 @@ def loss_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bo
         after = (numbers + tokens * model.dim) * width
         return LossWork(forward, numbers * wide, 3 * numbers * wide, deferred, head, "after", True, tied, after)
     at_once = width >= 4 and not pipelined
-    most = loss_bytes(tokens, model.dim, model.vocab_size, width, at_once, "cuda" if gpu else "cpu")
+    device, capped = "cuda" if gpu else "cpu", model.logit_cap is not None
+    most = loss_bytes(tokens, model.dim, model.vocab_size, width, at_once, device, capped)
     if at_once:
         kept = tokens * model.dim * width
         return LossWork(most, kept, kept, 0, head, "forward", False, tied)
