@@ -1,18 +1,21 @@
 """`rowwise tokenize` beside `tokenizers` alone with as many threads: tokens a second, and what memory both take.
 
     python benchmarks/token_files.py --megabytes 200 --rounds 3
-    python benchmarks/token_files.py --megabytes 10000 --rounds 1 --alone 0      how memory goes with the size of the text
+    python benchmarks/token_files.py --megabytes 10000 --rounds 1 --alone 0 --tokenizer bytes --name token_files_large
+                                                                how memory goes with the size of the text
 
 Text: the Python files of the standard library and of what is installed beside it, in files of 64 MB, again and again up to the size.
 Tokenizer: byte-level pairs, 32,768 of them, trained on the standard library. Alone: the same files, read in the same pieces, given to
 `encode_batch_fast` a megabyte at a time; its tokens are counted, and neither made into numbers nor kept. Ours reads, makes numbers,
 hashes and writes them. Each is a process of its own, from its start to its end, in turns. Memory is the sum of proportional set sizes
-of a process and its children, looked at every half second. Writes results/token_files.json.
+of a process and its children, looked at every half second. On a machine that others use, the seconds that cores worked
+say more than those that passed. Writes results/token_files.json.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -85,7 +88,7 @@ def train_tokenizer(path: Path) -> None:
 def measured(command: list[str], threads: int) -> dict[str, Any]:
     """Seconds, the most bytes at once, and what it wrote last."""
     environment = os.environ | {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
-    began, most = time.perf_counter(), 0
+    began, most, before = time.perf_counter(), 0, cpu_seconds()
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, env=environment)
         while process.poll() is None:
@@ -94,7 +97,18 @@ def measured(command: list[str], threads: int) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         assert process.returncode == 0, command
         said.seek(0)
-        return {"seconds": seconds, "most_bytes": most, "said": said.read().strip()}
+        cpu = cpu_seconds() - before
+        return {"seconds": seconds, "cpu_seconds": cpu, "most_bytes": most, "said": said.read().strip()}
+
+
+def cpu_seconds() -> float:
+    """What cores have worked for children of this process that are over."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def held(pid: int) -> int:
@@ -114,25 +128,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--alone", type=int, default=1, help="0: only ours")
+    parser.add_argument("--tokenizer", choices=("pairs", "bytes"), default="pairs", help="bytes: ours alone")
+    parser.add_argument("--text", help="a folder of text that is there, in place of one that is made")
     parser.add_argument("--name", default="token_files")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as there:
-        folder, tokenizer = Path(there), Path(there) / "tokenizer.json"
-        (folder / "text").mkdir()
-        write_corpus(folder / "text", given.megabytes * 1_000_000)
+        folder, text, tokenizer = Path(there), Path(given.text or f"{there}/text"), Path(there) / "tokenizer.json"
+        if not given.text:
+            text.mkdir()
+            write_corpus(text, given.megabytes * 1_000_000)
         train_tokenizer(tokenizer)
         rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "alone": []}
         for number in range(given.rounds):
-            to = folder / f"tokens-{number}"
-            words = [f"data.files={folder}/text", f"data.tokenizer={tokenizer}", "data.holdout=0", f"to={to}"]
+            to, chosen = folder / f"tokens-{number}", "bytes" if given.tokenizer == "bytes" else tokenizer
+            words = [f"data.files={text}", f"data.tokenizer={chosen}", "data.holdout=0", f"to={to}"]
             ours = [sys.executable, "-m", "rowwise.launch.token_files", "data=text", *words, f"nproc={given.processes}"]
             rounds["ours"].append(measured(ours, given.processes))
             tokens = json.loads((to / "meta.json").read_text())["tokens"]["train"]
             if given.alone:
-                alone = [sys.executable, "-c", ALONE, str(tokenizer), str(folder / "text")]
+                alone = [sys.executable, "-c", ALONE, str(tokenizer), str(text)]
                 rounds["alone"].append(measured(alone, given.processes))
                 assert int(rounds["alone"][-1]["said"]) == tokens
-    figures: dict[str, Any] = {"megabytes": given.megabytes, "processes": given.processes, "tokens": tokens}
+    figures: dict[str, Any] = {"megabytes": size_of(text) / 1e6, "processes": given.processes, "tokens": tokens}
     for name, every in rounds.items():
         if every:
             rates = [tokens / one["seconds"] for one in every]
@@ -140,12 +157,15 @@ def main() -> None:
                 "tokens_per_second": spread(rates) if len(rates) > 1 else rates[0],
                 "most_bytes": max(one["most_bytes"] for one in every),
                 "seconds": [one["seconds"] for one in every],
+                "cpu_seconds": [one["cpu_seconds"] for one in every],
             }
             print(f"{name:6} {sum(rates) / len(rates):12,.0f} tokens/s  {figures[name]['most_bytes'] / 1e6:8,.0f} MB")
     if given.alone:
-        pairs = zip(rounds["alone"], rounds["ours"], strict=True)
-        figures["ours_beside_alone"] = [alone["seconds"] / ours["seconds"] for alone, ours in pairs]
-        print(f"ours beside alone: {', '.join(f'{ratio:.2f}' for ratio in figures['ours_beside_alone'])}")
+        for kind in ("seconds", "cpu_seconds"):
+            pairs = zip(rounds["alone"], rounds["ours"], strict=True)
+            ratios = [alone[kind] / ours[kind] for alone, ours in pairs]
+            figures[f"ours_beside_alone_by_{kind}"] = ratios
+            print(f"ours beside alone, by {kind}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     print(write_record(given.name, figures))
 
 

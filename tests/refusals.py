@@ -330,6 +330,15 @@ REFUSED = {
     ),
     "annealing": (["schedule=infinite", "schedule.anneal_steps=5"], r"without schedule.anneal_at"),
     "held-out share": (["data.holdout=1"], r"data.holdout=1.*share from 0 to below 1"),
+    "a mixture of nothing": (["data=mixture"], r"data.sources is empty; give a list of sources"),
+    "a mixture with a wrong source": (
+        ["data=mixture", "data.sources=[{name: stdlib, weight: 1}, {name: text, files: /nowhere, weight: 2}]"],
+        r"data.sources, text: data.files: /nowhere names no file",
+    ),
+    "more than a mixture has": (
+        ["data=mixture", "data.sources=[{name: stdlib, weight: 1}]", "data.when_short=stop", "steps=1e9"],
+        r"data.when_short=stop: the sources have [\d,]+ samples in all, and the run reads 16,000,000,000; give fewer steps",
+    ),
     "nothing held out": (["data.holdout=0"], r"eval.every is on and data.holdout=0"),
     "no files": (["data=text"], r"data.files is empty; give a path, a folder or a glob"),
     "missing file": (["data=text", "data.files=/nowhere/*.txt"], r"/nowhere/\*.txt names no file"),

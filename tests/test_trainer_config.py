@@ -94,6 +94,8 @@ def data_overrides(choice: str, folder: Path) -> list[str]:
     files = {"text": folder, "hf": folder, "tokens": folder / "tokens.bin", "chat": folder / "talk.json"}
     found = [f"data.files={files[choice]}", "data.holdout=0.3"] if choice in files else []
     talk = [f"data.tokenizer={folder / 'talk'}"] if choice == "chat" else []
+    mixed = f"data.sources=[{{name: text, files: '{folder}', weight: 2, holdout: 0.3}}, {{name: stdlib, weight: 1}}]"
+    talk += [mixed] if choice == "mixture" else []
     return [f"data={choice}", *found, *talk, *(["sample.tokens=null"] if choice == "tokens" else [])]
 
 

@@ -26,6 +26,8 @@ from rowwise.trainer.adapters.frozen import FROZEN_DTYPE
 from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import FOLDER, LENGTH, LINES, TrainConfig, tree_of
 from rowwise.trainer.data.batches import check_batch
+from rowwise.trainer.data.config import Mixture
+from rowwise.trainer.data.mixture import check_mixture
 from rowwise.trainer.evaluate import EVALUATION
 from rowwise.trainer.keys import check_folder_name
 from rowwise.trainer.lr_range import RANGE_TEST
@@ -76,6 +78,8 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_schedule(config.schedule, config.known_steps)
     refuse(config, (*MOMENTUM_CYCLE, *RANGE_TEST, *LOSS_SCALE))
     check_sparsity(config.sparsity, specs, config.known_steps)
+    if isinstance(config.data, Mixture):
+        check_mixture(config.data)
     refuse(config, (*CHECKPOINTS, *AVERAGES, *EVALUATION, *SAMPLES))
     config = check_layout(config, world_size)
     check_tracker(config.tracker)
