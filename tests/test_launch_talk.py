@@ -74,6 +74,7 @@ def test_an_answer_ends_with_the_turn(run):
             assert tokenizer.end_of_turn(bare) == tokenizer.end[0], "of all text, where a turn has no token of its own"
 
 
+@pytest.mark.full
 def test_a_terminal_talks_and_ctrl_c_ends_an_answer_alone(run):
     """The answer is kept as far as it came, the conversation goes on, and Ctrl-D ends it."""
     with Terminal(100) as terminal:
@@ -103,6 +104,7 @@ def test_a_run_on_text_talks_by_the_template_that_is_named_or_is_refused(run, ca
     assert main([f"run={run.run_dir}", "prompt=a", "chat=true", f"tokenizer={run.data.tokenizer}", "max_tokens=1"]) == 0
 
 
+@pytest.mark.full
 def test_an_export_talks_in_transformers(run, tmp_path, capsys):
     """With the run's template: the same tokens of a conversation, and the same answer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
