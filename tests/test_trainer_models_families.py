@@ -14,6 +14,7 @@ from parity import relative_error, small_config
 from rowwise.launch.compose import compose_tree
 from rowwise.trainer.check import check
 from rowwise.trainer.config import config_from_tree, tree_of
+from rowwise.trainer.convert.names import theirs_by_ours
 from rowwise.trainer.keys import as_lists, flat
 from rowwise.trainer.models.config import ModelConfig, plain_of
 from rowwise.trainer.models.config_json import their_config
@@ -334,6 +335,16 @@ def test_a_folder_is_a_model(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"model.init_from=.*empty: .*config.json"):
         compose_tree([f"model={tmp_path / 'empty'}"])
+
+
+def test_states_of_several_matrices_in_one_are_not_converted():
+    specs = parameter_specs(CASES["phi3 longrope"].config)
+    names = [f"module.{spec.theirs}" for spec in specs.values()]
+    with pytest.raises(
+        ValueError, match=r"^a has the names .* there model.layers.0.self_attn.qkv_proj.weight is several matrices"
+    ):
+        theirs_by_ours(specs, names, "a")
+    assert theirs_by_ours(specs, specs, "a") == {name: name for name in specs}
 
 
 def test_a_shape_of_no_family_is_refused_with_what_it_lacks():

@@ -21,9 +21,23 @@ WORDS = (
     Word("qk_layernorm qk_norm use_qk_norm", "model.qk_norm={value}"),
     Word("dropout attention_dropout hidden_dropout resid_pdrop attn_pdrop embd_pdrop",
          means="there is no dropout; leave it out"),
-    Word("bias attention_bias mlp_bias add_bias_linear disable_bias_linear normalization hidden_act activation_func swiglu "
-         "position_embedding_type use_rotary_position_embeddings squared_relu",
-         means="every model is of Llama's or Qwen's form: no bias, RMSNorm, SwiGLU, rotary positions"),
+    Word("attention_bias add_qkv_bias", "model.qkv_bias={value}", "attention's output has its own, model.out_bias"),
+    Word("mlp_bias", "model.mlp_bias={value}"),
+    Word("add_bias_linear", values=switch("model.qkv_bias=true model.out_bias=true model.mlp_bias=true"),
+         means="linear layers have no bias where nothing is said"),
+    Word("hidden_act hidden_activation activation_func", values={
+        "silu": "model.activation=silu", "swiglu": "model.activation=silu", "gelu_pytorch_tanh": "model.activation=gelu_tanh",
+        "geglu": "model.activation=gelu_tanh"}, means="of a gate: silu or gelu_tanh"),
+    Word("sliding_window attention_window window_size", "model.window={value}", "tokens that a token sees; null is off"),
+    Word("attn_logit_softcapping attention_softcap", "model.attention_cap={value}"),
+    Word("final_logit_softcapping logit_softcap", "model.logit_cap={value}"),
+    Word("embedding_multiplier", "model.embed_scale={value}"),
+    Word("residual_multiplier", "model.residual_scale={value}"),
+    Word("attention_multiplier", "model.attention_scale={value}"),
+    Word("partial_rotary_factor rotary_percent", "model.rope_share={value}"),
+    Word("bias disable_bias_linear normalization swiglu position_embedding_type use_rotary_position_embeddings squared_relu",
+         means="models have RMSNorm, gated feed-forwards and rotary positions, and no bias unless model.qkv_bias, model.out_bias or "
+         "model.mlp_bias says so"),
     Word("model_name_or_path base_model pretrained_model_name_or_path pretrained_checkpoint initial_load_path model_id "
          "finetune init_from", "model.init_from={value}",
          "the folder of a Hugging Face model on this disk, which says its shape too"),

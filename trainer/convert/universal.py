@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rowwise.kernels.spec import Specs
 from rowwise.trainer.convert.foreign import MASTER, Foreign, as_written_by_deepspeed, counts_of, key_of
+from rowwise.trainer.convert.names import refuse_rows
 from rowwise.trainer.convert.pickles import DynamicScaler, load, save
 from rowwise.trainer.convert.zero import MODEL_STATES, clip_norm_of, grouped, read_model_states, shapes_of
 from rowwise.trainer.files import new_folder, write_whole
@@ -85,6 +86,8 @@ def write_universal(source: Source, folder: Path, script: Script) -> str:
     line. Raises ValueError for runs whose states have no counterpart there."""
     specs = parameter_specs(source.model)
     _require_adamw(source, specs)
+    if script.names != "rowwise":
+        refuse_rows(specs, "the script has the names of transformers")
     names = {name: name if script.names == "rowwise" else their_name(name, spec) for name, spec in specs.items()}
     state, tag = source.manifest["state"], f"global_step{source.manifest['step']}_universal"
     step = torch.tensor(float(state["updates"])) if script.adam == "torch" else state["updates"]
