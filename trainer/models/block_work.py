@@ -63,8 +63,8 @@ def block_work(config: ModelConfig, width: int, gpu: bool) -> LayerWork:
     backward = (
         *((normed_f,) if after else ()),
         BackwardPiece(("s",), d + apart + f, after, d, apart + f, ("s",)),
-        BackwardPiece(("gate_up",), d + 3 * f, of_w2, f, apart + 2 * f),
-        BackwardPiece(("gate_up",), d + 3 * f, of_w2, f, apart + f),
+        BackwardPiece(("gate_up",), d + apart + 3 * f, of_w2, f, apart + 2 * f),
+        BackwardPiece(("gate_up",), d + apart + 3 * f, of_w2, f, apart + f),
         BackwardPiece((n2,), max(2 * d + 2 * f, 3 * d + f), of_w2, 0, apart + 2 * d, (n2,)),
         *((normed_h,) if before else ()),
         *((normed_a,) if after else ()),
