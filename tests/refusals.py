@@ -38,6 +38,11 @@ REFUSED = {
     "a long name": ([f"name={'a' * 300}"], r"name='a{57}\.\.\.' has 300 bytes: a run name has at most 200"),
     "no name": (["name=.."], r"name='..': a run name is the name of a folder"),
     "endless loss scale": (["precision=fp16", "precision.initial_scale=1e999"], r"finite"),
+    "a stretch of no kind": (
+        ["model.rope_scaling={kind: ntk, factor: 2.0}"],
+        r"model.rope_scaling.kind='ntk': possible are 'llama3'",
+    ),
+    "a stretch that is none": (["model.rope_scaling=8"], r"model.rope_scaling=8: give a table, such as {kind: linear"),
     "rope": (["model.rope_theta=0"], r"model.rope_theta=0.0: it is above 0"),
     "no steps": (["steps=0"], r"steps=0: a run has at least 1 step"),
     "how long, twice": (

@@ -233,6 +233,8 @@ def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
     if first["type"] == "union_tag_invalid":
         key = "kind" if path == "model.rope_scaling" else "name"
         return f"{path}.{key}={first['ctx']['tag']!r}: possible are {first['ctx']['expected_tags']}"
+    if first["type"] == "union_tag_not_found" and path == "model.rope_scaling":
+        return f"{path}={first['input']!r}: give a table, such as {{kind: linear, factor: 4.0}}, or null"
     if first["type"] in ("missing", "union_tag_not_found"):
         return f"{path}{'' if first['type'] == 'missing' else '.name'} is missing"
     number = any(one["type"] == "float_type" and _path(one, tree) == _path(first, tree) for one in others)

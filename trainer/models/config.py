@@ -1,6 +1,7 @@
 """The shape of a model, as it is configured."""
 
 from dataclasses import asdict, dataclass, replace
+from math import lcm
 from typing import Any, Literal
 
 from rowwise.conf.option import Fixed, MayChange
@@ -99,6 +100,11 @@ class ModelConfig:
     def seen(self, length: int) -> float:
         """Counts the tokens that one sees in a document of `length`, on the mean of the tokens and of the layers."""
         return self.pairs(length) / length
+
+    @property
+    def period(self) -> int:
+        """After how many layers kinds of layers come again."""
+        return lcm(len(self.window_layers), len(self.rope_layers))
 
     def at(self, layer: int) -> "ModelConfig":
         """Gives the configuration of a model all of whose layers are as that one."""

@@ -136,9 +136,9 @@ class LongRopeScaling:
         return frequencies / torch.tensor(factors, dtype=torch.float32, device=frequencies.device)
 
 
-def _kind(scaling: Any) -> str:
-    """Of a tree or a scaling; before there were kinds, all was Llama 3's."""
-    return str(scaling.get("kind", "llama3") if isinstance(scaling, dict) else scaling.kind)
+def _kind(scaling: Any) -> str | None:
+    """Of a tree or a scaling, None for what is neither; before there were kinds, all was Llama 3's."""
+    return str(scaling.get("kind", "llama3")) if isinstance(scaling, dict) else getattr(scaling, "kind", None)
 
 
 RopeScaling = Annotated[
@@ -156,7 +156,7 @@ def scaling_of(tree: dict[str, Any] | None) -> RopeScaling | None:
     if tree is None:
         return None
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
-    return _KINDS[_kind(tree)](**plain)
+    return _KINDS[tree.get("kind", "llama3")](**plain)
 
 
 @dataclass(frozen=True)

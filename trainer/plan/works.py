@@ -65,7 +65,7 @@ def works_of(config: TrainConfig, layers: range, split: bool, gpu: bool) -> list
     """Lists the work of each piece of a stage. `split`: its backward is in two."""
     tokens, width, model = tokens_of(config), widths_of(config).compute, config.model
     works = layer_works(config, layers, split, gpu)
-    ropes = {model.at(layer).rope for layer in layers}
+    ropes = {model.at(layer).rope for layer in layers[: model.period]}
     tables = sum(2 * rope.size * width * tokens for rope in ropes)  # which all layers of a stage that are alike share
     memory = config.memory
     # What a stage was given it holds itself, beside what its first layer keeps of that.
