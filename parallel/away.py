@@ -74,6 +74,11 @@ class RowsAway:
         """Counts the memory that is kept for rows of files to be read into."""
         return 0 if self._reads is None else self._reads.size
 
+    @property
+    def spare_bytes(self) -> int:
+        """Counts the room in files of gradients that are not there: that of a tied matrix's copy is sent to another stage."""
+        return 0 if self._gradients is None else self._gradients.spare_bytes
+
     @torch.no_grad()
     def fill(self, model: nn.Module, fill_: Fill) -> None:
         """Gives the parameters of `model` their first numbers; see `shard.materialize`."""
@@ -111,6 +116,11 @@ class GradientRows:
             for p in (held.sharded_param for held in fsdp_params(module) if held.sharded_param.requires_grad):
                 self._there[p], self._block[p] = file.room(local(p).shape, p.dtype), block
                 p.register_post_accumulate_grad_hook(self._take)
+
+    @property
+    def spare_bytes(self) -> int:
+        """Counts the room of gradients that are not there."""
+        return sum(there.nbytes for p, there in self._there.items() if p.grad is None)
 
     @torch.no_grad()
     def _take(self, p: Tensor) -> None:

@@ -152,8 +152,10 @@ def measured_bytes(
     peaks, most = watch.seen.peaks()
     stays = {"parameters": watch.seen.parameter_bytes, "optimizer": now.optimizer, **beside}
     away = away_of(model)
-    host = peaks["host"] + (0 if away is None else away.memory_bytes)
-    return {**stays, **peaks, "host": host, "file": now.file, "total": most + sum(stays.values())}, now
+    host, file = peaks["host"], now.file
+    if away is not None:
+        host, file = host + away.memory_bytes, file + away.spare_bytes
+    return {**stays, **peaks, "host": host, "file": file, "total": most + sum(stays.values())}, now
 
 
 def bytes_beside(tensors: dict[str, Tensor], device: torch.device) -> Bytes:

@@ -47,6 +47,11 @@ class Result:
         """Counts the bytes a token that wait for the backward where it is `kept`, or not: as they are or as codes."""
         return self.bytes(self.fixed + self.numbers * kept, itemsize, coded) + self.wide * max(4, itemsize)
 
+    @property
+    def columns(self) -> int:
+        """Counts the numbers a token of each of its tensors."""
+        return self.numbers // self.tensors
+
     def bytes(self, numbers: int, itemsize: int, coded: bool) -> int:
         """Counts the bytes of so many numbers of a token, as they are or as codes."""
         each = numbers // self.tensors

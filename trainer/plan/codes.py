@@ -10,22 +10,12 @@ from rowwise.kernels.activation_codes import Codes, channel_groups, decode_refer
 from rowwise.kernels.portions import portion_elements
 from rowwise.kernels.row_codes import Draws, blocks_of, code_bytes, encode_reference_
 from rowwise.kernels.row_codes import decode_reference_ as decode_rows_reference_
-from rowwise.parallel.activations.results import LayerResults
 from rowwise.parallel.lifetimes import Lifetimes
 
 
-def coding_bytes(table: LayerResults, tokens: int) -> int:
-    """Counts the bytes at most beside what a layer's results are coded from and to."""
-    return max(_bytes(_rows(tokens, columns), columns, portion_elements())[0] for columns in _columns(table))
-
-
-def decoding_bytes(table: LayerResults, tokens: int) -> int:
-    """Counts the bytes at most beside what a layer's results are decoded from and to."""
-    return max(_bytes(_rows(tokens, columns), columns, portion_elements())[1] for columns in _columns(table))
-
-
-def _columns(table: LayerResults) -> set[int]:
-    return {table.input, *(result.numbers // result.tensors for result in table.results if result.numbers)}
+def coding_bytes(columns: int, tokens: int) -> tuple[int, int]:
+    """(to code, to decode): counts the bytes at most beside a result of so many numbers a token and its codes."""
+    return _bytes(_rows(tokens, columns), columns, portion_elements())
 
 
 def _rows(tokens: int, columns: int) -> int:

@@ -27,7 +27,8 @@ class Moment:
     """Of a layer's backward, bytes a token: of what was kept `released` are gone, `working` are there beside what is left of it, and
     `deferred` wait for the weights' gradients, beside what was kept that these need. `parameters`: as in `BackwardPiece`. Of what
     was away, of which nothing stays once it was read: `read` is read now, and `unread` later. `decoding`: what is there of `working`
-    while codes are decoded, 0 where none are; `given`: what is there of it when it begins, while parameters get their gradients."""
+    while codes are decoded, 0 where none are; `given`: what is there of it when it begins, while parameters get their gradients, with
+    what was made again for the moment before, of which `gone` bytes are let go of once that is over."""
 
     released: int
     working: int
@@ -37,6 +38,7 @@ class Moment:
     unread: int = 0
     decoding: int = 0
     given: int = 0
+    gone: int = 0
 
 
 ALL = 1 << 30  # parameters: more than a layer has
@@ -60,7 +62,8 @@ def moments(table: LayerResults, kept: Kept, work: LayerWork, split: bool) -> tu
     again = {name for name in opened if name not in stored(kept)}
     # Codes are needed no more once they are decoded, and what is as it was when its last reader has it.
     back = {name: (known[name].bytes_waiting(name in stored(kept), width, kept.coded), read[name]) for name in read}
-    released, outputs, found, before = 0, 0, [], table.input * width
+    released, outputs, found, before = 0, 0, list[Moment](), table.input * width
+    remade, gone = 0, 0  # of the piece before
     for n, piece in enumerate(work.backward):
         outputs += piece.outputs if split else 0
         deferred = outputs + sum(opened[name] for name in again & waiting if read[name][0] <= n)
@@ -71,8 +74,12 @@ def moments(table: LayerResults, kept: Kept, work: LayerWork, split: bool) -> tu
         # Of gradients there are then those that the piece before has left to this one.
         given = min(before, beside)
         decoding = (held + given) * (kept.coded and any(at[0] == n for _, at in back.values()))
+        found.append(
+            Moment(released, held + beside, deferred, piece.parameters, there, unread, decoding, given + remade, gone)
+        )
         before = beside
-        found.append(Moment(released, held + beside, deferred, piece.parameters, there, unread, decoding, given))
+        made = [name for name in again - waiting if read[name][0] <= n <= read[name][-1]]
+        remade, gone = (sum(opened[name] for name in names) for names in (made, [m for m in made if read[m][-1] == n]))
         for name in (name for name, end in last.items() if end == n):
             released += known[name].bytes_waiting(name in stored(kept) - waiting, width, kept.coded)
     deferred = outputs + sum(opened.get(name, 0) for name in waiting - stored(kept))

@@ -106,7 +106,7 @@ class Sharded:
     def holds(self, piece: int) -> bool:
         return any(name in self._whole.get(g, {}) for g, name, _ in self._tensors.get(piece, ()))
 
-    def add_gradients(self, piece: int, count: int) -> None:
+    def add_gradients(self, piece: int, count: int, gone: int = 0) -> None:
         width, done = self._widths.compute, self._done.setdefault(piece, set())
         for g, name, numbers in reversed(self._tensors.get(piece, [])[-count:] if count else []):
             if name in done:

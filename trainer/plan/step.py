@@ -67,8 +67,9 @@ class Stage:
             weights.leave(piece)
         weights.end_forward()
 
-    def backward(self, micro_batch: int, told: str, split: bool = False) -> None:
-        """Walks the backward of a micro-batch; `split`: the weights' gradients come later, by `rest`."""
+    def backward(self, micro_batch: int, told: str, split: bool = False, received: int = 0) -> None:
+        """Walks the backward of a micro-batch; `split`: the weights' gradients come later, by `rest`; `received`: the bytes of the
+        gradient that another stage sent, which autograd is given and holds."""
         ledger, weights, visits = self.ledger, self.weights, self._visits[micro_batch]
         for piece in reversed(range(len(self.works))):
             work, visit = self.works[piece], visits[piece]
@@ -91,13 +92,16 @@ class Stage:
                 self.keeping.read(visit, there, moment)
                 if not (split and deferred):
                     ledger.take("working", moment.given)
-                    weights.add_gradients(piece, moment.parameters)
+                    weights.add_gradients(piece, moment.parameters, moment.gone)
                     ledger.give("working", moment.given)
                 ledger.use("working", moment.working)
             self.keeping.end(visit, deferred)
+            if visit is visits[-1]:  # whose layer counts it as a gradient of its own
+                ledger.take("activations", received)
             if piece == 0:
                 self._add_tied_gradient()
             weights.leave_back(piece)
+        ledger.give("activations", received)
         weights.end_backward()
 
     def _make_head_gradient(self, piece: int, loss: LossWork, where: str) -> None:
@@ -199,9 +203,9 @@ class PipelineRank:
         elif kind == "W":
             mine.rest(i, told)
         else:
-            if takes:  # from here on it is counted with the last layer
+            if takes:
                 self.ledger.give("activations", self.crossing.size)
-            mine.backward(i, told, kind == "I")
+            mine.backward(i, told, kind == "I", self.crossing.size * takes)
         target = stage + (1 if kind == "F" else -1)
         if kind != "W" and 0 <= target < self.schedule.stages:
             self._send(target)

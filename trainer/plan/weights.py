@@ -32,8 +32,9 @@ class Weights(Protocol):
     def holds(self, piece: int) -> bool:
         """Says whether an earlier micro-batch has left the gradients of a piece, whole, to which this one's are added."""
 
-    def add_gradients(self, piece: int, count: int) -> None:
-        """Takes in the gradients of a piece's parameters, of so many counted from the last."""
+    def add_gradients(self, piece: int, count: int, gone: int = 0) -> None:
+        """Takes in the gradients of a piece's parameters, of so many counted from the last; `gone`: bytes that are let go of before
+        any of them is used."""
 
     def leave_back(self, piece: int) -> None:
         """Ends the backward of a piece."""
@@ -87,13 +88,14 @@ class Replicated:
     def reduce(self) -> None: ...
     def close(self) -> None: ...
 
-    def add_gradients(self, piece: int, count: int) -> None:
+    def add_gradients(self, piece: int, count: int, gone: int = 0) -> None:
         # One at a time, on its way into its bucket or into the sum that is there, or until its parameter has changed.
         category = "working" if self._sums else "gradients"
         entries = list(self._tensors[piece].items())[::-1]
         for name, numbers in entries[self._done.get(piece, 0) : count]:
             self._ledger.take(category, numbers * self._width)
-            self._ledger.use("working", *(NONE if self._updates is None else self._updates[name]))
+            most, messages = NONE if self._updates is None else self._updates[name]
+            self._ledger.use("working", max(messages, most - gone), messages)
             self._ledger.give(category, numbers * self._width)
         self._done[piece] = count
 

@@ -1,14 +1,16 @@
 """What the pieces of a stage hold while they compute, and between forward and backward: one micro-batch on one rank."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rowwise.optim.build import FROZEN
+from rowwise.parallel.activations.results import INPUT, LayerResults, LayerWork, Result
 from rowwise.trainer.activations import kept_of, results_of, tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import BLOCKS
-from rowwise.trainer.plan.codes import coding_bytes, decoding_bytes
-from rowwise.trainer.plan.layer import ALL, Kept, Moment, later, moments, waits
+from rowwise.trainer.plan.codes import coding_bytes
+from rowwise.trainer.plan.layer import ALL, Kept, Moment, later, moments, results_by_name, stored, waits
 from rowwise.trainer.plan.loss import LossWork, loss_work
 from rowwise.trainer.plan.states import widths_of
 
@@ -68,10 +70,10 @@ def works_of(config: TrainConfig, layers: range, split: bool, gpu: bool) -> list
     ropes = {model.at(layer).rope for layer in layers[: model.period]}
     tables = sum(2 * rope.size * width * tokens for rope in ropes)  # which all layers of a stage that are alike share
     memory = config.memory
-    # What a stage was given it holds itself, beside what its first layer keeps of that.
+    # What a stage was given it holds itself, beside what its first layer keeps of that, not while that computes alone.
     given = tokens * model.dim * width if layers.start > 0 else 0
     beside, stays = (given, 0) if memory.compress != "none" else (0, min(given, works[0].away))
-    works[0] = replace(works[0], kept=works[0].kept + tables + beside, stays=stays)
+    works[0] = replace(works[0], kept=works[0].kept + tables + beside, stays=stays, forward=works[0].forward - beside)
     if layers.start == 0:
         works.insert(0, embedding_work(config, tokens, width))
     if layers.stop == model.layers:
@@ -101,18 +103,20 @@ def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> l
     policy, memory = kept_of(config), config.memory
     crossing = messages_of(config, tokens, width)
     coded, away = memory.compress != "none", memory.offload_activations != "none"
-    coding, decoding = (0, 0) if gpu or not coded else (coding_bytes(table, tokens), decoding_bytes(table, tokens))
     known: dict[frozenset[str], Work] = {}
     works = []
     for layer in layers:
         kept = Kept(policy[layer], width, coded)
         if kept.names not in known:
+            # Beside results and codes a GPU's kernels take nothing.
+            taken = {n: (0, 0) if gpu else coding_bytes(n, tokens) for n in columns_of(table, kept) if coded}
+            decoding = max((size for _, size in taken.values()), default=0)
             stays, everything = (table.bytes_kept(names, width, coded) for names in (kept.names, table.names))
             # Until the forward is over all results are there; and what is made on the way to the last of them.
-            during = everything - stays + work.last
-            if coded:  # of what is coded nothing else stays, and what is made again stays until then as it is
-                again = sum(result.numbers for result in table.results if result.name not in kept.names) * width
-                during = max(work.alone, again + table.input * width + work.last)
+            during = (everything - stays + work.last) * tokens
+            if coded:
+                coding = {columns: size for columns, (size, _) in taken.items()}
+                during = forward_in_codes(table, kept, work, tokens, coding)
             back = tuple(scaled(one, tokens, decoding) for one in moments(table, kept, work, split))
             waiting = waits(table, work) if split else frozenset[str]()
             rest = later(table, kept, waiting)
@@ -120,11 +124,37 @@ def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> l
                 max((r.numbers * width for r in table.results if r.name in waiting & kept.names), default=0) * coded
             )
             known[kept.names] = Work(
-                "", stays * tokens, during * tokens + coding, back, stays * tokens * away, rest=rest * tokens,
+                "", stays * tokens, during, back, stays * tokens * away, rest=rest * tokens,
                 decoded=decoded * tokens + decoding * split, messages=crossing,
             )  # fmt: skip
         works.append(replace(known[kept.names], name=f"layer {layer}"))
     return works
+
+
+def columns_of(table: LayerResults, kept: Kept) -> set[int]:
+    """Finds how many numbers a token the tensors have that a layer keeps, its input among them."""
+    return {
+        result.columns for name, result in results_by_name(table).items() if name in stored(kept) and result.numbers
+    }
+
+
+def forward_in_codes(table: LayerResults, kept: Kept, work: LayerWork, tokens: int, coding: Mapping[int, int]) -> int:
+    """Counts what the forward of a layer holds whose results are coded: each is as it is until the first result that takes it is
+    there, and then coded, which takes the bytes of `coding`; what is made again stays as it is until the forward is over."""
+    known = results_by_name(table)
+    waits = {name: result for name, result in known.items() if name in stored(kept) and result.numbers}  # to be coded
+    there, most = table.input * kept.width, work.alone * tokens
+
+    def code(result: Result, beside: int) -> int:
+        mine = result.numbers * kept.width * (result.name != INPUT)
+        return (beside + mine) * tokens + coding[result.columns]
+
+    for result in table.results:
+        size = result.numbers * kept.width
+        taken = [waits.pop(name) for name in result.of if name in waits]
+        most = max([most, *(code(one, there + size) for one in taken)])
+        there += 0 if result.name in kept.names else size
+    return max([most, (there + work.last) * tokens, *(code(result, there) for result in waits.values())])
 
 
 def head_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bool) -> Work:
@@ -167,4 +197,5 @@ def scaled(moment: Moment, tokens: int, beside: int) -> Moment:
         read=moment.read * tokens,
         unread=moment.unread * tokens,
         given=moment.given * tokens,
+        gone=moment.gone * tokens,
     )
