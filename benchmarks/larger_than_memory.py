@@ -158,8 +158,8 @@ def words_of(layers: int, folder: Path) -> list[str]:
         f"model.init_from={source}",
         "nproc=1", "name=larger", f"steps={STEPS}", "precision=fp32", "data=tokens", f"data.files=[{tokens}]",
         "data.separator=0", "data.holdout=0", "batch.global_size=1", "batch.micro_size=1", "batch.seq_len=128", "schedule=constant",
-        "optim=adamw", "optim.lr=1e-4", "clip_norm=1.0", "eval.every=0", "sample.tokens=0", "checkpoint.every=0", "log_every=1",
-        "parallel.zero=3", "memory.fit=false", "report=never", "resume=never",
+        "optim=adamw", "optim.lr=1e-4", "clip_norm=1.0", "eval.every=0", "sample.tokens=0", "checkpoint.every=0",
+        "checkpoint.background=false", "log_every=1", "parallel.zero=3", "memory.fit=false", "report=never", "resume=never",
     ]  # fmt: skip
 
 
