@@ -138,6 +138,7 @@ def main() -> None:
             text.mkdir()
             write_corpus(text, given.megabytes * 1_000_000)
         train_tokenizer(tokenizer)
+        megabytes = size_of(text) / 1e6
         rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "alone": []}
         for number in range(given.rounds):
             to, chosen = folder / f"tokens-{number}", "bytes" if given.tokenizer == "bytes" else tokenizer
@@ -149,7 +150,7 @@ def main() -> None:
                 alone = [sys.executable, "-c", ALONE, str(tokenizer), str(text)]
                 rounds["alone"].append(measured(alone, given.processes))
                 assert int(rounds["alone"][-1]["said"]) == tokens
-    figures: dict[str, Any] = {"megabytes": size_of(text) / 1e6, "processes": given.processes, "tokens": tokens}
+    figures: dict[str, Any] = {"megabytes": megabytes, "processes": given.processes, "tokens": tokens}
     for name, every in rounds.items():
         if every:
             rates = [tokens / one["seconds"] for one in every]
