@@ -64,7 +64,7 @@ class Bone(AdapterBase):
     parameters the larger it is, and no larger than n."""
 
     name: Fixed[Literal["bone"]] = "bone"
-    rank: Fixed[int] = 64
+    rank: Fixed[int] = 16
 
     def added(self, matrix: torch.Size) -> Added:
         """P is 0."""
