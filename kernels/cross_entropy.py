@@ -76,16 +76,23 @@ def cross_entropy(p_NV: Tensor, labels_N: Tensor, form: LogitForm = AS_THEY_ARE)
 
 
 def loss_bytes(
-    tokens: int, dim: int, words: int, itemsize: int, at_once: bool = False, device: str = "cuda", capped: bool = False
+    tokens: int,
+    dim: int,
+    words: int,
+    itemsize: int,
+    at_once: bool = False,
+    device: str = "cuda",
+    capped: bool = False,
+    learns: bool = True,
 ) -> int:
     """Counts what `linear_cross_entropy` holds at its height, beside its arguments and dw: dx, which of 16 bits is made of float32, a
-    tile, and the float32 that the tile's rows of dw are made of."""
+    tile, and the float32 that the tile's rows of dw are made of, where w `learns`."""
     (elements, most, least), dx = TILES[device], tokens * dim * max(itemsize, 4)
     if at_once and itemsize >= 4:
         return dx + min(tokens, max(least, elements // words)) * words * itemsize * (1 + capped)
     rows = min(tokens, most)
     columns = min(words, max(1, elements // rows))
-    tile = rows * columns * itemsize + columns * dim * max(itemsize, 4)
+    tile = rows * columns * itemsize + columns * dim * max(itemsize, 4) * learns
     slopes = rows * columns * max(itemsize, 4) if capped and device != "cuda" else 0
     if itemsize >= 4:
         return dx + tile + slopes

@@ -13,6 +13,8 @@
     form=dense           of the hidden weights of a sparse run: dense, which transformers opens; condensed (of constant
                          fan-in, sparsity=srigl) or semi_structured (2:4, sparsity=nm), which
                          rowwise.trainer.models.forms.open_exported opens for inference
+    adapter_only=true    of a run with an adapter that alone, as PEFT's folder (adapter_config.json, adapter_model.safetensors),
+                         which PEFT opens on the model that the run began from; default: merged into whole matrices
 
 Exit code 0: DIR is complete; 2: refused, and there is no DIR. It gets its name last: what a killed export leaves behind
 is DIR.incomplete, which the next one removes.
@@ -45,6 +47,7 @@ class ExportConfig:
     max_file_bytes: str = "5e9"
     tokenizer: str | None = None
     form: str = "dense"
+    adapter_only: bool = False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,12 +69,18 @@ def export(config: ExportConfig) -> str:
         raise ValueError(f"form={config.form}: possible are {', '.join(FORMS)}")
     if config.form == "semi_structured" and config.dtype == "fp32":
         raise ValueError("dtype=fp32: form=semi_structured has 16-bit numbers; give dtype=bf16 or dtype=fp16")
+    if config.adapter_only and config.form != "dense":
+        raise ValueError(
+            f"form={config.form} with adapter_only=true: an adapter has no sparse matrices; give form=dense"
+        )
     max_file_bytes, folder = _bytes(config.max_file_bytes), free_folder(Path(config.to).expanduser())
     chosen = choose_sound(config.run, config.checkpoint)
     last = means_last(chosen.manifest, config.weights)
-    from rowwise.trainer.export import Target, write  # torch, which no refusal above waits for
+    from rowwise.trainer.export import Target, write, write_adapter_alone  # torch, which no refusal above waits for
     from rowwise.trainer.whole import Source
 
+    if config.adapter_only:
+        return write_adapter_alone(Source(chosen.path, chosen.manifest, last), folder, config.dtype)
     target = Target(folder, config.dtype, config.form, max_file_bytes, config.tokenizer)
     return write(Source(chosen.path, chosen.manifest, last), target)
 

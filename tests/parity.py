@@ -47,7 +47,7 @@ from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.step import StepInput, StepReport
 from rowwise.trainer.update import accept, make_update
 from textbook import attention, textbook_step
-from textbook_adapters import adapt
+from textbook_adapters import adapt, begin_textbook_step
 from textbook_sparse import prune_forwards, textbook_sparsity
 
 TOLERANCE = 1e-9
@@ -307,6 +307,7 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
     for step in range(steps):
         batch = global_batch(config, data, step)
         lr = config.optim.lr * config.schedule.factor(step, config.steps)
+        begin_textbook_step(step * config.batch.global_size)
         with rounded_weights(params, config.parallel.quantize_gather):
             logits = model(batch.inputs, batch.positions, batch.documents)
             loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="mean")
@@ -364,7 +365,8 @@ def textbook_update(
 ) -> None:
     """Update t of all parameters."""
     for name, p in params.items():
-        p.copy_(textbook_step(name, states[name], p, p.grad, t, lr, config.optim, config.seed))
+        rate = lr * (config.adapter.b_lr_ratio if name.endswith(".lora_b") else 1.0)
+        p.copy_(textbook_step(name, states[name], p, p.grad, t, rate, config.optim, config.seed))
 
 
 def plain_model(config: TrainConfig) -> Decoder:

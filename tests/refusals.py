@@ -723,4 +723,53 @@ REFUSED = {
         ["sparsity=nm", "sparsity.m=8", "sparsity.semi_structured=true", "precision=bf16"],
         r"sparsity.semi_structured with 2:8: hardware knows 2:4 alone",
     ),
+    "an adapter of no layer": (
+        ["adapter=lora", "adapter.layers=[*.wz.*]"],
+        r"adapter.layers: no hidden matrix matches '\*.wz.\*'; there are blocks.\*.attention.wk.weight, ",
+    ),
+    "an adapter of none": (["adapter=dora", "adapter.layers=[]"], r"adapter.layers is empty; give patterns such as"),
+    "an adapter that is no smaller": (
+        ["adapter=lora", "adapter.rank=999"],
+        r"adapter.rank=999: it is at least 1, and at most the narrow side of blocks.0.attention.wq.weight, .*give 1 to ",
+    ),
+    "an adapter of nothing": (
+        ["adapter=lora", "adapter.alpha=0"],
+        r"adapter.alpha=0.0 adapter.b_lr_ratio=1.0: both are above 0",
+    ),
+    "dropout of all": (
+        ["adapter=lora", "adapter.dropout=1"],
+        r"adapter.dropout=1.0: the share that is dropped, at least 0 and",
+    ),
+    "trained twice": (
+        ["adapter=lora", "adapter.train=[*.w2.*]"],
+        r"adapter.train: blocks.0.feed_forward.w2.weight has the adapter beside it, and learns by that alone; leave it out",
+    ),
+    "trained beside nothing": (
+        ["adapter=lora", "adapter.train=[wz]"],
+        r"adapter.train: no parameter matches 'wz'; there are ",
+    ),
+    "an adapter from nowhere": (
+        ["adapter=lora", "adapter.init_from=/nowhere"],
+        r"adapter.init_from=/nowhere: .*No such file.*; give a folder that PEFT or `rowwise export adapter_only=true` wrote",
+    ),
+    "an adapter of DeepSpeed's": (
+        ["adapter=lora", "parallel.backend=accelerate", "parallel.zero=1"],
+        r"adapter=lora with parallel.backend=accelerate: its engine knows no adapters; give parallel.backend=torch, or",
+    ),
+    "a rule of what is frozen": (
+        ["adapter=lora", "optim=galore"],
+        r"optim=galore is a rule of hidden matrices, and none of them learns; possible are adamw, adamw8bit, lion, lion8bit",
+    ),
+    "a rule for what is frozen": (
+        ["adapter=lora", "optim.assign=[{match: 'embed.*', rule: lion}]"],
+        r"optim.assign: what 'embed.\*' matches is frozen already, and follows no rule such as lion; there learn blocks",
+    ),
+    "all frozen": (
+        ["optim.assign=[{match: '*', rule: frozen}]"],
+        r"optim.assign: every parameter is frozen; leave some",
+    ),
+    "masks of what is frozen": (
+        ["sparsity=set", "optim.assign=[{match: '*.w2.*', rule: frozen}]"],
+        r"sparsity.layers: blocks.0.feed_forward.w2.weight is frozen, and masks are of weights that learn; leave it out",
+    ),
 }

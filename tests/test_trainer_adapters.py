@@ -6,6 +6,8 @@ from parity import assert_all_same, run_plain, run_together, small_config, with_
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
 
 LORA = ("adapter=lora", "adapter.rank=3", "adapter.alpha=7", "optim.weight_decay=0.1")
+DORA = ("adapter=dora", "adapter.rank=3", "adapter.rslora=true", "adapter.b_lr_ratio=4", "adapter.train=[*norm.weight]")
+DROPOUT = ("adapter.dropout=0.3", "adapter.layers=[*.attention.*, *.w2.*]")
 FROZEN = (
     "optim.assign=[{match: 'embed.*', rule: frozen}, {match: 'blocks.0.*', rule: frozen}, {match: '*.w2.*', rule: frozen}]",
 )
@@ -15,11 +17,18 @@ SHARED = ("model.heads=4", "model.kv_heads=2", "model.head_dim=6")
 FOUR = ("model.layers=4", "batch.micro_size=1", "batch.global_size=8")
 # Options -> the layouts on which they are tried.
 CASES = {
-    "lora": ((*LORA, *SHARED), [(1, {}), (2, {"zero": 0}), (2, {"zero": 3}), (4, {**BOTH, "zero": 3})]),
-    "lora split": ((*LORA, *FOUR), [(2, SPLIT), (4, {**SPLIT, "zero": 3})]),
-    "frozen": (FROZEN, [(1, {}), (2, {"zero": 0}), (2, {"zero": 1}), (4, {"replicate": 2, "zero": 3})]),
+    "lora, dropout": ((*LORA, *DROPOUT, *SHARED), [(2, {"zero": 0}), (4, {**BOTH, "zero": 3})]),
+    "dora split, dropout, made again": (
+        (*DORA, *DROPOUT, *FOUR, "memory.recompute=full"), [(2, {**SPLIT, "zero": 0}), (4, {**SPLIT, "zero": 3})],
+    ),
+    "frozen": (FROZEN, [(2, {"zero": 0}), (4, {"replicate": 2, "zero": 3})]),
     "frozen split": ((*FROZEN, *FOUR, "model.tie_embeddings=true"), [(2, SPLIT), (4, {**SPLIT, "zero": 2})]),
-}
+    "lora": ((*LORA, *SHARED), [(1, {}), (2, {"zero": 3}), (4, {**BOTH, "zero": 1})]),
+    "lora split": ((*LORA, *FOUR), [(2, SPLIT), (4, {**SPLIT, "zero": 3})]),
+    "dora": ((*DORA, *SHARED), [(1, {}), (2, {"zero": 3}), (4, {**BOTH, "zero": 1})]),
+}  # fmt: skip
+# For which the first four stand, unless --full.
+NAMES = [pytest.param(name, marks=[pytest.mark.full] if number >= 4 else []) for number, name in enumerate(CASES)]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +36,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("adapters")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_layout_is_one_process(ranks, folder, name):
     """Every gradient, every update, every state; what is frozen has none of them, and stays what it was."""
     options, layouts = CASES[name]
@@ -39,7 +48,9 @@ def test_every_layout_is_one_process(ranks, folder, name):
 
 
 def test_adapters_of_four_ranks_go_on_on_one(ranks, folder):
-    base = named(small_config(folder, *LORA, *SHARED, "steps=6", "eval.every=3", "eval.batches=1"), folder, "moved")
+    base = named(
+        small_config(folder, *LORA, *DROPOUT, *SHARED, "steps=6", "eval.every=3", "eval.batches=1"), folder, "moved"
+    )
     alone = named(with_layout(base, 1), folder, "alone")
     ranks.run(run_train, 1, alone)
     ranks.run(run_until, 4, with_layout(base, 4, **BOTH, zero=3), 3)
@@ -48,5 +59,5 @@ def test_adapters_of_four_ranks_go_on_on_one(ranks, folder):
 
 
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
-    config = with_layout(small_config(folder, *LORA, *FOUR, "steps=4"), 2, **SPLIT)
+    config = with_layout(small_config(folder, *DORA, *DROPOUT, *FOUR, "steps=4"), 2, **SPLIT)
     assert_resumes_to_the_last_bit(ranks, 2, config, folder, stop_at=2)

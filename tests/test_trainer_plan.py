@@ -60,6 +60,10 @@ RUNS = {
     "windows and caps": (2, ["parallel.ring=2", "parallel.zero=1", "model.window=24", "model.window_layers=[true,false]",
                              "model.attention_cap=30", "model.logit_cap=30"]),
     "sums in codes": (2, ["parallel.zero=2", "parallel.quantize_reduce=int4", "batch.global_size=8"]),
+    "adapters": (2, ["parallel.zero=3", "adapter=lora", "adapter.rank=16", "adapter.train=[head.weight]", "batch.global_size=4"]),
+    "adapters, and no more": (1, ["parallel.zero=0", "adapter=lora", "adapter.rank=32", "adapter.alpha=8", "batch.global_size=4"]),
+    "what is frozen": (2, ["parallel.zero=2", "batch.global_size=4",
+                          "optim.assign=[{match: 'embed.*', rule: frozen}, {match: 'head.*', rule: frozen}]"]),
     "whole parameters, in the backward": (1, ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4",
                                              "parallel.zero=0", "optim=muon"]),
 }  # fmt: skip

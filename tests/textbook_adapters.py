@@ -1,6 +1,9 @@
 """Adapters as their papers write them, on whole matrices: a layer multiplies by the one matrix that it stands for.
 
-LoRA    W + s B A        s = alpha / r, or alpha / sqrt(r)
+    LoRA    W + s B A                       s = alpha / r, or alpha / sqrt(r)
+    DoRA    size (W + s B A) / norm         norm of its rows, a constant to the gradient
+
+With dropout the adapter's part is multiplied by what is left of x, and W by x: y = x W + d (adapted - W).
 """
 
 import math
@@ -14,9 +17,16 @@ from rowwise.kernels.coded_rows import INT8, NF4, decode_rows, encode_rows
 from rowwise.kernels.philox import random_words, stream_key
 from rowwise.trainer.config import TrainConfig
 
+CPU = torch.device("cpu")
+step = {"first": 0}  # the number of the first sequence of the textbook's step
+
+
+def begin_textbook_step(first: int) -> None:
+    step["first"] = first
+
 
 class Adapted(nn.Module):
-    """A linear layer that multiplies by W + s B A; `x` (B, S, n)."""
+    """A linear layer with an adapter; `x` (B, S, n), of which the first sequence is number `step["first"]` of the run."""
 
     def __init__(self, linear: nn.Linear, path: str, config: TrainConfig):
         super().__init__()
@@ -24,13 +34,29 @@ class Adapted(nn.Module):
         self.weight, self.scale = linear.weight, choice.alpha / choice.rank
         if choice.rslora:
             self.scale = choice.alpha / math.sqrt(choice.rank)
-        words = random_words(stream_key(config.seed, f"{path}.lora_a"), 0, choice.rank * columns, torch.device("cpu"))
+        words = random_words(stream_key(config.seed, f"{path}.lora_a"), 0, choice.rank * columns, CPU)
         drawn = (words.double() / 2**31 - 1) / math.sqrt(columns)
         self.lora_a = nn.Parameter(drawn.view(choice.rank, columns))
         self.lora_b = nn.Parameter(torch.zeros(rows, choice.rank, dtype=torch.float64))
+        if choice.name == "dora":
+            self.magnitude = nn.Parameter(linear.weight.detach().square().sum(1).sqrt())
+        self.dropout, self.key = choice.dropout, stream_key(config.seed, f"dropout/{path}")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight + self.scale * self.lora_b @ self.lora_a)
+        adapted = self.weight + self.scale * self.lora_b @ self.lora_a
+        if hasattr(self, "magnitude"):
+            adapted = (self.magnitude / adapted.detach().square().sum(1).sqrt())[:, None] * adapted
+        if not self.dropout:
+            return F.linear(x, adapted)
+        return F.linear(x, self.weight) + F.linear(self.dropped(x), adapted - self.weight)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Token k of the run, of n features, has the n words of its layer's stream from 4 ceil(n / 4) k on."""
+        (sequences, length, features), whole = x.shape, -(-x.size(2) // 4) * 4
+        words = random_words(self.key, step["first"] * length * whole, sequences * length * whole, CPU)
+        left = words.view(sequences, length, whole)[:, :, :features] >= self.dropout * 2**32
+        left = left.double() / (1 - self.dropout)
+        return x * left
 
 
 class WithBone(nn.Module):
@@ -55,7 +81,8 @@ def adapt(model: nn.Module, config: TrainConfig) -> None:
             model.set_submodule(path, layer)
     for name, p in model.named_parameters():
         first = next((one.rule for one in config.optim.assign if fnmatchcase(name, one.match)), "own")
-        learns = choice.name == "none" or "lora_" in name or ".bone" in name or matches(name, choice.train)
+        added = name.endswith(("lora_a", "lora_b", "magnitude", ".bone"))
+        learns = choice.name == "none" or added or matches(name, choice.train)
         p.requires_grad_(learns and first != "frozen")
         if not p.requires_grad and "blocks." in name and p.ndim == 2:
             p.data = as_kept(p.data, config.model.frozen_dtype)

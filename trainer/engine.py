@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rowwise.parallel.activations.saved import begin_sequences
+from rowwise.parallel.activations.saved import begin_sequences, begin_without_backward
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.replicate import gradient_sum
 from rowwise.parallel.shard import begin_micro_batch, begin_pass, begin_step, finish_backward, release_gathered
@@ -93,6 +93,7 @@ class WholeModel:
     @torch.no_grad()
     def losses(self, batches: Iterable[MicroBatch]) -> Tensor:
         begin_pass(self.model)
+        begin_without_backward()
         here = (batch.to(self.device) for batch in batches)
         totals = added_up((totals_of(summed_loss(self.model, batch), batch) for batch in here), self.device)
         self.release()
@@ -102,6 +103,7 @@ class WholeModel:
     def logits(self, batch: MicroBatch, place: int | None, refresh: bool) -> Tensor:
         here = batch.to(self.device)
         begin_pass(self.model)
+        begin_without_backward()
         every = self.model(here.inputs, here.positions)[0]
         return every[place].double() if place is not None else every.new_zeros(every.size(-1), dtype=torch.float64)
 

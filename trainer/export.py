@@ -7,6 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from rowwise.parallel.precision import DTYPES
+from rowwise.trainer.adapters.config import Dora, Lora
+from rowwise.trainer.adapters.merge import adapter_of
+from rowwise.trainer.adapters.peft import write_adapter
 from rowwise.trainer.data.chat.tokenizer import ChatTokenizer
 from rowwise.trainer.data.own_tokenizer import of_one_tokenizer, tokenizer_of_run
 from rowwise.trainer.data.tokenizer import byte_tokenizer_json
@@ -76,6 +79,18 @@ def write(source: Source, target: Target) -> str:
     parameters = sum(spec.shape.numel() for spec in specs.values())
     told = f"{source.checkpoint} -> {target.folder}: {parameters:,} parameters in {target.dtype}, files: {len(files)}"
     return f"{told}, {target.form} matrices: {len(changed)}" if changed else told
+
+
+def write_adapter_alone(source: Source, folder: Path, dtype: str) -> str:
+    """Writes the adapter of a run as PEFT's folder and returns what it did, in a line. Raises ValueError before anything is written,
+    or for numbers that the dtype cannot hold."""
+    read_metadata(source.checkpoint)
+    adapter, specs = adapter_of(source.config), parameter_specs(source.model)
+    if not isinstance(adapter, Lora | Dora):
+        raise ValueError(f"{source.checkpoint} has adapter={adapter.name}; possible are runs with adapter=lora or dora")
+    with new_folder(folder) as partial:
+        numbers = write_adapter(partial, adapter, specs, source.read_(), DTYPES[dtype])
+    return f"{source.checkpoint} -> {folder}: {adapter.name} of rank {adapter.rank}, {numbers:,} parameters in {dtype}"
 
 
 def tokenizer_of(source: Source, choice: str | None) -> tuple[dict[str, bytes], int | None]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from rowwise.parallel.shard import (
 )
 from rowwise.trainer.activations import keep_results, one_by_one
 from rowwise.trainer.adapters.frozen import coded_as_filled, keep_frozen
+from rowwise.trainer.adapters.initial import with_adapter_rows
 from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import Engine, WholeModel
@@ -130,14 +130,9 @@ def files_of_rows(config: TrainConfig) -> Files:
 def initial_rows(config: TrainConfig) -> Callable[[str, Tensor, int, int], None]:
     """Returns what fills rows of a parameter before the first step."""
     source, own, specs = config.model.init_from, parameter_specs(config.model), run_specs(config)
-    fill_ = draw_ = random_rows(specs, config.seed)
-    if source is not None:
-        read_ = rows_from(Path(source).expanduser(), own)
-
-        def fill_(name: str, *rows: Any) -> None:
-            (read_ if name in own else draw_)(name, *rows)
-
-    return coded_as_filled(fill_, specs)
+    draw_ = random_rows(specs, config.seed)
+    own_ = draw_ if source is None else rows_from(Path(source).expanduser(), own)
+    return coded_as_filled(with_adapter_rows(own_, draw_, specs, config.adapter), specs)
 
 
 def engine_of(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> Engine:

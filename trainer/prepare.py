@@ -9,6 +9,7 @@ import torch
 
 from rowwise.parallel.mesh import pick_device
 from rowwise.trainer.accelerate.require import check_engine, check_engine_here
+from rowwise.trainer.adapters.peft import check_adapter_source
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import batch_bytes
@@ -16,7 +17,7 @@ from rowwise.trainer.data.config import Mixture
 from rowwise.trainer.data.mixture import MixedCorpus, require_enough
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.files import writing
-from rowwise.trainer.models.decoder import parameter_count
+from rowwise.trainer.models.decoder import parameter_count, parameter_specs
 from rowwise.trainer.models.huggingface import check_source
 from rowwise.trainer.offloading import check_folder
 from rowwise.trainer.plan.require import own_device, require_fit
@@ -69,6 +70,7 @@ def examine(config: TrainConfig, world_size: int, here: bool = True) -> TrainCon
         )
     if config.model.init_from is not None:
         check_source(Path(config.model.init_from).expanduser(), config.model)
+    check_adapter_source(config.adapter, parameter_specs(config.model))
     refuse_other_steps(config, find_resume(config, data.train.fingerprint), data.train.fingerprint)
     if here:
         require_fit(config, own_device())

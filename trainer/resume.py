@@ -264,13 +264,16 @@ def _gap(manifest: Manifest) -> dict[str, Any]:
 
 
 def _refuse_second_source(checkpoint: Path, manifest: Manifest, config: TrainConfig) -> None:
-    """Refuses `model.init_from` of a run that goes on from weights that did not begin there: it would be ignored."""
-    there, here = manifest["config"]["model"].get("init_from"), config.model.init_from
-    if here is not None and (there is None or not _same_path(there, here)):
-        raise ValueError(
-            f"model.init_from={here}, but the run goes on from checkpoint {checkpoint}, whose weights began from "
-            f"{there or 'random numbers'}; leave model.init_from out, or give another name to begin from it"
-        )
+    """Refuses `init_from` of a run that goes on from weights that did not begin there: it would be ignored."""
+    for group in ("model", "adapter"):
+        tree: Mapping[str, Any] = manifest["config"]
+        there = tree.get(group, {}).get("init_from")
+        here = getattr(getattr(config, group), "init_from", None)
+        if here is not None and (there is None or not _same_path(there, here)):
+            raise ValueError(
+                f"{group}.init_from={here}, but the run goes on from checkpoint {checkpoint}, whose weights began from "
+                f"{there or 'random numbers'}; leave {group}.init_from out, or give another name to begin from it"
+            )
 
 
 def _same_path(one: str, other: str) -> bool:

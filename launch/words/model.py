@@ -60,7 +60,10 @@ WORDS = (
     Word("use_rslora peft_use_rslora", "adapter=lora adapter.rslora=true"),
     Word("loraplus_lr_ratio", "adapter=lora adapter.b_lr_ratio={value}"),
     Word("use_peft peft use_lora finetuning_type", "adapter=lora"),
-    Word("lora_dropout qlora load_in_4bit load_in_8bit use_dora peft_use_dora quantization",
+    Word("lora_dropout", "adapter=lora adapter.dropout={value}"),
+    Word("use_dora peft_use_dora", "adapter=dora"),
+    Word("lora_model_dir adapter_name_or_path peft_model_id", "adapter=lora adapter.init_from={value}", "a folder of PEFT's"),
+    Word("qlora load_in_4bit load_in_8bit quantization",
          means="adapter=lora adds to matrices that are kept as they are; optim=apollo_mini or optim=galore trains whole ones with "
          "little state"),
     Word("freeze_all_layers freeze freeze_parameters", "optim.assign=[{{match: PATTERN, rule: frozen}}]", "by our names"),

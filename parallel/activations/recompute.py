@@ -13,6 +13,7 @@ A layer that makes nothing by name is recomputed whole, by `torch.utils.checkpoi
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -84,7 +85,9 @@ class Making:
         stays = self._keeping.leaves is not None and name not in self._keeping.leaves
         self._place(tensors, stays)
         if name not in self._keeping.kept:
-            again = partial(make_again, function, tuple(self._referred(value, stays) for value in given))
+            again = partial(
+                copy_context().run, make_again, function, tuple(self._referred(value, stays) for value in given)
+            )
             self._drop(tensors, Made(again))
         for saved in self._fresh:
             self._settle(saved, stays)
@@ -195,8 +198,9 @@ def recompute_whole(layer: nn.Module) -> None:
     forward = layer.forward
 
     def forward_again(*given: Any) -> Any:
+        run = partial(copy_context().run, forward)
         if is_deferred():
-            return checkpoint(forward, *given, use_reentrant=False, context_fn=in_recomputation)
-        return checkpoint(forward, *given, use_reentrant=False)
+            return checkpoint(run, *given, use_reentrant=False, context_fn=in_recomputation)
+        return checkpoint(run, *given, use_reentrant=False)
 
     layer.forward = forward_again

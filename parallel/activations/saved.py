@@ -11,6 +11,7 @@ It is outermost round a block: hooks further in, which have some results made ag
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -34,6 +35,8 @@ from rowwise.parallel.activations.store import Store
 
 LEAST_BYTES = 1024  # of what is worth moving
 _HANDLE = "kept_results"
+# What is made again in a backward is made in the context of its forward: others may have come between.
+_FIRST: ContextVar[int | None] = ContextVar("first sequence", default=None)
 
 
 class Readers:
@@ -266,8 +269,19 @@ def keeper_of(model: nn.Module) -> Keeper | None:
     return getattr(model, _HANDLE, None)
 
 
+def sequences_of_forward() -> int | None:
+    """Returns the number of the first sequence of the forward under way, or that is made again; None where it has no backward."""
+    return _FIRST.get()
+
+
+def begin_without_backward() -> None:
+    """Says that the coming forwards have no backward."""
+    _FIRST.set(None)
+
+
 def begin_sequences(model: nn.Module, first: int) -> None:
     """Says which sequences the coming forward of `model` has: those from number `first` on, in the order of the data."""
+    _FIRST.set(first if torch.is_grad_enabled() else None)
     if (keeper := keeper_of(model)) is not None:
         keeper.first = first
         if keeper.store is not None:

@@ -3,7 +3,7 @@
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.spec import Specs
 from rowwise.optim.build import FROZEN, fold
-from rowwise.trainer.adapters.config import AdapterConfig, Bone, Lora, NoAdapter
+from rowwise.trainer.adapters.config import AdapterConfig, Bone, Dora, Lora, NoAdapter
 from rowwise.trainer.adapters.specs import is_adapted, matching
 
 ADAPTED: Refusals = (
@@ -50,7 +50,7 @@ def check_adapter(config: AdapterConfig, specs: Specs) -> None:
             raise ValueError(
                 f"adapter.layers: {name}, {tuple(spec.shape)}, is no matrix of a linear layer; leave it out of adapter.layers"
             )
-    if isinstance(config, Lora):
+    if isinstance(config, Lora | Dora):
         _check_lora(config, specs)
     if isinstance(config, Bone):
         _check_bone(config, specs)
@@ -65,7 +65,7 @@ def _check_bone(config: Bone, specs: Specs) -> None:
             )
 
 
-def _check_lora(config: Lora, specs: Specs) -> None:
+def _check_lora(config: Lora | Dora, specs: Specs) -> None:
     for name, spec in specs.items():
         if is_adapted(name, spec, config) and not 1 <= config.rank <= min(spec.shape):
             raise ValueError(
@@ -76,3 +76,5 @@ def _check_lora(config: Lora, specs: Specs) -> None:
         raise ValueError(
             f"adapter.alpha={config.alpha} adapter.b_lr_ratio={config.b_lr_ratio}: both are above 0 (alpha=rank multiplies by 1)"
         )
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"adapter.dropout={config.dropout}: the share that is dropped, at least 0 and below 1")

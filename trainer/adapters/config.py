@@ -10,6 +10,8 @@ from rowwise.conf.option import Fixed, MayChange
 from rowwise.kernels.spec import Constant, ParameterSpec, Uniform
 
 Added = dict[str, ParameterSpec]  # by name, inside the layer of the matrix
+MAGNITUDE = "magnitude"
+ADDED = ("lora_a", "lora_b", MAGNITUDE, "bone")  # every name that an adapter has beside a matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +35,18 @@ class AdapterBase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(AdapterBase):
-    """Hu et al., *LoRA*: beside W (m, n) stand A (r, n) and B (m, r). `rank`: r of what is added to a matrix. `alpha`: what is added
-    is multiplied by alpha / rank. `rslora`: it is by alpha / sqrt(rank) in its place (Kalajdzievski, *rsLoRA*). `b_lr_ratio`: the
-    learning rate of B, as a multiple of A's (Hayou et al., *LoRA+*)."""
+class LoraBase(AdapterBase):
+    """Beside W (m, n) stand A (r, n) and B (m, r). `rank`: r of what is added to a matrix. `alpha`: what is added is multiplied by
+    alpha / rank. `rslora`: it is by alpha / sqrt(rank) in its place (Kalajdzievski, *rsLoRA*). `dropout`: the share of what goes
+    into A that is 0, the rest made larger by as much, drawn for its sample, place, layer and feature. `b_lr_ratio`: the learning
+    rate of B, as a multiple of A's (Hayou et al., *LoRA+*). `init_from`: a folder of PEFT's that it starts from; null: none."""
 
-    name: Fixed[Literal["lora"]] = "lora"
     rank: Fixed[int] = 8
     alpha: Fixed[float] = 16.0
     rslora: Fixed[bool] = False
+    dropout: MayChange[float] = 0.0
     b_lr_ratio: MayChange[float] = 1.0
+    init_from: MayChange[str | None] = None  # to null alone: `trainer.resume` refuses another source
 
     @property
     def scale(self) -> float:
@@ -59,6 +63,24 @@ class Lora(AdapterBase):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora(LoraBase):
+    """Hu et al., *LoRA*."""
+
+    name: Fixed[Literal["lora"]] = "lora"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dora(LoraBase):
+    """Liu et al., *DoRA*: of every row of W + s B A the size learns by itself."""
+
+    name: Fixed[Literal["dora"]] = "dora"
+
+    def added(self, matrix: torch.Size) -> Added:
+        """Sizes begin as those of the rows of W, which `trainer.adapters.initial` finds."""
+        return super().added(matrix) | {MAGNITUDE: ParameterSpec(matrix[:1], "vector")}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bone(AdapterBase):
     """Kang & Yin, *Bone*: beside W (m, n) stands P (r, m), whose transpose is added to every r columns of it. `rank`: r; of more
     parameters the larger it is, and no larger than n."""
@@ -71,4 +93,4 @@ class Bone(AdapterBase):
         return {"bone": ParameterSpec(torch.Size((self.rank, matrix[0])), "adapter", Constant(0.0))}
 
 
-AdapterConfig = NoAdapter | Lora | Bone
+AdapterConfig = NoAdapter | Lora | Dora | Bone

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.optim.build import frozen_by
-from rowwise.trainer.adapters.config import AdapterConfig, NoAdapter
+from rowwise.trainer.adapters.config import ADDED, AdapterConfig, NoAdapter
 from rowwise.trainer.adapters.frozen import with_kept
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_specs, stage_parts
@@ -69,6 +69,11 @@ def is_adapted(name: str, spec: ParameterSpec, adapter: AdapterConfig) -> bool:
     if isinstance(adapter, NoAdapter) or spec.role != "hidden":
         return False
     return name.endswith(".weight") and matching(adapter.layers)(name)
+
+
+def is_added(name: str) -> bool:
+    """Says whether a parameter is an adapter's and not the model's own."""
+    return name.rpartition(".")[2] in ADDED
 
 
 def matching(patterns: list[str]) -> Callable[[str], bool]:

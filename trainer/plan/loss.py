@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rowwise.kernels.cross_entropy import loss_bytes
+from rowwise.kernels.spec import ParameterSpec
+from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.models.specs import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,25 @@ class LossWork:
     after: int = 0
 
 
+def head_spec(config: TrainConfig) -> ParameterSpec:
+    """Gives the spec of the matrix that makes logits."""
+    return run_specs(config)[EMBEDDING if config.model.tie_embeddings else HEAD]
+
+
 def loss_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bool) -> LossWork:
     """Counts what the loss of so many tokens holds."""
     model, wide, pipelined = config.model, max(4, width), config.parallel.pipeline > 1
-    head, tied = model.vocab_size * model.dim * width, model.tie_embeddings and not pipelined
+    tied, learns = model.tie_embeddings and not pipelined, not head_spec(config).frozen
+    head = model.vocab_size * model.dim * width * learns
     if not config.memory.fused_loss:
         numbers = tokens * model.vocab_size
         forward = numbers * (wide + width + wide * (width < wide))
-        deferred = numbers * width * split
+        deferred = numbers * width * split * learns
         after = (numbers + tokens * model.dim) * width
-        return LossWork(forward, numbers * wide, 3 * numbers * wide, deferred, head, "after", True, tied, after)
-    at_once = width >= 4 and not pipelined
+        return LossWork(forward, numbers * wide, 3 * numbers * wide, deferred, head, "after", learns, tied, after)
+    at_once = width >= 4 and not pipelined and learns
     device, capped = "cuda" if gpu else "cpu", model.logit_cap is not None
-    most = loss_bytes(tokens, model.dim, model.vocab_size, width, at_once, device, capped)
+    most = loss_bytes(tokens, model.dim, model.vocab_size, width, at_once, device, capped, learns)
     if at_once:
         kept = tokens * model.dim * width
         return LossWork(most, kept, kept, 0, head, "forward", False, tied)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from rowwise.parallel.activations.config import is_folder
 from rowwise.trainer.activations import tokens_of
+from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.models.specs import EMBEDDING
 from rowwise.trainer.plan.away import Keeping
 from rowwise.trainer.plan.beside import backlog_bytes, read_bytes, scaling_bytes, step_bytes, ways_of, where
 from rowwise.trainer.plan.ledger import FILE, HOST, Ledger
@@ -121,7 +123,8 @@ def place_of_average(config: TrainConfig, gpu: bool) -> str:
 def tied_bytes(config: TrainConfig, place: Place) -> int:
     """Counts what a tied matrix's rows take, whose gradient goes from the last stage to the first; 0 where none is tied."""
     model = config.model
-    rows = rows_of(model.vocab_size, place) if model.tie_embeddings else 0
+    moves = model.tie_embeddings and not run_specs(config)[EMBEDDING].frozen
+    rows = rows_of(model.vocab_size, place) if moves else 0
     return rows * model.dim * widths_of(config).parameter
 
 
@@ -137,8 +140,10 @@ def weights_of(
     """Chooses how parameters and gradients of a stage come and go."""
     widths, zero, pipelined = widths_of(config), config.parallel.zero, config.parallel.pipeline > 1
     if not sharded:
-        tensors = [{name: spec.shape.numel() for name, spec in piece.items()} for piece in pieces_of(config, layers)]
-        return Replicated(ledger, tensors, widths.parameter, pipelined, updates)
+        pieces = pieces_of(config, layers)
+        tensors = [{name: spec.shape.numel() for name, spec in piece.items()} for piece in pieces]
+        frozen = {name for piece in pieces for name, spec in piece.items() if spec.frozen}
+        return Replicated(ledger, tensors, widths.parameter, pipelined, updates, frozen)
     ranks = place.shards, place.replicas
     return Sharded(
         ledger, groups_of(config, layers, place), widths, zero, ranks, ways_of(config, gpu), pipelined, updates

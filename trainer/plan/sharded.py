@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from rowwise.parallel.row_file import BLOCK
 from rowwise.trainer.plan.beside import Ways
 from rowwise.trainer.plan.ledger import FILE, HOST, Ledger
-from rowwise.trainer.plan.states import Group, Widths
+from rowwise.trainer.plan.states import Group, Widths, arrivals
 from rowwise.trainer.plan.update import NONE, Updates
 
 PLAIN = Ways()
@@ -44,12 +44,15 @@ class Sharded:
         self._place = {g: place for place, g in enumerate(self._order)}
         self._begin: dict[int, list[int]] = {}  # piece -> the groups that begin with it
         self._end_with: dict[int, list[int]] = {}
-        self._tensors: dict[int, list[tuple[int, str, int]]] = {}  # piece -> group, name and numbers of each
+        # piece -> of its parameters, counted from the last, the group, name and numbers of what then has a gradient
+        self._tensors: dict[int, list[list[tuple[int, str, int]]]] = {}
         for g, group in enumerate(groups):
             self._begin.setdefault(group.pieces[0], []).append(g)
             self._end_with.setdefault(group.pieces[1], []).append(g)
-            for piece, name, numbers in group.tensors:
-                self._tensors.setdefault(piece, []).append((g, name, numbers))
+            for piece in dict.fromkeys(piece for piece, *_ in group.tensors):
+                numbers = {name: count for at, name, count in group.tensors if at == piece}
+                found = [[(g, name, numbers[name]) for name in names] for names in arrivals([*numbers], group.frozen)]
+                self._tensors[piece] = found + self._tensors.get(piece, [])
         # A pipeline adds up in 32 bits whatever ranks sum in.
         self._sum_width = max(WIDE, widths.reduce) if sums else widths.reduce
         self._last, self._forwards = True, 0
@@ -104,11 +107,13 @@ class Sharded:
             self._fetch(before)
 
     def holds(self, piece: int) -> bool:
-        return any(name in self._whole.get(g, {}) for g, name, _ in self._tensors.get(piece, ()))
+        every = (entry for together in self._tensors.get(piece, ()) for entry in together)
+        return any(name in self._whole.get(g, {}) for g, name, _ in every)
 
     def add_gradients(self, piece: int, count: int, gone: int = 0) -> None:
         width, done = self._widths.compute, self._done.setdefault(piece, set())
-        for g, name, numbers in reversed(self._tensors.get(piece, [])[-count:] if count else []):
+        some = self._tensors.get(piece, [])[:count]
+        for g, name, numbers in (entry for together in some for entry in together):
             if name in done:
                 continue
             done.add(name)
@@ -218,12 +223,12 @@ class Sharded:
 
     def _reduce(self, g: int, whole: dict[str, int], wide: dict[str, int]) -> None:
         """Sums the gradients of a group over ranks: see above."""
-        ledger, widths, shard = self._ledger, self._widths, self._groups[g].shard
+        ledger, widths, (_, shard) = self._ledger, self._widths, self._groups[g].reduced
         ledger.take("messages", self._reduced(g))
         self._reducing = g
         held = 0  # by FSDP2, of the last tensor, until the sum is there
         if self._shards > 1:
-            last = self._groups[g].tensors[-1][1]
+            last = next(name for _, name, _ in self._groups[g].tensors[::-1] if name not in self._groups[g].frozen)
             held = whole.pop(last, 0) * widths.compute + wide.pop(last, 0) * widths.reduce
         self._give(whole, widths.compute)
         self._give(wide, widths.reduce)
@@ -251,7 +256,8 @@ class Sharded:
         elif self._updates is None:
             self._leave(g, kept)
         else:
-            ledger.use("working", *NONE.or_more(*(self._updates[name] for _, name, _ in self._groups[g].tensors)))
+            learning = (name for _, name, _ in self._groups[g].tensors if name not in self._groups[g].frozen)
+            ledger.use("working", *NONE.or_more(*map(self._updates.__getitem__, learning)))
             ledger.give("gradients", kept)
         if not waits:
             ledger.give("gradients", self._partial.pop(g, 0))
@@ -283,4 +289,4 @@ class Sharded:
         return self._groups[g].padded * self._widths.compute
 
     def _reduced(self, g: int) -> int:
-        return self._groups[g].padded * self._widths.reduce
+        return self._groups[g].reduced[0] * self._widths.reduce

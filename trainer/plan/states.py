@@ -1,6 +1,7 @@
 """What a rank keeps of the parameters of its layers: which are gathered as one, its rows of them, of their optimizer states and of
 their masks."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from rowwise.parallel.reduce import BITS
 from rowwise.parallel.replicate import in_buckets
 from rowwise.parallel.row_file import BLOCK
 from rowwise.parallel.row_messages import RowMessages
-from rowwise.trainer.adapters.specs import run_parts, run_specs
+from rowwise.trainer.adapters.specs import is_added, run_parts, run_specs
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.codes import message_bytes
 
@@ -84,7 +85,7 @@ class Group:
     a rank's. `root`: they are what all others leave; `kept`: they stay gathered from the forward to the backward; `late`: nothing
     tells when their backward is over, so that they are reduced when all is; `coded`: a rank's bytes where they are gathered as
     8-bit codes, else 0; `sums`: where gradients cross as codes, of each level the bytes that go and come, and of the sums that are
-    there meanwhile."""
+    there meanwhile; `frozen`: those without gradients, and `learning`: `padded` and `shard` of the others (None: of all)."""
 
     pieces: tuple[int, int]
     tensors: tuple[tuple[int, str, int], ...]
@@ -95,6 +96,13 @@ class Group:
     late: bool
     coded: int = 0
     sums: tuple[tuple[int, int], ...] = ()
+    frozen: frozenset[str] = frozenset()
+    learning: tuple[int, int] | None = None
+
+    @property
+    def reduced(self) -> tuple[int, int]:
+        """The numbers of what has gradients, made up to as many rows on each rank, and a rank's."""
+        return (self.padded, self.shard) if self.learning is None else self.learning
 
 
 def pieces_of(config: TrainConfig, layers: range) -> list[Specs]:
@@ -120,10 +128,10 @@ def groups_of(config: TrainConfig, layers: range, place: Place) -> list[Group]:
 
     def as_messages(group: Group) -> Group:
         mine = [rows[name] for _, name, _ in group.tensors]
+        sent = [rows[name] for _, name, _ in group.tensors if name not in group.frozen]
         coded = RowMessages(mine, compute_dtype(config.precision), 8).bytes if parallel.quantize_gather != "none" else 0
-        return replace(
-            group, coded=coded, sums=_sums(config, mine, place) if parallel.quantize_reduce != "none" else ()
-        )
+        summed = parallel.quantize_reduce != "none" and bool(sent)
+        return replace(group, coded=coded, sums=_sums(config, sent, place) if summed else ())
 
     return [as_messages(group) for group in groups]
 
@@ -167,10 +175,32 @@ def _merged(config: TrainConfig, layers: range, place: Place) -> list[Group]:
 def _group(
     parts: list[tuple[int, Specs]], pieces: tuple[int, int], place: Place, root: bool, kept: bool, late: bool
 ) -> Group:
-    shapes = {name: spec.shape for _, part in parts for name, spec in part.items()}
-    shard = sum(-(-shape[0] // place.shards) * shape[1:].numel() for shape in shapes.values())
+    specs = {name: spec for _, part in parts for name, spec in part.items()}
+
+    def rows(specs: Specs) -> int:
+        return sum(-(-spec.shape[0] // place.shards) * spec.shape[1:].numel() for spec in specs.values())
+
+    shard, learns, frozen = rows(specs), None, specs.keys() - learning(specs).keys()
     tensors = tuple((piece, name, spec.shape.numel()) for piece, part in parts for name, spec in part.items())
-    return Group(pieces, tensors, shard * place.shards, shard, root, kept, late)
+    if frozen:
+        learns = rows(learning(specs)) * place.shards, rows(learning(specs))
+    return Group(
+        pieces, tensors, shard * place.shards, shard, root, kept, late, frozen=frozenset(frozen), learning=learns
+    )
+
+
+def arrivals(names: Sequence[str], frozen: Collection[str]) -> list[list[str]]:
+    """Lists, for each parameter of the model's own of a piece, counted from the last, the names of what has its gradient when that
+    would have: itself, and what of an adapter stands beside it."""
+    found: list[list[str]] = []
+    beside: list[str] = []
+    for name in reversed(names):
+        if is_added(name):
+            beside.append(name)
+            continue
+        found.append([one for one in (*beside, name) if one not in frozen])
+        beside = []
+    return found
 
 
 def owned(config: TrainConfig, layers: range) -> Specs:

@@ -4,10 +4,11 @@ Two ways, as `parallel` has two: `Replicated` (`parallel.replicate`), whose grad
 (`plan.sharded`). The pieces of a stage are counted from 0: the embedding, its layers, the head.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from rowwise.trainer.plan.ledger import Ledger
+from rowwise.trainer.plan.states import arrivals
 from rowwise.trainer.plan.update import NONE, Updates
 
 
@@ -57,7 +58,7 @@ class Weights(Protocol):
 
 class Replicated:
     """Whole parameters and buckets of whole gradients (none where the optimizer steps in the backward). `tensors`: the numbers of
-    each parameter, by piece; `sums`, `updates`: as in `Sharded`."""
+    each parameter, by piece, of which the `frozen` have no gradient; `sums`, `updates`: as in `Sharded`."""
 
     def __init__(
         self,
@@ -66,12 +67,17 @@ class Replicated:
         width: int,
         sums: bool = False,
         updates: Updates | None = None,
+        frozen: Collection[str] = (),
     ):
-        self._ledger, self._tensors, self._width, self._sums, self._forwards = ledger, tensors, width, sums, 0
+        self._ledger, self._width, self._sums, self._forwards = ledger, width, sums, 0
+        self._arrivals = [
+            [[(name, piece[name]) for name in names] for names in arrivals([*piece], frozen)] for piece in tensors
+        ]
         self._updates = updates
         self._done = dict[int, int]()  # of each piece's parameters, counted from the last, in the backward under way
         if updates is None:
-            ledger.take("gradients", sum(sum(piece.values()) for piece in tensors) * width)
+            learning = (n for piece in self._arrivals for together in piece for _, n in together)
+            ledger.take("gradients", sum(learning) * width)
 
     def begin(self, last: bool) -> None:
         self._forwards += 1
@@ -91,8 +97,8 @@ class Replicated:
     def add_gradients(self, piece: int, count: int, gone: int = 0) -> None:
         # One at a time, on its way into its bucket or into the sum that is there, or until its parameter has changed.
         category = "working" if self._sums else "gradients"
-        entries = list(self._tensors[piece].items())[::-1]
-        for name, numbers in entries[self._done.get(piece, 0) : count]:
+        some = self._arrivals[piece][self._done.get(piece, 0) : count]
+        for name, numbers in (entry for together in some for entry in together):
             self._ledger.take(category, numbers * self._width)
             most, messages = NONE if self._updates is None else self._updates[name]
             self._ledger.use("working", max(messages, most - gone), messages)

@@ -4,15 +4,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from rowwise.optim.build import FROZEN
 from rowwise.parallel.activations.results import INPUT, LayerResults, LayerWork, Result
 from rowwise.trainer.activations import kept_of, results_of, tokens_of
+from rowwise.trainer.adapters.config import Lora, NoAdapter
+from rowwise.trainer.adapters.specs import adapted_layers, run_specs
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import BLOCKS
 from rowwise.trainer.plan.codes import coding_bytes
 from rowwise.trainer.plan.layer import ALL, Kept, Moment, later, moments, results_by_name, stored, waits
 from rowwise.trainer.plan.loss import LossWork, loss_work
 from rowwise.trainer.plan.states import widths_of
+from rowwise.trainer.stages import splits_backward
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,8 @@ def unknown(config: TrainConfig) -> str | None:
             f"parallel.backend={config.parallel.backend}: what its engine holds beside the layers is not forecast; give "
             "parallel.backend=torch to see what a run holds that splits the same states"
         )
-    if config.adapter.name != "none":
-        return f"adapter={config.adapter.name}: what its layers keep is not forecast; adapter=none shows what a whole model holds"
-    if any(one.rule == FROZEN for one in config.optim.assign):
-        return "optim.assign: what a run holds of which some is frozen is not forecast; freeze none to see what a whole model holds"
+    if problem := unknown_of_frozen(config):
+        return problem
     if results_of(config) is None:
         return (
             f"model.block={config.model.block}: its layers do not say what they make, so that nobody knows what they keep; give the "
@@ -59,6 +59,28 @@ def unknown(config: TrainConfig) -> str | None:
         return (
             f"memory.offload_share={config.memory.offload_share}: which results then stay on the device is not forecast; give "
             "memory.offload_share=all to see what a run holds when everything leaves"
+        )
+    return None
+
+
+def unknown_of_frozen(config: TrainConfig) -> str | None:
+    """Says why nobody knows what layers keep of which some is frozen, or has an adapter; None where it is known."""
+    adapter, specs = config.adapter, run_specs(config)
+    hidden = {name for name, spec in specs.items() if spec.role == "hidden"}
+    if isinstance(adapter, NoAdapter):
+        if any(specs[name].frozen for name in hidden):
+            return "optim.assign: what layers keep whose matrices are frozen is not forecast; freeze none of them to see more"
+        return None
+    plain = isinstance(adapter, Lora) and not adapter.dropout and config.memory.compress == "none"
+    if not plain or len(adapted_layers(specs, adapter)) < len(hidden):
+        return (
+            f"adapter={adapter.name}: what layers keep is forecast of lora beside all of their matrices, without dropout and "
+            "memory.compress; give those to see what that holds"
+        )
+    if config.parallel.pipeline > 1 and splits_backward(config.parallel, config.micro_batches):
+        return (
+            f"adapter={adapter.name} with parallel.pipeline_schedule={config.parallel.pipeline_schedule}: what waits for weights' "
+            "gradients that come later is not forecast; give gpipe, 1f1b or interleaved_1f1b to see what those hold"
         )
     return None
 
@@ -98,6 +120,7 @@ def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> l
     if problem := unknown(config):
         raise ValueError(problem)
     assert table is not None
+    table = with_lora(config, table)
     work = BLOCKS[model.block].work(model, width, gpu)
     assert work is not None
     policy, memory = kept_of(config), config.memory
@@ -155,6 +178,20 @@ def forward_in_codes(table: LayerResults, kept: Kept, work: LayerWork, tokens: i
         most = max([most, *(code(one, there + size) for one in taken)])
         there += 0 if result.name in kept.names else size
     return max([most, (there + work.last) * tokens, *(code(result, there) for result in waits.values())])
+
+
+def with_lora(config: TrainConfig, table: LayerResults) -> LayerResults:
+    """Returns the results of a layer of which every matrix has LoRA beside it: what goes into each B stays, whatever is made again."""
+    if not isinstance(config.adapter, Lora):
+        return table
+    rank, beside = config.adapter.rank, {"qkv": 3, "h": 1, "a": 1, "gate_up": 2, "s": 1}
+    if "a" in table.names:
+        del beside["h"]
+    return replace(table, results=tuple(_with_fixed(r, rank * beside.get(r.name, 0)) for r in table.results))
+
+
+def _with_fixed(result: Result, numbers: int) -> Result:
+    return replace(result, fixed=result.fixed + numbers)
 
 
 def head_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bool) -> Work:

@@ -1,0 +1,136 @@
+"""LoRA and DoRA are PEFT's: logits, gradients, three updates, and folders both ways."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_trainer_models_decoder import CASES, some_tokens, transformers_model
+
+from parity import relative_error, small_config, with_layout
+from rowwise.kernels.spec import Specs
+from rowwise.launch.export import ExportConfig, export
+from rowwise.parallel.activations.compress import Tokens
+from rowwise.parallel.activations.saved import begin_without_backward
+from rowwise.trainer.adapters.config import Dora, Lora
+from rowwise.trainer.adapters.convert import adapt
+from rowwise.trainer.adapters.initial import with_adapter_rows
+from rowwise.trainer.adapters.peft import check_adapter_source, name_in_folder
+from rowwise.trainer.adapters.specs import with_adapter
+from rowwise.trainer.models.decoder import Decoder, parameter_specs
+from rowwise.trainer.models.huggingface import rows_from
+from runs import run_train
+
+TOLERANCE = 1e-5
+ADAPTERS = {
+    "lora": Lora(rank=3, alpha=7.0),
+    "rslora of some, norms beside it": Lora(rank=4, rslora=True, layers=["*.attention.*", "*.1.*.w2.*"], train=["*norm.weight"]),
+    "dora": Dora(rank=3, alpha=5.0),
+}  # fmt: skip
+
+
+def peft_model(case: str, adapter: Lora | Dora):
+    """PEFT's model of it, whose B are random too, so that everything has a gradient."""
+    import peft
+
+    base, specs = transformers_model(CASES[case]), parameter_specs(CASES[case])
+    found = with_adapter(specs, adapter)
+    layers = [name.removesuffix(".lora_a") for name in found if name.endswith(".lora_a")]
+    trained = [name for name, spec in found.items() if name in specs and not spec.frozen]
+    theirs = [specs[f"{layer}.weight"].theirs.removesuffix(".weight") for layer in layers]
+    config = peft.LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.alpha, use_rslora=adapter.rslora, use_dora=isinstance(adapter, Dora),
+        target_modules=theirs, lora_dropout=0.0, task_type="CAUSAL_LM",
+        modules_to_save=[specs[name].theirs.removesuffix(".weight") for name in trained] or None,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0.0, 0.1)
+    return model
+
+
+def our_model(folder, base, case: str, adapter: Lora | Dora) -> Decoder:
+    """Ours, of PEFT's folder and transformers'."""
+    specs: Specs = parameter_specs(CASES[case])
+    adapter = replace(adapter, init_from=str(folder))
+    check_adapter_source(adapter, specs)
+    model = adapt(Decoder(CASES[case]), adapter, with_adapter(specs, adapter), 0, Tokens(9, *[torch.arange(9)] * 2))
+    fill_ = with_adapter_rows(rows_from(base, specs), no_draw, with_adapter(specs, adapter), adapter)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            fill_(name, p, 0, p.size(0))
+    return model
+
+
+def no_draw(*given):
+    raise AssertionError("the folder has everything")
+
+
+@pytest.mark.parametrize("case", ["llama", pytest.param("qwen3 tied", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_logits_gradients_and_updates_equal_those_of_peft(tmp_path, name, case):
+    adapter = ADAPTERS[name]
+    theirs = peft_model(case, adapter)
+    theirs.save_pretrained(tmp_path / "adapter")
+    theirs.get_base_model().save_pretrained(tmp_path / "base", state_dict=transformers_model(CASES[case]).state_dict())
+    ours, specs = our_model(tmp_path / "adapter", tmp_path / "base", case, adapter), parameter_specs(CASES[case])
+    learns = {n: p for n, p in ours.named_parameters() if p.requires_grad}
+    of_theirs = {in_state(n): p for n, p in theirs.named_parameters() if p.requires_grad}
+    pairs = {n: (p, of_theirs.pop(name_in_folder(n, specs))) for n, p in learns.items()}
+    assert not of_theirs
+    rules = [torch.optim.AdamW([pair[i] for pair in pairs.values()], lr=0.01) for i in (0, 1)]
+    tokens = some_tokens(CASES[case])
+    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+    begin_without_backward()
+    for _ in range(3):
+        (logits := ours(tokens, positions)).square().mean().backward()
+        (reference := theirs(tokens).logits).square().mean().backward()
+        assert relative_error(logits.detach(), reference.detach()) <= TOLERANCE
+        for n, (mine, their) in pairs.items():
+            assert relative_error(mine.grad, their.grad) <= 20 * TOLERANCE, n
+        before = {n: mine.detach().clone() for n, (mine, _) in pairs.items()}
+        for rule in rules:
+            rule.step()
+            rule.zero_grad()
+        for n, (mine, their) in pairs.items():
+            assert (mine - before[n]).abs().max() > 0.001, n
+            assert relative_error(mine.detach(), their.detach()) <= 20 * TOLERANCE, n
+
+
+def in_state(name: str) -> str:
+    """The name that a parameter of PEFT's has in its folder."""
+    name = name.replace(".default.weight", ".weight").replace(".default", "").replace(".modules_to_save", "")
+    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
+
+
+@pytest.mark.parametrize("name", ["dora", *(pytest.param(name, marks=pytest.mark.full) for name in [*ADAPTERS][:2])])
+def test_peft_opens_what_a_run_exports(ranks, tmp_path, name):
+    """Merged too, which computes the same."""
+    import peft
+    import transformers
+
+    choice = ADAPTERS[name]
+    words = [
+        f"adapter={choice.name}",
+        *(
+            f"adapter.{key}={json.dumps(getattr(choice, key))}"
+            for key in ("rank", "alpha", "rslora", "layers", "train")
+        ),
+    ]
+    config = small_config(tmp_path, *words, "precision=fp32", "model.init_std=0.3", "optim.lr=0.05", "steps=2")
+    ranks.run(run_train, 2, with_layout(config, 2, zero=3))
+    begun = small_config(
+        tmp_path, "precision=fp32", "model.init_std=0.3", "steps=1", "optim.lr=1e-30", f"run_dir={tmp_path}/base"
+    )
+    ranks.run(run_train, 1, with_layout(begun, 1))
+    for to, run, more in (("base", begun, {}), ("merged", config, {}), ("adapter", config, {"adapter_only": True})):
+        export(ExportConfig(run.run_dir, str(tmp_path / f"{to}-out"), **more))
+    open_ = transformers.AutoModelForCausalLM.from_pretrained
+    adapted = peft.PeftModel.from_pretrained(open_(tmp_path / "base-out"), tmp_path / "adapter-out").eval()
+    merged, plain, tokens = open_(tmp_path / "merged-out"), open_(tmp_path / "base-out"), torch.arange(1, 12)[None]
+    with torch.no_grad():
+        reference, ours, before = merged(tokens).logits, adapted(tokens).logits, plain(tokens).logits
+    assert relative_error(ours, reference) <= 1e-4 < relative_error(before, reference)

@@ -1,0 +1,154 @@
+"""Adapters in PEFT's folders: adapter_config.json and adapter_model.safetensors, read and written.
+
+    ours                              theirs
+    blocks.0.attention.wq.lora_a      base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+    blocks.0.attention.wq.lora_b      ...lora_B.weight
+    blocks.0.attention.wq.magnitude   ...lora_magnitude_vector
+    norm.weight, learned beside it    base_model.model.model.norm.weight, and its layer in modules_to_save
+
+Rows of ours are rows of theirs, so that loading reads just those of a shard.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rowwise.kernels.spec import Specs, learning
+from rowwise.trainer.adapters.config import AdapterConfig, Dora, Lora
+from rowwise.trainer.adapters.specs import adapted_layers, with_adapter
+from rowwise.trainer.models.config_json import read_object
+from rowwise.trainer.models.huggingface import opened, their_name
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+THEIRS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+LowRank = Lora | Dora
+# What must be so in a folder: another would compute otherwise.
+PLAIN: Mapping[str, Any] = {
+    "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False,
+    "layer_replication": None, "trainable_token_indices": None, "exclude_modules": None, "target_parameters": None,
+}  # fmt: skip
+
+
+def name_in_folder(name: str, specs: Specs) -> str:
+    """Gives the name in a folder of a parameter that learns; `specs`: of the plain model."""
+    if name in specs:
+        return PREFIX + their_name(name, specs[name])
+    layer, _, what = name.rpartition(".")
+    return f"{PREFIX}{_their_layer(layer, specs)}.{THEIRS[what]}"
+
+
+def check_adapter_source(adapter: AdapterConfig, specs: Specs) -> None:
+    """Refuses a folder to start from that does not hold this adapter of a model with these specs, each tensor in its shape. Reads
+    headers. Raises ValueError."""
+    if not isinstance(adapter, LowRank) or adapter.init_from is None:
+        return
+    folder = Path(adapter.init_from).expanduser()
+    with _refusing(folder):
+        said = read_object(folder / CONFIG)
+        for key, plain in PLAIN.items():
+            if (said.get(key) or plain) != plain:
+                raise ValueError(f"its {CONFIG} has {key}={said[key]!r}, and possible is {plain!r}")
+        ours = {
+            "r": adapter.rank, "lora_alpha": adapter.alpha, "use_rslora": adapter.rslora, "use_dora": isinstance(adapter, Dora),
+        }  # fmt: skip
+        keys = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
+        for key, value in ours.items():
+            if said.get(key, False) != value:
+                what = f"adapter.{keys[key]}={value}" if key in keys else f"adapter={adapter.name}"
+                raise ValueError(f"its {CONFIG} has {key}={said.get(key)!r}, and the run {what}")
+        _check_tensors(folder, adapter, specs)
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """Raises what is wrong with a folder to start from as one ValueError."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"adapter.init_from={folder}: {error}; give a folder that PEFT or `rowwise export adapter_only=true` wrote of an "
+            "adapter of this model, or adapter.init_from=null"
+        ) from None
+
+
+def _check_tensors(folder: Path, adapter: LowRank, specs: Specs) -> None:
+    shapes = {name_in_folder(name, specs): spec.shape for name, spec in learning(with_adapter(specs, adapter)).items()}
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"no {WEIGHTS} in it")
+    with opened(folder / WEIGHTS) as file:
+        there = set(file.keys())
+        if missing := sorted(shapes.keys() - there):
+            raise ValueError(
+                f"it has no tensor {missing[0]} ({len(missing)} of {len(shapes)} are missing): it is an adapter of other layers or "
+                "of another model"
+            )
+        if more := sorted(there - shapes.keys()):
+            raise ValueError(f"it has a tensor {more[0]}, which is in neither adapter.layers nor adapter.train")
+        for name, shape in shapes.items():
+            if (theirs := tuple(file.get_slice(name).get_shape())) != tuple(shape):
+                raise ValueError(f"its {name} is {theirs}, and that of the run {tuple(shape)}: it is of another model")
+
+
+def adapter_rows_from(folder: Path, specs: Specs) -> Callable[[str, Tensor, int, int], None]:
+    """Returns a function that fills rows of a parameter that learns from the folder, and reads no others; see
+    `parallel.shard.materialize`. The folder must be checked."""
+    open_ = cache(opened)
+
+    def fill_(name: str, rows: Tensor, start: int, size: int) -> None:
+        source = open_(folder / WEIGHTS).get_slice(name_in_folder(name, specs))
+        if rows.numel():
+            rows.copy_(source[start : start + rows.size(0)])
+
+    return fill_
+
+
+def write_adapter(
+    folder: Path, adapter: LowRank, specs: Specs, read_: Callable[[dict[str, Tensor]], None], dtype: torch.dtype
+) -> int:
+    """Writes the folder of an adapter, whose tensors `read_` fills by our names, into an existing folder, and returns how many numbers
+    it has. `specs`: of the plain model. Raises ValueError for numbers that `dtype` cannot hold."""
+    shapes = {name: spec.shape for name, spec in learning(with_adapter(specs, adapter)).items()}
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    read_(tensors)
+    if spoilt := next((name for name, t in tensors.items() if not t.isfinite().all()), None):
+        raise ValueError(f"{spoilt} has numbers that are infinite or undefined in {dtype}; give a wider dtype")
+    save_file({name_in_folder(name, specs): t for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(their_adapter_config(adapter, specs), indent=2))
+    return sum(t.numel() for t in tensors.values())
+
+
+def their_adapter_config(adapter: LowRank, specs: Specs) -> dict[str, Any]:
+    """Gives the adapter_config.json of an adapter."""
+    trained = [name for name in learning(with_adapter(specs, adapter)) if name in specs]
+    return dict(PLAIN) | {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rslora,
+        "use_dora": isinstance(adapter, Dora),
+        "init_lora_weights": True,
+        "target_modules": [_their_layer(layer, specs) for layer in adapted_layers(specs, adapter)],
+        "modules_to_save": [_their_layer(name.rpartition(".")[0], specs) for name in trained] or None,
+    }
+
+
+def _their_layer(layer: str, specs: Specs) -> str:
+    weight = f"{layer}.weight"
+    if specs[weight].their_rows is not None:
+        raise ValueError(
+            f"{weight} is some rows of a tensor of its family's folders, beside which PEFT has one adapter and the run several; "
+            "possible is the merged export"
+        )
+    return their_name(weight, specs[weight]).removesuffix(".weight")
