@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from rowwise.parallel.row_file import BLOCK
 from rowwise.trainer.plan.beside import Ways
 from rowwise.trainer.plan.ledger import FILE, HOST, Ledger
-from rowwise.trainer.plan.states import Group, Widths, arrivals
+from rowwise.trainer.plan.states import Group, Widths
 from rowwise.trainer.plan.update import NONE, Updates
+from rowwise.trainer.plan.weights import arrivals
 
 PLAIN = Ways()
 WIDE = 4  # bytes of a number that has 32 bits

@@ -1,7 +1,6 @@
 """What a rank keeps of the parameters of its layers: which are gathered as one, its rows of them, of their optimizer states and of
 their masks."""
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from rowwise.parallel.reduce import BITS
 from rowwise.parallel.replicate import in_buckets
 from rowwise.parallel.row_file import BLOCK
 from rowwise.parallel.row_messages import RowMessages
-from rowwise.trainer.adapters.specs import is_added, run_parts, run_specs
+from rowwise.trainer.adapters.specs import run_parts, run_specs
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.codes import message_bytes
 
@@ -187,20 +186,6 @@ def _group(
     return Group(
         pieces, tensors, shard * place.shards, shard, root, kept, late, frozen=frozenset(frozen), learning=learns
     )
-
-
-def arrivals(names: Sequence[str], frozen: Collection[str]) -> list[list[str]]:
-    """Lists, for each parameter of the model's own of a piece, counted from the last, the names of what has its gradient when that
-    would have: itself, and what of an adapter stands beside it."""
-    found: list[list[str]] = []
-    beside: list[str] = []
-    for name in reversed(names):
-        if is_added(name):
-            beside.append(name)
-            continue
-        found.append([one for one in (*beside, name) if one not in frozen])
-        beside = []
-    return found
 
 
 def owned(config: TrainConfig, layers: range) -> Specs:

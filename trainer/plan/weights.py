@@ -7,8 +7,8 @@ Two ways, as `parallel` has two: `Replicated` (`parallel.replicate`), whose grad
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
+from rowwise.trainer.adapters.specs import is_added
 from rowwise.trainer.plan.ledger import Ledger
-from rowwise.trainer.plan.states import arrivals
 from rowwise.trainer.plan.update import NONE, Updates
 
 
@@ -54,6 +54,20 @@ class Weights(Protocol):
 
     def close(self) -> None:
         """Ends a pipeline's step."""
+
+
+def arrivals(names: Sequence[str], frozen: Collection[str]) -> list[list[str]]:
+    """Lists, for each parameter of the model's own of a piece, counted from the last, the names of what has its gradient when that
+    would have: itself, and what of an adapter stands beside it."""
+    found: list[list[str]] = []
+    beside: list[str] = []
+    for name in reversed(names):
+        if is_added(name):
+            beside.append(name)
+            continue
+        found.append([one for one in (*beside, name) if one not in frozen])
+        beside = []
+    return found
 
 
 class Replicated:
