@@ -71,6 +71,11 @@ def unknown_of_frozen(config: TrainConfig) -> str | None:
         if any(specs[name].frozen for name in hidden):
             return "optim.assign: what layers keep whose matrices are frozen is not forecast; freeze none of them to see more"
         return None
+    if config.model.frozen_dtype is not None:
+        return (
+            f"model.frozen_dtype={config.model.frozen_dtype}: what is there while codes are decoded is not forecast; give "
+            "model.frozen_dtype=null to see what a run holds without"
+        )
     plain = isinstance(adapter, Lora) and not adapter.dropout and config.memory.compress == "none"
     if not plain or len(adapted_layers(specs, adapter)) < len(hidden):
         return (
