@@ -611,6 +611,10 @@ REFUSED = {
         ["on_spike=rollback", "checkpoint.every=20min"],
         r"on_spike=rollback with checkpoint.every=20min: a clock .*give checkpoint.every=10%",
     ),
+    "a rollback past the end of a source": (
+        ["on_spike=rollback", "data=mixture", "data.sources=[{name: stdlib, weight: 1}]", "data.when_short=stop"],
+        r"on_spike=rollback with data.when_short=stop: .*give on_spike=skip, or data.when_short=repeat",
+    ),
     "a test that skips what it looks for": (
         ["on_spike=skip", "schedule=lr_range"],
         r"on_spike=skip with schedule=lr_range: .*give on_spike=record",

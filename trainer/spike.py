@@ -104,6 +104,12 @@ SPIKES: Refusals = (
         "on_spike={on_spike} with schedule=lr_range: a test ends where the loss blows up; give on_spike=record",
     ),
     Refusal(
+        ("on_spike", "data.when_short"),
+        lambda run: run.on_spike == "rollback" and getattr(run.data, "when_short", "repeat") != "repeat",
+        "on_spike=rollback with data.when_short={data.when_short}: a rollback passes over data, and a source may then end before "
+        "the run; give on_spike=skip, or data.when_short=repeat",
+    ),
+    Refusal(
         ("on_spike", "checkpoint.every", "steps"),
         lambda run: run.on_spike == "rollback" and _no_way_back(run),
         lambda run: (
