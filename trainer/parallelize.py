@@ -42,7 +42,7 @@ from rowwise.trainer.pruned import prune_groups
 Conversion = Callable[[list[Decoder], TrainConfig, Mesh], None]
 # Each puts other layers in the place of those that a configuration names, with the very same parameters; in this order. (What is
 # kept otherwise than the model's other parameters becomes so there.)
-CONVERSIONS: tuple[Conversion, ...] = (prune_groups, lambda stages, config, mesh: keep_frozen(stages))
+CONVERSIONS: tuple[Conversion, ...] = (prune_groups, keep_frozen)
 
 
 def parallelize(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> tuple[Engine, Sparsity | None]:

@@ -9,7 +9,7 @@ gathered as bytes, saved as bytes, and decoded where it multiplies; what it stan
 bytes depend on another row.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -22,6 +22,8 @@ from rowwise.kernels.coded_rows import INT8, NF4, RowForm, decode_rows, encode_r
 from rowwise.kernels.portions import device_portions
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.optim.build import FROZEN
+from rowwise.parallel.mesh import Mesh
+from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import Decoder
 
 FrozenDtype = Literal["bf16", "int8", "nf4"]
@@ -94,7 +96,7 @@ class FrozenLinear(nn.Linear):
         self.weight = nn.Parameter(rows, requires_grad=False)
 
 
-def keep_frozen(stages: Iterable[Decoder]) -> None:
+def keep_frozen(stages: list[Decoder], config: TrainConfig, mesh: Mesh) -> None:
     """Makes the matrices of `stages`, on the meta device, what their specs say that they are kept as, in place."""
     for stage in stages:
         kept = {name: spec.kept for name, spec in stage.parameter_specs().items() if spec.kept is not None}
