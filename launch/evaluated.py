@@ -14,7 +14,7 @@ from rowwise.trainer.data.corpus import Corpus
 from rowwise.trainer.data.mixture import AnyCorpus
 from rowwise.trainer.data.open import Data, open_data
 from rowwise.trainer.data.own_tokenizer import of_one_tokenizer
-from rowwise.trainer.keys import told_of_type
+from rowwise.trainer.keys import path_to, told_of_type
 from rowwise.trainer.manifest_form import Manifest
 
 INHERITED = (
@@ -127,7 +127,7 @@ def data_of(tree: Mapping[str, Any]) -> DataConfig:
         return _DATA.validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = ".".join(str(part) for part in first["loc"][1:])
+        path = ".".join(map(str, path_to(first, tree)))
         raise ValueError(f"data.{path}={first['input']}: {told_of_type(first)}") from None
 
 

@@ -9,7 +9,7 @@ from rowwise.trainer.plan.forecast import Forecast
 from rowwise.trainer.plan.ledger import CATEGORIES
 
 # Okabe and Ito's, and greys for what nobody chooses.
-COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#AA4499", "#E69F00", "#F0E442", "#505050", "#C8C8C8")
+COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#882255", "#AA4499", "#E69F00", "#F0E442", "#505050", "#C8C8C8")
 
 
 def draw_plan(forecast: Forecast, path: Path) -> None:

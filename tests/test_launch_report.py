@@ -251,14 +251,14 @@ def test_memory_by_category(tmp_path):
     run = write_run(tmp_path / "run", [record(1)])
     (run / "memory.json").write_text(json.dumps(MEMORY))
     page = write_page(f"run={run}", to=tmp_path / "page.html")
-    assert page.row("rank 0") == ["1 GiB", "512 MiB", "2 GiB", "1 MiB", "511 MiB", "4 GiB"]
+    assert page.row("rank 0") == ["1 GiB", "512 MiB", "2 GiB", "1 MiB", "-", "511 MiB", "4 GiB"]
     assert "activations and the rest 1.5 GiB" in page.text, "of the largest rank"
     cpu = {"parameters": 8 * 2**20, "gradients": 8 * 2**20, "optimizer": 8 * 2**20, "masks": 0, "peak": 697 * 2**20}
     (run / "memory.json").write_text(
         json.dumps({"device": "cpu", "ranks": [cpu], "predicted": None})
     )  # of an earlier release
     page = write_page(f"run={run}", to=tmp_path / "page.html")
-    assert page.row("rank 0") == ["8 MiB", "8 MiB", "8 MiB", "0 B", "673 MiB", "697 MiB"]
+    assert page.row("rank 0") == ["8 MiB", "8 MiB", "8 MiB", "0 B", "-", "673 MiB", "697 MiB"]
     assert "activations and the rest 673 MiB" in page.text and "predicted" not in page.text
     for broken in ("{", "[]", '{"ranks": []}', '{"ranks": 3}'):
         (run / "memory.json").write_text(broken)

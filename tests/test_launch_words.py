@@ -54,7 +54,7 @@ def test_typical_mistakes_of_other_frameworks_are_answered_with_what_to_write(fr
             try:
                 compose_tree(gather([*start.parse(typed.split()).overrides[:-1], *answer.split()]))
             except ValueError as refusal:
-                assert "No such file" in str(refusal) or "data.tokenizer is of data=hf or text" in str(refusal)
+                assert "No such file" in str(refusal) or "data.tokenizer is of data=chat, hf or text" in str(refusal)
 
 
 def test_there_are_a_hundred_of_them():

@@ -37,7 +37,11 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("frozen")
 
 
-@pytest.mark.parametrize("name", CASES)
+# For which the others stand, unless --full.
+NAMES = [pytest.param(name, marks=[pytest.mark.full] if name in ("bf16", "nf4 away") else []) for name in CASES]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_layout_is_one_process(ranks, folder, name):
     """Every gradient and every update; what is frozen stays, to the last bit, what it was."""
     options, layouts = CASES[name]

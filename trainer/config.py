@@ -3,7 +3,6 @@
 import copy
 import functools
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
@@ -25,7 +24,7 @@ from rowwise.trainer.data.batches import BatchConfig
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.evaluate import EvalConfig
 from rowwise.trainer.files import full_path
-from rowwise.trainer.keys import as_lists, refuse_control_characters, told_of_type, unknown_key
+from rowwise.trainer.keys import as_lists, path_to, refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.manifest import CheckpointConfig
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.models.decoder import check_model, parameter_count
@@ -203,7 +202,7 @@ def _validated(tree: dict[str, Any]) -> TrainConfig:
     except ValidationError as error:
         meant = copy.deepcopy(tree)
         for one in error.errors(include_url=False):
-            if not (keys := _path(one, tree)):
+            if not (keys := path_to(one, tree)):
                 continue
             *path, last = keys
             node: Any = functools.reduce(lambda inner, part: inner[part], path, meant)
@@ -215,21 +214,9 @@ def _validated(tree: dict[str, Any]) -> TrainConfig:
         return _ADAPTER.validate_json(json.dumps(meant), strict=True)
 
 
-def _path(error: Mapping[str, Any], tree: dict[str, Any]) -> list[Any]:
-    """The keys that lead to what is wrong: a union's choice stands in the location as if it were one."""
-    path: list[Any] = []
-    node: Any = tree
-    for part in error["loc"]:
-        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
-        if inside:
-            path.append(part)
-            node = node[part]
-    return [*path, error["loc"][-1]] if error["type"] == "missing" else path
-
-
 def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
     first, *others = error.errors(include_url=False)
-    path = ".".join(map(str, _path(first, tree)))
+    path = ".".join(map(str, path_to(first, tree)))
     if first["type"] == "union_tag_invalid":
         key = "kind" if path == "model.rope_scaling" else "name"
         return f"{path}.{key}={first['ctx']['tag']!r}: possible are {first['ctx']['expected_tags']}"
@@ -237,5 +224,5 @@ def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
         return f"{path}={first['input']!r}: give a table, such as {{kind: linear, factor: 4.0}}, or null"
     if first["type"] in ("missing", "union_tag_not_found"):
         return f"{path}{'' if first['type'] == 'missing' else '.name'} is missing"
-    number = any(one["type"] == "float_type" and _path(one, tree) == _path(first, tree) for one in others)
+    number = any(one["type"] == "float_type" and path_to(one, tree) == path_to(first, tree) for one in others)
     return f"{path}={first['input']!r}: {told_of_type(first)}{', or a number' * (first['type'] == 'literal_error' and number)}"

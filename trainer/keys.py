@@ -49,6 +49,19 @@ def told_of_type(error: Mapping[str, Any]) -> str:
     return wanted.format_map(error.get("ctx", {}))
 
 
+def path_to(error: Mapping[str, Any], tree: Mapping[str, Any]) -> list[Any]:
+    """Returns the keys that lead to what is wrong in a tree, from how its validation went: a union's choice stands in the location as
+    if it were one."""
+    path: list[Any] = []
+    node: Any = tree
+    for part in error["loc"]:
+        inside = part in node if isinstance(node, Mapping) else isinstance(node, list) and isinstance(part, int)
+        if inside:
+            path.append(part)
+            node = node[part]
+    return [*path, error["loc"][-1]] if error["type"] == "missing" else path
+
+
 def refuse_control_characters(tree: Any, path: str = "") -> None:
     """Raises ValueError where a key or a string of a plain tree holds a control character or a line break: names go into batch
     scripts, records and terminals, line by line; or half a character (of bytes that are no UTF-8), which no file can hold."""

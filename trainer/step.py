@@ -125,7 +125,8 @@ def local_totals(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sparsit
 
 def read_totals(totals: Tensor, given: StepInput) -> StepReport:
     """Reads the report in what `local_totals` gave, summed over all ranks."""
-    (loss_sum, tokens, norm_squared), told, sums = (part.tolist() for part in totals.cpu().tensor_split((3, 8)))
+    loss_sum, tokens, norm_squared, *others = totals.tolist()
+    told, sums = others[:5], others[5:]
     finite = math.isfinite(norm_squared)
     norm = math.sqrt(norm_squared) * mean_factor(int(tokens), given) if finite else math.inf
     by_source = means_by_source(sums)

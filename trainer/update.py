@@ -171,8 +171,8 @@ def step_in_backward(engine: Engine, optimizer: InBackward, mesh: Mesh, judge: J
     totals[1] = mesh.share(optimizer.squares())
     given.status.put(totals[2:7])
     dist.all_reduce(totals)
-    parts = torch.cat((totals, tokens.view(1))).cpu().tensor_split((2, 7, -1))
-    (loss_sum, norm_squared), told, sums, (count,) = (part.tolist() for part in parts)
+    loss_sum, norm_squared, *others, count = torch.cat((totals, tokens.view(1))).tolist()
+    told, sums = others[:5], others[5:]
     norm = math.sqrt(norm_squared) if math.isfinite(norm_squared) else math.inf
     by_source = means_by_source(sums)
     report = StepReport(mean_loss(loss_sum, count), norm, int(count), **told_by_all(*told), by_source=by_source)
