@@ -146,11 +146,11 @@ def evaluate_tasks(config: EvaluateConfig, words: Sequence[str] = ()) -> "list[t
     writers = (
         (sound.step, run.writer(sound.step, config.tokenizer, config.device, config.weights)) for sound in sounds
     )
+    names = [name for name in (config.tasks or "").split(",") if name]
     found: list[tuple[int, Score]] = []
     for step, writer in writers:
-        from rowwise.launch.tasks import Tasks, run_tasks
+        from rowwise.launch.tasks import Tasks, run_tasks  # the harness, which no checkpoint that is refused waits for
 
-        names = [name for name in (config.tasks or "").split(",") if name]
         tasks = Tasks(names, config.tasks_folder, config.shots, config.limit, config.micro_size or 8)
         for score in run_tasks(writer, tasks):
             error = "" if score.error is None else f" +- {score.error:.4f}"

@@ -7,6 +7,7 @@ causal model does not look.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class Score:
 
 def run_tasks(writer: Writer, tasks: Tasks) -> list[Score]:
     """Evaluates a whole model. Raises ValueError for a task that there is not, and for one whose data is not there."""
-    manager = _manager(tasks)
+    manager = _manager(frozenset(tasks.names), tasks.folder)
     if unknown := [name for name in tasks.names if name not in manager.all_tasks]:
         raise ValueError(
             f"tasks={','.join(tasks.names)}: there is no task {', '.join(unknown)}; `lm-eval ls tasks` lists the harness's, and "
@@ -70,13 +71,14 @@ def run_tasks(writer: Writer, tasks: Tasks) -> list[Score]:
     return list(scores(found))
 
 
-def _manager(tasks: Tasks) -> TaskManager:
+@functools.lru_cache(maxsize=1)  # the checkpoints of a run are asked the same
+def _manager(names: frozenset[str], folder: str | None) -> TaskManager:
     """Knows the tasks of one's own folder, and only where others are asked for the harness's thousands, which it reads for seconds."""
-    if tasks.folder is not None:
-        own = TaskManager(include_path=tasks.folder, include_defaults=False)
-        if set(tasks.names) <= set(own.all_tasks):
+    if folder is not None:
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if names <= set(own.all_tasks):
             return own
-    return TaskManager(include_path=tasks.folder)
+    return TaskManager(include_path=folder)
 
 
 def scores(found: Any) -> Iterable[Score]:

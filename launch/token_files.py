@@ -98,7 +98,7 @@ def sources_of(data: DataConfig) -> dict[str, TextSource]:
             raise ValueError("data=chat keeps beside its tokens which are learned, and a run makes both; give a text")
         if not 0 <= source.holdout < 1:
             raise ValueError(f"data.holdout={source.holdout}: a share from 0 to below 1")
-        if Path(label).name != label:
+        if Path(label).name != label or label == "..":
             raise ValueError(f"data.sources: the label {label!r} is the name of a folder here; give one without /")
         found[label] = source
     return found

@@ -81,6 +81,10 @@ def test_what_is_refused_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
         "tokens": (["data=tokens", "data.files=x", to], "data=tokens holds tokens already; give a text"),
         "full": ([*words(folder), f"to={tmp_path}/full"], "exists and is not empty"),
         "nproc": ([*words(folder), to, "nproc=0"], "nproc=0: 1 to 1024 processes"),
+        "label": (
+            ["data=mixture", f"data.sources=[{{name: text, files: {folder}/wiki, label: ..}}]", to],
+            "the label '..' is the name of a folder here",
+        ),
         "key": ([*words(folder), to, "dat.files=x"], "dat.files"),
         "holdout": ([*words(folder), to, "data.holdout=1"], "a share from 0 to below 1"),
     }

@@ -13,8 +13,30 @@ from pydantic import Discriminator, Tag
 from torch import Tensor
 
 
+class OfLength:
+    """A stretch that says how long sequences were before it."""
+
+    factor: float
+    original_length: int
+
+    @property
+    def longest(self) -> int:
+        """How long the sequences are that it was made for; 0: it does not say."""
+        return round(self.original_length * self.factor)
+
+
+class Amplified(OfLength):
+    """One that makes cos and sin larger too."""
+
+    attention_factor: float
+
+    @property
+    def amplitude(self) -> float:
+        return self.attention_factor
+
+
 @dataclass(frozen=True)
-class Llama3Scaling:
+class Llama3Scaling(OfLength):
     """Llama 3's stretch: wavelengths above `original_length / low_freq_factor` are `factor` times longer, those below
     `original_length / high_freq_factor` stay, and those between are mixed linearly in frequency."""
 
@@ -25,11 +47,6 @@ class Llama3Scaling:
     kind: Literal["llama3"] = "llama3"
 
     amplitude = 1.0  # of cos and sin
-
-    @property
-    def longest(self) -> int:
-        """How long the sequences are that it was made for; 0: it does not say."""
-        return round(self.original_length * self.factor)
 
     def check(self) -> None:
         """Raises ValueError."""
@@ -64,7 +81,7 @@ class LinearScaling:
 
 
 @dataclass(frozen=True)
-class YarnScaling:
+class YarnScaling(Amplified):
     """YaRN (Peng et al., section 3.2): pairs that turn more than `beta_fast` times in `original_length` stay, those that turn less
     than `beta_slow` times are `factor` times longer, those between are mixed linearly in their number; cos and sin are multiplied by
     `attention_factor`, 0.1 ln(factor) + 1 there."""
@@ -75,14 +92,6 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     kind: Literal["yarn"] = "yarn"
-
-    @property
-    def amplitude(self) -> float:
-        return self.attention_factor
-
-    @property
-    def longest(self) -> int:
-        return round(self.original_length * self.factor)
 
     def check(self) -> None:
         """Raises ValueError."""
@@ -104,7 +113,7 @@ class YarnScaling:
 
 
 @dataclass(frozen=True)
-class LongRopeScaling:
+class LongRopeScaling(Amplified):
     """LongRoPE (Ding et al.), as Phi-3 has it: each wavelength is longer by a factor of its own, one of `short_factors` in sequences
     up to `original_length` and of `long_factors` in longer ones, up to `factor` times that, which a run says of all its sequences; cos
     and sin are multiplied by `attention_factor`."""
@@ -115,14 +124,6 @@ class LongRopeScaling:
     factor: float
     attention_factor: float
     kind: Literal["longrope"] = "longrope"
-
-    @property
-    def amplitude(self) -> float:
-        return self.attention_factor
-
-    @property
-    def longest(self) -> int:
-        return round(self.original_length * self.factor)
 
     def check(self) -> None:
         """Raises ValueError."""
