@@ -119,7 +119,7 @@ def test_logits_and_gradients_equal_those_of_transformers(case):
     (reference := theirs(tokens).logits).square().mean().backward()
     assert relative_error(logits.detach(), reference.detach()) <= TOLERANCE
     for name, p in ours.named_parameters():
-        assert relative_error(p.grad, names[specs[name].theirs].grad) <= 10 * TOLERANCE, name
+        assert relative_error(p.grad, names[specs[name].theirs].grad) <= TOLERANCE, name
 
 
 def test_scaled_frequencies_equal_those_of_transformers():
@@ -132,7 +132,7 @@ def test_scaled_frequencies_equal_those_of_transformers():
     theirs = LlamaConfig(hidden_size=256, num_attention_heads=2, rope_parameters=rope, max_position_embeddings=65536)
     reference, factor = ROPE_INIT_FUNCTIONS["llama3"](theirs, device=torch.device("cpu"))
     ours = rope_frequencies(config.rope, torch.device("cpu"))
-    torch.testing.assert_close(ours, reference, rtol=1e-6, atol=0)
+    assert torch.equal(ours, reference)
     assert factor == 1.0
     stretch = rope_frequencies(ModelConfig(dim=256, heads=2, rope_theta=500_000.0).rope, torch.device("cpu")) / ours
     kept, stretched = (stretch < 1.0001), (stretch > 7.999)

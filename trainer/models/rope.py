@@ -132,9 +132,10 @@ class LongRopeScaling(Amplified):
             raise ValueError("model.rope_scaling: short_factors and long_factors are as many, and each is above 0")
 
     def stretched(self, frequencies: Tensor, rope: "Rope") -> Tensor:
-        """Divides each frequency by its own factor."""
+        """Multiplies each wavelength by its own factor, in which order its authors round."""
         factors = self.long_factors if rope.long else self.short_factors
-        return frequencies / torch.tensor(factors, dtype=torch.float32, device=frequencies.device)
+        device = frequencies.device
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32, device=device) * _powers(rope, device))
 
 
 def _kind(scaling: Any) -> str | None:
@@ -171,10 +172,14 @@ class Rope:
     long: bool = False
 
 
+def _powers(rope: Rope, device: torch.device) -> Tensor:
+    """Returns 1 / theta_i, not scaled: float32 (E/2,)."""
+    return rope.theta ** (torch.arange(0, rope.size, 2, dtype=torch.float32, device=device) / max(rope.size, 1))
+
+
 def rope_frequencies(rope: Rope, device: torch.device) -> Tensor:
     """Returns theta_i, scaled: float32 (E/2,)."""
-    exponents = torch.arange(0, rope.size, 2, dtype=torch.float32, device=device) / max(rope.size, 1)
-    frequencies = 1.0 / rope.theta**exponents
+    frequencies = 1.0 / _powers(rope, device)
     return frequencies if rope.scaling is None else rope.scaling.stretched(frequencies, rope)
 
 
