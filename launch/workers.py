@@ -9,7 +9,9 @@ import datetime
 import json
 import os
 import platform
+import queue
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -27,6 +29,7 @@ from rowwise.launch.rendezvous import LOGGED, START, interfaces
 from rowwise.launch.warm import Child
 from rowwise.parallel.mesh import Workers
 
+ANSWER_SECONDS = 2.0  # that the store is given to say why others ended
 MESSAGES_FILE = "collectives-rank-"  # and the rank's number
 _KEPT_MESSAGES = 2000
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -155,13 +158,23 @@ def _heard(rank: int) -> str:
 
 def share_end(workers: Workers, reason: str | None) -> str | None:
     """Says why the run ended, for a worker that failed: what some worker has already given as the reason, or `reason`, which is
-    then given to the others. They fail for want of this one, and know no better."""
-    if workers.store is None:
+    then given to the others. They fail for want of this one, and know no better. A store that does not answer for
+    `ANSWER_SECONDS` knows nothing: a host that was cut off would wait for as long as its kernel does, a quarter of an hour."""
+    if (store := workers.store) is None:
         return reason
+    said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=lambda: said.put(_asked(store, reason)), daemon=True).start()
+    try:
+        return said.get(timeout=ANSWER_SECONDS)
+    except queue.Empty:
+        return reason
+
+
+def _asked(store: dist.Store, reason: str | None) -> str | None:
     try:
         if reason is None:
-            return workers.store.get(_END).decode() if workers.store.check([_END]) else None
-        return workers.store.compare_set(_END, "", reason).decode()
+            return store.get(_END).decode() if store.check([_END]) else None
+        return store.compare_set(_END, "", reason).decode()
     except RuntimeError:  # the store ended with rank 0
         return reason
 

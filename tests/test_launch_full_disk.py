@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from commands import overrides_of, run
@@ -236,3 +237,22 @@ def test_the_first_reason_is_everyones():
     thread.join()
     assert (told, share_end(third, None)) == (["disk full: a"], "disk full: a")
     assert share_end(Workers(), "disk full: c") == "disk full: c"
+
+
+def test_a_store_that_does_not_answer_holds_nobody(monkeypatch):
+    """A host that is cut off waits for its kernel, a quarter of an hour."""
+    monkeypatch.setattr("rowwise.launch.workers.ANSWER_SECONDS", 0.05)
+    answered = threading.Event()
+
+    class Silent(dist.HashStore):
+        def compare_set(self, *_):
+            answered.wait()
+            return b""
+
+        def check(self, _):
+            return not answered.wait()
+
+    silent = Workers(1, 2, store=Silent())
+    assert share_end(silent, "disk full: a") == "disk full: a"
+    assert share_end(silent, None) is None
+    answered.set()

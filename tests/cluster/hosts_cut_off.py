@@ -9,7 +9,7 @@ What bounds the time that a host which was cut off costs (measured, and asserted
     the host itself ends  max(parallel.timeout_seconds, read_timeout, how long its kernel repeats what nobody answers)
 
 The last is net.ipv4.tcp_retries2: 15 minutes by default, and torch's store sets no bound of its own. Its workers are gone
-after the first; only torchrun waits so long.
+after the first and the seconds for which they ask the store why (launch.workers); only torchrun waits so long.
 """
 
 import sys
@@ -24,6 +24,7 @@ from commands import PATIENCE, overrides_of
 from hosts import Host, Network
 from parity import TOLERANCE
 from rowwise.launch.outcome import Outcome, read_outcome
+from rowwise.launch.workers import ANSWER_SECONDS
 from rowwise.trainer.metrics import read_metrics
 from runs import SAME_EVERYWHERE, records
 
@@ -63,7 +64,8 @@ class Trial:
         self.until(made, PATIENCE, "no step was made")
         self.start_seconds = time.monotonic() - began  # of the agents and of the workers
         # At most: what else this machine does is not always the same.
-        self.again_seconds, self.leave_seconds = 2 * self.start_seconds, max(POLL, self.start_seconds / 2)
+        self.again_seconds = 2 * self.start_seconds
+        self.leave_seconds = ANSWER_SECONDS + max(POLL, self.start_seconds / 2)
 
     def command(self, host: Host) -> list[str]:
         rendezvous = (
