@@ -1,15 +1,15 @@
 """`rowwise tokenize` beside `tokenizers` alone with as many threads: tokens a second, and what memory both take.
 
     python benchmarks/token_files.py --megabytes 200 --rounds 3
-    python benchmarks/token_files.py --megabytes 10000 --rounds 1 --alone 0 --tokenizer bytes --name token_files_large
+    python benchmarks/token_files.py --megabytes 10000 --rounds 1 --alone 0 --tokenizer words --name token_files_large
                                                                 how memory goes with the size of the text
 
 Text: the Python files of the standard library and of what is installed beside it, in files of 64 MB, again and again up to the size.
-Tokenizer: byte-level pairs, 32,768 of them, trained on the standard library. Alone: the same files, read in the same pieces, given to
-`encode_batch_fast` a megabyte at a time; its tokens are counted, and neither made into numbers nor kept. Ours reads, makes numbers,
-hashes and writes them. Each is a process of its own, from its start to its end, in turns. Memory is the sum of proportional set sizes
-of a process and its children, looked at every half second. On a machine that others use, the seconds that cores worked
-say more than those that passed. Writes results/token_files.json.
+Tokenizer: 32,768 byte-level pairs, or words between spaces, which are faster, trained on the standard library. Alone: the same files,
+read in the same pieces, given to `encode_batch_fast` a megabyte at a time; its tokens are counted, and neither made into numbers nor
+kept. Ours reads, makes numbers, hashes and writes them. Each is a process of its own, from its start to its end, in turns. Memory is
+the sum of proportional set sizes of a process and its children, looked at every half second. On a machine that others use, the seconds
+that cores worked say more than those that passed. Writes results/token_files.json.
 """
 
 import argparse
@@ -76,12 +76,17 @@ def write_corpus(folder: Path, size: int) -> None:
             left -= file.tell()
 
 
-def train_tokenizer(path: Path) -> None:
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    files = [str(p) for p in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
-    library.train(files, trainers.BpeTrainer(vocab_size=32_768, initial_alphabet=alphabet, show_progress=False))
+def train_tokenizer(path: Path, kind: str) -> None:
+    if kind == "words":
+        library = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.WordLevelTrainer(vocab_size=32_768, special_tokens=["<unk>"], show_progress=False)
+    else:
+        library = Tokenizer(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=32_768, initial_alphabet=alphabet, show_progress=False)
+    library.train([str(p) for p in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))], trainer)
     library.save(str(path))
 
 
@@ -128,7 +133,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--alone", type=int, default=1, help="0: only ours")
-    parser.add_argument("--tokenizer", choices=("pairs", "bytes"), default="pairs", help="bytes: ours alone")
+    parser.add_argument("--tokenizer", choices=("pairs", "words"), default="pairs")
     parser.add_argument("--text", help="a folder of text that is there, in place of one that is made")
     parser.add_argument("--name", default="token_files")
     given = parser.parse_args()
@@ -137,12 +142,12 @@ def main() -> None:
         if not given.text:
             text.mkdir()
             write_corpus(text, given.megabytes * 1_000_000)
-        train_tokenizer(tokenizer)
+        train_tokenizer(tokenizer, given.tokenizer)
         megabytes = size_of(text) / 1e6
         rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "alone": []}
         for number in range(given.rounds):
-            to, chosen = folder / f"tokens-{number}", "bytes" if given.tokenizer == "bytes" else tokenizer
-            words = [f"data.files={text}", f"data.tokenizer={chosen}", "data.holdout=0", f"to={to}"]
+            to = folder / f"tokens-{number}"
+            words = [f"data.files={text}", f"data.tokenizer={tokenizer}", "data.holdout=0", f"to={to}"]
             ours = [sys.executable, "-m", "rowwise.launch.token_files", "data=text", *words, f"nproc={given.processes}"]
             rounds["ours"].append(measured(ours, given.processes))
             tokens = json.loads((to / "meta.json").read_text())["tokens"]["train"]
@@ -150,7 +155,12 @@ def main() -> None:
                 alone = [sys.executable, "-c", ALONE, str(tokenizer), str(text)]
                 rounds["alone"].append(measured(alone, given.processes))
                 assert int(rounds["alone"][-1]["said"]) == tokens
-    figures: dict[str, Any] = {"megabytes": megabytes, "processes": given.processes, "tokens": tokens}
+    figures: dict[str, Any] = {
+        "megabytes": megabytes,
+        "tokenizer": given.tokenizer,
+        "processes": given.processes,
+        "tokens": tokens,
+    }
     for name, every in rounds.items():
         if every:
             rates = [tokens / one["seconds"] for one in every]
