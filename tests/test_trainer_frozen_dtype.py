@@ -15,6 +15,7 @@ from rowwise.trainer.plan.states import parameter_bytes, place_of
 from rowwise.trainer.whole import Source, load_model, read_tensors
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
 
+DORA = ("adapter=dora", "adapter.rank=3", "adapter.alpha=7", "adapter.dropout=0.2", "optim.weight_decay=0.1")
 LORA = ("adapter=lora", "adapter.rank=3", "adapter.alpha=7", "optim.weight_decay=0.1")
 FROZEN = ("optim.assign=[{match: 'embed.*', rule: frozen}, {match: 'blocks.0.*', rule: frozen}]",)
 SPLIT = {"pipeline": 2, "pipeline_schedule": "zb_v", "virtual_stages": 2}
@@ -25,7 +26,8 @@ AWAY = ("memory.offload_params=cpu", "memory.offload_states=cpu", "memory.recomp
 # Options -> the layouts on which they are tried.
 CASES = {
     "nf4": ((*LORA, *SHARED, "model.frozen_dtype=nf4"), [(1, {}), (2, {"zero": 0}), (4, {**BOTH, "zero": 3})]),
-    "int8 split": ((*LORA, *FOUR, "model.frozen_dtype=int8"), [(4, {**SPLIT, "zero": 3})]),
+    "int8 split": ((*DORA, *FOUR, "model.frozen_dtype=int8"), [(4, {**SPLIT, "zero": 3})]),
+    "dora": ((*DORA, *SHARED, "model.frozen_dtype=nf4", "memory.recompute=full"), [(1, {}), (4, {**BOTH, "zero": 3})]),
     "bf16": ((*FROZEN, "model.frozen_dtype=bf16"), [(2, {"zero": 0}), (4, {"replicate": 2, "zero": 3})]),
     "bone": (("adapter=bone", "adapter.rank=5", *FOUR, "model.frozen_dtype=nf4"), [(1, {}), (4, {**SPLIT, "zero": 3})]),
     "nf4 away": ((*LORA, "model.frozen_dtype=nf4", *AWAY), [(2, {"zero": 3})]),
@@ -38,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 # For which the others stand, unless --full.
-NAMES = [pytest.param(name, marks=[pytest.mark.full] if name in ("bf16", "nf4 away") else []) for name in CASES]
+NAMES = [pytest.param(name, marks=[pytest.mark.full] if name in ("bf16", "nf4 away", "dora") else []) for name in CASES]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -39,7 +39,7 @@ class Adapted(nn.Module):
         self.lora_a = nn.Parameter(drawn.view(choice.rank, columns))
         self.lora_b = nn.Parameter(torch.zeros(rows, choice.rank, dtype=torch.float64))
         if choice.name == "dora":
-            self.magnitude = nn.Parameter(linear.weight.detach().square().sum(1).sqrt())
+            self.magnitude = nn.Parameter(torch.empty(rows, dtype=torch.float64))
         self.dropout, self.key = choice.dropout, stream_key(config.seed, f"dropout/{path}")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,6 +86,9 @@ def adapt(model: nn.Module, config: TrainConfig) -> None:
         p.requires_grad_(learns and first != "frozen")
         if not p.requires_grad and "blocks." in name and p.ndim == 2:
             p.data = as_kept(p.data, config.model.frozen_dtype)
+    for module in model.modules():
+        if hasattr(module, "magnitude"):  # of what the layer multiplies by, so that it begins as that
+            module.magnitude.data = module.weight.square().sum(1).sqrt()
 
 
 def as_kept(w: Tensor, frozen_dtype: str | None) -> Tensor:
