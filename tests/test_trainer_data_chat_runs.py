@@ -19,9 +19,13 @@ from parity import assert_all_same, run_plain, run_together, small_config, with_
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.chat.config import Chat
 from rowwise.trainer.data.chat.packing import pack
-from rowwise.trainer.data.config import Tokens
+from rowwise.trainer.data.chat.tokenizer import ChatTokenizer
+from rowwise.trainer.data.config import Mixture, Part, Text, Tokens
 from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.data.open import Data, open_data, told_of_data
+from rowwise.trainer.data.own_tokenizer import tokenizer_of_run
+from rowwise.trainer.manifest import complete_checkpoints, read_manifest
+from rowwise.trainer.metrics import read_metrics
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
 
 WORDS = ["Paris", "Madrid", "of", "course.", "é", "🙂", "capital", "thank", "you;", "What", "is", "it?"]
@@ -246,6 +250,35 @@ def test_conversations_are_the_same_on_every_layout(ranks, config):
     assert len(set(reference.valid_tokens)) > 1 and reference.norms[0] > 0
     for traces in run_together(ranks, runs).values():
         assert_all_same(traces, reference)
+
+
+@pytest.fixture(scope="module")
+def replay(config, tmp_path_factory) -> TrainConfig:
+    """Conversations, and old text of the same tokenizer, whose samples are one document each."""
+    folder, own = tmp_path_factory.mktemp("old"), config.data
+    for n in range(12):
+        (folder / f"{n}.txt").write_text(f"{n} What is it? Paris, of course; thank you, é 🙂.\n" * 30)
+    text = Text(files=str(folder), tokenizer=own.tokenizer, cache_dir=own.cache_dir, holdout=0.2)
+    return replace(config, steps=3, data=Mixture(sources=[Part(text, 1.0, "old"), Part(own, 2.0)]))
+
+
+def test_conversations_beside_old_text_are_the_same_on_every_layout(ranks, replay, tmp_path):
+    """Law 2 of a replay: of the one every token is learned, of the other what the assistant says; and the loss of each is told."""
+    run = with_layout(replay, 2, zero=3, ring=2, ring_order="zigzag")
+    reference = run_plain(with_layout(replay, 1))
+    (traces,) = run_together(ranks, {"ring": run}).values()
+    assert_all_same(traces, reference)
+    data = open_data(replay.data, 60, 300)
+    assert isinstance(data.tokenizer, ChatTokenizer)
+    first = data.train.drawn(0, 8, f"train/{replay.seed}")
+    of_text = [(data.train.sample(int(n)).labels != IGNORE).all() for n in first]
+    assert of_text == (data.train.source_of(first) == 0).tolist() and 0 < sum(of_text) < 8
+    assert reference.valid_tokens[0] < 8 * 60
+    ranks.run(run_train, 2, saved := named(run, tmp_path, "replay"))
+    record = read_metrics(Path(saved.run_dir))[-1]
+    assert record["loss_by_source"].keys() == record["eval_loss_by_source"].keys() == {"old", "chat"}
+    own = tokenizer_of_run(read_manifest(complete_checkpoints(Path(saved.run_dir) / "checkpoints")[0]), None)
+    assert isinstance(own.tokenizer, ChatTokenizer)
 
 
 def test_a_run_goes_on_to_the_last_bit_and_on_another_layout(ranks, config, tmp_path):

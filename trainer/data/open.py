@@ -10,6 +10,7 @@ from pathlib import Path
 from rowwise.trainer.data.chat.config import Chat
 from rowwise.trainer.data.chat.corpus import packed_streams
 from rowwise.trainer.data.chat.store import write_conversations
+from rowwise.trainer.data.chat.tokenizer import ChatTokenizer
 from rowwise.trainer.data.config import DataConfig, Mixture, Source, Tokens
 from rowwise.trainer.data.corpus import Corpus, Store
 from rowwise.trainer.data.documents import Found
@@ -92,13 +93,18 @@ def _open_mixture(config: Mixture, seq_len: int, vocab_size: int) -> Data:
         train,
         holdout,
         max(data.vocab_size for data in parts),
-        tokenizers[0][1] if tokenizers else None,
+        _most_known([tokenizer for _, tokenizer in tokenizers]),
         sum((data.found for data in parts), Found()),
         sum(data.tokens for data in parts),
         {name: hash_ for data in parts for name, hash_ in data.read.items()},
         Watches([data.watch for data in parts]),
         parts=tuple((part.data, data) for part, data in zip(config.sources, parts, strict=True)),
     )
+
+
+def _most_known(tokenizers: Sequence[Tokenizer]) -> Tokenizer | None:
+    """Of several with the same tokens that of conversations, which knows their template too, or else the first."""
+    return next((one for one in tokenizers if isinstance(one, ChatTokenizer)), next(iter(tokenizers), None))
 
 
 def _same_tokens(one: Tokenizer, other: Tokenizer) -> bool:

@@ -28,7 +28,7 @@ def tokenizer_of_run(
     is to have a chat template; that of conversations that the run read, or the folder's. Raises ValueError where
     the file is not there, or not the run's, or not any more what the run read."""
     whole, vocab_size = manifest["config"]["data"], manifest["config"]["model"]["vocab_size"]
-    data = (chat and _of_conversations(whole)) or of_one_tokenizer(whole)
+    data = _of_conversations(whole) or of_one_tokenizer(whole)
     given = choice or data.get("tokenizer", "none" if data["name"] == "tokens" else "bytes")
     if given == "none":
         return None
@@ -42,7 +42,8 @@ def tokenizer_of_run(
     else:
         tokenizer = open_chat_tokenizer(given, None, {}) if chat else open_tokenizer(given, end_of_text)
     theirs, ours = manifest["fingerprint"].get("tokenizer"), tokenizer.fingerprint
-    if theirs is not None and chat and whole["name"] != "chat":  # behind the / stands what that run made of it
+    if theirs is not None and (chat or whole["name"] == "mixture") and whole["name"] != "chat":
+        # Behind the / stands what that run made of it.
         theirs, ours = theirs.partition("/")[0], ours.partition("/")[0]
     if choice is None and theirs not in (None, ours):
         raise ValueError(
