@@ -33,6 +33,7 @@ from rowwise.optim.sparse.masks import unpack
 from rowwise.parallel.config import DEGREES, resolve_degrees
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.trainer import parallelize as onto_mesh
+from rowwise.trainer.adapters.begin import begin_adapter, with_forms_chosen
 from rowwise.trainer.assemble import assemble as assemble_run
 from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
@@ -158,8 +159,10 @@ def run_together(ranks: Any, configs: Mapping[Key, TrainConfig], steps: int = 3)
 def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) -> Trace:
     """`coarse`: see `coarsen_`."""
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    config = with_forms_chosen(config, mesh, data.train.fingerprint)
     with mock.patch.object(onto_mesh, "initial_rows", coarse_rows) if coarse else nullcontext():
         built = assemble_run(config, mesh)
+    begin_adapter(config, mesh, built.model)
     model, optimizer, sparsity = built.model, built.optimizer, built.sparsity
 
     def keep_gradients(report: StepReport) -> StepReport:

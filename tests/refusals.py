@@ -760,6 +760,32 @@ REFUSED = {
         ["adapter=lora", "parallel.backend=accelerate", "parallel.zero=1"],
         r"adapter=lora with parallel.backend=accelerate: its engine knows no adapters; give parallel.backend=torch, or",
     ),
+    "two things to begin as": (
+        ["adapter=lora", "adapter.init=pissa", "adapter.init_from=/nowhere"],
+        r"adapter.init=pissa with adapter.init_from=/nowhere: the folder says what A and B begin as; give adapter.init=kaiming, or",
+    ),
+    "another beginning": (["adapter=lora", "adapter.init=olora"], r"adapter.init='olora': .*'kaiming'.* or "),
+    "the beginning of another adapter": (["adapter=dora", "adapter.init=pissa"], r"adapter.init.*"),
+    "fewer bits than there are": (
+        ["adapter=lq_lora", "adapter.bits=2"],
+        r"adapter.bits=2.0: the forms of fewest bits take 2\.\d+ a number of these matrices, scales among them; give as many or more",
+    ),
+    "bits said twice": (
+        ["adapter=lq_lora", "model.frozen_dtype=nf4"],
+        r"adapter=lq_lora with model.frozen_dtype=nf4: its matrices are kept in the bits that adapter.bits asks for; give model",
+    ),
+    "codes that are rounded": (
+        ["adapter=lq_lora", "parallel.quantize_gather=int8"],
+        r"adapter=lq_lora with parallel.quantize_gather=int8: .* no numbers to round; give parallel.quantize_gather=none, or adapter",
+    ),
+    "a form that is none": (
+        ["adapter=lq_lora", "adapter.forms={blocks.0.attention.wq.weight: 5/64/8}"],
+        r"adapter.forms: '5/64/8' is no form; possible are 2/16/4, ",
+    ),
+    "a form of some": (
+        ["adapter=lq_lora", "adapter.forms={blocks.0.attention.wq.weight: 4/64/8}"],
+        r"adapter.forms and adapter.layers say otherwise of blocks.0.attention.wk.weight; give each matrix of adapter.layers a form",
+    ),
     "a rule of what is frozen": (
         ["adapter=lora", "optim=galore"],
         r"optim=galore is a rule of hidden matrices, and none of them learns; possible are adamw, adamw8bit, lion, lion8bit",

@@ -24,9 +24,12 @@ from runs import run_train
 TOLERANCE = 1e-5
 ADAPTERS = {
     "lora": Lora(rank=3, alpha=7.0),
-    "rslora of some, norms beside it": Lora(rank=4, rslora=True, layers=["*.attention.*", "*.1.*.w2.*"], train=["*norm.weight"]),
+    "rslora of some, norms beside it": Lora(
+        rank=4, rslora=True, layers=["*.attention.*", "*.1.*.w2.*"], train=["*norm.weight"]
+    ),
     "dora": Dora(rank=3, alpha=5.0),
-}  # fmt: skip
+}
+PISSA = {"pissa": Lora(rank=3, alpha=7.0, init="pissa"), "pissa, rslora": Lora(rank=2, rslora=True, init="pissa")}  # fmt: skip
 
 
 def peft_model(case: str, adapter: Lora | Dora):
@@ -106,19 +109,24 @@ def in_state(name: str) -> str:
     return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
 
 
-@pytest.mark.parametrize("name", ["dora", *(pytest.param(name, marks=pytest.mark.full) for name in [*ADAPTERS][:2])])
+EXPORTED = ["dora", "pissa"]
+LATER = [pytest.param(name, marks=pytest.mark.full) for name in (*[*ADAPTERS][:2], "pissa, rslora")]
+
+
+@pytest.mark.parametrize("name", [*EXPORTED, *LATER])
 def test_peft_opens_what_a_run_exports(ranks, tmp_path, name):
-    """Merged too, which computes the same."""
+    """Merged too, which computes the same; what began as a part of the matrices, beside all of them."""
     import peft
     import transformers
 
-    choice = ADAPTERS[name]
+    choice = (ADAPTERS | PISSA)[name]
     words = [
         f"adapter={choice.name}",
         *(
             f"adapter.{key}={json.dumps(getattr(choice, key))}"
             for key in ("rank", "alpha", "rslora", "layers", "train")
         ),
+        *([f"adapter.init={choice.init}"] if name in PISSA else []),
     ]
     config = small_config(tmp_path, *words, "precision=fp32", "model.init_std=0.3", "optim.lr=0.05", "steps=2")
     ranks.run(run_train, 2, with_layout(config, 2, zero=3))

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rowwise.kernels.coded_rows import INT8, NF4, decode_rows, encode_rows
+from rowwise.kernels.coded_rows import INT8, NF4, RowForm, decode_rows, encode_rows
 from rowwise.kernels.philox import random_words, stream_key
+from rowwise.trainer.adapters.bits import FORMS, bits_of, choose
+from rowwise.trainer.adapters.decompose import first_errors, lq
 from rowwise.trainer.config import TrainConfig
 
 CPU = torch.device("cpu")
@@ -28,7 +30,7 @@ def begin_textbook_step(first: int) -> None:
 class Adapted(nn.Module):
     """A linear layer with an adapter; `x` (B, S, n), of which the first sequence is number `step["first"]` of the run."""
 
-    def __init__(self, linear: nn.Linear, path: str, config: TrainConfig):
+    def __init__(self, linear: nn.Linear, path: str, config: TrainConfig, forms: dict[str, RowForm]):
         super().__init__()
         choice, (rows, columns) = config.adapter, linear.weight.shape
         self.weight, self.scale = linear.weight, choice.alpha / choice.rank
@@ -38,9 +40,19 @@ class Adapted(nn.Module):
         drawn = (words.double() / 2**31 - 1) / math.sqrt(columns)
         self.lora_a = nn.Parameter(drawn.view(choice.rank, columns))
         self.lora_b = nn.Parameter(torch.zeros(rows, choice.rank, dtype=torch.float64))
+        if getattr(choice, "init", "kaiming") == "pissa":
+            self.become(*principal(linear.weight.detach(), choice.rank, self.scale))
+        if choice.name == "lq_lora":
+            form, key = forms[path], stream_key(config.seed, f"lq_lora/{path}.weight")
+            codes, a, b, _ = lq(linear.weight.detach(), form, choice.rank, self.scale, key)
+            self.become(decode_rows(codes, columns, form, torch.float64), a, b)
         if choice.name == "dora":
             self.magnitude = nn.Parameter(torch.empty(rows, dtype=torch.float64))
         self.dropout, self.key = choice.dropout, stream_key(config.seed, f"dropout/{path}")
+
+    def become(self, w: Tensor, a: Tensor, b: Tensor) -> None:
+        for p, numbers in ((self.weight, w), (self.lora_a, a), (self.lora_b, b)):
+            p.data = numbers
 
     def forward(self, x: Tensor) -> Tensor:
         adapted = self.weight + self.scale * self.lora_b @ self.lora_a
@@ -75,10 +87,14 @@ class WithBone(nn.Module):
 def adapt(model: nn.Module, config: TrainConfig) -> None:
     """Gives a plain model the adapter of a run, with its initial numbers, and freezes what does not learn."""
     choice = config.adapter
-    for path, module in list(model.named_modules()):
-        if choice.name != "none" and type(module) is nn.Linear and matches(f"{path}.weight", choice.layers):
-            layer = WithBone(module, choice.rank) if choice.name == "bone" else Adapted(module, path, config)
-            model.set_submodule(path, layer)
+    plain = {} if choice.name == "none" else {
+        path: module for path, module in model.named_modules()
+        if type(module) is nn.Linear and path != "head" and matches(f"{path}.weight", choice.layers)
+    }  # fmt: skip
+    forms = forms_of(plain, config) if choice.name == "lq_lora" else {}
+    for path, module in plain.items():
+        layer = WithBone(module, choice.rank) if choice.name == "bone" else Adapted(module, path, config, forms)
+        model.set_submodule(path, layer)
     for name, p in model.named_parameters():
         first = next((one.rule for one in config.optim.assign if fnmatchcase(name, one.match)), "own")
         added = name.endswith(("lora_a", "lora_b", "magnitude", ".bone"))
@@ -89,6 +105,27 @@ def adapt(model: nn.Module, config: TrainConfig) -> None:
     for module in model.modules():
         if hasattr(module, "magnitude"):  # of what the layer multiplies by, so that it begins as that
             module.magnitude.data = module.weight.square().sum(1).sqrt()
+
+
+def principal(w: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(W without its principal part, A, B), as PiSSA's authors write it."""
+    u, s, vt = torch.linalg.svd(w, full_matrices=False)
+    root = torch.diag((s[:rank] / scale).sqrt())
+    a, b = root @ vt[:rank], u[:, :rank] @ root
+    return w - scale * b @ a, a, b
+
+
+def forms_of(layers: dict[str, nn.Linear], config: TrainConfig) -> dict[str, RowForm]:
+    """The forms of all matrices, whole and in one process."""
+    rank, errors, bits = config.adapter.rank, [], []
+    for path, layer in layers.items():
+        key = stream_key(config.seed, f"lq_lora/{path}.weight")
+        errors.append(first_errors(layer.weight.detach(), FORMS, rank, key))
+        bits.append([float(bits_of(layer.weight.shape, form)) for form in FORMS])
+    budget = config.adapter.bits * sum(layer.weight.numel() for layer in layers.values())
+    chosen = choose(torch.tensor(errors, dtype=torch.float64), torch.tensor(bits, dtype=torch.float64), budget)
+    assert len(set(chosen)) > 1, "all have one form: nothing is shared out"
+    return {path: FORMS[form] for path, form in zip(layers, chosen, strict=True)}
 
 
 def as_kept(w: Tensor, frozen_dtype: str | None) -> Tensor:

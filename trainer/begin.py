@@ -10,6 +10,7 @@ from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_rank_0
 from rowwise.parallel.precision import initial_loss_scale
+from rowwise.trainer.adapters.begin import begin_adapter
 from rowwise.trainer.assemble import Assembled
 from rowwise.trainer.checkpoint import lacking_averages, load_first_sound, load_ranges
 from rowwise.trainer.config import TrainConfig
@@ -42,13 +43,15 @@ def resume(
     rollbacks: Rollbacks,
 ) -> Begun:
     """Loads the newest sound checkpoint that `config.resume` allows into the states of `built` and the ranges of its keeper; of a run
-    that was rolled back, its own. Says what was passed over as damaged, where it goes on, what changes, what it was rolled back by,
-    and what there is to say of the keeper."""
+    that was rolled back, its own. Where there is none it begins what hangs on whole matrices. Says what was passed over as damaged,
+    where it goes on, what changes, what it was rolled back by, and what there is to say of the keeper."""
     states, keeper = built.states, built.keeper
     told = [keeper.told] if keeper is not None and keeper.told is not None else []
     here = find_resume(config, data.train.fingerprint, bool(rollbacks)) if mesh.rank == 0 else []
     found = from_rank_0(here, mesh.save_group)
     if not found:
+        if begin_adapter(config, mesh, built.model) and built.average is not None:
+            built.average.begin()
         return Begun(TrainState(loss_scale=initial_loss_scale(config.precision)), Recorded(), told)
     checkpoint, manifest, complaints = load_first_sound(found, tensors := states.room(), mesh)
     states.write(tensors)

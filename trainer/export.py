@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rowwise.parallel.precision import DTYPES
 from rowwise.trainer.adapters.config import Dora, Lora
+from rowwise.trainer.adapters.doubled import OUT_OF_W, doubled
+from rowwise.trainer.adapters.frozen import decoded
 from rowwise.trainer.adapters.merge import adapter_of
 from rowwise.trainer.adapters.peft import write_adapter
 from rowwise.trainer.data.chat.tokenizer import ChatTokenizer
@@ -19,7 +21,8 @@ from rowwise.trainer.models.config_json import their_config, with_form
 from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.models.forms import in_form
 from rowwise.trainer.models.huggingface import their_name, write_folder
-from rowwise.trainer.whole import Source, reader
+from rowwise.trainer.models.init import model_rows
+from rowwise.trainer.whole import Source, coded_in, reader
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,14 @@ def write_adapter_alone(source: Source, folder: Path, dtype: str) -> str:
     read_metadata(source.checkpoint)
     adapter, specs = adapter_of(source.config), parameter_specs(source.model)
     if not isinstance(adapter, Lora | Dora):
-        raise ValueError(f"{source.checkpoint} has adapter={adapter.name}; possible are runs with adapter=lora or dora")
+        raise ValueError(
+            f"{source.checkpoint} has adapter={adapter.name}; possible are runs with adapter=lora or dora, or the merged export"
+        )
+    read_ = decoded(source.read_(), coded_in(source, specs))
     with new_folder(folder) as partial:
-        numbers = write_adapter(partial, adapter, specs, source.read_(), DTYPES[dtype])
+        if isinstance(adapter, Lora) and adapter.init in OUT_OF_W:
+            adapter, read_ = doubled(adapter, specs, read_, model_rows(source.model, source.config["seed"]))
+        numbers = write_adapter(partial, adapter, specs, read_, DTYPES[dtype])
     return f"{source.checkpoint} -> {folder}: {adapter.name} of rank {adapter.rank}, {numbers:,} parameters in {dtype}"
 
 

@@ -1,7 +1,6 @@
 """Puts a model on the mesh: each technique from outside, on plain modules, in the order in which they must come."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,9 +31,8 @@ from rowwise.trainer.adapters.initial import with_adapter_rows
 from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import Engine, WholeModel
-from rowwise.trainer.models.decoder import Decoder, parameter_specs
-from rowwise.trainer.models.huggingface import rows_from
-from rowwise.trainer.models.init import random_rows
+from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.models.init import model_rows, random_rows
 from rowwise.trainer.offloading import leaving_share
 from rowwise.trainer.pipeline import StagedDecoder, connect_stages
 from rowwise.trainer.pruned import prune_groups
@@ -129,10 +127,11 @@ def files_of_rows(config: TrainConfig) -> Files:
 
 def initial_rows(config: TrainConfig) -> Callable[[str, Tensor, int, int], None]:
     """Returns what fills rows of a parameter before the first step."""
-    source, own, specs = config.model.init_from, parameter_specs(config.model), run_specs(config)
+    specs = run_specs(config)
     draw_ = random_rows(specs, config.seed)
-    own_ = draw_ if source is None else rows_from(Path(source).expanduser(), own)
-    return coded_as_filled(with_adapter_rows(own_, draw_, specs, config.adapter), specs)
+    return coded_as_filled(
+        with_adapter_rows(model_rows(config.model, config.seed), draw_, specs, config.adapter), specs
+    )
 
 
 def engine_of(model: Decoder | StagedDecoder, config: TrainConfig, mesh: Mesh) -> Engine:

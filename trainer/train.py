@@ -19,6 +19,7 @@ from rowwise.parallel.activations.saved import open_stores
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import product_precision
+from rowwise.trainer.adapters.begin import with_forms_chosen
 from rowwise.trainer.assemble import Assembled, assemble
 from rowwise.trainer.begin import range_test, resume
 from rowwise.trainer.checkpoint import Saver
@@ -62,6 +63,7 @@ def train(config: TrainConfig, workers: Workers | None = None, command: str | No
     mesh = make_mesh(config.parallel, workers)
     data = require_same_data(opened, mesh)
     require_folder(config, mesh)
+    config = with_forms_chosen(config, mesh, data.train.fingerprint)
     data.watch.share(workers.local_rank, workers.local_world_size)
     with data.watch, StopRequest() as stop, Outlets(command) as outlets:
         end = _train(config, mesh, data, stop, outlets, [])

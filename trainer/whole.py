@@ -24,7 +24,8 @@ from rowwise.kernels.wide import wide_dtype
 from rowwise.optim.average import PREFIX as AVERAGE
 from rowwise.optim.sparse.config import NM, sparse_layers
 from rowwise.parallel.precision import DTYPES
-from rowwise.trainer.adapters.config import NoAdapter
+from rowwise.trainer.adapters.bits import NAMED
+from rowwise.trainer.adapters.config import LqLora, NoAdapter
 from rowwise.trainer.adapters.frozen import KEPT, decoded
 from rowwise.trainer.adapters.merge import adapter_of, merged
 from rowwise.trainer.files import behind
@@ -141,6 +142,10 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 def coded_in(source: Source, specs: Specs) -> dict[str, tuple[RowForm, int]]:
     """Finds which matrices a checkpoint holds as rows of bytes: the form of each, and how many numbers a row has."""
+    adapter = adapter_of(source.config)
+    if isinstance(adapter, LqLora):
+        assert adapter.forms is not None
+        return {name: (NAMED[form], specs[name].shape[1]) for name, form in adapter.forms.items()}
     form = KEPT.get(source.config["model"].get("frozen_dtype"))
     if not isinstance(form, RowForm):
         return {}

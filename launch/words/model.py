@@ -61,6 +61,7 @@ WORDS = (
     Word("loraplus_lr_ratio", "adapter=lora adapter.b_lr_ratio={value}"),
     Word("use_peft peft use_lora finetuning_type", "adapter=lora"),
     Word("lora_dropout", "adapter=lora adapter.dropout={value}"),
+    Word("init_lora_weights", "adapter=lora adapter.init={value}"),
     Word("use_dora peft_use_dora", "adapter=dora"),
     Word("lora_model_dir adapter_name_or_path peft_model_id", "adapter=lora adapter.init_from={value}", "a folder of PEFT's"),
     Word("qlora load_in_4bit load_in_8bit quantization",

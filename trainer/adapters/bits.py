@@ -20,6 +20,21 @@ FORMS = tuple(
 )
 
 
+def name_of(form: RowForm) -> str:
+    """Names a form of `FORMS`: bits of a number/numbers of a block/bits of a scale."""
+    return f"{form.bits}/{form.block}/{form.scale_bits}"
+
+
+NAMED = {name_of(form): form for form in FORMS}
+
+
+def even(shape: torch.Size, bits: float) -> RowForm:
+    """Returns the form of most bits that a matrix may have where each has at most so many a number; of the fewest, where none has."""
+    least_first = sorted(FORMS, key=lambda form: bits_of(shape, form))
+    allowed = [form for form in least_first if bits_of(shape, form) <= bits * shape.numel()]
+    return allowed[-1] if allowed else least_first[0]
+
+
 def bits_of(shape: torch.Size, form: RowForm) -> int:
     """Counts the bits of a matrix (rows, columns) in a form."""
     return shape[0] * form.row_bytes(shape[1]) * 8

@@ -1,9 +1,12 @@
 """What an adapter cannot be for the matrices of a model, and what it does not go with."""
 
+import math
+
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.spec import Specs
 from rowwise.optim.build import FROZEN, fold
-from rowwise.trainer.adapters.config import AdapterConfig, Bone, Dora, Lora, NoAdapter
+from rowwise.trainer.adapters.bits import FORMS, NAMED, bits_of
+from rowwise.trainer.adapters.config import AdapterConfig, Bone, LoraBase, LqLora, NoAdapter
 from rowwise.trainer.adapters.specs import is_adapted, matching
 
 ADAPTED: Refusals = (
@@ -18,6 +21,24 @@ ADAPTED: Refusals = (
         lambda run: run.parallel.backend != "torch" and any(one.rule == FROZEN for one in run.optim.assign),
         "optim.assign freezes parameters with parallel.backend={parallel.backend}, whose engine has all of them learn; give "
         "parallel.backend=torch, or freeze none",
+    ),
+    Refusal(
+        ("adapter.init", "adapter.init_from"),
+        lambda run: getattr(run.adapter, "init", "kaiming") != "kaiming" and run.adapter.init_from is not None,
+        "adapter.init={adapter.init} with adapter.init_from={adapter.init_from}: the folder says what A and B begin as; give "
+        "adapter.init=kaiming, or adapter.init_from=null",
+    ),
+    Refusal(
+        ("adapter.name", "model.frozen_dtype"),
+        lambda run: run.adapter.name == "lq_lora" and run.model.frozen_dtype is not None,
+        "adapter=lq_lora with model.frozen_dtype={model.frozen_dtype}: its matrices are kept in the bits that adapter.bits asks for; "
+        "give model.frozen_dtype=null, or adapter=lora",
+    ),
+    Refusal(
+        ("adapter.name", "parallel.quantize_gather"),
+        lambda run: run.adapter.name == "lq_lora" and run.parallel.quantize_gather != "none",
+        "adapter=lq_lora with parallel.quantize_gather={parallel.quantize_gather}: what is frozen crosses in few bits already, and "
+        "its bytes are no numbers to round; give parallel.quantize_gather=none, or adapter=lora",
     ),
 )
 
@@ -50,8 +71,10 @@ def check_adapter(config: AdapterConfig, specs: Specs) -> None:
             raise ValueError(
                 f"adapter.layers: {name}, {tuple(spec.shape)}, is no matrix of a linear layer; leave it out of adapter.layers"
             )
-    if isinstance(config, Lora | Dora):
+    if isinstance(config, LoraBase):
         _check_lora(config, specs)
+    if isinstance(config, LqLora):
+        _check_lq(config, specs)
     if isinstance(config, Bone):
         _check_bone(config, specs)
 
@@ -65,7 +88,7 @@ def _check_bone(config: Bone, specs: Specs) -> None:
             )
 
 
-def _check_lora(config: Lora | Dora, specs: Specs) -> None:
+def _check_lora(config: LoraBase, specs: Specs) -> None:
     for name, spec in specs.items():
         if is_adapted(name, spec, config) and not 1 <= config.rank <= min(spec.shape):
             raise ValueError(
@@ -78,3 +101,22 @@ def _check_lora(config: Lora | Dora, specs: Specs) -> None:
         )
     if not 0 <= config.dropout < 1:
         raise ValueError(f"adapter.dropout={config.dropout}: the share that is dropped, at least 0 and below 1")
+
+
+def _check_lq(config: LqLora, specs: Specs) -> None:
+    shapes = {name: spec.shape for name, spec in specs.items() if is_adapted(name, spec, config)}
+    fewest = sum(min(bits_of(shape, form) for form in FORMS) for shape in shapes.values())
+    fewest_of_each = fewest / sum(shape.numel() for shape in shapes.values())
+    if config.bits < fewest_of_each:
+        raise ValueError(
+            f"adapter.bits={config.bits}: the forms of fewest bits take {math.ceil(fewest_of_each * 100) / 100} a number of these "
+            "matrices, scales among them; give as many or more"
+        )
+    if config.forms is None:
+        return
+    if wrong := next((form for form in config.forms.values() if form not in NAMED), None):
+        raise ValueError(f"adapter.forms: {wrong!r} is no form; possible are {', '.join(NAMED)}")
+    if apart := sorted(config.forms.keys() ^ shapes.keys()):
+        raise ValueError(
+            f"adapter.forms and adapter.layers say otherwise of {apart[0]}; give each matrix of adapter.layers a form, or null"
+        )

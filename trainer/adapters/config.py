@@ -9,6 +9,7 @@ import torch
 from rowwise.conf.option import Fixed, MayChange
 from rowwise.kernels.spec import Constant, ParameterSpec, Uniform
 
+Init = Literal["kaiming", "pissa"]
 Added = dict[str, ParameterSpec]  # by name, inside the layer of the matrix
 MAGNITUDE = "magnitude"
 ADDED = ("lora_a", "lora_b", MAGNITUDE, "bone")  # every name that an adapter has beside a matrix
@@ -39,14 +40,13 @@ class LoraBase(AdapterBase):
     """Beside W (m, n) stand A (r, n) and B (m, r). `rank`: r of what is added to a matrix. `alpha`: what is added is multiplied by
     alpha / rank. `rslora`: it is by alpha / sqrt(rank) in its place (Kalajdzievski, *rsLoRA*). `dropout`: the share of what goes
     into A that is 0, the rest made larger by as much, drawn for its sample, place, layer and feature. `b_lr_ratio`: the learning
-    rate of B, as a multiple of A's (Hayou et al., *LoRA+*). `init_from`: a folder of PEFT's that it starts from; null: none."""
+    rate of B, as a multiple of A's (Hayou et al., *LoRA+*)."""
 
     rank: Fixed[int] = 8
     alpha: Fixed[float] = 16.0
     rslora: Fixed[bool] = False
     dropout: MayChange[float] = 0.0
     b_lr_ratio: MayChange[float] = 1.0
-    init_from: MayChange[str | None] = None  # to null alone: `trainer.resume` refuses another source
 
     @property
     def scale(self) -> float:
@@ -63,14 +63,34 @@ class LoraBase(AdapterBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(LoraBase):
-    """Hu et al., *LoRA*."""
+class LoadedBase(LoraBase):
+    """What a folder of PEFT's may hold. `init_from`: a folder of PEFT's that it starts from; null: none."""
 
-    name: Fixed[Literal["lora"]] = "lora"
+    init_from: MayChange[str | None] = None  # to null alone: `trainer.resume` refuses another source
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dora(LoraBase):
+class Lora(LoadedBase):
+    """Hu et al., *LoRA*. `init`: what A and B begin as: A at random and B as 0 (`kaiming`), or both as the principal part of W,
+    which goes out of W (`pissa`: Meng et al., *PiSSA*)."""
+
+    name: Fixed[Literal["lora"]] = "lora"
+    init: Fixed[Init] = "kaiming"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LqLora(LoraBase):
+    """Guo et al., *LQ-LoRA*: W is kept as codes, and A and B begin as what these leave of it. `bits`: of the matrices that have the
+    adapter, a number of theirs, scales among them; an integer programme gives some more and others fewer. `forms`: what it gave to
+    each, bits of a number/numbers of a block/bits of a scale; null: it is asked before the first step."""
+
+    name: Fixed[Literal["lq_lora"]] = "lq_lora"
+    bits: Fixed[float] = 4.0
+    forms: Fixed[dict[str, str] | None] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dora(LoadedBase):
     """Liu et al., *DoRA*: of every row of W + s B A the size learns by itself."""
 
     name: Fixed[Literal["dora"]] = "dora"
@@ -93,4 +113,4 @@ class Bone(AdapterBase):
         return {"bone": ParameterSpec(torch.Size((self.rank, matrix[0])), "adapter", Constant(0.0))}
 
 
-AdapterConfig = NoAdapter | Lora | Dora | Bone
+AdapterConfig = NoAdapter | Lora | Dora | LqLora | Bone

@@ -9,7 +9,7 @@ from rowwise.kernels.philox import stream_key
 from rowwise.kernels.spec import Specs
 from rowwise.parallel.activations.compress import Tokens
 from rowwise.trainer.adapters.bone import BoneLinear
-from rowwise.trainer.adapters.config import AdapterConfig, Bone, Dora, Lora, LoraBase
+from rowwise.trainer.adapters.config import AdapterConfig, Bone, Dora, Lora, LoraBase, LqLora
 from rowwise.trainer.adapters.dropout import Dropout
 from rowwise.trainer.adapters.lora import DoraLinear, LoraLinear
 from rowwise.trainer.adapters.specs import adapted_layers
@@ -17,7 +17,9 @@ from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.models.specs import EMBEDDING
 
 # What makes of a linear layer one that has the adapter, with the very same parameters beside its own.
-LAYERS: dict[type, Callable[[nn.Linear, Any], nn.Linear]] = {Lora: LoraLinear, Dora: DoraLinear, Bone: BoneLinear}
+LAYERS: dict[type, Callable[[nn.Linear, Any], nn.Linear]] = {
+    Lora: LoraLinear, LqLora: LoraLinear, Dora: DoraLinear, Bone: BoneLinear,
+}  # fmt: skip
 
 
 def adapt(model: Decoder, adapter: AdapterConfig, specs: Specs, seed: int, tokens: Tokens) -> Decoder:

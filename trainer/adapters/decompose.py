@@ -11,6 +11,7 @@
 Half of the singular values goes into each of A and B. Arithmetic is in float32, of float64 in float64.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -108,14 +109,27 @@ def lq(
     for _ in range(most):
         b, a = (half / d for half, d in zip(_halves(d1 * (w - r) * d2, rank, key), (d1, d2), strict=True))
         remaining = w - b @ a
-        packed = encode_rows(remaining, form, least_scale(remaining, form) if form.scales == "whole" else None)
-        r = decode_rows(packed, w.size(1), form, w.dtype)
+        packed, r = _rounded(remaining, form)
         error = (d1 * (remaining - r) * d2).norm().item()
         if error > last:
             break
         last = error
     root = scale**0.5
     return Quantised(packed, a / root, b / root, error / max((d1 * w * d2).norm().item(), 1e-30))
+
+
+def first_errors(w: Tensor, forms: Sequence[RowForm], rank: int, key: int) -> list[float]:
+    """Returns the square of the error that the first turn of `lq` leaves in each form."""
+    w = wide(w)
+    b, a = _halves(w, rank, key)
+    remaining = w - b @ a
+    return [(remaining - _rounded(remaining, form)[1]).square().sum().item() for form in forms]
+
+
+def _rounded(x: Tensor, form: RowForm) -> tuple[Tensor, Tensor]:
+    """The bytes of a whole matrix, and the numbers behind them."""
+    packed = encode_rows(x, form, least_scale(x, form) if form.scales == "whole" else None)
+    return packed, decode_rows(packed, x.size(1), form, x.dtype)
 
 
 def _halves(x: Tensor, rank: int, key: int) -> tuple[Tensor, Tensor]:

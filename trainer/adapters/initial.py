@@ -12,7 +12,7 @@ from torch import Tensor
 from rowwise.kernels.coded_rows import RowForm, decode_rows, encode_rows
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.kernels.wide import wide_dtype
-from rowwise.trainer.adapters.config import MAGNITUDE, AdapterConfig, LoraBase
+from rowwise.trainer.adapters.config import MAGNITUDE, AdapterConfig, LoadedBase
 from rowwise.trainer.adapters.peft import adapter_rows_from
 from rowwise.trainer.adapters.specs import is_added
 
@@ -24,7 +24,7 @@ def with_adapter_rows(own_: Fill, drawn_: Fill, specs: Specs, adapter: AdapterCo
     by its folder, or else by `drawn_`."""
     plain = {name: spec for name, spec in specs.items() if not is_added(name)}
     rows_from_: Fill | None = None
-    if isinstance(adapter, LoraBase) and adapter.init_from is not None:
+    if isinstance(adapter, LoadedBase) and adapter.init_from is not None:
         rows_from_ = adapter_rows_from(Path(adapter.init_from).expanduser(), plain)
 
     def fill_(name: str, rows: Tensor, start: int, size: int) -> None:

@@ -36,6 +36,8 @@ PLAIN: Mapping[str, Any] = {
     "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False,
     "layer_replication": None, "trainable_token_indices": None, "exclude_modules": None, "target_parameters": None,
 }  # fmt: skip
+# What begins as a part that goes out of W.
+TAKEN_OUT = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def name_in_folder(name: str, specs: Specs) -> str:
@@ -65,6 +67,11 @@ def check_adapter_source(adapter: AdapterConfig, specs: Specs) -> None:
             if said.get(key, False) != value:
                 what = f"adapter.{keys[key]}={value}" if key in keys else f"adapter={adapter.name}"
                 raise ValueError(f"its {CONFIG} has {key}={said.get(key)!r}, and the run {what}")
+        if (began := str(said.get("init_lora_weights"))).startswith(TAKEN_OUT):
+            raise ValueError(
+                f"its {CONFIG} has init_lora_weights={began!r}, so that it stands beside what is left of the matrices: convert it "
+                "first (PEFT's save_pretrained, path_initial_model_for_weight_conversion)"
+            )
         _check_tensors(folder, adapter, specs)
 
 

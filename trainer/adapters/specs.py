@@ -14,7 +14,8 @@ from fnmatch import fnmatchcase
 
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.optim.build import frozen_by
-from rowwise.trainer.adapters.config import ADDED, AdapterConfig, NoAdapter
+from rowwise.trainer.adapters.bits import NAMED, even
+from rowwise.trainer.adapters.config import ADDED, AdapterBase, AdapterConfig, LqLora, NoAdapter
 from rowwise.trainer.adapters.frozen import with_kept
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import parameter_specs, stage_parts
@@ -27,7 +28,19 @@ def run_specs(config: TrainConfig) -> Specs:
 
 
 def _of_run(specs: Specs, config: TrainConfig) -> Specs:
-    return with_kept(frozen_by(with_adapter(specs, config.adapter), config.optim), config.model.frozen_dtype)
+    adapter = config.adapter
+    found = with_kept(frozen_by(with_adapter(specs, adapter), config.optim), config.model.frozen_dtype)
+    return with_forms(found, adapter) if isinstance(adapter, LqLora) else found
+
+
+def with_forms(specs: Specs, adapter: LqLora) -> Specs:
+    """Returns specs in which matrices of LQ-LoRA are kept in their forms; while these are not chosen, as if all had as many bits."""
+    found = dict(specs)
+    for name, spec in specs.items():
+        if is_adapted(name, spec, adapter):
+            form = even(spec.shape, adapter.bits) if adapter.forms is None else NAMED[adapter.forms[name]]
+            found[name] = replace(spec, kept=form)
+    return found
 
 
 def run_parts(config: TrainConfig, layers: range) -> tuple[list[Specs], Specs]:
@@ -64,7 +77,7 @@ def adapted_layers(specs: Specs, adapter: AdapterConfig) -> list[str]:
     return [name.removesuffix(".weight") for name, spec in specs.items() if is_adapted(name, spec, adapter)]
 
 
-def is_adapted(name: str, spec: ParameterSpec, adapter: AdapterConfig) -> bool:
+def is_adapted(name: str, spec: ParameterSpec, adapter: NoAdapter | AdapterBase) -> bool:
     """Says whether a parameter is a matrix that the adapter stands beside."""
     if isinstance(adapter, NoAdapter) or spec.role != "hidden":
         return False

@@ -6,11 +6,15 @@ each parameter begins as, its spec says (`kernels.spec`; of our decoder: `traine
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor
 
 from rowwise.kernels.philox import normal, random_words, stream_key
 from rowwise.kernels.spec import Constant, Normal, Specs, Uniform
+from rowwise.trainer.models.config import ModelConfig
+from rowwise.trainer.models.decoder import parameter_specs
+from rowwise.trainer.models.huggingface import rows_from
 
 
 def random_rows(specs: Specs, seed: int) -> Callable[[str, Tensor, int, int], None]:
@@ -31,3 +35,9 @@ def random_rows(specs: Specs, seed: int) -> Callable[[str, Tensor, int, int], No
                 raise ValueError(f"the spec of {name} does not say what it begins as; give it init=")
 
     return fill_
+
+
+def model_rows(model: ModelConfig, seed: int) -> Callable[[str, Tensor, int, int], None]:
+    """Returns what fills rows of a parameter of the model itself, as numbers, before the first step: drawn, or read in its folder."""
+    source, own = model.init_from, parameter_specs(model)
+    return random_rows(own, seed) if source is None else rows_from(Path(source).expanduser(), own)

@@ -1,0 +1,76 @@
+"""Laws 2 and 3 for adapters that begin with whole matrices, and for LQ-LoRA's codes: every layout is one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from parity import assert_all_same, run_plain, run_together, small_config, with_layout
+from rowwise.kernels.coded_rows import decode_rows
+from rowwise.trainer.adapters.bits import NAMED
+from rowwise.trainer.manifest import complete_checkpoints, read_manifest
+from rowwise.trainer.whole import Source, load_model, read_tensors
+from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
+
+PISSA = ("adapter=lora", "adapter.rank=3", "adapter.alpha=7", "adapter.init=pissa")
+LQ = ("adapter=lq_lora", "adapter.rank=3", "adapter.alpha=7", "adapter.bits=7.3")
+SPLIT = {"pipeline": 2, "pipeline_schedule": "zb_v", "virtual_stages": 2}
+BOTH = {"ulysses": 2, "ring": 2, "ring_order": "zigzag"}
+SHARED = ("model.heads=4", "model.kv_heads=2", "model.head_dim=6")
+FOUR = ("model.layers=4", "batch.micro_size=1", "batch.global_size=8")
+# Options -> the layouts on which they are tried.
+CASES = {
+    "pissa": ((*PISSA, *SHARED), [(2, {"zero": 0}), (4, {**BOTH, "zero": 3})]),
+    "pissa in nf4, split": ((*PISSA, *FOUR, "model.frozen_dtype=nf4"), [(2, SPLIT), (4, {**SPLIT, "zero": 3})]),
+    "lq": ((*LQ, *SHARED), [(1, {}), (2, {"zero": 0}), (4, {**BOTH, "zero": 3})]),
+    "lq split": ((*LQ, *FOUR), [(2, SPLIT), (4, {**SPLIT, "zero": 3})]),
+}
+# Which stand for the others, unless --full.
+NOW = ("pissa in nf4, split", "lq")
+NAMES = [pytest.param(name, marks=[] if name in NOW else pytest.mark.full) for name in CASES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("begun")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layout_is_one_process(ranks, folder, name):
+    """Every gradient, every update, every state; what is frozen stays what it was."""
+    options, layouts = CASES[name]
+    config = small_config(folder, *options)
+    reference = run_plain(config)
+    configs = {number: with_layout(config, world, **layout) for number, (world, layout) in enumerate(layouts)}
+    for traces in run_together(ranks, configs).values():
+        assert_all_same(traces, reference)
+
+
+def test_codes_of_four_ranks_go_on_on_one(ranks, folder):
+    base = named(small_config(folder, *LQ, *SHARED, "steps=4", "eval.every=2", "eval.batches=1"), folder, "moved")
+    alone = named(with_layout(base, 1), folder, "alone")
+    ranks.run(run_train, 1, alone)
+    ranks.run(run_until, 4, with_layout(base, 4, **BOTH, zero=3), 2)
+    ranks.run(run_train, 1, with_layout(base, 1))
+    assert_same_run(base.run_dir, alone.run_dir)
+
+    checkpoint = complete_checkpoints(Path(alone.run_dir) / "checkpoints")[0]
+    source = Source(checkpoint, read_manifest(checkpoint))
+    model, forms = load_model(source, torch.device("cpu")), source.config["adapter"]["forms"]
+    assert len(set(forms.values())) > 1
+    for layer in ("blocks.1.feed_forward.w1", "blocks.0.attention.wv"):
+        weight, form = model.get_parameter(f"{layer}.weight").double(), NAMED[forms[f"{layer}.weight"]]
+        (rows, columns), f64 = weight.shape, torch.float64
+        packed = torch.empty(rows, form.row_bytes(columns), dtype=torch.uint8)
+        a, b = torch.empty(3, columns, dtype=f64), torch.empty(rows, 3, dtype=f64)
+        parts = {"weight": packed, "lora_a": a, "lora_b": b}
+        read_tensors(checkpoint, {f"model.{layer}.{key}": t for key, t in parts.items()})
+        right = decode_rows(packed, columns, form, f64) + 7 / 3 * b @ a
+        torch.testing.assert_close(weight, right, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [LQ, pytest.param(PISSA, marks=pytest.mark.full)], ids=["lq", "pissa"])
+def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, tmp_path, options):
+    """What it began with is read in the checkpoint, and not found again."""
+    config = with_layout(small_config(tmp_path, *options, *FOUR, "steps=4"), 2, **SPLIT)
+    assert_resumes_to_the_last_bit(ranks, 2, config, tmp_path, stop_at=2)

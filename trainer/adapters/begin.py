@@ -1,0 +1,150 @@
+"""What an adapter begins with that hangs on whole matrices (`decompose`), found once, before the first step.
+
+    lora, init=pissa    A, B and what is left of W
+    lq_lora             the form of every W, then its codes, A and B
+
+Of as many matrices as there are ranks each rank makes one, whole, and takes it apart; then every rank takes its rows of each. So all
+ranks have rows of the same numbers, and these hang on the weights alone, not on the layout. A rank holds one matrix beside its rows,
+and as many numbers as the model has cross to every rank, once. A resumed run reads what there is in its checkpoint.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rowwise.kernels.coded_rows import RowForm, encode_rows
+from rowwise.kernels.philox import stream_key
+from rowwise.kernels.rows import local, row_offset
+from rowwise.kernels.spec import ParameterSpec
+from rowwise.kernels.wide import wide_dtype
+from rowwise.parallel.mesh import Mesh
+from rowwise.parallel.objects import from_every_rank, from_rank_0
+from rowwise.trainer.adapters.bits import FORMS, bits_of, choose, name_of
+from rowwise.trainer.adapters.config import Lora, LqLora
+from rowwise.trainer.adapters.decompose import first_errors, lq, pissa
+from rowwise.trainer.adapters.merge import adapter_of
+from rowwise.trainer.adapters.specs import adapted_layers, run_specs
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.manifest import read_manifest
+from rowwise.trainer.models.decoder import parameter_specs
+from rowwise.trainer.models.init import model_rows
+from rowwise.trainer.parallelize import parameter_dtype
+from rowwise.trainer.resume import find_resume
+
+
+def with_forms_chosen(config: TrainConfig, mesh: Mesh, data_fingerprint: str) -> TrainConfig:
+    """Returns the run with the forms of LQ-LoRA's matrices: those of the checkpoint that it goes on from, or those that the integer
+    programme chooses, by the errors of one turn. All ranks call it, and each finds the errors of its share of the matrices. Raises
+    ValueError."""
+    adapter = config.adapter
+    if not isinstance(adapter, LqLora) or adapter.forms is not None:
+        return config
+    there = _forms_there(config, data_fingerprint) if mesh.rank == 0 else None
+    if (forms := from_rank_0(there, mesh.save_group)) is None:
+        names = [f"{layer}.weight" for layer in adapted_layers(parameter_specs(config.model), adapter)]
+        mine = {
+            name: first_errors(_whole(config, name, mesh.device), FORMS, adapter.rank, _key(config, name))
+            for name in names[mesh.rank :: mesh.world_size]
+        }
+        everyone = from_every_rank(mine, mesh.save_group)
+        errors = {name: found for part in everyone for name, found in part.items()}
+        chosen = _chosen(config, {name: errors[name] for name in names}) if mesh.rank == 0 else {}
+        forms = from_rank_0(chosen, mesh.save_group)
+    return replace(config, adapter=replace(adapter, forms=forms))
+
+
+def _forms_there(config: TrainConfig, data_fingerprint: str) -> dict[str, str] | None:
+    """The forms in the newest checkpoint that a run goes on from; None: it begins."""
+    for checkpoint in find_resume(config, data_fingerprint):
+        try:
+            adapter = adapter_of(read_manifest(checkpoint)["config"])
+        except ValueError:
+            continue
+        assert isinstance(adapter, LqLora)
+        return adapter.forms
+    return None
+
+
+def _chosen(config: TrainConfig, errors: Mapping[str, list[float]]) -> dict[str, str]:
+    adapter, specs = config.adapter, parameter_specs(config.model)
+    assert isinstance(adapter, LqLora)
+    shapes = [specs[name].shape for name in errors]
+    bits = torch.tensor([[bits_of(shape, form) for form in FORMS] for shape in shapes], dtype=torch.float64)
+    budget = adapter.bits * sum(shape.numel() for shape in shapes)
+    chosen = choose(torch.tensor(list(errors.values()), dtype=torch.float64), bits, budget)
+    return {name: name_of(FORMS[form]) for name, form in zip(errors, chosen, strict=True)}
+
+
+@torch.no_grad()
+def begin_adapter(config: TrainConfig, mesh: Mesh, model: nn.Module) -> bool:
+    """Gives what hangs on whole matrices its numbers in `model`, which has all others; says whether anything does. All ranks call
+    it."""
+    adapter, specs = config.adapter, run_specs(config)
+    if not isinstance(adapter, LqLora) and not (isinstance(adapter, Lora) and adapter.init != "kaiming"):
+        return False
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    layers = adapted_layers(specs, adapter)
+    for first in range(0, len(layers), mesh.world_size):
+        some = layers[first : first + mesh.world_size]
+        mine = _taken_apart(config, some[mesh.rank], mesh.device) if mesh.rank < len(some) else {}
+        for owner, layer in enumerate(some):
+            for key, room in _rooms(config, layer, specs[f"{layer}.weight"], mesh.device):
+                whole = mine.pop(key).contiguous() if owner == mesh.rank else room
+                dist.broadcast(whole, owner)
+                if (name := f"{layer}.{key}") in params:  # it may be another stage's
+                    _place_(params[name], specs[name], whole)
+    return True
+
+
+def _taken_apart(config: TrainConfig, layer: str, device: torch.device) -> dict[str, Tensor]:
+    """What the parameters of a layer begin as, whole."""
+    adapter, name = config.adapter, f"{layer}.weight"
+    w = _whole(config, name, device)
+    if isinstance(adapter, LqLora):
+        form = run_specs(config)[name].kept
+        assert isinstance(form, RowForm)
+        packed, a, b, _ = lq(w, form, adapter.rank, adapter.scale, _key(config, name))
+        return {"weight": packed, "lora_a": a, "lora_b": b}
+    assert isinstance(adapter, Lora)
+    rest, a, b = pissa(w, adapter.rank, adapter.scale)
+    return {"weight": rest, "lora_a": a, "lora_b": b}
+
+
+def _rooms(
+    config: TrainConfig, layer: str, weight: ParameterSpec, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """(what it is, room for it) of each thing that `_taken_apart` gives."""
+    adapter, dtype = config.adapter, wide_dtype(parameter_dtype(config))
+    assert isinstance(adapter, Lora | LqLora)
+    rows, columns = weight.shape
+    if isinstance(adapter, LqLora):
+        assert isinstance(weight.kept, RowForm)
+        yield "weight", torch.empty(rows, weight.kept.row_bytes(columns), dtype=torch.uint8, device=device)
+    else:
+        yield "weight", torch.empty(rows, columns, dtype=dtype, device=device)
+    yield "lora_a", torch.empty(adapter.rank, columns, dtype=dtype, device=device)
+    yield "lora_b", torch.empty(rows, adapter.rank, dtype=dtype, device=device)
+
+
+def _place_(p: Tensor, spec: ParameterSpec, whole: Tensor) -> None:
+    """Gives this rank's rows of a parameter those of the whole of it."""
+    rows, start = local(p), row_offset(p)
+    own = whole[start : start + rows.size(0)]
+    if isinstance(spec.kept, RowForm) and own.dtype != torch.uint8:
+        own = encode_rows(own, spec.kept)
+    rows.copy_(own)
+
+
+def _whole(config: TrainConfig, name: str, device: torch.device) -> Tensor:
+    """A matrix as the run would begin with it, in 32 bits or more."""
+    shape = parameter_specs(config.model)[name].shape
+    w = torch.empty(shape, dtype=wide_dtype(parameter_dtype(config)), device=device)
+    model_rows(config.model, config.seed)(name, w, 0, shape[0])
+    return w
+
+
+def _key(config: TrainConfig, name: str) -> int:
+    return stream_key(config.seed, f"lq_lora/{name}")

@@ -1,0 +1,61 @@
+"""An adapter that began as a part of W, written as one that stands beside all of it: PEFT's conversion, of twice the rank.
+
+    R + s B A  =  W + s (B A - B0 A0)  =  W + s [B  -B0] [A; A0]        R = W - s B0 A0 is what the run keeps
+
+A0 and B0 are not kept: they are halves of (W - R) / s, which has their rank.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rowwise.kernels.spec import Specs
+from rowwise.trainer.adapters.config import Lora
+
+OUT_OF_W = ("pissa",)  # what `adapter.init` takes out of W
+REMAINS = 1e-4  # of W, at most, beyond the rank of what was taken out: the roundings of 32 bits
+Read = Callable[[dict[str, Tensor]], None]
+Fill = Callable[[str, Tensor, int, int], None]
+
+
+def doubled(adapter: Lora, specs: Specs, read_: Read, began_: Fill) -> tuple[Lora, Read]:
+    """Returns the adapter of twice the rank, and what fills its tensors. `specs`: of the plain model; `read_` fills those of the run;
+    `began_` the matrices that it began with. That raises ValueError where these are others, or kept in fewer bits."""
+    alpha = adapter.alpha * (math.sqrt(2) if adapter.rslora else 2)
+    wider = replace(adapter, rank=2 * adapter.rank, alpha=alpha, init="kaiming")
+
+    def fill_(tensors: dict[str, Tensor]) -> None:
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith((".lora_a", ".lora_b")))
+        if others := {name: t for name, t in tensors.items() if name.rpartition(".")[0] not in layers}:
+            read_(others)
+        for layer in layers:
+            shape = specs[f"{layer}.weight"].shape
+            held = {f"{layer}.{key}": torch.empty(spec.shape) for key, spec in adapter.added(shape).items()}
+            read_(held)
+            a0, b0 = taken_out(adapter, f"{layer}.weight", shape, read_, began_)
+            tensors[f"{layer}.lora_a"].copy_(torch.cat([held[f"{layer}.lora_a"], a0]))
+            tensors[f"{layer}.lora_b"].copy_(torch.cat([held[f"{layer}.lora_b"], -b0], dim=1))
+
+    return wider, fill_
+
+
+def taken_out(adapter: Lora, name: str, shape: torch.Size, read_: Read, began_: Fill) -> tuple[Tensor, Tensor]:
+    """Returns A0 and B0 of the matrix `name`. Raises ValueError where it is not what the run began with without them."""
+    rest, w = torch.empty(shape), torch.empty(shape)
+    try:
+        read_({name: rest})
+        began_(name, w, 0, shape[0])
+    except (OSError, ValueError) as error:
+        raise ValueError(_told(name, str(error))) from None
+    u, s, vt = torch.linalg.svd((w - rest) / adapter.scale, full_matrices=False)
+    if s[adapter.rank :].norm() * adapter.scale > REMAINS * w.norm():
+        raise ValueError(_told(name, "it is kept in fewer bits, or is not from model.init_from, or seed"))
+    root = s[: adapter.rank].sqrt()
+    return root[:, None] * vt[: adapter.rank], u[:, : adapter.rank] * root
+
+
+def _told(name: str, why: str) -> str:
+    return f"what the run took out of {name} when it began cannot be found: {why}; possible is the merged export"
