@@ -269,8 +269,9 @@ def test_an_error_of_the_disk_ends_the_run_in_one_line(ranks, tmp_path, undistur
 
 
 @pytest.mark.slow
-def test_killed_at_random_instants(ranks, tmp_path):
-    """Twenty times, with states and rows in files and saves from copies of them: no file is left, and a sound checkpoint is there."""
+@pytest.mark.parametrize("wanted", [5, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_random_instants(ranks, tmp_path, wanted):
+    """With states and rows in files and saves from copies of them: no file is left, and a sound checkpoint is there."""
     waits = (f"memory.offload_{kind}={tmp_path / 'files'}" for kind in ("states", "params", "gradients"))
     words = (
         "steps=1000000",
@@ -281,5 +282,5 @@ def test_killed_at_random_instants(ranks, tmp_path):
         *waits,
     )
     (tmp_path / "files").mkdir()
-    assert_survives_kills(ranks, tmp_path, with_layout(small_config(tmp_path, *words), 2), 20)
+    assert_survives_kills(ranks, tmp_path, with_layout(small_config(tmp_path, *words), 2), wanted)
     assert not list((tmp_path / "files").iterdir())

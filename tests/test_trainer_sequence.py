@@ -117,7 +117,7 @@ def test_16_bits_stay_near_one_process(ranks, folder, uninterrupted):
     assert 0 < shared <= max(2 * alone, 0.01)
 
 
-@pytest.mark.parametrize("tokens", [2_048, pytest.param(16_384, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [2_048, pytest.param(16_384, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_a_long_context_on_four_ranks(ranks, tmp_path, tokens):
     """The named run, of 16,384 tokens, in float64 and smaller in everything else: the loss is one process's."""
     text = tmp_path / "text.txt"
@@ -156,7 +156,7 @@ def gradients_and_graphs(workers, config) -> tuple[float, int]:
     return squared, counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])])
 def test_compiled_blocks_are_not_compiled_anew_for_other_documents(ranks, folder, backend):
     """How often is Dynamo's to say, whatever then makes programs of its graphs."""
     config = small_config(folder, *OVERRIDES, "batch.global_size=2", "batch.micro_size=2", "parallel.zero=0")

@@ -63,11 +63,12 @@ HALVES = {"set": STOPS[:2], "rigl": STOPS[2:], "srigl": STOPS[:2], "gradual": ST
           "pdp_rows": STOPS[2:], "pdp_nm": STOPS[2:], "nm": STOPS[2:]}  # fmt: skip
 
 
-# The others go by the same road, in `make test-slow`.
-NOW = ("set", "rigl")
+# The others go by the same road, in `make test-slow` those whose masks are of other kinds.
+NOW, SLOW = ("set", "rigl"), ("gradual", "pdp_rows", "nm")
+LATER = {m: [] if m in NOW else [pytest.mark.slow, *([] if m in SLOW else [pytest.mark.long])] for m in METHODS}
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in NOW else pytest.mark.slow) for m in METHODS])
+@pytest.mark.parametrize("method", [pytest.param(method, marks=marks) for method, marks in LATER.items()])
 def test_a_run_moves_between_layouts(ranks, folder, method, full):
     base = config_of(method, folder)
     uninterrupted = named(on(base, 1), folder, f"{method}-whole")
@@ -94,8 +95,8 @@ KEYS = (
 
 
 OTHERS = [
-    *(pytest.param(method, marks=pytest.mark.slow) for method in ("srigl", "pdp")),
-    *(pytest.param(method, marks=pytest.mark.full) for method in ("pdp_rows", "pdp_nm")),
+    pytest.param("srigl", marks=pytest.mark.slow),
+    *(pytest.param(method, marks=pytest.mark.full) for method in ("pdp", "pdp_rows", "pdp_nm")),
 ]
 
 
