@@ -131,6 +131,10 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__")
 
 
+def is_name(node: ast.AST, *names: str) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
+
+
 def private_uses(path: Path) -> set[str]:
     """The private names of others that a file uses: of torch's modules and, since nobody sees whose an object is, every
     private attribute that the file does not itself define."""
@@ -140,13 +144,13 @@ def private_uses(path: Path) -> set[str]:
     for node in nodes:
         if isinstance(node, ast.Attribute):
             of_itself = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-            of_its_base = isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()"
+            of_its_base = isinstance(node.value, ast.Call) and is_name(node.value.func, "super")
             used = {node.attr} - own if not (of_itself or of_its_base) else set()
         elif isinstance(node, ast.ImportFrom):
             used = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
         elif isinstance(node, ast.Import):
             used = {part for alias in node.names for part in alias.name.split(".")}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+        elif isinstance(node, ast.Call) and is_name(node.func, "getattr", "hasattr", "setattr"):
             used = {ast.literal_eval(node.args[1])} if isinstance(node.args[1], ast.Constant) else set()
         elif isinstance(node, ast.Constant) and re.fullmatch(r"torch(\.\w+)+", str(node.value)):
             used = set() if (path.name, node.value) in NAMED else set(node.value.split("."))
@@ -182,9 +186,44 @@ def in_a_process(program: str, *arguments: str) -> str:
     return subprocess.run(command, cwd="/", capture_output=True, text=True, check=True).stdout
 
 
-def test_a_workers_import_is_light():
+IMPORTED = """
+import importlib, json, os, pathlib, sys
+import rowwise.launch.warm
+os.environ.pop("OMP_NUM_THREADS", None)
+os.environ.update(rowwise.launch.warm.QUIET)
+from rowwise.launch.compose import compose_tree
+from rowwise.trainer.check import check
+from rowwise.trainer.config import config_from_tree
+import torch
+touched = []
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init", "init"):
+    setattr(torch.cuda, name, lambda *given, name=name: touched.append(name))
+check(config_from_tree(compose_tree(["parallel.zero=3"])), 2)
+from rowwise.kernels.torch_compiler import left_to_python
+from rowwise.parallel.lifetimes import Lifetimes
+with Lifetimes([], []):
+    left_to_python(torch.add)(torch.ones(2), 1)
+told = {"checked": [*sys.modules]}
+import rowwise.launch.worker
+told["worker"] = [*sys.modules]
+import rowwise.launch.local
+for module in rowwise.launch.warm.BEFOREHAND + rowwise.launch.local.NEEDED_TO_SPLIT:
+    importlib.import_module(module)
+told["touched"] = touched
+told["threads"] = [line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("Threads:")]
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, list[str]]:
+    """What one process has imported that looks at a run, then a worker's modules, then what a warm process has."""
+    return json.loads(in_a_process(IMPORTED))
+
+
+def test_a_workers_import_is_light(imported):
     """And no room is importable under its bare name, which would hide packages of that name."""
-    modules = set(in_a_process("import rowwise.launch.worker, sys; print(*sys.modules)").split())
+    modules = set(imported["worker"])
     assert not modules & {
         "deepspeed",
         "transformers",
@@ -287,46 +326,21 @@ def test_schedules_need_no_torch():
     assert in_a_process("import rowwise.optim.lr_schedules, sys; print('torch' in sys.modules)").strip() == "False"
 
 
-CHECKED = """
-import sys
-from rowwise.launch.compose import compose_tree
-from rowwise.trainer.check import check
-from rowwise.trainer.config import config_from_tree
-check(config_from_tree(compose_tree(["parallel.zero=3"])), 2)
-import torch
-from rowwise.kernels.torch_compiler import left_to_python
-from rowwise.parallel.lifetimes import Lifetimes
-with Lifetimes([], []):
-    left_to_python(torch.add)(torch.ones(2), 1)
-print(*sys.modules)
-"""
-
-
-def test_what_refuses_a_run_waits_for_no_compiler_and_no_sharding():
+def test_what_refuses_a_run_waits_for_no_compiler_and_no_sharding(imported):
     """They take as long to import as torch itself, and only a run needs them: what looks at operations does not, nor what
     is left to Python of a block that is not compiled."""
-    modules = set(in_a_process(CHECKED).split())
-    assert not modules & {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy"}
+    modules = set(imported["checked"])
+    assert "torch" in modules and not modules & {
+        "torch._dynamo",
+        "torch.distributed.tensor",
+        "torch.distributed.fsdp",
+        "sympy",
+    }
 
 
-TOUCHED = """
-import importlib, os, pathlib
-import rowwise.launch.local, rowwise.launch.warm
-os.environ.pop("OMP_NUM_THREADS", None)
-os.environ.update(rowwise.launch.warm.QUIET)
-import torch
-touched = []
-for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init", "init"):
-    setattr(torch.cuda, name, lambda *given, name=name: touched.append(name))
-for module in rowwise.launch.warm.BEFOREHAND + rowwise.launch.local.NEEDED_TO_SPLIT:
-    importlib.import_module(module)
-print(touched, *[line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("Threads:")])
-"""
-
-
-def test_what_a_warm_process_imports_touches_no_device_and_starts_no_thread():
+def test_what_a_warm_process_imports_touches_no_device_and_starts_no_thread(imported):
     """A fork of it could use neither."""
-    assert in_a_process(TOUCHED).strip() == "[] Threads:\t1"
+    assert (imported["touched"], imported["threads"]) == ([], ["Threads:\t1"])
 
 
 def test_no_path_of_a_machine_and_no_registry_host_in_the_repository():

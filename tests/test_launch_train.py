@@ -7,19 +7,9 @@ import sys
 import pytest
 
 from commands import PATIENCE, await_steps, command, overrides_of, run, run_in_pool, start, workers_of
-from rowwise.launch.outcome import Outcome, read_outcome
+from rowwise.launch.outcome import read_outcome
 from rowwise.trainer.metrics import read_metrics
 from runs import SAME_EVERYWHERE, records
-
-
-def test_one_process_needs_no_torchrun(tmp_path):
-    program = [sys.executable, "-m", "rowwise.launch.train"]
-    code, said = run(tmp_path, [*program, *overrides_of(tmp_path, "steps=3", "report=always")])
-    assert code == 0, said
-    assert len(read_metrics(tmp_path / "run")) == 3
-    assert read_outcome(tmp_path / "run") == Outcome("complete", None, 3)
-    assert "<strong>complete</strong>" in (tmp_path / "run/report.html").read_text()
-
 
 FAILING = """
 import sys
@@ -46,20 +36,26 @@ def test_an_error_on_one_rank_ends_the_job_with_its_traceback(tmp_path):
     assert "fail_on_rank_one" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
-def test_a_signal_saves_and_leaves_and_the_run_goes_on(ranks, tmp_path, number):
-    """To its end. SIGTERM is what our own agent sends: tests/test_launch_start.py."""
-    overrides = overrides_of(
-        tmp_path, "steps=1000000", "schedule=constant", "schedule.warmup_steps=0", "checkpoint.every=0"
-    )
-    job = start(tmp_path, command(2, "-m", "rowwise.launch.train", *overrides))
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [(signal.SIGINT, None), *(pytest.param(n, 2, marks=pytest.mark.full) for n in (signal.SIGINT, signal.SIGTERM))],
+)
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(ranks, tmp_path, number, workers):
+    """To its end. One process needs no torchrun. SIGTERM is what our own agent sends: tests/test_launch_start.py."""
+    options = ("steps=1000000", "schedule=constant", "schedule.warmup_steps=0", "checkpoint.every=0", "report=always")
+    overrides = overrides_of(tmp_path, *options)
+    program = ["-m", "rowwise.launch.train", *overrides]
+    job = start(tmp_path, command(workers, *program) if workers else [sys.executable, *program])
     await_steps(tmp_path, 3, job)
-    workers_of(job)[0].send_signal(number)
+    (workers_of(job)[0] if workers else job).send_signal(number)
     code, said = job.wait(PATIENCE), (tmp_path / "log").read_text()
     assert code == 0, said[-3000:]
     assert "asked to stop: saved step" in said
     stopped_at = len(read_metrics(tmp_path / "run"))
     assert stopped_at >= 3
+    outcome = read_outcome(tmp_path / "run")
+    assert outcome is not None and (outcome.state, outcome.step) == ("stopped", stopped_at)
+    assert "<strong>stopped</strong>" in (tmp_path / "run/report.html").read_text()
     assert "resumed from" in run_in_pool(ranks, [*overrides, f"steps={stopped_at + 5}"])
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(1, stopped_at + 6))
 

@@ -16,12 +16,12 @@ from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.models.decoder import parameter_specs
 from runs import assert_resumes_to_the_last_bit, assert_same_run, final_tensors, named, records, run_train, run_until
 
-LAST = 6
+LAST = 4
 
 
 def config_of(folder, world, *overrides, away=True):
     config = small_config(
-        folder, "optim=adamw8bit", "parallel.zero=3", f"steps={LAST}", "checkpoint.every=2", "eval.every=3", "eval.batches=1",
+        folder, "optim=adamw8bit", "parallel.zero=3", f"steps={LAST}", "checkpoint.every=2", "eval.every=2", "eval.batches=1",
         "model.dim=64", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=76", *overrides,
     )  # fmt: skip
     here = str(folder) if away else "none"
@@ -32,14 +32,14 @@ def config_of(folder, world, *overrides, away=True):
 
 
 def test_it_resumes_to_the_last_bit(ranks, tmp_path):
-    assert_resumes_to_the_last_bit(ranks, 2, config_of(tmp_path, 2), tmp_path, stop_at=4)
+    assert_resumes_to_the_last_bit(ranks, 2, config_of(tmp_path, 2), tmp_path, stop_at=3)
 
 
 def test_rows_go_into_files_and_out_of_them(ranks, tmp_path):
     """Without files, with them, and without: one run, to the last bit."""
     plain, moved = (named(config_of(tmp_path, 2, away=False), tmp_path, name) for name in ("plain", "moved"))
     ranks.run(run_train, 2, plain)
-    for world, away, stop_at in ((2, False, 3), (2, True, 5), (2, False, None)):
+    for world, away, stop_at in ((2, False, 2), (2, True, 3), (2, False, None)):
         config = named(config_of(tmp_path, world, away=away), tmp_path, "moved")
         ranks.run(run_until, world, config, stop_at) if stop_at else ranks.run(run_train, world, config)
     assert records(plain.run_dir) == records(moved.run_dir)
@@ -52,7 +52,7 @@ def test_it_moves_to_other_layouts(ranks, tmp_path, pipeline):
     whole = named(config_of(tmp_path, 1, away=False), tmp_path, "whole")
     ranks.run(run_train, 1, whole)
     stages = (f"parallel.pipeline={pipeline}",)
-    for world, overrides, stop_at in ((3 - pipeline, (), 3), (2, stages, 5), (1, (), None)):
+    for world, overrides, stop_at in ((3 - pipeline, (), 2), (2, stages, 3), (1, (), None)):
         config = named(config_of(tmp_path, world, *overrides), tmp_path, "moved")
         ranks.run(run_until, world, config, stop_at) if stop_at else ranks.run(run_train, world, config)
     assert_same_run(whole.run_dir, config.run_dir)

@@ -16,8 +16,8 @@ from rowwise.trainer.metrics import read_metrics
 from rowwise.trainer.step import RankStatus, told_by_all
 from runs import final_tensors, named, records, run_train, run_until
 
-STEPS, STEP_SECONDS = 12, 10.0
-OVERRIDES = (f"steps={STEPS}", "eval.batches=2", "checkpoint.keep=0")
+STEPS, STEP_SECONDS = 10, 10.0
+OVERRIDES = (f"steps={STEPS}", "eval.batches=1", "checkpoint.keep=0")
 BY_TIME = ("eval.every=30s", "checkpoint.every=40s")
 
 
@@ -65,13 +65,13 @@ def assert_same_numbers(run_dir: str, other_dir: str) -> None:
 # name -> (options, degrees, where it evaluates, where it saves). Where the next step is begun before a step is known to be good,
 # its data is drawn, and ten seconds pass, a step earlier.
 LAYOUTS: dict[str, tuple] = {
-    "sharded": (("batch.micro_size=6",), {"zero": 2}, [3, 6, 9, 12], [4, 8, 12]),
+    "sharded": (("batch.micro_size=12",), {"zero": 2}, [3, 6, 9, 10], [4, 8, 10]),
     "in the backward": (
-        ("batch.micro_size=12", "optim.in_backward=true", "clip_norm=0"), {"zero": 3}, [3, 6, 9, 12], [4, 8, 12],
+        ("batch.micro_size=12", "optim.in_backward=true", "clip_norm=0"), {"zero": 3}, [3, 6, 9, 10], [4, 8, 10],
     ),
     "validated late": (
-        ("batch.micro_size=4",), {"pipeline": 2, "pipeline_schedule": "zb_h1", "post_validation": True},
-        [2, 5, 8, 11, 12], [3, 7, 11, 12],
+        ("batch.micro_size=12",), {"pipeline": 2, "pipeline_schedule": "zb_h1", "post_validation": True},
+        [2, 5, 8, 10], [3, 7, 10],
     ),
 }  # fmt: skip
 
@@ -93,16 +93,16 @@ def test_time_says_when_and_changes_no_number(ranks, tmp_path, name):
 
 
 def test_the_clock_goes_on_over_a_resume(ranks, tmp_path):
-    """Evaluated at step 6 and stopped after 7: next at 9. Saved when it was stopped: next four steps later."""
-    base = with_layout(small_config(tmp_path, *OVERRIDES, *BY_TIME, "batch.micro_size=6"), 2, zero=1)
+    """Evaluated at step 3 and stopped after 5: next at 6. Saved when it was stopped: next four steps later."""
+    base = with_layout(small_config(tmp_path, *OVERRIDES, *BY_TIME, "batch.micro_size=12"), 2, zero=1)
     stopped, whole = named(base, tmp_path, "stopped"), named(base, tmp_path, "whole")
     ranks.run(run_by_clock, 2, whole)
-    ranks.run(run_by_clock, 2, stopped, 7)
+    ranks.run(run_by_clock, 2, stopped, 5)
     checkpoint = complete_checkpoints(Path(stopped.run_dir) / "checkpoints")[0]
-    assert read_manifest(checkpoint)["clock"] == {"evaluated_seconds_ago": STEP_SECONDS}
+    assert read_manifest(checkpoint)["clock"] == {"evaluated_seconds_ago": 2 * STEP_SECONDS}
     ranks.run(run_by_clock, 2, stopped)
-    assert [*evaluations(stopped.run_dir)] == [*evaluations(whole.run_dir)] == [3, 6, 9, 12]
-    assert (saves(stopped.run_dir), saves(whole.run_dir)) == ([4, 7, 11, 12], [4, 8, 12])
+    assert [*evaluations(stopped.run_dir)] == [*evaluations(whole.run_dir)] == [3, 6, 9, 10]
+    assert (saves(stopped.run_dir), saves(whole.run_dir)) == ([4, 5, 9, 10], [4, 8, 10])
     assert_same_numbers(stopped.run_dir, whole.run_dir)
 
 

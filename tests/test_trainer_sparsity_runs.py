@@ -14,7 +14,8 @@ from rowwise.trainer.resume import state_facts
 from runs import assert_resumes_to_the_last_bit, assert_same_run, final_tensors, named, run_train, run_until
 
 SHAPE = (
-    "model.dim=32", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=44", "batch.global_size=24", "batch.seq_len=12",
+    "model.dim=32", "model.heads=4", "model.kv_heads=2", "model.ffn_dim=44", "batch.global_size=12", "batch.micro_size=1",
+    "batch.seq_len=12",
     "steps=12", "eval.every=4", "eval.batches=2",
 )  # fmt: skip
 METHODS = {
@@ -46,8 +47,8 @@ def config_of(method: str, folder, *more: str):
 
 
 def on(config, world: int, **degrees):
-    """On a layout, with two micro-batches a rank and step."""
-    return in_micro_batches(with_layout(config, world, **degrees), 2)
+    """On a layout, with a micro-batch a stage."""
+    return in_micro_batches(with_layout(config, world, **degrees), degrees.get("pipeline", 1))
 
 
 def hidden(config) -> dict[str, torch.Size]:
@@ -102,7 +103,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("method", ["rigl", *OTHERS])
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder, method):
-    config = on(config_of(method, folder), 2, zero=2)
+    config = on(config_of(method, folder, "steps=8", "eval.every=0"), 2, zero=2)
     assert_resumes_to_the_last_bit(ranks, 2, config, folder / f"{method}-bits", stop_at=5)
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from parity import (
 from ranks import RankFailure
 from rowwise.launch.worker import _reason
 from rowwise.parallel.shard import gradients
+from rowwise.trainer import spike
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.data.order import sample_indices
 from rowwise.trainer.engine import WholeModel
@@ -49,14 +51,16 @@ from rowwise.trainer.starts import read_starts
 from rowwise.trainer.state import TrainState
 from runs import assert_same_run, final_tensors, manifest_at, named, records, run_train, run_until
 
-AT, STEPS, ANCHOR = 23, 26, 20  # the poisoned step; the last; the checkpoint before it
+AT, STEPS, ANCHOR = 11, 14, 8  # the poisoned step; the last; the checkpoint before it
+SIZE = 12  # sequences of a step
 BASE = [
     f"steps={STEPS}",
-    "spike.window=40",
-    "checkpoint.every=10",
+    f"batch.global_size={SIZE}",
+    "spike.window=20",
+    f"checkpoint.every={ANCHOR}",
     "checkpoint.keep=1",
     "optim.lr=0.003",
-    "eval.every=13",
+    "eval.every=7",
 ]
 LAYOUTS = {
     "1": (1, {}),
@@ -89,8 +93,18 @@ def config_of(folder: Path, *overrides: str):
 
 
 def on(config, world: int, **degrees):
-    """On a layout, with two micro-batches a rank and step."""
-    return in_micro_batches(with_layout(config, world, **degrees), 2)
+    """On a layout, with a micro-batch a stage."""
+    return in_micro_batches(with_layout(config, world, **degrees), degrees.get("pipeline", 1))
+
+
+def run_early(workers, config, run=run_train, *given):
+    """A run in which half a window of 20 is enough to ask: that no fewer steps are is the law of numbers alone, below."""
+    with mock.patch.object(spike, "FEWEST", 10):
+        return run(workers, config, *given)
+
+
+def until(ranks, world: int, config, stop_at: int):
+    return ranks.run(run_early, world, config, run_until, stop_at)
 
 
 def poison(config, tokens: Path) -> None:
@@ -155,19 +169,21 @@ def test_a_score_is_in_spreads():
     assert score([2.0] * 30, 2.1, "mean") == math.inf
 
 
-def test_a_spike_is_one_of_the_loss_or_of_the_norm_once_enough_is_known():
-    config, seen = SpikeConfig(window=60), Spikes()
+@pytest.mark.parametrize(
+    ("window", "first"), [(60, 30), (20, 20)]
+)  # OLMo-core too begins with the 30th of a window of 60
+def test_a_spike_is_one_of_the_loss_or_of_the_norm_once_enough_is_known(window, first):
+    config, seen = SpikeConfig(window=window), Spikes()
     rng = np.random.default_rng(1)
     for step in range(1, 100):
-        # OLMo-core too begins with the 30th of a window of 60, half of it.
-        assert (spike_of(seen, 9.0, 1.0, config) is not None) == (step >= 30)
-        assert (spike_of(seen, 3.0, 9.0, config) is not None) == (step >= 30)
+        assert (spike_of(seen, 9.0, 1.0, config) is not None) == (step >= first)
+        assert (spike_of(seen, 3.0, 9.0, config) is not None) == (step >= first)
         assert spike_of(seen, 3.0, 1.0, config) is None
         assert spike_of(seen, math.nan, 0.0, config) is None  # no valid token
         assert spike_of(seen, 3.0, math.inf, config) == math.inf
         loss, norm = rng.normal(3, 0.1), rng.normal(1, 0.1)
         seen = after_step(seen, loss, norm, False, config)
-        assert len(seen.losses) == len(seen.norms) == min(step, 60)
+        assert len(seen.losses) == len(seen.norms) == min(step, window)
     assert after_step(seen, math.nan, 0.0, False, config) == seen
 
 
@@ -225,9 +241,9 @@ def test_a_skipped_update_is_none_on_every_layout(ranks, folder, monkeypatch, la
     world, degrees = LAYOUTS[layout]
     options = ("on_spike=skip", f"log.norms_every={AT}")
     config = named(on(config_of(folder, *options), world, **degrees), folder, f"skip-{layout}")
-    states = ranks.run(run_train, world, config)
+    states = ranks.run(run_early, world, config)
     assert all(state == states[0] for state in states)
-    assert (states[0].updates, states[0].position) == (STEPS - 1, STEPS * 24)
+    assert (states[0].updates, states[0].position) == (STEPS - 1, STEPS * SIZE)
     assert spikes_in(config) == {AT: "skipped"}
     held = read_metrics(Path(config.run_dir))[AT - 1]
     assert held["grad_norm"] > config.clip_norm, "nothing is clipped"
@@ -248,11 +264,11 @@ def test_a_rollback_goes_past_what_was_read_on_every_layout(ranks, folder, monke
     world, degrees = LAYOUTS[layout]
     options = ("on_spike=rollback", "tracker=tensorboard")
     config = named(on(config_of(folder, *options), world, **degrees), folder, f"back-{layout}")
-    states = ranks.run(run_train, world, config)
+    states = ranks.run(run_early, world, config)
     assert all(state == states[0] for state in states)
-    assert (states[0].updates, states[0].position) == (STEPS, (STEPS + AT - ANCHOR) * 24)
+    assert (states[0].updates, states[0].position) == (STEPS, (STEPS + AT - ANCHOR) * SIZE)
     (back,) = states[0].spikes.rollbacks
-    assert (back.step, back.to, back.first, back.after) == (AT, ANCHOR, ANCHOR * 24, AT * 24)
+    assert (back.step, back.to, back.first, back.after) == (AT, ANCHOR, ANCHOR * SIZE, AT * SIZE)
     manifest = read_manifest(complete_checkpoints(Path(config.run_dir) / "checkpoints")[0])
     assert TrainState.from_tree(manifest["state"]) == states[0]
     assert spikes_in(config) == {ANCHOR + 1: "rolled back"}
@@ -276,10 +292,10 @@ def test_a_rolled_back_run_that_was_stopped_is_the_same_to_the_last_bit(ranks, f
     """Stopped before the spike, where a later checkpoint than that of `checkpoint.every` is there, in it, and after."""
     base = on(config_of(folder, "on_spike=rollback"), 2, zero=2)
     whole, stopped = named(base, folder, "back-whole"), named(base, folder, f"back-stopped-{stops}")
-    ranks.run(run_train, 2, whole)
+    ranks.run(run_early, 2, whole)
     for stop_at in stops:
-        assert ranks.run(run_until, 2, stopped, stop_at)[0].step < STEPS
-    ranks.run(run_train, 2, stopped)
+        assert until(ranks, 2, stopped, stop_at)[0].step < STEPS
+    ranks.run(run_early, 2, stopped)
     assert records(stopped.run_dir) == records(whole.run_dir)
     assert spikes_in(stopped) == spikes_in(whole) == {ANCHOR + 1: "rolled back"}
     theirs = final_tensors(whole.run_dir)
@@ -299,7 +315,7 @@ def stopped_while(workers, config, calling):
 
     setattr(train, calling, called)
     try:
-        return run_train(workers, config)
+        return run_early(workers, config)
     finally:
         setattr(train, calling, original)
 
@@ -315,11 +331,11 @@ def test_a_run_that_is_asked_to_stop_while_it_goes_back_stops(ranks, folder, cal
 def test_a_run_that_was_given_its_own_checkpoint_goes_back_beyond_it(ranks, folder):
     """Which is gone then: the same command goes on."""
     config = named(on(config_of(folder, "on_spike=rollback"), 1), folder, "own")
-    ranks.run(run_until, 1, config, ANCHOR + 1)
+    until(ranks, 1, config, ANCHOR + 1)
     given = replace(config, resume=f"{config.run_dir}/checkpoints/step-{ANCHOR + 1:08}")
     (state,) = ranks.run(stopped_while, 1, given, "resume")
     assert (state.step, Path(given.resume).exists()) == (ANCHOR + 1, True)  # by the same name again
-    ranks.run(run_train, 1, given)
+    ranks.run(run_early, 1, given)
     assert spikes_in(config) == {ANCHOR + 1: "rolled back"}
     checkpoints = Path(config.run_dir) / "checkpoints"
     for beyond in complete_checkpoints(checkpoints):
@@ -336,13 +352,13 @@ def test_a_run_of_spikes_goes_on_on_another_layout(ranks, folder, what):
     masks = ("sparsity=rigl", "sparsity.update_every=4", "sparsity.density=0.5")
     base = config_of(folder, f"on_spike={what}", "model.dim=32", "model.heads=4", *masks)
     whole, moved = (named(base, folder, f"{what}-{name}") for name in ("unmoved", "moved"))
-    ranks.run(run_train, 1, on(whole, 1))
+    ranks.run(run_early, 1, on(whole, 1))
     for world, degrees, stop_at in (
-        (2, {"zero": 3}, 12),
+        (2, {"zero": 3}, 6),
         (2, {"pipeline": 2}, AT - 1),
         (2, {"ulysses": 2}, 99),
     ):
-        ranks.run(run_until, world, on(moved, world, **degrees), stop_at)
+        until(ranks, world, on(moved, world, **degrees), stop_at)
     assert_same_run(moved.run_dir, whole.run_dir)
     assert spikes_in(moved) == spikes_in(whole) != {}
 
@@ -350,7 +366,7 @@ def test_a_run_of_spikes_goes_on_on_another_layout(ranks, folder, what):
 @pytest.mark.full
 def test_a_run_that_is_told_to_record_records(ranks, folder):
     config = named(on(config_of(folder), 2), folder, "recorded")
-    (state, _) = ranks.run(run_train, 2, config)
+    (state, _) = ranks.run(run_early, 2, config)
     assert state.updates == STEPS
     assert spikes_in(config) == {AT: "recorded"}
     assert next(r for r in read_metrics(Path(config.run_dir)) if "spike" in r)["spike_score"] > 6
@@ -360,16 +376,16 @@ def test_a_run_that_is_told_to_record_records(ranks, folder):
 def test_before_the_first_checkpoint_a_rollback_is_a_skip(ranks, folder):
     config = config_of(folder, "on_spike=rollback", f"checkpoint.every={AT + 2}")
     config = named(on(config, 2), folder, "early")
-    ranks.run(run_train, 2, config)
+    ranks.run(run_early, 2, config)
     assert spikes_in(config) == {AT: "skipped"}
 
 
 def test_a_run_in_the_backward_is_rolled_back(ranks, folder):
-    inside = ("optim.in_backward=true", "clip_norm=0", "batch.micro_size=12", "on_spike=rollback")
+    inside = ("optim.in_backward=true", "clip_norm=0", f"batch.micro_size={SIZE // 2}", "on_spike=rollback")
     config = named(with_layout(config_of(folder, *inside), 2, zero=3), folder, "inside")
     outside = replace(config, optim=replace(config.optim, in_backward=False), run_dir=str(folder / "outside"))
     for each in (config, outside):
-        ranks.run(run_train, 2, each)
+        ranks.run(run_early, 2, each)
         assert spikes_in(each) == {ANCHOR + 1: "rolled back"}
     assert_same_run(config.run_dir, outside.run_dir)
 
@@ -386,7 +402,7 @@ def spoilt_gradient(workers, config, bad):
 
     WholeModel.forward_backward = forward_backward
     try:
-        return run_train(workers, config)
+        return run_early(workers, config)
     finally:
         WholeModel.forward_backward = original
 

@@ -1,6 +1,7 @@
 """What is watched of a run beside its losses: norms of parameters and the operations of a step, alike on every layout. (Law 2.)"""
 
 import contextlib
+import functools
 import gzip
 import json
 import time
@@ -25,7 +26,7 @@ from rowwise.trainer.profile import KINDS as PROFILED
 from rowwise.trainer.profile import Event, parts_of, slowest
 from rowwise.trainer.update import may_begin_next
 from rowwise.trainer.watching import check_watched
-from runs import named, run_watched
+from runs import named, run_train, run_watched
 
 LAYOUTS = {
     "1": (1, {}),
@@ -46,15 +47,21 @@ def made(ranks, folder, layout: str, *overrides: str) -> tuple:
     world, degrees = LAYOUTS[layout]
     name = f"{layout}-{len(overrides)}"
     config = named(with_layout(small_config(folder, *OPTIONS, *overrides), world, **degrees), folder, name)
-    ranks.run(run_watched, world, config)
+    ranks.run(run_train, world, config)
     return config, read_metrics(Path(config.run_dir))
+
+
+@functools.cache
+def textbooks(folder):
+    """The same run on any layout."""
+    return run_plain(small_config(folder, *OPTIONS))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_record_has_the_textbooks_norms_and_operations_on_every_layout(ranks, folder, layout):
     config, records = made(ranks, folder, layout)
     assert [any(kind in record for kind in KINDS) for record in records] == [False, True, False]
-    trace = run_plain(config)
+    trace = textbooks(folder)
     initial = {name: p.detach() for name, p in plain_model(config).named_parameters()}
     factor = min(1.0, config.clip_norm / trace.norms[1])
     assert factor < 1, "nothing is clipped: the test would not see it"
@@ -251,7 +258,7 @@ def slow_last_rank(workers, config):
 
     engine.summed_loss = late
     try:
-        return run_watched(workers, config)
+        return run_train(workers, config)
     finally:
         engine.summed_loss = original
 
