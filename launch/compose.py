@@ -236,21 +236,28 @@ def compose_part(name: str, kind: type[Part], overrides: list[str]) -> tuple[Par
             raise ValueError(unknown_key(key, names))
         if override.is_sweep_override():
             raise ValueError(f"{override.input_line}: {key} has one value, not several")
-    with _conf(name):
-        _refuse_unknown_choices(read)
-        try:
-            composed = compose(name, overrides=[spelt(one) for one in read], return_hydra_config=True)
-            tree = OmegaConf.to_container(composed[name], resolve=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(_explain(error, name, read)) from None
+    tree, hydra = _part(name, tuple(overrides))
     refuse_control_characters(tree, name)
     try:
         # As JSON, because strict validation of Python objects would ask for instances instead of trees.
-        return TypeAdapter(kind).validate_json(json.dumps(tree), strict=True), composed.hydra
+        return TypeAdapter(kind).validate_json(json.dumps(tree), strict=True), hydra
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join([name, *map(str, first["loc"])])
         raise ValueError(f"{where}={first['input']!r}: {told_of_type(first)}") from None
+
+
+@functools.cache
+def _part(name: str, overrides: tuple[str, ...]) -> tuple[Any, DictConfig]:
+    """What stands below `name`, as a plain tree, and Hydra's own settings: once in a process. Raises ValueError."""
+    read = [parse(word) for word in overrides]
+    with _conf(name):
+        _refuse_unknown_choices(read)
+        try:
+            composed = compose(name, overrides=[spelt(one) for one in read], return_hydra_config=True)
+            return OmegaConf.to_container(composed[name], resolve=True), composed.hydra
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(_explain(error, name, read)) from None
 
 
 def _refuse_unknown_choices(overrides: Sequence[Override]) -> None:

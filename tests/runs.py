@@ -212,7 +212,8 @@ def assert_survives_kills(ranks, folder: Path, config: TrainConfig, wanted: int)
     log, random_instants = folder / "log", random.Random(2026)
     in_saves, kills, kills_in_save = -(-wanted // 3), 0, 0
     for attempt in range(4 * wanted):
-        if kills >= wanted and kills_in_save >= in_saves:
+        there = bool(complete_checkpoints(Path(config.run_dir) / "checkpoints"))
+        if kills >= wanted and kills_in_save >= in_saves and there:
             break
         job = Job(config, 2, log)
         # In its first save or, so that the run gets on, in its second.
@@ -227,7 +228,7 @@ def assert_survives_kills(ranks, folder: Path, config: TrainConfig, wanted: int)
     assert kills_in_save >= in_saves
     assert complete_checkpoints(Path(config.run_dir) / "checkpoints"), "the kills left nothing to go on from"
     reached = read_metrics(Path(config.run_dir))[-1]["step"]
-    config = replace(config, steps=reached + 10)
+    config = replace(config, steps=reached + 5)
     assert Job(config, 2, log).wait(timeout_seconds=600) == [0, 0], log.read_text()[-3000:]  # a hang says where
 
     whole = replace(config, run_dir=str(folder / "whole"), checkpoint=replace(config.checkpoint, every=0))

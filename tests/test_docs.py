@@ -1,6 +1,7 @@
 """The README and docs/: links that lead somewhere, and pages that say what the code says."""
 
 import ast
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -53,6 +54,7 @@ def test_a_measured_claim_has_its_results_file():
     assert len(rows) >= 8 and all((ROOT / "benchmarks/results" / name).exists() for name in rows)
 
 
+@functools.cache
 def laws_named_in(path: Path) -> set[str]:
     """The numbers behind "Law" in its docstring."""
     told = re.findall(r"[Ll]aws? (\d(?:(?:, | and )\d)*)", ast.get_docstring(ast.parse(path.read_text())) or "")

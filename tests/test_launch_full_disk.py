@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -73,13 +74,21 @@ FULL = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def four_steps(ranks, tmp_path_factory) -> Path:
+    """The folder of a run of four steps, and of what it read."""
+    folder = tmp_path_factory.mktemp("four-steps")
+    assert ranks.run(ended, 2, small(folder, folder, "steps=4")) == [("complete", "")] * 2
+    return folder
+
+
 @pytest.mark.parametrize("case", FULL)
-def test_a_disk_that_fills_up_during_a_run(ranks, tmp_path, disk, case):
+def test_a_disk_that_fills_up_during_a_run(ranks, four_steps, disk, case):
     """After a checkpoint at step 4; with room again, the run goes on from there."""
     room, more, written = FULL[case]
-    assert ranks.run(ended, 2, small(tmp_path, disk, "steps=4")) == [("complete", "")] * 2
+    shutil.copytree(four_steps / "run", disk / "run")
     fill(disk, room)
-    (first, reason), (second, its_reason) = ranks.run(ended, 2, small(tmp_path, disk, "steps=400", *more))
+    (first, reason), (second, its_reason) = ranks.run(ended, 2, small(four_steps, disk, "steps=400", *more))
     saved = disk / "run/checkpoints/step-00000004"
     assert (first, second) == ("failed", "failed")
     assert reason == its_reason, "rank 1 fails for want of rank 0, and knows why"
@@ -111,7 +120,7 @@ def test_a_disk_that_fills_up_during_a_run(ranks, tmp_path, disk, case):
     if room:
         assert read_outcome(disk / "run") == Outcome("failed", reason, len(records)), "room was kept for it"
     (disk / "filler").unlink()
-    assert ranks.run(ended, 2, small(tmp_path, disk, "steps=6")) == [("complete", "")] * 2
+    assert ranks.run(ended, 2, small(four_steps, disk, "steps=6")) == [("complete", "")] * 2
     assert len(read_metrics(disk / "run")) == 6
 
 

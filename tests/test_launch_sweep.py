@@ -145,6 +145,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_the_first_trial(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search.time, "sleep", lambda seconds: None)  # before a storage is asked again
     words, said = REFUSED[case]
     assert main(words) == 2
     told = capsys.readouterr().err
@@ -231,7 +232,7 @@ open(folder + "/outcome.json", "w").write(json.dumps(ended))
 """
 
 
-def search_with_small_agents(folder: Path, parallel: int, machine: str = "here") -> None:
+def search_with_small_agents(folder: Path, parallel: int, machine: str = "here", trials: int = 20) -> None:
     """A search whose trials are programs of a few milliseconds, on a machine of that name, where a life is short."""
     os.chdir(folder)
     socket.gethostname = lambda: machine
@@ -244,7 +245,7 @@ def search_with_small_agents(folder: Path, parallel: int, machine: str = "here")
 
     search.start_trial, search.POLL_SECONDS = start_trial, 0.01
     config, space = resolve([
-        "sweep.search=tpe", "sweep.trials=20", f"sweep.parallel={parallel}", "clip_norm=interval(0.0,6.0)",
+        "sweep.search=tpe", f"sweep.trials={trials}", f"sweep.parallel={parallel}", "clip_norm=interval(0.0,6.0)",
         "optim.lr=1e-3,1e-2", "eval.every=1", "steps=9", "nproc=1",
     ])  # fmt: skip
     search.search(config, space)
@@ -315,32 +316,33 @@ def test_a_search_that_is_killed_goes_on(tmp_path, parallel):
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_search_goes_on_on_another_machine(tmp_path, number):
     """Where it was asked to stop at once; where its machine is gone once it has been silent for some time."""
-    process = quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2, "there"))
+    process = quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2, "there", 12))
     process.start()
     deadline = time.monotonic() + PATIENCE
-    while len(list(tmp_path.glob("sweeps/default/trial-*/metrics.jsonl"))) < 19:
+    while len(list(tmp_path.glob("sweeps/default/trial-*/metrics.jsonl"))) < 11:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == (0 if number == signal.SIGTERM else -number)
-    assert 18 <= len(trials_of(tmp_path)) <= 20
-    process = quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2))
+    assert 10 <= len(trials_of(tmp_path)) <= 12
+    process = quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2, "here", 12))
     process.start()
     process.join()
     assert all(trial.state.is_finished() for trial in trials_of(tmp_path))
-    assert len(trials_of(tmp_path)) == 20
+    assert len(trials_of(tmp_path)) == 12
 
 
 def test_two_that_search_in_one_folder_share_the_trials(tmp_path):
-    both = [quick_start().Process(target=search_with_small_agents, args=(tmp_path, 2)) for _ in range(2)]
+    given = (tmp_path, 2, "here", 12)
+    both = [quick_start().Process(target=search_with_small_agents, args=given) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
     trials = trials_of(tmp_path)
-    assert len(trials) == 20
+    assert len(trials) == 12
     assert {trial.state for trial in trials} == {optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED}
     for trial in trials:
         steps = [record["step"] for record in read_metrics(tmp_path / f"sweeps/default/trial-{trial.number}")]

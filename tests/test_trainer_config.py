@@ -103,15 +103,15 @@ OPTIONAL = ("tracker/mlflow", "tracker/trackio")  # packages: test_trainer_track
 
 
 def runs_of_files() -> list[tuple[str, ...]]:
-    """What is chosen by default is one run. Optimizers, sparse methods and experiments are one each; the others leave each other
-    alone, and are run together."""
+    """What is chosen by default is one run, and each experiment. Rules and masks are run in pairs; the others leave each other alone,
+    and are run together."""
     defaults = yaml.safe_load((CONF / "train.yaml").read_text())["defaults"]
     chosen = {f"{group}/{choice}" for one in defaults if isinstance(one, dict) for group, choice in one.items()}
     others = [file for file in FILES if file not in chosen and file not in OPTIONAL]
-    alone = [(file,) for file in others if file.startswith(("optim/", "sparsity/", "experiment/"))]
-    rest = [file for file in others if (file,) not in alone]
-    groups = [[file for file in rest if file.startswith(f"{group}/")] for group in GROUPS]
-    return [(), *alone, *(tuple(filter(None, files)) for files in zip_longest(*groups))]
+    files = {group: [file for file in others if file.startswith(f"{group}/")] for group in GROUPS}
+    alone, *pair = (files.pop(group) for group in ("experiment", "optim", "sparsity"))
+    together = [*zip_longest(*pair), *zip_longest(*files.values())]
+    return [(), *((file,) for file in alone), *(tuple(filter(None, some)) for some in together)]
 
 
 @pytest.mark.parametrize("together", runs_of_files(), ids=lambda files: " ".join(files) or "by default")

@@ -15,7 +15,7 @@ from runs import assert_survives_kills, final_tensors, records, run_said, run_tr
 
 
 @pytest.mark.parametrize(
-    "wanted", [4, pytest.param(8, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.full)]
+    "wanted", [3, pytest.param(8, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.full)]
 )
 def test_killed_at_random_instants(ranks, tmp_path, wanted):
     small = small_config(
@@ -55,10 +55,10 @@ DAMAGE = {
 
 @pytest.fixture(scope="module")
 def saved_twice(ranks, tmp_path_factory):
-    """A run stopped at step 4 with checkpoints at 2 and 4, and the same run to its end."""
+    """A run stopped at step 2 with checkpoints at 1 and 2, and the same run to its end."""
     folder = tmp_path_factory.mktemp("damage")
-    config = with_layout(small_config(folder, "steps=6", "checkpoint.every=2"), 2, zero=1)
-    ranks.run(run_until, 2, config, 4)
+    config = with_layout(small_config(folder, "steps=3", "checkpoint.every=1", "batch.micro_size=12"), 2, zero=1)
+    ranks.run(run_until, 2, config, 2)
     whole = replace(config, run_dir=str(folder / "whole"))
     ranks.run(run_train, 2, whole)
     return config, whole

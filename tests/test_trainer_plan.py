@@ -349,7 +349,8 @@ def test_one_device_computes_in_copies_of_a_layer_at_a_time_where_those_of_all_d
     assert as_fast and all(one.room.needed >= found.best.room.needed for one in as_fast)
 
 
-def test_what_fits_nowhere_is_told():
+def test_what_fits_nowhere_is_told(monkeypatch):
+    monkeypatch.setattr("rowwise.trainer.plan.fit.FORECASTS", 4)
     config = config_from_tree(
         compose_tree(["model=llama3_70b", "precision=bf16", "batch.global_size=8", "eval.every=0"])
     )
