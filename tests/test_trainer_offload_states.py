@@ -96,9 +96,9 @@ def test_three_steps_equal_those_of_the_textbook(ranks, tmp_path, rule, where):
 
 
 def saved(ranks, folder, name, world, resume="never", stop_at=None, **given):
-    """The folder of a run of six steps that saves every second one."""
+    """The folder of a run of four steps that saves every second one."""
     where, degrees = given.pop("where"), given
-    config = config_of(folder, "optim=adamw8bit", "steps=6", "checkpoint.every=2", f"memory.offload_states={where}")
+    config = config_of(folder, "optim=adamw8bit", "steps=4", "checkpoint.every=2", f"memory.offload_states={where}")
     config = replace(named(config, folder, name), resume=resume)
     config = with_layout(config, world, **degrees)
     ranks.run(*((run_until, world, config, stop_at) if stop_at else (run_train, world, config)))
@@ -110,14 +110,14 @@ def test_a_run_goes_on_whether_its_states_wait_or_not(ranks, tmp_path):
     whole = saved(ranks, tmp_path, "whole", 2, zero=3, where="none")
     for first, then in ((tmp_path, "none"), ("none", tmp_path)):
         name = f"{first == tmp_path}"
-        saved(ranks, tmp_path, name, 2, "auto", stop_at=3, zero=3, where=first)
+        saved(ranks, tmp_path, name, 2, "auto", stop_at=1, zero=3, where=first)
         run_dir = saved(ranks, tmp_path, name, 2, "auto", zero=3, where=then)
         assert records(run_dir) == records(whole)
         ours, theirs = final_tensors(run_dir), final_tensors(whole)
         assert all(torch.equal(ours[key], t) for key, t in theirs.items())
-    moved = saved(ranks, tmp_path, "moved", 1, f"{whole}/checkpoints/step-00000004", zero=0, where=tmp_path)
-    assert [r[0] for r in records(moved)] == [5, 6]
-    assert [r[1] for r in records(moved)] == pytest.approx([r[1] for r in records(whole)[4:]], rel=1e-4)
+    moved = saved(ranks, tmp_path, "moved", 1, f"{whole}/checkpoints/step-00000002", zero=0, where=tmp_path)
+    assert [r[0] for r in records(moved)] == [3, 4]
+    assert [r[1] for r in records(moved)] == pytest.approx([r[1] for r in records(whole)[2:]], rel=1e-4)
 
 
 def test_a_rollback_goes_back_with_states_in_files(ranks, tmp_path):
