@@ -52,6 +52,8 @@ RUNS = {
 # (test_parallel_away); zero 1 in "16 bits", zero 3 in "in the backward, messages".
 FULL = ("zero 0", "zero 1", "zero 3", "replicas", "ulysses", "in the backward", "in the backward, whole", "masks")
 
+ON_THE_HOST = ("one rank", "zero 2")  # too, unless in full: for a rank alone and for what sends messages
+
 
 def config_of(folder, *words):
     return small_config(folder, *SHAPES, "precision=fp32", "optim.lr=0.01", *words)
@@ -65,11 +67,11 @@ def run_both(workers, configs):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in RUNS]
 )
-def test_steps_are_the_same_to_the_last_bit(ranks, tmp_path, name):
+def test_steps_are_the_same_to_the_last_bit(ranks, tmp_path, name, full):
     world, degrees, words = RUNS[name]
     configs = [
         with_layout(config_of(tmp_path, *words, f"memory.offload_states={where}"), world, **degrees)
-        for where in ("none", "cpu", tmp_path)
+        for where in ("none", *["cpu"] * (full or name in ON_THE_HOST), tmp_path)
     ]
     here, *others = ranks.run(run_both, world, configs)[0]
     assert here.updates[0] and here.states[0]
