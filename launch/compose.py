@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rowwise.launch.answers import unknown_choice, unknown_keys
 from rowwise.launch.choices import GROUPS, check_folder, choices_of, tree_of_files
-from rowwise.launch.model_folder import as_source
+from rowwise.launch.model_folder import as_source, refuse_named_code
 from rowwise.launch.overrides import SEARCHPATH, parse, spelt
 from rowwise.trainer.keys import refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.models.config_json import read_shape, refuse_other_shape
@@ -48,6 +48,7 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     _take_shape_(config, list(overrides))
     with _looked_up(values):
         resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    refuse_named_code(resolved["model"]["own"], overrides)
     given = [key_of(override) for override in overrides]
     return settle(choose({str(key): value for key, value in resolved.items()}, given))
 

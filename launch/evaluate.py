@@ -16,6 +16,7 @@
     weights=last         of a run with average.ema: those of the last step; default: the average
     device=DEVICE        cpu, cuda or cuda:N; default: a GPU where there is one
     to=FILE.json         writes the table there too
+    model=FILE.py:NAME   of a run of a model of one's own: its code, which is run
 
 In place of a text, tasks of lm-evaluation-harness (pip install 'rowwise[tasks]'), one line a metric:
 
@@ -69,6 +70,7 @@ class EvaluateConfig:
     weights: Weights | None = None
     device: str | None = None
     to: str | None = None
+    model: str | None = None
     tasks: str | None = None
     tasks_folder: str | None = None
     shots: Annotated[int, Field(ge=0)] | None = None
@@ -114,7 +116,7 @@ def evaluate(config: EvaluateConfig, words: Sequence[str] = ()) -> list[Row]:
         if getattr(config, key) is not None:
             raise ValueError(f"{key}={getattr(config, key)}: it is for tasks; give tasks=NAME, or leave it out")
     to = None if config.to is None else _file(Path(config.to).expanduser())
-    run = open_run(config.run)
+    run = open_run(config.run, config.model)
     sounds = chosen(run, config.steps)
     for sound in sounds:
         means_last(sound.manifest, config.weights)
@@ -139,7 +141,7 @@ def evaluate_tasks(config: EvaluateConfig, words: Sequence[str] = ()) -> "list[t
     for given in (*words, *(f"{key}={value}" for key in ("batches", "seq_len") if (value := getattr(config, key)))):
         raise ValueError(f"{given} with tasks={config.tasks}: a task has its own questions; leave it out, or tasks")
     to = None if config.to is None else _file(Path(config.to).expanduser())
-    run = open_run(config.run)
+    run = open_run(config.run, config.model)
     sounds = chosen(run, config.steps)
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(f"tasks={config.tasks}: lm-evaluation-harness is not installed; pip install 'rowwise[tasks]'")
@@ -194,7 +196,7 @@ def measured(sounds: Sequence[Sound], text: Text, config: EvaluateConfig) -> Ite
 
     model, batch = None, BatchConfig(text.samples, micro_size=text.micro_size, seq_len=text.corpus.seq_len)
     for sound in sounds:
-        source = Source(sound.path, sound.manifest, means_last(sound.manifest, config.weights))
+        source = Source(sound.path, sound.manifest, means_last(sound.manifest, config.weights), config.model)
         if model is None:
             model = load_model(source, device_named(config.device))
         else:

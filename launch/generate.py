@@ -18,6 +18,7 @@
     tokenizer=PATH       of a run that read tokens: the tokenizer.json that made them, or bytes; default: the run's own
     weights=last         of a run with average.ema: those of the last step; default: the average
     device=DEVICE        cpu, cuda or cuda:N; default: a GPU where there is one
+    model=FILE.py:NAME   of a run of a model of one's own: its code, which is run
 
 The text, prompt and all, goes to standard output as it is written. The model looks back batch.seq_len tokens; up to there
 it keeps keys and values, beyond it a token costs as much as batch.seq_len tokens. Exit code 0: written; 1: the model's
@@ -66,6 +67,7 @@ class GenerateConfig:
     device: str | None = None
     chat: bool = False
     system: str | None = None
+    model: str | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +94,9 @@ def generate(config: GenerateConfig) -> None:
     if config.system is not None and not config.chat:
         raise ValueError(f"system={config.system}: a conversation begins with it; give chat=true too")
     prompt = None if config.chat and config.prompt is config.prompt_file is None else given_prompt(config)
-    writer = open_run(config.run).writer(config.step, config.tokenizer, config.device, config.weights, config.chat)
+    writer = open_run(config.run, config.model).writer(
+        config.step, config.tokenizer, config.device, config.weights, config.chat
+    )
     from rowwise.trainer.sample import Sampling  # torch, which no refusal above waits for
 
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)

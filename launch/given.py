@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 
 from rowwise.launch.choices import GROUPS
+from rowwise.launch.model_folder import as_code, told_of_named
 from rowwise.launch.overrides import SEARCHPATH, parse, quoted, spelt
 from rowwise.launch.settings_file import read_settings, words_of
 from rowwise.trainer.run_length import ALTERNATIVES
@@ -87,7 +88,7 @@ def gather(words: Sequence[str], of: str = "train") -> list[str]:
     somebody else, who said how many, and not a run's whole configuration.
     """
     items: list[_Item] = []
-    for word in words:
+    for word in map(as_code, words):
         override = parse(word)
         if override.key_or_group == "config":
             for number, path in enumerate(_paths(override)):
@@ -102,7 +103,7 @@ def gather(words: Sequence[str], of: str = "train") -> list[str]:
             f"experiment= beside {whole[0].path}, which has every key: an experiment stands before those, and would change "
             "nothing; leave one of them out"
         )
-    return [item.text for item in _lasting(items)]
+    return [item.text for item in _lasting(_without_code(items))]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,19 @@ class _Item:
     file: str | None
     path: str = ""
     whole: bool = False
+
+
+def _without_code(items: list[_Item]) -> list[_Item]:
+    """Without the code that a file names, where a word names some too. Raises ValueError where none does."""
+    found, spoken = list[_Item](), any(item.key == "model.own" and item.file is None for item in items)
+    for item in items:
+        key, _, _ = as_code(item.text).partition("=")
+        if key != "model.own" or item.file is None:
+            found.append(item)
+        elif not spoken and (value := parse(item.text).value()) is not None:
+            named = value.text if isinstance(value, QuotedString) else str(value)
+            raise ValueError(told_of_named(item.path, named, f"model.own={named}"))
+    return found
 
 
 def _lasting(items: list[_Item]) -> Iterable[_Item]:

@@ -1,9 +1,13 @@
-"""`model=FOLDER`: a Hugging Face folder as a model by itself."""
+"""`model=FOLDER`: a Hugging Face folder as a model by itself; and `model=FILE.py:NAME`: code of one's own as one, by the word of the
+command alone."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rowwise.launch.choices import choices_of
+from rowwise.trainer.models.code import check_code, names_code
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # of a model on the hub: owner/name
 
@@ -15,6 +19,8 @@ def as_source(word: str) -> str:
     name = value.strip("'\"")
     if key != "model" or name in choices_of("model"):
         return word
+    if names_code(name):
+        return as_code(word)
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file() or (folder.is_dir() and "/" in name):
         return f"model.init_from={value}"
@@ -25,3 +31,26 @@ def as_source(word: str) -> str:
             f"brings it, and then give model=./{local}"
         )
     return word
+
+
+def as_code(word: str) -> str:
+    """`model=FILE.py:NAME`, or `model=package.module:NAME`, as what it says: a model of that code."""
+    key, _, value = word.partition("=")
+    return f"model.own={value}" if key == "model" and names_code(value.strip("'\"")) else word
+
+
+def refuse_named_code(own: Any, words: Sequence[str]) -> None:
+    """Refuses code that no word of the command names: an experiment, or a choice of `--config-dir`, does. Raises ValueError."""
+    if not isinstance(own, str):
+        return
+    if not any(word.partition("=")[0].lstrip("+") == "model.own" for word in words):
+        raise ValueError(told_of_named("a choice or an experiment", own, f"model.own={own}"))
+    check_code(own)
+
+
+def told_of_named(what: str, own: Any, word: str) -> str:
+    """Returns what is said of a file that names code."""
+    return (
+        f"{what} names code of somebody's own, model.own={own}, which runs by the word of a command alone: look at that code, and "
+        f"give {word} too"
+    )

@@ -23,6 +23,7 @@ from rowwise.launch.standing import Standing, of_run
 from rowwise.trainer.data.own_tokenizer import tokenizer_of_run
 from rowwise.trainer.manifest import complete_checkpoints, find_checkpoints, step_of
 from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.models.code import check_code
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +45,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Run:
-    """The run in `folder`. `given`: what was asked for, that folder or a checkpoint of it."""
+    """The run in `folder`. `given`: what was asked for, that folder or a checkpoint of it. `own`: the code of its model, where that is
+    somebody's own."""
 
     folder: Path
     given: Path
+    own: str | None = None
 
     @property
     def name(self) -> str:
@@ -63,10 +66,13 @@ class Run:
 
     @property
     def config(self) -> "TrainConfig":
-        """The configuration as its dataclasses. Raises ValueError where it is of another release."""
+        """The configuration as its dataclasses. Raises ValueError where it is of another release, and where nothing but code that it
+        names could say what its learning rate is."""
         from rowwise.trainer.config import config_from_tree
 
-        return config_from_tree(self.settings)
+        settings = self.settings
+        refuse_code(settings)
+        return config_from_tree(settings)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -114,7 +120,7 @@ class Run:
         last = means_last(sound.manifest, weights)
         from rowwise.trainer.whole import Source, device_named, load_model
 
-        return load_model(Source(sound.path, sound.manifest, last), device_named(device), dtype)
+        return load_model(Source(sound.path, sound.manifest, last, self.own), device_named(device), dtype)
 
     def writer(
         self,
@@ -138,21 +144,38 @@ class Run:
         from rowwise.trainer.generate import Writer
         from rowwise.trainer.whole import Source, device_named, load_model
 
-        source = Source(sound.path, sound.manifest, last)
+        source = Source(sound.path, sound.manifest, last, self.own)
         model = load_model(source, device_named(device))
         return Writer(model, own.tokenizer, config["batch"]["seq_len"], own.end_token, source.tf32)
+
+
+def refuse_code(settings: dict[str, Any]) -> None:
+    """Refuses settings, which no command gave, of which the learning rate would have code run. Raises ValueError."""
+    model, optim = settings.get("model"), settings.get("optim")
+    if (
+        isinstance(model, dict)
+        and isinstance(optim, dict)
+        and model.get("own") is not None
+        and optim.get("lr", 0) is None
+    ):
+        raise ValueError(
+            f"optim.lr=null with model.own={model['own']}: no run writes that; its code is not run for a rate"
+        )
 
 
 def step_key(step: int | None) -> str | None:
     return None if step is None else str(step)
 
 
-def open_run(path: str | Path) -> Run:
-    """Opens the run in a folder, or that of a checkpoint. Raises ValueError where there is none."""
+def open_run(path: str | Path, model: str | None = None) -> Run:
+    """Opens the run in a folder, or that of a checkpoint. `model`: the code of its model, FILE.py:NAME or package.module:NAME, where
+    that is somebody's own (docs/own-model.md). Raises ValueError where there is none."""
+    if model is not None:
+        check_code(model)
     given = Path(path).expanduser()
     if (given / CONFIG).is_file() or (given / "metrics.jsonl").is_file():
-        return Run(given, given)
+        return Run(given, given, model)
     if find_checkpoints(given) == [given]:
-        return Run(given.resolve().parent.parent, given)
+        return Run(given.resolve().parent.parent, given, model)
     candidates_of(path, None)
-    return Run(given, given)
+    return Run(given, given, model)

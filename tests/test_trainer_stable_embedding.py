@@ -15,10 +15,10 @@ from rowwise.trainer.check import check
 from rowwise.trainer.models.decoder import (
     Decoder,
     ModelConfig,
-    StableEmbedding,
     parameter_count,
     parameter_specs,
 )
+from rowwise.trainer.models.ends import StableEmbedding
 from rowwise.trainer.models.init import random_rows
 from rowwise.trainer.resume import completed, model_facts
 from runs import run_train

@@ -19,32 +19,32 @@ from rowwise.parallel.precision import compute_dtype
 from rowwise.parallel.sequence import padded_length
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.blocks import Layer
-from rowwise.trainer.models.decoder import BLOCKS, Decoder
+from rowwise.trainer.models.decoder import Decoder, layer_results
 
 OWN_LAYERS: Refusals = (
     Refusal(
         ("memory.offload_activations", "compile", "model.block"),
         lambda run: run.memory.offload_activations != "none" and run.compile and results_of(run) is None,
-        "memory.offload_activations={memory.offload_activations} with compile=true model.block={model.block}: its layers make no "
+        "memory.offload_activations={memory.offload_activations} with compile=true {model.code}: its layers make no "
         "results by name, which could be compiled one by one; give compile=false, memory.offload_activations=none, or the block a "
         "table of its results (docs/memory.md)",
     ),
     Refusal(
         ("memory.offload_share", "model.block"),
         lambda run: run.memory.offload_share != "all" and results_of(run) is None,
-        "memory.offload_share={memory.offload_share} with model.block={model.block}: its layers make no results by name, of "
+        "memory.offload_share={memory.offload_share} with {model.code}: its layers make no results by name, of "
         "which some could leave; give memory.offload_share=all, or the block a table of its results (docs/memory.md)",
     ),
     Refusal(
         ("memory.recompute", "model.block"),
         lambda run: run.memory.recompute not in ("none", "full") and results_of(run) is None,
-        "memory.recompute={memory.recompute} with model.block={model.block}: its layers make no results by name, of which some "
+        "memory.recompute={memory.recompute} with {model.code}: its layers make no results by name, of which some "
         "could be kept; give memory.recompute=none or full, or the block a table of its results (docs/memory.md)",
     ),
     Refusal(
         ("memory.recompute", "model.block", "parallel.ulysses", "parallel.ring"),
         lambda run: run.memory.recompute != "none" and results_of(run) is None and sharing_of(run).communicates,
-        "memory.recompute={memory.recompute} with model.block={model.block} parallel.ulysses={parallel.ulysses} "
+        "memory.recompute={memory.recompute} with {model.code} parallel.ulysses={parallel.ulysses} "
         "parallel.ring={parallel.ring}: its layers would send the messages of attention twice; give memory.recompute=none, or the "
         "block a table of its results (docs/memory.md)",
     ),
@@ -76,7 +76,7 @@ def sharing_of(run: Any) -> Sharing:
 
 def results_of(run: Any) -> LayerResults | None:
     """Lists what a layer of a run makes by name; None: nothing."""
-    return BLOCKS[run.model.block].results(run.model, sharing_of(run))
+    return layer_results(run.model, sharing_of(run))
 
 
 def kept_of(config: TrainConfig) -> list[frozenset[str]]:

@@ -35,6 +35,7 @@ from rowwise.trainer.manifest import CHECKPOINTS
 from rowwise.trainer.models.decoder import check_model, parameter_specs
 from rowwise.trainer.models.form import with_length
 from rowwise.trainer.models.specs import STABLE_EMBEDDING
+from rowwise.trainer.own import OWN, check_linear
 from rowwise.trainer.sample import SAMPLES
 from rowwise.trainer.spike import SPIKES
 from rowwise.trainer.stages import COMPILED_STAGES, PIPELINED, WITHOUT_PIPELINE, check_pipeline
@@ -78,6 +79,7 @@ def check(config: TrainConfig, world_size: int) -> TrainConfig:
     check_schedule(config.schedule, config.known_steps)
     refuse(config, (*MOMENTUM_CYCLE, *RANGE_TEST, *LOSS_SCALE))
     check_sparsity(config.sparsity, specs, config.known_steps)
+    check_linear(config, specs)
     if isinstance(config.data, Mixture):
         check_mixture(config.data)
     refuse(config, (*CHECKPOINTS, *AVERAGES, *EVALUATION, *SAMPLES))
@@ -92,7 +94,7 @@ def check_layout(config: TrainConfig, world_size: int) -> TrainConfig:
     config = replace(config, parallel=resolve_degrees(config.parallel, world_size))
     refuse(config, ACCELERATED)
     check_batch(config.batch, config.parallel.data_degree)
-    refuse(config, (*HEADS, *WITHOUT_PIPELINE))
+    refuse(config, (*OWN, *HEADS, *WITHOUT_PIPELINE))
     if config.parallel.pipeline > 1:
         check_stages(config.model.layers, config.parallel.pipeline * config.parallel.virtual_stages)
         refuse(config, PIPELINED)

@@ -39,6 +39,7 @@ class Target:
 def write(source: Source, target: Target) -> str:
     """Writes the folder and returns what it did, in a line. Raises ValueError before anything is written, or for
     numbers that the dtype or the form cannot hold."""
+    refuse_own(source)
     read_metadata(source.checkpoint)
     model, dtype = source.model, DTYPES[target.dtype]
     if model.stable_embedding:
@@ -87,6 +88,7 @@ def write(source: Source, target: Target) -> str:
 def write_adapter_alone(source: Source, folder: Path, dtype: str) -> str:
     """Writes the adapter of a run as PEFT's folder and returns what it did, in a line. Raises ValueError before anything is written,
     or for numbers that the dtype cannot hold."""
+    refuse_own(source)
     read_metadata(source.checkpoint)
     adapter, specs = adapter_of(source.config), parameter_specs(source.model)
     if not isinstance(adapter, Lora | Dora):
@@ -99,6 +101,15 @@ def write_adapter_alone(source: Source, folder: Path, dtype: str) -> str:
             adapter, read_ = doubled(adapter, specs, read_, model_rows(source.model, source.config["seed"]))
         numbers = write_adapter(partial, adapter, specs, read_, DTYPES[dtype])
     return f"{source.checkpoint} -> {folder}: {adapter.name} of rank {adapter.rank}, {numbers:,} parameters in {dtype}"
+
+
+def refuse_own(source: Source) -> None:
+    """Refuses a model of one's own, without running it. Raises ValueError."""
+    if (own := source.config["model"].get("own")) is not None:
+        raise ValueError(
+            f"{source.checkpoint} has model.own={own}, and no folder of Hugging Face holds such a model; its checkpoint has every "
+            "weight by name (docs/own-model.md)"
+        )
 
 
 def tokenizer_of(source: Source, choice: str | None) -> tuple[dict[str, bytes], int | None]:

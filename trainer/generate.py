@@ -88,13 +88,13 @@ class Writer:
         """Yields at most `most` tokens after `prompt`, up to the one that ends a document, which is not among them. Raises
         FloatingPointError where logits are not finite."""
         generator, written = torch.Generator().manual_seed(sampling.seed), list(prompt)
-        cache, kept = KeyValueCache(self.model.config.layers), 0
+        cache, kept = self._new_cache(), 0
         for _ in range(most):
             if len(written) > self.context:
-                cache, kept = KeyValueCache(self.model.config.layers), 0
+                cache, kept = self._new_cache(), 0
             window = written[-self.context :]
             logits = self._next_logits(cache, window[kept:], kept)
-            kept = len(window)
+            kept = 0 if cache is None else len(window)
             if not logits.isfinite().all():
                 raise FloatingPointError(f"the model's logits after {len(written):,} tokens are not finite")
             token = drawn(logits, sampling, generator)
@@ -103,15 +103,20 @@ class Writer:
             written.append(token)
             yield token
 
+    def _new_cache(self) -> KeyValueCache | None:
+        """None for a model of one's own, whose layers may look at other tokens as they like: each token is then a forward of all."""
+        return KeyValueCache(self.model.config.layers) if self.model.config.own is None else None
+
     @torch.no_grad()
-    def _next_logits(self, cache: KeyValueCache, tokens: list[int], begin: int) -> Tensor:
+    def _next_logits(self, cache: KeyValueCache | None, tokens: list[int], begin: int) -> Tensor:
         """The logits (V) after `tokens`, which stand from place `begin` on behind those in the cache: float64, on the host."""
         device, before = next(self.model.parameters()).device, self.model.attend
-        self.model.attend = cache
+        self.model.attend = before if cache is None else cache
+        chunk = len(tokens) if cache is None else CHUNK
         try:
             with float32_products("high" if self.tf32 and device.type == "cuda" else "highest"):
-                for start in range(0, len(tokens), CHUNK):
-                    part = torch.tensor([tokens[start : start + CHUNK]], device=device)
+                for start in range(0, len(tokens), chunk):
+                    part = torch.tensor([tokens[start : start + chunk]], device=device)
                     positions = torch.arange(begin + start, begin + start + part.size(1), device=device)
                     logits = self.model(part, positions.unsqueeze(0))[0, -1]
             return logits.double().cpu()

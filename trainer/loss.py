@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rowwise.kernels.cross_entropy import Loss
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
-from rowwise.trainer.models.decoder import Target
+from rowwise.trainer.models.ends import Target
 
 
 def summed_loss(model: nn.Module, batch: MicroBatch, scale: float | Tensor | None = None) -> Loss:

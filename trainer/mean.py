@@ -26,7 +26,8 @@ from rowwise.trainer.files import fingerprint, new_folder, to_json, write_whole
 from rowwise.trainer.manifest import begin, commit
 from rowwise.trainer.metadata import read_metadata
 from rowwise.trainer.metrics import Recorded
-from rowwise.trainer.models.decoder import Target, parameter_specs
+from rowwise.trainer.models.decoder import parameter_specs
+from rowwise.trainer.models.ends import Target
 from rowwise.trainer.models.huggingface import check_source, rows_from
 from rowwise.trainer.one_by_one import Read, save_one_by_one
 from rowwise.trainer.whole import Source, load_model, read_tensors

@@ -24,7 +24,8 @@ from rowwise.parallel.sequence import attention_on, positions_on
 from rowwise.trainer.activations import recompute
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.config import ModelConfig
-from rowwise.trainer.models.decoder import Decoder, Target
+from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.models.ends import Target
 
 REPEATS = 5
 

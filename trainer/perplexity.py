@@ -17,7 +17,7 @@ from rowwise.kernels.products import float32_products
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.loss import mean_loss
-from rowwise.trainer.models.decoder import Target
+from rowwise.trainer.models.ends import Target
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.loss import no_totals, totals_of
 from rowwise.trainer.measure import measure_parts, read_part_times
 from rowwise.trainer.models.config import plain_of
-from rowwise.trainer.models.decoder import Decoder, Target
+from rowwise.trainer.models.decoder import Decoder
+from rowwise.trainer.models.ends import Target
 from rowwise.trainer.stages import (
     PLAN_KEYS,
     SEQUENCE_KEYS,
@@ -164,8 +165,9 @@ def connect_stages(model: StagedDecoder, parallel: ParallelConfig, dtype: torch.
     assert mesh.pipeline is not None
     schedule = model.schedule
     first, last = model.decoders.get(0), model.decoders.get(schedule.stages - 1)
-    embedding = first.embed.weight if first is not None and first.embed is not None else None
-    tied = (embedding, last.tied_copy if last is not None else None) if model.config.tie_embeddings else None
+    tied = None
+    if model.config.tie_embeddings:
+        tied = (first.table if first is not None else None, last.tied_copy if last is not None else None)
     stages: dict[int, nn.Module] = dict(model.decoders)
     pipeline = Pipeline(stages, schedule, mesh.pipeline, gathering(parallel), mesh.device, tied)
     return PipelineStages(model, pipeline, dtype)

@@ -22,6 +22,7 @@ from rowwise.trainer.manifest import (
 )
 from rowwise.trainer.metadata import METADATA, read_metadata
 from rowwise.trainer.metrics import Recorded, read_metrics
+from rowwise.trainer.same_code import refuse_other_code
 
 # What was so before it was kept, where no default says so.
 BEFORE: dict[str, Any] = {
@@ -108,6 +109,7 @@ def find_resume(config: TrainConfig, data_fingerprint: str, rolled_back: bool = 
         states = completed({**_gap(manifest), **manifest["model"], **manifest.get("states", {})}, config)
         _refuse_difference(checkpoint, states, state_facts(config), "holds other optimizer states", advice)
         _refuse_second_source(checkpoint, manifest, config)
+        refuse_other_code(checkpoint, manifest, config)
         if auto:
             advice = f"to go on with it on purpose, give another name and resume={checkpoint}"
             kept = {f"optim.{key}": value for key, value in manifest["config"]["optim"].items()}

@@ -86,5 +86,5 @@ def ending(
     lines = [labelled("result", ", ".join(results))]
     if saved is not None:
         lines.append(labelled("saved", str(saved)))
-    commands = next_steps(config.run_dir, config.steps if done else None, writes, saved is not None)
+    commands = next_steps(config.run_dir, config.steps if done else None, writes, saved is not None, config.model.own)
     return title, lines + [labelled(what, command) for what, command in commands]

@@ -37,11 +37,13 @@ from rowwise.trainer.models.decoder import Decoder, check_model, parameter_specs
 
 @dataclass(frozen=True)
 class Source:
-    """A sound checkpoint, its manifest, and which of its weights are meant: the average where it has one, or the `last` step's."""
+    """A sound checkpoint, its manifest, and which of its weights are meant: the average where it has one, or the `last` step's. `own`:
+    the code of its model, where the command names some."""
 
     checkpoint: Path
     manifest: Manifest
     last: bool = False
+    own: str | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -50,9 +52,17 @@ class Source:
 
     @property
     def model(self) -> ModelConfig:
-        """The shape of the model. Raises ValueError for one of another release, or that no machine holds."""
+        """The shape of the model. Raises ValueError for one of another release, or that no machine holds, and for one of code that the
+        command does not name: the word of a checkpoint runs none."""
+        if (own := self.config["model"].get("own")) is not None and self.own is None:
+            raise ValueError(
+                f"{self.checkpoint} is of a model of somebody's own code, {own}, which runs by the word of a command alone: look at "
+                f"that code, and give model={own} where the command has that key"
+            )
+        if own is None and self.own is not None:
+            raise ValueError(f"model={self.own}: {self.checkpoint} is of no model of one's own; leave it out")
         try:
-            model = model_of(self.config["model"])
+            model = model_of({**self.config["model"], "own": self.own})
         except (KeyError, TypeError) as error:
             raise ValueError(f"the run is of another release of Rowwise ({error}); use that one for it") from None
         check_model(model)

@@ -10,7 +10,7 @@ from rowwise.trainer.accelerate.fit import EngineUnfit, require_kind
 from rowwise.trainer.activations import keep_results
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import WholeModel
-from rowwise.trainer.models.decoder import BLOCKS, Decoder
+from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.offloading import leaving_share
 from rowwise.trainer.parallelize import initial_rows, parameter_dtype
 
@@ -26,7 +26,7 @@ def on_fsdp2(model: Decoder, config: TrainConfig, mesh: Mesh) -> WholeModel:
         fsdp_version=2,
         reshard_after_forward=config.parallel.zero == 3,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[BLOCKS[config.model.block].__name__],
+        transformer_cls_names_to_wrap=sorted({type(block).__name__ for block in model.blocks.values()}),
         mixed_precision_policy=policy(config.precision),
         cpu_ram_efficient_loading=False,  # every rank makes its own rows
     )

@@ -1,6 +1,6 @@
 """The shape of a model, as it is configured."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import lcm
 from typing import Any, Literal
 
@@ -38,7 +38,9 @@ class ModelConfig:
     `rope_share`: of each head, what turns (Phi-4-mini). `family`: as which of the families of docs/models.md it is read and
     written in folders of Hugging Face; null: the first that has its shape. `frozen_dtype`: in which hidden matrices that do not
     learn are kept; they multiply in the run's precision (`int8` and `nf4`: as codes, in blocks of 256 and of 64 in a row); null: in
-    that in which those that learn are."""
+    that in which those that learn are. `own`: a model of one's own code, FILE.py:NAME or package.module:NAME
+    (docs/own-model.md), which the command line alone may name; null: this decoder. `settings`: the keys that such code has of
+    its own, as a table."""
 
     name: MayChange[str] = "tiny"
     layers: Fixed[int] = 4
@@ -78,6 +80,15 @@ class ModelConfig:
     rope_share: Fixed[float] = 1.0
     family: MayChange[str | None] = None
     frozen_dtype: Fixed[Literal["bf16", "int8", "nf4"] | None] = None
+    own: MayChange[str | None] = None  # the code moves; `trainer.resume` looks at what it makes
+    settings: Fixed[dict[str, bool | int | float | str | None] | None] = field(
+        default=None, hash=False
+    )  # a dict has no hash
+
+    @property
+    def code(self) -> str:
+        """Names the key that says what its layers are."""
+        return f"model.block={self.block}" if self.own is None else f"model.own={self.own}"
 
     @property
     def head_size(self) -> int:

@@ -9,7 +9,7 @@ from rowwise.trainer.activations import kept_of, results_of, tokens_of
 from rowwise.trainer.adapters.config import Lora, NoAdapter
 from rowwise.trainer.adapters.specs import adapted_layers, run_specs
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.models.decoder import BLOCKS
+from rowwise.trainer.models.decoder import layer_work
 from rowwise.trainer.plan.codes import coding_bytes
 from rowwise.trainer.plan.layer import ALL, Kept, Moment, later, moments, results_by_name, stored, waits
 from rowwise.trainer.plan.loss import LossWork, loss_work
@@ -45,12 +45,14 @@ def unknown(config: TrainConfig) -> str | None:
         )
     if problem := unknown_of_frozen(config):
         return problem
+    if config.model.own is not None:
+        return f"{config.model.code}: nobody knows what its layers keep; a run says in memory.json what it held"
     if results_of(config) is None:
         return (
             f"model.block={config.model.block}: its layers do not say what they make, so that nobody knows what they keep; give the "
             "block a table of its results (docs/memory.md)"
         )
-    if BLOCKS[config.model.block].work(config.model, widths_of(config).compute, False) is None:
+    if layer_work(config.model, widths_of(config).compute, False) is None:
         return (
             f"model.block={config.model.block}: its layers do not say what their backward holds; give the block a method `work` "
             "beside its table of results (docs/memory.md)"
@@ -126,7 +128,7 @@ def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> l
         raise ValueError(problem)
     assert table is not None
     table = with_lora(config, table)
-    work = BLOCKS[model.block].work(model, width, gpu)
+    work = layer_work(model, width, gpu)
     assert work is not None
     policy, memory = kept_of(config), config.memory
     crossing = messages_of(config, tokens, width)

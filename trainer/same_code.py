@@ -1,0 +1,28 @@
+"""Whether a run of a user's own model goes on with what the checkpoint was saved with."""
+
+from pathlib import Path
+
+from rowwise.trainer.adapters.specs import run_specs
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.manifest_form import Manifest
+from rowwise.trainer.metadata import read_metadata
+
+
+def refuse_other_code(checkpoint: Path, manifest: Manifest, config: TrainConfig) -> None:
+    """Refuses code that makes other parameters than the checkpoint has, and code where it is of none. (That it moves
+    is no matter.) Raises ValueError."""
+    here, there = config.model.own, manifest["config"]["model"].get("own")
+    if (here is None) != (there is None):
+        raise ValueError(
+            f"checkpoint {checkpoint} is of another model: model.own={there} there and {here} here; give the same, or another name"
+        )
+    if here is None:
+        return
+    held = read_metadata(checkpoint).state_dict_metadata
+    for name, spec in run_specs(config).items():
+        size = getattr(held.get(f"model.{name}"), "size", None)
+        if size != spec.shape and spec.kept is None:
+            raise ValueError(
+                f"checkpoint {checkpoint} is of another model: {name} is {size and tuple(size)} there and {tuple(spec.shape)} as "
+                f"model.own={here} makes it; give the code that it was saved with, or another name"
+            )
