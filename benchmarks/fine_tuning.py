@@ -6,7 +6,8 @@
 |---|---|
 | base | 2.6 million parameters, byte-pair tokens of one half of the standard library's files |
 | whole, galore | all parameters learn, by AdamW or by GaLore |
-| lora, dora, nf4 | adapters of rank 8 beside every hidden matrix, which is frozen; nf4: LoRA beside matrices of 4 bits |
+| lora, dora, pissa, nf4 | adapters of rank 8 beside every hidden matrix, which is frozen; nf4: LoRA beside matrices of 4 bits |
+| lq_lora, lq_lora_3 | codes and adapters that begin as W together, at 4 bits a number and at 3 |
 | replay 0.05, 0.25 | whole, where that share of the samples is of the text that the base was trained on |
 
 Conversations (`conversations.py`): what a function is to do, and the function, of the other half. Whole training and LoRA run at two
@@ -35,12 +36,16 @@ MODEL = [
     "model.kv_heads=2",
     "model.ffn_dim=512",
 ]
-RATES = {"whole": (3e-4, 1e-3), "galore": (1e-3,), "lora": (1e-3, 4e-3), "dora": (4e-3,), "nf4": (4e-3,)}
+RATES = {"whole": (3e-4, 1e-3), "galore": (1e-3,), "lora": (1e-3, 4e-3), "dora": (4e-3,), "pissa": (4e-3,),
+         "nf4": (4e-3,), "lq_lora": (4e-3,), "lq_lora_3": (4e-3,)}  # fmt: skip
 METHODS = {
     "whole": ["optim=adamw"],
     "galore": ["optim=galore", "optim.rank=48"],
     "lora": ["optim=adamw", "adapter=lora"],
     "dora": ["optim=adamw", "adapter=dora"],
+    "pissa": ["optim=adamw", "adapter=lora", "adapter.init=pissa"],
+    "lq_lora": ["optim=adamw", "adapter=lq_lora", "adapter.bits=4.0"],
+    "lq_lora_3": ["optim=adamw", "adapter=lq_lora", "adapter.bits=3.0"],
     "nf4": ["optim=adamw", "adapter=lora", "model.frozen_dtype=nf4"],
 }
 REPLAYS = (0.05, 0.25)  # at the first rate of whole

@@ -67,10 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     text = f"# rowwise measure, {time.strftime('%Y-%m-%d')}\n" + yaml.safe_dump(asdict(device), sort_keys=False)
+    print("\n".join([*told(device, found), "", text.rstrip()]))
     kept_file().parent.mkdir(parents=True, exist_ok=True)
     for path in (kept_file(), *([Path(settings.to).expanduser()] if settings.to else [])):
         write_whole(path, text)
-    print("\n".join([*told(device, found), "", text.rstrip()]))
     print(f"kept in {kept_file()}: `rowwise plan device=here` takes it")
     return 0
 

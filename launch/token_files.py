@@ -34,7 +34,7 @@ from rowwise.trainer.data.integrity import Record
 from rowwise.trainer.data.many import write_tokens
 from rowwise.trainer.data.mixture import check_mixture
 from rowwise.trainer.data.source import TextSource
-from rowwise.trainer.files import new_folder, writing
+from rowwise.trainer.files import new_folder
 from rowwise.trainer.screen import count
 
 MOST = 1024  # processes
@@ -71,7 +71,7 @@ def tokenize(config: TokenizeConfig, words: Sequence[str]) -> list[str]:
     folder = free_folder(Path(config.to).expanduser())
     sources = sources_of(data_of(compose_tree(words)["data"]))
     found = {label: source.find() for label, source in sources.items()}
-    with new_folder(folder) as partial, writing(folder):
+    with new_folder(folder) as partial:
         told = []
         for label, source in sources.items():
             inside = partial if len(sources) == 1 and not label else partial / label

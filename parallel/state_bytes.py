@@ -166,8 +166,9 @@ def _bytes_by_kind(kinds: Mapping[str, Sequence[Tensor]], device: torch.device) 
     for kind, tensors in kinds.items():
         seen: dict[tuple[int, int], tuple[str, int]] = {}
         for t in map(rows_of, tensors):  # an operation PeakStates would measure in turn
-            if t.untyped_storage().size():
-                at = t.untyped_storage().data_ptr(), int(t.storage_offset())
+            storage = t.untyped_storage()
+            if storage.size():
+                at = storage.data_ptr(), int(t.storage_offset())
                 seen[at] = beside(t, device) or kind, t.numel() * t.itemsize
         for where, size in seen.values():
             found[where] += size

@@ -149,6 +149,7 @@ def _work(pipe: Connection, port: int, sees_gpus: bool) -> None:
     init.normal = functools.lru_cache(10_000)(
         init.normal
     )  # models of one seed begin with the same numbers again and again
+    _learn_shapes_once()
     gc.freeze()  # what the server loaded stays, on pages that all its forks share until one looks through them
     store = dist.TCPStore("localhost", port)
     modules = 0
@@ -170,6 +171,28 @@ def _work(pipe: Connection, port: int, sees_gpus: bool) -> None:
             gc.freeze()
             modules = len(sys.modules)
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def _learn_shapes_once() -> None:
+    """Has DTensor find out once what shapes an operation makes of what shapes, in which no mesh is, and not anew for every mesh:
+    it would run the operation on tensors without memory, which takes as long as a layer's forward."""
+    import torch
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+    from torch.distributed.tensor._sharding_prop import OpSchema, ShardingPropagator
+
+    known: dict[Any, Any] = {}
+    find = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def found(propagator: ShardingPropagator, schema: OpSchema) -> Any:
+        given = [*schema.args_schema, *itertools.chain(*schema.kwargs_schema.items())]
+        if not all(isinstance(value, DTensorSpec | str | int | float | torch.dtype | None) for value in given):
+            return find(propagator, schema)
+        key = schema.op, *(v.tensor_meta if isinstance(v, DTensorSpec) else (type(v), v) for v in given)
+        if key not in known:
+            known[key] = find(propagator, schema)
+        return known[key]
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = found
 
 
 def _forget_groups() -> None:

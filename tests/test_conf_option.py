@@ -60,7 +60,7 @@ def test_what_a_manifest_holds_is_what_it_held():
                     "stable_embedding", "qk_norm", "norm_eps", "rope_theta", "rope_scaling", "block",
                     "qkv_bias", "out_bias", "mlp_bias", "qk_norm_over", "norms", "norm_offset", "activation", "embed_scale",
                     "residual_scale", "attention_scale", "attention_cap", "logit_scale", "logit_cap", "window", "window_layers",
-                    "rope_layers", "rope_local_theta", "rope_share", "frozen_dtype")
+                    "rope_layers", "rope_local_theta", "rope_share", "frozen_dtype", "settings")
     ]  # fmt: skip
     assert state_facts(config) == {
         "optim.name": "galore", "optim.rank": None, "optim.state_bits": 32, "optim.assign": [],

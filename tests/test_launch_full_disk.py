@@ -5,6 +5,7 @@ On real file systems of a mebibyte, where this user may mount them (root); what 
 
 import contextlib
 import errno
+import importlib
 import io
 import json
 import os
@@ -12,20 +13,23 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from commands import overrides_of, run
-from rowwise.launch import agent, cli, worker
+from rowwise.launch import agent, cli, measure, worker
 from rowwise.launch.outcome import Ended, Outcome, read_outcome
 from rowwise.launch.workers import share_end
 from rowwise.parallel.mesh import Workers
 from rowwise.trainer.files import DiskFull, want_of_room, write_whole, writing
 from rowwise.trainer.manifest import complete_checkpoints
 from rowwise.trainer.metrics import MetricsLog, read_metrics
+from rowwise.trainer.plan.devices import device_named
 from runs import stores
 
 
@@ -148,6 +152,48 @@ def test_a_report_onto_a_full_disk(tmp_path, disk, capsys):
     assert said.startswith(f"failed: disk full: {disk} has 0 KiB of 1 MiB free, writing {disk}/report.html")
     assert said.count("\n") == 1
     assert [path.name for path in disk.iterdir()] == ["filler"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """As `rowwise.launch.tasks.Score`, without the harness."""
+
+    value: float
+    task: str = "task"
+    metric: str = "acc"
+    error: None = None
+
+
+COMMANDS = {
+    "average": (["run={tmp}/run", "last=2", "to={disk}/mean"], "mean"),
+    "tokenize": (["data=text", "data.files={tmp}/text.txt", "to={disk}/tokens", "nproc=1"], "tokens"),
+    "evaluate": (["run={tmp}/run", "tasks=task", "tasks_folder={tmp}", "to={disk}/found.json", "tokenizer=bytes"], "found.json"),
+    "measure": (["to={disk}/this.yaml"], "this.yaml"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_command_writes_onto_a_full_disk(request, tmp_path, disk, capsys, monkeypatch, command):
+    """One line on stderr, and what was computed is said before; nothing is left behind."""
+    words, name = COMMANDS[command]
+    if "run={tmp}/run" in words:
+        run = overrides_of(tmp_path, "steps=4", "checkpoint.every=2", "model.vocab_size=256")
+        assert request.getfixturevalue("ranks").run(ended, 1, run) == [("complete", "")]
+    (tmp_path / "text.txt").write_text("a line that says nothing\n" * 10_000)
+    scores = SimpleNamespace(Tasks=lambda *_: None, run_tasks=lambda *_: [Score(0.5)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "rowwise.launch.tasks", scores)
+    found = {"flops": 1e12, "bandwidth": 1e10, "step": 1e9, "step_8bit": 1e9, "threads": 1}
+    monkeypatch.setattr(measure, "timed", lambda settings: (device_named("h100"), found))
+    monkeypatch.setattr(measure, "kept_file", lambda: tmp_path / "devices/here.yaml")
+    capsys.readouterr()  # what the run said
+    fill(disk, 8 << 10 if command in ("average", "tokenize") else 0)
+    assert cli.main([command, *(word.format(tmp=tmp_path, disk=disk) for word in words)]) == 1
+    said = capsys.readouterr()
+    (line,) = [line for line in said.err.splitlines() if not line.startswith("data=")]
+    assert line.startswith(f"failed: disk full: {disk} has ") and f"writing {disk}/{name}" in line
+    assert [path.name for path in disk.iterdir()] == ["filler"]
+    assert {"evaluate": "acc  0.5000", "measure": "TFLOP/s"}.get(command, "") in said.out
 
 
 @pytest.mark.full

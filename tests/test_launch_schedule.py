@@ -249,7 +249,7 @@ def test_files_that_are_no_timeline_are_refused(text, message, tmp_path):
 
 def test_a_pictures_colours_have_the_shares_of_their_times(tmp_path):
     """Counted in its pixels. Bars are as wide as each other, so that the lines between them take the same from each."""
-    timeline = simulate(make_schedule("zb_h1", Shape(12, 1, 30)), uniform_costs(12))
+    timeline = simulate(make_schedule("zb_h1", Shape(8, 1, 20)), uniform_costs(8))
     draw({"zb_h1": timeline}, tmp_path / "zb_h1.png")
     pixels = imread(tmp_path / "zb_h1.png")[..., :3]
     area = {

@@ -17,8 +17,8 @@ from filelock import FileLock
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
-from commands import PATIENCE, AtOnce, await_steps, free_port, overrides_of, run, run_in_pool, start, workers_of
-from rowwise.launch import agent, cli, ranks
+from commands import PATIENCE, AtOnce, await_steps, free_port, overrides_of, run_in_pool, start, workers_of
+from rowwise.launch import agent, cli, ranks, train
 from rowwise.launch import rendezvous as rendezvous_module
 from rowwise.launch import start as launcher
 from rowwise.launch.elastic import failure_of
@@ -162,11 +162,10 @@ def test_more_workers_than_gpus_are_refused(monkeypatch, capsys):
     assert agent.crowding(len(os.sched_getaffinity(0)) + 1, 2) is None
 
 
-def test_workers_that_are_fewer_than_nproc_are_refused(tmp_path):
+def test_workers_that_are_fewer_than_nproc_are_refused(tmp_path, capsys):
     """torchrun was told otherwise."""
-    code, said = run(tmp_path, [sys.executable, "-m", "rowwise.launch.train", *overrides_of(tmp_path, "nproc=2")])
-    assert code == 2
-    assert "nproc=2, but 1 workers were started on this machine" in said
+    assert train.main(overrides_of(tmp_path, "nproc=2")) == 2
+    assert "nproc=2, but 1 workers were started on this machine" in capsys.readouterr().err
 
 
 def test_where_the_machines_of_a_slurm_step_meet(monkeypatch, tmp_path):

@@ -243,7 +243,7 @@ def search_with_small_agents(folder: Path, parallel: int, machine: str = "here",
         (trial / "agent.log").touch()
         return subprocess.Popen([sys.executable, "-S", "-c", AGENT, str(trial), settings["clip_norm"]]), 9
 
-    search.start_trial, search.POLL_SECONDS = start_trial, 0.01
+    search.start_trial, search.POLL_SECONDS = start_trial, 0.03
     config, space = resolve([
         "sweep.search=tpe", f"sweep.trials={trials}", f"sweep.parallel={parallel}", "clip_norm=interval(0.0,6.0)",
         "optim.lr=1e-3,1e-2", "eval.every=1", "steps=9", "nproc=1",

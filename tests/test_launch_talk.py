@@ -5,18 +5,21 @@ import json
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_trainer_data_chat import messages
 from test_trainer_data_chat_runs import chat, conversations, rows_of
 
+from chat_templates import CHATML
 from parity import small_config, with_layout
 from rowwise.launch.export import main as export
 from rowwise.launch.generate import main
 from rowwise.launch.runs import open_run
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.sample import Sampling
-from runs import run_train
+from rowwise.trainer.starts import read_sample
+from runs import named, run_said, run_train
 from terminals import Terminal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the tests' own saving
@@ -33,11 +36,31 @@ def run(ranks, tmp_path_factory) -> TrainConfig:
         "checkpoint.every=1",
         "batch.global_size=8",
         "batch.seq_len=150",
+        "sample.tokens=12",
+        "sample.temperature=0",
+        "sample.prompt=What is it?",
     )
     config = replace(small_config(folder, *words), data=chat(folder, rows_of(conversations())))
     config = with_layout(config, 1)
     ranks.run(run_train, 1, config)
     return config
+
+
+def test_the_sample_at_the_end_is_an_answer(ranks, run, tmp_path):
+    """Of a user who says the prompt; the same where ranks share weights and sequences; and no more than the template allows."""
+    sample = read_sample(Path(run.run_dir))
+    assert (
+        sample.prompt == "What is it?" and sample.text == f"What is it?\n{answer(run, ('user', 'What is it?')).strip()}"
+    )
+    shared = with_layout(named(run, tmp_path, "shared"), 2, zero=3, ring=2, ring_order="zigzag")
+    said = "".join(ranks.run(run_said, 2, shared))
+    assert read_sample(Path(shared.run_dir)).text == sample.text and sample.text in said
+    refusing = Path(run.data.tokenizer, "refusing.jinja")
+    refusing.write_text(
+        CHATML.source + "{% if messages[0].content == 'What is it?' %}{{ raise_exception('ask more') }}{% endif %}"
+    )
+    config = named(replace(run, data=replace(run.data, template=str(refusing))), tmp_path, "refused")
+    assert "the model writes nothing after sample.prompt: the template fails" in ranks.run(run_said, 1, config)[0]
 
 
 def answer(config: TrainConfig, *turns: tuple[str, str], most: int = 12) -> str:

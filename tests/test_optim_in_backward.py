@@ -57,10 +57,10 @@ def plain(folder, rule):
     return run_plain(config_of(folder, rule))
 
 
-# On three ranks rules take turns with the stages, which see of a rule whether it exchanges messages: fira and muon do.
-TURNS = {(3, 0): ("adamw", "fira"), (3, 3): ("adamw8bit", "muon")}
+# Rules take turns with the layouts, which see of a rule whether it exchanges messages: fira and muon do.
+TURNS = {(1, 1): ("adamw8bit", "muon"), (3, 0): ("adamw", "fira"), (3, 3): ("adamw8bit", "muon")}
 CASES = [
-    pytest.param(*layout, rule, marks=[] if rule in TURNS.get(layout, RULES) else pytest.mark.full)
+    pytest.param(*layout, rule, marks=[] if rule in TURNS[layout] else pytest.mark.full)
     for layout in ((1, 1), (3, 0), (3, 3))
     for rule in RULES
 ]

@@ -103,7 +103,7 @@ def test_rows_in_files_change_no_bit(ranks, tmp_path, case):
     assert_equal(first, other)
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [3, pytest.param(1, marks=pytest.mark.full)])
 def test_rows_in_host_memory_change_no_bit(ranks, tmp_path, world):
     plain = with_layout(config_of(tmp_path), world)
     places = [("cpu", "none"), (tmp_path, "none"), ("cpu", tmp_path)]

@@ -134,15 +134,16 @@ def without_copies(ranks, folder) -> TrainConfig:
     return config
 
 
-def test_copies_change_no_bit_of_a_run_that_stops_and_goes_on(ranks, folder, without_copies):
-    """Evaluations, saves and the next step see the weights after each step, never a copy of those before; and so does a run that
-    begins with neighbours that keep copies, stops, and goes on without. (Laws 2 and 3.)"""
+def test_copies_change_no_bit_of_a_run_that_stops_and_goes_on(ranks, folder, without_copies, full):
+    """Evaluations, saves and the next step see the weights after each step, never a copy of those before, in a run that begins with
+    neighbours that keep copies, stops, and goes on without; and in one that keeps them. (Laws 2 and 3.)"""
     with_copies = named(whole_run(folder, INT8, "parallel.inner_shard=2", zero=3), folder, "with")
-    ranks.run(run_train, 4, with_copies)
+    if full:
+        ranks.run(run_train, 4, with_copies)
     moved = named(with_copies, folder, "moved")
     ranks.run(run_until, 4, moved, 3)
     ranks.run(run_train, 4, named(without_copies, folder, "moved"))
-    for run in (with_copies, moved):
+    for run in (moved, with_copies) if full else (moved,):
         assert records(run.run_dir) == records(without_copies.run_dir)
         assert evaluated(run) == evaluated(without_copies)
         ours, theirs = final_tensors(run.run_dir), final_tensors(without_copies.run_dir)
@@ -228,17 +229,17 @@ def count_on(mesh: Mesh, config: TrainConfig) -> Counted:
 
 
 @pytest.fixture(scope="module")
-def counts(ranks, folder) -> dict[tuple[str, tuple[str, ...]], Counted]:
+def counts(ranks, folder, full) -> dict[tuple[str, tuple[str, ...]], Counted]:
     found = {}
     for inner in (False, True):
-        cases = [case for case in COUNTED if (INNER in case[1]) == inner]
+        cases = [case for case in COUNTED if (INNER in case[1]) == inner and (full or case[0] == "bf16")]
         overrides = [small_config(folder, *SHAPE, f"precision={name}", *options) for name, options in cases]
         configs = [with_layout(config, 4, zero=3) for config in overrides]
         found |= dict(zip(cases, ranks.run(count_gathers, 4, configs)[0], strict=True))
     return found
 
 
-@pytest.mark.parametrize(("name", "width"), [("bf16", 2), ("fp32", 4)])
+@pytest.mark.parametrize(("name", "width"), [("bf16", 2), pytest.param("fp32", 4, marks=pytest.mark.full)])
 def test_codes_take_half_of_16_bits_and_a_quarter_of_32(counts, name, width):
     """In each of two micro-batches parts are gathered for the forward and for the backward; the last, which stays between, once, and
     once more as the step ends."""

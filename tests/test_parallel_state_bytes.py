@@ -13,8 +13,8 @@ from rowwise.trainer.data.open import open_data
 from rowwise.trainer.feed import train_batches
 from rowwise.trainer.step import compute_gradients
 
-# Each operation is measured, so there are few: no documents, four layers.
-OVERRIDES = ("precision=fp32", "model.layers=4", "data.mask_documents=false")
+# Each operation is measured, so there are few: no documents, three layers.
+OVERRIDES = ("precision=fp32", "model.layers=3", "data.mask_documents=false")
 KINDS = ("shards", "gathered", "gradients", "optimizer")
 
 
@@ -71,7 +71,7 @@ def test_bytes_are_those_of_the_formula(measured, zero, world, micro_batches):
 @pytest.mark.parametrize("zero", [pytest.param(z, marks=[] if z % 2 else pytest.mark.full) for z in range(4)])
 def test_ranks_that_share_sequences_share_states(ranks, tmp_path, zero):
     """2 shards x 2 ranks of a ring hold what 4 shards would."""
-    config = small_config(tmp_path, *OVERRIDES, "batch.micro_size=12")
+    config = small_config(tmp_path, *OVERRIDES, "model.layers=2", "batch.micro_size=12")
     for between, peak, total, predicted in ranks.run(measure_a_step, 4, with_layout(config, 4, zero=zero, ring=2)):
         assert between.shards == predicted.shards and between.optimizer == predicted.optimizer
         for kind in KINDS:
@@ -110,7 +110,7 @@ def _bytes_of(config) -> tuple[int, int]:
 
 
 def test_half_precision_gathers_half(ranks, tmp_path):
-    config = small_config(tmp_path, "precision=bf16", "batch.micro_size=2")
+    config = small_config(tmp_path, "precision=bf16", "batch.micro_size=6")
     for _, peak, _, _ in ranks.run(measure_a_step, 2, with_layout(config, 2, zero=1)):
         whole, _ = _bytes_of(config)
         assert peak.gathered == whole // 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parity import assert_all_same, run_plain, run_together, small_config, with_layout
+from parity import assert_all_same, in_micro_batches, run_plain, run_together, small_config, with_layout
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
 
 LORA = ("adapter=lora", "adapter.rank=3", "adapter.alpha=7", "optim.weight_decay=0.1")
@@ -32,6 +32,11 @@ NOW = ("lora, dropout", "dora split, dropout, made again", "frozen split")
 NAMES = [pytest.param(name, marks=[] if name in NOW else pytest.mark.full) for name in CASES]
 
 
+def on(config, world: int, **layout):
+    """On a layout, with two micro-batches a rank and step, or the four that a pipeline of two stages a rank takes."""
+    return in_micro_batches(with_layout(config, world, **layout), 4 if "pipeline" in layout else 2)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("adapters")
@@ -43,22 +48,22 @@ def test_every_layout_is_one_process(ranks, folder, name):
     options, layouts = CASES[name]
     config = small_config(folder, *options)
     reference = run_plain(config)
-    configs = {number: with_layout(config, world, **layout) for number, (world, layout) in enumerate(layouts)}
+    configs = {number: on(config, world, **layout) for number, (world, layout) in enumerate(layouts)}
     for traces in run_together(ranks, configs).values():
         assert_all_same(traces, reference)
 
 
 def test_adapters_of_four_ranks_go_on_on_one(ranks, folder):
     base = named(
-        small_config(folder, *LORA, *DROPOUT, *SHARED, "steps=6", "eval.every=3", "eval.batches=1"), folder, "moved"
+        small_config(folder, *LORA, *DROPOUT, *SHARED, "steps=4", "eval.every=2", "eval.batches=1"), folder, "moved"
     )
     alone = named(with_layout(base, 1), folder, "alone")
     ranks.run(run_train, 1, alone)
-    ranks.run(run_until, 4, with_layout(base, 4, **BOTH, zero=3), 3)
+    ranks.run(run_until, 4, with_layout(base, 4, **BOTH, zero=3), 2)
     ranks.run(run_train, 1, with_layout(base, 1))
     assert_same_run(base.run_dir, alone.run_dir)
 
 
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
-    config = with_layout(small_config(folder, *DORA, *DROPOUT, *FOUR, "steps=4"), 2, **SPLIT)
+    config = on(small_config(folder, *DORA, *DROPOUT, *FOUR, "steps=4"), 2, **SPLIT)
     assert_resumes_to_the_last_bit(ranks, 2, config, folder, stop_at=2)

@@ -177,7 +177,7 @@ def test_masks_by_a_share_of_the_run_are_those_by_steps(ranks, tmp_path):
     runs = []
     for name, said in (("steps", "2"), ("share", "0.2"), ("tokens", f"{2 * 24 * 13} tokens")):
         config = named(small_config(tmp_path, *options, f"sparsity.update_every={said}"), tmp_path, name)
-        ranks.run(run_train, 2, prepare(replace(config, batch=replace(config.batch, micro_size=12)), 2))
+        ranks.run(run_train, 1, prepare(replace(config, batch=replace(config.batch, micro_size=24)), 1))
         runs.append((records(config.run_dir), [r["density"] for r in read_metrics(Path(config.run_dir))]))
     assert runs[0] == runs[1] == runs[2] and len(set(runs[0][1])) > 1
 

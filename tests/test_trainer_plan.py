@@ -336,8 +336,9 @@ def told_seconds(found: Forecast) -> float:
     return float(f"{found.seconds.step:.3g}")
 
 
-def test_one_device_computes_in_copies_of_a_layer_at_a_time_where_those_of_all_do_not_fit():
+def test_one_device_computes_in_copies_of_a_layer_at_a_time_where_those_of_all_do_not_fit(monkeypatch):
     """In 16 bits, as stage 3 does; and of runs that are told to be as fast the one that needs least is taken."""
+    monkeypatch.setattr("rowwise.trainer.plan.fit.FORECASTS", 16)
     words = ["model=llama3_8b", "precision=bf16", "optim=adamw8bit", "optim.param_dtype=bf16", "optim.in_backward=true",
              "clip_norm=0", "batch.global_size=1", "batch.seq_len=4096"]  # fmt: skip
     found = find_fit(

@@ -89,7 +89,7 @@ def remove(path: Path) -> None:
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """Makes a folder that is there whole or not at all: what is done inside fills `final`.incomplete, which then gets its name, or
-    is removed where it fails. What an interrupted one left is removed. Raises ValueError where it cannot be made."""
+    is removed where it fails. What an interrupted one left is removed. Raises ValueError where it cannot be made, and DiskFull."""
     partial = final.with_name(final.name + ".incomplete")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -97,8 +97,9 @@ def new_folder(final: Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"to={final} cannot be written ({error.strerror}); give another folder") from None
     try:
-        yield partial
-        partial.rename(final)
+        with writing(final):
+            yield partial
+            partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

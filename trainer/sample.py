@@ -19,7 +19,8 @@ SAMPLED = 160  # tokens, where nothing is said
 @dataclass(frozen=True)
 class SampleConfig:
     """What the model writes at the end of a run. `tokens`: how many (0: off; null: 160, and 0 where the data has no
-    tokenizer). `prompt`: what it begins with. `temperature`: of the draw; 0 takes the likeliest."""
+    tokenizer). `prompt`: what it begins with, or where it learns conversations what a user says that it answers.
+    `temperature`: of the draw; 0 takes the likeliest."""
 
     tokens: MayChange[int | None] = None
     prompt: MayChange[str] = "\n"
@@ -75,9 +76,17 @@ def shares(logits_V: Tensor, sampling: Sampling) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    engine: Engine, prompt: list[int], tokens: int, temperature: float, context: int, seed: int, mesh: Mesh
+    engine: Engine,
+    prompt: list[int],
+    tokens: int,
+    temperature: float,
+    context: int,
+    seed: int,
+    mesh: Mesh,
+    end: int | None = None,
 ) -> list[int]:
-    """Yields `tokens` tokens after `prompt`, each drawn from softmax(logits / temperature) (0 = the likeliest).
+    """Returns `prompt` and `tokens` tokens after it, each drawn from softmax(logits / temperature) (0 = the likeliest); fewer where
+    one of them is `end`, the last.
 
     Every rank must call it with the same arguments: a sharded model is gathered for each token. It keeps no cache of
     keys and values; it is meant for a few hundred tokens (`trainer.generate` has one, for a whole model). It ends where
@@ -85,7 +94,7 @@ def generate(
     """
     generator, sampling = torch.Generator().manual_seed(seed), Sampling(temperature)
     written = list(prompt)
-    for _ in range(tokens):
+    while len(written) < len(prompt) + tokens and (len(written) == len(prompt) or written[-1] != end):
         logits = next_logits(engine, written[-context:], mesh, refresh=len(written) == len(prompt)).cpu()
         if not logits.isfinite().all():
             break

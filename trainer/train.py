@@ -20,6 +20,7 @@ from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import product_precision
 from rowwise.trainer.adapters.begin import with_forms_chosen
+from rowwise.trainer.asked import asked_of, text_of
 from rowwise.trainer.assemble import Assembled, assemble
 from rowwise.trainer.begin import range_test, resume
 from rowwise.trainer.checkpoint import Saver
@@ -249,18 +250,28 @@ def sample(config: TrainConfig, mesh: Mesh, built: Assembled, data: Data, step: 
     choice = config.sample
     if not choice.tokens or data.tokenizer is None:
         return None
-    prompt = data.tokenizer.encode_prompt(choice.prompt)
+    try:
+        asked = asked_of(data.tokenizer, choice.prompt, mesh)
+    except ValueError as refusal:
+        return f"the model writes nothing after sample.prompt: {refusal}"
     with averaged(built.average):
         tokens = generate(
-            built.engine, prompt, choice.tokens, choice.temperature, config.batch.seq_len, config.seed, mesh
+            built.engine,
+            asked.tokens,
+            choice.tokens,
+            choice.temperature,
+            config.batch.seq_len,
+            config.seed,
+            mesh,
+            asked.end,
         )
-    text = data.tokenizer.decode(tokens)
+    text = text_of(data.tokenizer, choice.prompt, asked, tokens)
     written = f"the model writes:\n{text}"
     if mesh.rank == 0:
         try:
             keep_sample(Path(config.run_dir), Sample(step, choice.prompt, text))
         except DiskFull as error:  # all else is saved
             written += f"\nwhich is not kept: {error}"
-    if len(tokens) < len(prompt) + choice.tokens:
+    if len(tokens) < len(asked.tokens) + choice.tokens and tokens[-1] != asked.end:
         written += "\nand no more: its logits there are not finite"
     return written
