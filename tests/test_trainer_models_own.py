@@ -53,7 +53,7 @@ CASES = {
 NOW = ("conv in zb_v", "conv, low rank", "side by side, ring x ulysses")
 DRAWN = [pytest.param(case, marks=[] if case in NOW else pytest.mark.full) for case in CASES]
 # What the textbook has not, or not for these: there one process of ours is what all layouts are.
-OURS = ("optim=", "optim.in_backward", "adapter=", "memory.compress=")
+OURS = ("optim=", "optim.in_backward", "adapter=", "memory.compress=", "sparsity=")
 
 
 @pytest.mark.parametrize("case", DRAWN)
@@ -62,7 +62,8 @@ def test_steps_equal_those_of_one_process(ranks, tmp_path, case):
     textbook = not any(word.startswith(OURS) for word in words)
     decay = ("optim.weight_decay=0",) if textbook else ()
     config = with_layout(small_config(tmp_path, *model, *decay, *words), world, **degrees)
-    alone = with_layout(small_config(tmp_path, *model, *decay, *words), 1)
+    once = ("batch.micro_size=24",) if set(ALL_AT_ONCE) <= set(words) else ()
+    alone = with_layout(small_config(tmp_path, *model, *decay, *words, *once), 1)
     reference = run_plain(config) if textbook else ranks.run(run_layout, 1, alone)[0]
     assert_same(ranks.run(run_layout, world, config)[0], reference)
 
