@@ -175,16 +175,16 @@ def check_optimizer(config: OptimConfig, specs: Specs) -> None:
             )
         if assign.rule in LENT and all(specs[name].frozen for name in found):
             raise ValueError(
-                f"optim.assign: what {assign.match!r} matches is frozen already, and follows no rule such as {assign.rule}; there "
-                f"learn {', '.join(sorted(fold(learning(specs))))}"
+                f"optim.assign: what {assign.match!r} matches is frozen already, by an adapter or before it, and follows no rule such "
+                f"as {assign.rule}; there learn {', '.join(sorted(fold(learning(specs))))}"
             )
     learns = learning(specs)
     if not learns:
         raise ValueError("optim.assign: every parameter is frozen; leave some to learn")
     if FALLBACKS.get(config.name) is HIDDEN_ONLY and not any(spec.role == "hidden" for spec in learns.values()):
         raise ValueError(
-            f"optim={config.name} is a rule of hidden matrices, and none of them learns; possible are {', '.join(ELEMENTWISE)}, "
-            "adafactor"
+            f"optim={config.name} is a rule of hidden matrices, and an adapter or optim.assign freezes all of them; possible are "
+            f"{', '.join(ELEMENTWISE)}, adafactor"
         )
     for name, spec in learns.items():
         _check_parameter(name, spec, config)

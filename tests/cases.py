@@ -7,6 +7,7 @@ case on its layout and on one process; `tests/composition.py` draws the lines an
 import copy
 import functools
 import json
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from tokenizers import Tokenizer, models
 
 from rowwise.launch.compose import compose_tree
 from rowwise.trainer.check import check
@@ -51,10 +53,12 @@ class Option:
         return {f"{key}.name" if key in CHOSEN else key for key in keys}
 
 
-CHOSEN = ("optim", "sparsity", "precision", "schedule")
+CHOSEN = ("optim", "sparsity", "precision", "schedule", "adapter", "data")
 TWO_STAGES = ("parallel.pipeline=2",)
 LOW_RANK = ("optim.rank=8", "optim.refresh_every=2")
 EVOLVING = ("sparsity.update_every=1", "sparsity.stop_at=2")
+FREEZING = ("{match: embed.weight, rule: frozen}", "{match: '*norm.weight', rule: frozen}")
+LORA = ("adapter=lora", "adapter.rank=4")
 FALLING = ("sparsity.update_every=1", "sparsity.start_at=1", "sparsity.stop_at=2")
 
 
@@ -104,6 +108,7 @@ def _options() -> Iterable[Option]:
     yield Option("state_bits=8", "low-rank states", ("optim.state_bits=8",), ("optim=dct", *LOW_RANK))
     yield Option("side=short", "low-rank side", ("optim.side=short",), ("optim=dct", *LOW_RANK))
     yield Option("assign", "assignment", ("optim.assign=[{match: embed.weight, rule: adamw8bit}]",))
+    yield Option("frozen", "assignment", (f"optim.assign=[{', '.join(FREEZING)}]",))
     yield Option("static", "sparsity", ("sparsity=static",))
     for name in ("set", "rigl", "srigl"):
         yield Option(name, "sparsity", (f"sparsity={name}",), EVOLVING)
@@ -113,6 +118,9 @@ def _options() -> Iterable[Option]:
     yield Option("nm", "sparsity", ("sparsity=nm",), ("sparsity.decay=0.3",))
     for key in ("tie_embeddings", "qk_norm", "stable_embedding"):
         yield Option(key, key.replace("_", " "), (f"model.{key}=true",))
+    yield Option("window", "window", ("model.window=5",))
+    yield Option("caps", "soft caps", ("model.attention_cap=2", "model.logit_cap=4"))
+    yield from _fine_tuning()
     yield Option("init_from", "initial weights", ("model.init_from=/FOLDER/source",))
     yield Option("mask_documents", "documents", ("data.mask_documents=true",))
     yield Option("accumulation", "micro-batches", ("batch.micro_size=several",))
@@ -125,6 +133,19 @@ def _options() -> Iterable[Option]:
     yield Option("average", "average", ("average.ema=0.6",))
     yield Option("norms", "norms", ("log.norms_every=2",))
     yield Option("moved", "another layout", ())
+
+
+def _fine_tuning() -> Iterable[Option]:
+    for name in ("lora", "dora", "bone"):
+        yield Option(name, "adapter", (f"adapter={name}",), ("adapter.rank=4",))
+    yield Option("dropout", "dropout", ("adapter.dropout=0.3",), LORA)
+    for name in ("bf16", "int8", "nf4"):
+        yield Option(f"frozen={name}", "frozen numbers", (f"model.frozen_dtype={name}",), LORA)
+    tokens = "name: tokens, files: /FOLDER/tokens.bin, holdout: 0.1"
+    sources = f"[{{{tokens}, separator: 0, mask_documents: true, weight: 3}}, {{{tokens}, label: old, weight: 1}}]"
+    yield Option("mixture", "data", ("data=mixture", f"data.sources={sources}"))
+    chat = ("data=chat", "data.files=/FOLDER/rows.jsonl", "data.tokenizer=/FOLDER/tokenizer")
+    yield Option("chat", "data", (*chat, "data.cache_dir=/FOLDER/cache", "data.holdout=0.3"))
 
 
 OPTIONS = {option.name: option for option in _options()}
@@ -214,10 +235,11 @@ def _checked(tree: dict[str, Any], workers: int, folder: Path) -> TrainConfig:
 
 def _source(model: ModelConfig, folder: Path) -> Path:
     """A Hugging Face folder of a model of this shape, as far as there is one."""
-    source = folder / f"source-{model.layers}{'-tied' * model.tie_embeddings}{'-normed' * model.qk_norm}"
+    kind = f"{'-tied' * model.tie_embeddings}{'-normed' * model.qk_norm}{'-windowed' * (model.window is not None)}"
+    source = folder / f"source-{model.layers}{kind}"
     if not source.exists():
         source.mkdir()
-        plain = replace(model, stable_embedding=False)
+        plain = replace(model, stable_embedding=False, attention_cap=None, logit_cap=None)
         random = torch.Generator().manual_seed(5)
 
         def fill_(tensors: dict[str, torch.Tensor]) -> None:
@@ -232,6 +254,24 @@ def _source(model: ModelConfig, folder: Path) -> Path:
 def read_cases() -> list[list[str]]:
     """The cases, each the names of its options."""
     return [line.split() for line in DRAWN.read_text().splitlines()] if DRAWN.exists() else []
+
+
+def write_chat(folder: Path) -> None:
+    """Conversations of a few letters, each a token, and their tokenizer."""
+    letters, marks = "abcdefghij", ("<u>", "<a>", "<e>")
+    library = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
+    library.add_special_tokens(list(marks))
+    (folder / "tokenizer").mkdir()
+    library.save(str(folder / "tokenizer/tokenizer.json"))
+    (folder / "tokenizer/chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% else %}<a>{% generation %}{{ m.content }}<e>"
+        "{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    draw = random.Random(3)
+    with (folder / "rows.jsonl").open("w") as rows:
+        for _ in range(300):
+            said = {role: "".join(draw.choices(letters, k=draw.randint(1, 6))) for role in ("prompt", "completion")}
+            rows.write(f"{json.dumps(said)}\n")
 
 
 def write_times(folder: Path) -> None:

@@ -119,8 +119,10 @@ FAMILIES = {
     "Optimizer": ("optimizer", "low-rank states", "low-rank side", "assignment"),
     "Sparsity": ("sparsity",),
     "Model and batch": (
-        "tie embeddings", "qk norm", "stable embedding", "initial weights", "documents", "micro-batches", "clipping",
+        "tie embeddings", "qk norm", "stable embedding", "window", "soft caps", "initial weights", "documents", "micro-batches",
+        "clipping",
     ),
+    "Fine-tuning": ("adapter", "dropout", "frozen numbers", "data"),
     "Run": ("learning rate", "spikes", "average", "norms", "another layout"),
 }  # fmt: skip
 HEAD = """# What goes with what
@@ -136,9 +138,11 @@ run in `make test`, the others with `pytest --full`.
 `fused_loss` and `plain_loss` are the two values of `memory.fused_loss`, `int8` is `memory.compress=int8`, `offload=files`
 `memory.offload_activations=FOLDER`, `states`, `rows` and `gradients` are what `memory.offload_states`, `memory.offload_params` and
 `memory.offload_gradients` say where they wait, on the `host` or in `files`, `accumulation` is several micro-batches a step, `assign`
-8-bit states for the embedding by `optim.assign`, `average` is `average.ema`, `norms` `log.norms_every`, `moved` a run that began on
-one process and went on on this layout; with `on_spike` one step is a spike. `qwz` is `parallel.quantize_gather=int8`, `hpz`
-`parallel.inner_shard=1`.
+8-bit states for the embedding by `optim.assign`, `frozen` embeddings and norms that do not learn, `frozen=nf4`
+`model.frozen_dtype=nf4`, `caps` are `model.attention_cap` and `model.logit_cap`, `lora`, `dora` and `bone` are `adapter=...`,
+`dropout` `adapter.dropout`, `mixture` and `chat` `data=...`, the one of two sources, `average` is `average.ema`, `norms`
+`log.norms_every`, `moved` a run that began on one process and went on on this layout; with `on_spike` one step is a spike. `qwz` is
+`parallel.quantize_gather=int8`, `hpz` `parallel.inner_shard=1`.
 Not here: `sparsity.semi_structured`, which needs a GPU (`benchmarks/gpu.py`), and `parallel.quantize_reduce`, the one option that is
 another run on another layout ([quantised-messages.md](quantised-messages.md)).
 """

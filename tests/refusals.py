@@ -788,11 +788,11 @@ REFUSED = {
     ),
     "a rule of what is frozen": (
         ["adapter=lora", "optim=galore"],
-        r"optim=galore is a rule of hidden matrices, and none of them learns; possible are adamw, adamw8bit, lion, lion8bit",
+        r"optim=galore is a rule of hidden matrices, and an adapter or optim.assign freezes all of them; possible are adamw",
     ),
     "a rule for what is frozen": (
         ["adapter=lora", "optim.assign=[{match: 'embed.*', rule: lion}]"],
-        r"optim.assign: what 'embed.\*' matches is frozen already, and follows no rule such as lion; there learn blocks",
+        r"optim.assign: what 'embed.\*' matches is frozen already, by an adapter or before it, and follows no rule such as lion",
     ),
     "all frozen": (
         ["optim.assign=[{match: '*', rule: frozen}]"],
@@ -800,6 +800,6 @@ REFUSED = {
     ),
     "masks of what is frozen": (
         ["sparsity=set", "optim.assign=[{match: '*.w2.*', rule: frozen}]"],
-        r"sparsity.layers: blocks.0.feed_forward.w2.weight is frozen, and masks are of weights that learn; leave it out",
+        r"sparsity.layers: blocks.0.feed_forward.w2.weight is frozen by an adapter or optim.assign, and masks are",
     ),
 }

@@ -15,7 +15,7 @@ import composition
 import numpy as np
 import pytest
 import torch
-from cases import GROUPS, LAYOUT, NEAR, NOW, OPTIONS, alone_config, case_config, read_cases, write_times
+from cases import GROUPS, LAYOUT, NEAR, NOW, OPTIONS, alone_config, case_config, read_cases, write_chat, write_times
 from composition import FAMILIES, PAGE, page
 
 from parity import TOLERANCE, assert_same_codes, relative_error, write_tokens
@@ -32,6 +32,7 @@ CASES = read_cases()
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("composition")
     write_tokens(folder)
+    write_chat(folder)
     write_times(folder)
     return folder
 

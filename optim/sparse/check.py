@@ -71,8 +71,8 @@ def check_sparsity(config: SparsityConfig, specs: Specs, steps: int | None) -> N
     for name in sparse_layers(config, specs):
         if specs[name].frozen:
             raise ValueError(
-                f"sparsity.layers: {name} is frozen, and masks are of weights that learn; leave it out of sparsity.layers, or give "
-                "sparsity=none"
+                f"sparsity.layers: {name} is frozen by an adapter or optim.assign, and masks are of weights that learn; leave it out "
+                "of sparsity.layers, or give sparsity=none"
             )
         if specs[name].batched:
             raise ValueError(
