@@ -183,6 +183,14 @@ def test_what_keeps_to_the_protocol_is_a_model(name):
     check_model(own(name, **({"heads": 2} if name == "OfLooks" else {})))
 
 
+def test_it_is_looked_at_wherever_a_model_is_made():
+    """As a checkpoint's is, which is opened on the meta device."""
+    with torch.device("meta"):
+        check_model(own("OfBefore", norm_eps=2e-5))
+        with pytest.raises(ValueError, match="when later tokens change"):
+            check_model(own("OfAhead", norm_eps=2e-5))
+
+
 @pytest.mark.parametrize("name", UNKEPT)
 def test_what_does_not_is_told_precisely(name):
     heads = {"heads": 2} if name in ("OfBoth", "OfForgets") else {}

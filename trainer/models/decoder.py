@@ -79,8 +79,9 @@ def _check_calls(config: ModelConfig) -> None:
     made, specs = made_of(config), parameter_specs(config)
     with torch.device("cpu" if parameter_count(config)[0] <= LARGEST_CALLED else "meta"):
         whole = Decoder(config)
-    check_parts(made, whole)
-    check_sight(made, whole, specs)
+    with torch.device("cpu"):  # whoever asks may be making a model on another
+        check_parts(made, whole)
+        check_sight(made, whole, specs)
 
 
 def _check_heads(config: ModelConfig) -> None:
