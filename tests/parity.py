@@ -48,7 +48,7 @@ from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.step import StepInput, StepReport
 from rowwise.trainer.update import accept, make_update
 from textbook import attention, textbook_step
-from textbook_adapters import adapt, begin_textbook_step
+from textbook_adapters import Triplets, adapt, begin_textbook_step
 from textbook_sparse import prune_forwards, textbook_sparsity
 
 TOLERANCE = 1e-9
@@ -174,7 +174,7 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
 
     at_once = config.parallel.post_validation  # they are clipped after they were judged
     judge = accept if at_once else keep_gradients
-    update = make_update(config, mesh, built.engine, optimizer, sparsity, judge, built.average)
+    update = make_update(config, mesh, built.engine, optimizer, sparsity, judge, built.average, built.allocation)
     batches = train_batches(config, mesh, data, position=0)
     trace = Trace()
     pieces: dict[tuple[str, int, str], Piece] = {}
@@ -191,9 +191,9 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
             pieces["updates", step, name] = shape, offset, after - numbers_of(before[name])
         for name, state in named_state(model, optimizer).items():
             pieces |= {("states", step, f"{name}.{key}"): piece_of(t, offsets) for key, t in state.items()}
-        if built.average is not None:
-            averages = built.average.named_state().items()
-            pieces |= {("states", step, name): piece_of(t, offsets) for name, t in averages}
+        for kept in (built.average, built.allocation):
+            averages = {} if kept is None else kept.named_state()
+            pieces |= {("states", step, name): piece_of(t, offsets) for name, t in averages.items()}
         pieces |= sparse_pieces(sparsity, dict(model.named_parameters()), step, offsets)
         trace.losses.append(report.loss)
         trace.norms.append(report.grad_norm)
@@ -305,6 +305,7 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
     states: dict[str, dict[str, Tensor]] = {name: {} for name in params}
     prune_forwards(model, config.sparsity)
     sparsity = textbook_sparsity(config.sparsity, params, config.seed, config.steps)
+    triplets = Triplets(config, params)
     means = {f"{AVERAGE}{name}": p.detach().clone() for name, p in params.items()}
     trace = Trace()
     for step in range(steps):
@@ -314,7 +315,7 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
         with rounded_weights(params, config.parallel.quantize_gather):
             logits = model(batch.inputs, batch.positions, batch.documents)
             loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="mean")
-            loss.backward()
+            (loss + triplets.penalty()).backward()
         sparsity.filter_gradients(step + 1)
         norm = torch.sqrt(sum((p.grad**2).sum() for p in params.values()))
         for p in params.values():
@@ -323,6 +324,7 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
         before = {name: p.detach().clone() for name, p in params.items()}
         optimise = functools.partial(textbook_update, with_beta1(config, step), params, states, step + 1, lr)
         sparsity.step(step + 1, optimise, states)
+        triplets.step(step)
         model.zero_grad()
         unchanged = {name: torch.zeros_like(p) for name, p in every.items() if name not in params}
         trace.updates.append(unchanged | {name: p.detach() - before[name] for name, p in params.items()})
@@ -330,7 +332,7 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
         if config.average.ema is not None:
             take_in(means, params, step, config)
             kept |= {name: mean.clone() for name, mean in means.items()}
-        trace.states.append(kept | sparsity.extra_states())
+        trace.states.append(kept | sparsity.extra_states() | triplets.states())
         trace.masks.append(dict(sparsity.masks))
         trace.weights.append({name: params[name].detach().clone() for name in sparsity.masks})
         trace.losses.append(loss.item())
@@ -368,7 +370,7 @@ def textbook_update(
 ) -> None:
     """Update t of all parameters."""
     for name, p in params.items():
-        rate = lr * (config.adapter.b_lr_ratio if name.endswith(".lora_b") else 1.0)
+        rate = lr * (getattr(config.adapter, "b_lr_ratio", 1.0) if name.endswith(".lora_b") else 1.0)
         p.copy_(textbook_step(name, states[name], p, p.grad, t, rate, config.optim, config.seed))
 
 
@@ -412,6 +414,8 @@ def assert_same(layout: Trace, reference: Trace, tolerance: float = TOLERANCE) -
             assert ours.keys() == theirs.keys()
             learns = reference.gradients[step] if reference.gradients else theirs
             still = {name for name in theirs if kind == "updates" and name not in learns}
+            if kind == "updates":  # all triplets of a matrix are gone
+                still |= {name for name in theirs if name.endswith(".lora_e") and not theirs[name].any()}
             if step == 0:  # a product whose other matrix begins at 0
                 still |= {name for name in theirs if ".lora_a" in name and not theirs[name].any()}
             assert not any(ours[name].any() for name in still), f"step {step}, {kind}: what is still has changed"

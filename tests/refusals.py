@@ -738,7 +738,7 @@ REFUSED = {
     ),
     "an adapter of nothing": (
         ["adapter=lora", "adapter.alpha=0"],
-        r"adapter.alpha=0.0 adapter.b_lr_ratio=1.0: both are above 0",
+        r"adapter.alpha=0.0: it is above 0 \(alpha=rank multiplies by 1\)",
     ),
     "dropout of all": (
         ["adapter=lora", "adapter.dropout=1"],
@@ -785,6 +785,26 @@ REFUSED = {
     "a form of some": (
         ["adapter=lq_lora", "adapter.forms={blocks.0.attention.wq.weight: 4/64/8}"],
         r"adapter.forms and adapter.layers say otherwise of blocks.0.attention.wk.weight; give each matrix of adapter.layers a form",
+    ),
+    "more triplets in the end": (
+        ["adapter=adalora", "adapter.target_rank=13"],
+        r"adapter.target_rank=13: triplets of a matrix that are left, at least 1 and at most adapter.rank=12",
+    ),
+    "triplets that go after they stay": (
+        ["adapter=adalora", "adapter.start=0.9", "steps=10"],
+        r"adapter.start=0.9 adapter.stop=0.7 with steps=10: triplets go after step 9 and stay from step 7 on; give steps or shares of",
+    ),
+    "triplets of gradients that are gone": (
+        ["adapter=adalora", "optim.in_backward=true", "clip_norm=0", "batch.micro_size=16"],
+        r"adapter=adalora with optim.in_backward: importance needs gradients .*; give optim.in_backward=false, or adapter=lora",
+    ),
+    "triplets of rows that are away": (
+        ["adapter=adalora", "memory.offload_params=cpu", "memory.offload_states=cpu", "parallel.zero=3"],
+        r"adapter=adalora with memory.offload_params=cpu: .*; give memory.offload_params=none, or adapter=lora",
+    ),
+    "triplets chosen never": (
+        ["adapter=adalora", "adapter.every=0"],
+        r"adapter.every=0: steps between two choices of trip",
     ),
     "a rule of what is frozen": (
         ["adapter=lora", "optim=galore"],

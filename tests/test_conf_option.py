@@ -12,7 +12,7 @@ OPTIONS = dict(options_of(TrainConfig))
 # Where `trainer.resume` reads them: a word that nothing reads would be ignored.
 READ = {
     "fixed": {"model", "optim", "sparsity", "adapter"},
-    "fixed as steps": {"sparsity"},
+    "fixed as steps": {"sparsity", "adapter"},
     "ask": {"", "batch", "data", "optim"},
     "apart": {""},
 }

@@ -8,13 +8,14 @@ With dropout the adapter's part is multiplied by what is left of x, and W by x: 
 
 import math
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rowwise.kernels.coded_rows import INT8, NF4, RowForm, decode_rows, encode_rows
-from rowwise.kernels.philox import random_words, stream_key
+from rowwise.kernels.philox import normal, random_words, stream_key
 from rowwise.trainer.adapters.bits import FORMS, bits_of, choose
 from rowwise.trainer.adapters.decompose import first_errors, lq
 from rowwise.trainer.config import TrainConfig
@@ -34,6 +35,10 @@ class Adapted(nn.Module):
         super().__init__()
         choice, (rows, columns) = config.adapter, linear.weight.shape
         self.weight, self.scale = linear.weight, choice.alpha / choice.rank
+        self.dropout, self.key = choice.dropout, stream_key(config.seed, f"dropout/{path}")
+        if choice.name == "adalora":
+            self.begin_triplets(path, choice, config.seed)
+            return
         if choice.rslora:
             self.scale = choice.alpha / math.sqrt(choice.rank)
         words = random_words(stream_key(config.seed, f"{path}.lora_a"), 0, choice.rank * columns, CPU)
@@ -48,14 +53,22 @@ class Adapted(nn.Module):
             self.become(decode_rows(codes, columns, form, torch.float64), a, b)
         if choice.name == "dora":
             self.magnitude = nn.Parameter(torch.empty(rows, dtype=torch.float64))
-        self.dropout, self.key = choice.dropout, stream_key(config.seed, f"dropout/{path}")
+
+    def begin_triplets(self, path: str, choice: Any, seed: int) -> None:
+        rows, columns = self.weight.shape
+        self.scale = choice.alpha / (choice.rank + 1e-5)
+        for key, shape in (("a", (choice.rank, columns)), ("b", (rows, choice.rank))):
+            drawn = normal(stream_key(seed, f"{path}.lora_{key}"), 0, math.prod(shape), CPU) * 0.02
+            setattr(self, f"lora_{key}", nn.Parameter(drawn.double().view(shape)))
+        self.lora_e = nn.Parameter(torch.zeros(choice.rank, 1, dtype=torch.float64))
 
     def become(self, w: Tensor, a: Tensor, b: Tensor) -> None:
         for p, numbers in ((self.weight, w), (self.lora_a, a), (self.lora_b, b)):
             p.data = numbers
 
     def forward(self, x: Tensor) -> Tensor:
-        adapted = self.weight + self.scale * self.lora_b @ self.lora_a
+        a = self.lora_a * self.lora_e if hasattr(self, "lora_e") else self.lora_a
+        adapted = self.weight + self.scale * self.lora_b @ a
         if hasattr(self, "magnitude"):
             adapted = (self.magnitude / adapted.detach().square().sum(1).sqrt())[:, None] * adapted
         if not self.dropout:
@@ -69,6 +82,51 @@ class Adapted(nn.Module):
         left = words.view(sequences, length, whole)[:, :, :features] >= self.dropout * 2**32
         left = left.double() / (1 - self.dropout)
         return x * left
+
+
+class Triplets:
+    """AdaLoRA's penalty, importance and choice, over all matrices and in one process, as its authors write them."""
+
+    def __init__(self, config: TrainConfig, params: dict[str, nn.Parameter]):
+        self.choice, self.steps = config.adapter, config.steps
+        on = config.adapter.name == "adalora"
+        self.params = {name: p for name, p in params.items() if ".lora_" in name} if on else {}
+        self.avg, self.unc = ({name: torch.zeros_like(p) for name, p in self.params.items()} for _ in range(2))
+
+    def penalty(self) -> Tensor | float:
+        apart = []
+        for name, p in self.params.items():
+            if not name.endswith("lora_e"):
+                gram = p @ p.T if name.endswith("lora_a") else p.T @ p
+                apart.append(torch.norm(gram - torch.eye(len(gram), dtype=gram.dtype)))
+        return self.choice.orthogonality * sum(apart) / len(apart) if apart else 0.0
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        """After the update of `step`, counted from 0."""
+        if not self.params:
+            return
+        c, layers = self.choice, [name.removesuffix("_e") for name in self.params if name.endswith("lora_e")]
+        first, last = (t if isinstance(t, int) else round(t * self.steps) for t in (c.start, c.stop))
+        for name, p in self.params.items() if step < last else ():
+            now = (p * p.grad).abs()
+            self.avg[name] = c.betas[0] * self.avg[name] + (1 - c.betas[0]) * now
+            self.unc[name] = c.betas[1] * self.unc[name] + (1 - c.betas[1]) * (now - self.avg[name]).abs()
+        if step <= first or not (step >= last or step % c.every == 0):
+            return
+        left = max(0.0, 1 - (step - first) / (last - first))
+        count = int(len(layers) * (c.target_rank + (c.rank - c.target_rank) * left**3))
+        s = {name: self.avg[name] * self.unc[name] for name in self.params}
+        scores = {
+            (layer, i): s[f"{layer}_e"][i].sum() + s[f"{layer}_a"][i].mean() + s[f"{layer}_b"][:, i].mean()
+            for layer in layers for i in range(c.rank)
+        }  # fmt: skip
+        for layer, i in sorted(scores, key=lambda one: -scores[one])[count:]:
+            self.params[f"{layer}_e"][i] = 0
+
+    def states(self) -> dict[str, Tensor]:
+        every = {"avg": self.avg, "unc": self.unc}
+        return {f"importance.{name}.{what}": t.clone() for what, part in every.items() for name, t in part.items()}
 
 
 class WithBone(nn.Module):
@@ -97,7 +155,7 @@ def adapt(model: nn.Module, config: TrainConfig) -> None:
         model.set_submodule(path, layer)
     for name, p in model.named_parameters():
         first = next((one.rule for one in config.optim.assign if fnmatchcase(name, one.match)), "own")
-        added = name.endswith(("lora_a", "lora_b", "magnitude", ".bone"))
+        added = name.endswith(("lora_a", "lora_b", "lora_e", "magnitude", ".bone"))
         learns = choice.name == "none" or added or matches(name, choice.train)
         p.requires_grad_(learns and first != "frozen")
         if not p.requires_grad and "blocks." in name and p.ndim == 2:

@@ -19,6 +19,9 @@ from rowwise.parallel.row_file import RowFile, row_file_of
 from rowwise.trainer.accelerate.deepspeed import on_deepspeed, remove_files
 from rowwise.trainer.accelerate.fsdp2 import on_fsdp2
 from rowwise.trainer.activations import keeper_in
+from rowwise.trainer.adapters.allocate import Allocation
+from rowwise.trainer.adapters.config import AdaLora
+from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.build import build_model
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import Engine
@@ -31,8 +34,8 @@ from rowwise.trainer.states import LiveStates, States
 @dataclass(frozen=True)
 class Assembled:
     """A run on this rank. `model`: the decoder, or this rank's stages of it. `assignments`: which rule the parameters of each stage
-    follow. `files`: in which some of its rows lie. `average`: of the weights, where one is kept. `close`: removes what it has beside
-    memory."""
+    follow. `files`: in which some of its rows lie. `average`: of the weights, where one is kept. `allocation`: of triplets, where
+    these are chosen. `close`: removes what it has beside memory."""
 
     model: Decoder | StagedDecoder
     engine: Engine
@@ -42,6 +45,7 @@ class Assembled:
     assignments: list[Assignments]
     files: Sequence[RowFile] = ()
     average: Average | None = None
+    allocation: Allocation | None = None
     close: Callable[[], None] = lambda: None
 
     @property
@@ -67,11 +71,19 @@ def assemble(config: TrainConfig, mesh: Mesh) -> Assembled:
     home = home_of(config, model, mesh.device)
     optimizer = build_optimizer(model, config.optim, config.seed, home)
     average = None if config.average.ema is None else Average(model, config.average, config.seed)
-    states = LiveStates(model, optimizer, sparsity, average)
+    allocation = allocation_of(config, model, mesh)
+    states = LiveStates(model, optimizer, sparsity, average, allocation)
     rules = of_every_stage(assignments(model, optimizer), mesh)
-    if home is None:
-        return Assembled(model, engine, optimizer, sparsity, states, rules, average=average)
-    return Assembled(model, engine, optimizer, sparsity, states, rules, home.files, average, home.close)
+    files, close = ((), lambda: None) if home is None else (home.files, home.close)
+    return Assembled(model, engine, optimizer, sparsity, states, rules, files, average, allocation, close)
+
+
+def allocation_of(config: TrainConfig, model: Decoder | StagedDecoder, mesh: Mesh) -> Allocation | None:
+    """Returns what chooses the triplets of the run's adapter; None where it has none."""
+    if not isinstance(config.adapter, AdaLora):
+        return None
+    stages = None if mesh.pipeline is None else mesh.pipeline.group
+    return Allocation(model, config.adapter, run_specs(config), config.steps, stages)
 
 
 def home_of(config: TrainConfig, model: Decoder | StagedDecoder, device: torch.device) -> HostRows | None:

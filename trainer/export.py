@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from rowwise.parallel.precision import DTYPES
-from rowwise.trainer.adapters.config import Dora, Lora
-from rowwise.trainer.adapters.doubled import OUT_OF_W, doubled
+from rowwise.trainer.adapters.as_lora import as_lora
+from rowwise.trainer.adapters.config import AdaLora, Dora, Lora
 from rowwise.trainer.adapters.frozen import decoded
 from rowwise.trainer.adapters.merge import adapter_of
 from rowwise.trainer.adapters.peft import write_adapter
@@ -91,14 +91,14 @@ def write_adapter_alone(source: Source, folder: Path, dtype: str) -> str:
     refuse_own(source)
     read_metadata(source.checkpoint)
     adapter, specs = adapter_of(source.config), parameter_specs(source.model)
-    if not isinstance(adapter, Lora | Dora):
+    if not isinstance(adapter, Lora | Dora | AdaLora):
         raise ValueError(
-            f"{source.checkpoint} has adapter={adapter.name}; possible are runs with adapter=lora or dora, or the merged export"
+            f"{source.checkpoint} has adapter={adapter.name}; possible are runs with adapter=lora, dora or adalora, "
+            "or the merged export"
         )
     read_ = decoded(source.read_(), coded_in(source, specs))
     with new_folder(folder) as partial:
-        if isinstance(adapter, Lora) and adapter.init in OUT_OF_W:
-            adapter, read_ = doubled(adapter, specs, read_, model_rows(source.model, source.config["seed"]))
+        adapter, read_ = as_lora(adapter, specs, read_, model_rows(source.model, source.config["seed"]))
         numbers = write_adapter(partial, adapter, specs, read_, DTYPES[dtype])
     return f"{source.checkpoint} -> {folder}: {adapter.name} of rank {adapter.rank}, {numbers:,} parameters in {dtype}"
 

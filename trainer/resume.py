@@ -8,6 +8,7 @@ from typing import Any
 
 from rowwise.conf.option import Resume, keys_that
 from rowwise.optim.sparse.config import TimedBase, every
+from rowwise.trainer.adapters.config import AdaLora
 from rowwise.trainer.config import TrainConfig, schedule_of, tree_of
 from rowwise.trainer.convert.find import is_deepspeeds
 from rowwise.trainer.keys import as_lists, flat
@@ -51,6 +52,8 @@ def state_facts(config: TrainConfig) -> dict[str, Any]:
         facts["sparsity.stop_at"] = config.sparsity.last_step(config.steps)
         if isinstance(gap := getattr(config.sparsity, "update_every", None), float):
             facts["sparsity.update_every"] = every(gap, config.steps)
+    if isinstance(config.adapter, AdaLora):
+        facts["adapter.start"], facts["adapter.stop"] = config.adapter.times(config.steps)
     return facts
 
 

@@ -10,6 +10,7 @@ from rowwise.optim.average import Average
 from rowwise.optim.build import named_state
 from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.state_bytes import StateBytes, measure
+from rowwise.trainer.adapters.allocate import Allocation
 
 
 def name_of(parameter: str, state: str | None = None) -> str:
@@ -22,6 +23,7 @@ def tensors_of(
     optimizer: torch.optim.Optimizer,
     sparsity: Sparsity | None = None,
     average: Average | None = None,
+    allocation: Allocation | None = None,
 ) -> dict[str, Tensor]:
     """Returns every tensor that a checkpoint holds, by its name in it."""
     tensors: dict[str, Tensor] = {name_of(name): p.detach() for name, p in model.named_parameters()}
@@ -29,7 +31,9 @@ def tensors_of(
         tensors |= {name_of(name, key): tensor for key, tensor in states.items()}
     if sparsity is not None:
         tensors |= {f"sparsity.{name}": tensor for name, tensor in sparsity.named_state().items()}
-    return tensors if average is None else tensors | average.named_state()
+    for kept in (average, allocation):
+        tensors |= {} if kept is None else kept.named_state()
+    return tensors
 
 
 class States(Protocol):
@@ -56,9 +60,10 @@ class LiveStates:
     optimizer: torch.optim.Optimizer
     sparsity: Sparsity | None
     average: Average | None = None
+    allocation: Allocation | None = None
 
     def read(self) -> dict[str, Tensor]:
-        return tensors_of(self.model, self.optimizer, self.sparsity, self.average)
+        return tensors_of(self.model, self.optimizer, self.sparsity, self.average, self.allocation)
 
     def room(self) -> dict[str, Tensor]:
         return self.read()

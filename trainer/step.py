@@ -17,6 +17,7 @@ from rowwise.optim.sparse.build import Sparsity
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.shard import clip_factor, gradient_file, gradient_squares, gradients, scale_
+from rowwise.trainer.adapters.allocate import Allocation
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
 from rowwise.trainer.engine import Engine
@@ -95,14 +96,20 @@ class StepReport:
         return self.finite and not self.held
 
 
-def compute_gradients(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sparsity | None = None) -> StepReport:
+def compute_gradients(
+    engine: Engine,
+    mesh: Mesh,
+    given: StepInput,
+    sparsity: Sparsity | None = None,
+    allocation: Allocation | None = None,
+) -> StepReport:
     """Leaves in every `p.grad` this rank's shard of the (clipped) gradient of the global mean loss.
 
-    `sparsity` changes gradients before their norm is taken. Beside what the engine moves (see `parallel.shard`), one
+    `sparsity` and `allocation` change gradients before their norm is taken. Beside what the engine moves (see `parallel.shard`), one
     all-reduce of eight float64 over all ranks, and of two more for each source of a mixture, whose result is the only point where
     the host waits for the device.
     """
-    totals = local_totals(engine, mesh, given, sparsity)
+    totals = local_totals(engine, mesh, given, sparsity, allocation)
     dist.all_reduce(totals)
     report = read_totals(totals, given)
     if report.finite:
@@ -111,13 +118,23 @@ def compute_gradients(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sp
     return report
 
 
-def local_totals(engine: Engine, mesh: Mesh, given: StepInput, sparsity: Sparsity | None = None) -> Tensor:
+def local_totals(
+    engine: Engine,
+    mesh: Mesh,
+    given: StepInput,
+    sparsity: Sparsity | None = None,
+    allocation: Allocation | None = None,
+) -> Tensor:
     """Runs forward and backward, and returns this rank's loss sum, valid tokens, squared norm of its gradient shards, its status,
-    and what it saw of each source: what summed over all ranks says all of a step."""
+    and what it saw of each source: what summed over all ranks says all of a step. An `allocation` takes an all-reduce of a float64."""
     seen = engine.forward_backward(given.batches, given.loss_scale / given.positions, given.trace)
     totals = torch.cat((seen[:2], seen.new_zeros(6), seen[2:]))
     if sparsity is not None:
         sparsity.filter_gradients(given.step)
+    if allocation is not None:
+        tokens = seen[1].clone()  # of the batch, by which the sums that gradients are will be divided
+        dist.all_reduce(tokens)
+        allocation.add_penalty_(tokens.clamp_min(1) * (given.loss_scale / given.positions))
     totals[2] = mesh.share(gradient_squares(engine.model))
     given.status.put(totals[3:8])
     return totals

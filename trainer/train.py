@@ -151,7 +151,9 @@ def make_saver(config: TrainConfig, mesh: Mesh, built: Assembled) -> Saver:
 def update_of(config: TrainConfig, mesh: Mesh, built: Assembled, state: TrainState) -> Update:
     """Makes what makes the steps of the run, judged by what `state` knows of those before."""
     judged = functools.partial(judge, config, state)
-    return make_update(config, mesh, built.engine, built.optimizer, built.sparsity, judged, built.average)
+    return make_update(
+        config, mesh, built.engine, built.optimizer, built.sparsity, judged, built.average, built.allocation
+    )
 
 
 def input_of(config: TrainConfig, mesh: Mesh, state: TrainState, fed: Fed, status: RankStatus) -> StepInput:

@@ -25,6 +25,7 @@ from rowwise.parallel.row_file import RowFile
 from rowwise.parallel.shard import clip_factor, gradient_file, gradients, scale_
 from rowwise.trainer.accelerate.engine import DeepSpeedEngine, step_by_deepspeed
 from rowwise.trainer.activations import ranges_of
+from rowwise.trainer.adapters.allocate import Allocation
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.engine import Engine
 from rowwise.trainer.loss import mean_loss, means_by_source
@@ -57,10 +58,12 @@ def make_update(
     sparsity: Sparsity | None,
     judge: Judge = accept,
     average: Average | None = None,
+    allocation: Allocation | None = None,
 ) -> Update:
     """Makes the function that makes a step of the run: its learning rate, its gradients, and its update, in the form that the
     configuration asks for. The gradients it used stay until they are let go. What is not for `judge` to hold is the update in
-    the backward, which is made before its numbers are known. `average` takes in the weights of every update."""
+    the backward, which is made before its numbers are known. `average` takes in the weights of every update;
+    `allocation` chooses triplets after it."""
     if isinstance(engine, DeepSpeedEngine):
         form = functools.partial(step_by_deepspeed, engine, mesh, judge)
     elif isinstance(optimizer, FlatOptimizer):
@@ -72,7 +75,7 @@ def make_update(
     elif config.parallel.post_validation:
         form = functools.partial(step_at_once, engine, optimizer, mesh, judge)
     else:
-        form = functools.partial(step_in_order, engine, optimizer, sparsity, mesh, judge)
+        form = functools.partial(step_in_order, engine, optimizer, sparsity, mesh, judge, allocation)
 
     ranges = ranges_of(engine.model)
 
@@ -89,14 +92,22 @@ def make_update(
 
 
 def step_in_order(
-    engine: Engine, optimizer: Optimizer, sparsity: Sparsity | None, mesh: Mesh, judge: Judge, given: StepInput
+    engine: Engine,
+    optimizer: Optimizer,
+    sparsity: Sparsity | None,
+    mesh: Mesh,
+    judge: Judge,
+    allocation: Allocation | None,
+    given: StepInput,
 ) -> StepReport:
-    """Makes the ordinary step: gradients, their norm, and the update, with what follows for masks."""
-    report = judge(compute_gradients(engine, mesh, given, sparsity))
+    """Makes the ordinary step: gradients, their norm, and the update, with what follows for masks and triplets."""
+    report = judge(compute_gradients(engine, mesh, given, sparsity, allocation))
     if sparsity is not None:
         sparsity.step(optimizer, given.step, report.applied)
     elif report.applied:
         optimizer.step()
+        if allocation is not None:
+            allocation.step(given.step)
     return report
 
 

@@ -6,7 +6,7 @@ from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.spec import Specs
 from rowwise.optim.build import FROZEN, fold
 from rowwise.trainer.adapters.bits import FORMS, NAMED, bits_of
-from rowwise.trainer.adapters.config import AdapterConfig, Bone, LoraBase, LqLora, NoAdapter
+from rowwise.trainer.adapters.config import AdaLora, AdapterConfig, Bone, LoraBase, LowRankBase, LqLora, NoAdapter
 from rowwise.trainer.adapters.specs import is_adapted, matching
 
 ADAPTED: Refusals = (
@@ -40,7 +40,39 @@ ADAPTED: Refusals = (
         "adapter=lq_lora with parallel.quantize_gather={parallel.quantize_gather}: what is frozen crosses in few bits already, and "
         "its bytes are no numbers to round; give parallel.quantize_gather=none, or adapter=lora",
     ),
+    Refusal(
+        ("adapter.start", "adapter.stop", "steps"),
+        lambda run: run.adapter.name == "adalora" and not _in_order(run.adapter, run.steps),
+        lambda run: (
+            f"adapter.start={run.adapter.start} adapter.stop={run.adapter.stop} with steps={run.steps}: triplets go after step "
+            f"{run.adapter.times(run.steps)[0]} and stay from step {run.adapter.times(run.steps)[1]} on; give steps or shares of "
+            "the run with start below stop, and stop within the run"
+        ),
+    ),
+    Refusal(
+        ("adapter.name", "optim.in_backward"),
+        lambda run: run.adapter.name == "adalora" and run.optim.in_backward,
+        "adapter=adalora with optim.in_backward: importance needs gradients when all weights have taken them; give "
+        "optim.in_backward=false, or adapter=lora",
+    ),
+    Refusal(
+        ("adapter.name", "parallel.post_validation"),
+        lambda run: run.adapter.name == "adalora" and run.parallel.post_validation,
+        "adapter=adalora with parallel.post_validation: which triplets stay is chosen by all ranks, which one cannot take back alone; "
+        "give parallel.post_validation=false, or adapter=lora",
+    ),
+    Refusal(
+        ("adapter.name", "memory.offload_params"),
+        lambda run: run.adapter.name == "adalora" and run.memory.offload_params != "none",
+        "adapter=adalora with memory.offload_params={memory.offload_params}: importance is found where weights and gradients are both "
+        "on the device; give memory.offload_params=none, or adapter=lora",
+    ),
 )
+
+
+def _in_order(config: AdaLora, steps: int) -> bool:
+    start, stop = config.times(steps)
+    return 0 <= start < stop <= steps
 
 
 def check_adapter(config: AdapterConfig, specs: Specs) -> None:
@@ -71,8 +103,12 @@ def check_adapter(config: AdapterConfig, specs: Specs) -> None:
             raise ValueError(
                 f"adapter.layers: {name}, {tuple(spec.shape)}, is no matrix of a linear layer; leave it out of adapter.layers"
             )
-    if isinstance(config, LoraBase):
-        _check_lora(config, specs)
+    if isinstance(config, LowRankBase):
+        _check_low_rank(config, specs)
+    if isinstance(config, LoraBase) and config.b_lr_ratio <= 0:
+        raise ValueError(f"adapter.b_lr_ratio={config.b_lr_ratio}: it is above 0; 1 is the learning rate of A")
+    if isinstance(config, AdaLora):
+        _check_adalora(config)
     if isinstance(config, LqLora):
         _check_lq(config, specs)
     if isinstance(config, Bone):
@@ -88,19 +124,31 @@ def _check_bone(config: Bone, specs: Specs) -> None:
             )
 
 
-def _check_lora(config: LoraBase, specs: Specs) -> None:
+def _check_low_rank(config: LowRankBase, specs: Specs) -> None:
     for name, spec in specs.items():
         if is_adapted(name, spec, config) and not 1 <= config.rank <= min(spec.shape):
             raise ValueError(
                 f"adapter.rank={config.rank}: it is at least 1, and at most the narrow side of {name}, {tuple(spec.shape)}; give "
                 f"1 to {min(spec.shape)}, or leave it out of adapter.layers"
             )
-    if config.alpha <= 0 or config.b_lr_ratio <= 0:
-        raise ValueError(
-            f"adapter.alpha={config.alpha} adapter.b_lr_ratio={config.b_lr_ratio}: both are above 0 (alpha=rank multiplies by 1)"
-        )
+    if config.alpha <= 0:
+        raise ValueError(f"adapter.alpha={config.alpha}: it is above 0 (alpha=rank multiplies by 1)")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"adapter.dropout={config.dropout}: the share that is dropped, at least 0 and below 1")
+
+
+def _check_adalora(config: AdaLora) -> None:
+    if not 1 <= config.target_rank <= config.rank:
+        raise ValueError(
+            f"adapter.target_rank={config.target_rank}: triplets of a matrix that are left, at least 1 and at most "
+            f"adapter.rank={config.rank}"
+        )
+    if config.every < 1:
+        raise ValueError(f"adapter.every={config.every}: steps between two choices of triplets, at least 1")
+    if len(config.betas) != 2 or not all(0 < beta < 1 for beta in config.betas):
+        raise ValueError(f"adapter.betas={config.betas}: two numbers between 0 and 1, such as [0.85, 0.85]")
+    if config.orthogonality < 0:
+        raise ValueError(f"adapter.orthogonality={config.orthogonality}: the weight of a penalty, at least 0")
 
 
 def _check_lq(config: LqLora, specs: Specs) -> None:

@@ -6,13 +6,13 @@ from typing import Literal
 
 import torch
 
-from rowwise.conf.option import Fixed, MayChange
-from rowwise.kernels.spec import Constant, ParameterSpec, Uniform
+from rowwise.conf.option import Fixed, FixedAsSteps, MayChange
+from rowwise.kernels.spec import Constant, Normal, ParameterSpec, Uniform
 
 Init = Literal["kaiming", "pissa"]
 Added = dict[str, ParameterSpec]  # by name, inside the layer of the matrix
 MAGNITUDE = "magnitude"
-ADDED = ("lora_a", "lora_b", MAGNITUDE, "bone")  # every name that an adapter has beside a matrix
+ADDED = ("lora_a", "lora_b", "lora_e", MAGNITUDE, "bone")  # every name that an adapter has beside a matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +36,27 @@ class AdapterBase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraBase(AdapterBase):
+class LowRankBase(AdapterBase):
     """Beside W (m, n) stand A (r, n) and B (m, r). `rank`: r of what is added to a matrix. `alpha`: what is added is multiplied by
-    alpha / rank. `rslora`: it is by alpha / sqrt(rank) in its place (Kalajdzievski, *rsLoRA*). `dropout`: the share of what goes
-    into A that is 0, the rest made larger by as much, drawn for its sample, place, layer and feature. `b_lr_ratio`: the learning
-    rate of B, as a multiple of A's (Hayou et al., *LoRA+*)."""
+    alpha / rank. `dropout`: the share of what goes into A that is 0, the rest made larger by as much, drawn for its sample, place,
+    layer and feature."""
 
     rank: Fixed[int] = 8
     alpha: Fixed[float] = 16.0
-    rslora: Fixed[bool] = False
     dropout: MayChange[float] = 0.0
+
+    @property
+    def scale(self) -> float:
+        """What the product of its matrices is multiplied by."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraBase(LowRankBase):
+    """`rslora`: what is added is multiplied by alpha / sqrt(rank) (Kalajdzievski, *rsLoRA*). `b_lr_ratio`: the learning rate of B, as
+    a multiple of A's (Hayou et al., *LoRA+*)."""
+
+    rslora: Fixed[bool] = False
     b_lr_ratio: MayChange[float] = 1.0
 
     @property
@@ -101,6 +112,43 @@ class Dora(LoadedBase):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaLora(LowRankBase):
+    """Zhang et al., *AdaLoRA*: beside W stands B diag(E) A, of whose triplets (a column of B, a number of E, a row of A) those stay
+    that matter most, over all matrices. `rank`: triplets of each matrix at first. `target_rank`: those of a matrix in the end, on the
+    mean. `start`: the step, or share of the run, after which triplets go; `stop`: the one from which those that are left stay.
+    `every`: steps between two choices. `betas`: of the averages of importance and of how it varies. `orthogonality`: the weight of
+    how far A and B are from orthogonal, in gradients alone."""
+
+    name: Fixed[Literal["adalora"]] = "adalora"
+    rank: Fixed[int] = 12
+    target_rank: Fixed[int] = 8
+    start: FixedAsSteps[int | float] = 0.1
+    stop: FixedAsSteps[int | float] = 0.7
+    every: MayChange[int] = 10
+    betas: MayChange[list[float]] = field(default_factory=lambda: [0.85, 0.85])
+    orthogonality: MayChange[float] = 0.5
+
+    @property
+    def scale(self) -> float:
+        """As its authors have it."""
+        return self.alpha / (self.rank + 1e-5)
+
+    def times(self, steps: int) -> tuple[int, int]:
+        """Returns `start` and `stop` of a run of so many steps, as steps."""
+        first, last = (t if isinstance(t, int) else round(t * steps) for t in (self.start, self.stop))
+        return first, last
+
+    def added(self, matrix: torch.Size) -> Added:
+        """A and B are normal, E is 0."""
+        rows, columns = matrix
+        return {
+            "lora_a": ParameterSpec(torch.Size((self.rank, columns)), "adapter", Normal(0.02)),
+            "lora_e": ParameterSpec(torch.Size((self.rank, 1)), "adapter", Constant(0.0)),
+            "lora_b": ParameterSpec(torch.Size((rows, self.rank)), "adapter", Normal(0.02)),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bone(AdapterBase):
     """Kang & Yin, *Bone*: beside W (m, n) stands P (r, m), whose transpose is added to every r columns of it. `rank`: r; of more
     parameters the larger it is, and no larger than n."""
@@ -113,4 +161,4 @@ class Bone(AdapterBase):
         return {"bone": ParameterSpec(torch.Size((self.rank, matrix[0])), "adapter", Constant(0.0))}
 
 
-AdapterConfig = NoAdapter | Lora | Dora | LqLora | Bone
+AdapterConfig = NoAdapter | Lora | Dora | LqLora | AdaLora | Bone

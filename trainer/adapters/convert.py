@@ -9,16 +9,16 @@ from rowwise.kernels.philox import stream_key
 from rowwise.kernels.spec import Specs
 from rowwise.parallel.activations.compress import Tokens
 from rowwise.trainer.adapters.bone import BoneLinear
-from rowwise.trainer.adapters.config import AdapterConfig, Bone, Dora, Lora, LoraBase, LqLora
+from rowwise.trainer.adapters.config import AdaLora, AdapterConfig, Bone, Dora, Lora, LowRankBase, LqLora
 from rowwise.trainer.adapters.dropout import Dropout
-from rowwise.trainer.adapters.lora import DoraLinear, LoraLinear
+from rowwise.trainer.adapters.lora import AdaLoraLinear, DoraLinear, LoraLinear
 from rowwise.trainer.adapters.specs import adapted_layers
 from rowwise.trainer.models.decoder import Decoder
 from rowwise.trainer.models.specs import EMBEDDING
 
 # What makes of a linear layer one that has the adapter, with the very same parameters beside its own.
 LAYERS: dict[type, Callable[[nn.Linear, Any], nn.Linear]] = {
-    Lora: LoraLinear, LqLora: LoraLinear, Dora: DoraLinear, Bone: BoneLinear,
+    Lora: LoraLinear, LqLora: LoraLinear, AdaLora: AdaLoraLinear, Dora: DoraLinear, Bone: BoneLinear,
 }  # fmt: skip
 
 
@@ -41,6 +41,6 @@ def adapt(model: Decoder, adapter: AdapterConfig, specs: Specs, seed: int, token
 
 def dropout_of(path: str, adapter: AdapterConfig, seed: int, tokens: Tokens) -> Dropout | None:
     """Gives the dropout of the layer `path`; None: nothing is dropped."""
-    if not isinstance(adapter, LoraBase) or not adapter.dropout:
+    if not isinstance(adapter, LowRankBase) or not adapter.dropout:
         return None
     return Dropout(adapter.dropout, stream_key(seed, f"dropout/{path}"), tokens)

@@ -1,7 +1,8 @@
-"""Linear layers with low-rank adapters: LoRA (Hu et al.) and DoRA (Liu et al.).
+"""Linear layers with low-rank adapters: LoRA (Hu et al.), AdaLoRA (Zhang et al.) and DoRA (Liu et al.).
 
-    LoRA    y = x W^T + bias + s (d A^T) B^T                          W (m, n) frozen, A (r, n), B (m, r); s = alpha / r
-    DoRA    y = x W^T + bias + (g - 1) d W^T + g s (d A^T) B^T        g = size / norm(W + s B A), a number a row
+    LoRA       y = x W^T + bias + s (d A^T) B^T                          W (m, n) frozen, A (r, n), B (m, r); s = alpha / r
+    AdaLoRA    y = x W^T + bias + s (d A^T diag(E)) B^T                  E (r,)
+    DoRA       y = x W^T + bias + (g - 1) d W^T + g s (d A^T) B^T        g = size / norm(W + s B A), a number a row
 
 d is x, or what dropout leaves of it. With d = x, DoRA is the layer of W + s B A whose rows have the sizes that learn. Its norms
 are constants to the gradient (section 4.3 of its paper, and PEFT), and are found without the matrix:
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rowwise.kernels.wide import wide_dtype
-from rowwise.trainer.adapters.config import LoraBase
+from rowwise.trainer.adapters.config import LowRankBase
 from rowwise.trainer.adapters.dropout import Dropout
 from rowwise.trainer.adapters.frozen import FrozenLinear
 
@@ -29,7 +30,7 @@ class LoraLinear(FrozenLinear):
 
     dropout: Dropout | None = None
 
-    def __init__(self, linear: nn.Linear, config: LoraBase):
+    def __init__(self, linear: nn.Linear, config: LowRankBase):
         super().__init__(linear)
         self.scale = config.scale
         for name, spec in config.added(linear.weight.shape).items():
@@ -48,6 +49,15 @@ class LoraLinear(FrozenLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.lora_a.size(0)}, scale={self.scale:g}"
+
+
+class AdaLoraLinear(LoraLinear):
+    """A LoRA layer with a number for each of its triplets."""
+
+    lora_e: nn.Parameter
+
+    def beside(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.lora_a) * self.lora_e.flatten(), self.lora_b) * self.scale
 
 
 class DoraLinear(LoraLinear):

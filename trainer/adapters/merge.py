@@ -1,8 +1,9 @@
 """The one matrix that a layer with an adapter stands for: what a run that has ended computes with, in a plain model.
 
-LoRA    W + s B A
-DoRA    the same, its rows at the sizes that were learned
-Bone    W + [P^T P^T ...]
+LoRA       W + s B A
+AdaLoRA    W + s B diag(E) A
+DoRA       as LoRA, its rows at the sizes that were learned
+Bone       W + [P^T P^T ...]
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 from rowwise.kernels.spec import Specs
 from rowwise.kernels.wide import wide_dtype
 from rowwise.trainer.adapters.bone import unfolded
-from rowwise.trainer.adapters.config import MAGNITUDE, AdapterConfig, Bone, LoraBase, NoAdapter
+from rowwise.trainer.adapters.config import MAGNITUDE, AdapterConfig, Bone, LowRankBase, NoAdapter
 from rowwise.trainer.adapters.specs import is_adapted
 
 _ADAPTERS: TypeAdapter[AdapterConfig] = TypeAdapter(AdapterConfig)
@@ -42,13 +43,15 @@ def merged(adapter: AdapterConfig, specs: Specs, dtype: torch.dtype, read_: Read
 
 def merged_matrix(adapter: AdapterConfig, name: str, shape: torch.Size, dtype: torch.dtype, read_: Read) -> Tensor:
     """Returns the matrix that the layer of the weight `name` stands for, in 32 bits or more."""
-    assert isinstance(adapter, LoraBase | Bone)
+    assert isinstance(adapter, LowRankBase | Bone)
     layer = name.removesuffix(".weight")
     parts = {"weight": shape} | {key: spec.shape for key, spec in adapter.added(shape).items()}
     held = {key: torch.empty(size, dtype=wide_dtype(dtype)) for key, size in parts.items()}
     read_({f"{layer}.{key}": t for key, t in held.items()})
     if isinstance(adapter, Bone):
         return held["weight"].add_(unfolded(held["bone"], shape[1]))
+    if "lora_e" in held:
+        held["lora_a"] *= held["lora_e"]
     whole = held["weight"].addmm_(held["lora_b"], held["lora_a"], alpha=adapter.scale)
     if MAGNITUDE in held:
         whole *= (held[MAGNITUDE] / torch.linalg.vector_norm(whole, dim=1))[:, None]

@@ -1,8 +1,9 @@
-"""An adapter that began as a part of W, written as one that stands beside all of it: PEFT's conversion, of twice the rank.
+"""An adapter as LoRA that stands beside all of W, which is what PEFT's folders hold.
 
-    R + s B A  =  W + s (B A - B0 A0)  =  W + s [B  -B0] [A; A0]        R = W - s B0 A0 is what the run keeps
+    pissa      R + s B A  =  W + s (B A - B0 A0)  =  W + s [B  -B0] [A; A0]        R = W - s B0 A0 is what the run keeps
+    adalora    s B diag(E) A  =  (alpha / r) (B diag(E) s r / alpha) A
 
-A0 and B0 are not kept: they are halves of (W - R) / s, which has their rank.
+The first is PEFT's own conversion, of twice the rank. A0 and B0 are not kept: they are halves of (W - R) / s, which has their rank.
 """
 
 import math
@@ -13,12 +14,36 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.spec import Specs
-from rowwise.trainer.adapters.config import Lora
+from rowwise.trainer.adapters.config import AdaLora, Dora, Lora
 
 OUT_OF_W = ("pissa",)  # what `adapter.init` takes out of W
 REMAINS = 1e-4  # of W, at most, beyond the rank of what was taken out: the roundings of 32 bits
 Read = Callable[[dict[str, Tensor]], None]
 Fill = Callable[[str, Tensor, int, int], None]
+
+
+def as_lora(adapter: Lora | Dora | AdaLora, specs: Specs, read_: Read, began_: Fill) -> tuple[Lora | Dora, Read]:
+    """Returns the adapter as LoRA or DoRA, and what fills its tensors; see `doubled`."""
+    if isinstance(adapter, AdaLora):
+        plain = Lora(rank=adapter.rank, alpha=adapter.alpha, layers=adapter.layers, train=adapter.train)
+        return plain, _with_numbers(adapter, read_)
+    if isinstance(adapter, Lora) and adapter.init in OUT_OF_W:
+        return doubled(adapter, specs, read_, began_)
+    return adapter, read_
+
+
+def _with_numbers(adapter: AdaLora, read_: Read) -> Read:
+    """What fills B with B diag(E), and all else as it is."""
+
+    def fill_(tensors: dict[str, Tensor]) -> None:
+        read_(tensors)
+        for name, b in tensors.items():
+            if name.endswith(".lora_b"):
+                e = torch.empty(adapter.rank, 1)
+                read_({f"{name.removesuffix('lora_b')}lora_e": e})
+                b *= e.flatten() * (adapter.scale * adapter.rank / adapter.alpha)
+
+    return fill_
 
 
 def doubled(adapter: Lora, specs: Specs, read_: Read, began_: Fill) -> tuple[Lora, Read]:
