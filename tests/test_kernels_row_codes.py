@@ -148,7 +148,11 @@ def test_triton_gives_what_torch_gives(dtype):
 def triton_is_torch(dtype):
     from rowwise.kernels.row_codes_triton import decode_triton_, encode_triton_
 
-    for bits, shape, draws in itertools.product((8, 4), SHAPES[2:4] + SHAPES[6:], (None, Draws(KEY, 4), Draws(KEY, 7))):
+    cases = list(itertools.product((8, 4), SHAPES[2:4] + SHAPES[6:], (None, Draws(KEY, 4), Draws(KEY, 7))))
+    # In 16 bits, every two of bits, shape and draws in one of the dtypes.
+    for bits, shape, draws in cases[
+        {torch.bfloat16: 0, torch.float16: 1}.get(dtype, 0) :: 1 if dtype == torch.float32 else 2
+    ]:
         x = numbers(*shape, dtype=dtype)
         if shape[2] > 256:
             x[0, 0, 3], x[-1, -1, 256:] = torch.nan, 0

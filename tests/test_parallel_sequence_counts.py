@@ -156,15 +156,15 @@ def peak(model, axes, length: int) -> int:
     return live.peak
 
 
-def test_activations_fall_with_the_number_of_ranks(ranks, folder):
+def test_activations_fall_with_the_number_of_ranks(ranks, folder, full):
     """Each rank holds its share; with Ulysses of what is seen twice, as attention's heads gave it and as the tokens have it."""
     config = small_config(
-        folder, "precision=fp32", "model.layers=4", "model.heads=8", "model.kv_heads=4", "model.dim=64", "model.ffn_dim=128",
+        folder, "precision=fp32", "model.layers=2", "model.heads=8", "model.kv_heads=4", "model.dim=64", "model.ffn_dim=128",
         "model.head_dim=8", "parallel.zero=0",
     )  # fmt: skip
     lengths = [256, 512]
     (alone,) = ranks.run(peaks, 1, with_layout(config, 1), lengths)
-    for degrees in ({"ulysses": 2}, {"ring": 2}, {"ulysses": 4}, {"ring": 4}, {"ulysses": 2, "ring": 2}):
+    for degrees in ({"ulysses": 2}, {"ring": 4}, {"ulysses": 2, "ring": 2}, *[{"ulysses": 4}, {"ring": 2}] * full):
         world = degrees.get("ulysses", 1) * degrees.get("ring", 1)
         for rank in ranks.run(peaks, world, with_layout(config, world, **degrees), lengths):
             for part, whole, length in zip(rank, alone, lengths, strict=True):
