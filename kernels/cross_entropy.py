@@ -100,6 +100,16 @@ def loss_bytes(
     return dx + max(tile + copies, tokens * dim * itemsize)
 
 
+def sums_bytes(tokens: int, words: int, itemsize: int, device: str = "cuda") -> int:
+    """Counts what the losses alone take at their height: a tile of logits, of 16 bits beside the same in float32. A GPU's kernel adds
+    them up as they come."""
+    if device == "cuda":
+        return 0
+    elements, most, _ = TILES[device]
+    rows = min(tokens, most)
+    return rows * min(words, max(1, elements // rows)) * (itemsize + 4 * (itemsize < 4))
+
+
 class _Later(torch.autograd.Function):
     @staticmethod
     def forward(

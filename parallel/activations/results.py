@@ -102,7 +102,8 @@ class LayerResults:
 class BackwardPiece:
     """A piece of a layer's backward, in bytes a token. `needs`: results; `during`: gradients and temporaries; `parameters`: how many
     of the layer's, counted from the last, have their gradients when it begins. Where weights' gradients are computed later: they
-    need of it the results `inputs`, and gradients of `outputs` bytes from here on, beside which there are `beside`."""
+    need of it the results `inputs`, and gradients of `outputs` bytes from here on, beside which there are `beside`. `linears`: the
+    linear layers that it goes through, by their paths in the layer, which are given what it needs."""
 
     needs: tuple[str, ...]
     during: int
@@ -110,6 +111,7 @@ class BackwardPiece:
     outputs: int
     beside: int
     inputs: tuple[str, ...] = ()
+    linears: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from rowwise.parallel.activations.results import INPUT, BackwardPiece, LayerResu
 from rowwise.trainer.models.attention import GATE, NORM, attention_results
 from rowwise.trainer.models.config import ModelConfig
 
+WIDENING, PROJECTING = ("feed_forward.w1", "feed_forward.w3"), ("attention.wq", "attention.wk", "attention.wv")
+
 
 def block_results(config: ModelConfig, sharing: Sharing) -> LayerResults:
     """Lists the results of a layer."""
@@ -55,23 +57,23 @@ def block_work(config: ModelConfig, width: int, gpu: bool) -> LayerWork:
     of_h = of_widening + before
     of_a = of_h + after
     of_wo = of_a + 1 + config.out_bias
-    of_qkv = of_wo + 3 * (1 + config.qkv_bias) + 2
+    of_qkv = of_wo + 3 * (1 + config.qkv_bias) + 2 * config.qk_norm
     normed_f = BackwardPiece(("f", "out"), 2 * d + scaled + norm, 0, 0, 2 * d + scaled + norm)
-    normed_a = BackwardPiece(("a", "h"), 2 * d + scaled + norm, of_h, 0, 2 * d + scaled + norm)
+    normed_a = BackwardPiece(("a",), 2 * d + scaled + norm, of_h, 0, 2 * d + scaled + norm)
     waits_h = 0 if after else d  # the gradient of h is that of wo's output
     normed_h = BackwardPiece(("h",), 2 * d + norm, of_widening, waits_h, 2 * d - waits_h + norm)
     backward = (
         *((normed_f,) if after else ()),
-        BackwardPiece(("s",), d + apart + f, after, d, apart + f, ("s",)),
+        BackwardPiece(("s",), d + apart + f, after, d, apart + f, ("s",), ("feed_forward.w2",)),
         BackwardPiece(("gate_up",), d + apart + 3 * f, of_w2, f, apart + 2 * f),
         BackwardPiece(("gate_up",), d + apart + 3 * f, of_w2, f, apart + f),
-        BackwardPiece((n2,), max(2 * d + 2 * f, 3 * d + f), of_w2, 0, apart + 2 * d, (n2,)),
+        BackwardPiece((n2,), max(2 * d + 2 * f, 3 * d + f), of_w2, 0, apart + 2 * d, (n2,), WIDENING),
         *((normed_h,) if before else ()),
         *((normed_a,) if after else ()),
-        BackwardPiece(("y",), d + apart + q, of_a, d if after else 0, apart + q, ("y",)),
+        BackwardPiece(("y",), d + apart + q, of_a, d if after else 0, apart + q, ("y",), ("attention.wo",)),
         BackwardPiece(looked, d + 2 * q + 2 * k + sums, of_wo, k, apart + 2 * q + k + sums),
         BackwardPiece(turned_of, d + q + 2 * k + turned, of_wo, q + k, apart + turned),
-        BackwardPiece((n1,), 3 * d + q + 2 * k, of_wo, 0, apart + 2 * d, (n1,)),
+        BackwardPiece((n1,), 3 * d + q + 2 * k, of_wo, 0, apart + 2 * d, (n1,), PROJECTING),
         *((BackwardPiece((INPUT,), 2 * d + norm, of_qkv, 0, apart + d + norm),) if before else ()),
     )
     last = max(f, 2 * d, 2 * config.dim * w + d if after else 0)

@@ -52,7 +52,7 @@ def read_bytes(config: TrainConfig, groups: Iterable[Group]) -> int:
     if not is_folder(config.memory.offload_params):
         return 0
     width = widths_of(config).parameter
-    return 2 * max(group.shard * width + BLOCK * len(group.tensors) for group in groups)
+    return 2 * max(group.shard_bytes(width) + BLOCK * len(group.tensors) for group in groups)
 
 
 def step_bytes(config: TrainConfig, portions: Iterable[Portion], gpu: bool) -> int:

@@ -9,7 +9,7 @@ made in the forward where the loss is told what it will be multiplied by, and in
 from dataclasses import dataclass
 from typing import Literal
 
-from rowwise.kernels.cross_entropy import loss_bytes
+from rowwise.kernels.cross_entropy import loss_bytes, sums_bytes
 from rowwise.kernels.spec import ParameterSpec
 from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
@@ -56,4 +56,6 @@ def loss_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bo
     if at_once:
         kept = tokens * model.dim * width
         return LossWork(most, kept, kept, 0, head, "forward", False, tied)
-    return LossWork(0, tokens * wide, most, 0, head, "backward", True, tied)
+    return LossWork(
+        sums_bytes(tokens, model.vocab_size, width, device), tokens * wide, most, 0, head, "backward", True, tied
+    )

@@ -165,7 +165,8 @@ class Sharded:
         """Starts to gather a group, unless it is there or on its way."""
         if self._shards == 1 or g in self._here or g in self._coming:
             return
-        cast = self._groups[g].shard * self._widths.compute if self._widths.mixed else 0
+        group, width = self._groups[g], self._widths.compute
+        cast = (group.shard - group.as_kept[0]) * width if self._widths.mixed else 0
         self._ledger.take("messages", cast + self._gathered(g))
         if g not in self._copied:
             self._ledger.use("messages", (1 + self._shards) * self._groups[g].coded)
@@ -203,8 +204,8 @@ class Sharded:
             return
         if self._last or self._zero == 3:
             self._free(g)
-        self._drop_buffer()
         if whole or wide:
+            self._drop_buffer()
             self._reduce(g, whole, wide)
 
     def _widen(self, g: int) -> None:
@@ -287,7 +288,7 @@ class Sharded:
             self._reducing = None
 
     def _gathered(self, g: int) -> int:
-        return self._groups[g].padded * self._widths.compute
+        return self._groups[g].shard_bytes(self._widths.compute) * self._shards
 
     def _reduced(self, g: int) -> int:
         return self._groups[g].reduced[0] * self._widths.reduce

@@ -1,5 +1,4 @@
-"""What a rank keeps of the parameters of its layers: which are gathered as one, its rows of them, of their optimizer states and of
-their masks."""
+"""What a rank keeps of its layers' parameters: which are gathered as one, its rows of them, of their states and of their masks."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,6 +76,11 @@ def rows_of(rows: int, place: Place) -> int:
     return max(0, min(each, rows - each * place.shard))
 
 
+def padded_rows(spec: ParameterSpec, place: Place) -> int:
+    """Counts the rows of a parameter that FSDP2 has on every rank."""
+    return -(-spec.shape[0] // place.shards)
+
+
 @dataclass(frozen=True)
 class Group:
     """Parameters that are gathered and reduced as one. `pieces`: the first and the last of the stage that they are of; `tensors`:
@@ -84,7 +88,8 @@ class Group:
     a rank's. `root`: they are what all others leave; `kept`: they stay gathered from the forward to the backward; `late`: nothing
     tells when their backward is over, so that they are reduced when all is; `coded`: a rank's bytes where they are gathered as
     8-bit codes, else 0; `sums`: where gradients cross as codes, of each level the bytes that go and come, and of the sums that are
-    there meanwhile; `frozen`: those without gradients, and `learning`: `padded` and `shard` of the others (None: of all)."""
+    there meanwhile; `frozen`: those without gradients, and `learning`: `padded` and `shard` of the others (None: of all); `as_kept`:
+    of what computes as it is kept, whatever others do, a rank's numbers and their bytes."""
 
     pieces: tuple[int, int]
     tensors: tuple[tuple[int, str, int], ...]
@@ -97,6 +102,12 @@ class Group:
     sums: tuple[tuple[int, int], ...] = ()
     frozen: frozenset[str] = frozenset()
     learning: tuple[int, int] | None = None
+    as_kept: tuple[int, int] = (0, 0)
+
+    def shard_bytes(self, width: int) -> int:
+        """Counts the bytes of a rank's rows, of `width` bytes a number but for what is kept otherwise."""
+        numbers, size = self.as_kept
+        return (self.shard - numbers) * width + size
 
     @property
     def reduced(self) -> tuple[int, int]:
@@ -158,13 +169,17 @@ def _merged(config: TrainConfig, layers: range, place: Place) -> list[Group]:
     parts, rest = run_parts(config, layers)
     zero, first, width = config.parallel.zero, layers.start == 0, widths_of(config).parameter
     placed = list(enumerate(parts, 1 if rest else 0))
+
+    def bytes_of(one: tuple[int, Specs]) -> int:
+        return sum(spec.shape[0] * spec.row_bytes(width) for spec in one[1].values())
+
     last = len(placed) if rest else len(placed) - 1
-    merged = [[one] for one in placed] if zero >= 2 else in_buckets(placed, lambda one: numbers_of(one[1]) * width)
+    merged = [[one] for one in placed] if zero >= 2 else in_buckets(placed, bytes_of)
     pieces = pieces_of(config, layers)
     of_rest = [(0, pieces[0]), (last, pieces[-1])] if rest else []
     if len(merged) == 1:
-        return [_group(merged[0] + of_rest, (0, last), place, root=True, kept=True, late=first)]
-    root = [_group(of_rest, (0, last), place, root=True, kept=True, late=True)] if rest else []
+        return [_group(merged[0] + of_rest, (0, last), place, root=True, stays=True, late=first)]
+    root = [_group(of_rest, (0, last), place, root=True, stays=True, late=True)] if rest else []
     return root + [
         _group(some, (some[0][0], some[-1][0]), place, False, zero < 3 or some is merged[-1], first and some[0][0] == 0)
         for some in merged
@@ -172,20 +187,19 @@ def _merged(config: TrainConfig, layers: range, place: Place) -> list[Group]:
 
 
 def _group(
-    parts: list[tuple[int, Specs]], pieces: tuple[int, int], place: Place, root: bool, kept: bool, late: bool
+    parts: list[tuple[int, Specs]], pieces: tuple[int, int], place: Place, root: bool, stays: bool, late: bool
 ) -> Group:
     specs = {name: spec for _, part in parts for name, spec in part.items()}
 
     def rows(specs: Specs) -> int:
-        return sum(-(-spec.shape[0] // place.shards) * spec.shape[1:].numel() for spec in specs.values())
+        return sum(padded_rows(spec, place) * spec.shape[1:].numel() for spec in specs.values())
 
-    shard, learns, frozen = rows(specs), None, specs.keys() - learning(specs).keys()
+    shard, frozen, learns = rows(specs), frozenset(specs.keys() - learning(specs).keys()), rows(learning(specs))
+    kept = {name: spec for name, spec in specs.items() if spec.kept is not None}
+    as_kept = rows(kept), sum(padded_rows(spec, place) * spec.row_bytes(0) for spec in kept.values())
     tensors = tuple((piece, name, spec.shape.numel()) for piece, part in parts for name, spec in part.items())
-    if frozen:
-        learns = rows(learning(specs)) * place.shards, rows(learning(specs))
-    return Group(
-        pieces, tensors, shard * place.shards, shard, root, kept, late, frozen=frozenset(frozen), learning=learns
-    )
+    reduced = (learns * place.shards, learns) if frozen else None
+    return Group(pieces, tensors, shard * place.shards, shard, root, stays, late, 0, (), frozen, reduced, as_kept)
 
 
 def owned(config: TrainConfig, layers: range) -> Specs:
@@ -255,7 +269,7 @@ def parameter_bytes(config: TrainConfig, layers: range, place: Place, held_by_fs
     total = BLOCK * (config.memory.offload_params == "cpu") * sum(map(len, (*parts, rest)))
     for part in [*parts, rest]:
         for spec in part.values():
-            rows = -(-spec.shape[0] // place.shards) if held_by_fsdp else rows_of(spec.shape[0], place)
+            rows = padded_rows(spec, place) if held_by_fsdp else rows_of(spec.shape[0], place)
             total += rows * spec.row_bytes(width)
     return total
 

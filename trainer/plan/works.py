@@ -6,14 +6,17 @@ from dataclasses import dataclass, replace
 
 from rowwise.parallel.activations.results import INPUT, LayerResults, LayerWork, Result
 from rowwise.trainer.activations import kept_of, results_of, tokens_of
-from rowwise.trainer.adapters.config import Lora, NoAdapter
-from rowwise.trainer.adapters.specs import adapted_layers, run_specs
+from rowwise.trainer.adapters.config import LqLora, NoAdapter
+from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import layer_work
+from rowwise.trainer.models.specs import EMBEDDING
+from rowwise.trainer.plan.adapted import Adapted, LayerForm, adapt, form_of, path_in_layer, with_extras
 from rowwise.trainer.plan.codes import coding_bytes
 from rowwise.trainer.plan.layer import ALL, Kept, Moment, later, moments, results_by_name, stored, waits
 from rowwise.trainer.plan.loss import LossWork, loss_work
-from rowwise.trainer.plan.states import widths_of
+from rowwise.trainer.plan.states import pieces_of, widths_of
+from rowwise.trainer.plan.tiles import with_tiles
 from rowwise.trainer.stages import splits_backward
 
 
@@ -43,8 +46,6 @@ def unknown(config: TrainConfig) -> str | None:
             f"parallel.backend={config.parallel.backend}: what its engine holds beside the layers is not forecast; give "
             "parallel.backend=torch to see what a run holds that splits the same states"
         )
-    if problem := unknown_of_frozen(config):
-        return problem
     if config.model.own is not None:
         return f"{config.model.code}: nobody knows what its layers keep; a run says in memory.json what it held"
     if results_of(config) is None:
@@ -52,11 +53,14 @@ def unknown(config: TrainConfig) -> str | None:
             f"model.block={config.model.block}: its layers do not say what they make, so that nobody knows what they keep; give the "
             "block a table of its results (docs/memory.md)"
         )
-    if layer_work(config.model, widths_of(config).compute, False) is None:
+    work = layer_work(config.model, widths_of(config).compute, False)
+    if work is None:
         return (
             f"model.block={config.model.block}: its layers do not say what their backward holds; give the block a method `work` "
             "beside its table of results (docs/memory.md)"
         )
+    if problem := unknown_of_frozen(config, work):
+        return problem
     if config.memory.offload_share != "all":
         return (
             f"memory.offload_share={config.memory.offload_share}: which results then stay on the device is not forecast; give "
@@ -65,29 +69,32 @@ def unknown(config: TrainConfig) -> str | None:
     return None
 
 
-def unknown_of_frozen(config: TrainConfig) -> str | None:
-    """Says why nobody knows what layers keep of which some is frozen, or has an adapter; None where it is known."""
-    adapter, specs = config.adapter, run_specs(config)
+def unknown_of_frozen(config: TrainConfig, work: LayerWork) -> str | None:
+    """Says why nobody knows what layers hold of which some is frozen, or has an adapter; None where it is known."""
+    specs = run_specs(config)
     hidden = {name for name, spec in specs.items() if spec.role == "hidden"}
-    if isinstance(adapter, NoAdapter):
-        if any(specs[name].frozen for name in hidden):
-            return "optim.assign: what layers keep whose matrices are frozen is not forecast; freeze none of them to see more"
+    if isinstance(config.adapter, NoAdapter) and not any(specs[name].frozen for name in hidden):
         return None
-    if config.model.frozen_dtype is not None:
+    if not {path_in_layer(name) for name in hidden} <= {path for piece in work.backward for path in piece.linears}:
         return (
-            f"model.frozen_dtype={config.model.frozen_dtype}: what is there while codes are decoded is not forecast; give "
-            "model.frozen_dtype=null to see what a run holds without"
+            f"model.block={config.model.block}: its layers do not say which linear layers their backward goes through, so that what "
+            "is frozen of them is not forecast; name them in its method `work` (docs/memory.md)"
         )
-    plain = isinstance(adapter, Lora) and not adapter.dropout and config.memory.compress == "none"
-    if not plain or len(adapted_layers(specs, adapter)) < len(hidden):
+    if isinstance(config.adapter, LqLora) and config.adapter.forms is None:
         return (
-            f"adapter={adapter.name}: what layers keep is forecast of lora beside all of their matrices, without dropout and "
-            "memory.compress; give those to see what that holds"
+            "adapter=lq_lora: the bits of each matrix are chosen when the run starts, so that what they take is not forecast; give "
+            "adapter=lora and model.frozen_dtype=nf4 to see what a run holds whose matrices all have four"
         )
-    if config.parallel.pipeline > 1 and splits_backward(config.parallel, config.micro_batches):
+    if config.memory.compress != "none":
         return (
-            f"adapter={adapter.name} with parallel.pipeline_schedule={config.parallel.pipeline_schedule}: what waits for weights' "
-            "gradients that come later is not forecast; give gpipe, 1f1b or interleaved_1f1b to see what those hold"
+            f"memory.compress={config.memory.compress} with matrices that are frozen: what is kept beside them as codes is not "
+            "forecast; give memory.compress=none to see what that holds"
+        )
+    split = config.parallel.pipeline > 1 and splits_backward(config.parallel, config.micro_batches)
+    if split and any(not specs[name].frozen for name in hidden):
+        return (
+            f"parallel.pipeline_schedule={config.parallel.pipeline_schedule} with some hidden matrices frozen and others not: what "
+            "waits for weights' gradients that come later is not forecast; give gpipe, 1f1b or interleaved_1f1b to see what those hold"
         )
     return None
 
@@ -127,38 +134,50 @@ def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> l
     if problem := unknown(config):
         raise ValueError(problem)
     assert table is not None
-    table = with_lora(config, table)
     work = layer_work(model, width, gpu)
     assert work is not None
-    policy, memory = kept_of(config), config.memory
-    crossing = messages_of(config, tokens, width)
-    coded, away = memory.compress != "none", memory.offload_activations != "none"
-    known: dict[frozenset[str], Work] = {}
+    policy, pieces = kept_of(config), pieces_of(config, layers)[layers.start == 0 :]
+    begins = layers.start == 0 and run_specs(config)[EMBEDDING].frozen  # nothing before a layer learns
+    known: dict[tuple[frozenset[str], LayerForm], Work] = {}
     works = []
-    for layer in layers:
-        kept = Kept(policy[layer], width, coded)
-        if kept.names not in known:
-            # Beside results and codes a GPU's kernels take nothing.
-            taken = {n: (0, 0) if gpu else coding_bytes(n, tokens) for n in columns_of(table, kept) if coded}
-            decoding = max((size for _, size in taken.values()), default=0)
-            stays, everything = (table.bytes_kept(names, width, coded) for names in (kept.names, table.names))
-            # Until the forward is over all results are there; and what is made on the way to the last of them.
-            during = (everything - stays + work.last) * tokens
-            if coded:
-                coding = {columns: size for columns, (size, _) in taken.items()}
-                during = forward_in_codes(table, kept, work, tokens, coding)
-            back = tuple(scaled(one, tokens, decoding) for one in moments(table, kept, work, split))
-            waiting = waits(table, work) if split else frozenset[str]()
-            rest = later(table, kept, waiting)
-            decoded = (
-                max((r.numbers * width for r in table.results if r.name in waiting & kept.names), default=0) * coded
+    for layer, piece in zip(layers, pieces, strict=False):
+        kept = Kept(policy[layer], width, config.memory.compress != "none")
+        form = form_of(config, piece, work, begins)
+        begins = begins and form.first == -1
+        if (kept.names, form) not in known:
+            adapted = with_tiles(config, adapt(config, form, table, work, kept, split, gpu), gpu)
+            known[kept.names, form] = (
+                Work("", 0, work.alone * tokens + adapted.forward, (Moment(0, 0, 0, ALL),))
+                if form.first == -1
+                else adapted_work(config, adapted, kept, split, gpu)
             )
-            known[kept.names] = Work(
-                "", stays * tokens, during, back, stays * tokens * away, rest=rest * tokens,
-                decoded=decoded * tokens + decoding * split, messages=crossing,
-            )  # fmt: skip
-        works.append(replace(known[kept.names], name=f"layer {layer}"))
+        works.append(replace(known[kept.names, form], name=f"layer {layer}"))
     return works
+
+
+def adapted_work(config: TrainConfig, adapted: Adapted, kept: Kept, split: bool, gpu: bool) -> Work:
+    """Counts what a layer holds that keeps these of its results."""
+    tokens, width, table, work = tokens_of(config), kept.width, adapted.table, adapted.work
+    # Beside results and codes a GPU's kernels take nothing.
+    taken = {n: (0, 0) if gpu else coding_bytes(n, tokens) for n in columns_of(table, kept) if kept.coded}
+    decoding = max((size for _, size in taken.values()), default=0)
+    stays, everything = (table.bytes_kept(names, width, kept.coded) for names in (kept.names, table.names))
+    # Until the forward is over all results are there; and what is made on the way to the last of them.
+    during = (everything - stays) * tokens + max(work.last * tokens, adapted.forward)
+    if kept.coded:
+        coding = {columns: size for columns, (size, _) in taken.items()}
+        during = forward_in_codes(table, kept, work, tokens, coding)
+    during = max(during, adapted.attending - stays * tokens)
+    back = tuple(scaled(one, tokens, decoding) for one in moments(table, kept, work, split))
+    waiting = waits(table, work) if split else frozenset[str]()
+    decoded = max((r.numbers * width for r in table.results if r.name in waiting & kept.names), default=0) * kept.coded
+    beside, rest = (sum(getattr(one, key) for one in adapted.extras) for key in ("kept", "rest"))
+    holds = stays * tokens + beside
+    return Work(
+        "", holds, during, with_extras(back, adapted.extras), holds * (config.memory.offload_activations != "none"),
+        rest=later(table, kept, waiting) * tokens + rest, decoded=decoded * tokens + decoding * split,
+        messages=messages_of(config, tokens, width),
+    )  # fmt: skip
 
 
 def columns_of(table: LayerResults, kept: Kept) -> set[int]:
@@ -185,20 +204,6 @@ def forward_in_codes(table: LayerResults, kept: Kept, work: LayerWork, tokens: i
         most = max([most, *(code(one, there + size) for one in taken)])
         there += 0 if result.name in kept.names else size
     return max([most, (there + work.last) * tokens, *(code(result, there) for result in waits.values())])
-
-
-def with_lora(config: TrainConfig, table: LayerResults) -> LayerResults:
-    """Returns the results of a layer of which every matrix has LoRA beside it: what goes into each B stays, whatever is made again."""
-    if not isinstance(config.adapter, Lora):
-        return table
-    rank, beside = config.adapter.rank, {"qkv": 3, "h": 1, "a": 1, "gate_up": 2, "s": 1}
-    if "a" in table.names:
-        del beside["h"]
-    return replace(table, results=tuple(_with_fixed(r, rank * beside.get(r.name, 0)) for r in table.results))
-
-
-def _with_fixed(result: Result, numbers: int) -> Result:
-    return replace(result, fixed=result.fixed + numbers)
 
 
 def head_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bool) -> Work:

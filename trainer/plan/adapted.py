@@ -1,0 +1,174 @@
+"""What is otherwise of a layer some of whose matrices do not learn, or have an adapter beside them.
+
+    a result        is kept where something is left that reads it: no weight's gradient needs what goes into a weight without one
+    its backward    ends with the first of its parameters that learns, where nothing before the layer does
+    its linears     hold what they are found to (`plan.linears`), on their way and from forward to backward
+
+Pieces of its backward name the linear layers that they go through (`BackwardPiece.linears`).
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rowwise.kernels.spec import Specs
+from rowwise.parallel.activations.results import INPUT, BackwardPiece, LayerResults, LayerWork, Result
+from rowwise.parallel.precision import compute_dtype
+from rowwise.trainer.activations import tokens_of
+from rowwise.trainer.adapters.specs import adapted_layers, is_added
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.plan.layer import ALL, Kept, Moment, reads
+from rowwise.trainer.plan.linears import Given, Held, LinearForm, held_by
+from rowwise.trainer.plan.weights import arrivals
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """What a layer's matrices are. `linears`: the linear layers of each piece of its backward; `first`: the piece in which the
+    first of its parameters that learns has its gradient, where nothing before the layer learns (None: something does); -1: none
+    of them learns either."""
+
+    linears: tuple[tuple[LinearForm, ...], ...]
+    first: int | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Says whether the layer is as its block says."""
+        return self.first is None and all(form.is_plain for forms in self.linears for form in forms)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Bytes of a piece of a backward, or of the forward, beside what its block says: `kept` for it by the forward, `working` on its
+    way, and where weights' gradients come later `rest` of what is kept and `later` of what is made."""
+
+    kept: int = 0
+    working: int = 0
+    rest: int = 0
+    later: int = 0
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A layer as it is: its results, its work, and what there is beside each piece of its backward. `forward`: bytes at most, when it
+    makes the last of what it gives; `attending`: with all results up to what attention gives, when that is made (0: no more than is
+    known)."""
+
+    table: LayerResults
+    work: LayerWork
+    extras: tuple[Extra, ...]
+    forward: int
+    attending: int = 0
+
+
+def form_of(config: TrainConfig, piece: Specs, work: LayerWork, begins: bool) -> LayerForm:
+    """Reads what the matrices of a layer are, whose parameters are a piece. `begins`: nothing before it learns."""
+    adapted = set(adapted_layers(piece, config.adapter))
+    modules = {path_in_layer(name): (name, spec) for name, spec in piece.items() if spec.role == "hidden"}
+
+    def linear(path: str) -> LinearForm:
+        name, spec = modules[path]
+        layer, (rows, columns) = module_of(name), spec.shape
+        bias = any(module_of(one) == layer and one != name and not is_added(one) for one in piece)
+        return LinearForm(rows, columns, bias, not spec.frozen, spec.kept, layer in adapted)
+
+    linears = tuple(tuple(map(linear, one.linears)) for one in work.backward)
+    return LayerForm(linears, first_learning(piece, work) if begins else None)
+
+
+def module_of(name: str) -> str:
+    """Names the module of a parameter."""
+    return name.rpartition(".")[0]
+
+
+def path_in_layer(name: str) -> str:
+    """Names the module of a layer's parameter, by its path in the layer."""
+    return module_of(name).split(".", 2)[2]
+
+
+def first_learning(mine: Specs, work: LayerWork) -> int:
+    """Finds the last piece of a layer's backward that leaves a gradient; -1: none does."""
+    found = arrivals([*mine], {name for name, spec in mine.items() if spec.frozen})
+    counts = [*(piece.parameters for piece in work.backward), ALL]
+    learns = [any(found[before:after]) for before, after in itertools.pairwise(counts)]
+    return max((n for n, one in enumerate(learns) if one), default=-1)
+
+
+def adapt(
+    config: TrainConfig, form: LayerForm, table: LayerResults, work: LayerWork, kept: Kept, split: bool, gpu: bool
+) -> Adapted:
+    """Tells what a layer of this form makes and holds, by what one does whose parameters learn."""
+    if form.is_plain:
+        return Adapted(table, work, tuple(Extra() for _ in work.backward), 0)
+    pieces = work.backward if form.first is None else work.backward[: form.first + 1]
+    needed = [name for piece in pieces for name in piece.needs]
+    held = [
+        _held(config, form.linears[n], n != form.first, any(needed.count(name) > 1 for name in piece.needs), split, gpu)
+        for n, piece in enumerate(pieces)
+    ]
+    pieces = tuple(_piece(piece, one) for piece, one in zip(pieces, held, strict=True))
+    extras = tuple(Extra() if one is None else _extra(*one) for one in held)
+    work = replace(work, backward=pieces)
+    ends = next((n for n, one in enumerate(held) if one is not None), None)
+    forward = 0
+    if ends is not None and (one := held[ends]) is not None:
+        forms = form.linears[ends]
+        given = 0 if one[0].needs_input else forms[0].columns * tokens_of(config) * kept.width
+        forward = given + max(one[0].forward, 2 * forms[0].rows * tokens_of(config) * kept.width)
+    return Adapted(_read(table, kept, work), work, extras, forward)
+
+
+def _held(
+    config: TrainConfig, forms: tuple[LinearForm, ...], learns: bool, stays: bool, split: bool, gpu: bool
+) -> tuple[Held, Held] | None:
+    """What linears hold, and what they would if they had nothing beside weights that do not learn; None: there are none."""
+    if not forms:
+        return None
+    sequences = config.batch.micro_size
+    given = Given(sequences, tokens_of(config) // sequences, compute_dtype(config.precision), learns, stays)
+    bare = tuple(replace(form, learns=False, kept=None, adapted=False) for form in forms)
+    return held_by(forms, config.adapter, given, split, gpu), held_by(
+        bare, config.adapter, replace(given, learns=True, stays=True)
+    )
+
+
+def _piece(piece: BackwardPiece, held: tuple[Held, Held] | None) -> BackwardPiece:
+    """A piece of the backward of a layer whose matrices do not learn by themselves: no gradient waits for theirs."""
+    piece = replace(piece, outputs=0, beside=piece.during)
+    if held is None:
+        return piece
+    one, _ = held
+    return replace(piece, needs=piece.needs if one.needs_input else (), inputs=piece.inputs if one.input_waits else ())
+
+
+def _extra(one: Held, bare: Held) -> Extra:
+    return Extra(one.kept, one.backward - one.later - bare.backward, one.rest, one.later)
+
+
+def _read(table: LayerResults, kept: Kept, work: LayerWork) -> LayerResults:
+    """The results of which something is left that reads them, to make others again too."""
+    read = reads(table, kept, work).keys()
+
+    def as_read(result: Result) -> Result:
+        return result if result.name in read else replace(result, numbers=0, fixed=0)
+
+    return LayerResults(table.input if INPUT in read else 0, tuple(map(as_read, table.results)))
+
+
+def with_extras(backward: Sequence[Moment], extras: Sequence[Extra]) -> tuple[Moment, ...]:
+    """Adds to the moments of a layer's backward, in bytes of a micro-batch, what there is beside them."""
+    found = []
+    for n, moment in enumerate(backward):
+        now = extras[n] if n < len(extras) else Extra()
+        before, after = extras[:n], extras[n + 1 :]
+        found.append(
+            replace(
+                moment,
+                released=moment.released + sum(one.kept - one.rest for one in before),
+                working=max(0, moment.working + now.working),
+                deferred=moment.deferred + sum(one.later for one in (*before, now)),
+                read=moment.read + now.kept,
+                unread=moment.unread + sum(one.kept for one in after),
+            )
+        )
+    return tuple(found)

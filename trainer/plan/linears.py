@@ -1,0 +1,186 @@
+"""What linear layers hold whose weights do not learn, or have an adapter beside them: found by computing with them on the meta device,
+where nothing takes memory.
+
+Layers of one input are computed together, as a layer of a decoder has them: queries, keys and values, say.
+"""
+
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rowwise.kernels.coded_rows import RowForm, decode_rows
+from rowwise.kernels.torch_dispatch import TorchDispatchMode, is_held_once, storages, told_of
+from rowwise.parallel.activations.compress import Tokens
+from rowwise.parallel.activations.saved import begin_sequences
+from rowwise.parallel.defer import WeightGradients, deferred
+from rowwise.trainer.adapters.config import AdapterConfig, LoraBase
+from rowwise.trainer.adapters.convert import LAYERS
+from rowwise.trainer.adapters.dropout import PORTION, Dropout
+from rowwise.trainer.adapters.frozen import FrozenLinear
+from rowwise.trainer.adapters.lora import LoraLinear
+
+META = torch.device("meta")
+_known: dict[Any, "Held"] = {}  # of what was computed with
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """A linear layer: its weight (rows, columns), which `learns` or is `kept` as codes or in another dtype (None: in that of
+    computation), whether it has a `bias`, and whether it has the run's adapter beside it."""
+
+    rows: int
+    columns: int
+    bias: bool
+    learns: bool
+    kept: RowForm | torch.dtype | None
+    adapted: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Says whether it learns by itself."""
+        return self.learns and not self.adapted
+
+
+@dataclass(frozen=True)
+class Given:
+    """What linear layers are given: (sequences, tokens, columns) in `dtype`; whether it `learns`, so that it has a gradient, and
+    whether it `stays` while they are gone through, for others that need it."""
+
+    sequences: int
+    tokens: int
+    dtype: torch.dtype
+    learns: bool
+    stays: bool
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of linear layers beside their input, its gradients and those of parameters. `kept`: from the forward to the backward, with
+    the input where they need it (`needs_input`); `forward`: at most beside that, with what they give; `backward`: at most beside that
+    and the gradients of what they give, of which some is let go of meanwhile. Where weights' gradients come later, `rest` of what was
+    kept waits for them, and `later` of what the backward made, with the input where they need it (`input_waits`)."""
+
+    kept: int
+    needs_input: bool
+    forward: int
+    backward: int
+    rest: int
+    later: int
+    input_waits: bool
+
+
+def held_by(
+    forms: tuple[LinearForm, ...], adapter: AdapterConfig, given: Given, split: bool = False, gpu: bool = False
+) -> Held:
+    """Finds what linear layers of one input hold. `split`: their weights' gradients come later; a `gpu` decodes with nothing beside
+    what that gives."""
+    asked = forms, repr(adapter), given, split, gpu, torch.get_num_threads()
+    if asked not in _known:
+        layers = [_layer(form, adapter, given, gpu) for form in forms]
+        # What it says of sequences is for it alone.
+        _known[asked] = copy_context().run(_compute, layers, forms[0].columns, given, split)
+    return _known[asked]
+
+
+def _layer(form: LinearForm, adapter: AdapterConfig, given: Given, gpu: bool) -> nn.Linear:
+    linear = nn.Linear(form.columns, form.rows, form.bias, device=META, dtype=given.dtype)
+    linear.requires_grad_(form.learns)
+    if form.adapted:
+        linear = LAYERS[type(adapter)](linear, adapter)
+        if isinstance(linear, LoraLinear) and isinstance(adapter, LoraBase) and adapter.dropout:
+            places = torch.arange(given.tokens, device=META)
+            linear.dropout = _TwoPortions(adapter.dropout, 0, Tokens(given.tokens, places, places))
+    if form.kept is not None:
+        linear = linear if isinstance(linear, FrozenLinear) else FrozenLinear(linear)
+        other = torch.bfloat16 if given.dtype != torch.bfloat16 else torch.float16
+        linear.keep(other if gpu and isinstance(form.kept, RowForm) else form.kept)
+    return linear
+
+
+class _TwoPortions(Dropout):
+    """Dropout of as much as shows what all of it holds: it goes by portions, beside one of which the next is drawn."""
+
+    def apply_(self, x: Tensor, numbers: Tensor) -> Tensor:
+        some = slice(2 * max(1, PORTION // x.size(1)))
+        super().apply_(x[some], numbers[some])
+        return x
+
+
+def _compute(layers: Sequence[nn.Linear], columns: int, given: Given, split: bool) -> Held:
+    begin_sequences(nn.Module(), 0)
+    for layer in layers:  # what decoding makes once for all
+        if isinstance(layer, FrozenLinear) and layer.form is not None:
+            decode_rows(layer.weight[:1], columns, layer.form, given.dtype)
+    shape = given.sequences, given.tokens, columns
+    leaf = torch.empty(*shape, device=META, dtype=given.dtype, requires_grad=given.learns)
+    watch, later = _Watch(), WeightGradients()
+    for p in (p for layer in layers for p in layer.parameters() if p.requires_grad):
+        p.register_post_accumulate_grad_hook(watch.leave_out)
+    with watch, deferred(later) if split else nullcontext():
+        x = leaf.clone()
+        made = [layer(x) for layer in layers]
+    storage, size = weakref.ref(x.untyped_storage()), x.nbytes
+    stays = x.detach() if given.stays else None
+    del x
+    outputs, needs = sum(y.nbytes for y in made), storage() is not None
+    kept = watch.now - outputs - size * needs
+    forward = watch.most - kept - size
+    gradients = [torch.empty_like(y) for y in made]
+    watch.begin_backward()
+    with watch:
+        torch.autograd.backward(made, gradients)
+    backward = watch.most - outputs - kept - size * needs
+    leaf.grad = None
+    del made, stays
+    rest, new = watch.left()
+    waits = storage() is not None
+    return Held(kept, needs, forward, backward, rest - size * waits, new, waits)
+
+
+class _Watch(TorchDispatchMode):
+    """While entered, counts the bytes of the storages that operations make, `now` and at `most`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._alive: dict[int, tuple[weakref.ref[Any], int, bool]] = {}
+        self._returning = False
+
+    def begin_backward(self) -> None:
+        """Says that what is made from now on is the backward's."""
+        self._returning, self.most = True, self.now
+
+    def leave_out(self, p: Tensor) -> None:
+        """Counts the gradient of a parameter no longer."""
+        if p.grad is not None:
+            self._note_death(id(p.grad.untyped_storage()))
+
+    def left(self) -> tuple[int, int]:
+        """Counts what is there of the forward's, and of the backward's."""
+        there = [(size, returning) for _, size, returning in self._alive.values()]
+        return sum(s for s, returning in there if not returning), sum(s for s, returning in there if returning)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if told_of(function).makes:
+            for storage in storages(result):
+                if is_held_once(storage) or not any(storage is one for one in storages((args, kwargs))):
+                    self._note_birth(storage)
+        return result
+
+    def _note_birth(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self._alive:
+            self._alive[key] = weakref.ref(storage, lambda _: self._note_death(key)), size, self._returning
+            self.now += size
+            self.most = max(self.most, self.now)
+
+    def _note_death(self, key: int) -> None:
+        _, size, _ = self._alive.pop(key, (None, 0, False))
+        self.now -= size
