@@ -29,6 +29,7 @@ from rowwise.trainer.parallelize import parallelize
 from rowwise.trainer.plan.devices import device_named
 from rowwise.trainer.plan.forecast import plan_for
 from rowwise.trainer.plan.memory import memory_of
+from rowwise.trainer.plan.works import unknown
 from rowwise.trainer.states import tensors_of
 from rowwise.trainer.update import make_update
 
@@ -58,6 +59,18 @@ FORMS = (  # of layers: those of families
     ("model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true"),
 )
 
+FROZEN = (  # what of a model does not learn, and what does beside it
+    ("adapter=lora", "adapter.rank=16"),
+    ("adapter=lora", "adapter.rank=16", "adapter.dropout=0.1"),
+    ("adapter=lora", 'adapter.layers=["*.attention.*"]', "adapter.train=[head.weight]"),
+    ("adapter=dora", "adapter.rank=8"),
+    ("adapter=dora", "adapter.rank=8", "adapter.dropout=0.1"),
+    ("adapter=bone", "adapter.rank=24"),
+    ("optim.assign=[{match: 'embed.*', rule: frozen}, {match: 'blocks.0.*', rule: frozen}]",),
+    ("optim.assign=[{match: 'blocks.*.w*', rule: frozen}]",),
+)
+LOOKS = (("model.window=40", "model.window_layers=[true,false]"), ("model.attention_cap=30", "model.logit_cap=30"))
+
 
 def forecast_config(folder: Path, world_size: int, *words: str) -> TrainConfig:
     """A run whose parameters, activations and loss take more than WORTH each, in few operations."""
@@ -74,13 +87,15 @@ def forecast_config(folder: Path, world_size: int, *words: str) -> TrainConfig:
 
 
 def draw(folder: Path, chance: random.Random) -> Drawn:
-    """Draws a run; what is refused is drawn anew."""
+    """Draws a run; what is refused, or not forecast, is drawn anew."""
     while True:
         words, world_size = _words(chance)
         try:
-            return Drawn(tuple(words), world_size, forecast_config(folder, world_size, *words))
+            config = forecast_config(folder, world_size, *words)
         except ValueError:
             continue
+        if unknown(config) is None:
+            return Drawn(tuple(words), world_size, config)
 
 
 def _words(chance: random.Random) -> tuple[list[str], int]:
@@ -129,6 +144,11 @@ def _words(chance: random.Random) -> tuple[list[str], int]:
         words += ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4"]
     if chance.random() < 0.5:
         words += pick(FORMS)
+    if chance.random() < 0.4:
+        words += pick(FROZEN)
+        words += [f"model.frozen_dtype={pick(('null', 'bf16', 'int8', 'nf4'))}"]
+    if chance.random() < 0.4:
+        words += pick(LOOKS)
     return words, world_size
 
 
@@ -165,9 +185,11 @@ def errors(measured: dict[str, int], predicted: dict[str, int], bounds: tuple[st
 
 def bounds_of(config: TrainConfig) -> tuple[str, ...]:
     """What is on the host's way to files, which depends on how fast they are written; and gradients that wait for steps beside the
-    backward, with the total that they are in."""
+    backward, with the total that they are in; and that where tiles of capped scores are no larger than documents."""
     memory = config.memory
     waits = ("gradients", "total") if memory.offload_states != "none" and config.optim.in_backward else ()
+    if config.model.attention_cap is not None and config.data.mask_documents:
+        waits = (*waits, "total")
     places = (memory.offload_activations, memory.offload_states, memory.offload_params, memory.offload_gradients)
     return (*waits, *(("host",) if any(map(is_folder, places)) else ()))
 

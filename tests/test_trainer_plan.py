@@ -228,7 +228,25 @@ class Own(Block):
     @staticmethod
     def work(config, width, gpu):
         known = Block.work(config, width, gpu)
-        return replace(known, backward=tuple(replace(piece, during=10 * piece.during) for piece in known.backward))
+        pieces = (replace(piece, during=10 * piece.during, linears=()) for piece in known.backward)
+        return replace(known, backward=tuple(pieces))
+
+
+UNKNOWN = {
+    (
+        "adapter=lora",
+        "model.block=own",
+    ): r"model\.block=own: its layers do not say which linear layers their backward goes through",
+    (
+        "adapter=lora",
+        "memory.compress=int8",
+    ): r"memory\.compress=int8 with matrices that are frozen: .* give memory\.compress=none",
+    ("adapter=lq_lora",): r"adapter=lq_lora: the bits of each matrix are chosen when the run starts",
+    (
+        "adapter=adalora",
+        "steps=1000",
+    ): r"adapter=adalora: what its choice of triplets holds is not forecast; give adapter=lora",
+}
 
 
 def test_a_layer_of_ones_own_is_forecast_by_what_it_says(tmp_path, monkeypatch):
@@ -242,6 +260,9 @@ def test_a_layer_of_ones_own_is_forecast_by_what_it_says(tmp_path, monkeypatch):
         ValueError, match=r"memory\.offload_share=0\.5: which results then stay on the device is not forecast"
     ):
         memory_of(some, 0, False, None)
+    for words, why in UNKNOWN.items():
+        with pytest.raises(ValueError, match=why):
+            memory_of(forecast_config(tmp_path, 1, *words), 0, False, None)
     before, after = (memory_of(config, 0, False, None).peaks for config in (plain, own))
     assert after["working"] > 5 * before["working"] and after["activations"] == before["activations"]
 

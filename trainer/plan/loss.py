@@ -2,8 +2,9 @@
 of sums, at least 32 bits.
 
 Whole logits: in the forward z, a wide copy where that is another, and its log-softmax, which stays; in the backward that, and the
-gradients of both, 3 w N V. Without them see `kernels.cross_entropy.loss_bytes`: the gradient of the head, and that of its input, are
-made in the forward where the loss is told what it will be multiplied by, and in the backward elsewhere.
+gradients of both, 3 w N V; with a cap its tanh, which stays too. Without them see `kernels.cross_entropy.loss_bytes`: the gradient of
+the head, and that of its input, are made in the forward where the loss is told what it will be multiplied by, and in the backward
+elsewhere.
 """
 
 from dataclasses import dataclass
@@ -43,15 +44,20 @@ def loss_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bo
     """Counts what the loss of so many tokens holds."""
     model, wide, pipelined = config.model, max(4, width), config.parallel.pipeline > 1
     tied, learns = model.tie_embeddings and not pipelined, not head_spec(config).frozen
-    head = model.vocab_size * model.dim * width * learns
+    head, capped = model.vocab_size * model.dim * width * learns, model.logit_cap is not None
     if not config.memory.fused_loss:
         numbers = tokens * model.vocab_size
-        forward = numbers * (wide + width + wide * (width < wide))
+        made = 3 if capped else 1 + (width < wide)  # of wide numbers, beside what the head gives
         deferred = numbers * width * split * learns
         after = (numbers + tokens * model.dim) * width
-        return LossWork(forward, numbers * wide, 3 * numbers * wide, deferred, head, "after", learns, tied, after)
+        forward, kept, backward = (
+            numbers * (width + made * wide),
+            (1 + capped) * numbers * wide,
+            (3 + capped) * numbers * wide,
+        )
+        return LossWork(forward, kept, backward, deferred, head, "after", learns, tied, after)
     at_once = width >= 4 and not pipelined and learns
-    device, capped = "cuda" if gpu else "cpu", model.logit_cap is not None
+    device = "cuda" if gpu else "cpu"
     most = loss_bytes(tokens, model.dim, model.vocab_size, width, at_once, device, capped, learns)
     if at_once:
         kept = tokens * model.dim * width
