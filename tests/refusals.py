@@ -795,7 +795,7 @@ REFUSED = {
         r"adapter.start=0.9 adapter.stop=0.7 with steps=10: triplets go after step 9 and stay from step 7 on; give steps or shares of",
     ),
     "triplets of gradients that are gone": (
-        ["adapter=adalora", "optim.in_backward=true", "clip_norm=0", "batch.micro_size=16"],
+        ["adapter=adalora", "optim.in_backward=true", "clip_norm=0", "batch.micro_size=8"],
         r"adapter=adalora with optim.in_backward: importance needs gradients .*; give optim.in_backward=false, or adapter=lora",
     ),
     "triplets of rows that are away": (
