@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ CASES = [
     (where, line)
     for where, text in TEXTS.items()
     for line in commands_of(text)
-    if not any(placeholder in line for placeholder in ("...", "KEY", "FOLDER"))
+    if not any(placeholder in line for placeholder in ("...", "KEY", "FOLDER", "FILE.py"))
 ]
 
 
@@ -51,6 +52,11 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "my.yaml").write_text("optim: lion\n")
     (tmp_path / "DIR" / "optim").mkdir(parents=True)
     (tmp_path / "DIR" / "optim" / "mine.yaml").write_text("defaults: [lion]\nlr: 1e-4\n")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (tmp_path / "my_package").mkdir()
+    ours = (ROOT / "examples" / "gated_conv.py").read_text()
+    (tmp_path / "my_package" / "mixers.py").write_text(ours.replace("GatedConv", "Mixer"))
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
 
 

@@ -88,7 +88,7 @@ def run_on_a_disk_that_fails(workers, config, call, after):
     ("call", "after", "option", "what"),
     [
         ("preadv", 3, "params", "read"),
-        pytest.param("preadv", 80, "gradients", "read", marks=pytest.mark.slow),
+        pytest.param("preadv", 50, "gradients", "read", marks=pytest.mark.slow),
         ("pwritev", 3, "gradients", "written"),
     ],
 )

@@ -147,7 +147,7 @@ def _parameters(run: Run) -> str:
     from rowwise.trainer.models.config import model_of
     from rowwise.trainer.models.decoder import parameter_count  # torch: of runs of an earlier release only
 
-    if run.config["model"].get("own") is not None:  # code, which no page runs
+    if run.config.get("model", {}).get("own") is not None:  # code, which no page runs
         return "?"
     try:
         return short(parameter_count(model_of(run.config["model"]))[0])
