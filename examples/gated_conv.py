@@ -79,9 +79,8 @@ class GatedConv(Model):
     def specs(self) -> dict[str, ParameterSpec]:
         V, D, F, K = self.config.vocab_size, self.config.dim, self.config.ffn_dim, self.settings.taps
         wide = Normal(self.config.init_std)
-        last = Normal(
-            self.config.init_std / math.sqrt(2 * self.config.layers)
-        )  # of what writes into the residual stream
+        # Of what writes into the residual stream.
+        last = Normal(self.config.init_std / math.sqrt(2 * self.config.layers))
 
         def matrix(rows: int, columns: int, init: Normal = wide) -> ParameterSpec:
             return ParameterSpec(torch.Size((rows, columns)), "hidden", init)

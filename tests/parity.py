@@ -156,6 +156,13 @@ def run_together(ranks: Any, configs: Mapping[Key, TrainConfig], steps: int = 3)
     return found
 
 
+def assert_every_layout(ranks: Any, config: TrainConfig, configs: Mapping[Any, TrainConfig]) -> None:
+    """Holds a run on each of its layouts against one process."""
+    reference = run_plain(config)
+    for traces in run_together(ranks, configs).values():
+        assert_all_same(traces, reference)
+
+
 def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) -> Trace:
     """`coarse`: see `coarsen_`."""
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parity import assert_all_same, in_micro_batches, run_plain, run_together, small_config, with_layout
+from parity import assert_every_layout, in_micro_batches, small_config, with_layout
 from runs import assert_resumes_to_the_last_bit, assert_same_run, named, run_train, run_until
 
 LORA = ("adapter=lora", "adapter.rank=3", "adapter.alpha=7", "optim.weight_decay=0.1")
@@ -47,10 +47,7 @@ def test_every_layout_is_one_process(ranks, folder, name):
     """Every gradient, every update, every state; what is frozen has none of them, and stays what it was."""
     options, layouts = CASES[name]
     config = small_config(folder, *options)
-    reference = run_plain(config)
-    configs = {number: on(config, world, **layout) for number, (world, layout) in enumerate(layouts)}
-    for traces in run_together(ranks, configs).values():
-        assert_all_same(traces, reference)
+    assert_every_layout(ranks, config, {n: on(config, world, **layout) for n, (world, layout) in enumerate(layouts)})
 
 
 def test_adapters_of_four_ranks_go_on_on_one(ranks, folder):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parity import assert_all_same, run_plain, run_together, small_config, with_layout
+from parity import assert_every_layout, small_config, with_layout
 from rowwise.kernels.coded_rows import decode_rows
 from rowwise.trainer.adapters.bits import NAMED
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
@@ -41,10 +41,9 @@ def test_every_layout_is_one_process(ranks, folder, name):
     """Every gradient, every update, every state; what is frozen stays what it was."""
     options, layouts = CASES[name]
     config = small_config(folder, *options)
-    reference = run_plain(config)
-    configs = {number: with_layout(config, world, **layout) for number, (world, layout) in enumerate(layouts)}
-    for traces in run_together(ranks, configs).values():
-        assert_all_same(traces, reference)
+    assert_every_layout(
+        ranks, config, {n: with_layout(config, world, **layout) for n, (world, layout) in enumerate(layouts)}
+    )
 
 
 @pytest.mark.full

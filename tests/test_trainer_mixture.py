@@ -13,12 +13,10 @@ from tokenizers import models
 
 from parity import (
     VOCABULARY,
-    assert_all_same,
+    assert_every_layout,
     global_batch,
     in_micro_batches,
     plain_model,
-    run_plain,
-    run_together,
     small_config,
     with_layout,
     write_tokens,
@@ -69,9 +67,7 @@ def test_every_layout_reads_and_learns_the_same(ranks, tmp_path, full):
     config = mixed_config(tmp_path, *WIDTHS)
     some = LAYOUTS if full else {name: LAYOUTS[name] for name in ("ring x ulysses",)}
     configs = {name: with_layout(config, world, **degrees) for name, (world, degrees) in some.items()}
-    reference = run_plain(config)
-    for traces in run_together(ranks, configs).values():
-        assert_all_same(traces, reference)
+    assert_every_layout(ranks, config, configs)
 
 
 def test_records_say_the_loss_of_each_source_on_every_layout_and_after_every_resume(ranks, tmp_path, full):

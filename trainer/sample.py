@@ -94,11 +94,13 @@ def generate(
     """
     generator, sampling = torch.Generator().manual_seed(seed), Sampling(temperature)
     written = list(prompt)
-    while len(written) < len(prompt) + tokens and (len(written) == len(prompt) or written[-1] != end):
+    for _ in range(tokens):
         logits = next_logits(engine, written[-context:], mesh, refresh=len(written) == len(prompt)).cpu()
         if not logits.isfinite().all():
             break
         written.append(drawn(logits, sampling, generator))
+        if written[-1] == end:
+            break
     engine.release()
     return written
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rowwise.kernels.rows import local, row_offset
 from rowwise.kernels.spec import Specs
-from rowwise.kernels.wide import wide_dtype
+from rowwise.kernels.wide import wide, wide_dtype
 from rowwise.optim.rule import all_reduce_, laid_like, shard_group
 from rowwise.optim.select import Candidates, Problem, key_bits, magnitude_keys, select
 from rowwise.trainer.adapters.budget import Budget, move_importance_
@@ -88,13 +88,13 @@ class Allocation:
         """Adds the gradient of the penalty, times `scale`, to the gradients of a step, which are summed over ranks."""
         layers = list(self._layers.values())
         wholes = [_in_place(layer, local(layer.params.a)) for layer in layers]
-        grams = [_wide(layer.params.b).T @ _wide(layer.params.b) for layer in layers]
+        grams = [b.T @ b for b in (wide(local(layer.params.b)) for layer in layers)]
         all_reduce_(wholes + grams, self._shards())
         factor = scale * (self._config.orthogonality * 2 / (2 * self._budget.start / self._config.rank))
         for layer, a, gram in zip(layers, wholes, grams, strict=True):
             apart_a, apart_b = _apart(a @ a.T), _apart(gram)
             _add_(layer.params.a, (apart_a[layer.rows] @ a) * factor)
-            _add_(layer.params.b, (_wide(layer.params.b) @ apart_b) * factor)
+            _add_(layer.params.b, (wide(local(layer.params.b)) @ apart_b) * factor)
 
     @torch.no_grad()
     def step(self, step: int) -> None:
@@ -150,11 +150,6 @@ def _in_place(layer: Layer, rows: Tensor) -> Tensor:
     whole = torch.zeros(layer.params.a.shape, dtype=wide_dtype(rows.dtype), device=rows.device)
     whole[layer.rows] = rows.to(whole.dtype)
     return whole
-
-
-def _wide(p: Tensor) -> Tensor:
-    rows = local(p)
-    return rows.to(wide_dtype(rows.dtype))
 
 
 def _apart(gram: Tensor) -> Tensor:

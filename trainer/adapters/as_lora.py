@@ -7,7 +7,6 @@ The first is PEFT's own conversion, of twice the rank. A0 and B0 are not kept: t
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from rowwise.kernels.spec import Specs
 from rowwise.trainer.adapters.config import AdaLora, Dora, Lora
+from rowwise.trainer.adapters.initial import Fill
+from rowwise.trainer.adapters.merge import Read
 
 OUT_OF_W = ("pissa",)  # what `adapter.init` takes out of W
 REMAINS = 1e-4  # of W, at most, beyond the rank of what was taken out: the roundings of 32 bits
-Read = Callable[[dict[str, Tensor]], None]
-Fill = Callable[[str, Tensor, int, int], None]
 
 
 def as_lora(adapter: Lora | Dora | AdaLora, specs: Specs, read_: Read, began_: Fill) -> tuple[Lora | Dora, Read]:

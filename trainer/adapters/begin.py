@@ -25,6 +25,7 @@ from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.trainer.adapters.bits import FORMS, bits_of, choose, name_of
 from rowwise.trainer.adapters.config import Lora, LqLora
 from rowwise.trainer.adapters.decompose import first_errors, lq, pissa
+from rowwise.trainer.adapters.initial import Fill
 from rowwise.trainer.adapters.merge import adapter_of
 from rowwise.trainer.adapters.specs import adapted_layers, run_specs
 from rowwise.trainer.config import TrainConfig
@@ -45,8 +46,9 @@ def with_forms_chosen(config: TrainConfig, mesh: Mesh, data_fingerprint: str) ->
     there = _forms_there(config, data_fingerprint) if mesh.rank == 0 else None
     if (forms := from_rank_0(there, mesh.save_group)) is None:
         names = [f"{layer}.weight" for layer in adapted_layers(parameter_specs(config.model), adapter)]
+        fill_ = model_rows(config.model, config.seed)
         mine = {
-            name: first_errors(_whole(config, name, mesh.device), FORMS, adapter.rank, _key(config, name))
+            name: first_errors(_whole(config, fill_, name, mesh.device), FORMS, adapter.rank, _key(config, name))
             for name in names[mesh.rank :: mesh.world_size]
         }
         everyone = from_every_rank(mine, mesh.save_group)
@@ -86,10 +88,13 @@ def begin_adapter(config: TrainConfig, mesh: Mesh, model: nn.Module) -> bool:
     if not isinstance(adapter, LqLora) and not (isinstance(adapter, Lora) and adapter.init != "kaiming"):
         return False
     params = {name: p.detach() for name, p in model.named_parameters()}
-    layers = adapted_layers(specs, adapter)
+    layers, fill_ = adapted_layers(specs, adapter), model_rows(config.model, config.seed)
     for first in range(0, len(layers), mesh.world_size):
         some = layers[first : first + mesh.world_size]
-        mine = _taken_apart(config, some[mesh.rank], mesh.device) if mesh.rank < len(some) else {}
+        mine = dict[str, Tensor]()
+        if mesh.rank < len(some):
+            name = f"{some[mesh.rank]}.weight"
+            mine = _taken_apart(config, name, specs[name], _whole(config, fill_, name, mesh.device))
         for owner, layer in enumerate(some):
             for key, room in _rooms(config, layer, specs[f"{layer}.weight"], mesh.device):
                 whole = mine.pop(key).contiguous() if owner == mesh.rank else room
@@ -99,14 +104,12 @@ def begin_adapter(config: TrainConfig, mesh: Mesh, model: nn.Module) -> bool:
     return True
 
 
-def _taken_apart(config: TrainConfig, layer: str, device: torch.device) -> dict[str, Tensor]:
-    """What the parameters of a layer begin as, whole."""
-    adapter, name = config.adapter, f"{layer}.weight"
-    w = _whole(config, name, device)
+def _taken_apart(config: TrainConfig, name: str, weight: ParameterSpec, w: Tensor) -> dict[str, Tensor]:
+    """What the parameters of the layer begin as, whole, whose weight `name` is w (rows, columns)."""
+    adapter = config.adapter
     if isinstance(adapter, LqLora):
-        form = run_specs(config)[name].kept
-        assert isinstance(form, RowForm)
-        packed, a, b, _ = lq(w, form, adapter.rank, adapter.scale, _key(config, name))
+        assert isinstance(weight.kept, RowForm)
+        packed, a, b, _ = lq(w, weight.kept, adapter.rank, adapter.scale, _key(config, name))
         return {"weight": packed, "lora_a": a, "lora_b": b}
     assert isinstance(adapter, Lora)
     rest, a, b = pissa(w, adapter.rank, adapter.scale)
@@ -138,11 +141,11 @@ def _place_(p: Tensor, spec: ParameterSpec, whole: Tensor) -> None:
     rows.copy_(own)
 
 
-def _whole(config: TrainConfig, name: str, device: torch.device) -> Tensor:
-    """A matrix as the run would begin with it, in 32 bits or more."""
+def _whole(config: TrainConfig, fill_: Fill, name: str, device: torch.device) -> Tensor:
+    """A matrix as the run would begin with it, in 32 bits or more, by what fills its rows."""
     shape = parameter_specs(config.model)[name].shape
     w = torch.empty(shape, dtype=wide_dtype(parameter_dtype(config)), device=device)
-    model_rows(config.model, config.seed)(name, w, 0, shape[0])
+    fill_(name, w, 0, shape[0])
     return w
 
 

@@ -81,9 +81,8 @@ class ModelConfig:
     family: MayChange[str | None] = None
     frozen_dtype: Fixed[Literal["bf16", "int8", "nf4"] | None] = None
     own: MayChange[str | None] = None  # the code moves; `trainer.resume` looks at what it makes
-    settings: Fixed[dict[str, bool | int | float | str | None] | None] = field(
-        default=None, hash=False
-    )  # a dict has no hash
+    # A dict has no hash.
+    settings: Fixed[dict[str, bool | int | float | str | None] | None] = field(default=None, hash=False)
 
     @property
     def code(self) -> str:
