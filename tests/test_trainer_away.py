@@ -71,7 +71,7 @@ def run_on_a_disk_that_fails(workers, config, call, folder):
     real, left = getattr(os, call), [3]
 
     def fails(file, *given):
-        if os.readlink(f"/proc/self/fd/{file}").startswith(folder):
+        if str(Path(f"/proc/self/fd/{file}").readlink()).startswith(folder):
             left[0] -= bool(complete_checkpoints(Path(config.run_dir) / "checkpoints"))
             if left[0] < 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
