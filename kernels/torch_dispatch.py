@@ -7,8 +7,9 @@
 `_storage_Use_Count`        how many tensors and names hold a storage
 """
 
+import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ class TorchDispatchMode(_python_dispatch.TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +63,39 @@ def storages(given: Any) -> list[Any]:
     if isinstance(given, dict):
         given = list(given.values())
     return [storage for one in given for storage in storages(one)] if isinstance(given, list | tuple) else []
+
+
+class Births(TorchDispatchMode, Generic[Entry]):
+    """While entered, knows every storage that operations make from when it is made until it is let go: `there`, by identity, with
+    what is noted of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there: dict[int, tuple[weakref.ref[Any], Entry]] = {}
+
+    def begun(self, size: int, operation: str) -> Entry:
+        """Says what is noted of a storage of so many bytes that an operation has made."""
+        raise NotImplementedError
+
+    def ended(self, noted: Entry) -> None:
+        """Learns that a storage is let go of."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **kwargs) if kwargs else function(*args)
+        told = told_of(function)
+        if told.makes:
+            for storage in storages(result):
+                if is_held_once(storage) or not any(storage is given for given in storages((args, kwargs))):
+                    self.note_birth(storage, told.name)
+        return result
+
+    def note_birth(self, storage: Any, operation: str) -> None:
+        """Notes a storage that was not there."""
+        if (key := id(storage)) not in self.there:
+            noted = self.begun(storage.nbytes(), operation)
+            self.there[key] = weakref.ref(storage, lambda _: self.note_death(key)), noted
+
+    def note_death(self, key: int) -> None:
+        """Forgets a storage; nothing happens where it is not known."""
+        if (found := self.there.pop(key, None)) is not None:
+            self.ended(found[1])

@@ -5,7 +5,6 @@ the step is over (`parallel.life`). Parameters, optimizer states and masks are t
 """
 
 import itertools
-import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rowwise.kernels.torch_dispatch import TorchDispatchMode, is_held_once, storages, told_of
+from rowwise.kernels.torch_dispatch import Births, storages, told_of
 from rowwise.kernels.torch_dtensor import rows_of
 from rowwise.parallel.gather import copies_of
 from rowwise.parallel.life import MOVING, Life, held, on_device
@@ -26,7 +25,7 @@ from rowwise.parallel.torch_autograd import in_backward, tell_first
 from rowwise.parallel.torch_fsdp import accumulated, fsdp_params, fsdp_state, gathered, partial_sum
 
 
-class Lifetimes(TorchDispatchMode):
+class Lifetimes(Births[Life]):
     """While entered, notes the life of every storage that operations make. `models`: the modules of this rank, as they were
     parallelized; `parameters`: theirs, before they are gathered; `stages`: the ranks that hold the others of a pipeline, to which
     what is sent waits to be gone, and is not kept.
@@ -56,7 +55,6 @@ class Lifetimes(TorchDispatchMode):
         self._buckets = [
             flat for model in models if (buckets := buckets_of(model)) is not None for flat in buckets.flat
         ]
-        self._alive: dict[int, tuple[weakref.ref[Any], Life]] = {}
         self._lives: list[Life] = []
         self._gathered: list[tuple[int, int]] = []
         self._handles: list[RemovableHandle] = []
@@ -79,7 +77,7 @@ class Lifetimes(TorchDispatchMode):
 
     def note_return(self, tensor: Tensor) -> None:
         """Says that a tensor is one that has come back to the device, which no operation made where a file was read."""
-        self._note_birth(rows_of(tensor).untyped_storage(), "returned")
+        self.note_birth(rows_of(tensor).untyped_storage(), "returned")
 
     def __enter__(self) -> "Lifetimes":
         self._handles = [tell_first(p, self._note_gradient_of) for p in self._parameters if p.requires_grad]
@@ -92,12 +90,8 @@ class Lifetimes(TorchDispatchMode):
             self._note_phase()
         if self._looks:
             self._note_gradients()
-        result = function(*args, **kwargs) if kwargs else function(*args)
+        result = super().__torch_dispatch__(function, types, args, kwargs)
         told = told_of(function)
-        if told.makes:
-            for storage in storages(result):
-                if is_held_once(storage) or not any(storage is given for given in storages((args, kwargs))):
-                    self._note_birth(storage, told.name)
         if told.moves:
             self._note_moves(told.name, args, kwargs)
         if self._params:
@@ -106,7 +100,7 @@ class Lifetimes(TorchDispatchMode):
 
     def _note_phase(self) -> None:
         """Notes that what is there where a backward begins or ends was kept."""
-        for _, life in self._alive.values():
+        for _, life in self.there.values():
             life.kept |= life.returning == self._returning
         for copy in itertools.chain(*map(copies_of, self._models)):
             if (found := self._life(copy)) is not None:
@@ -114,29 +108,25 @@ class Lifetimes(TorchDispatchMode):
         self._returning = not self._returning
         self._looks = True
 
-    def _note_birth(self, storage: Any, operation: str) -> None:
-        if (key := id(storage)) in self._alive:
-            return
-        size = storage.nbytes()
+    def begun(self, size: int, operation: str) -> Life:
         life = Life(size, operation, self._at, self._returning, self._late)
-        self._alive[key] = weakref.ref(storage, lambda _: self._note_death(key)), life
         self._lives.append(life)
         if size in self._whole_sizes and not self._returning and not torch.is_grad_enabled():
             self._looks = True  # a weight's gradient that was put off is set outside a backward, as soon as it is made
+        return life
 
-    def _note_death(self, key: int) -> None:
-        _, life = self._alive.pop(key)
-        life.died = self._at
+    def ended(self, noted: Life) -> None:
+        noted.died = self._at
 
     def _life(self, tensor: Tensor) -> Life | None:
-        found = self._alive.get(id(rows_of(tensor).untyped_storage()))
+        found = self.there.get(id(rows_of(tensor).untyped_storage()))
         return None if found is None else found[1]
 
     def _note_moves(self, name: str, args: Any, kwargs: Any) -> None:
         leaves = name.startswith("c10d::send") and dist.ProcessGroup.unbox(args[1]).group_name == self._stages
         gradients = {id(storage) for storage in storages(args[0])} if name.startswith("fsdp::chunk_cat") else ()
         for storage in storages((args, kwargs)):
-            if (found := self._alive.get(id(storage))) is not None:
+            if (found := self.there.get(id(storage))) is not None:
                 life = found[1]
                 life.gradient |= id(storage) in gradients
                 # What is summed over ranks may wait for the thread that did it past the end of a backward.

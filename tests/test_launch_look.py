@@ -56,7 +56,12 @@ def test_what_a_run_would_be_refused_for(case, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "layout", [["parallel.zero=3"], ["parallel.pipeline=2", "batch.micro_size=1"], ["optim=galore"]]
+    "layout",
+    [
+        ["parallel.zero=3", "adapter=lora", "adapter.rank=4"],
+        ["parallel.pipeline=2", "batch.micro_size=1"],
+        ["optim=galore"],
+    ],
 )
 def test_the_table_is_the_one_that_the_run_writes(ranks, tmp_path, layout):
     words = overrides_of(tmp_path, "steps=1", *layout)

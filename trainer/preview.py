@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import torch
 
 from rowwise.optim.build import Assignments, assignment_table, assignments, build_optimizer, state_bytes
+from rowwise.parallel.activations.compress import Tokens
 from rowwise.parallel.config import ParallelConfig
 from rowwise.parallel.pipeline_schedule.simulate import Timeline, simulate, uniform_costs
 from rowwise.parallel.precision import master_dtype
 from rowwise.parallel.sequence import padded_length
+from rowwise.trainer.adapters.convert import adapt
+from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.advice import told_of_sources, warnings
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.console import labelled
@@ -47,6 +50,8 @@ def assigned_without_memory(config: TrainConfig) -> Assignments:
     """Says which rule every parameter of the run would follow, and what it keeps: on the meta device, where nothing takes memory."""
     with torch.device("meta"):
         model = Decoder(config.model)
+        places = torch.arange(0)
+    adapt(model, config.adapter, run_specs(config), config.seed, Tokens(0, places, places))
     model.to(torch.bfloat16 if config.optim.param_dtype == "bf16" else master_dtype(config.precision))
     return assignments(model, build_optimizer(model, config.optim, config.seed))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rowwise.kernels.coded_rows import RowForm, decode_rows
-from rowwise.kernels.torch_dispatch import TorchDispatchMode, is_held_once, storages, told_of
+from rowwise.kernels.torch_dispatch import Births
 from rowwise.parallel.activations.compress import Tokens
 from rowwise.parallel.activations.saved import begin_sequences
 from rowwise.parallel.defer import WeightGradients, deferred
@@ -143,13 +143,13 @@ def _compute(layers: Sequence[nn.Linear], columns: int, given: Given, split: boo
     return Held(kept, needs, forward, backward, rest - size * waits, new, waits)
 
 
-class _Watch(TorchDispatchMode):
-    """While entered, counts the bytes of the storages that operations make, `now` and at `most`."""
+class _Watch(Births[tuple[int, bool]]):
+    """While entered, counts the bytes of the storages that operations make, `now` and at `most`; notes of each its bytes and whether
+    the backward made it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._alive: dict[int, tuple[weakref.ref[Any], int, bool]] = {}
         self._returning = False
 
     def begin_backward(self) -> None:
@@ -159,28 +159,17 @@ class _Watch(TorchDispatchMode):
     def leave_out(self, p: Tensor) -> None:
         """Counts the gradient of a parameter no longer."""
         if p.grad is not None:
-            self._note_death(id(p.grad.untyped_storage()))
+            self.note_death(id(p.grad.untyped_storage()))
 
     def left(self) -> tuple[int, int]:
         """Counts what is there of the forward's, and of the backward's."""
-        there = [(size, returning) for _, size, returning in self._alive.values()]
+        there = [noted for _, noted in self.there.values()]
         return sum(s for s, returning in there if not returning), sum(s for s, returning in there if returning)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if told_of(function).makes:
-            for storage in storages(result):
-                if is_held_once(storage) or not any(storage is one for one in storages((args, kwargs))):
-                    self._note_birth(storage)
-        return result
+    def begun(self, size: int, operation: str) -> tuple[int, bool]:
+        self.now += size
+        self.most = max(self.most, self.now)
+        return size, self._returning
 
-    def _note_birth(self, storage: Any) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key not in self._alive:
-            self._alive[key] = weakref.ref(storage, lambda _: self._note_death(key)), size, self._returning
-            self.now += size
-            self.most = max(self.most, self.now)
-
-    def _note_death(self, key: int) -> None:
-        _, size, _ = self._alive.pop(key, (None, 0, False))
-        self.now -= size
+    def ended(self, noted: tuple[int, bool]) -> None:
+        self.now -= noted[0]
