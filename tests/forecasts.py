@@ -18,7 +18,8 @@ from rowwise.optim.average import Average
 from rowwise.optim.build import build_optimizer
 from rowwise.parallel.activations.config import is_folder
 from rowwise.parallel.mesh import Workers, make_mesh
-from rowwise.trainer.assemble import home_of
+from rowwise.trainer.adapters.specs import with_likely_forms
+from rowwise.trainer.assemble import allocation_of, home_of
 from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree
@@ -66,6 +67,8 @@ FROZEN = (  # what of a model does not learn, and what does beside it
     ("adapter=dora", "adapter.rank=8"),
     ("adapter=dora", "adapter.rank=8", "adapter.dropout=0.1"),
     ("adapter=bone", "adapter.rank=24"),
+    ("adapter=adalora", "adapter.rank=16"),
+    ("adapter=lq_lora", "adapter.rank=16", "adapter.bits=4.5"),
     ("optim.assign=[{match: 'embed.*', rule: frozen}, {match: 'blocks.0.*', rule: frozen}]",),
     ("optim.assign=[{match: 'blocks.*.w*', rule: frozen}]",),
 )
@@ -83,7 +86,7 @@ def forecast_config(folder: Path, world_size: int, *words: str) -> TrainConfig:
         "data.separator=0", "data.mask_documents=false", "batch.global_size=8", "batch.micro_size=2", "batch.seq_len=128",
         "schedule=constant", "eval.every=0", "sample.tokens=0", "checkpoint.every=0",
     ]  # fmt: skip
-    return check(config_from_tree(compose_tree([*base, *words])), world_size)
+    return with_likely_forms(check(config_from_tree(compose_tree([*base, *words])), world_size))
 
 
 def draw(folder: Path, chance: random.Random) -> Drawn:
@@ -145,8 +148,8 @@ def _words(chance: random.Random) -> tuple[list[str], int]:
     if chance.random() < 0.5:
         words += pick(FORMS)
     if chance.random() < 0.4:
-        words += pick(FROZEN)
-        words += [f"model.frozen_dtype={pick(('null', 'bf16', 'int8', 'nf4'))}"]
+        words += (frozen := pick(FROZEN))
+        words += [f"model.frozen_dtype={pick(('null', 'bf16', 'int8', 'nf4'))}"] * (frozen[0] != "adapter=lq_lora")
     if chance.random() < 0.4:
         words += pick(LOOKS)
     return words, world_size
@@ -162,11 +165,12 @@ def held_in_a_step(workers: Workers, config: TrainConfig) -> tuple[dict[str, int
     home = home_of(config, model, mesh.device)
     optimizer = build_optimizer(model, config.optim, config.seed, home)
     average = None if config.average.ema is None else Average(model, config.average, config.seed)
-    update = make_update(config, mesh, engine, optimizer, sparsity, average=average)
+    allocation = allocation_of(config, model, mesh)
+    update = make_update(config, mesh, engine, optimizer, sparsity, average=average, allocation=allocation)
     batches = next(train_batches(config, mesh, data, position=0))
     with watching(config, mesh, model, 1, True, [] if home is None else home.files) as watch:
         update(step_input(config, 1, batches))
-    tensors = tensors_of(model, optimizer, sparsity, average)
+    tensors = tensors_of(model, optimizer, sparsity, average, allocation)
     measured, _ = measured_bytes(watch, model, optimizer, bytes_beside(tensors, mesh.device), mesh.device)
     predicted = memory_of(config, mesh.rank, False, plan_for(config, device_named("cpu")))
     return measured, {**predicted.peaks, "total": predicted.most}, predicted.moment

@@ -26,6 +26,7 @@ from rowwise.parallel.row_file import RowFile
 from rowwise.parallel.state_bytes import StateBytes, measure
 from rowwise.parallel.torch_memory import record_history, write_snapshot
 from rowwise.trainer.activations import keeper_in
+from rowwise.trainer.adapters.allocate import PREFIX as IMPORTANCE
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.files import to_json, write_whole, writing
 from rowwise.trainer.models.decoder import Decoder
@@ -150,7 +151,7 @@ def measured_bytes(
     if watch.seen is None:
         return {}, now
     peaks, most = watch.seen.peaks()
-    stays = {"parameters": watch.seen.parameter_bytes, "optimizer": now.optimizer, **beside}
+    stays = {"parameters": watch.seen.parameter_bytes, **beside, "optimizer": now.optimizer + beside["optimizer"]}
     away = away_of(model)
     host, file = peaks["host"], now.file
     if away is not None:
@@ -159,13 +160,14 @@ def measured_bytes(
 
 
 def bytes_beside(tensors: dict[str, Tensor], device: torch.device) -> Bytes:
-    """Counts what masks, with what is kept beside them, and the average take on a device, among the tensors of a run."""
+    """Counts what masks, with what is kept beside them, the average, and averages of importance, which are states beside the
+    optimizer's own, take on a device, among the tensors of a run."""
     rows = {name: local(t) for name, t in tensors.items()}
 
     def of(prefix: str) -> int:
         return sum(t.nbytes for name, t in rows.items() if name.startswith(prefix) and t.device.type == device.type)
 
-    return {"masks": of("sparsity."), "average": of(AVERAGE)}
+    return {"masks": of("sparsity."), "average": of(AVERAGE), "optimizer": of(IMPORTANCE)}
 
 
 def plan_made(model: StagedDecoder) -> Plan:
@@ -197,8 +199,8 @@ def keep_memory(
     ours = {
         "parameters": now.shards + now.gathered,
         "gradients": now.gradients,
-        "optimizer": now.optimizer,
         **beside,
+        "optimizer": now.optimizer + beside["optimizer"],
         "host": now.host,
         "file": now.file,
         "peak": peak_memory_bytes(mesh.device),

@@ -5,6 +5,9 @@
 Matrix i in form j has b_ij bits, and c_ij is the square of the error that is left of it.
 """
 
+from collections.abc import Iterable
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,9 +33,19 @@ NAMED = {name_of(form): form for form in FORMS}
 
 def even(shape: torch.Size, bits: float) -> RowForm:
     """Returns the form of most bits that a matrix may have where each has at most so many a number; of the fewest, where none has."""
-    least_first = sorted(FORMS, key=lambda form: bits_of(shape, form))
-    allowed = [form for form in least_first if bits_of(shape, form) <= bits * shape.numel()]
-    return allowed[-1] if allowed else least_first[0]
+    return spread([shape], bits)[0]
+
+
+def spread(shapes: Iterable[torch.Size], bits: float) -> list[RowForm]:
+    """Returns forms of matrices that together take no more than so many bits a number, and hardly fewer: each the largest that
+    those before leave room for, of the fewest where they leave none."""
+    found, left = list[RowForm](), 0.0
+    for shape in shapes:
+        left += bits * shape.numel()
+        allowed = [form for form in FORMS if bits_of(shape, form) <= left]
+        found.append(max(allowed, key=partial(bits_of, shape)) if allowed else min(FORMS, key=partial(bits_of, shape)))
+        left -= bits_of(shape, found[-1])
+    return found
 
 
 def bits_of(shape: torch.Size, form: RowForm) -> int:

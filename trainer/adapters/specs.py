@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 from rowwise.kernels.spec import ParameterSpec, Specs
 from rowwise.optim.build import frozen_by
-from rowwise.trainer.adapters.bits import NAMED, even
+from rowwise.trainer.adapters.bits import NAMED, even, name_of, spread
 from rowwise.trainer.adapters.config import ADDED, AdapterBase, AdapterConfig, LqLora, NoAdapter
 from rowwise.trainer.adapters.frozen import with_kept
 from rowwise.trainer.config import TrainConfig
@@ -41,6 +41,17 @@ def with_forms(specs: Specs, adapter: LqLora) -> Specs:
             form = even(spec.shape, adapter.bits) if adapter.forms is None else NAMED[adapter.forms[name]]
             found[name] = replace(spec, kept=form)
     return found
+
+
+def with_likely_forms(config: TrainConfig) -> TrainConfig:
+    """Returns a run whose matrices of LQ-LoRA have forms that together take the bits that there are, where none are chosen yet."""
+    adapter = config.adapter
+    if not isinstance(adapter, LqLora) or adapter.forms is not None:
+        return config
+    specs = parameter_specs(config.model)
+    names = [name for name, spec in specs.items() if is_adapted(name, spec, adapter)]
+    forms = map(name_of, spread((specs[name].shape for name in names), adapter.bits))
+    return replace(config, adapter=replace(adapter, forms=dict(zip(names, forms, strict=True))))
 
 
 def run_parts(config: TrainConfig, layers: range) -> tuple[list[Specs], Specs]:

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from rowwise.parallel.config import ParallelConfig
+from rowwise.trainer.adapters.specs import with_likely_forms
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.config import ModelConfig
 from rowwise.trainer.plan.clock import Clock
@@ -33,6 +34,7 @@ class Forecast:
 def forecast(config: TrainConfig, device: Device, ends: bool = False) -> Forecast:
     """Forecasts a run. `config`: checked; `ends`: of a pipeline look at the first place and the last alone, one of which holds the
     most. Raises ValueError for layers that do not say what they keep."""
+    config = with_likely_forms(config)
     plan = plan_for(config, device)
     parallel = config.parallel
     each = parallel.data_degree * parallel.ring * parallel.ulysses

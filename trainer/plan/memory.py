@@ -29,6 +29,7 @@ from rowwise.trainer.plan.states import (
     widths_of,
 )
 from rowwise.trainer.plan.step import Crossing, PipelineRank, Stage, walk_whole
+from rowwise.trainer.plan.triplets import choice_bytes, importance_bytes, penalty_bytes
 from rowwise.trainer.plan.update import NONE, Updates, portions_of, update_bytes, update_bytes_of_each
 from rowwise.trainer.plan.weights import Replicated, Weights
 from rowwise.trainer.plan.works import works_of
@@ -77,6 +78,7 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
     for layers in stages.values():
         ledger.take(where("parameters", kept.offload_params, gpu), parameter_bytes(config, layers, place, sharded))
         ledger.take(where("optimizer", kept.offload_states, gpu), optimizer_bytes(config, layers, place))
+        ledger.take("optimizer", importance_bytes(config, layers, place))
         ledger.take("masks", mask_bytes(config, layers, place))
         ledger.take(place_of_average(config, gpu), average_bytes(config, layers, place))
     ledger.take(HOST, read_bytes(config, (g for layers in stages.values() for g in groups_of(config, layers, place))))
@@ -104,6 +106,8 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         size = tokens_of(config) * config.model.dim * widths.compute
         crossing = Crossing(size, tied_bytes(config, place), not gpu)
         PipelineRank(walked, plan.schedule, place.pipeline, gathering(config.parallel), crossing, ledger).walk()
+    ledger.at = "the penalty of triplets"
+    ledger.use("working", *penalty_bytes(config, stages.values(), place))
     ledger.at = "the optimizer's step"
     ledger.use(HOST, scaling_bytes(config, [spec for _, spec in entries], place))
     if not config.optim.in_backward:
@@ -111,6 +115,8 @@ def memory_of(config: TrainConfig, rank: int, gpu: bool, plan: Plan | None) -> M
         on_host = gpu and kept.offload_states != "none"
         ledger.use(HOST, step_bytes(config, portions_of(entries, config, place), gpu) + (most - messages) * on_host)
         ledger.use("working", messages if on_host else most, messages)
+    ledger.at = "the choice of triplets"
+    ledger.use("working", choice_bytes(config, stages.values(), place))
     return Memory(rank, ledger.peaks, ledger.most, ledger.then, ledger.moment)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from rowwise.parallel.activations.results import INPUT, LayerResults, LayerWork, Result
 from rowwise.trainer.activations import kept_of, results_of, tokens_of
-from rowwise.trainer.adapters.config import AdaLora, LqLora, NoAdapter
+from rowwise.trainer.adapters.config import NoAdapter
 from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import layer_work
@@ -79,16 +79,6 @@ def unknown_of_frozen(config: TrainConfig, work: LayerWork) -> str | None:
         return (
             f"model.block={config.model.block}: its layers do not say which linear layers their backward goes through, so that what "
             "is frozen of them is not forecast; name them in its method `work` (docs/memory.md)"
-        )
-    if isinstance(config.adapter, AdaLora):
-        return (
-            "adapter=adalora: what its choice of triplets holds is not forecast; give adapter=lora to see what a run holds whose "
-            "matrices have the same rank"
-        )
-    if isinstance(config.adapter, LqLora) and config.adapter.forms is None:
-        return (
-            "adapter=lq_lora: the bits of each matrix are chosen when the run starts, so that what they take is not forecast; give "
-            "adapter=lora and model.frozen_dtype=nf4 to see what a run holds whose matrices all have four"
         )
     if config.memory.compress != "none":
         return (
