@@ -63,6 +63,8 @@ CHECKS = [
     Check("lion8bit", "gpu_kernels:check_lion8bit", 40),
     Check("philox", "gpu_kernels:check_philox", 20),
     Check("rounding", "gpu_kernels:check_rounding", 20),
+    Check("row_codes", "gpu_kernels:check_row_codes", 20),
+    Check("coded_rows", "gpu_kernels:check_coded_rows", 20),
     Check("row_scale", "gpu_kernels:check_row_scale", 20),
     Check("elementwise", "gpu_kernels:check_elementwise", 30),
     Check("dct", "gpu_kernels:check_dct", 30),

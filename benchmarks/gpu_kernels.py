@@ -15,6 +15,9 @@ from rowwise.kernels.adamw8bit import adamw8bit_reference_
 from rowwise.kernels.adamw8bit_triton import adamw8bit_triton_
 from rowwise.kernels.blockwise import dequantise_reference_, quantise, quantise_reference_
 from rowwise.kernels.blockwise_triton import dequantise_triton_, quantise_triton_
+from rowwise.kernels.coded_rows import RowForm, encode_rows
+from rowwise.kernels.coded_rows import decode_reference_ as decode_coded_reference_
+from rowwise.kernels.coded_rows_triton import decode_triton_ as decode_coded_triton_
 from rowwise.kernels.dct import column_squares_reference, dct_columns_reference
 from rowwise.kernels.dct_triton import column_squares_triton, dct_columns_triton
 from rowwise.kernels.glu import gate_gradients_reference, gated_reference
@@ -27,6 +30,10 @@ from rowwise.kernels.rms_norm import norm_gradients_reference, normed_reference
 from rowwise.kernels.rms_norm_triton import norm_gradients_triton, normed_triton
 from rowwise.kernels.rounding import round_reference_
 from rowwise.kernels.rounding_triton import round_triton_
+from rowwise.kernels.row_codes import Draws, blocks_of, code_bytes, encode_reference_
+from rowwise.kernels.row_codes import decode_reference_ as decode_rows_reference_
+from rowwise.kernels.row_codes_triton import decode_triton_ as decode_rows_triton_
+from rowwise.kernels.row_codes_triton import encode_triton_
 from rowwise.kernels.row_scale import scale_rows_reference
 from rowwise.kernels.row_scale_triton import scale_rows_triton
 
@@ -117,6 +124,42 @@ def check_rounding(place: Place) -> dict[str, Any]:
         round_reference_(x, reference, 7, start)
         round_triton_(x.to(place.device), ours, 7, start)
         apart += int((reference.view(torch.int16) != ours.cpu().view(torch.int16)).sum())
+    return {"numbers_apart": apart, "passed": apart == 0}
+
+
+def check_row_codes(place: Place) -> dict[str, Any]:
+    """Codes of rows on their way to other ranks, their scales and what comes of them: the same bits, to nearest and at random."""
+    apart = 0
+    for (m, n), bits, draws in itertools.product(shapes(place), (8, 4), (None, Draws(stream_key(7, "w"), 5))):
+        x = torch.randn(2, m, n)
+        right, ours = (
+            (
+                torch.empty(2, m, code_bytes(n, bits), dtype=torch.uint8, device=device),
+                torch.empty(2, m, blocks_of(n), device=device),
+                torch.empty(2, m, n, dtype=torch.bfloat16, device=device),
+            )
+            for device in (CPU, place.device)
+        )
+        encode_reference_(x, *right[:2], bits, draws)
+        encode_triton_(x.to(place.device), *ours[:2], bits, draws)
+        decode_rows_reference_(*right, bits)
+        decode_rows_triton_(*ours, bits)
+        apart += sum(int((a != b.cpu()).sum()) for a, b in zip(right, ours, strict=True))
+    return {"numbers_apart": apart, "passed": apart == 0}
+
+
+def check_coded_rows(place: Place) -> dict[str, Any]:
+    """Numbers behind the codes of weights that are frozen, of every width and kind of scale: the same bits."""
+    whole = RowForm(2, 64, scales="whole", top="bf16")
+    apart = 0
+    for (m, n), form in itertools.product(
+        shapes(place), [RowForm(8, 64, "linear"), RowForm(4, 64), RowForm(3, 64), whole]
+    ):
+        packed = encode_rows(torch.randn(m, n), form)
+        right, ours = (torch.empty(m, n, dtype=torch.bfloat16, device=device) for device in (CPU, place.device))
+        decode_coded_reference_(packed, right, form)
+        decode_coded_triton_(packed.to(place.device), ours, form)
+        apart += int((right != ours.cpu()).sum())
     return {"numbers_apart": apart, "passed": apart == 0}
 
 

@@ -8,8 +8,8 @@
 
 What queries see (`kernels.visible`) is looked at by the device's fastest operator that gives lse, area by area
 (`kernels.attention_block`) or, where that operator takes several, in one call (`kernels.attention_packed`); no mask is ever
-made, and what is not seen is not computed. No operator caps scores: capped ones (`kernels.look`) are made in tiles by plain torch, and
-made again in the backward, so that memory is linear in S.
+made, and what is not seen is not computed. No operator of torch caps scores: capped ones (`kernels.look`) are made by a kernel of our
+own on CUDA, elsewhere in tiles by plain torch, and made again in the backward, so that memory is linear in S.
 
 Shapes: B sequences, S queries, T keys, H heads, K key/value heads, E head dim. Sums are kept in float32, or float64.
 """

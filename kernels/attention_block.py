@@ -5,7 +5,8 @@
 | CPU | float64, float32, bfloat16, float16 | torch's FlashAttention for CPUs |
 | CUDA from sm_80 on | bfloat16, float16, heads of up to 256 | FlashAttention-2 |
 | CUDA | float32, float16, and bfloat16 from sm_80 on | memory-efficient attention (Rabe & Staats) |
-| any | any other, float64 above all, and capped scores | plain torch, whole scores of a block |
+| CUDA | capped scores of those dtypes, heads of up to 256 | our own (`kernels.attention_triton`), which takes many areas |
+| any | any other, float64 above all | plain torch, whole scores of a block |
 
 Shapes: queries (B, S, H, E), keys and values (B, T, K, E), lse (B, H, S); H is a multiple of K. `causal`: as many keys as
 queries, and the n-th query sees the first n. `form`: the scale and the cap of scores (`kernels.logit_form`).
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowwise.kernels import torch_attention
+from rowwise.kernels.dispatch import use_triton
 from rowwise.kernels.logit_form import AS_THEY_ARE, LogitForm
 from rowwise.kernels.wide import wide_dtype
 
@@ -35,11 +37,13 @@ class Attended(NamedTuple):
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 
+LARGEST_HEAD = 256  # of FlashAttention-2, and of our own kernel
+
 
 def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, form: LogitForm) -> tuple[Tensor, Tensor]:
     """Computes out in the dtype of `q`, and lse in float32, or float64 for float64."""
     operator = operator_of(q, form)
-    if operator == "plain":
+    if operator in ("plain", "capped"):  # our own takes packed areas alone
         return plain_forward(q, k, v, causal, form)
     size, scale = q.size(-1), form.scale
     q, k, v = (_heads_first(t, operator) for t in (q, k, v))
@@ -58,7 +62,7 @@ def block_backward(d_out: Tensor, attended: Attended, causal: bool, form: LogitF
     """Returns what this block of keys gives of the gradients."""
     q, k, v, out, lse = attended
     operator = operator_of(q, form)
-    if operator == "plain":
+    if operator in ("plain", "capped"):  # our own takes packed areas alone
         return plain_backward(d_out, attended, causal, form)
     size, groups, scale = q.size(-1), k.size(2), form.scale
     d_out, q, k, v, out = (_heads_first(t, operator) for t in (d_out, q, k, v, out))
@@ -116,15 +120,16 @@ def plain_backward(d_out: Tensor, attended: Attended, causal: bool, form: LogitF
 
 
 def operator_of(q: Tensor, form: LogitForm = AS_THEY_ARE) -> str:
-    """Says which operator takes queries like `q`, by the table above: cpu, flash, efficient or plain."""
+    """Says which operator takes queries like `q`, by the table above: cpu, flash, efficient, capped or plain."""
     if form.cap is not None:
-        return "plain"
+        own = q.dtype != torch.float64 and q.size(-1) <= LARGEST_HEAD and use_triton(q.device)
+        return "capped" if own else "plain"
     if q.device.type == "cpu":
         return "cpu"
     if q.device.type != "cuda" or q.dtype == torch.float64:
         return "plain"
     ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
-    if ampere and q.dtype != torch.float32 and q.size(-1) <= 256:
+    if ampere and q.dtype != torch.float32 and q.size(-1) <= LARGEST_HEAD:
         return "flash"
     return "efficient" if ampere or q.dtype != torch.bfloat16 else "plain"
 

@@ -43,8 +43,10 @@ class Packing:
 
 
 def packs(q: Tensor, areas: Sequence[Area], form: LogitForm) -> bool:
-    """Says whether these areas are better looked at together: there are several, and the operator takes them so."""
-    return operator_of(q, form) == "flash" and (len(areas) > 1)
+    """Says whether these areas are better looked at together: there are several, and the operator takes them so, or takes none
+    otherwise."""
+    operator = operator_of(q, form)
+    return operator == "capped" or (operator == "flash" and len(areas) > 1)
 
 
 @functools.lru_cache(maxsize=64)  # the layers of a model ask for the same
@@ -90,7 +92,12 @@ def disjoint_groups(areas: Iterable[Area]) -> list[list[Area]]:
 
 def packed_forward(q: Tensor, k: Tensor, v: Tensor, packing: Packing, form: LogitForm) -> tuple[Tensor, Tensor]:
     """Computes out (N, H, E) in the dtype of `q`, and lse (H, N) in float32 (float64 for float64), of gathered rows."""
-    if operator_of(q) != "flash":
+    operator = operator_of(q, form)
+    if operator == "capped":
+        from rowwise.kernels.attention_triton import attend_triton
+
+        return attend_triton(q, k, v, packing, form)
+    if operator != "flash":
         parts = [block_forward(a, b, c, packing.causal, form) for a, b, c in _each(packing, (q,), (k, v))]
         outs, lses = zip(*parts, strict=True)
         return torch.cat([out[0] for out in outs]), torch.cat([lse[0] for lse in lses], dim=1)
@@ -104,7 +111,12 @@ def packed_forward(q: Tensor, k: Tensor, v: Tensor, packing: Packing, form: Logi
 def packed_backward(d_out: Tensor, attended: Attended, packing: Packing, form: LogitForm) -> Gradients:
     """Returns what these areas give of the gradients, of gathered rows."""
     q, k, v, out, lse = attended
-    if operator_of(q) != "flash":
+    operator = operator_of(q, form)
+    if operator == "capped":
+        from rowwise.kernels.attention_triton import attend_backward_triton
+
+        return attend_backward_triton(d_out, attended, packing, form)
+    if operator != "flash":
         lses = [part.contiguous().unsqueeze(0) for part in lse.split(packing.q_lengths, dim=1)]
         parts = _each(packing, (d_out, q, out), (k, v))
         found = [

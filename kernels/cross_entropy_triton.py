@@ -11,16 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rowwise.kernels.logit_form import AS_THEY_ARE, LogitForm
+from rowwise.kernels.logit_form_triton import formed, sloped
 from rowwise.kernels.rounding_triton import rounded_to
 
 ROWS, COLUMNS = 128, 128  # of a tile
 SEGMENTS = 16  # of the vocabulary, at most: with 8,192 tokens 1,024 programs
-
-
-@triton.jit
-def tanh(x):
-    rest = tl.exp(-2.0 * tl.abs(x))
-    return tl.where(x < 0, -1.0, 1.0) * (1.0 - rest) / (1.0 + rest)
 
 
 @triton.jit
@@ -51,8 +46,7 @@ def logits(
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         z = tl.dot(a, b, z, input_precision="tf32" if TF32 else "ieee")
-    z = rounded_to(z, x.dtype.element_ty).to(tl.float32) * scale
-    return cap * tanh(z / cap) if CAPPED else z
+    return formed(rounded_to(z, x.dtype.element_ty).to(tl.float32), scale, cap, CAPPED)
 
 
 @triton.jit
@@ -121,9 +115,7 @@ def logit_gradient_kernel(
     sum_of_row = tl.load(lse + row, mask=row < tokens, other=float("inf"))
     z = logits(x, w, row, column, tokens, words, dim, scale, cap, ROWS, COLUMNS, DEPTH, TF32, WIDEN, CAPPED)
     p = tl.exp(z - sum_of_row[:, None]) - tl.where(column[None, :] == label[:, None], 1.0, 0.0)
-    p *= scale
-    if CAPPED:
-        p *= 1.0 - (z / cap) * (z / cap)
+    p = sloped(p, z, scale, cap, CAPPED)
     inside = (row < tokens)[:, None] & (column < words)[None, :]
     place = dz + row[:, None] * words + column[None, :]
     tl.store(place, rounded_to(p * tl.load(g), dz.dtype.element_ty), mask=inside)

@@ -4,10 +4,12 @@ import random
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
 
+from interpreter import interpreted
 from live_bytes import LiveBytes
 from rowwise.kernels.attention import causal_attention, nothing_seen, see, see_backward
 from rowwise.kernels.attention_block import Attended, block_backward, block_forward, plain_backward, plain_forward
@@ -197,6 +199,34 @@ def test_caps_in_fewer_bits_err_by_their_rounding(dtype):
         assert mine.dtype == dtype
         rounding = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)  # of sums in it, and of results
         assert (mine - right).norm() < rounding * right.norm()
+
+
+def agree(dtype, size):
+    """A GPU's own kernel, with tiles of 16 and rows that do not fill the last, in documents, windows and one area alone."""
+    chance = random.Random(size)
+    torch.manual_seed(size)
+    tensors = [(torch.randn(2, 20, heads, size) * 2).to(dtype) for heads in (2, 1, 1)]
+    d_out = torch.randn(2, 20, 2, size).to(dtype)
+    with (
+        mock.patch("rowwise.kernels.attention_packed.operator_of", lambda *_: "capped"),
+        mock.patch("rowwise.kernels.attention_triton.SIDE", 16),
+    ):
+        for documents, window in ((None, None), (some_documents(chance, 2, 20), 7)):
+            look = Look(window=window, cap=5.0)
+            exact = outcome(attention, [t.double() for t in tensors], d_out.double(), documents, look)
+            for mine, right in zip(outcome(causal_attention, tensors, d_out, documents, look), exact, strict=True):
+                assert mine.dtype == dtype
+                # Weights are rounded before products, as FlashAttention's are, and results are.
+                rounding = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 2)
+                assert (mine - right).norm() < rounding * right.norm(), (mine - right).norm() / right.norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float32, 6), (torch.bfloat16, 20), pytest.param(torch.float16, 16, marks=pytest.mark.full)],
+)
+def test_triton_caps_as_torch_does(dtype, size):
+    interpreted("test_kernels_attention", "agree", dtype, size)
 
 
 def test_a_window_and_a_cap_take_memory_and_pairs_as_the_length_does(monkeypatch):

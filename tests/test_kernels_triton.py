@@ -80,6 +80,20 @@ CODED_ROWS = {
     **dict.fromkeys(("scales", "book"), "*fp32"),
     "codes": "*u8",
 }
+ATTENTION = {
+    **dict.fromkeys(("q", "k", "v", "d_out", "out", "d_q", "d_k", "d_v"), "*bf16"),
+    **dict.fromkeys(("lse", "shift"), "*fp32"),
+    **dict.fromkeys(("q_begins", "k_begins"), "*i32"),
+    **dict.fromkeys(("total", "heads", "groups", "size"), "i32"),
+    **dict.fromkeys(("scale", "cap"), "fp32"),
+    "ROWS": 32,
+    "KEYS": 32,
+    "SIZE": 256,
+    "CAUSAL": True,
+    "TF32": False,
+    "WIDEN": False,  # Gemma 2's heads
+}
+SMALL_HEADS = ATTENTION | {"ROWS": 64, "KEYS": 64, "SIZE": 64, "CAUSAL": False}
 
 # Those for which another of the same processor stands.
 FULL = [
@@ -146,6 +160,12 @@ VARIANTS = [
     (80, "coded_rows", "decode", CODED_ROWS | {"out": "*bf16", "BITS": 4, "BLOCKS": 16, "WIDTH": 64}),
     (90, "coded_rows", "decode", CODED_ROWS | {"out": "*fp32", "BITS": 3, "BLOCKS": 32, "WIDTH": 32}),
     (90, "cross_entropy", "logit_gradient", GRADIENT | TILE["bf16"] | {"dz": "*bf16"}),
+    (80, "attention", "attend", SMALL_HEADS),
+    (90, "attention", "attend", ATTENTION),
+    (80, "attention", "query_gradient", ATTENTION),
+    (90, "attention", "query_gradient", SMALL_HEADS),
+    (80, "attention", "key_gradient", SMALL_HEADS),
+    (90, "attention", "key_gradient", ATTENTION),
 ]
 
 LOSSES = [

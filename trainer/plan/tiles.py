@@ -1,5 +1,5 @@
-"""What attention holds of capped scores, which no operator makes: tiles of them, and what plain torch makes of one. Found by
-making one on the meta device, where nothing takes memory."""
+"""What attention holds of capped scores, which no operator of torch makes: tiles of them, and what plain torch makes of one, found
+by making one on the meta device, where nothing takes memory; on a GPU, what our own kernel gives before it is added up."""
 
 import functools
 import math
@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from rowwise.kernels.attention import tile_side
-from rowwise.kernels.attention_block import Attended, block_backward, block_forward
+from rowwise.kernels.attention_block import LARGEST_HEAD, Attended, block_backward, block_forward
 from rowwise.kernels.look import Look
 from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.parallel.precision import compute_dtype
@@ -28,7 +28,10 @@ def with_tiles(config: TrainConfig, adapted: Adapted, gpu: bool) -> Adapted:
         math.lcm(model.kv_heads, parallel.ulysses) // parallel.ulysses, model.head_size,
     )  # fmt: skip
     dtype = compute_dtype(config.precision)
-    forward, backward = tile_bytes(shape, dtype, model.attention_cap, "cuda" if gpu else "cpu")
+    own = gpu and dtype != torch.float64 and model.head_size <= LARGEST_HEAD
+    forward, backward = (
+        kernel_bytes(shape, dtype) if own else tile_bytes(shape, dtype, model.attention_cap, "cuda" if gpu else "cpu")
+    )
     looks = next(n for n, result in enumerate(adapted.table.results) if result.pairs)
     made = adapted.table.results[: looks + 1]
     there = model.dim + sum(result.numbers + result.fixed for result in made)
@@ -41,6 +44,15 @@ def with_tiles(config: TrainConfig, adapted: Adapted, gpu: bool) -> Adapted:
     extras = list(adapted.extras)
     extras[reads[-1]] = Extra(working=backward + all_heads)
     return replace(adapted, extras=tuple(extras))
+
+
+def kernel_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
+    """(forward, backward): counts the bytes of what the kernel gives of all areas at once, (sequences, tokens, heads and key heads of
+    a size), of the one that is being added in float32, and of two sums a query."""
+    sequences, tokens, heads, key_heads, size = shape
+    rows, sums = sequences * tokens * size, 2 * sequences * tokens * heads * 4
+    gradients = (heads + 2 * key_heads) * rows * dtype.itemsize
+    return heads * rows * (dtype.itemsize + 4) + sums, gradients + max(heads, key_heads) * rows * 4 + sums
 
 
 @functools.cache
