@@ -1,8 +1,10 @@
 """Triton's interpreter: the tests of each kernel run it on the CPU, in processes of their own.
 
-Triton reads its environment as it is imported, so nothing here may import it. One process, which has, forks for every call."""
+Triton reads its environment as it is imported, so nothing here may import it. One process, which has, and torch beside it, forks for
+every call."""
 
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -30,9 +32,13 @@ def _interpreter() -> Connection:
 
 def _serve(calls: Connection) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    import torch.testing
     import triton
 
     assert triton.knobs.runtime.interpret
+    torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays, on pages that all forks share until one looks through them
     while True:
         try:
             call = calls.recv()
