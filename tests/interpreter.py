@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import traceback
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -33,10 +34,11 @@ def _interpreter() -> Connection:
 def _serve(calls: Connection) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
-    import torch.testing
+    import torch.distributed.tensor  # which assert_close imports
     import triton
 
     assert triton.knobs.runtime.interpret
+    _patch_language_once()
     torch.set_num_threads(1)
     gc.freeze()  # what is imported stays, on pages that all forks share until one looks through them
     while True:
@@ -51,6 +53,17 @@ def _serve(calls: Connection) -> None:
         _, status = os.waitpid(child, 0)
         if status:
             calls.send(f"{call[:2]} ended with {os.waitstatus_to_exitcode(status)}")
+
+
+def _patch_language_once() -> None:
+    """Has Triton put its interpreter's operations in the place of the language's once, and not anew in every call of a function,
+    which takes as long as a dozen of them."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    names = SimpleNamespace(__globals__={"tl": language, "core": language.core})
+    interpreter._patch_lang(names)
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
 
 
 def _failure(module: str, function: str, arguments: tuple[Any, ...]) -> str | None:
