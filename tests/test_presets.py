@@ -1,13 +1,17 @@
-"""Every preset of conf/ that changes how a model learns, at its own numbers: it learns."""
+"""Every preset of conf/ that changes how a model learns, at its own numbers: it learns. Those of models that people know are what
+their authors' config.json says, and learn too, of fewer numbers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_configs import CONFIGS
 
 from rowwise.launch.compose import compose_tree
 from rowwise.trainer.config import TrainConfig, config_from_tree
 from rowwise.trainer.metrics import read_metrics
+from rowwise.trainer.models.config_json import read_shape
 from rowwise.trainer.prepare import prepare
 from runs import run_watched
 
@@ -28,6 +32,16 @@ SMALLER = [
 GROUPS = ("optim", "schedule", "sparsity", "precision")
 PRESETS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 PRESETS.remove("schedule=lr_range")  # is to blow up: tests/test_trainer_lr_range.py
+OURS = {"tiny", "llama_60m", "llama_130m", "llama_350m", "llama_1b"}  # models that nobody's folder holds
+# What layers do is a preset's own: they turn, see, are normed and scaled as in it, with heads as wide.
+FEWER = [
+    "model.layers=6",
+    "model.dim=256",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.ffn_dim=704",
+    "model.vocab_size=256",
+]
 
 
 def preset(folder: Path, *overrides: str) -> TrainConfig:
@@ -44,6 +58,20 @@ def learned(ranks, config: TrainConfig) -> tuple[float, float]:
     return losses[0], float(np.mean(losses[-config.steps // 10 :]))
 
 
+def test_every_preset_of_a_published_model_is_held_against_its_config_json():
+    assert CONFIGS.keys() | OURS == {path.stem for path in (CONF / "model").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_preset_is_the_model_that_its_config_json_says(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    theirs, ours = read_shape(tmp_path), compose_tree([f"model={name}"])["model"]
+    if ours["head_dim"] == ours["dim"] // ours["heads"]:
+        ours["head_dim"] = None
+    assert {key: ours[key] for key in theirs} == theirs
+    assert ours["init_std"] == CONFIGS[name]["initializer_range"]
+
+
 @pytest.fixture(scope="module")
 def adamw(ranks, tmp_path_factory):
     return learned(ranks, preset(tmp_path_factory.mktemp("adamw"), *TINY))
@@ -57,6 +85,13 @@ def test_every_preset_learns_half_of_what_adamw_does(ranks, tmp_path, adamw, cho
     with capsys.disabled():
         print(f"\n| `{choice}` | {start:.3f} | {end:.3f} | {100 * share:.0f} % |", end="", flush=True)
     assert share >= 0.5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_model_learns_half_of_what_the_tiny_one_does(ranks, tmp_path, adamw, name):
+    start, end = learned(ranks, preset(tmp_path, *TINY, f"model={name}", *FEWER))
+    assert start - end >= 0.5 * (adamw[0] - adamw[1])
 
 
 def test_a_representative_learns_half_of_what_adamw_does(ranks, tmp_path):

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import asdict, fields, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ SHORT = [
     "eval.batches=1",
     "sample.tokens=2",
 ]
-# A preset of a large model runs with its own options at a small size.
+# A preset of a large model runs with its own options at a small size, and stands for those that are the same model there.
 SMALL = [
     "model.layers=1",
     "model.dim=32",
@@ -70,6 +70,31 @@ SMALL = [
     "model.ffn_dim=24",
     "model.vocab_size=300",
 ]
+
+
+NUMBERS = {
+    "name", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab_size", "norm_eps", "rope_theta", "init_std",
+}  # fmt: skip
+
+
+def read(file: str) -> dict[str, Any]:
+    return yaml.safe_load((CONF / f"{file}.yaml").read_text())
+
+
+def small_size(file: str) -> list[str]:
+    """What a preset of a model takes beyond SMALL: each kind of its layers, and heads as wide as factors are told for."""
+    keys = read(file)
+    turned = len((keys["rope_scaling"] or {}).get("long_factors", ())) * 2 / keys["rope_share"]
+    wide = [f"model.head_dim={round(turned)}"] if turned else []
+    return [f"model.layers={max(len(keys['window_layers']), len(keys['rope_layers']))}", *wide]
+
+
+def kinds_of_models(files: list[str]) -> list[str]:
+    """The first preset of each kind of model."""
+    kinds: dict[str, str] = {}
+    for file in files:
+        kinds.setdefault(repr({key: value for key, value in read(file).items() if key not in NUMBERS}), file)
+    return [*kinds.values()]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +134,7 @@ def runs_of_files() -> list[tuple[str, ...]]:
     chosen = {f"{group}/{choice}" for one in defaults if isinstance(one, dict) for group, choice in one.items()}
     others = [file for file in FILES if file not in chosen and file not in OPTIONAL]
     files = {group: [file for file in others if file.startswith(f"{group}/")] for group in GROUPS}
+    files["model"] = kinds_of_models(files["model"])
     alone, *pair = (files.pop(group) for group in ("experiment", "optim", "sparsity"))
     together = [*zip_longest(*pair), *zip_longest(*files.values())]
     return [(), *((file,) for file in alone), *(tuple(filter(None, some)) for some in together)]
@@ -119,7 +145,9 @@ def test_every_config_file_is_composed_and_run(ranks, tmp_path, text, together):
     overrides = [*(file.replace("/", "=") for file in together), *SMALL, *SHORT, f"run_dir={tmp_path}/run"]
     for file in together:
         group, choice = file.split("/")
-        if group == "optim" and "rank" in yaml.safe_load((CONF / f"{file}.yaml").read_text()):
+        if group == "model":
+            overrides += small_size(file)
+        if group == "optim" and "rank" in read(file):
             overrides.append("optim.rank=4")
         if file in ("sparsity/set", "sparsity/rigl", "sparsity/srigl"):
             overrides += ["sparsity.update_every=1", "sparsity.stop_at=2"]
@@ -146,7 +174,7 @@ def test_every_config_file_holds_all_keys_of_its_dataclass(file):
         **{f"{name}/{key}": value for name, table in CHOICES.items() for key, value in table.items()},
     }  # fmt: skip
     expected = classes.get(group) or classes[file]
-    assert yaml.safe_load((CONF / f"{file}.yaml").read_text()).keys() == {f.name for f in fields(expected)}
+    assert read(file).keys() == {f.name for f in fields(expected)}
 
 
 ONCE = {

@@ -15,6 +15,7 @@ from rowwise.trainer.data.batches import micro_batches
 from rowwise.trainer.data.open import open_data
 from rowwise.trainer.models.config_json import their_config
 from rowwise.trainer.models.decoder import Decoder, ModelConfig, check_model, parameter_count, parameter_specs
+from rowwise.trainer.models.huggingface import their_shape
 from rowwise.trainer.models.rope import Llama3Scaling, rope_frequencies, rope_tables
 
 TOLERANCE = 1e-5
@@ -44,6 +45,21 @@ KNOWN_PARAMETERS = {
     "llama3_70b": 70_553_706_496,
     "qwen3_0_6b": 596_049_920,
     "qwen3_8b": 8_190_735_360,
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_2_3b": 3_212_749_824,
+    "mistral_7b": 7_248_023_552,
+    "qwen2_5_0_5b": 494_032_768,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen3_4b": 4_022_468_096,
+    "gemma2_2b": 2_614_341_888,
+    "gemma3_1b": 999_885_952,
+    "phi3_mini": 3_821_079_552,
+    "phi4_mini": 3_836_021_760,
+    "olmo2_1b": 1_484_916_736,
+    "smollm2_135m": 134_515_008,
+    "smollm2_360m": 361_821_120,
+    "smollm3_3b": 3_075_098_624,
+    "granite3_3_2b": 2_533_539_840,
 }
 
 
@@ -202,7 +218,7 @@ def test_presets_have_the_tensors_of_transformers(name):
     values = their_config(config, torch.float32, 4096, None)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    ours = {spec.theirs: spec.shape for spec in parameter_specs(config).values()}
+    ours = {spec.theirs: their_shape(spec) for spec in parameter_specs(config).values()}
     assert ours == {name: p.shape for name, p in theirs.named_parameters()}
 
 
