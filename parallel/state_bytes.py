@@ -77,14 +77,17 @@ class PeakStates(TorchDispatchMode):
         super().__init__()
         self._moving = _Moving(model, _shards(optimizer))
         self._start = self.peak = measure(model, optimizer)
+        self._moved: dict[str, int] = {}
         self.total = self.peak.total
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        # Shards and optimizer states do not move within a step.
-        now = replace(self._start, **_bytes_by_kind(self._moving.tensors(), HOST))
-        self.peak = StateBytes(*map(max, astuple(self.peak), astuple(now)))
-        self.total = max(self.total, now.total)
+        moved = _bytes_by_kind(self._moving.tensors(), HOST)
+        if moved != self._moved:  # few operations make or free any of these
+            self._moved = moved
+            now = replace(self._start, **moved)  # shards and optimizer states do not move within a step
+            self.peak = StateBytes(*map(max, astuple(self.peak), astuple(now)))
+            self.total = max(self.total, now.total)
         return result
 
 
@@ -110,7 +113,9 @@ class _Moving:
         flat = [] if self._buckets is None else self._buckets.flat
         bucketed = {t.untyped_storage().data_ptr() for t in flat}
         grads = [p.grad for p in [*self._shards, *whole]] + [accumulated(p) for p in self._inner]
-        loose = [g for g in grads if g is not None and rows_of(g).untyped_storage().data_ptr() not in bucketed]
+        loose = [g for g in grads if g is not None]
+        if bucketed:
+            loose = [g for g in loose if rows_of(g).untyped_storage().data_ptr() not in bucketed]
         buffers = [buffer for module in self._modules for buffer in flat_buffers(module) if buffer is not None]
         return {"gathered": whole, "gradients": [*flat, *loose], "buffers": buffers}
 
@@ -177,6 +182,6 @@ def _bytes_by_kind(kinds: Mapping[str, Sequence[Tensor]], device: torch.device) 
 
 def beside(t: Tensor, device: torch.device) -> Literal["host", "file"] | None:
     """Names where a tensor of a run on `device` lies beside that; None: on it."""
-    if is_mapped(t):
-        return "file"
-    return "host" if t.device.type == "cpu" and device.type != "cpu" else None
+    if t.device.type != "cpu":
+        return None
+    return "file" if is_mapped(t) else "host" if device.type != "cpu" else None

@@ -18,12 +18,12 @@ RULES = ("adamw", "adamw8bit", "fira", "muon")
 
 
 def config_of(folder, rule, *overrides):
-    low = ("optim.rank=8", "optim.refresh_every=2") if rule in ("galore", "fira") else ()
+    low = ("optim.rank=8", "optim.refresh_every=1") if rule in ("galore", "fira") else ()
     shapes = ("model.dim=64", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=600")
     return small_config(folder, f"optim={rule}", *low, *shapes, "clip_norm=0", "optim.lr=0.01", *overrides)
 
 
-def run(workers, config, steps=3, watch=False):
+def run(workers, config, steps=2, watch=False):
     """Losses, norms, parameters and states of a run through the function that the trainer calls; and, where they are
     watched, its peak of bytes."""
     mesh = make_mesh(config.parallel, workers)
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 @functools.cache
 def plain(folder, rule):
-    return run_plain(config_of(folder, rule))
+    return run_plain(config_of(folder, rule), steps=2)
 
 
 # Rules take turns with the layouts, which see of a rule whether it exchanges messages: fira and muon do.
@@ -86,7 +86,7 @@ def test_it_is_the_same_run(ranks, folder, rule, world, zero):
 @pytest.mark.parametrize("zero", [0, 3])
 def test_gradients_do_not_stay(ranks, tmp_path, zero):
     """At most a part's gradients live at once; without it, all do."""
-    layers = ("model.layers=4", "batch.micro_size=12", "precision=fp32")
+    layers = ("model.layers=4", "batch.micro_size=12", "precision=fp32", "data.mask_documents=false")
     peaks = {}
     for inside in ("true", "false"):
         config = with_layout(config_of(tmp_path, "adamw", *layers, f"optim.in_backward={inside}"), 2, zero=zero)
@@ -100,6 +100,7 @@ def test_bytes_of_everything_with_16_bit_parameters(ranks, tmp_path):
         "optim.param_dtype=bf16",
         "precision=bf16",
         "optim.in_backward=true",
+        "data.mask_documents=false",
         "batch.global_size=4",
         "batch.micro_size=4",
     )

@@ -48,10 +48,10 @@ def measured(ranks, tmp_path_factory):
     return measured
 
 
-# On two ranks and on four, with one micro-batch and with two: at each stage two of the four, which have every value once.
+# On two ranks and on three, with one micro-batch and with two: at each stage two of the four, which have every value once.
 CASES = [
-    pytest.param(world, count, zero, marks=[] if (world // 2 + count + zero // 2) % 2 else pytest.mark.full)
-    for world in (2, 4)
+    pytest.param(world, count, zero, marks=pytest.mark.full if (world + count + zero // 2) % 2 else [])
+    for world in (2, 3)
     for count in (1, 2)
     for zero in range(4)
 ]
@@ -68,7 +68,7 @@ def test_bytes_are_those_of_the_formula(measured, zero, world, micro_batches):
         assert total <= predicted.total
 
 
-@pytest.mark.parametrize("zero", [pytest.param(z, marks=[] if z % 2 else pytest.mark.full) for z in range(4)])
+@pytest.mark.parametrize("zero", [3, *(pytest.param(zero, marks=pytest.mark.full) for zero in (0, 1, 2))])
 def test_ranks_that_share_sequences_share_states(ranks, tmp_path, zero):
     """2 shards x 2 ranks of a ring hold what 4 shards would."""
     config = small_config(tmp_path, *OVERRIDES, "model.layers=2", "batch.micro_size=12")
@@ -81,7 +81,7 @@ def test_ranks_that_share_sequences_share_states(ranks, tmp_path, zero):
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_nothing_beyond_the_papers_count_but_a_parameter_shard_and_one_part(measured, zero):
-    config, everyone = measured(4, 1 + zero // 2, zero)
+    config, everyone = measured(3, 1 + zero // 2, zero)
     whole, part = _bytes_of(config)
     for rank, (_, peak, _, _) in enumerate(everyone):
         shard, optimizer = peak.shards, peak.optimizer
@@ -110,7 +110,7 @@ def _bytes_of(config) -> tuple[int, int]:
 
 
 def test_half_precision_gathers_half(ranks, tmp_path):
-    config = small_config(tmp_path, "precision=bf16", "batch.micro_size=6")
+    config = small_config(tmp_path, "precision=bf16", "data.mask_documents=false", "batch.micro_size=6")
     for _, peak, _, _ in ranks.run(measure_a_step, 2, with_layout(config, 2, zero=1)):
         whole, _ = _bytes_of(config)
         assert peak.gathered == whole // 2
