@@ -19,7 +19,7 @@ from rowwise.trainer.sample import generate
 from wire import Begin, Log, Wire
 
 MODEL = ("model.dim=12", "model.heads=4", "model.kv_heads=2", "model.head_dim=6", "model.ffn_dim=9", "model.layers=2",
-         "batch.global_size=8", "batch.micro_size=1", "eval.batches=2", "optim=muon", "optim.lr=0.01")  # fmt: skip
+         "batch.global_size=4", "batch.micro_size=1", "eval.batches=1", "optim=muon", "optim.lr=0.01")  # fmt: skip
 TIED, FOUR = ("model.tie_embeddings=true",), ("model.layers=4",)
 
 
@@ -57,7 +57,11 @@ LAYOUTS = [
     (4, {"replicate": 2, "zero": 3}, ()),
     (4, {"ulysses": 2, "ring": 2, "zero": 2}, ()),
     (4, {"zero": 3, "inner_shard": 2, "quantize_reduce": "int4"}, ("precision=fp32",)),
-    (4, {"pipeline": 2, "zero": 3, "pipeline_schedule": "zb_v", "virtual_stages": 2}, (*TIED, *FOUR)),
+    (
+        4,
+        {"pipeline": 2, "zero": 3, "pipeline_schedule": "zb_v", "virtual_stages": 2},
+        (*TIED, *FOUR, "batch.global_size=6"),
+    ),
     (4, {"pipeline": 4}, (*TIED, *FOUR)),
     (4, {"pipeline": 2, "ulysses": 2, "pipeline_schedule": "interleaved_1f1b", "virtual_stages": 2}, (*TIED, *FOUR)),
     (2, {"pipeline": 2, "pipeline_schedule": "auto"}, ()),

@@ -30,6 +30,7 @@ MODEL = ("model.dim=12", "model.heads=4", "model.kv_heads=2", "model.head_dim=6"
          "batch.global_size=8", "batch.micro_size=1")  # fmt: skip
 PIPELINED = {"pipeline": 2, "zero": 1}
 TIED, FOUR = ("model.tie_embeddings=true",), ("model.layers=4",)
+FEW = ("batch.global_size=4",)  # of a pipeline, which has small ones: as many of a rank as ranks, or twice as many
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +53,19 @@ LAYOUTS = [
     *((2, {"ring": 2, "ring_order": order}, ()) for order in ("zigzag", "striped")),
     (4, {"ulysses": 2, "ring": 2, "zero": 3}, ()),
     (4, {"zero": 3, "quantize_gather": "int8", "inner_shard": 2}, ()),
-    *((2, PIPELINED | {"pipeline_schedule": name}, TIED) for name in ("1f1b", "zb_h2")),
-    (2, PIPELINED | {"pipeline_schedule": "interleaved_1f1b", "virtual_stages": 2}, FOUR),
-    (4, PIPELINED | {"pipeline_schedule": "zb_v", "virtual_stages": 2, "zero": 3}, (*TIED, *FOUR)),
-    (4, PIPELINED | {"pipeline_schedule": "blockwise", "virtual_stages": 2, "zero": 3}, FOUR),
+    *((2, PIPELINED | {"pipeline_schedule": name}, (*TIED, *FEW)) for name in ("1f1b", "zb_h2")),
+    (2, PIPELINED | {"pipeline_schedule": "interleaved_1f1b", "virtual_stages": 2}, (*FOUR, *FEW)),
+    (
+        4,
+        PIPELINED | {"pipeline_schedule": "zb_v", "virtual_stages": 2, "zero": 3},
+        (*TIED, *FOUR, "batch.global_size=6"),
+    ),
+    (4, PIPELINED | {"pipeline_schedule": "blockwise", "virtual_stages": 2, "zero": 3}, (*FOUR, *FEW)),
 ]
 # Two that send what 1f1b and zb_h2 send, in orders that are between others'; and an order of a ring that sends as zigzag does.
 FULL = [
     (2, {"ring": 2, "ring_order": "contiguous"}, ()),
-    *((2, PIPELINED | {"pipeline_schedule": name}, TIED) for name in ("gpipe", "zb_h1")),
+    *((2, PIPELINED | {"pipeline_schedule": name}, (*TIED, *FEW)) for name in ("gpipe", "zb_h1")),
 ]
 
 
@@ -98,8 +103,8 @@ def late_updates(workers, config):
 @pytest.mark.parametrize(
     ("overrides", "layout"),
     [
-        (("clip_norm=0.5",), PIPELINED | {"pipeline_schedule": "zb_h1", "post_validation": True}),
-        (("clip_norm=1e9",), PIPELINED | {"pipeline_schedule": "zb_h2", "post_validation": True}),
+        (("clip_norm=0.5", *FEW), PIPELINED | {"pipeline_schedule": "zb_h1", "post_validation": True}),
+        (("clip_norm=1e9", *FEW), PIPELINED | {"pipeline_schedule": "zb_h2", "post_validation": True}),
         (("optim.in_backward=true", "clip_norm=0", "batch.micro_size=4"), {"zero": 0}),
     ],
     ids=["undone", "kept", "in_backward"],
