@@ -1,7 +1,7 @@
 """A model that is no transformer: its layers mix the tokens of a document by short gated convolutions, as Hyena and LFM2 do, and have
 neither attention nor rotary positions.
 
-    rowwise train model=examples/gated_conv.py:GatedConv model.settings='{taps: 4}'
+    rowwise train model=examples/gated_conv.py:GatedConv model.settings.taps=4
 
 A token that stands at position p of its document sees min(p + 1, taps) tokens, itself among them, in each layer. What a model is
 made of, docs/own-model.md says.

@@ -42,7 +42,7 @@ def tell_end(asked: Job, outcome: Outcome) -> int:
     elif outcome.state == "failed":
         reason = f"failed at step {outcome.step}: {outcome.reason}"
         print(reason, file=sys.stderr)
-        tell_of_failure(asked.run_dir, reason, outcome.step, asked.steps or outcome.step)
+        tell_of_failure(asked, reason, outcome.step)
     elif outcome.state == "stopped" and not outcome.step:
         print("stopped before the first step: there was nothing to save", file=sys.stderr)
     if asked.rendezvous is None or asked.rendezvous.host:
@@ -67,12 +67,14 @@ def job_asked_for(
     return Job(overrides=tuple(options.overrides), log_dir=options.log_dir, **told)
 
 
-def tell_of_failure(run_dir: Path, reason: str, step: int, steps: int) -> None:
+def tell_of_failure(asked: Job, reason: str, step: int) -> None:
     """Keeps the reason in the log of the run, and says in a box where more of it stands and how to go on."""
+    run_dir = asked.run_dir
     if not run_dir.is_dir():
         return
     keep_said(run_dir, reason)
     saved = newest_sound(run_dir / "checkpoints") is not None
+    own = asked.tree["model"]["own"] if asked.tree else None
     lines = [labelled("said", str(path)) for path in logs_with_words(run_dir)[:4]]
-    lines += [labelled(*row) for row in next_steps(run_dir, None, writes=False, saved=saved)]
-    Console(run_dir, step, steps, log_every=1).end(f"failed at step {step}", lines)
+    lines += [labelled(*row) for row in next_steps(run_dir, None, writes=False, saved=saved, own=own)]
+    Console(run_dir, step, asked.steps or step, log_every=1).end(f"failed at step {step}", lines)

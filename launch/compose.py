@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rowwise.launch.answers import unknown_choice, unknown_keys
 from rowwise.launch.choices import GROUPS, check_folder, choices_of, tree_of_files
-from rowwise.launch.model_folder import as_source, refuse_named_code
+from rowwise.launch.model_folder import SETTINGS, as_source, refuse_named_code
 from rowwise.launch.overrides import SEARCHPATH, parse, spelt
 from rowwise.trainer.keys import refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.models.config_json import read_shape, refuse_other_shape
@@ -44,7 +44,7 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     config = copy.deepcopy(chosen)
     with _looked_up(values):
         for key, value in fitting:
-            OmegaConf.update(config, key, value, merge=True)
+            OmegaConf.update(config, key, value, merge=True, force_add=f"{key}.".startswith(SETTINGS))
     _take_shape_(config, list(overrides))
     with _looked_up(values):
         resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -121,13 +121,16 @@ def _checked(tree: dict[str, Any], values: Sequence[Override]) -> list[tuple[str
             unknown += [(f"{key}.{inner}", str(leaf)) for inner, leaf in value.items() if inner not in default]
         elif _has(tree, key):
             found.append((key, _fitting(key, override, default)))
+        elif key.startswith(SETTINGS) and "." not in key.removeprefix(SETTINGS):
+            found.append((key, value))
         else:
             unknown.append((key, str(override.input_line).partition("=")[2]))
     if unknown:
         known = copy.deepcopy(tree)
         for key, value in found:
             *path, last = key.split(".")
-            _at(known, ".".join(path))[last] = value
+            if isinstance(node := _at(known, ".".join(path)), dict):
+                node[last] = value
         raise ValueError(unknown_keys(unknown, known))
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 from rowwise.launch.choices import choices_of
 from rowwise.trainer.models.code import check_code, names_code
 
+SETTINGS = "model.settings."  # what stands below it code of one's own knows alone
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # of a model on the hub: owner/name
 
 

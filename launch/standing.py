@@ -19,7 +19,7 @@ from rowwise.trainer.keys import without_password
 from rowwise.trainer.lock import JOB, LOCK, is_held
 from rowwise.trainer.manifest import complete_checkpoints, step_of
 from rowwise.trainer.metrics import last_number, last_records, number
-from rowwise.trainer.next_steps import to_begin_again, to_go_on
+from rowwise.trainer.next_steps import code_in, to_begin_again, to_go_on
 from rowwise.trainer.pace import WINDOW, Pace, recent_pace
 
 PLAN, ASKED, TABLE, COMMAND, WATCHED = "sweep.json", "asked.json", "sweep.csv", "command.txt", ".watched"
@@ -123,7 +123,7 @@ def _of_run(folder: Path, now: float) -> Standing:
         tokens_per_second=pace.mean("tokens_per_second"),
         seconds_left=None if ahead is None else recent_pace(folder).seconds_for(ahead),
         bytes=_bytes(folder),
-        goes_on=None if under_way else _command(folder, state, steps, saved),
+        goes_on=None if under_way else _command(folder, state, steps, saved, code_in(settings)),
     )
 
 
@@ -212,12 +212,12 @@ def _as_the_search_says(folder: Path, trials: list[Standing]) -> list[Standing]:
     ]
 
 
-def _command(folder: Path, state: str, steps: int | None, saved: int | None) -> str | None:
+def _command(folder: Path, state: str, steps: int | None, saved: int | None, own: str | None) -> str | None:
     """What goes on with a run that is not under way; None where only its own command line begins it."""
     if saved is not None:
-        return to_go_on(folder, 2 * steps if state == "complete" and steps else None)
+        return to_go_on(folder, 2 * steps if state == "complete" and steps else None, own)
     if (folder / "config.yaml").is_file():
-        return to_begin_again(folder)
+        return to_begin_again(folder, own)
     return None
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from commands import await_steps, overrides_of, start
 from parity import small_config, with_layout
@@ -128,6 +129,25 @@ def test_how_a_run_ended(tmp_path, case):
     assert (found.state, found.reason) == ended
     assert found.goes_on == command.format(folder)
     assert found.bytes == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(("saved", "command"), [((4,), "resume={}"), ((), "config={}/config.yaml")])
+def test_a_run_of_ones_own_model_goes_on_with_its_code(tmp_path, saved, command):
+    """And with nothing where a file names what no command would."""
+    folder = make_run(tmp_path / "run", step=4, saved=saved)
+    plain, command = (folder / "config.yaml").read_text(), f"rowwise train {command.format(folder)}"
+    for own, told in (
+        (None, None),
+        ("mixers.py:Mixer", "mixers.py:Mixer"),
+        ("package.it:B", "package.it:B"),
+        ("$(rm -r x)", None),
+    ):
+        tree = {
+            "name": "run",
+            "model": {"name": "tiny", "rope_scaling": {"factor": 2.0}, "own": own, "settings": {"own": "a.b:C"}},
+        }
+        (folder / "config.yaml").write_text(plain + yaml.safe_dump(tree, sort_keys=False))
+        assert of_run(folder).goes_on == command + (f" model={told}" if told else "")
 
 
 def test_signs_of_life_are_expected_in_the_time_of_steps():

@@ -11,6 +11,7 @@ import pytest
 from commands import overrides_of
 from rowwise.launch import agent, start
 from rowwise.launch.agent import Job
+from rowwise.launch.carry_out import tell_of_failure
 from rowwise.launch.outcome import Outcome
 from rowwise.trainer.manifest import begin, commit
 from rowwise.trainer.runlog import TRAIN_LOG, rank_log
@@ -76,6 +77,12 @@ def test_a_failed_run_says_where_more_stands_and_how_to_go_on(tmp_path, capsys, 
         assert rows == {"again": f"rowwise train config={folder}/config.yaml", "look": f"rowwise report run={folder}"}
     log = (folder / TRAIN_LOG).read_text()
     assert "failed at step 7: not a number: x" in log and "── run: failed" in log
+
+
+def test_a_failed_run_of_ones_own_model_goes_on_with_its_code(tmp_path, capsys):
+    code = "mixers.py:Mixer"
+    tell_of_failure(Job((), tmp_path, 9, 1, tree={"model": {"own": code}}), "not a number: x", 7)
+    assert f"rowwise train config={tmp_path}/config.yaml model={code}\n" in capsys.readouterr().out
 
 
 def test_the_agent_answers_a_signal_above_the_bar_and_in_the_log(tmp_path):

@@ -20,6 +20,7 @@ from rowwise.trainer.manifest import set_aside
 from rowwise.trainer.metrics import Recorded, read_metrics
 from rowwise.trainer.resume import changes, find_resume, recorded_by, told_of
 from rowwise.trainer.rollback import Rollbacks, pass_over
+from rowwise.trainer.same_code import told_of_code
 from rowwise.trainer.spike import told_of as told_of_rollback
 from rowwise.trainer.state import TrainState
 
@@ -61,7 +62,7 @@ def resume(
     if manifest["precision"] != config.precision.name:
         state.loss_scale = initial_loss_scale(config.precision)
     remarks = [f"warning: {complaint}; passed over" for complaint in complaints]
-    remarks += [told_of(checkpoint, config), *changes(manifest, config), *told]
+    remarks += [told_of(checkpoint, config), *changes(manifest, config), *told_of_code(manifest, config), *told]
     ranges = None if keeper is None else keeper.ranges
     if ranges is not None and not resume_ranges(config, mesh, checkpoint, manifest, ranges):
         remarks.append("memory.ranges=running begins anew: the checkpoint has no ranges of these results")

@@ -78,11 +78,13 @@ class ClockForm(TypedDict):
 
 
 class PrintsForm(TypedDict):
-    """Fingerprints of the data. `tokenizer`: of the one that made the text into tokens, where there was one."""
+    """Fingerprints of the data. `tokenizer`: of the one that made the text into tokens, where there was one; `code`: of a model of
+    one's own."""
 
     config: str
     data: str
     tokenizer: NotRequired[str]
+    code: NotRequired[str]
 
 
 class Manifest(TypedDict):

@@ -1,9 +1,15 @@
 """The commands with which one goes on from a run, as they are copied into a shell. Needs no torch."""
 
+import contextlib
 import re
 import shlex
 from pathlib import Path
 
+import yaml
+
+from rowwise.trainer.models.code import names_code
+
+_OWN = re.compile(rb"^model:\s*\n(?:  .*\n)*?  own: (.+)$", re.MULTILINE)
 _PLAIN = re.compile(r"[\w./~%@+-]+", re.ASCII)
 
 
@@ -31,6 +37,15 @@ def to_go_on(run_dir: str | Path, steps: int | None = None, own: str | None = No
 def to_begin_again(run_dir: str | Path, own: str | None = None) -> str:
     """Returns the command that begins a run of which nothing was saved once more, as it was started. `own`: as in `to_go_on`."""
     return f"rowwise train {plain_setting('config', Path(run_dir) / 'config.yaml')}{_code(own)}"
+
+
+def code_in(settings: bytes) -> str | None:
+    """Finds the code that the config.yaml of a run names as its model; None: it names none. Nothing is imported by that."""
+    found = _OWN.search(settings)
+    with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
+        own = yaml.safe_load(found[1].decode()) if found else None
+        return own if isinstance(own, str) and names_code(own) else None
+    return None
 
 
 def _code(own: str | None) -> str:

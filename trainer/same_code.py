@@ -6,6 +6,7 @@ from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.manifest_form import Manifest
 from rowwise.trainer.metadata import read_metadata
+from rowwise.trainer.models.code import print_of_code
 
 
 def refuse_other_code(checkpoint: Path, manifest: Manifest, config: TrainConfig) -> None:
@@ -26,3 +27,15 @@ def refuse_other_code(checkpoint: Path, manifest: Manifest, config: TrainConfig)
                 f"checkpoint {checkpoint} is of another model: {name} is {size and tuple(size)} there and {tuple(spec.shape)} as "
                 f"model.own={here} makes it; give the code that it was saved with, or another name"
             )
+
+
+def told_of_code(manifest: Manifest, config: TrainConfig) -> list[str]:
+    """Returns what is said where the file of a user's own model is not what it was when the checkpoint of `manifest` was saved. (Which
+    checkpoints of earlier releases do not know.)"""
+    own, there = config.model.own, manifest["fingerprint"].get("code")
+    if own is None or there in (None, print_of_code(own)):
+        return []
+    return [
+        f"warning: the code of model.own={own} has changed since step {manifest['step']} was saved; its parameters are the "
+        "same, and what it makes of them may not be"
+    ]

@@ -34,6 +34,7 @@ from rowwise.trainer.finite import require_usable
 from rowwise.trainer.lr_range import RangeTest
 from rowwise.trainer.memory import keep_memory, watching
 from rowwise.trainer.metrics import Recorded
+from rowwise.trainer.models.code import print_of_code
 from rowwise.trainer.norms import norms_of_next
 from rowwise.trainer.offloading import require_folder
 from rowwise.trainer.pipeline import keep_trace
@@ -213,6 +214,8 @@ def manifest_of(
     prints = {"config": fingerprint(tree), "data": data.train.fingerprint}
     if data.tokenizer is not None:
         prints["tokenizer"] = data.tokenizer.fingerprint
+    if config.model.own is not None and (code := print_of_code(config.model.own)) is not None:
+        prints["code"] = code
     return {
         "step": state.step,
         "tokens": state.tokens,

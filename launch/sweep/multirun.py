@@ -17,6 +17,7 @@ from rowwise.launch.agent import run_workers
 from rowwise.launch.compose import compose_tree, key_of
 from rowwise.launch.job import Job
 from rowwise.launch.leaving import leave_report
+from rowwise.launch.model_folder import SETTINGS
 from rowwise.launch.overrides import SEARCHPATH
 from rowwise.launch.ranks import default_nproc, require_ranks
 from rowwise.launch.rendezvous import TOKEN, slurm_rendezvous
@@ -57,11 +58,16 @@ def launch_multirun(words: list[str], warm: Warm | None = None) -> None:
         return run_trial(config, warm)
 
     task = run_trial if warm is None else run_forked  # which cannot be sent elsewhere
-    before, sys.argv = sys.argv, ["rowwise sweep", "--multirun", *words]
+    before, sys.argv = sys.argv, ["rowwise sweep", "--multirun", *as_hydra_takes(words)]
     try:
         hydra.main(version_base="1.3", config_path="pkg://rowwise.conf", config_name="sweep")(task)()
     finally:
         sys.argv = before
+
+
+def as_hydra_takes(words: list[str]) -> list[str]:
+    """Returns overrides as Hydra takes them: with ++ where the key is that of code of one's own, which no file of conf/ has."""
+    return [f"++{word.lstrip('+')}" if key_of(word).startswith(SETTINGS) else word for word in words]
 
 
 def run_trial(config: DictConfig, warm: Warm | None = None) -> str:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 import traceback
@@ -38,10 +39,20 @@ def check_code(own: str) -> None:
         raise ValueError(f"model.own={own}: there is no file {found[1]}")
 
 
-@functools.cache
 def load_code(own: str) -> Any:
     """Imports the code and returns what it calls NAME. A file is imported by itself, so that it finds what is installed and not what
     lies beside it. Raises ValueError, in a line, where it cannot be imported or has no such name."""
+    return _loaded(own)[0]
+
+
+def print_of_code(own: str) -> str | None:
+    """Returns a hash of the file in which NAME is written, as it was when it was imported, and not of what that imports; None: it is
+    in none. Raises ValueError as `load_code` does."""
+    return _loaded(own)[1]
+
+
+@functools.cache
+def _loaded(own: str) -> tuple[Any, str | None]:
     check_code(own)
     place, _, name = own.rpartition(":")
     with telling(own, "importing it"):
@@ -50,7 +61,13 @@ def load_code(own: str) -> Any:
         )
     if not hasattr(module, name):
         raise ValueError(f"model.own={own}: {place} has no {name}")
-    return getattr(module, name)
+    return (found := getattr(module, name)), _print(found)
+
+
+def _print(found: Any) -> str | None:
+    with contextlib.suppress(TypeError, OSError):  # what is no class or function, or has no file
+        return hashlib.sha256(Path(inspect.getfile(found)).read_bytes()).hexdigest()
+    return None
 
 
 def _of_file(path: Path) -> ModuleType:
