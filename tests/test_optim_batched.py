@@ -1,5 +1,6 @@
 """A parameter that is a batch of matrices follows every rule as so many matrices would, on one rank and split over two. (Law 2.)"""
 
+import functools
 import re
 
 import pytest
@@ -25,6 +26,7 @@ RULES = {
 }  # fmt: skip
 
 
+@functools.cache
 def optim(rule: str):
     return config_from_tree(compose_tree([*f"optim={rule}".split(), *RULES.get(rule, [])])).optim
 
@@ -40,7 +42,8 @@ class Experts(nn.Module):
             random_rows(self.parameter_specs(), 0)(name, p, 0, EXPERTS)
             self.register_parameter(name, nn.Parameter(p))
 
-    def parameter_specs(self) -> dict[str, ParameterSpec]:
+    @staticmethod
+    def parameter_specs() -> dict[str, ParameterSpec]:
         matrices = {
             name: ParameterSpec(torch.Size((EXPERTS, *shape)), "hidden", Normal(0.02), batched=True)
             for name, shape in SHAPES.items()
@@ -60,9 +63,9 @@ class Singles(nn.Module):
 
 
 def gradient(name: str, step: int, dtype: torch.dtype) -> Tensor:
-    torch.manual_seed(10 * step + len(name))
-    shape = Experts(dtype).parameter_specs()[name].shape
-    return torch.randn(shape, dtype=dtype) / (1 + step)
+    generator = torch.Generator().manual_seed(10 * step + len(name))
+    shape = Experts.parameter_specs()[name].shape
+    return torch.randn(shape, dtype=dtype, generator=generator) / (1 + step)
 
 
 def after(model: nn.Module, gradients, rule: str) -> dict[str, Tensor]:
@@ -109,15 +112,14 @@ def split(workers, rules: list[str]) -> list[dict[str, Tensor]]:
         dtype = dtype_of(rule)
         model = Experts(dtype)
         for name, p in list(model.named_parameters()):
-            setattr(model, name, nn.Parameter(distribute_tensor(p.detach(), line, [Shard(0)])))
-        found.append(
-            after(
-                model,
-                lambda name, step, dtype=dtype: distribute_tensor(gradient(name, step, dtype), line, [Shard(0)]),
-                rule,
-            )
-        )
+            setattr(model, name, nn.Parameter(on_line(line, p.detach())))
+        found.append(after(model, lambda name, step, dtype=dtype: on_line(line, gradient(name, step, dtype)), rule))
     return found
+
+
+def on_line(line, tensor: Tensor) -> Tensor:
+    """Its rows on this rank; every rank has the whole."""
+    return distribute_tensor(tensor, line, [Shard(0)], src_data_rank=None)
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:

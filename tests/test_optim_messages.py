@@ -43,25 +43,31 @@ REDUCED = {
 }
 
 
-def count(workers, rule):
-    """(numbers all-reduced, bytes of all-to-all) of this rank in steps 1, 2 and 3, with a refresh at 1 and 3."""
+def count_all(workers, configs):
     torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
     line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
+    return [count(line, config) for config in configs]
+
+
+def drawn(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def on_line(line, tensor):
+    """Its rows on this rank; every rank has the whole."""
+    return distribute_tensor(tensor, line, [Shard(0)], src_data_rank=None)
+
+
+def count(line, config):
+    """(numbers all-reduced, bytes of all-to-all) of this rank in steps 1, 2 and 3, with a refresh at 1 and 3."""
     model = bare(nn.Module())
     for i, shape in enumerate(SHAPES):
-        torch.manual_seed(i)
-        model.register_parameter(f"w{i}", nn.Parameter(distribute_tensor(torch.randn(shape), line, [Shard(0)])))
-    name, *options = rule.split()
-    low = ["optim.refresh_every=2"] if name in ("galore", "fira", "dct", "apollo", "apollo_mini") else []
-    rank = [f"optim.rank={RANK}"] if low and name != "apollo_mini" else []
-    kappas = [option if "=" in option else f"optim.kappa={option}" for option in options]
-    choices = [f"optim={name}", *low, *rank, *kappas]
-    optimizer = build_optimizer(model, config_from_tree(compose_tree(choices)).optim)
+        model.register_parameter(f"w{i}", nn.Parameter(on_line(line, drawn(shape, i))))
+    optimizer = build_optimizer(model, config)
     counted = []
     for step in range(3):
         for i, p in enumerate(model.parameters()):
-            torch.manual_seed(10 * step + i)
-            p.grad = distribute_tensor(torch.randn(SHAPES[i]), line, [Shard(0)])
+            p.grad = on_line(line, drawn(SHAPES[i], 10 * step + i))
         with Messages() as messages:
             optimizer.step()
         assert set(messages.calls) <= {"allreduce_", "alltoall_base_", "reduce_", "broadcast_"}, messages.calls
@@ -72,18 +78,33 @@ def count(workers, rule):
     return counted
 
 
+def config_of(rule):
+    name, *options = rule.split()
+    low = ["optim.refresh_every=2"] if name in ("galore", "fira", "dct", "apollo", "apollo_mini") else []
+    rank = [f"optim.rank={RANK}"] if low and name != "apollo_mini" else []
+    kappas = [option if "=" in option else f"optim.kappa={option}" for option in options]
+    return config_from_tree(compose_tree([f"optim={name}", *low, *rank, *kappas])).optim
+
+
+@pytest.fixture(scope="module")
+def counted_of(ranks):
+    """rule -> what each rank counted; in one call, for DTensor learns the mesh of each anew."""
+    everyone = ranks.run(count_all, WORLD, [config_of(rule) for rule in REDUCED])
+    return dict(zip(REDUCED, zip(*everyone, strict=True), strict=True))
+
+
 @pytest.mark.parametrize("rule", REDUCED)
-def test_numbers_sent_are_those_of_the_table(ranks, rule):
+def test_numbers_sent_are_those_of_the_table(counted_of, rule):
     refresh, ordinary = REDUCED[rule]
-    for counted in ranks.run(count, WORLD, rule):
+    for counted in counted_of[rule]:
         assert [reduced for reduced, _, _ in counted] == [refresh, ordinary, refresh]
         assert all(calls <= 3 for _, _, calls in counted), "messages are for all matrices together"
 
 
 @pytest.mark.parametrize("rule", ["muon", "dct optim.side=short", "apollo optim.side=short"])
-def test_wide_matrices_go_twice_by_all_to_all_and_the_others_not_at_all(ranks, rule):
+def test_wide_matrices_go_twice_by_all_to_all_and_the_others_not_at_all(counted_of, rule):
     wide = [(m, n) for m, n in SHAPES if m < n]
-    for rank, counted in enumerate(ranks.run(count, WORLD, rule)):
+    for rank, counted in enumerate(counted_of[rule]):
         for _, sent, _ in counted:
             there = sum(held(m, rank) * n for m, n in wide)
             back = sum(m * held(n, rank) for m, n in wide)

@@ -154,24 +154,34 @@ def test_what_is_outside_of_a_mask_counts_for_nothing():
     assert x.tolist() == [[1, 0, 3], [0, 0, -6]]
 
 
-def sent_by_update(workers, overrides, rows):
-    """(calls, bytes) of the step of a first update, over 3 matrices, without those of the optimizer."""
+def sent_by_updates(workers, methods, sizes):
     torch.distributed.init_process_group("gloo", store=workers.store, rank=workers.rank, world_size=workers.world_size)
     line = torch.distributed.init_device_mesh("cpu", (workers.world_size,))
+    return {(method, rows): sent_by_update(line, method, rows) for method in methods for rows in sizes}
+
+
+def sent_by_update(line, method, rows):
+    """(calls, bytes) of the step of a first update, over 3 matrices, without those of the optimizer."""
+    every = [] if method in ("nm", "pdp_nm") else ["sparsity.update_every=1"]
     model, shapes = bare(nn.Module()), {f"w{i}": torch.Size((rows, 24 + 8 * i)) for i in range(3)}
     torch.manual_seed(1)
     for name, shape in shapes.items():
-        model.register_parameter(name, nn.Parameter(distribute_tensor(torch.randn(shape), line, [Shard(0)])))
-    config = config_from_tree(compose_tree([*overrides, "steps=8"]))
+        model.register_parameter(name, nn.Parameter(on_line(line, torch.randn(shape))))
+    config = config_from_tree(compose_tree([*UPDATES[method][0], *every, "steps=8"]))
     optimizer = build_optimizer(model, config.optim)
     sparsity = build_sparsity(model, config.sparsity, specs_of(model), 0, config.steps, None, torch.float32)
     for p in model.parameters():
-        p.grad = distribute_tensor(torch.randn(p.shape), line, [Shard(0)])
+        p.grad = on_line(line, torch.randn(p.shape))
     with Messages() as messages:
         sparsity.filter_gradients(1)
         sparsity.step(optimizer, 1, True)
     assert sparsity.account is not None
     return dict(messages.calls), messages.bytes["allreduce_"]
+
+
+def on_line(line, tensor):
+    """Its rows on this rank; every rank has the whole."""
+    return distribute_tensor(tensor, line, [Shard(0)], src_data_rank=None)
 
 
 # What an update of 3 matrices reduces: problems of 4 (or, at random, 5) digits; and numbers of single matrices.
@@ -193,13 +203,18 @@ UPDATES = {
 }
 
 
+@pytest.fixture(scope="module")
+def sent_by(ranks):
+    """Of each rank, (method, rows) -> what its update sends; in one call, for DTensor learns the mesh of each anew."""
+    return ranks.run(sent_by_updates, 2, list(UPDATES), (16, 1024))
+
+
 @pytest.mark.parametrize("method", UPDATES)
-def test_an_update_sends_counts_that_do_not_grow_with_the_model(ranks, method):
-    overrides, histograms, numbers = UPDATES[method]
-    every = [] if method in ("nm", "pdp_nm") else ["sparsity.update_every=1"]
+def test_an_update_sends_counts_that_do_not_grow_with_the_model(sent_by, method):
+    _, histograms, numbers = UPDATES[method]
     for rows in (16, 1024):
         account = 5 * 3
-        for calls, sent in ranks.run(sent_by_update, 2, [*overrides, *every], rows):
+        for calls, sent in (rank[method, rows] for rank in sent_by):
             assert set(calls) == {"allreduce_"}
             assert sent == NUMBER * (histograms + numbers + account)
 

@@ -140,16 +140,16 @@ def test_the_first_step_is_that_of_own_ranges_and_later_ones_are_near(alone):
 
 @pytest.fixture(scope="module")
 def whole(ranks, tmp_path_factory):
-    """A run of five steps on two ranks."""
+    """A run of three steps on two ranks."""
     folder = tmp_path_factory.mktemp("run")
-    config = small_config(folder, *SHARED, *RUNNING, "steps=5", "eval.every=5", "eval.batches=1")
+    config = small_config(folder, *SHARED, *RUNNING, "eval.every=3", "eval.batches=1")
     ranks.run(run_train, 2, with_layout(named(config, folder, "one"), 2, zero=3))
     return folder, config
 
 
 def test_ranges_are_in_the_checkpoint_and_a_run_goes_on_elsewhere(ranks, whole):
     folder, config = whole
-    ranks.run(run_until, 2, with_layout(named(config, folder, "moved"), 2, zero=1, pipeline=2), 3)
+    ranks.run(run_until, 2, with_layout(named(config, folder, "moved"), 2, zero=1, pipeline=2), 2)
     assert sum(name.startswith("ranges.1.") for name in final_tensors(folder / "moved")) > 8
     ranks.run(run_train, 2, with_layout(named(config, folder, "moved"), 2, zero=3, ulysses=2))
     assert_same_run(str(folder / "one"), str(folder / "moved"))
@@ -158,7 +158,7 @@ def test_ranges_are_in_the_checkpoint_and_a_run_goes_on_elsewhere(ranks, whole):
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, whole):
     folder, config = whole
     stopped = with_layout(named(config, folder, "stopped"), 2, zero=3)
-    ranks.run(run_until, 2, stopped, 3)
+    ranks.run(run_until, 2, stopped, 2)
     ranks.run(run_train, 2, stopped)
     ours, theirs = (final_tensors(folder / name) for name in ("stopped", "one"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -167,7 +167,7 @@ def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, whole):
 def test_of_other_results_ranges_begin_anew(ranks, whole):
     """What is made again is not kept, and the numbers of results are others."""
     folder, config = whole
-    ranks.run(run_until, 1, with_layout(named(config, folder, "other"), 1), 3)
-    other = small_config(folder, *SHARED, *RUNNING, "steps=4", "memory.recompute=selective")
+    ranks.run(run_until, 1, with_layout(named(config, folder, "other"), 1), 2)
+    other = small_config(folder, *SHARED, *RUNNING, "memory.recompute=selective")
     said = ranks.run(run_said, 1, with_layout(named(other, folder, "other"), 1))[0]
     assert "memory.ranges=running begins anew: the checkpoint has no ranges of these results" in said
