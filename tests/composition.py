@@ -4,6 +4,7 @@ python tests/composition.py           writes the page
 python tests/composition.py --draw    draws cases for the pairs that none tries yet, and writes those too
 """
 
+import functools
 import itertools
 import random
 import re
@@ -37,6 +38,7 @@ def tried(case: Iterable[str]) -> set[Pair]:
     return {pair for pair in found if pair & NEAR} if set(case) & NEAR else found
 
 
+@functools.cache
 def refusal(pair: Pair, folder: Path) -> str | None:
     """What is said of a run of these two, whatever ZeRO splits; None: it can be."""
     said = None
@@ -160,7 +162,7 @@ def page(folder: Path) -> str:
     """The page. Raises ValueError where a pair is neither tried nor refused."""
     proved: dict[Pair, str] = {}
     for number, case in enumerate(read_cases(), 1):
-        case_config(case, folder)  # a case that is refused proves nothing, and is said here
+        _require_possible(tuple(case), folder)
         for pair in tried(case):
             proved.setdefault(pair, f"~{number}" if pair & NEAR else f"{number}")
         for name in case:
@@ -186,6 +188,12 @@ def page(folder: Path) -> str:
         keys = dict.fromkeys(f"`{key}`" for key, said in options_of(TrainConfig) if said == word)
         lines += [f"- *{word}*: {meaning}: {', '.join(keys)}."]
     return "\n".join(lines) + "\n"
+
+
+@functools.cache
+def _require_possible(case: tuple[str, ...], folder: Path) -> None:
+    """A case that is refused proves nothing. Raises ValueError."""
+    case_config(case, folder)
 
 
 def _row(cells: list[str]) -> str:

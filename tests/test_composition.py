@@ -118,18 +118,16 @@ def watched(config: TrainConfig) -> list[float]:
     return found
 
 
-def test_the_page_is_current(tmp_path):
+def test_the_page_is_current(folder):
     """No cell is empty: it names a case that has the pair, or the words that refuse it."""
-    write_times(tmp_path)
-    assert PAGE.read_text() == page(tmp_path), "run python tests/composition.py"
+    assert PAGE.read_text() == page(folder), "run python tests/composition.py"
 
 
-def test_a_pair_that_no_case_tries_is_named(tmp_path, monkeypatch):
-    write_times(tmp_path)
+def test_a_pair_that_no_case_tries_is_named(folder, monkeypatch):
     kept = [case for case in CASES if not {"muon", "rigl"} <= set(case)]
     monkeypatch.setattr(composition, "read_cases", lambda: kept)
     with pytest.raises(ValueError, match=r"neither tried nor refused: .*muon with rigl[,;]"):
-        page(tmp_path)
+        page(folder)
 
 
 def test_every_option_stands_in_one_table():
