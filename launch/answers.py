@@ -46,7 +46,7 @@ def unknown_choice(group: str, name: str, possible: Sequence[str]) -> str:
     if (missing := MISSING.get(group, {}).get(_plain(name))) is not None:
         return f"{said}; {missing}"
     if (near := _choice(group, name, possible)) is not None:
-        return f"{said}; did you mean {near}?"
+        return f"{said}; did you mean {near}?{' (Any other is its Hugging Face folder, model=FOLDER.)' * (group == 'model')}"
     if group == "model":
         said += "; a Hugging Face folder is model=FOLDER, a file of your own --config-dir DIR"
     if group == "data":

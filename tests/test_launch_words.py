@@ -156,6 +156,9 @@ ANSWERED = {
     "tracker=comet_ml": "metrics.jsonl is always written",
     "parallel=fsdp": "give parallel.zero=3",
     "model=llama-7b": "possible are",
+    "model=Gemma-2-2B": "did you mean gemma2_2b?",
+    "model=granite": "did you mean granite3_3_2b?",
+    "model=qwen2.5-14b": "did you mean qwen2_5_7b? (Any other is its Hugging Face folder, model=FOLDER.)",
 }
 
 
