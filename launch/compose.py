@@ -22,15 +22,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from rowwise.launch.answers import unknown_choice, unknown_keys
 from rowwise.launch.choices import GROUPS, check_folder, choices_of, tree_of_files
+from rowwise.launch.fitting import fitting
 from rowwise.launch.model_folder import SETTINGS, as_source, refuse_named_code
 from rowwise.launch.overrides import SEARCHPATH, parse, spelt
 from rowwise.trainer.keys import refuse_control_characters, told_of_type, unknown_key
 from rowwise.trainer.models.config_json import read_shape, refuse_other_shape
-from rowwise.trainer.run_length import INTERVALS, choose, settle
+from rowwise.trainer.run_length import choose, settle
 
 Part = TypeVar("Part")
-
-YES = {"yes": True, "on": True, "1": True, "true": True, "no": False, "off": False, "0": False, "false": False}
 
 
 def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
@@ -41,10 +40,10 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     choices = tuple(filter(None, (_choice(one, own) for one in read if one.key_or_group in (*GROUPS, SEARCHPATH))))
     values = [override for override in read if override.key_or_group not in (*GROUPS, SEARCHPATH)]
     chosen, tree = _chosen(choices)
-    fitting = _checked(tree, values)
+    checked = _checked(tree, values)
     config: DictConfig = pickle.loads(chosen)
     with _looked_up(values):
-        for key, value in fitting:
+        for key, value in checked:
             OmegaConf.update(config, key, value, merge=True, force_add=f"{key}.".startswith(SETTINGS))
     _take_shape_(config, list(overrides))
     with _looked_up(values):
@@ -121,7 +120,7 @@ def _checked(tree: dict[str, Any], values: Sequence[Override]) -> list[tuple[str
             found += [(f"{key}.{inner}", leaf) for inner, leaf in value.items() if inner in default]
             unknown += [(f"{key}.{inner}", str(leaf)) for inner, leaf in value.items() if inner not in default]
         elif _has(tree, key):
-            found.append((key, _fitting(key, override, default)))
+            found.append((key, fitting(key, override, default)))
         elif key.startswith(SETTINGS) and "." not in key.removeprefix(SETTINGS):
             found.append((key, value))
         else:
@@ -148,32 +147,6 @@ def _at(tree: Any, key: str) -> Any:
     for part in filter(None, key.split(".")):
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree
-
-
-def _fitting(key: str, override: Override, default: Any) -> Any:
-    """The value, as what it can only mean. Raises ValueError where it is nothing of the kind that stands there."""
-    value = override.value()
-    text = str(override.input_line).partition("=")[2]
-    if isinstance(default, dict) and "." not in key and not isinstance(value, dict):
-        inner = ", ".join(f"{key}.{name}" for name in default)
-        raise ValueError(f"{key}={text}: these are the keys of {key}: {inner}; give one of them a value")
-    group = key.removesuffix(".name")
-    if group != key and group in GROUPS and group != "model" and value != default:
-        if (name := text.strip("'\"")) not in choices_of(group):
-            raise ValueError(unknown_choice(group, name, choices_of(group)))
-        raise ValueError(f"{key}={text}: a choice brings its own keys with it; write {group}={name}")
-    if isinstance(default, bool) and not isinstance(value, bool):
-        if (meant := YES.get(text.strip("'\"").lower())) is None:
-            raise ValueError(f"{key}={text}: give true or false")
-        return meant
-    if isinstance(default, list) and isinstance(value, dict):
-        raise ValueError(f"{key}={text}: give a list, such as [a,b]")
-    if text == "None" and not isinstance(default, str):
-        return None
-    number = isinstance(default, int | float) and not isinstance(default, bool)
-    if number and key not in INTERVALS and isinstance(value, str) and not any(letter.isdigit() for letter in value):
-        raise ValueError(f"{key}={text}: give a {'whole ' if isinstance(default, int) else ''}number")
-    return value
 
 
 @contextlib.contextmanager
