@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import overrides_of, run, run_in_pool
+from commands import overrides_of, run, run_in_pool, without_mlflow
 from parity import small_config, with_layout
 from rowwise.launch.compose import compose_tree
 from rowwise.trainer.config import config_from_tree
@@ -59,6 +59,13 @@ def assert_near(ours: list[tuple[float, float]], theirs: list[tuple[float, float
             assert math.isclose(a, b, rel_tol=tolerance), f"step {step}: {mine} and {other}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quicker(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", without_mlflow(tmp_path_factory.mktemp("path")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def native(ranks, tmp_path_factory):
     """Two runs without DeepSpeed, tied and not."""
@@ -74,7 +81,8 @@ def stage_3(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("stage3"), "run", "parallel.zero=3", "model.tie_embeddings=true")
 
 
-@pytest.mark.parametrize("zero, tied", [(1, False), (2, True), (3, True)])
+# Stage 1 makes steps in `test_checkpoints_go_on_on_either_side`.
+@pytest.mark.parametrize("zero, tied", [pytest.param(1, True, marks=pytest.mark.long), (2, False), (3, True)])
 def test_twenty_steps_are_those_without_it(native, stage_3, tmp_path, zero, tied):
     """Within the rounding of 32 bits."""
     words = (f"parallel.zero={zero}", f"model.tie_embeddings={tied}")
