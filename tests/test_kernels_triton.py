@@ -52,6 +52,8 @@ ONE_VECTOR = {"ABLATED": False, "STEPS": 1, "ROWS": 4, "WIDTH": 512, "BATCH": 1}
 MANY_VECTORS = {"ABLATED": True, "STEPS": 20, "ROWS": 4, "WIDTH": 16, "BATCH": 64}
 LOSS = {**dict.fromkeys(("tokens", "words", "dim"), "i32"), "labels": "*i64", "ROWS": 128, "COLUMNS": 128}
 SMALL = {"ROWS": 64, "COLUMNS": 64}  # a quarter of a tile has the same instructions, and compiles in half the time
+SMALLEST = {"ROWS": 32, "COLUMNS": 32}  # whose products the first processor alone has the same instructions for
+ONE_BLOCK = {"BLOCKS": 1}  # of a program of four
 LOSS |= dict.fromkeys(("scale", "cap"), "fp32")
 SUMS = {**LOSS, **dict.fromkeys(("sums", "at_label"), "*fp32"), "tiles": "i32"}
 GRADIENT = {**LOSS, **dict.fromkeys(("lse", "g"), "*fp32")}
@@ -94,6 +96,7 @@ ATTENTION = {
     "WIDEN": False,  # Gemma 2's heads
 }
 SMALL_HEADS = ATTENTION | {"ROWS": 64, "KEYS": 64, "SIZE": 64, "CAUSAL": False}
+NARROW = {"ROWS": 32, "KEYS": 32, "SIZE": 64}  # which the first processor has the same products for
 
 # Those for which another of the same processor stands.
 FULL = [
@@ -104,9 +107,14 @@ FULL = [
     (80, "nm", "nm", {"w": "*i64", "out": "*i64", **GROUPS, "LARGEST": 2**63 - 1, "MASK": False}),
     (80, "coded_rows", "decode", CODED_ROWS | {"out": "*bf16", "BITS": 8, "BLOCKS": 4, "WIDTH": 256}),
     (90, "cross_entropy", "sum_and_label", SUMS | TILE["fp32"]),
+    (80, "cross_entropy", "sum_and_label", SUMS | TILE["bf16"]),
     (80, "cross_entropy", "logit_gradient", GRADIENT | TILE["fp32"] | {"dz": "*fp32"}),
     (100, "cross_entropy", "sum_and_label", SUMS | TILE["bf16"]),
     (100, "cross_entropy", "logit_gradient", GRADIENT | TILE["bf16"] | {"dz": "*bf16"}),
+    *((80, "attention", name, types) for name, types in (("attend", SMALL_HEADS), ("query_gradient", ATTENTION))),
+    (100, "attention", "attend", ATTENTION),
+    (100, "attention", "query_gradient", SMALL_HEADS),
+    *((100, "attention", "key_gradient", types) for types in (ATTENTION, SMALL_HEADS)),
 ]
 # Of every argument its type, or its value if it is a constant of the program. Every processor sees every kernel; the
 # variants of a kernel (dtypes, alignment) are spread over the first two.
@@ -117,19 +125,19 @@ VARIANTS = [
     (90, "blockwise", "quantise", {"x": "*bf16", **QUANTISE}),
     (80, "blockwise", "dequantise", {"out": "*bf16", **DEQUANTISE}),
     (90, "blockwise", "dequantise", {"out": "*fp32", **DEQUANTISE}),
-    (80, "moment_pair", "quantise_pair", PAIR),
+    (80, "moment_pair", "quantise_pair", PAIR | ONE_BLOCK),
     (90, "moment_pair", "quantise_pair", {**PAIR, "m": "*bf16"}),
     (80, "rounding", "round", {**ROUND, "ALIGNED": True}),
     (90, "rounding", "round", {**ROUND, "ALIGNED": False}),
-    (80, "adamw8bit", "adamw8bit", {"param": "*bf16", "grad": "*bf16", **ADAMW, "ALIGNED": False}),
+    (80, "adamw8bit", "adamw8bit", {"param": "*bf16", "grad": "*bf16", **ADAMW, **ONE_BLOCK, "ALIGNED": False}),
     (90, "adamw8bit", "adamw8bit", {"param": "*bf16", "grad": "*fp32", **ADAMW, "ALIGNED": True}),
-    (80, "lion8bit", "lion8bit", {"param": "*bf16", "grad": "*bf16", **LION, "ALIGNED": False}),
+    (80, "lion8bit", "lion8bit", {"param": "*bf16", "grad": "*bf16", **LION, **ONE_BLOCK, "ALIGNED": False}),
     (90, "lion8bit", "lion8bit", {"param": "*fp32", "grad": "*fp32", **LION, "ALIGNED": True}),
     (80, "row_scale", "scale_rows", {"x": "*fp32", **SCALE}),
     (90, "row_scale", "scale_rows", {"x": "*bf16", **SCALE}),
     (80, "dct", "columns", {"out": "*bf16", **COLUMNS}),
     (90, "dct", "columns", {"out": "*fp32", **COLUMNS}),
-    (80, "dct", "squares", {"g": "*fp32", **SQUARES}),
+    (80, "dct", "squares", {"g": "*fp32", **SQUARES, **SMALLEST}),
     (90, "dct", "squares", {"g": "*bf16", **SQUARES}),
     (80, "condensed", "condensed_linear", CONDENSED["bf16"] | MANY_VECTORS),
     (90, "condensed", "condensed_linear", CONDENSED["fp32"] | ONE_VECTOR),
@@ -150,9 +158,9 @@ VARIANTS = [
     (80, "nm", "nm", {"w": "*i16", "out": "*i16", **GROUPS, "LARGEST": 2**15 - 1, "MASK": False}),
     (90, "nm", "nm", {"w": "*i32", "out": "*i32", **GROUPS, "M": 3, "LARGEST": 2**31 - 1, "MASK": False}),
     (90, "nm", "nm", {"w": "*i32", "out": "*i8", **GROUPS, "LARGEST": 2**31 - 1, "MASK": True}),
-    (80, "cross_entropy", "sum_and_label", SUMS | TILE["bf16"]),
+    (80, "cross_entropy", "sum_and_label", SUMS | TILE["bf16"] | SMALLEST),
     (90, "cross_entropy", "sum_and_label", SUMS | TILE["fp32"] | SMALL),
-    (80, "cross_entropy", "logit_gradient", GRADIENT | TILE["fp32"] | {"dz": "*fp32"} | SMALL),
+    (80, "cross_entropy", "logit_gradient", GRADIENT | TILE["fp32"] | {"dz": "*fp32"} | SMALLEST),
     (80, "row_codes", "encode", ROW_CODES | {"x": "*bf16", "RANDOM": False, "ALIGNED": False, "BITS": 8}),
     (90, "row_codes", "encode", ROW_CODES | {"x": "*fp32", "RANDOM": True, "ALIGNED": True, "BITS": 4}),
     (80, "row_codes", "decode", ROW_CODES | {"out": "*fp32", "ADD": True, "BITS": 4}),
@@ -160,20 +168,27 @@ VARIANTS = [
     (80, "coded_rows", "decode", CODED_ROWS | {"out": "*bf16", "BITS": 4, "BLOCKS": 16, "WIDTH": 64}),
     (90, "coded_rows", "decode", CODED_ROWS | {"out": "*fp32", "BITS": 3, "BLOCKS": 32, "WIDTH": 32}),
     (90, "cross_entropy", "logit_gradient", GRADIENT | TILE["bf16"] | {"dz": "*bf16"}),
-    (80, "attention", "attend", SMALL_HEADS),
+    (80, "attention", "attend", SMALL_HEADS | NARROW),
     (90, "attention", "attend", ATTENTION),
-    (80, "attention", "query_gradient", ATTENTION),
+    (80, "attention", "query_gradient", ATTENTION | NARROW),
     (90, "attention", "query_gradient", SMALL_HEADS),
-    (80, "attention", "key_gradient", SMALL_HEADS),
+    (80, "attention", "key_gradient", SMALL_HEADS | NARROW),
     (90, "attention", "key_gradient", ATTENTION),
 ]
 
-LOSSES = [
+LAST = [
     (100, "cross_entropy", "sum_and_label", SUMS | TILE["bf16"] | SMALL),
     (100, "cross_entropy", "logit_gradient", GRADIENT | TILE["bf16"] | {"dz": "*bf16"} | SMALL),
+    (100, "attention", "attend", SMALL_HEADS),
+    (100, "attention", "query_gradient", ATTENTION | NARROW),
+    (100, "attention", "key_gradient", ATTENTION | NARROW),
 ]
-OTHERS = {case[1:3]: (100, *case[1:]) for case in VARIANTS if case[1] != "cross_entropy"}
-KERNELS = [*VARIANTS, *OTHERS.values(), *LOSSES]
+OTHERS = {
+    (file, name): (100, file, name, types | (ONE_BLOCK if types.get("BLOCKS") == 4 else {}))
+    for _, file, name, types in VARIANTS
+    if file not in ("cross_entropy", "attention")
+}
+KERNELS = [*VARIANTS, *OTHERS.values(), *LAST]
 # Triton makes another program of arguments that are divisible by 16: addresses, as torch's always are, and sizes.
 DIVISIBLE = {80: "", 90: "*i", 100: "*"}
 
