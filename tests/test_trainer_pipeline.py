@@ -239,11 +239,11 @@ def test_a_plan_holds_for_what_it_was_measured_with(folder):
 
 def test_a_run_that_validates_late_is_the_same_run(ranks, folder, uninterrupted):
     """Stopped on the way, while the next step has begun."""
-    config = named(small_config(folder, *OVERRIDES), folder, "late")
     layout = {"pipeline": 2, "pipeline_schedule": "zb_v", "virtual_stages": 2, "zero": 3, "post_validation": True}
-    states = ranks.run(run_until, 4, with_layout(config, 4, **layout), 3)
+    config = in_micro_batches(with_layout(named(small_config(folder, *OVERRIDES), folder, "late"), 2, **layout), 4)
+    states = ranks.run(run_until, 2, config, 3)
     assert states[0].step < STEPS
-    ranks.run(run_train, 4, with_layout(config, 4, **layout))
+    ranks.run(run_train, 2, config)
     assert_same_run(config.run_dir, uninterrupted.run_dir)
 
 

@@ -383,9 +383,9 @@ def test_before_the_first_checkpoint_a_rollback_is_a_skip(ranks, folder):
 def test_a_run_in_the_backward_is_rolled_back(ranks, folder):
     inside = ("optim.in_backward=true", "clip_norm=0", f"batch.micro_size={SIZE // 2}", "on_spike=rollback")
     config = named(with_layout(config_of(folder, *inside), 2, zero=3), folder, "inside")
-    outside = replace(config, optim=replace(config.optim, in_backward=False), run_dir=str(folder / "outside"))
-    for each in (config, outside):
-        ranks.run(run_early, 2, each)
+    outside = named(on(config_of(folder, "clip_norm=0", "on_spike=rollback"), 1), folder, "outside")
+    for world, each in ((2, config), (1, outside)):
+        ranks.run(run_early, world, each)
         assert spikes_in(each) == {ANCHOR + 1: "rolled back"}
     assert_same_run(config.run_dir, outside.run_dir)
 
