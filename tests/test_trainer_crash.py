@@ -15,7 +15,7 @@ from runs import assert_survives_kills, final_tensors, records, run_said, run_tr
 
 
 @pytest.mark.parametrize(
-    "wanted", [3, pytest.param(8, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.full)]
+    "wanted", [3, pytest.param(5, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.full)]
 )
 def test_killed_at_random_instants(ranks, tmp_path, wanted):
     small = small_config(

@@ -158,14 +158,15 @@ def some_updates_on(mesh, config):
 
 AT_ONCE = [
     ("interleaved_1f1b", 2, 0, ("clip_norm=0",)),
-    ("interleaved_1f1b", 2, 0, ("clip_norm=1e-3", "optim=lion")),
     ("zb_h1", 1, 2, ("clip_norm=0.5", "optim=adamw8bit")),
     ("zb_v", 2, 3, ("precision=fp16", "clip_norm=0.5")),
     ("zb_h1", 1, 1, ("precision=fp16", "clip_norm=1e9")),
     ("zb_h1", 1, 3, ("precision=bf16", "optim.param_dtype=bf16", "clip_norm=0.5")),
 ]
-# Stage 1, zb_v and what is not clipped are those of fp16 above; lion8bit's states are of the kind of adamw8bit's.
+# Stage 1, zb_v and what is not clipped are those of fp16 above, what is clipped at stage 0 is at the others; lion8bit's states are of
+# the kind of adamw8bit's, and lion's of adamw's.
 IN_FULL = [
+    ("interleaved_1f1b", 2, 0, ("clip_norm=1e-3", "optim=lion")),
     ("zb_h1", 1, 1, ("clip_norm=0.5",)),
     ("zb_v", 2, 3, ("clip_norm=0.5",)),
     ("zb_v", 2, 3, ("clip_norm=1e9",)),
