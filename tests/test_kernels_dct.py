@@ -75,7 +75,7 @@ def agree():
             assert ours.shape == reference.shape and ours.dtype == dtype
             scale = math.sqrt(2 / n)
             torch.testing.assert_close(ours.float() / scale, reference.float() / scale, rtol=0, atol=tolerance)
-    sizes = [(0, 5), (1, 1), (1, 255), (130, 65), (3, 256), (2, 257), (2, 704), (1, 1000)]
+    sizes = [(0, 5), (1, 1), (1, 255), (130, 65), (3, 256), (2, 257), (2, 384), (1, 520)]
     for (m, n), dtype in zip(sizes, itertools.cycle((torch.float32, torch.bfloat16)), strict=False):
         g = torch.randn(m, n, generator=torch.Generator().manual_seed(n)).to(dtype)
         torch.testing.assert_close(column_squares_triton(g), column_squares_reference(g), rtol=3e-5, atol=1e-6)
