@@ -60,15 +60,13 @@ class Host:
         return folder / f"log-{self.address}"
 
     def processes(self) -> list[psutil.Process]:
-        """What runs on this host, zombies apart."""
-        found = []
-        for pid in ip("netns", "pids", self.name).split():
-            try:
-                process = psutil.Process(int(pid))
-                if process.status() != psutil.STATUS_ZOMBIE:
+        """What runs on this host, zombies apart: what has its namespace, as `ip netns pids` says, which is a process for each look."""
+        found, here = [], Path("/run/netns", self.name).stat().st_ino
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, OSError):
+                its = Path(f"/proc/{process.pid}/ns/net").stat().st_ino
+                if its == here and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except psutil.NoSuchProcess:
-                continue
         return found
 
     def workers(self) -> list[psutil.Process]:

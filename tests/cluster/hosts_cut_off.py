@@ -38,7 +38,7 @@ KEEP_ALIVE = KEEP_ALIVE_INTERVAL * KEEP_ALIVE_ATTEMPTS
 # kernel gives up at the last of them or at the next.
 TCP_RETRIES, TCP_SECONDS = 4, 0.3 * (2**6 - 1)
 POLL = 3  # the rendezvous is looked at once a second, by each of three steps: leaving it, joining it, closing it
-ALONE = max(TIMEOUT, READ, TCP_SECONDS) + POLL  # that a host has which has lost the rendezvous
+ALONE = max(TIMEOUT, READ, TCP_SECONDS)  # that a host has which has lost the rendezvous, until it leaves
 FOLLOW = 2  # that workers have whose torchrun was killed
 CUT_AT = 15
 OWN_LAST_CALL, OWN_KEEP_ALIVE = 10, 15  # of launch.agent, and torch's own
@@ -65,7 +65,8 @@ class Trial:
         self.start_seconds = time.monotonic() - began  # of the agents and of the workers
         # At most: what else this machine does is not always the same.
         self.again_seconds = 2 * self.start_seconds
-        self.leave_seconds = ANSWER_SECONDS + max(POLL, self.start_seconds / 2)
+        leaving = max(POLL, self.start_seconds)
+        self.leave_seconds, self.alone_seconds = ANSWER_SECONDS + leaving, ALONE + leaving
 
     def command(self, host: Host) -> list[str]:
         rendezvous = (
@@ -137,7 +138,7 @@ class OwnTrial(Trial):
 
 def overrides(folder: Path) -> list[str]:
     return overrides_of(
-        folder, f"steps={STEPS}", "precision=fp64", "batch.global_size=24", "checkpoint.every=10",
+        folder, f"steps={STEPS}", "precision=fp64", "batch.global_size=24", "batch.micro_size=6", "checkpoint.every=10",
         f"parallel.timeout_seconds={TIMEOUT}", "parallel.zero=2",
         "report=never",  # a worker that ends would make one, in 2 s of a core, before it is gone
     )  # fmt: skip
@@ -171,6 +172,13 @@ def assert_same(folder: Path, whole: list[tuple]) -> None:
     np.testing.assert_allclose(np.array(ours), np.array(whole), rtol=TOLERANCE)
 
 
+def assert_same_so_far(folder: Path, whole: list[tuple]) -> None:
+    """Of a run that ended before its last step."""
+    done = records(folder / "run")
+    assert CUT_AT <= len(done) < STEPS and [record[0] for record in done] == list(range(1, len(done) + 1))
+    np.testing.assert_allclose(np.array(done), np.array(whole[: len(done)]), rtol=TOLERANCE)
+
+
 def report(**seconds: float) -> None:
     print({name: round(value, 1) for name, value in seconds.items()}, file=sys.__stderr__)
 
@@ -182,41 +190,35 @@ def assert_ends(trial: Trial, kept: list[Host], whole: list[tuple]) -> None:
     assert_same(trial.folder, whole)
 
 
-def test_a_host_is_cut_off_and_the_other_goes_on(hosts, tmp_path, uninterrupted):
-    trial, (kept, lost) = Trial(hosts, tmp_path), hosts
-    cut = trial.cut(lost)
-    trial.until(lambda: not lost.workers(), TIMEOUT + trial.leave_seconds, "the workers of the lost host did not leave")
-    workers_left = time.monotonic() - cut
-    trial.until_gone(lost, cut + ALONE - time.monotonic())
-    agent_left = time.monotonic() - cut
-    went_on = trial.until_goes_on(cut, bound := max(TIMEOUT, KEEP_ALIVE) + LAST_CALL + POLL + trial.again_seconds)
-    assert trial.code(lost) == 1
-    assert_ends(trial, [kept], uninterrupted)
-    report(bound=bound, start=trial.start_seconds, workers_left=workers_left, went_on=went_on, agent_left=agent_left)
-
-
 def test_a_host_is_cut_off_from_our_own_launcher(tmp_path, uninterrupted):
-    """With the kernel's own patience of a quarter of an hour: the agent bounds it."""
+    """With the kernel's own patience of a quarter of an hour: the agent bounds it. The other goes on, and its workers leave first."""
     with Network() as (kept, lost):
         trial = OwnTrial([kept, lost], tmp_path)
         cut = trial.cut(lost)
-        trial.until_gone(lost, ALONE + OWN_LAST_CALL)
+        workers_left = trial.until(
+            lambda: not lost.workers(), TIMEOUT + trial.leave_seconds, "the workers of the lost host did not leave"
+        )
+        trial.until_gone(lost, cut + trial.alone_seconds + OWN_LAST_CALL - time.monotonic())
         left = time.monotonic() - cut
         bound = max(TIMEOUT, OWN_KEEP_ALIVE) + OWN_LAST_CALL + POLL + trial.again_seconds
         went_on = trial.until_goes_on(cut, bound)
         assert trial.code(lost) == 1
         assert_ends(trial, [kept], uninterrupted)
         assert read_outcome(tmp_path / "run") == Outcome("complete", None, STEPS)
-    report(bound=bound, start=trial.start_seconds, agent_left=left, went_on=went_on)
+    report(bound=bound, start=trial.start_seconds, workers_left=workers_left, agent_left=left, went_on=went_on)
 
 
 def test_rank_0_was_on_the_lost_host_and_is_not_yet_gone(hosts, tmp_path, uninterrupted):
-    """Hosts are ranked by address. The new rank 0 waits until the old one, here frozen, has let go of the run."""
+    """Under torchrun, whose survivor begins again within the bound. Hosts are ranked by address. The new rank 0 waits until the old
+    one, here frozen, has let go of the run."""
     trial, (lost, kept) = Trial(hosts, tmp_path, keeper=1), hosts
     cut, before = trial.cut(lost), {worker.pid for worker in kept.workers()}
     (old,) = lost.workers()
     old.suspend()
-    trial.until(lambda: any(worker.pid not in before for worker in kept.workers()), PATIENCE, "no worker was started")
+    bound = max(TIMEOUT, KEEP_ALIVE) + LAST_CALL + POLL + trial.again_seconds
+    left = cut + bound - time.monotonic()
+    trial.until(lambda: any(worker.pid not in before for worker in kept.workers()), left, "no worker was started")
+    began = time.monotonic() - cut
     (new,), reached = kept.workers(), trial.steps()
     time.sleep(trial.start_seconds / 2)  # it is past its start
     assert trial.steps() == reached and [worker.pid for worker in kept.workers()] == [new.pid], trial.said()[-6000:]
@@ -224,24 +226,30 @@ def test_rank_0_was_on_the_lost_host_and_is_not_yet_gone(hosts, tmp_path, uninte
     thawed = time.monotonic()
     trial.until(lambda: not lost.workers(), trial.leave_seconds, "the old rank 0 did not leave")
     went_on = trial.until_goes_on(thawed, POLL + trial.again_seconds)
-    trial.until_gone(lost, max(cut + ALONE, thawed + POLL) - time.monotonic())
+    trial.until_gone(lost, max(cut + trial.alone_seconds, thawed + POLL) - time.monotonic())
     assert_ends(trial, [kept], uninterrupted)
-    report(start=trial.start_seconds, went_on_after_thaw=went_on)
+    report(bound=bound, start=trial.start_seconds, began=began, went_on_after_thaw=went_on)
 
 
-def test_the_host_of_the_rendezvous_is_lost(hosts, tmp_path, uninterrupted):
-    """Nobody can meet any more: the other host ends. The same command goes on."""
+def test_the_host_of_the_rendezvous_is_lost_and_then_its_torchrun_is_killed(hosts, tmp_path, uninterrupted):
+    """Nobody can meet any more: the other host ends. The same command goes on. Then a torchrun is killed while its worker waits, which
+    leaves also in the middle of a collective, and with no store left."""
     trial, (lost, kept) = Trial(hosts, tmp_path), hosts
     cut = trial.cut(lost)
     lost.kill()
-    trial.until_gone(kept, ALONE)
+    trial.until_gone(kept, trial.alone_seconds)
     ended = time.monotonic() - cut
     assert trial.code(kept) == 1
     lost.mend()
     trial.start()
     assert trial.said().count("resumed from") == 1
-    assert_ends(trial, hosts, uninterrupted)
-    report(bound=ALONE, ended=ended)
+    cut = trial.cut(kept)
+    time.sleep(1)
+    trial.agents[0].kill()
+    left = trial.until_gone(lost, FOLLOW)
+    trial.until_gone(kept, cut + trial.alone_seconds - time.monotonic())
+    assert_same_so_far(tmp_path, uninterrupted)
+    report(bound=trial.alone_seconds, ended=ended, left=left, other_left=time.monotonic() - cut)
 
 
 def test_a_fixed_job_outlasts_a_short_cut_and_ends_on_both_hosts_after_a_long_one(hosts, tmp_path, uninterrupted):
@@ -253,14 +261,12 @@ def test_a_fixed_job_outlasts_a_short_cut_and_ends_on_both_hosts_after_a_long_on
     went_on = trial.until_goes_on(cut, TIMEOUT)
     assert [host.workers() for host in hosts] == workers
     cut = trial.cut(hosts[1])
-    trial.until_gone(hosts[0], TIMEOUT + POLL)
+    trial.until_gone(hosts[0], TIMEOUT + trial.leave_seconds)
     left = time.monotonic() - cut
-    trial.until_gone(hosts[1], cut + ALONE - time.monotonic())
+    trial.until_gone(hosts[1], cut + trial.alone_seconds - time.monotonic())
     assert [trial.code(host) for host in hosts] == [1, 1]
-    done = records(tmp_path / "run")
-    assert CUT_AT < len(done) < STEPS
-    np.testing.assert_allclose(np.array(done), np.array(uninterrupted[: len(done)]), rtol=TOLERANCE)
-    report(went_on=went_on, keeper_left=left, other_left=time.monotonic() - cut, bound=ALONE)
+    assert_same_so_far(tmp_path, uninterrupted)
+    report(went_on=went_on, keeper_left=left, other_left=time.monotonic() - cut, bound=trial.alone_seconds)
 
 
 def test_a_worker_is_lost_and_then_a_torchrun(hosts, tmp_path, uninterrupted):
@@ -277,14 +283,3 @@ def test_a_worker_is_lost_and_then_a_torchrun(hosts, tmp_path, uninterrupted):
     assert_ends(trial, [kept], uninterrupted)
     assert trial.said().count("resumed from") == 2
     report(start=trial.start_seconds, after_worker=after_worker, left=left, went_on=went_on, bound=bound)
-
-
-def test_torchrun_is_killed_while_its_worker_waits(hosts, tmp_path):
-    """The worker leaves also in the middle of a collective, and with no store left."""
-    trial = Trial(hosts, tmp_path)
-    cut = trial.cut(hosts[1])
-    time.sleep(1)
-    trial.agents[0].kill()
-    left = trial.until_gone(hosts[0], FOLLOW)
-    trial.until_gone(hosts[1], cut + ALONE - time.monotonic())
-    report(left=left, other_left=time.monotonic() - cut)
