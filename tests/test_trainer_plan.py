@@ -452,10 +452,12 @@ def test_a_device_of_ones_own(tmp_path):
 
 
 def test_every_option_is_forecast(tmp_path, full):
-    """Every rank of cases of options that go together."""
+    """Every rank of cases of options that go together; unless in full, with one schedule that is searched for, which takes long."""
     write_times(tmp_path)
     device, told = device_named("cpu"), 0
-    for case in read_cases()[:: 1 if full else 24]:
+    cases = read_cases()[:: 1 if full else 24]
+    late = [case for case in cases if "auto" in case][1:]
+    for case in cases if full else [case for case in cases if case not in late]:
         config, world_size = case_config(case, tmp_path)
         plan = plan_for(config, device)
         for rank in range(world_size):
