@@ -11,6 +11,7 @@ from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.plan.clock import Clock
 from rowwise.trainer.plan.devices import DEVICES
 from rowwise.trainer.plan.fit import find_fit
+from rowwise.trainer.plan.load import Load
 from rowwise.trainer.plan.rough import Rough
 from rowwise.trainer.plan.trade import SHARES, least, traded_share
 from rowwise.trainer.plan.traffic import Traffic, stepping
@@ -113,10 +114,10 @@ def test_codes_and_copies_cross_the_slow_links_as_often_as_they_should():
         Clock(check(llama(*words, *more), 4), device)
         for more in ([], ["parallel.quantize_gather=int8", "parallel.inner_shard=2", "parallel.quantize_reduce=int4"])
     )
-    numbers = 1e9
+    numbers, load = 1e9, Load(gathered=2e9, learning=1e9)
     between = numbers / 2 / 2 / 1e9  # seconds a byte of each number takes over two links of each machine
-    first, again = plain.gather(numbers, 4)
-    assert first == again == pytest.approx(2 * between) and plain.reduce(numbers, 4) == pytest.approx(4 * between)
-    first, again = coded.gather(numbers, 4)
+    first, again = plain.gather(load, 4)
+    assert first == again == pytest.approx(2 * between) and plain.reduce(load, 4) == pytest.approx(4 * between)
+    first, again = coded.gather(load, 4)
     assert first == pytest.approx((1 + 4 / 256) * between) and again < 0.01 * between
-    assert coded.reduce(numbers, 4) == pytest.approx((0.5 + 4 / 256) * between, rel=0.02)
+    assert coded.reduce(load, 4) == pytest.approx((0.5 + 4 / 256) * between, rel=0.02)

@@ -16,8 +16,9 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import Data
 from rowwise.trainer.feed import Fed
-from rowwise.trainer.models.decoder import flops_of, flops_per_token
+from rowwise.trainer.models.decoder import flops_per_token
 from rowwise.trainer.peaks import model_flops_utilization, peak_memory_bytes
+from rowwise.trainer.plan.load import operations_of
 from rowwise.trainer.state import TrainState
 from rowwise.trainer.step import StepReport
 
@@ -32,9 +33,9 @@ def step_record(
     data: Data,
 ) -> dict[str, Any]:
     """Returns what every step has. `tokens_per_second` is per worker; `mfu` counts of attention the pairs that documents let see
-    each other; what is not a number is null; `loss_scale` is kept in fp16."""
+    each other, and no gradients of what is frozen; what is not a number is null; `loss_scale` is kept in fp16."""
     tokens, seconds = config.batch.positions, fed.seconds()
-    flops_per_second = flops_of(config.model, tokens, report.pairs) / seconds / mesh.world_size
+    flops_per_second = operations_of(config, tokens, report.pairs) / seconds / mesh.world_size
     record = {
         "step": state.step,
         "loss": number_or_none(report.loss),

@@ -9,11 +9,11 @@ from rowwise.parallel.reduce import BITS
 from rowwise.trainer.activations import kept_of, results_of, tokens_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.measure import PartTimes, Times
-from rowwise.trainer.models.decoder import layer_flops
 from rowwise.trainer.plan.devices import Device
 from rowwise.trainer.plan.links import Links
-from rowwise.trainer.plan.loss import loss_work
-from rowwise.trainer.plan.states import numbers_of, pieces_of, place_of, widths_of
+from rowwise.trainer.plan.load import Load, loads_of
+from rowwise.trainer.plan.loss import head_spec, loss_work
+from rowwise.trainer.plan.states import place_of, widths_of
 from rowwise.trainer.plan.traffic import Traffic, leaving, rows
 
 BACKWARD_OF_ATTENTION = 2.5
@@ -55,40 +55,49 @@ class Clock:
     def __init__(self, config: TrainConfig, device: Device):
         self.config, self.device, self.links = config, device, Links(device)
         self.widths, self.tokens = widths_of(config), tokens_of(config)
-        self._table, self._layers = results_of(config), dict[frozenset[str], tuple[Pass, Pass, Pass]]()
+        self._table, self._layers = results_of(config), dict[tuple[frozenset[str], Load], tuple[Pass, Pass, Pass]]()
         slower = device.wide * (8 if isinstance(config.precision, Fp64) else 1) if self.widths.compute > 2 else 1.0
         self.rate = device.flops / slower
 
     def layer(self, layer: int) -> tuple[Pass, Pass, Pass]:
         """Estimates the forward of a layer, its input gradients with what is made again, and its weights' gradients: of layers that
-        keep the same, once."""
+        keep the same and whose parameters do, once."""
         kept = frozenset[str]() if self._table is None else self._kept[layer]
-        if kept not in self._layers:
-            self._layers[kept] = self._passes(kept)
-        return self._layers[kept]
+        asked = kept, self.loads[1 + layer]
+        if asked not in self._layers:
+            self._layers[asked] = self._passes(*asked)
+        return self._layers[asked]
 
-    def _passes(self, kept: frozenset[str]) -> tuple[Pass, Pass, Pass]:
+    def _passes(self, kept: frozenset[str], load: Load) -> tuple[Pass, Pass, Pass]:
         model, tokens = self.config.model, self.tokens
-        _, forward, _ = layer_flops(model, self.config.batch.seq_len)
         attention = 4.0 * model.heads * model.head_size * model.seen(self.config.batch.seq_len)
-        products = Pass(products=(forward - attention) * tokens / self.rate / self.device.reached("products"))
+        products, weights = self._products(load.multiplying), self._products(load.weighed)
+        decoded = Pass(elementwise=load.decoded / self.device.bandwidth / self.device.reached("memory"))
+        norms = Pass(products=load.norms / self.rate / self.device.reached("products"))
         looked = Pass(attention=attention * tokens / self.rate / self.device.reached("attention"))
         moved = Pass(elementwise=self._traffic() * tokens / self.device.bandwidth / self.device.reached("memory"))
         again = Pass(products=self._again(kept) * tokens / self.rate / self.device.reached("products"))
         codes = Pass(elementwise=self._coded(kept) * tokens / self.device.bandwidth / self.device.reached("memory"))
-        back = products + looked.times(BACKWARD_OF_ATTENTION) + moved.times(2) + again + codes
-        return products + looked + moved + codes, back, products
+        forward = products + looked + moved + decoded + norms
+        if not load.returns:
+            return forward, Pass(), Pass()
+        back = products + looked.times(BACKWARD_OF_ATTENTION) + moved.times(2) + again + codes + decoded
+        return forward + codes, back, weights
+
+    def _products(self, numbers: float) -> Pass:
+        """What it takes to multiply every token by so many numbers."""
+        return Pass(products=2.0 * numbers * self.tokens / self.rate / self.device.reached("products"))
 
     def head(self) -> tuple[Pass, Pass, Pass]:
         """Estimates the forward, the input gradients and the weights' gradients of the head and the loss."""
         words, width = self.config.model.vocab_size, self.widths.compute
-        _, _, forward = layer_flops(self.config.model, self.config.batch.seq_len)
-        products = Pass(products=forward * self.tokens / self.rate / self.device.reached("products"))
+        products = self._products(words * self.config.model.dim)
+        learns = not head_spec(self.config).frozen
         passes = 2.0 * (width + max(4, width)) * words * (1 if self.config.memory.fused_loss else 3)
         moved = Pass(elementwise=passes * self.tokens / self.device.bandwidth / self.device.reached("memory"))
         made = loss_work(self.config, self.tokens, width, split=False, gpu=self.device.cuda).makes
         again = products if made == "backward" else Pass()  # tiles of logits are made a second time
-        return products + moved, products + moved + again, products
+        return products + moved, products + moved + again, products if learns else Pass()
 
     def part_times(self) -> PartTimes:
         """Estimates what comes before the layers, a layer, and what comes after, as a run measures them for `auto`."""
@@ -96,9 +105,8 @@ class Clock:
         parallel, model = self.config.parallel, self.config.model
         size = self.tokens * model.dim * self.widths.compute
         stride = parallel.data_degree * parallel.ring * parallel.ulysses
-        numbers = numbers_of(pieces_of(self.config, range(1))[1])
         place = place_of(0, parallel)
-        gather = self.gather(numbers, place.shards)[1] if parallel.zero == 3 else 0.0
+        gather = self.gather(self.loads[1], place.shards)[1] if parallel.zero == 3 else 0.0
         return PartTimes(Times(0.0, 0.0, 0.0), layer, head, self.links.message(size, stride), gather)
 
     def _traffic(self) -> float:
@@ -118,35 +126,40 @@ class Clock:
             return 0.0
         return sum(self._table.bytes_kept(kept, self.widths.compute, coded) for coded in (False, True))
 
-    def traffic(self, layer: int, numbers: float) -> tuple[Traffic, Traffic]:
-        """Counts what a layer moves beside its forward and beside its backward: of what it keeps, and of so many numbers of this
-        rank's rows."""
+    def traffic(self, layer: int, load: Load, shards: int) -> tuple[Traffic, Traffic]:
+        """Counts what a layer moves beside its forward and beside its backward: of what it keeps, and of this rank's rows of its
+        parameters."""
         table, coded = self._table, self.config.memory.compress != "none"
         size = 0 if table is None else table.bytes_kept(self._kept[layer], self.widths.compute, coded)
         (there, back), (forward, backward) = (
-            leaving(self.config, self.tokens * size),
-            rows(self.config, self.device, numbers),
+            leaving(self.config, self.tokens * size * load.returns),
+            rows(self.config, self.device, load.kept / shards, load.learning * self.widths.parameter / shards),
         )
         return there + forward, back + backward
+
+    @cached_property
+    def loads(self) -> Sequence[Load]:
+        """Of the pieces of the whole model: what is before its layers, these, and what is behind them."""
+        return loads_of(self.config, range(self.config.model.layers))
 
     @cached_property
     def _kept(self) -> Sequence[frozenset[str]]:
         return kept_of(self.config)
 
-    def gather(self, numbers: float, shards: int) -> tuple[float, float]:
-        """Estimates the seconds in which so many numbers of parameters are gathered over the ranks that split them: the first time in
-        a step, as codes where they cross so, and again, from neighbours where these keep copies."""
+    def gather(self, load: Load, shards: int) -> tuple[float, float]:
+        """Estimates the seconds in which parameters are gathered over the ranks that split them: the first time in a step, as codes
+        where they cross so, and again, from neighbours where these keep copies."""
         parallel = self.config.parallel
-        width = CODED if parallel.quantize_gather != "none" else self.widths.compute
-        first = self.links.collective(numbers * width, 1, shards)
+        first = load.gathered * (CODED / self.widths.compute if parallel.quantize_gather != "none" else 1)
+        seconds = self.links.collective(first, 1, shards)
         if not parallel.inner_shard:
-            return first, first
-        return first, self.links.collective(numbers * self.widths.compute, 1, parallel.inner_shard)
+            return seconds, seconds
+        return seconds, self.links.collective(load.gathered, 1, parallel.inner_shard)
 
-    def reduce(self, numbers: float, shards: int) -> float:
-        """Estimates the seconds in which so many numbers of gradients are summed over the ranks that split them; in codes with
-        neighbours first, and then between machines what they have summed."""
-        parallel = self.config.parallel
+    def reduce(self, load: Load, shards: int) -> float:
+        """Estimates the seconds in which gradients are summed over the ranks that split them; in codes with neighbours first, and then
+        between machines what they have summed."""
+        parallel, numbers = self.config.parallel, load.learning
         if parallel.quantize_reduce == "none":
             return self.links.collective(numbers * self.widths.reduce, 1, shards)
         size = numbers * (BITS[parallel.quantize_reduce] / 8 + CODED - 1)

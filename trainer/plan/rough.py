@@ -6,11 +6,11 @@ from typing import Any
 from rowwise.parallel.activations.offload import LEAVING
 from rowwise.trainer.activations import kept_of, results_of, tokens_of
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.models.decoder import parameter_count
 from rowwise.trainer.plan.beside import where
 from rowwise.trainer.plan.clock import Clock, Pass
 from rowwise.trainer.plan.devices import Device
 from rowwise.trainer.plan.ledger import FILE, HOST
+from rowwise.trainer.plan.load import Load, total_load
 from rowwise.trainer.plan.states import Place, optimizer_bytes, widths_of
 from rowwise.trainer.plan.traffic import NOTHING, Traffic, rows, update
 
@@ -33,11 +33,14 @@ def micro_batch(config: TrainConfig, device: Device) -> MicroBatch:
     layers = kept_of(config) if table is not None else (frozenset[str](),) * config.model.layers
     head, inputs, weights = clock.head()
     forward, backward, there, back, size = head, inputs + weights, NOTHING, NOTHING, 0.0
-    for kept in set(layers):  # of layers that keep the same, one is looked at
-        layer, share = layers.index(kept), layers.count(kept)
+    alike = dict[tuple[frozenset[str], Load], list[int]]()
+    for layer, one in enumerate(zip(layers, clock.loads[1:-1], strict=True)):
+        alike.setdefault(one, []).append(layer)
+    for (kept, _), (layer, *others) in alike.items():  # of layers that are alike one is looked at
+        share = 1 + len(others)
         f, i, w = clock.layer(layer)
         forward, backward = forward + f.times(share), backward + (i + w).times(share)
-        leaves, returns = clock.traffic(layer, 0.0)
+        leaves, returns = clock.traffic(layer, Load(returns=1), 1)
         there, back = there + leaves.times(share), back + returns.times(share)
         size += (table.bytes_kept(kept, width, coded) if table is not None else 0) * share
     shared = Pass(elementwise=clock.sharing() * len(layers))
@@ -50,6 +53,7 @@ class Rough:
     def __init__(self, config: TrainConfig, device: Device):
         self._device = device
         self._known: dict[Any, MicroBatch] = {}
+        self._load = total_load(config, range(config.model.layers))
         self._states = optimizer_bytes(config, range(config.model.layers), Place(0, 0, 1, 1))
 
     def micro_batch(self, config: TrainConfig) -> MicroBatch:
@@ -65,9 +69,10 @@ class Rough:
         """Estimates a step that is hardly faster than it will be."""
         parallel, device, work = config.parallel, self._device, self.micro_batch(config)
         stages, count, shards = parallel.pipeline, config.micro_batches, shards_of(config)
-        numbers = parameter_count(config.model)[0] / shards
-        gathered, reduced = rows(config, device, numbers)
-        optimizer, beside = update(config, device, numbers, self._states / shards)
+        gradients = self._load.learning / shards
+        width = widths_of(config).parameter
+        gathered, reduced = rows(config, device, self._load.kept / shards, gradients * width)
+        optimizer, beside = update(config, device, gradients, self._states / shards)
         forward = work.forward.waiting(work.there + gathered, device).total
         backward = work.backward.waiting(work.back + reduced, device).total
         last = work.backward.waiting(work.back + reduced + beside, device).total
@@ -79,24 +84,25 @@ class Rough:
     def bytes(self, config: TrainConfig) -> dict[str, float]:
         """Counts what a rank needs at least: of its `device`, of its host's memory and of files."""
         parallel, model, memory, widths = config.parallel, config.model, config.memory, widths_of(config)
-        numbers, shards = parameter_count(model)[0] / parallel.pipeline, shards_of(config)
+        shards, stages = shards_of(config), parallel.pipeline
+        gathered, learning = self._load.gathered / stages, self._load.learning / stages
         held = {"device": 0.0, HOST: 0.0, FILE: 0.0}
-        rows_size = numbers * widths.parameter / shards
+        rows_size, gradient_rows = self._load.kept / stages / shards, learning * widths.parameter / shards
         held[self._where(memory.offload_params)] += rows_size
-        held[self._where(memory.offload_states)] += self._states / parallel.pipeline / shards
+        held[self._where(memory.offload_states)] += self._states / stages / shards
         inner = parallel.inner_shard
-        held["device"] += numbers * widths.compute / inner if inner else 0
-        layer = numbers / model.layers * parallel.pipeline
+        held["device"] += gathered / inner if inner else 0
+        share = stages / model.layers  # of a stage, that is a layer
         copies = shards > 1 or widths.compute == 2 or memory.offload_params != "none"
-        held["device"] += (layer if parallel.zero == 3 else numbers) * widths.compute * copies
-        gradients = numbers * widths.reduce if parallel.zero < 2 or parallel.pipeline > 1 else rows_size
+        held["device"] += gathered * (share if parallel.zero == 3 else 1) * copies
+        gradients = learning * widths.reduce if parallel.zero < 2 or stages > 1 else gradient_rows
         if config.optim.in_backward:
             gradients = 0.0
         elif memory.offload_params != "none":
             waits = memory.offload_gradients if memory.offload_gradients != "none" else "cpu"
-            held[self._where(waits)] += rows_size
-            gradients = layer * widths.reduce if parallel.pipeline == 1 else gradients
-        kept = self.micro_batch(config).kept * min(config.micro_batches, parallel.pipeline) / parallel.pipeline
+            held[self._where(waits)] += gradient_rows
+            gradients = learning * share * widths.reduce if stages == 1 else gradients
+        kept = self.micro_batch(config).kept * min(config.micro_batches, stages) / stages
         if memory.offload_activations != "none":
             held[HOST] += kept if memory.offload_activations == "cpu" else 0
             kept = self.micro_batch(config).kept * min(1, LEAVING / model.layers)  # of so many layers, whichever

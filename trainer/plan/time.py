@@ -1,8 +1,8 @@
 """How long a step takes, roughly, from counted operations, bytes of memory traffic and bytes of messages: `forecast_seconds`.
 
-    products      2 operations a weight and token forward, 4 backward, and what is made again
+    products      2 operations a weight and token forward, 4 backward, 2 of one that is frozen, and what is made again (`plan.load`)
     attention     4 H E a pair of a token and one that it sees forward, 2.5 times that backward
-    elementwise   bytes that norms, rotations, gates and sums read and write, twice as many backward, and those of codes
+    elementwise   bytes that norms, rotations, gates and sums read and write, twice as many backward, and those of all codes
     messages      what the computation beside them does not hide, by the bandwidth of the links that they cross
     offload       what a computation waits for what comes and goes beside it (`plan.traffic`)
     optimizer     what an update reads and writes, or what its way to the host and to files takes, and the host
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from rowwise.parallel.pipeline_schedule.simulate import Costs, period
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.models.decoder import flops_of
 from rowwise.trainer.plan.clock import Clock, Pass
 from rowwise.trainer.plan.devices import Device
-from rowwise.trainer.plan.states import Place, numbers_of, optimizer_bytes, pieces_of, place_of
+from rowwise.trainer.plan.load import Load, operations_of, total_load
+from rowwise.trainer.plan.states import Place, optimizer_bytes, place_of
 from rowwise.trainer.plan.traffic import NOTHING, Traffic, rows, update
 from rowwise.trainer.stages import Plan, gathering
 
@@ -56,41 +56,42 @@ def _whole(clock: Clock, place: Place) -> Seconds:
     layers = range(config.model.layers)
     forward = backward = last = Pass()  # `last`: of the last micro-batch, beside which a step may be made
     exposed = 0.0
-    pieces = [numbers_of(piece) for piece in pieces_of(config, layers)]
+    loads, every = clock.loads, total_load(config, layers)
     optimizer, beside = _update(clock, layers, place)
-    for layer, numbers in zip(layers, pieces[1:-1], strict=True):
+    for layer, load in zip(layers, loads[1:-1], strict=True):
         f, i, w = clock.layer(layer)
-        away, back = clock.traffic(layer, numbers / place.shards)
-        exposed += count * 3 * clock.sharing()
+        away, back = clock.traffic(layer, load, place.shards)
+        exposed += count * (1 + 2 * load.returns) * clock.sharing()
         if zero == 3:
-            first, again = clock.gather(numbers, place.shards)
-            reduce = clock.reduce(numbers, place.shards)
+            first, again = clock.gather(load, place.shards)
+            reduce = clock.reduce(load, place.shards)
             exposed += max(0.0, first - f.total) + (count - 1) * max(0.0, again - f.total)
-            exposed += count * max(0.0, again + reduce - i.total - w.total)
+            exposed += count * max(0.0, again + reduce - i.total - w.total) * load.returns
         elif zero == 2:
-            reduce = clock.reduce(numbers, place.shards)
+            reduce = clock.reduce(load, place.shards)
             exposed += count * max(0.0, reduce - i.total - w.total)
-        stepped = beside.times(numbers / sum(pieces))
+        stepped = beside.times(load.learning / every.learning)
         forward, backward = forward + f.waiting(away, clock.device), backward + (i + w).waiting(back, clock.device)
         last = last + (i + w).waiting(back + stepped, clock.device)
     f, i, w = clock.head()
-    rest = pieces[0] + pieces[-1]
-    away, back = rows(config, clock.device, rest / place.shards)
-    stepped = beside.times(rest / sum(pieces))
+    rest = loads[0] + loads[-1]
+    size, gradients = rest.kept / place.shards, rest.learning * clock.widths.parameter / place.shards
+    away, back = rows(config, clock.device, size, gradients)
+    stepped = beside.times(rest.learning / every.learning)
     forward, backward = forward + f.waiting(away, clock.device), backward + (i + w).waiting(back, clock.device)
     last = last + (i + w).waiting(back + stepped, clock.device)
-    exposed += _once(clock, place, sum(pieces), zero, backward.total)
+    exposed += _once(clock, place, every, zero, backward.total)
     spent = (forward + backward).times(count - 1) + forward + last
     return _summed(clock, spent, exposed, optimizer, 0.0)
 
 
-def _once(clock: Clock, place: Place, numbers: int, zero: int, hidden: float) -> float:
+def _once(clock: Clock, place: Place, load: Load, zero: int, hidden: float) -> float:
     """Seconds of the messages that cross once a step, beside those of a backward that hide them: parameters below stage 3, whole
     gradients below stage 2, and the sums over replicas."""
     links, widths = clock.links, clock.widths
-    seconds = clock.gather(numbers, place.shards)[0] if zero in (1, 2) else 0.0
-    reduced = clock.reduce(numbers, place.shards) if zero <= 1 else 0.0
-    share = numbers / place.shards * widths.reduce
+    seconds = clock.gather(load, place.shards)[0] if zero in (1, 2) else 0.0
+    reduced = clock.reduce(load, place.shards) if zero <= 1 else 0.0
+    share = load.learning / place.shards * widths.reduce
     reduced += 2 * links.collective(share, place.shards, place.replicas)
     return seconds + max(0.0, reduced - hidden)
 
@@ -98,7 +99,7 @@ def _once(clock: Clock, place: Place, numbers: int, zero: int, hidden: float) ->
 def _update(clock: Clock, layers: range, place: Place) -> tuple[float, Traffic]:
     """The update of a rank's rows of a stage, as `traffic.update` counts it."""
     config, device = clock.config, clock.device
-    numbers = sum(numbers_of(piece) for piece in pieces_of(config, layers)) / place.shards
+    numbers = total_load(config, layers).learning / place.shards
     return update(config, device, numbers, optimizer_bytes(config, layers, place))
 
 
@@ -106,8 +107,8 @@ def _pipelined(clock: Clock, place: Place, plan: Plan) -> Seconds:
     config, parallel = clock.config, clock.config.parallel
     stages = [_stage(clock, layers, place) for layers in plan.layers]
     forward, inputs, weights = (tuple(stage[n].total for stage in stages) for n in range(3))
-    numbers = [sum(numbers_of(piece) for piece in pieces_of(config, layers)) for layers in plan.layers]
-    gather = tuple(clock.gather(n, place.shards)[1] for n in numbers)
+    loads = [total_load(config, layers) for layers in plan.layers]
+    gather = tuple(clock.gather(load, place.shards)[1] for load in loads)
     ones = (1.0,) * len(stages)
     size = clock.tokens * config.model.dim * clock.widths.compute
     send = clock.links.message(size, parallel.data_degree * parallel.ring * parallel.ulysses)
@@ -120,7 +121,7 @@ def _pipelined(clock: Clock, place: Place, plan: Plan) -> Seconds:
     spent = Pass()
     for stage in mine:
         spent = spent + (stages[stage][0] + stages[stage][1] + stages[stage][2]).times(config.micro_batches)
-    held = sum(numbers[stage] for stage in mine)
+    held = sum((loads[stage] for stage in mine), Load())
     exposed = _once(clock, place, held, min(parallel.zero, 1) if parallel.zero < 3 else 0, 0.0)
     updates = [_update(clock, plan.layers[stage], place) for stage in mine]
     optimizer = max(seconds + beside.seconds(clock.device) for seconds, beside in updates) * len(mine)
@@ -133,8 +134,8 @@ def _stage(clock: Clock, layers: range, place: Place) -> tuple[Pass, Pass, Pass]
     if layers.stop == clock.config.model.layers:
         parts.append(clock.head())
     forward, inputs, weights = (sum((part[n] for part in parts), Pass()) for n in range(3))
-    shared, numbers = len(layers) * clock.sharing(), numbers_of(pieces_of(clock.config, range(1))[1]) / place.shards
-    traffic = [clock.traffic(layer, numbers) for layer in layers]
+    shared = len(layers) * clock.sharing()
+    traffic = [clock.traffic(layer, clock.loads[1 + layer], place.shards) for layer in layers]
     there, back = (sum((each[n] for each in traffic), NOTHING) for n in range(2))
     forward, inputs = forward + Pass(elementwise=shared), inputs + Pass(elementwise=2 * shared)
     late = (inputs + weights).waiting(back, clock.device).offload
@@ -145,7 +146,7 @@ def _summed(clock: Clock, spent: Pass, exposed: float, optimizer: float, bubble:
     config = clock.config
     step = spent.total + exposed + optimizer + bubble
     tokens = config.batch.positions
-    operations = flops_of(config.model, tokens, tokens * config.model.seen(config.batch.seq_len))
+    operations = operations_of(config, tokens, tokens * config.model.seen(config.batch.seq_len))
     devices = config.parallel.world_size
     mfu = operations / step / devices / clock.device.flops
     return Seconds(

@@ -64,16 +64,16 @@ def leaving(config: TrainConfig, size: float) -> tuple[Traffic, Traffic]:
     return Traffic(down=size, written=filed), Traffic(up=size, read=filed)
 
 
-def rows(config: TrainConfig, device: Device, numbers: float) -> tuple[Traffic, Traffic]:
-    """Counts what so many numbers of a rank's rows move in a forward that gathers them, and in a backward that does so and
-    reduces their gradients."""
+def rows(config: TrainConfig, device: Device, size: float, gradients: float) -> tuple[Traffic, Traffic]:
+    """Counts what so many bytes of a rank's rows, and of their `gradients`, move in a forward that gathers them, and in a backward
+    that does so and reduces their gradients."""
     memory = config.memory
     if memory.offload_params == "none":
         return NOTHING, NOTHING
-    size = numbers * widths_of(config).parameter
-    filed, gone = size * is_folder(memory.offload_params), size * is_folder(memory.offload_gradients)
-    crossing = size if device.cuda else 0.0
-    return Traffic(up=crossing, read=filed), Traffic(up=crossing, down=crossing, read=filed, written=gone)
+    filed, gone = size * is_folder(memory.offload_params), gradients * is_folder(memory.offload_gradients)
+    return Traffic(up=size * device.cuda, read=filed), Traffic(
+        up=size * device.cuda, down=gradients * device.cuda, read=filed, written=gone
+    )
 
 
 def update(config: TrainConfig, device: Device, numbers: float, states: float) -> tuple[float, Traffic]:
