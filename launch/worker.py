@@ -34,6 +34,7 @@ from rowwise.launch.workers import (
 )
 from rowwise.parallel.mesh import Workers, pick_device
 from rowwise.trainer.accelerate.fit import EngineUnfit
+from rowwise.trainer.adapters.from_data import Unbegun
 from rowwise.trainer.checkpoint import NoneSound
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.data.integrity import DataDamaged
@@ -137,7 +138,7 @@ def _reason(error: BaseException, run_dir: Path) -> str | None:
             saved = newest_sound(run_dir / "checkpoints")
             sound = "no checkpoint was saved before" if saved is None else f"the newest sound checkpoint is {saved}"
             return f"not a number: {one}; {sound}"
-        if isinstance(one, NoneSound | RunMoved | DataDamaged | FolderUnfit | TooManySpikes | EngineUnfit):
+        if isinstance(one, NoneSound | RunMoved | DataDamaged | FolderUnfit | TooManySpikes | EngineUnfit | Unbegun):
             return str(one)
         if isinstance(one, OSError) and one.filename is not None:
             return _named(one)

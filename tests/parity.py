@@ -169,7 +169,7 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
     config = with_forms_chosen(config, mesh, data.train.fingerprint)
     with mock.patch.object(onto_mesh, "initial_rows", coarse_rows) if coarse else nullcontext():
         built = assemble_run(config, mesh)
-    begin_adapter(config, mesh, built.model)
+    begin_adapter(config, mesh, built.engine, functools.partial(train_batches, config, mesh, data, 0))
     model, optimizer, sparsity = built.model, built.optimizer, built.sparsity
 
     def keep_gradients(report: StepReport) -> StepReport:
@@ -304,7 +304,7 @@ def run_plain(config: TrainConfig, steps: int = 3, coarse: bool = False) -> Trac
     """The same in one process, written as a textbook would."""
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     model = plain_model(config)
-    adapt(model, config)
+    adapt(model, config, lambda step: global_batch(config, data, step))
     if coarse:
         coarsen_([p.detach() for p in model.parameters()])
     every = dict(model.named_parameters())

@@ -764,6 +764,18 @@ REFUSED = {
         ["adapter=lora", "adapter.init=pissa", "adapter.init_from=/nowhere"],
         r"adapter.init=pissa with adapter.init_from=/nowhere: the folder says what A and B begin as; give adapter.init=kaiming, or",
     ),
+    "batches of a beginning without data": (
+        ["adapter=lora", "adapter.init_batches=4"],
+        r"adapter.init_batches=4 with adapter.init=kaiming, which looks at no data; give adapter.init=eva or corda, or leave",
+    ),
+    "no batches to begin with": (
+        ["adapter=lora", "adapter.init=eva", "adapter.init_batches=0"],
+        r"adapter.init_batches=0: global batches that are looked at, at least 1",
+    ),
+    "a part of another beginning": (
+        ["adapter=lora", "adapter.init=eva", "adapter.corda_mode=knowledge"],
+        r"adapter.corda_mode=knowledge with adapter.init=eva; give adapter.init=corda, or leave adapter.corda_mode out",
+    ),
     "another beginning": (["adapter=lora", "adapter.init=olora"], r"adapter.init='olora': .*'kaiming'.* or "),
     "the beginning of another adapter": (["adapter=dora", "adapter.init=pissa"], r"adapter.init.*"),
     "fewer bits than there are": (

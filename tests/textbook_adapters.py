@@ -7,6 +7,7 @@ With dropout the adapter's part is multiplied by what is left of x, and W by x: 
 """
 
 import math
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,6 +20,7 @@ from rowwise.kernels.philox import normal, random_words, stream_key
 from rowwise.trainer.adapters.bits import FORMS, bits_of, choose
 from rowwise.trainer.adapters.decompose import first_errors, lq
 from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.data.batches import MicroBatch
 
 CPU = torch.device("cpu")
 step = {"first": 0}  # the number of the first sequence of the textbook's step
@@ -31,7 +33,9 @@ def begin_textbook_step(first: int) -> None:
 class Adapted(nn.Module):
     """A linear layer with an adapter; `x` (B, S, n), of which the first sequence is number `step["first"]` of the run."""
 
-    def __init__(self, linear: nn.Linear, path: str, config: TrainConfig, forms: dict[str, RowForm]):
+    def __init__(
+        self, linear: nn.Linear, path: str, config: TrainConfig, forms: dict[str, RowForm], taken: list[Tensor] | None
+    ):
         super().__init__()
         choice, (rows, columns) = config.adapter, linear.weight.shape
         self.weight, self.scale = linear.weight, choice.alpha / choice.rank
@@ -47,6 +51,8 @@ class Adapted(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(rows, choice.rank, dtype=torch.float64))
         if getattr(choice, "init", "kaiming") == "pissa":
             self.become(*principal(linear.weight.detach(), choice.rank, self.scale))
+        if taken is not None:
+            self.become(*from_data(linear.weight.detach(), taken, choice, self.scale))
         if choice.name == "lq_lora":
             form, key = forms[path], stream_key(config.seed, f"lq_lora/{path}.weight")
             codes, a, b, _ = lq(linear.weight.detach(), form, choice.rank, self.scale, key)
@@ -142,16 +148,25 @@ class WithBone(nn.Module):
         return F.linear(x, self.weight + self.bone.t()[:, columns])
 
 
-def adapt(model: nn.Module, config: TrainConfig) -> None:
-    """Gives a plain model the adapter of a run, with its initial numbers, and freezes what does not learn."""
+def adapt(model: nn.Module, config: TrainConfig, batch_of: Callable[[int], MicroBatch]) -> None:
+    """Gives a plain model the adapter of a run, with its initial numbers, and freezes what does not learn. `batch_of`: a step of the
+    run, counted from 0."""
     choice = config.adapter
     plain = {} if choice.name == "none" else {
         path: module for path, module in model.named_modules()
         if type(module) is nn.Linear and path != "head" and matches(f"{path}.weight", choice.layers)
     }  # fmt: skip
     forms = forms_of(plain, config) if choice.name == "lq_lora" else {}
+    looks = getattr(choice, "init", None) in ("eva", "corda")
+    taken = (
+        taken_of(model, plain, map(batch_of, range(choice.init_batches)), config.model.frozen_dtype) if looks else {}
+    )
     for path, module in plain.items():
-        layer = WithBone(module, choice.rank) if choice.name == "bone" else Adapted(module, path, config, forms)
+        layer = (
+            WithBone(module, choice.rank)
+            if choice.name == "bone"
+            else Adapted(module, path, config, forms, taken.get(path))
+        )
         model.set_submodule(path, layer)
     for name, p in model.named_parameters():
         first = next((one.rule for one in config.optim.assign if fnmatchcase(name, one.match)), "own")
@@ -171,6 +186,49 @@ def principal(w: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tenso
     root = torch.diag((s[:rank] / scale).sqrt())
     a, b = root @ vt[:rank], u[:, :rank] @ root
     return w - scale * b @ a, a, b
+
+
+@torch.no_grad()
+def taken_of(
+    model: nn.Module, layers: dict[str, nn.Linear], batches: Iterable[MicroBatch], frozen_dtype: str | None
+) -> dict[str, list[Tensor]]:
+    """What each layer takes for the tokens of each sequence that have a label, (tokens, n), sequence by sequence, in a model of
+    matrices as they are kept."""
+    exact = {path: layer.weight.detach() for path, layer in layers.items()}
+    for path, layer in layers.items():
+        layer.weight.data = as_kept(exact[path], frozen_dtype)
+    taken: dict[str, list[Tensor]] = {path: [] for path in layers}
+    has = torch.empty(0)
+
+    def keep(path: str) -> Callable[..., None]:
+        return lambda module, given: taken[path].extend(x[some] for x, some in zip(*given, has, strict=True))
+
+    hooks = [layer.register_forward_pre_hook(keep(path)) for path, layer in layers.items()]
+    for batch in batches:
+        has = batch.labels >= 0
+        model(batch.inputs, batch.positions, batch.documents)
+    for hook, (path, layer) in zip(hooks, layers.items(), strict=True):
+        hook.remove()
+        layer.weight.data = exact[path]
+    return taken
+
+
+def from_data(w: Tensor, taken: list[Tensor], choice: Any, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(what is left of W, A, B) of EVA and CorDA, as their authors write them."""
+    if choice.init == "eva":
+        x = torch.cat(taken)
+        a = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[: choice.rank]
+        return w, a * a.gather(1, a.abs().argmax(1, keepdim=True)).sign(), w.new_zeros(len(w), choice.rank)
+    covariance = sum((x / x.max().abs()).T @ (x / x.max().abs()) for x in taken if len(x)) / len(taken)
+    eye = torch.eye(len(covariance), dtype=torch.float64)
+    covariance = covariance + eye * covariance.diagonal().mean() * 0.01
+    inverse = torch.linalg.inv(covariance)
+    assert torch.dist(covariance @ inverse, eye) < 0.05
+    u, s, vt = torch.linalg.svd(w @ covariance, full_matrices=False)
+    few = {"instruction": slice(None, choice.rank), "knowledge": slice(-choice.rank, None)}[choice.corda_mode]
+    signs = vt[few].gather(1, vt[few].abs().argmax(1, keepdim=True)).sign().flatten()
+    u, root, v = u[:, few] * signs, torch.diag((s[few] / scale).sqrt()), vt[few] * signs[:, None] @ inverse
+    return w - scale * u @ root @ root @ v, root @ v, u @ root
 
 
 def forms_of(layers: dict[str, nn.Linear], config: TrainConfig) -> dict[str, RowForm]:

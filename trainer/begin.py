@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rowwise.trainer.assemble import Assembled
 from rowwise.trainer.checkpoint import lacking_averages, load_first_sound, load_ranges
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import Data
+from rowwise.trainer.feed import train_batches
 from rowwise.trainer.lr_range import RangeTest, points_of
 from rowwise.trainer.manifest import set_aside
 from rowwise.trainer.metrics import Recorded, read_metrics
@@ -44,14 +46,15 @@ def resume(
     rollbacks: Rollbacks,
 ) -> Begun:
     """Loads the newest sound checkpoint that `config.resume` allows into the states of `built` and the ranges of its keeper; of a run
-    that was rolled back, its own. Where there is none it begins what hangs on whole matrices. Says what was passed over as damaged,
-    where it goes on, what changes, what it was rolled back by, and what there is to say of the keeper."""
+    that was rolled back, its own. Where there is none it begins what hangs on whole matrices, or on what layers take. Says what was
+    passed over as damaged, where it goes on, what changes, what it was rolled back by, and what there is to say of the keeper."""
     states, keeper = built.states, built.keeper
     told = [keeper.told] if keeper is not None and keeper.told is not None else []
     here = find_resume(config, data.train.fingerprint, bool(rollbacks)) if mesh.rank == 0 else []
     found = from_rank_0(here, mesh.save_group)
     if not found:
-        if begin_adapter(config, mesh, built.model) and built.average is not None:
+        batches = partial(train_batches, config, mesh, data, 0)
+        if begin_adapter(config, mesh, built.engine, batches) and built.average is not None:
             built.average.begin()
         return Begun(TrainState(loss_scale=initial_loss_scale(config.precision)), Recorded(), told)
     checkpoint, manifest, complaints = load_first_sound(found, tensors := states.room(), mesh)

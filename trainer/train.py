@@ -58,7 +58,8 @@ def train(config: TrainConfig, workers: Workers | None = None, command: str | No
     was started, for whoever reads its folder.
 
     Every worker calls it with the same configuration, checked and resolved by `trainer.prepare` on rank 0. Makes the
-    process groups and takes them down. Raises FloatingPointError where the loss is no number, DataDamaged, and FolderUnfit.
+    process groups and takes them down. Raises FloatingPointError where the loss is no number, DataDamaged, FolderUnfit,
+    and Unbegun.
     """
     # Before the groups exist: where a corpus is built first, they would lose patience.
     opened, workers = try_data(config), workers or Workers()

@@ -1,7 +1,7 @@
 """An adapter as LoRA that stands beside all of W, which is what PEFT's folders hold.
 
-    pissa      R + s B A  =  W + s (B A - B0 A0)  =  W + s [B  -B0] [A; A0]        R = W - s B0 A0 is what the run keeps
-    adalora    s B diag(E) A  =  (alpha / r) (B diag(E) s r / alpha) A
+    pissa, corda    R + s B A  =  W + s (B A - B0 A0)  =  W + s [B  -B0] [A; A0]        R = W - s B0 A0 is what the run keeps
+    adalora         s B diag(E) A  =  (alpha / r) (B diag(E) s r / alpha) A
 
 The first is PEFT's own conversion, of twice the rank. A0 and B0 are not kept: they are halves of (W - R) / s, which has their rank.
 """
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from rowwise.kernels.spec import Specs
-from rowwise.trainer.adapters.config import AdaLora, Dora, Lora
+from rowwise.trainer.adapters.config import OUT_OF_W, AdaLora, Dora, Lora
 from rowwise.trainer.adapters.initial import Fill
 from rowwise.trainer.adapters.merge import Read
 
-OUT_OF_W = ("pissa",)  # what `adapter.init` takes out of W
 REMAINS = 1e-4  # of W, at most, beyond the rank of what was taken out: the roundings of 32 bits
 
 

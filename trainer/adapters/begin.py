@@ -1,19 +1,24 @@
 """What an adapter begins with that hangs on whole matrices (`decompose`), found once, before the first step.
 
     lora, init=pissa    A, B and what is left of W
+    lora, init=corda    the same, of W and of what its layer takes (`inputs`)
+    lora, init=eva      A, of what its layer takes
     lq_lora             the form of every W, then its codes, A and B
 
 Of as many matrices as there are ranks each rank makes one, whole, and takes it apart; then every rank takes its rows of each. So all
-ranks have rows of the same numbers, and these hang on the weights alone, not on the layout. A rank holds one matrix beside its rows,
-and as many numbers as the model has cross to every rank, once. A resumed run reads what there is in its checkpoint.
+ranks have rows of the same numbers, and these hang on the weights and the data alone, not on the layout. A rank holds one matrix
+beside its rows, and as many numbers as the model has cross to every rank, once; of `eva` A alone. What is found in data is found of
+all layers before anything changes: until then B is 0, and layers take what they would without an adapter. A resumed run reads what
+there is in its checkpoint.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from rowwise.kernels.coded_rows import RowForm, encode_rows
 from rowwise.kernels.philox import stream_key
@@ -23,12 +28,14 @@ from rowwise.kernels.wide import wide_dtype
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.trainer.adapters.bits import FORMS, bits_of, choose, name_of
-from rowwise.trainer.adapters.config import Lora, LqLora
+from rowwise.trainer.adapters.config import FROM_DATA, OUT_OF_W, Lora, LqLora
 from rowwise.trainer.adapters.decompose import first_errors, lq, pissa
+from rowwise.trainer.adapters.from_data import Batches, Found, found_in_data
 from rowwise.trainer.adapters.initial import Fill
 from rowwise.trainer.adapters.merge import adapter_of
 from rowwise.trainer.adapters.specs import adapted_layers, run_specs
 from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.engine import Engine
 from rowwise.trainer.manifest import read_manifest
 from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.models.init import model_rows
@@ -48,7 +55,7 @@ def with_forms_chosen(config: TrainConfig, mesh: Mesh, data_fingerprint: str) ->
         names = [f"{layer}.weight" for layer in adapted_layers(parameter_specs(config.model), adapter)]
         fill_ = model_rows(config.model, config.seed)
         mine = {
-            name: first_errors(_whole(config, fill_, name, mesh.device), FORMS, adapter.rank, _key(config, name))
+            name: first_errors(_whole(config, fill_, mesh.device, name), FORMS, adapter.rank, _key(config, name))
             for name in names[mesh.rank :: mesh.world_size]
         }
         everyone = from_every_rank(mine, mesh.save_group)
@@ -81,55 +88,66 @@ def _chosen(config: TrainConfig, errors: Mapping[str, list[float]]) -> dict[str,
 
 
 @torch.no_grad()
-def begin_adapter(config: TrainConfig, mesh: Mesh, model: nn.Module) -> bool:
-    """Gives what hangs on whole matrices its numbers in `model`, which has all others; says whether anything does. All ranks call
-    it."""
+def begin_adapter(config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batches) -> bool:
+    """Gives what hangs on whole matrices its numbers in the model of `engine`, which has all others; says whether anything does.
+    `batches`: those of this rank. All ranks call it. Raises Unbegun, on every rank."""
     adapter, specs = config.adapter, run_specs(config)
     if not isinstance(adapter, LqLora) and not (isinstance(adapter, Lora) and adapter.init != "kaiming"):
         return False
-    params = {name: p.detach() for name, p in model.named_parameters()}
     layers, fill_ = adapted_layers(specs, adapter), model_rows(config.model, config.seed)
+    whole, found = partial(_whole, config, fill_, mesh.device), dict[str, Found]()
+    if isinstance(adapter, Lora) and adapter.init in FROM_DATA:
+        columns = {layer: specs[f"{layer}.weight"].shape[1] for layer in layers}
+        found = found_in_data(config, mesh, engine, batches, columns, whole)
+    params = {name: p.detach() for name, p in engine.model.named_parameters()}
     for first in range(0, len(layers), mesh.world_size):
         some = layers[first : first + mesh.world_size]
         mine = dict[str, Tensor]()
         if mesh.rank < len(some):
-            name = f"{some[mesh.rank]}.weight"
-            mine = _taken_apart(config, name, specs[name], _whole(config, fill_, name, mesh.device))
+            name = f"{(layer := some[mesh.rank])}.weight"
+            mine = _begun(config, name, specs[name], whole(name), found.pop(layer, None))
         for owner, layer in enumerate(some):
             for key, room in _rooms(config, layer, specs[f"{layer}.weight"], mesh.device):
-                whole = mine.pop(key).contiguous() if owner == mesh.rank else room
-                dist.broadcast(whole, owner)
+                it = mine.pop(key).contiguous() if owner == mesh.rank else room
+                dist.broadcast(it, owner)
                 if (name := f"{layer}.{key}") in params:  # it may be another stage's
-                    _place_(params[name], specs[name], whole)
+                    _place_(params[name], specs[name], it)
     return True
 
 
-def _taken_apart(config: TrainConfig, name: str, weight: ParameterSpec, w: Tensor) -> dict[str, Tensor]:
-    """What the parameters of the layer begin as, whole, whose weight `name` is w (rows, columns)."""
+def _begun(config: TrainConfig, name: str, weight: ParameterSpec, w: Tensor, found: Found | None) -> dict[str, Tensor]:
+    """What the parameters of the layer begin as, whole, whose weight `name` is w (rows, columns). `found`: its A and B, where they are
+    found in data."""
     adapter = config.adapter
     if isinstance(adapter, LqLora):
         assert isinstance(weight.kept, RowForm)
         packed, a, b, _ = lq(w, weight.kept, adapter.rank, adapter.scale, _key(config, name))
         return {"weight": packed, "lora_a": a, "lora_b": b}
     assert isinstance(adapter, Lora)
-    rest, a, b = pissa(w, adapter.rank, adapter.scale)
+    if found is None:
+        rest, a, b = pissa(w, adapter.rank, adapter.scale)
+    else:
+        a, b = found
+        rest = w - adapter.scale * (b @ a)
     return {"weight": rest, "lora_a": a, "lora_b": b}
 
 
 def _rooms(
     config: TrainConfig, layer: str, weight: ParameterSpec, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """(what it is, room for it) of each thing that `_taken_apart` gives."""
+    """(what it is, room for it) of each thing that `_begun` gives and that changes."""
     adapter, dtype = config.adapter, wide_dtype(parameter_dtype(config))
     assert isinstance(adapter, Lora | LqLora)
     rows, columns = weight.shape
+    yield "lora_a", torch.empty(adapter.rank, columns, dtype=dtype, device=device)
+    if isinstance(adapter, Lora) and adapter.init not in OUT_OF_W:
+        return
+    yield "lora_b", torch.empty(rows, adapter.rank, dtype=dtype, device=device)
     if isinstance(adapter, LqLora):
         assert isinstance(weight.kept, RowForm)
         yield "weight", torch.empty(rows, weight.kept.row_bytes(columns), dtype=torch.uint8, device=device)
     else:
         yield "weight", torch.empty(rows, columns, dtype=dtype, device=device)
-    yield "lora_a", torch.empty(adapter.rank, columns, dtype=dtype, device=device)
-    yield "lora_b", torch.empty(rows, adapter.rank, dtype=dtype, device=device)
 
 
 def _place_(p: Tensor, spec: ParameterSpec, whole: Tensor) -> None:
@@ -141,7 +159,7 @@ def _place_(p: Tensor, spec: ParameterSpec, whole: Tensor) -> None:
     rows.copy_(own)
 
 
-def _whole(config: TrainConfig, fill_: Fill, name: str, device: torch.device) -> Tensor:
+def _whole(config: TrainConfig, fill_: Fill, device: torch.device, name: str) -> Tensor:
     """A matrix as the run would begin with it, in 32 bits or more, by what fills its rows."""
     shape = parameter_specs(config.model)[name].shape
     w = torch.empty(shape, dtype=wide_dtype(parameter_dtype(config)), device=device)

@@ -6,7 +6,17 @@ from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.spec import Specs
 from rowwise.optim.build import FROZEN, fold
 from rowwise.trainer.adapters.bits import FORMS, NAMED, bits_of
-from rowwise.trainer.adapters.config import AdaLora, AdapterConfig, Bone, LoraBase, LowRankBase, LqLora, NoAdapter
+from rowwise.trainer.adapters.config import (
+    FROM_DATA,
+    AdaLora,
+    AdapterConfig,
+    Bone,
+    Lora,
+    LoraBase,
+    LowRankBase,
+    LqLora,
+    NoAdapter,
+)
 from rowwise.trainer.adapters.specs import is_adapted, matching
 
 ADAPTED: Refusals = (
@@ -27,6 +37,25 @@ ADAPTED: Refusals = (
         lambda run: getattr(run.adapter, "init", "kaiming") != "kaiming" and run.adapter.init_from is not None,
         "adapter.init={adapter.init} with adapter.init_from={adapter.init_from}: the folder says what A and B begin as; give "
         "adapter.init=kaiming, or adapter.init_from=null",
+    ),
+    Refusal(
+        ("adapter.init_batches", "adapter.init"),
+        lambda run: (
+            run.adapter.name == "lora" and run.adapter.init not in FROM_DATA and _says(run.adapter, "init_batches")
+        ),
+        "adapter.init_batches={adapter.init_batches} with adapter.init={adapter.init}, which looks at no data; give adapter.init=eva or "
+        "corda, or leave adapter.init_batches out",
+    ),
+    Refusal(
+        ("adapter.corda_mode", "adapter.init"),
+        lambda run: run.adapter.name == "lora" and run.adapter.init != "corda" and _says(run.adapter, "corda_mode"),
+        "adapter.corda_mode={adapter.corda_mode} with adapter.init={adapter.init}; give adapter.init=corda, or leave adapter.corda_mode "
+        "out",
+    ),
+    Refusal(
+        ("adapter.init_batches",),
+        lambda run: run.adapter.name == "lora" and run.adapter.init_batches < 1,
+        "adapter.init_batches={adapter.init_batches}: global batches that are looked at, at least 1",
     ),
     Refusal(
         ("adapter.name", "model.frozen_dtype"),
@@ -68,6 +97,11 @@ ADAPTED: Refusals = (
         "on the device; give memory.offload_params=none, or adapter=lora",
     ),
 )
+
+
+def _says(adapter: Lora, key: str) -> bool:
+    """Whether a key is otherwise than where nothing is said."""
+    return bool(getattr(adapter, key) != getattr(Lora, key))
 
 
 def _in_order(config: AdaLora, steps: int) -> bool:

@@ -9,7 +9,10 @@ import torch
 from rowwise.conf.option import Fixed, FixedAsSteps, MayChange
 from rowwise.kernels.spec import Constant, Normal, ParameterSpec, Uniform
 
-Init = Literal["kaiming", "pissa"]
+Init = Literal["kaiming", "pissa", "eva", "corda"]
+Mode = Literal["instruction", "knowledge"]
+FROM_DATA = ("eva", "corda")  # what `adapter.init` finds in what layers take
+OUT_OF_W = ("pissa", "corda")  # what it takes out of W
 Added = dict[str, ParameterSpec]  # by name, inside the layer of the matrix
 MAGNITUDE = "magnitude"
 ADDED = ("lora_a", "lora_b", "lora_e", MAGNITUDE, "bone")  # every name that an adapter has beside a matrix
@@ -82,11 +85,16 @@ class LoadedBase(LoraBase):
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(LoadedBase):
-    """Hu et al., *LoRA*. `init`: what A and B begin as: A at random and B as 0 (`kaiming`), or both as the principal part of W,
-    which goes out of W (`pissa`: Meng et al., *PiSSA*)."""
+    """Hu et al., *LoRA*. `init`: what A and B begin as: A at random and B as 0 (`kaiming`), both as the principal part of W, which
+    goes out of W (`pissa`: Meng et al., *PiSSA*), A as the directions in which what the layer takes varies most (`eva`: Paischer et
+    al., *EVA*), or both as the part of W that matters for what it takes, or does not, which goes out of W (`corda`: Yang et al.,
+    *CorDA*). `init_batches`: the first global batches of the run, in which eva and corda see what layers take. `corda_mode`: the
+    part that matters most learns (`instruction`), or that which matters least, so that what the model knows stays (`knowledge`)."""
 
     name: Fixed[Literal["lora"]] = "lora"
     init: Fixed[Init] = "kaiming"
+    init_batches: Fixed[int] = 8
+    corda_mode: Fixed[Mode] = "instruction"
 
 
 @dataclass(frozen=True, kw_only=True)

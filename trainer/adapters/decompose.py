@@ -49,15 +49,15 @@ def corda(w: Tensor, covariance: Tensor, rank: int, scale: float, part: Literal[
     damped, inverse = _inverted(c)
     u, s, vt = torch.linalg.svd(w @ damped, full_matrices=False)
     some = slice(None, rank) if part == "most" else slice(len(s) - rank, None)
-    root = (s[some] / scale).sqrt()
-    return _without(w, root[:, None] * (vt[some] @ inverse), u[:, some] * root, scale)
+    root, signs = (s[some] / scale).sqrt(), signs_of(vt[some])
+    return _without(w, root[:, None] * (signs * vt[some] @ inverse), u[:, some] * signs.T * root, scale)
 
 
 def _inverted(c: Tensor) -> tuple[Tensor, Tensor]:
     """C with as much on its diagonal as makes it invertible, a hundredth of the mean there and twice that from then; its inverse."""
     eye, mean, damping = torch.eye(len(c), dtype=c.dtype, device=c.device), c.diagonal().mean(), 0.01
     if not (mean.isfinite() and mean > 0):
-        raise ValueError("adapter.init=corda: a layer takes nothing but zeros, or what is not finite")
+        raise ValueError("it takes nothing but zeros, or what is not finite")
     while True:
         damped = c + eye * mean * damping
         inverse = torch.linalg.inv(damped)
@@ -68,14 +68,30 @@ def _inverted(c: Tensor) -> tuple[Tensor, Tensor]:
 
 def eva(w: Tensor, count: float, total: Tensor, squares: Tensor, rank: int) -> Parts:
     """Takes the `rank` directions in which what a layer takes varies most: `count` inputs x (n,), whose sum is `total` (n,) and whose
-    sum of x x^T is `squares` (n, n). B is 0."""
+    sum of x x^T is `squares` (n, n). B is 0. Raises ValueError where it varies in fewer."""
     w = wide(w)
-    mean = wide(total).to(w.dtype) / count
-    scatter = wide(squares).to(w.dtype) - count * torch.outer(mean, mean)
-    directions = torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :rank].T
-    # Of the two signs that which makes the largest number of a direction positive (scikit-learn's `svd_flip`).
-    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    return Parts(w, directions * largest.sign(), w.new_zeros(w.size(0), rank))
+    return Parts(
+        w, principal(count, total, squares, rank, torch.finfo(w.dtype).eps).to(w.dtype), w.new_zeros(w.size(0), rank)
+    )
+
+
+def principal(count: float, total: Tensor, squares: Tensor, rank: int, eps: float) -> Tensor:
+    """Returns the principal components (rank, n) of what `eva` is told of, whose numbers are known to a share of `eps`. Raises
+    ValueError where there are fewer."""
+    if not (count > 0 and squares.isfinite().all()):
+        raise ValueError("it takes nothing, or what is not finite")
+    mean = wide(total) / count
+    values, vectors = torch.linalg.eigh(wide(squares) - count * torch.outer(mean, mean))
+    if (found := int((values > len(values) * eps * values[-1]).sum())) < rank:
+        raise ValueError(f"what it takes for {count:.0f} tokens varies in {found} directions, and adapter.rank={rank}")
+    directions = vectors.flip(1)[:, :rank].T
+    return directions * signs_of(directions)
+
+
+def signs_of(rows: Tensor) -> Tensor:
+    """Returns the sign of the largest number of each row, (rows, 1): of a direction and its opposite, rounding would choose
+    (scikit-learn's `svd_flip`)."""
+    return rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
 
 
 class Quantised(NamedTuple):
