@@ -43,14 +43,14 @@ ADAPTED: Refusals = (
         lambda run: (
             run.adapter.name == "lora" and run.adapter.init not in FROM_DATA and _says(run.adapter, "init_batches")
         ),
-        "adapter.init_batches={adapter.init_batches} with adapter.init={adapter.init}, which looks at no data; give adapter.init=eva or "
-        "corda, or leave adapter.init_batches out",
+        "adapter.init_batches={adapter.init_batches} with adapter.init={adapter.init}, which looks at no data; give adapter.init=eva "
+        "or corda, or leave adapter.init_batches out",
     ),
     Refusal(
         ("adapter.corda_mode", "adapter.init"),
         lambda run: run.adapter.name == "lora" and run.adapter.init != "corda" and _says(run.adapter, "corda_mode"),
-        "adapter.corda_mode={adapter.corda_mode} with adapter.init={adapter.init}; give adapter.init=corda, or leave adapter.corda_mode "
-        "out",
+        "adapter.corda_mode={adapter.corda_mode} with adapter.init={adapter.init}; give adapter.init=corda, or leave "
+        "adapter.corda_mode out",
     ),
     Refusal(
         ("adapter.init_batches",),

@@ -1,0 +1,112 @@
+"""What adapters begin with that hangs on data, against PEFT's own numbers: the same model, weights, and sequences."""
+
+import dataclasses
+import functools
+import sys
+
+import pytest
+import torch
+from test_trainer_models_decoder import transformers_model
+
+from parity import global_batch, relative_error, small_config, with_layout
+from rowwise.parallel.mesh import Workers, make_mesh
+from rowwise.trainer.adapters.begin import begin_adapter
+from rowwise.trainer.assemble import assemble
+from rowwise.trainer.config import TrainConfig
+from rowwise.trainer.data.open import open_data
+from rowwise.trainer.feed import train_batches
+from rowwise.trainer.models.decoder import parameter_specs
+from rowwise.trainer.models.huggingface import rows_from
+
+peft = pytest.importorskip("peft")
+BATCHES, TOLERANCE = 2, 1e-4
+# PEFT's principal components are sketches of twice the rank, which is every feature here.
+OPTIONS = (
+    "adapter=lora", "adapter.rank=12", "adapter.alpha=7", f"adapter.init_batches={BATCHES}", "adapter.layers=[*.wq.*, *.wo.*, *.w1.*]",
+    "precision=fp32", "data.mask_documents=false", "model.dim=24", "batch.global_size=24", "batch.micro_size=6",
+)  # fmt: skip
+
+
+def begun(workers: Workers, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """What a run begins with."""
+    mesh = make_mesh(config.parallel, workers)
+    built, data = assemble(config, mesh), open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    begin_adapter(config, mesh, built.engine, functools.partial(train_batches, config, mesh, data, 0))
+    return {name: p.detach().clone() for name, p in built.model.named_parameters()}
+
+
+@pytest.fixture
+def base(tmp_path):
+    """transformers' model in a folder, and the sequences of the first batches of a run that begins with it."""
+    config = small_config(tmp_path, *OPTIONS)
+    model = transformers_model(config.model).eval()
+    model.save_pretrained(tmp_path / "base")
+    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    batches = [global_batch(config, data, step) for step in range(BATCHES)]
+    assert all((batch.labels >= 0).all() for batch in batches)
+    return model, tmp_path / "base", [batch.inputs for batch in batches]
+
+
+def layers_of(config: TrainConfig, theirs) -> dict:
+    """Our name of a layer -> PEFT's layer."""
+    specs, modules = parameter_specs(config.model), dict(theirs.named_modules())
+    names = [name for name in specs if name.endswith(("wq.weight", "wo.weight", "w1.weight"))]
+    return {
+        name.removesuffix(".weight"): modules[f"base_model.model.{specs[name].theirs.removesuffix('.weight')}"]
+        for name in names
+    }
+
+
+def lora_config(init: str, **more):
+    return peft.LoraConfig(
+        r=12, lora_alpha=7, target_modules=["q_proj", "o_proj", "gate_proj"], init_lora_weights=init, **more
+    )
+
+
+def test_eva_is_that_of_peft(ranks, tmp_path, base):
+    from peft.tuners.lora.config import EvaConfig
+
+    model, folder, sequences = base
+    theirs = peft.get_peft_model(model, lora_config("eva", eva_config=EvaConfig(rho=1.0, tau=0.9999)))
+    together = [{"input_ids": torch.cat(sequences)}]
+    peft.initialize_lora_eva_weights(theirs, together, show_progress_bar=False)
+    config = with_layout(small_config(tmp_path, *OPTIONS, f"model.init_from={folder}", "adapter.init=eva"), 1)
+    (ours,) = ranks.run(begun, 1, config)
+    for layer, their in layers_of(config, theirs).items():
+        assert relative_error(ours[f"{layer}.lora_a"], their.lora_A["default"].weight.detach()) <= TOLERANCE, layer
+        assert not ours[f"{layer}.lora_b"].any()
+        assert torch.equal(ours[f"{layer}.weight"], their.base_layer.weight)
+
+
+@pytest.mark.parametrize(("mode", "method"), [("instruction", "ipm"), ("knowledge", "kpm")])
+def test_corda_is_that_of_peft(ranks, tmp_path, base, mode, method, monkeypatch):
+    monkeypatch.setitem(sys.modules, "attr", dataclasses)  # PEFT takes `dataclass` from there, and does not require it
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    model, folder, sequences = base
+    corda_config = lora_config("corda", corda_config=CordaConfig(corda_method=method))
+
+    @torch.no_grad()
+    def run_model():
+        for one in torch.cat(sequences):
+            model(one[None])
+
+    preprocess_corda(model, corda_config, run_model=run_model)
+    theirs = peft.get_peft_model(model, corda_config)
+    words = ("adapter.init=corda", f"adapter.corda_mode={mode}")
+    config = with_layout(small_config(tmp_path, *OPTIONS, f"model.init_from={folder}", *words), 1)
+    plain = rows_from(folder, parameter_specs(config.model))
+    (ours,) = ranks.run(begun, 1, config)
+    for layer, their in layers_of(config, theirs).items():
+        a, b = their.lora_A["default"].weight.detach(), their.lora_B["default"].weight.detach()
+        mine_a, mine_b = ours[f"{layer}.lora_a"], ours[f"{layer}.lora_b"]
+        assert relative_error(mine_b @ mine_a, b @ a) <= TOLERANCE, layer
+        assert relative_error(mine_a.norm(dim=1), a.norm(dim=1)) <= TOLERANCE, (
+            layer
+        )  # of a part, A and B have the same share
+        assert relative_error(mine_b.norm(dim=0), b.norm(dim=0)) <= TOLERANCE, layer
+        assert relative_error(ours[f"{layer}.weight"], their.base_layer.weight.detach()) <= TOLERANCE, layer
+        w = torch.empty_like(ours[f"{layer}.weight"])
+        plain(f"{layer}.weight", w, 0, len(w))
+        assert relative_error(ours[f"{layer}.weight"], w) > 0.1, layer
