@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from test_trainer_models_decoder import transformers_model
 
-from parity import global_batch, relative_error, small_config, with_layout
+from parity import global_batch, relative_error, small_config, whole, with_layout
 from rowwise.parallel.mesh import Workers, make_mesh
+from rowwise.trainer.adapters import inputs
 from rowwise.trainer.adapters.begin import begin_adapter
 from rowwise.trainer.assemble import assemble
 from rowwise.trainer.config import TrainConfig
@@ -27,12 +29,17 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def begun(workers: Workers, config: TrainConfig) -> dict[str, torch.Tensor]:
-    """What a run begins with."""
+def begun(workers: Workers, config: TrainConfig, pass_bytes: int = inputs.PASS_BYTES) -> dict[str, torch.Tensor]:
+    """What a run begins with; sums of a pass take so many bytes."""
+    with mock.patch.object(inputs, "PASS_BYTES", pass_bytes):
+        return _begun(workers, config)
+
+
+def _begun(workers: Workers, config: TrainConfig) -> dict[str, torch.Tensor]:
     mesh = make_mesh(config.parallel, workers)
     built, data = assemble(config, mesh), open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     begin_adapter(config, mesh, built.engine, functools.partial(train_batches, config, mesh, data, 0))
-    return {name: p.detach().clone() for name, p in built.model.named_parameters()}
+    return {name: whole(p) for name, p in built.model.named_parameters()}
 
 
 @pytest.fixture
@@ -110,3 +117,34 @@ def test_corda_is_that_of_peft(ranks, tmp_path, base, mode, method, monkeypatch)
         w = torch.empty_like(ours[f"{layer}.weight"])
         plain(f"{layer}.weight", w, 0, len(w))
         assert relative_error(ours[f"{layer}.weight"], w) > 0.1, layer
+
+
+def test_layers_are_looked_at_in_passes_that_change_nothing(ranks, tmp_path):
+    """Six layers of 24 features: 5,000 bytes each, two of them in a pass."""
+    columns = dict.fromkeys("abc", 24)
+    with mock.patch.object(inputs, "PASS_BYTES", 10_000):
+        assert inputs.in_passes(columns) == [["a", "b"], ["c"]]
+        assert inputs.in_passes({"a": 24, "b": 99, "c": 24, "d": 24}) == [["a"], ["b"], ["c", "d"]]
+    config = with_layout(small_config(tmp_path, *OPTIONS, "adapter.init=corda", "adapter.dropout=0.5"), 1)
+    ((one,), (several,)) = (ranks.run(begun, 1, config, most) for most in (inputs.PASS_BYTES, 10_000))
+    assert one.keys() == several.keys() and all(torch.equal(t, several[name]) for name, t in one.items())
+
+
+KEPT = {
+    "made again": ("memory.recompute=full",),
+    "in 8 bits": ("memory.recompute=selective", "memory.compress=int8"),
+    "on the host": ("memory.offload_activations=cpu", "parallel.zero=3"),
+    "rows in files": ("memory.offload_params=/FOLDER", "memory.offload_states=cpu", "parallel.zero=3"),
+    "compiled": ("compile=true",),
+}
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, marks=pytest.mark.full) for how in KEPT])
+def test_layers_take_the_same_however_results_and_rows_are_kept(ranks, tmp_path, how):
+    """A pass without a backward keeps nothing; what is compiled is not, while it is looked at."""
+    options = (*OPTIONS, "adapter.init=corda", "model.layers=1")
+    words = [word.replace("/FOLDER", str(tmp_path)) for word in KEPT[how]]
+    plain, kept = (
+        ranks.run(begun, 1, with_layout(small_config(tmp_path, *options, *more), 1))[0] for more in ((), words)
+    )
+    assert all(torch.equal(kept[name], t) for name, t in plain.items())

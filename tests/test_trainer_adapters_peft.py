@@ -31,6 +31,8 @@ ADAPTERS = {
     "dora": Dora(rank=3, alpha=5.0),
 }
 OTHERS = {"pissa": Lora(rank=3, alpha=7.0, init="pissa"), "pissa, rslora": Lora(rank=2, rslora=True, init="pissa"),
+    "corda": Lora(rank=3, alpha=7.0, init="corda", init_batches=1, corda_mode="knowledge"),
+    "eva": Lora(rank=2, rslora=True, init="eva", init_batches=1),
     "adalora": AdaLora(rank=3, target_rank=2, alpha=5.0, start=0, stop=2, every=1),
 }  # fmt: skip
 
@@ -127,8 +129,21 @@ def test_peft_opens_what_a_run_exports(ranks, tmp_path, name):
         f"adapter={choice.name}",
         *(
             f"adapter.{key}={json.dumps(getattr(choice, key))}"
-            for key in ("rank", "alpha", "rslora", "layers", "train", "init", "target_rank", "start", "stop", "every")
-            if key in vars(choice)
+            for key in (
+                "rank",
+                "alpha",
+                "rslora",
+                "layers",
+                "train",
+                "init",
+                "init_batches",
+                "corda_mode",
+                "target_rank",
+                "start",
+                "stop",
+                "every",
+            )
+            if key in vars(choice) and (key == "init" or getattr(choice, key) != getattr(Lora, key, None))
         ),
     ]
     config = small_config(tmp_path, *words, "precision=fp32", "model.init_std=0.3", "optim.lr=0.05", "steps=2")
