@@ -122,8 +122,7 @@ def plain_backward(d_out: Tensor, attended: Attended, causal: bool, form: LogitF
 def operator_of(q: Tensor, form: LogitForm = AS_THEY_ARE) -> str:
     """Says which operator takes queries like `q`, by the table above: cpu, flash, efficient, capped or plain."""
     if form.cap is not None:
-        own = q.dtype != torch.float64 and q.size(-1) <= LARGEST_HEAD and use_triton(q.device)
-        return "capped" if own else "plain"
+        return "capped" if kernel_caps(q.dtype, q.size(-1)) and use_triton(q.device) else "plain"
     if q.device.type == "cpu":
         return "cpu"
     if q.device.type != "cuda" or q.dtype == torch.float64:
@@ -132,6 +131,11 @@ def operator_of(q: Tensor, form: LogitForm = AS_THEY_ARE) -> str:
     if ampere and q.dtype != torch.float32 and q.size(-1) <= LARGEST_HEAD:
         return "flash"
     return "efficient" if ampere or q.dtype != torch.bfloat16 else "plain"
+
+
+def kernel_caps(dtype: torch.dtype, head_size: int) -> bool:
+    """Says whether our own kernel takes capped scores of such heads, where there is one."""
+    return dtype != torch.float64 and head_size <= LARGEST_HEAD
 
 
 def _heads_first(t_BSHE: Tensor, operator: str) -> Tensor:

@@ -25,6 +25,19 @@ SIDE = 64  # queries and keys of a tile; half where a row is so long that a prog
 
 
 @triton.jit
+def bounds(q_begins, k_begins, area):
+    """Reads where the queries of an area begin and end, and where its keys do."""
+    q0, q1 = tl.load(q_begins + area), tl.load(q_begins + area + 1)
+    return q0, q1, tl.load(k_begins + area), tl.load(k_begins + area + 1)
+
+
+@triton.jit
+def multiplied(a, b, TF32: tl.constexpr):
+    """Multiplies tiles, with sums in float32."""
+    return tl.dot(a, b, input_precision="tf32" if TF32 else "ieee")
+
+
+@triton.jit
 def rows_of(t, row, end, head, heads, size, SIZE: tl.constexpr, WIDEN: tl.constexpr):
     """Reads rows of one head, (rows, SIZE), zeros from `end` on and beyond the size of a head."""
     column = tl.arange(0, SIZE)
@@ -45,8 +58,7 @@ def put_rows(t, value, row, end, head, heads, size, SIZE: tl.constexpr):
 @triton.jit
 def product(a, b, WIDEN: tl.constexpr, TF32: tl.constexpr):
     """Multiplies tiles, `a` float32 rounded to the dtype of `b`, with sums in float32."""
-    a = a if WIDEN else rounded_to(a, b.dtype)
-    return tl.dot(a, b, input_precision="tf32" if TF32 else "ieee")
+    return multiplied(a if WIDEN else rounded_to(a, b.dtype), b, TF32)
 
 
 @triton.jit
@@ -59,7 +71,7 @@ def seen_by(row, key, q0, q1, k0, k1, CAUSAL: tl.constexpr):
 @triton.jit
 def scores(q, k, scale, cap, TF32: tl.constexpr):
     """Computes the scores of a tile."""
-    return formed(tl.dot(q, tl.trans(k), input_precision="tf32" if TF32 else "ieee"), scale, cap, True)
+    return formed(multiplied(q, tl.trans(k), TF32), scale, cap, True)
 
 
 @triton.jit
@@ -67,7 +79,7 @@ def weights_and_slopes(q, d_out, lse, shift, k, v, seen, scale, cap, TF32: tl.co
     """Computes the weights P of a tile, and the gradients of its products: both 0 where a key is not seen."""
     z = scores(q, k, scale, cap, TF32)
     p = tl.exp(tl.where(seen, z - lse[:, None], -float("inf")))
-    d_p = tl.dot(d_out, tl.trans(v), input_precision="tf32" if TF32 else "ieee")
+    d_p = multiplied(d_out, tl.trans(v), TF32)
     return p, sloped(p * (d_p - shift[:, None]), z, scale, cap, True)
 
 
@@ -78,8 +90,7 @@ def attend_kernel(
 ):  # fmt: skip
     """Writes out and lse of ROWS queries of one area and one head."""
     first, area, head = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
-    q0, q1 = tl.load(q_begins + area), tl.load(q_begins + area + 1)
-    k0, k1 = tl.load(k_begins + area), tl.load(k_begins + area + 1)
+    q0, q1, k0, k1 = bounds(q_begins, k_begins, area)
     if first < q1 - q0:
         row, group = q0 + first + tl.arange(0, ROWS), head // (heads // groups)
         some_q = rows_of(q, row, q1, head, heads, size, SIZE, WIDEN)
@@ -107,8 +118,7 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """Writes the gradient of ROWS queries of one area and one head, and rowsum(dO out) into `shift` (H, N)."""
     first, area, head = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
-    q0, q1 = tl.load(q_begins + area), tl.load(q_begins + area + 1)
-    k0, k1 = tl.load(k_begins + area), tl.load(k_begins + area + 1)
+    q0, q1, k0, k1 = bounds(q_begins, k_begins, area)
     if first < q1 - q0:
         row, group = q0 + first + tl.arange(0, ROWS), head // (heads // groups)
         some_q = rows_of(q, row, q1, head, heads, size, SIZE, WIDEN)
@@ -137,8 +147,7 @@ def key_gradient_kernel(
     """Writes the gradients of KEYS keys and values of one area and one key head, over the queries of all heads that look at it.
     `shift` is what the gradients of queries wrote."""
     first, area, group = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2)
-    q0, q1 = tl.load(q_begins + area), tl.load(q_begins + area + 1)
-    k0, k1 = tl.load(k_begins + area), tl.load(k_begins + area + 1)
+    q0, q1, k0, k1 = bounds(q_begins, k_begins, area)
     if first < k1 - k0:
         key, shared = k0 + first + tl.arange(0, KEYS), heads // groups
         some_k = rows_of(k, key, k1, group, groups, size, SIZE, WIDEN)

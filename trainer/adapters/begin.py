@@ -12,7 +12,7 @@ all layers before anything changes: until then B is 0, and layers take what they
 there is in its checkpoint.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -29,7 +29,7 @@ from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.trainer.adapters.bits import FORMS, bits_of, choose, name_of
 from rowwise.trainer.adapters.config import FROM_DATA, OUT_OF_W, Lora, LqLora
-from rowwise.trainer.adapters.decompose import first_errors, lq, pissa
+from rowwise.trainer.adapters.decompose import first_errors, lq, pissa, without
 from rowwise.trainer.adapters.from_data import Batches, Found, found_in_data
 from rowwise.trainer.adapters.initial import Fill
 from rowwise.trainer.adapters.merge import adapter_of
@@ -98,14 +98,15 @@ def begin_adapter(config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batc
     whole, found = partial(_whole, config, fill_, mesh.device), dict[str, Found]()
     if isinstance(adapter, Lora) and adapter.init in FROM_DATA:
         columns = {layer: specs[f"{layer}.weight"].shape[1] for layer in layers}
-        found = found_in_data(config, mesh, engine, batches, columns, whole)
+        looked_at = whole if adapter.init in OUT_OF_W else partial(_outline, config)
+        found = found_in_data(config, mesh, engine, batches, columns, looked_at)
     params = {name: p.detach() for name, p in engine.model.named_parameters()}
     for first in range(0, len(layers), mesh.world_size):
         some = layers[first : first + mesh.world_size]
         mine = dict[str, Tensor]()
         if mesh.rank < len(some):
             name = f"{(layer := some[mesh.rank])}.weight"
-            mine = _begun(config, name, specs[name], whole(name), found.pop(layer, None))
+            mine = _begun(config, name, specs[name], whole, found.pop(layer, None))
         for owner, layer in enumerate(some):
             for key, room in _rooms(config, layer, specs[f"{layer}.weight"], mesh.device):
                 it = mine.pop(key).contiguous() if owner == mesh.rank else room
@@ -115,20 +116,21 @@ def begin_adapter(config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batc
     return True
 
 
-def _begun(config: TrainConfig, name: str, weight: ParameterSpec, w: Tensor, found: Found | None) -> dict[str, Tensor]:
-    """What the parameters of the layer begin as, whole, whose weight `name` is w (rows, columns). `found`: its A and B, where they are
-    found in data."""
+def _begun(
+    config: TrainConfig, name: str, weight: ParameterSpec, whole: Callable[[str], Tensor], found: Found | None
+) -> dict[str, Tensor]:
+    """What of the parameters of a layer is not what it would be without an adapter, or at random: whole. `name`: its weight's, which
+    `whole` makes; `found`: its A and B, where they are found in data."""
     adapter = config.adapter
     if isinstance(adapter, LqLora):
         assert isinstance(weight.kept, RowForm)
-        packed, a, b, _ = lq(w, weight.kept, adapter.rank, adapter.scale, _key(config, name))
+        packed, a, b, _ = lq(whole(name), weight.kept, adapter.rank, adapter.scale, _key(config, name))
         return {"weight": packed, "lora_a": a, "lora_b": b}
     assert isinstance(adapter, Lora)
-    if found is None:
-        rest, a, b = pissa(w, adapter.rank, adapter.scale)
-    else:
-        a, b = found
-        rest = w - adapter.scale * (b @ a)
+    if found is not None and adapter.init not in OUT_OF_W:
+        return {"lora_a": found.a}
+    w = whole(name)
+    rest, a, b = pissa(w, adapter.rank, adapter.scale) if found is None else without(w, *found, adapter.scale)
     return {"weight": rest, "lora_a": a, "lora_b": b}
 
 
@@ -159,11 +161,16 @@ def _place_(p: Tensor, spec: ParameterSpec, whole: Tensor) -> None:
     rows.copy_(own)
 
 
+def _outline(config: TrainConfig, name: str) -> Tensor:
+    """Shape and dtype of a matrix as the run would begin with it, in 32 bits or more: without numbers."""
+    shape, dtype = parameter_specs(config.model)[name].shape, wide_dtype(parameter_dtype(config))
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def _whole(config: TrainConfig, fill_: Fill, device: torch.device, name: str) -> Tensor:
-    """A matrix as the run would begin with it, in 32 bits or more, by what fills its rows."""
-    shape = parameter_specs(config.model)[name].shape
-    w = torch.empty(shape, dtype=wide_dtype(parameter_dtype(config)), device=device)
-    fill_(name, w, 0, shape[0])
+    """A matrix as the run would begin with it, by what fills its rows."""
+    w = torch.empty_like(_outline(config, name), device=device)
+    fill_(name, w, 0, w.size(0))
     return w
 
 

@@ -39,7 +39,7 @@ def pissa(w: Tensor, rank: int, scale: float) -> Parts:
     w = wide(w)
     u, s, vt = torch.linalg.svd(w, full_matrices=False)
     root = (s[:rank] / scale).sqrt()
-    return _without(w, root[:, None] * vt[:rank], u[:, :rank] * root, scale)
+    return without(w, root[:, None] * vt[:rank], u[:, :rank] * root, scale)
 
 
 def corda(w: Tensor, covariance: Tensor, rank: int, scale: float, part: Literal["most", "least"] = "most") -> Parts:
@@ -50,7 +50,7 @@ def corda(w: Tensor, covariance: Tensor, rank: int, scale: float, part: Literal[
     u, s, vt = torch.linalg.svd(w @ damped, full_matrices=False)
     some = slice(None, rank) if part == "most" else slice(len(s) - rank, None)
     root, signs = (s[some] / scale).sqrt(), signs_of(vt[some])
-    return _without(w, root[:, None] * (signs * vt[some] @ inverse), u[:, some] * signs.T * root, scale)
+    return without(w, root[:, None] * (signs * vt[some] @ inverse), u[:, some] * signs.T * root, scale)
 
 
 def _inverted(c: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,5 +165,6 @@ def _halves(x: Tensor, rank: int, key: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * root, root[:, None] * vt[:rank]
 
 
-def _without(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Parts:
+def without(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Parts:
+    """Takes s B A out of W."""
     return Parts(w - scale * (b @ a), a, b)

@@ -34,7 +34,8 @@ def found_in_data(
     config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batches, columns: dict[str, int], whole: Callable[[str], Tensor]
 ) -> dict[str, Found]:  # fmt: skip
     """Returns A and B of every `mesh.world_size`-th layer, from that of the rank's number on. `columns`: how many numbers each layer
-    takes for a token; `whole`: makes a weight by its name. All ranks call it. Raises Unbegun, on every rank."""
+    takes for a token; `whole`: makes a weight by its name, of which EVA needs shape and dtype alone. All ranks call it. Raises
+    Unbegun, on every rank."""
     adapter = config.adapter
     assert isinstance(adapter, Lora)
     owners = {layer: number % mesh.world_size for number, layer in enumerate(columns)}

@@ -11,7 +11,7 @@ sequences tell each other a number of each, layer by layer.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -50,9 +50,8 @@ def sums_of(
     divided by `largest` of its sequence. All ranks call it."""
     found = {layer: torch.zeros(n + 1, n + 1, dtype=torch.float64, device=mesh.device) for layer, n in columns.items()}
     divisor = partial(largest, mesh.sequence) if divided else None
-    with (
-        torch.compiler.set_stance("force_eager") if compiled else ExitStack()
-    ):  # which would compile what looks on, too
+    # What is compiled would have what looks on compiled too.
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         for batch in batches:
             has_label = (batch.labels != IGNORE).to(mesh.device)
             with looking_on(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from rowwise.kernels.attention import tile_side
-from rowwise.kernels.attention_block import LARGEST_HEAD, Attended, block_backward, block_forward
+from rowwise.kernels.attention_block import Attended, block_backward, block_forward, kernel_caps
 from rowwise.kernels.look import Look
 from rowwise.parallel.lifetimes import Lifetimes
 from rowwise.parallel.precision import compute_dtype
@@ -28,7 +28,7 @@ def with_tiles(config: TrainConfig, adapted: Adapted, gpu: bool) -> Adapted:
         math.lcm(model.kv_heads, parallel.ulysses) // parallel.ulysses, model.head_size,
     )  # fmt: skip
     dtype = compute_dtype(config.precision)
-    own = gpu and dtype != torch.float64 and model.head_size <= LARGEST_HEAD
+    own = gpu and kernel_caps(dtype, model.head_size)
     forward, backward = (
         kernel_bytes(shape, dtype) if own else tile_bytes(shape, dtype, model.attention_cap, "cuda" if gpu else "cpu")
     )
