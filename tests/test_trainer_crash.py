@@ -25,6 +25,15 @@ def test_killed_at_random_instants(ranks, tmp_path, wanted):
     assert_survives_kills(ranks, tmp_path, config, wanted)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("init", ["eva", "corda"])
+def test_killed_while_an_adapter_that_begins_from_data_learns(ranks, tmp_path, init):
+    """Before the first checkpoint it begins anew, from the same data; after it, nothing is looked at again."""
+    options = ("steps=1000000", "checkpoint.every=4", "batch.micro_size=6", "schedule.warmup_steps=0")
+    adapter = ("adapter=lora", "adapter.rank=4", f"adapter.init={init}", "adapter.init_batches=2")
+    assert_survives_kills(ranks, tmp_path, with_layout(small_config(tmp_path, *options, *adapter), 2, zero=3), 3)
+
+
 def _flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

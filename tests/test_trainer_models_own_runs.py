@@ -4,10 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import write_chat
 from hydra import compose, initialize_config_module
 
 from parity import small_config, with_layout
 from rowwise.launch.compose import compose_tree
+from rowwise.launch.evaluate import main as evaluate
+from rowwise.launch.generate import main as generate
 from rowwise.launch.given import gather
 from rowwise.launch.sweep.config import resolve
 from rowwise.launch.sweep.multirun import as_hydra_takes
@@ -71,11 +74,13 @@ def run_with(workers, folder: str, config) -> str:
         sys.path.remove(folder)
 
 
-def test_a_run_of_a_package_goes_on_with_a_file_and_says_what_has_changed(ranks, tmp_path, monkeypatch):
-    """The package is that of the file. A copy of it elsewhere is the same code, and another line in it is told of."""
+def test_a_run_of_a_package_goes_on_with_a_file_and_says_what_has_changed(ranks, tmp_path, monkeypatch, capfd):
+    """The package is that of the file. A copy of it elsewhere is the same code, and another line in it is told of, also where the
+    run's model writes or is measured."""
     (package := tmp_path / "packages/mixers_of_ours").mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "conv.py").write_text(EXAMPLE.read_text())
+    write_chat(tmp_path)
     (changed := tmp_path / "changed.py").write_text(EXAMPLE.read_text() + "\n# another\n")
     monkeypatch.syspath_prepend(package.parent)
 
@@ -98,4 +103,15 @@ def test_a_run_of_a_package_goes_on_with_a_file_and_says_what_has_changed(ranks,
     assert manifest["fingerprint"]["code"] == print_of_code(of_package) == print_of_code(f"{EXAMPLE}:GatedConv")
     assert "has changed since" not in said("package", f"{EXAMPLE}:GatedConv", 3)
     told = f"warning: the code of model.own={changed}:GatedConv has changed since step 3 was saved"
+    run = f"run={tmp_path / 'package'}"
+    for own, times in ((f"{EXAMPLE}:GatedConv", 0), (f"{changed}:GatedConv", 1)):
+        assert (
+            generate(
+                [run, f"model={own}", "prompt=a", f"tokenizer={tmp_path}/tokenizer/tokenizer.json", "max_tokens=1"]
+            )
+            == 0
+        )
+        assert capfd.readouterr().err.count(told) == times
+        assert evaluate([run, f"model={own}", "data=tokens", f"data.files={tmp_path}/tokens.bin"]) == 0
+        assert capfd.readouterr().err.count(told) == times
     assert said("package", f"{changed}:GatedConv", 4).count(told) == 1

@@ -65,7 +65,12 @@ def resume(
     if manifest["precision"] != config.precision.name:
         state.loss_scale = initial_loss_scale(config.precision)
     remarks = [f"warning: {complaint}; passed over" for complaint in complaints]
-    remarks += [told_of(checkpoint, config), *changes(manifest, config), *told_of_code(manifest, config), *told]
+    remarks += [
+        told_of(checkpoint, config),
+        *changes(manifest, config),
+        *told_of_code(manifest, config.model.own),
+        *told,
+    ]
     ranges = None if keeper is None else keeper.ranges
     if ranges is not None and not resume_ranges(config, mesh, checkpoint, manifest, ranges):
         remarks.append("memory.ranges=running begins anew: the checkpoint has no ranges of these results")

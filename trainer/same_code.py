@@ -29,10 +29,10 @@ def refuse_other_code(checkpoint: Path, manifest: Manifest, config: TrainConfig)
             )
 
 
-def told_of_code(manifest: Manifest, config: TrainConfig) -> list[str]:
-    """Returns what is said where the file of a user's own model is not what it was when the checkpoint of `manifest` was saved. (Which
-    checkpoints of earlier releases do not know.)"""
-    own, there = config.model.own, manifest["fingerprint"].get("code")
+def told_of_code(manifest: Manifest, own: str | None) -> list[str]:
+    """Returns what is said where the file of a user's own model, `own`, is not what it was when the checkpoint of `manifest` was
+    saved. (Which checkpoints of earlier releases do not know.)"""
+    there = manifest["fingerprint"].get("code")
     if own is None or there in (None, print_of_code(own)):
         return []
     return [

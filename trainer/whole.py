@@ -4,6 +4,7 @@ A checkpoint holds logical tensors by name, so whatever layout wrote it (stages 
 reader's business. The process holds the weights once, in the precision in which the run computed.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from rowwise.trainer.manifest_form import Manifest
 from rowwise.trainer.metadata import Reader, read_metadata
 from rowwise.trainer.models.config import ModelConfig, model_of
 from rowwise.trainer.models.decoder import Decoder, check_model, parameter_specs
+from rowwise.trainer.same_code import told_of_code
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,12 @@ def _require_room(model: Decoder, device: torch.device) -> None:
 
 
 def fill_(model: Decoder, source: Source) -> None:
-    """Gives a whole model the weights of a checkpoint of its shape. Raises ValueError where that cannot be read."""
+    """Gives a whole model the weights of a checkpoint of its shape. Says where its code is not what the checkpoint was saved with.
+    Raises ValueError where that cannot be read."""
     read_metadata(source.checkpoint)  # whose refusals torch would wrap
     reader(source, parameter_specs(source.model))({name: p.detach() for name, p in model.named_parameters()})
+    for line in told_of_code(source.manifest, source.own):
+        print(line, file=sys.stderr)
 
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
