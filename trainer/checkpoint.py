@@ -8,6 +8,7 @@ in the manifest.
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rowwise.optim.average import PREFIX as AVERAGE
 from rowwise.parallel.activations.ranges import RunningRanges
@@ -37,10 +36,12 @@ from rowwise.trainer.manifest import (
     incomplete_folder,
     prune,
     read_manifest,
+    step_folder,
 )
 from rowwise.trainer.metadata import Reader, read_metadata
 from rowwise.trainer.resume import none_left
 from rowwise.trainer.staging import Staging
+from rowwise.trainer.writer import Frozen, FrozenFile, Writer, bits_of
 
 RANGES = "ranges."
 
@@ -58,7 +59,9 @@ class Saver:
     go over `mesh.save_group`. An error in the thread is raised by the next `save`, `poll` or
     `wait`. Weights that are not finite are not saved: that is NotFinite, or, where `spoilt_ends` is false, no error.
     `is_anchor`: see `manifest.prune`. `ranges`: kept in every checkpoint too. `files`: some of the shards lie in them, and are copied
-    to files beside them. As a context, it is closed.
+    to files beside them. `frozen`: the names of what does not change. Its files are written twice by each Saver, and then linked,
+    each from the checkpoint before the newest: two copies stand, and no byte that goes bad is in both. (With `keep=1` there is one
+    checkpoint, and one copy.) What is linked is neither copied nor staged. As a context, it is closed.
     """
 
     def __init__(
@@ -71,9 +74,11 @@ class Saver:
         is_anchor: Callable[[int], bool] = lambda step: False,
         ranges: RunningRanges | None = None,
         files: Sequence[RowFile] = (),
+        frozen: frozenset[str] = frozenset(),
     ):
         self._checkpoints, self._mesh, self._keep, self._background = checkpoints, mesh, keep, background
         self._spoilt_ends, self._is_anchor, self._ranges = spoilt_ends, is_anchor, ranges
+        self._frozen, self._frozen_files = frozen, tuple[FrozenFile, ...]()
         device = device_of(mesh.device)
         self._staging = Staging(device, files)
         # torch's writer waits for the current stream once a tensor: training's, if the thread had none of its own.
@@ -90,10 +95,20 @@ class Saver:
         """Saves `tensors`, and the ranges of codes, as the checkpoint of `step`. All ranks must call it. Waits for the save before."""
         self.wait()
         tensors = tensors | range_tensors(self._ranges)
+        frozen = self._frozen_of(tensors)
         if not self._background:
-            self._write(step, tensors, None, manifest)
+            self._write(step, tensors, None, manifest, frozen)
             return
-        self._under_way = self._thread.submit(self._write, step, *self._staging.copy(tensors), manifest)
+        there = frozen.bits if frozen.before is not None else {}
+        copies, copied = self._staging.copy({name: t for name, t in tensors.items() if name not in there})
+        self._under_way = self._thread.submit(self._write, step, tensors | copies, copied, manifest, frozen)
+
+    def _frozen_of(self, tensors: dict[str, Tensor]) -> Frozen:
+        """Says what is frozen, and which file is linked: of the checkpoint before the newest or, where one alone is kept, of that."""
+        bits = bits_of({name: t for name, t in tensors.items() if name in self._frozen})
+        wanted = 1 if self._keep == 1 else 2
+        before = self._frozen_files[-wanted] if len(self._frozen_files) >= wanted else None
+        return Frozen(bits, before if before is not None and before.bits == bits else None)
 
     def poll(self) -> None:
         """Raises what a finished save raised."""
@@ -110,7 +125,9 @@ class Saver:
         """Ends the thread, once what it is at is done."""
         self._thread.shutdown(wait=False)
 
-    def _write(self, step: int, tensors: dict[str, Tensor], copied: Mark | None, manifest: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], copied: Mark | None, manifest: dict[str, Any], frozen: Frozen
+    ) -> None:
         """`copied`: when the tensors are there."""
         if copied is not None:
             copied.synchronize()
@@ -123,33 +140,27 @@ class Saver:
         if self._mesh.rank == 0:
             begin(self._checkpoints, step)
         dist.barrier(group=group)
+        writer = Writer(folder, frozen)
         with writing(folder):
-            dcp.save(dict(tensors), storage_writer=Writer(folder), process_group=group)
-        mine = [path for path in folder.iterdir() if self._is_mine(path)]
-        facts = {path.name: file_facts(path) for path in mine}
+            dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+        file = writer.frozen_file
+        known = {} if file is None else {file.path.name: file.facts}
+        mine = [path for path in folder.iterdir() if self._is_mine(path) and path.name not in known]
+        facts = known | {path.name: file_facts(path) for path in mine}
         everyone = from_every_rank(facts, group)
         if self._mesh.rank == 0:
             files = {name: value for part in everyone for name, value in sorted(part.items())}
             with writing(folder):
                 commit(folder, {**manifest, "files": files})
             prune(self._checkpoints, self._keep, self._is_anchor)
+        if file is not None:
+            there = step_folder(self._checkpoints, step) / file.path.name
+            self._frozen_files = (*self._frozen_files[-1:], replace(file, path=there))
 
     def _is_mine(self, path: Path) -> bool:
         if path.suffix == ".distcp":
             return path.name.startswith(f"__{self._mesh.rank}_")
         return self._mesh.rank == 0
-
-
-class Writer(dcp.FileSystemWriter):
-    """Says that the disk is full as long as that is known: what the ranks are then sent is the last error alone."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        with writing(Path(self.path)):
-            return super().write_data(plan, planner)
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        with writing(Path(self.path)):
-            super().finish(metadata, results)
 
 
 class NoneSound(Exception):

@@ -2,7 +2,7 @@
 
 runs/NAME/checkpoints/step-00000100/               a checkpoint; it exists once it has this name and a manifest
     manifest.json                                  written last
-    .metadata  __0_0.distcp  __1_0.distcp  ...     torch distributed checkpoint, one file a rank
+    .metadata  __0_0.distcp  __1_0.distcp  ...     torch distributed checkpoint, one file a rank (or two: see trainer.writer)
 runs/NAME/checkpoints/step-00000200.incomplete/    a save under way, or one that was interrupted
 runs/NAME/checkpoints/step-00000300.damaged/       one that was passed over by a run that went on
 runs/NAME/checkpoints/step-00000300.rolled-back/   one of steps that a spike made the run go back from

@@ -9,9 +9,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from rowwise.trainer.checkpoint import Writer
 from rowwise.trainer.files import writing
 from rowwise.trainer.manifest import FileFacts, file_facts
+from rowwise.trainer.writer import Writer
 
 Read = Callable[[str], Tensor]
 

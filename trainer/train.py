@@ -48,6 +48,7 @@ from rowwise.trainer.sample import generate
 from rowwise.trainer.spike import in_words, spike_record
 from rowwise.trainer.starts import Sample, keep_sample
 from rowwise.trainer.state import TrainState, advance
+from rowwise.trainer.states import name_of
 from rowwise.trainer.step import RankStatus, StepInput, StepReport
 from rowwise.trainer.stop import StopRequest
 from rowwise.trainer.update import Update, make_update
@@ -147,7 +148,8 @@ def make_saver(config: TrainConfig, mesh: Mesh, built: Assembled) -> Saver:
     choice, checkpoints = config.checkpoint, Path(config.run_dir) / "checkpoints"
     spoilt_ends = not isinstance(config.schedule, LrRange)
     anchor = functools.partial(is_anchor, config)
-    return Saver(checkpoints, mesh, choice.keep, choice.background, spoilt_ends, anchor, ranges, built.files)
+    frozen = frozenset(name_of(name) for name, p in built.model.named_parameters() if not p.requires_grad)
+    return Saver(checkpoints, mesh, choice.keep, choice.background, spoilt_ends, anchor, ranges, built.files, frozen)
 
 
 def update_of(config: TrainConfig, mesh: Mesh, built: Assembled, state: TrainState) -> Update:
