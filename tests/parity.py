@@ -166,10 +166,11 @@ def assert_every_layout(ranks: Any, config: TrainConfig, configs: Mapping[Any, T
 def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) -> Trace:
     """`coarse`: see `coarsen_`."""
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-    config = with_forms_chosen(config, mesh, data.train.fingerprint)
+    begin = functools.partial(train_batches, config, mesh, data, 0)
+    config, importance = with_forms_chosen(config, mesh, data.train.fingerprint, begin)
     with mock.patch.object(onto_mesh, "initial_rows", coarse_rows) if coarse else nullcontext():
         built = assemble_run(config, mesh)
-    begin_adapter(config, mesh, built.engine, functools.partial(train_batches, config, mesh, data, 0))
+    begin_adapter(config, mesh, built.engine, begin, importance)
     model, optimizer, sparsity = built.model, built.optimizer, built.sparsity
 
     def keep_gradients(report: StepReport) -> StepReport:

@@ -772,6 +772,14 @@ REFUSED = {
         ["adapter=lora", "adapter.init=eva", "adapter.init_batches=0"],
         r"adapter.init_batches=0: global batches that are looked at, at least 1",
     ),
+    "batches of codes without data": (
+        ["adapter=lq_lora", "adapter.init_batches=4"],
+        r"adapter.init_batches=4 with adapter.fisher=false, which looks at no data; give adapter.fisher=true, or leave adapter.init_",
+    ),
+    "no batches of gradients": (
+        ["adapter=lq_lora", "adapter.fisher=true", "adapter.init_batches=0"],
+        r"adapter.init_batches=0: global batches that are looked at, at least 1",
+    ),
     "a part of another beginning": (
         ["adapter=lora", "adapter.init=eva", "adapter.corda_mode=knowledge"],
         r"adapter.corda_mode=knowledge with adapter.init=eva; give adapter.init=corda, or leave adapter.corda_mode out",

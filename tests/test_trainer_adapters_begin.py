@@ -12,7 +12,7 @@ from rowwise.trainer.adapters.bits import FORMS, bits_of, choose
 from rowwise.trainer.adapters.bone import BoneLinear, unfolded
 from rowwise.trainer.adapters.budget import Budget, kept, move_importance_
 from rowwise.trainer.adapters.config import Bone
-from rowwise.trainer.adapters.decompose import corda, eva, lq, pissa
+from rowwise.trainer.adapters.decompose import corda, eva, first_errors, lq, pissa
 
 peft = pytest.importorskip("peft")
 
@@ -82,16 +82,17 @@ def test_eva_is_what_peft_converges_to():
 LQ = RowForm(3, 16, scales="whole", scale_bits=8, group=16, top="bf16")
 
 
-def lq_as_the_authors_write_it(a, form, ranks, w1=None, w2=None, turns=100):
-    """LQ-LoRA's lowrank_quantized_sparse_decomposition without sketches, the error weighed by rows and columns."""
-    w1, w2 = (torch.ones(n, 1) if d is None else d.view(-1, 1).sqrt() for n, d in ((a.size(0), w1), (a.size(1), w2)))
+def lq_as_the_authors_write_it(a, form, ranks, fisher=None, turns=100):
+    """LQ-LoRA's lowrank_quantized_sparse_decomposition and weighted_svd_decomposition ("two-sided") without sketches."""
+    fisher = torch.ones_like(a) if fisher is None else fisher
+    w1, w2 = fisher.mean(dim=1, keepdim=True).sqrt(), fisher.mean(dim=0, keepdim=True).sqrt()
     q, last = torch.zeros_like(a), torch.inf
     for _ in range(turns):
-        u, s, vt = torch.linalg.svd(w1 * (a - q) * w2.T, full_matrices=False)
+        u, s, vt = torch.linalg.svd(w1 * (a - q) * w2, full_matrices=False)
         root = s.sqrt()
-        l1, l2 = (u * root)[:, :ranks] / w1, (vt * root[:, None])[:ranks] / w2.T
+        l1, l2 = (u * root)[:, :ranks] / w1, (vt * root[:, None])[:ranks] / w2
         q = decode_rows(encode_rows(a - l1 @ l2, form), a.size(1), form)
-        error = (w1 * (a - (l1 @ l2 + q)) * w2.T).norm()
+        error = (fisher.sqrt() * (a - (l1 @ l2 + q))).norm()
         if error > last:
             break
         last = error
@@ -101,12 +102,28 @@ def lq_as_the_authors_write_it(a, form, ranks, w1=None, w2=None, turns=100):
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("form", [NF4, LQ], ids=["nf4", "3 bits"])
 def test_lq_is_that_of_the_authors(form, weighed):
+    """And the errors that forms are chosen by are those of a first turn, of squared gradients of any size."""
     w = matrix(24, 64)
-    importance = (torch.linspace(0.1, 4, 24), torch.linspace(3, 0.2, 64)) if weighed else None
-    ours = lq(w, form, 4, 2.0, 1, importance, most=3)
-    product, rest = lq_as_the_authors_write_it(w, form, 4, *(importance or ()), turns=3)
-    torch.testing.assert_close(2.0 * ours.b @ ours.a, product, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(decode_rows(ours.packed, 64, form), rest, rtol=1e-3, atol=1e-6)
+    fisher = matrix(24, 64, 5).square() * torch.linspace(0.1, 4, 24)[:, None] * 1e-20 if weighed else None
+    for turns in (1, 3):
+        ours = lq(w, form, 4, 2.0, 1, fisher, most=turns)
+        product, rest = lq_as_the_authors_write_it(w, form, 4, fisher, turns)
+        torch.testing.assert_close(2.0 * ours.b @ ours.a, product, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(decode_rows(ours.packed, 64, form), rest, rtol=1e-3, atol=1e-6)
+        if turns == 1:
+            left = (w - product - rest).double().square() * (1 if fisher is None else fisher.double())
+            assert first_errors(w, [form], 4, 1, fisher) == pytest.approx([left.sum().item()], rel=1e-3)
+
+
+def test_numbers_that_count_nothing_leave_lq_finite():
+    """A row and a column without a gradient; and none at all is refused."""
+    w, fisher = matrix(24, 64), matrix(24, 64, 5).square()
+    fisher[3], fisher[:, 9] = 0, 0
+    ours = lq(w, LQ, 4, 1.0, 1, fisher)
+    assert ours.a.isfinite().all() and ours.b.isfinite().all() and ours.error < 1
+    for nothing in (torch.zeros(24, 64), fisher * torch.inf):
+        with pytest.raises(ValueError, match="its gradients are zero, or not finite"):
+            lq(w, LQ, 4, 1.0, 1, nothing)
 
 
 def test_lq_leaves_less_than_rounding_alone_also_by_sketches():

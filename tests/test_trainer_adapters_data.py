@@ -38,7 +38,7 @@ def begun(workers: Workers, config: TrainConfig, pass_bytes: int = inputs.PASS_B
 def _begun(workers: Workers, config: TrainConfig) -> dict[str, torch.Tensor]:
     mesh = make_mesh(config.parallel, workers)
     built, data = assemble(config, mesh), open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-    begin_adapter(config, mesh, built.engine, functools.partial(train_batches, config, mesh, data, 0))
+    begin_adapter(config, mesh, built.engine, functools.partial(train_batches, config, mesh, data, 0), {})
     return {name: whole(p) for name, p in built.model.named_parameters()}
 
 
@@ -121,10 +121,9 @@ def test_corda_is_that_of_peft(ranks, tmp_path, base, mode, method, monkeypatch)
 
 def test_layers_are_looked_at_in_passes_that_change_nothing(ranks, tmp_path):
     """Six layers of 24 features: 5,000 bytes each, two of them in a pass."""
-    columns = dict.fromkeys("abc", 24)
     with mock.patch.object(inputs, "PASS_BYTES", 10_000):
-        assert inputs.in_passes(columns) == [["a", "b"], ["c"]]
-        assert inputs.in_passes({"a": 24, "b": 99, "c": 24, "d": 24}) == [["a"], ["b"], ["c", "d"]]
+        assert inputs.in_passes(dict.fromkeys("abc", 5_000)) == [["a", "b"], ["c"]]
+        assert inputs.in_passes({"a": 5_000, "b": 80_000, "c": 5_000, "d": 5_000}) == [["a"], ["b"], ["c", "d"]]
     config = with_layout(small_config(tmp_path, *OPTIONS, "adapter.init=corda", "adapter.dropout=0.5"), 1)
     ((one,), (several,)) = (ranks.run(begun, 1, config, most) for most in (inputs.PASS_BYTES, 10_000))
     assert one.keys() == several.keys() and all(torch.equal(t, several[name]) for name, t in one.items())

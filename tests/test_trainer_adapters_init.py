@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from parity import assert_every_layout, small_config, with_layout
 from rowwise.kernels.coded_rows import decode_rows
 from rowwise.parallel.mesh import Workers
+from rowwise.trainer.adapters import fisher
 from rowwise.trainer.adapters.bits import NAMED
 from rowwise.trainer.adapters.from_data import Unbegun
 from rowwise.trainer.config import TrainConfig
@@ -20,6 +22,8 @@ from runs import assert_resumes_to_the_last_bit, assert_same_run, final_tensors,
 
 PISSA = ("adapter=lora", "adapter.rank=3", "adapter.alpha=7", "adapter.init=pissa")
 LQ = ("adapter=lq_lora", "adapter.rank=3", "adapter.alpha=7", "adapter.bits=7.3")
+SOME = "adapter.layers=[*.wv.*, *.wo.*, *.w1.*, *.w2.*]"
+FISHER = (*LQ, SOME, "adapter.fisher=true", "adapter.init_batches=2", "adapter.dropout=0.2")
 EVA = ("adapter=lora", "adapter.rank=3", "adapter.alpha=7", "adapter.init=eva", "adapter.init_batches=2")
 CORDA = (*EVA, "adapter.init=corda", "adapter.dropout=0.2")
 LEAST = (*CORDA, "adapter.corda_mode=knowledge", "adapter.rslora=true")
@@ -38,9 +42,14 @@ CASES = {
     "lq": ((*LQ, *SHARED), [(4, {**BOTH, "zero": 3})]),
     "lq on fewer": ((*LQ, *SHARED), [(1, {}), (2, {"zero": 0})]),
     "lq split": ((*LQ, *FOUR), [(2, SPLIT), (4, {**SPLIT, "zero": 3})]),
-}
+    "fisher": ((*FISHER, *SHARED), [(4, {**BOTH, "zero": 3})]),
+    "fisher on fewer, made again": ((*FISHER, *SHARED, "memory.recompute=full"), [(1, {}), (2, {"zero": 0})]),
+    "fisher split, made again": (
+        (*FISHER, *FOUR, "memory.recompute=selective"), [(2, SPLIT), (4, {**SPLIT, "zero": 3})],
+    ),
+}  # fmt: skip
 # Which stand for the others, unless --full.
-NOW = ("lq",)
+NOW = ("fisher",)
 NAMES = [pytest.param(name, marks=[] if name in NOW else pytest.mark.full) for name in CASES]
 
 
@@ -83,8 +92,9 @@ def test_what_four_ranks_took_out_of_w_goes_on_on_one(ranks, tmp_path, options):
 
 
 @pytest.mark.full
-def test_codes_of_four_ranks_go_on_on_one(ranks, folder):
-    base = saved_on_four_went_on_on_one(ranks, folder, *LQ)
+@pytest.mark.parametrize("options", [LQ, FISHER], ids=["lq", "fisher"])
+def test_codes_of_four_ranks_go_on_on_one(ranks, tmp_path, options):
+    base = saved_on_four_went_on_on_one(ranks, tmp_path, *options)
 
     checkpoint = complete_checkpoints(Path(base.run_dir) / "checkpoints")[0]
     source = Source(checkpoint, read_manifest(checkpoint))
@@ -102,7 +112,7 @@ def test_codes_of_four_ranks_go_on_on_one(ranks, folder):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("options", [LQ, PISSA, CORDA, EVA], ids=["lq", "pissa", "corda", "eva"])
+@pytest.mark.parametrize("options", [LQ, FISHER, PISSA, CORDA, EVA], ids=["lq", "fisher", "pissa", "corda", "eva"])
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, tmp_path, options):
     """What it began with is read in the checkpoint, and not found again."""
     config = with_layout(small_config(tmp_path, *options, *FOUR, "steps=4"), 2, **SPLIT)
@@ -118,6 +128,19 @@ def test_data_that_says_too_little_is_refused_on_every_rank(ranks, tmp_path):
         r"more than adapter.init_batches=1, data in which more has a label, or adapter.init=kaiming",
         told[0],
     )
+
+
+def test_gradients_that_say_nothing_are_refused_on_every_rank(ranks, tmp_path):
+    told = ranks.run(refused_without_gradients, 2, with_layout(small_config(tmp_path, *FISHER), 2))
+    assert told[0] == told[1]
+    assert told[0].startswith(
+        "adapter.fisher: blocks.0.attention.wq: its gradients are zero, or not finite; give more than adapter.init_batches=2, data"
+    )
+
+
+def refused_without_gradients(workers: Workers, config: TrainConfig) -> str:
+    with mock.patch.object(fisher, "add_step_"):
+        return refused(workers, config)
 
 
 def refused(workers: Workers, config: TrainConfig) -> str:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from rowwise.kernels.coded_rows import INT8, NF4, RowForm, decode_rows, encode_rows
 from rowwise.kernels.philox import normal, random_words, stream_key
+from rowwise.kernels.visible import Documents
 from rowwise.trainer.adapters.bits import FORMS, bits_of, choose
 from rowwise.trainer.adapters.decompose import first_errors, lq
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import MicroBatch
+from rowwise.trainer.data.corpus import IGNORE
 
 CPU = torch.device("cpu")
 step = {"first": 0}  # the number of the first sequence of the textbook's step
@@ -34,8 +36,9 @@ class Adapted(nn.Module):
     """A linear layer with an adapter; `x` (B, S, n), of which the first sequence is number `step["first"]` of the run."""
 
     def __init__(
-        self, linear: nn.Linear, path: str, config: TrainConfig, forms: dict[str, RowForm], taken: list[Tensor] | None
-    ):
+        self, linear: nn.Linear, path: str, config: TrainConfig, forms: dict[str, RowForm], taken: list[Tensor] | None,
+        fisher: Tensor | None,
+    ):  # fmt: skip
         super().__init__()
         choice, (rows, columns) = config.adapter, linear.weight.shape
         self.weight, self.scale = linear.weight, choice.alpha / choice.rank
@@ -55,7 +58,7 @@ class Adapted(nn.Module):
             self.become(*from_data(linear.weight.detach(), taken, choice, self.scale))
         if choice.name == "lq_lora":
             form, key = forms[path], stream_key(config.seed, f"lq_lora/{path}.weight")
-            codes, a, b, _ = lq(linear.weight.detach(), form, choice.rank, self.scale, key)
+            codes, a, b, _ = lq(linear.weight.detach(), form, choice.rank, self.scale, key, fisher)
             self.become(decode_rows(codes, columns, form, torch.float64), a, b)
         if choice.name == "dora":
             self.magnitude = nn.Parameter(torch.empty(rows, dtype=torch.float64))
@@ -156,7 +159,10 @@ def adapt(model: nn.Module, config: TrainConfig, batch_of: Callable[[int], Micro
         path: module for path, module in model.named_modules()
         if type(module) is nn.Linear and path != "head" and matches(f"{path}.weight", choice.layers)
     }  # fmt: skip
-    forms = forms_of(plain, config) if choice.name == "lq_lora" else {}
+    fishers = {}
+    if getattr(choice, "fisher", False):
+        fishers = squared_gradients(model, plain, map(batch_of, range(choice.init_batches)))
+    forms = forms_of(plain, config, fishers) if choice.name == "lq_lora" else {}
     looks = getattr(choice, "init", None) in ("eva", "corda")
     taken = (
         taken_of(model, plain, map(batch_of, range(choice.init_batches)), config.model.frozen_dtype) if looks else {}
@@ -165,7 +171,7 @@ def adapt(model: nn.Module, config: TrainConfig, batch_of: Callable[[int], Micro
         layer = (
             WithBone(module, choice.rank)
             if choice.name == "bone"
-            else Adapted(module, path, config, forms, taken.get(path))
+            else Adapted(module, path, config, forms, taken.get(path), fishers.get(path))
         )
         model.set_submodule(path, layer)
     for name, p in model.named_parameters():
@@ -231,12 +237,28 @@ def from_data(w: Tensor, taken: list[Tensor], choice: Any, scale: float) -> tupl
     return w - scale * u @ root @ root @ v, root @ v, u @ root
 
 
-def forms_of(layers: dict[str, nn.Linear], config: TrainConfig) -> dict[str, RowForm]:
+def squared_gradients(
+    model: nn.Module, layers: dict[str, nn.Linear], batches: Iterable[MicroBatch]
+) -> dict[str, Tensor]:
+    """LQ-LoRA's compute_empirical_Fisher: squares of the gradients of sequences' mean losses, each sequence by itself."""
+    squares = {path: torch.zeros_like(layer.weight) for path, layer in layers.items()}
+    for batch in batches:
+        for one in range(len(batch.inputs)):
+            documents = None if batch.documents is None else Documents(batch.documents.begins[one : one + 1])
+            logits = model(batch.inputs[one : one + 1], batch.positions[one : one + 1], documents)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels[one], ignore_index=IGNORE)
+            weights = [layer.weight for layer in layers.values()]
+            for path, gradient in zip(layers, torch.autograd.grad(loss, weights), strict=True):
+                squares[path] += gradient.square()
+    return squares
+
+
+def forms_of(layers: dict[str, nn.Linear], config: TrainConfig, fishers: dict[str, Tensor]) -> dict[str, RowForm]:
     """The forms of all matrices, whole and in one process."""
     rank, errors, bits = config.adapter.rank, [], []
     for path, layer in layers.items():
         key = stream_key(config.seed, f"lq_lora/{path}.weight")
-        errors.append(first_errors(layer.weight.detach(), FORMS, rank, key))
+        errors.append(first_errors(layer.weight.detach(), FORMS, rank, key, fishers.get(path)))
         bits.append([float(bits_of(layer.weight.shape, form)) for form in FORMS])
     budget = config.adapter.bits * sum(layer.weight.numel() for layer in layers.values())
     chosen = choose(torch.tensor(errors, dtype=torch.float64), torch.tensor(bits, dtype=torch.float64), budget)

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rowwise.optim.lr_schedules import LrRange
 from rowwise.parallel.activations.ranges import RunningRanges
 from rowwise.parallel.mesh import Mesh
@@ -44,17 +46,19 @@ def resume(
     data: Data,
     built: Assembled,
     rollbacks: Rollbacks,
+    importance: dict[str, Tensor],
 ) -> Begun:
     """Loads the newest sound checkpoint that `config.resume` allows into the states of `built` and the ranges of its keeper; of a run
-    that was rolled back, its own. Where there is none it begins what hangs on whole matrices, or on what layers take. Says what was
-    passed over as damaged, where it goes on, what changes, what it was rolled back by, and what there is to say of the keeper."""
+    that was rolled back, its own. Where there is none it begins what hangs on whole matrices, or on what layers take (`importance`:
+    see `with_forms_chosen`). Says what was passed over as damaged, where it goes on, what changes, what it was rolled back by, and
+    what there is to say of the keeper."""
     states, keeper = built.states, built.keeper
     told = [keeper.told] if keeper is not None and keeper.told is not None else []
     here = find_resume(config, data.train.fingerprint, bool(rollbacks)) if mesh.rank == 0 else []
     found = from_rank_0(here, mesh.save_group)
     if not found:
         batches = partial(train_batches, config, mesh, data, 0)
-        if begin_adapter(config, mesh, built.engine, batches) and built.average is not None:
+        if begin_adapter(config, mesh, built.engine, batches, importance) and built.average is not None:
             built.average.begin()
         return Begun(TrainState(loss_scale=initial_loss_scale(config.precision)), Recorded(), told)
     checkpoint, manifest, complaints = load_first_sound(found, tensors := states.room(), mesh)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from rowwise.kernels.products import float32_products
 from rowwise.optim.average import averaged
@@ -28,7 +28,7 @@ from rowwise.trainer.clock import Clock
 from rowwise.trainer.config import TrainConfig, tree_of
 from rowwise.trainer.data.open import Data
 from rowwise.trainer.evaluate import evaluate
-from rowwise.trainer.feed import Fed, Feed, eval_batches
+from rowwise.trainer.feed import Fed, Feed, eval_batches, train_batches
 from rowwise.trainer.files import DiskFull, fingerprint
 from rowwise.trainer.finite import require_usable
 from rowwise.trainer.lr_range import RangeTest
@@ -67,28 +67,29 @@ def train(config: TrainConfig, workers: Workers | None = None, command: str | No
     mesh = make_mesh(config.parallel, workers)
     data = require_same_data(opened, mesh)
     require_folder(config, mesh)
-    config = with_forms_chosen(config, mesh, data.train.fingerprint)
+    batches = functools.partial(train_batches, config, mesh, data, 0)
+    config, importance = with_forms_chosen(config, mesh, data.train.fingerprint, batches)
     data.watch.share(workers.local_rank, workers.local_world_size)
     with data.watch, StopRequest() as stop, Outlets(command) as outlets:
-        end = _train(config, mesh, data, stop, outlets, [])
+        end = _train(config, mesh, data, stop, outlets, [], importance)
         while not isinstance(end, TrainState):
             gc.collect()  # a model and its hooks are in circles, and there is no room for two
-            end = _train(config, mesh, data, stop, outlets, end)
+            end = _train(config, mesh, data, stop, outlets, end, {})
     # Not where it failed: taking down a group can wait for a peer that is gone.
     dist.destroy_process_group()
     return end
 
 
 def _train(
-    config: TrainConfig, mesh: Mesh, data: Data, stop: StopRequest, outlets: Outlets, rollbacks: Rollbacks
-) -> TrainState | Rollbacks:
+    config: TrainConfig, mesh: Mesh, data: Data, stop: StopRequest, outlets: Outlets, rollbacks: Rollbacks,
+    importance: dict[str, Tensor],
+) -> TrainState | Rollbacks:  # fmt: skip
     """From where the run stands to its end, or to a spike that it goes back from: what it goes back by is given to the next
-    call, which heeds a `stop` that was asked for meanwhile."""
+    call, which heeds a `stop` that was asked for meanwhile. `importance`: see `with_forms_chosen`."""
     built = assemble(config, mesh)
     model, optimizer, states = built.model, built.optimizer, built.states
-    begun = resume(config, mesh, data, built, rollbacks)
+    begun = resume(config, mesh, data, built, rollbacks, importance)
     state, first, back, saved = begun.state, begun.state.step, Rollbacks(), dict[str, float]()
-    set_step(optimizer, state.updates)
     update = update_of(config, mesh, built, state)
     products = float32_products(product_precision(config.precision, mesh.device))
     with products, open_stores(model), closing(built), ExitStack() as stack:
@@ -153,7 +154,8 @@ def make_saver(config: TrainConfig, mesh: Mesh, built: Assembled) -> Saver:
 
 
 def update_of(config: TrainConfig, mesh: Mesh, built: Assembled, state: TrainState) -> Update:
-    """Makes what makes the steps of the run, judged by what `state` knows of those before."""
+    """Makes what makes the steps of the run after `state`, judged by what that knows of those before."""
+    set_step(built.optimizer, state.updates)
     judged = functools.partial(judge, config, state)
     return make_update(
         config, mesh, built.engine, built.optimizer, built.sparsity, judged, built.average, built.allocation

@@ -3,7 +3,7 @@
     lora, init=pissa    A, B and what is left of W
     lora, init=corda    the same, of W and of what its layer takes (`inputs`)
     lora, init=eva      A, of what its layer takes
-    lq_lora             the form of every W, then its codes, A and B
+    lq_lora             the form of every W, then its codes, A and B; with adapter.fisher, of W and of its gradients (`fisher`)
 
 Of as many matrices as there are ranks each rank makes one, whole, and takes it apart; then every rank takes its rows of each. So all
 ranks have rows of the same numbers, and these hang on the weights and the data alone, not on the layout. A rank holds one matrix
@@ -30,6 +30,7 @@ from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.trainer.adapters.bits import FORMS, bits_of, choose, name_of
 from rowwise.trainer.adapters.config import FROM_DATA, OUT_OF_W, Lora, LqLora
 from rowwise.trainer.adapters.decompose import first_errors, lq, pissa, without
+from rowwise.trainer.adapters.fisher import fisher_of
 from rowwise.trainer.adapters.from_data import Batches, Found, found_in_data
 from rowwise.trainer.adapters.initial import Fill
 from rowwise.trainer.adapters.merge import adapter_of
@@ -43,26 +44,41 @@ from rowwise.trainer.parallelize import parameter_dtype
 from rowwise.trainer.resume import find_resume
 
 
-def with_forms_chosen(config: TrainConfig, mesh: Mesh, data_fingerprint: str) -> TrainConfig:
+def with_forms_chosen(
+    config: TrainConfig, mesh: Mesh, data_fingerprint: str, batches: Batches
+) -> tuple[TrainConfig, dict[str, Tensor]]:
     """Returns the run with the forms of LQ-LoRA's matrices: those of the checkpoint that it goes on from, or those that the integer
-    programme chooses, by the errors of one turn. All ranks call it, and each finds the errors of its share of the matrices. Raises
-    ValueError."""
+    programme chooses, by the errors of one turn. And, for `begin_adapter`, by what errors count, of this rank's share of the matrices,
+    where the run begins and they do not all alike. `batches`: those of this rank. All ranks call it. Raises ValueError, and
+    Unbegun, on every rank."""
     adapter = config.adapter
-    if not isinstance(adapter, LqLora) or adapter.forms is not None:
-        return config
-    there = _forms_there(config, data_fingerprint) if mesh.rank == 0 else None
-    if (forms := from_rank_0(there, mesh.save_group)) is None:
-        names = [f"{layer}.weight" for layer in adapted_layers(parameter_specs(config.model), adapter)]
-        fill_ = model_rows(config.model, config.seed)
-        mine = {
-            name: first_errors(_whole(config, fill_, mesh.device, name), FORMS, adapter.rank, _key(config, name))
-            for name in names[mesh.rank :: mesh.world_size]
-        }
+    if not isinstance(adapter, LqLora) or (adapter.forms is not None and not adapter.fisher):
+        return config, {}
+    there = from_rank_0(_forms_there(config, data_fingerprint) if mesh.rank == 0 else None, mesh.save_group)
+    if there is not None:
+        return replace(config, adapter=replace(adapter, forms=there)), {}
+    specs = parameter_specs(config.model)
+    shapes = {layer: specs[f"{layer}.weight"].shape for layer in adapted_layers(specs, adapter)}
+    importance = fisher_of(config, mesh, batches, shapes) if adapter.fisher else {}
+    if (forms := adapter.forms) is None:
+        mine = {layer: _errors(config, mesh, layer, importance) for layer in [*shapes][mesh.rank :: mesh.world_size]}
         everyone = from_every_rank(mine, mesh.save_group)
-        errors = {name: found for part in everyone for name, found in part.items()}
-        chosen = _chosen(config, {name: errors[name] for name in names}) if mesh.rank == 0 else {}
+        errors = {layer: found for part in everyone for layer, found in part.items()}
+        chosen = _chosen(config, {f"{layer}.weight": errors[layer] for layer in shapes}) if mesh.rank == 0 else {}
         forms = from_rank_0(chosen, mesh.save_group)
-    return replace(config, adapter=replace(adapter, forms=forms))
+    return replace(config, adapter=replace(adapter, forms=forms)), importance
+
+
+def _errors(config: TrainConfig, mesh: Mesh, layer: str, importance: Mapping[str, Tensor]) -> list[float]:
+    """What a turn of LQ-LoRA leaves of a layer's matrix in each form."""
+    adapter, name = config.adapter, f"{layer}.weight"
+    assert isinstance(adapter, LqLora)
+    w = _whole(config, model_rows(config.model, config.seed), mesh.device, name)
+    return first_errors(w, FORMS, adapter.rank, _key(config, name), _on(mesh.device, importance.get(layer)))
+
+
+def _on(device: torch.device, t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(device)
 
 
 def _forms_there(config: TrainConfig, data_fingerprint: str) -> dict[str, str] | None:
@@ -88,9 +104,12 @@ def _chosen(config: TrainConfig, errors: Mapping[str, list[float]]) -> dict[str,
 
 
 @torch.no_grad()
-def begin_adapter(config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batches) -> bool:
+def begin_adapter(
+    config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batches, importance: dict[str, Tensor]
+) -> bool:
     """Gives what hangs on whole matrices its numbers in the model of `engine`, which has all others; says whether anything does.
-    `batches`: those of this rank. All ranks call it. Raises Unbegun, on every rank."""
+    `batches`: those of this rank; `importance`: see `with_forms_chosen`, from which it is taken. All ranks call it. Raises Unbegun,
+    on every rank."""
     adapter, specs = config.adapter, run_specs(config)
     if not isinstance(adapter, LqLora) and not (isinstance(adapter, Lora) and adapter.init != "kaiming"):
         return False
@@ -106,7 +125,8 @@ def begin_adapter(config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batc
         mine = dict[str, Tensor]()
         if mesh.rank < len(some):
             name = f"{(layer := some[mesh.rank])}.weight"
-            mine = _begun(config, name, specs[name], whole, found.pop(layer, None))
+            counts = _on(mesh.device, importance.pop(layer, None))
+            mine = _begun(config, name, specs[name], whole, found.pop(layer, None), counts)
         for owner, layer in enumerate(some):
             for key, room in _rooms(config, layer, specs[f"{layer}.weight"], mesh.device):
                 it = mine.pop(key).contiguous() if owner == mesh.rank else room
@@ -117,14 +137,15 @@ def begin_adapter(config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batc
 
 
 def _begun(
-    config: TrainConfig, name: str, weight: ParameterSpec, whole: Callable[[str], Tensor], found: Found | None
-) -> dict[str, Tensor]:
+    config: TrainConfig, name: str, weight: ParameterSpec, whole: Callable[[str], Tensor], found: Found | None,
+    importance: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """What of the parameters of a layer is not what it would be without an adapter, or at random: whole. `name`: its weight's, which
-    `whole` makes; `found`: its A and B, where they are found in data."""
+    `whole` makes; `found`: its A and B, where they are found in data; `importance`: by which its errors count."""
     adapter = config.adapter
     if isinstance(adapter, LqLora):
         assert isinstance(weight.kept, RowForm)
-        packed, a, b, _ = lq(whole(name), weight.kept, adapter.rank, adapter.scale, _key(config, name))
+        packed, a, b, _ = lq(whole(name), weight.kept, adapter.rank, adapter.scale, _key(config, name), importance)
         return {"weight": packed, "lora_a": a, "lora_b": b}
     assert isinstance(adapter, Lora)
     if found is not None and adapter.init not in OUT_OF_W:

@@ -47,6 +47,12 @@ ADAPTED: Refusals = (
         "or corda, or leave adapter.init_batches out",
     ),
     Refusal(
+        ("adapter.init_batches", "adapter.fisher"),
+        lambda run: run.adapter.name == "lq_lora" and not run.adapter.fisher and _says(run.adapter, "init_batches"),
+        "adapter.init_batches={adapter.init_batches} with adapter.fisher=false, which looks at no data; give adapter.fisher=true, or "
+        "leave adapter.init_batches out",
+    ),
+    Refusal(
         ("adapter.corda_mode", "adapter.init"),
         lambda run: run.adapter.name == "lora" and run.adapter.init != "corda" and _says(run.adapter, "corda_mode"),
         "adapter.corda_mode={adapter.corda_mode} with adapter.init={adapter.init}; give adapter.init=corda, or leave "
@@ -54,7 +60,7 @@ ADAPTED: Refusals = (
     ),
     Refusal(
         ("adapter.init_batches",),
-        lambda run: run.adapter.name == "lora" and run.adapter.init_batches < 1,
+        lambda run: getattr(run.adapter, "init_batches", 1) < 1,
         "adapter.init_batches={adapter.init_batches}: global batches that are looked at, at least 1",
     ),
     Refusal(
@@ -99,9 +105,9 @@ ADAPTED: Refusals = (
 )
 
 
-def _says(adapter: Lora, key: str) -> bool:
+def _says(adapter: Lora | LqLora, key: str) -> bool:
     """Whether a key is otherwise than where nothing is said."""
-    return bool(getattr(adapter, key) != getattr(Lora, key))
+    return bool(getattr(adapter, key) != getattr(type(adapter), key))
 
 
 def _in_order(config: AdaLora, steps: int) -> bool:

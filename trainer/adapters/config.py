@@ -101,10 +101,13 @@ class Lora(LoadedBase):
 class LqLora(LoraBase):
     """Guo et al., *LQ-LoRA*: W is kept as codes, and A and B begin as what these leave of it. `bits`: of the matrices that have the
     adapter, a number of theirs, scales among them; an integer programme gives some more and others fewer. `forms`: what it gave to
-    each, bits of a number/numbers of a block/bits of a scale; null: it is asked before the first step."""
+    each, bits of a number/numbers of a block/bits of a scale; null: it is asked before the first step. `fisher`: errors of a number
+    count by its squared gradients in the first `init_batches` global batches of the run; false: all alike."""
 
     name: Fixed[Literal["lq_lora"]] = "lq_lora"
     bits: Fixed[float] = 4.0
+    fisher: Fixed[bool] = False
+    init_batches: Fixed[int] = 8
     forms: Fixed[dict[str, str] | None] = None
 
 

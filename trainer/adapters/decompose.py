@@ -11,6 +11,7 @@
 Half of the singular values goes into each of A and B. Arithmetic is in float32, of float64 in float64.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -104,42 +105,71 @@ class Quantised(NamedTuple):
 
 
 def lq(
-    w: Tensor,
-    form: RowForm,
-    rank: int,
-    scale: float,
-    key: int,
-    importance: tuple[Tensor, Tensor] | None = None,
-    most: int = 100,
+    w: Tensor, form: RowForm, rank: int, scale: float, key: int, importance: Tensor | None = None, most: int = 100
 ) -> Quantised:
-    """Finds R of `form`, A and B in turn, `most` times or until the error grows. `importance`: of W's rows (m,) and columns (n,), by
-    which errors are weighed, such as the means of squared gradients; `key`: of the stream that sketches are drawn from.
+    """Finds R of `form`, A and B in turn, `most` times or until the error grows. `importance`: of each of W's numbers, F (m, n), by
+    which squares of errors are weighed, such as squared gradients; `key`: of the stream that sketches are drawn from.
 
         s B A  <-  the best of rank r of D_1 (W - R) D_2, divided by D_1 and D_2        R  <-  round(W - s B A)
+        error   =  |sqrt(F) (W - s B A - R)|
 
-    with D = diag(sqrt(importance)); the last turn stands, as in the authors' code."""
+    with D_1 and D_2 the square roots of the means of F along rows and columns; the last turn stands, as in the authors' code."""
     w = wide(w)
-    ones = (w.new_ones(w.size(0)), w.new_ones(w.size(1)))
-    d1, d2 = (d.to(w.dtype).sqrt() for d in (importance or ones))
-    d1, d2, r, last = d1[:, None], d2[None], torch.zeros_like(w), float("inf")
+    weights = Weights.of(w, importance)
+    r, last = torch.zeros_like(w), float("inf")
     for _ in range(most):
-        b, a = (half / d for half, d in zip(_halves(d1 * (w - r) * d2, rank, key), (d1, d2), strict=True))
+        b, a = weights.halves(w - r, rank, key)
         remaining = w - b @ a
         packed, r = _rounded(remaining, form)
-        error = (d1 * (remaining - r) * d2).norm().item()
+        error = weights.norm(remaining - r)
         if error > last:
             break
         last = error
     root = scale**0.5
-    return Quantised(packed, a / root, b / root, error / max((d1 * w * d2).norm().item(), 1e-30))
+    return Quantised(packed, a / root, b / root, error / max(weights.norm(w), 1e-30))
 
 
-def first_errors(w: Tensor, forms: Sequence[RowForm], rank: int, key: int) -> list[float]:
+def first_errors(
+    w: Tensor, forms: Sequence[RowForm], rank: int, key: int, importance: Tensor | None = None
+) -> list[float]:
     """Returns the square of the error that the first turn of `lq` leaves in each form."""
     w = wide(w)
-    b, a = _halves(w, rank, key)
+    weights = Weights.of(w, importance)
+    b, a = weights.halves(w, rank, key)
     remaining = w - b @ a
-    return [(remaining - _rounded(remaining, form)[1]).square().sum().item() for form in forms]
+    return [weights.mean * weights.norm(remaining - _rounded(remaining, form)[1]) ** 2 for form in forms]
+
+
+class Weights(NamedTuple):
+    """How much errors of a matrix (m, n) count: `roots`, of F over its `mean`, so that nothing is too small for 32 bits (None: all
+    alike), `rows` (m, 1) and `columns` (1, n), the roots of its means."""
+
+    mean: float
+    roots: Tensor | None
+    rows: Tensor
+    columns: Tensor
+
+    @staticmethod
+    def of(w: Tensor, importance: Tensor | None) -> "Weights":
+        """Returns those of F (m, n). A row or column that counts nothing counts as much as rounding can tell of the largest. Raises
+        ValueError where nothing counts, or what does is not finite."""
+        if importance is None:
+            return Weights(1.0, None, w.new_ones(w.size(0), 1), w.new_ones(1, w.size(1)))
+        mean = importance.mean(dtype=torch.float64).item()
+        if not (math.isfinite(mean) and mean > 0):
+            raise ValueError("its gradients are zero, or not finite")
+        f, least = (importance / mean).to(w), torch.finfo(w.dtype).eps
+        rows, columns = (means.clamp(min=least * means.max().item()) for means in (f.mean(1)[:, None], f.mean(0)[None]))
+        return Weights(mean, f.sqrt(), rows.sqrt(), columns.sqrt())
+
+    def halves(self, x: Tensor, rank: int, key: int) -> tuple[Tensor, Tensor]:
+        """Returns (m, r) and (r, n), whose product is as near to x as rank r can be, where rows and columns count."""
+        b, a = _halves(self.rows * x * self.columns, rank, key)
+        return b / self.rows, a / self.columns
+
+    def norm(self, errors: Tensor) -> float:
+        """Returns the size of errors, each as it counts."""
+        return (errors if self.roots is None else self.roots * errors).norm().item()
 
 
 def _rounded(x: Tensor, form: RowForm) -> tuple[Tensor, Tensor]:

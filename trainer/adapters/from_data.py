@@ -40,7 +40,7 @@ def found_in_data(
     assert isinstance(adapter, Lora)
     owners = {layer: number % mesh.world_size for number, layer in enumerate(columns)}
     found, complaints, sequences = dict[str, Found](), list[str](), adapter.init_batches * config.batch.global_size
-    for some in in_passes(columns):
+    for some in in_passes({layer: 8 * (n + 1) ** 2 for layer, n in columns.items()}):
         first = chain.from_iterable(islice(batches(), adapter.init_batches))
         sums = sums_of(
             engine, mesh, {layer: columns[layer] for layer in some}, {layer: owners[layer] for layer in some}, first,
@@ -51,7 +51,7 @@ def found_in_data(
                 found[layer] = _of_sums(adapter, whole(f"{layer}.weight"), sums.pop(layer), sequences)
             except ValueError as refusal:
                 complaints.append(f"{layer}: {refusal}")
-    _require_none(adapter, complaints, mesh)
+    require_none(complaints, mesh, f"adapter.init={adapter.init}", adapter.init_batches, "adapter.init=kaiming")
     return found
 
 
@@ -66,9 +66,9 @@ def _of_sums(adapter: Lora, w: Tensor, sums: Tensor, sequences: int) -> Found:
     return Found(a, b)
 
 
-def _require_none(adapter: Lora, complaints: Sequence[str], mesh: Mesh) -> None:
+def require_none(complaints: Sequence[str], mesh: Mesh, what: str, batches: int, instead: str) -> None:
+    """Refuses the run, on all ranks, where one of them complains. Raises Unbegun."""
     if told := [one for part in from_every_rank(complaints, mesh.save_group) for one in part]:
         raise Unbegun(
-            f"adapter.init={adapter.init}: {told[0]}; give more than adapter.init_batches={adapter.init_batches}, data in which more "
-            "has a label, or adapter.init=kaiming"
+            f"{what}: {told[0]}; give more than adapter.init_batches={batches}, data in which more has a label, or {instead}"
         )

@@ -29,11 +29,10 @@ PASS_BYTES = 2 << 30  # of the sums of a pass
 Divisor = Callable[[Tensor, Tensor], Tensor]  # of x (B, S, n), of which some have a label (B, S): (B,)
 
 
-def in_passes(columns: Mapping[str, int]) -> list[list[str]]:
-    """Returns the layers, by how many numbers each takes for a token, in groups in their order."""
+def in_passes(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Returns the layers, by how many bytes the sums of each take, in groups in their order."""
     groups, filled = list[list[str]](), 0
-    for layer, n in columns.items():
-        size = 8 * (n + 1) ** 2
+    for layer, size in sizes.items():
         if not groups or filled + size > PASS_BYTES:
             groups, filled = [*groups, []], 0
         groups[-1].append(layer)
