@@ -20,12 +20,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from rowwise.kernels.portions import row_portions
 from rowwise.kernels.rows import local
 from rowwise.trainer.files import writing
 from rowwise.trainer.manifest import FileFacts, file_facts
 from rowwise.trainer.torch_checkpoint import with_prefix
 
-WIDTH = 512  # words that are weighed each otherwise
+ON_GPU = 1 << 20  # words that are weighed at a time there
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Writer(dcp.FileSystemWriter):
             return None
         path = self._folder / before.path.name
         try:
-            os.link(before.path, path)
+            os.link(before.path.resolve(), path)  # not one more name of a symbolic link that was put in its place
         except OSError:
             path.unlink(missing_ok=True)  # made all the same, by a server whose answer was lost: not to be written into
             return None
@@ -103,8 +104,8 @@ class Writer(dcp.FileSystemWriter):
 
 
 def bits_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Returns a number for each tensor's rows here, which is another if one of them is: sum_i (2 (i mod 512) + 1) w_i modulo 2^64 over
-    the 64-bit words w_i of their memory. One wait for the device."""
+    """Returns a number for each tensor's rows here, which is another if one of them is, or if they stand in another order:
+    sum_i (2 i + 1) m(w_i) modulo 2^64 over the 64-bit words w_i of their memory, m(w) = w xor (w >> 29). One wait for the device."""
     if not tensors:
         return {}
     return dict(zip(tensors, torch.stack([_weighed(local(t)) for t in tensors.values()]).tolist(), strict=True))
@@ -114,9 +115,18 @@ def bits_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 def _weighed(rows: Tensor) -> Tensor:
     flat = rows.reshape(-1).view(torch.uint8)
     flat = flat if flat.storage_offset() % 8 == 0 else flat.clone()
-    odd = torch.arange(1, 2 * WIDTH, 2, device=rows.device)
-    whole = flat.numel() // (8 * WIDTH) * WIDTH  # words
-    words = flat[: 8 * whole].view(torch.int64).view(-1, WIDTH).sum(0)
-    rest = torch.zeros(8 * WIDTH, dtype=torch.uint8, device=rows.device)
-    rest[: flat.numel() - 8 * whole] = flat[8 * whole :]
-    return ((words + rest.view(torch.int64)) * odd).sum()
+    whole = flat.numel() // 8 * 8
+    last = torch.zeros(8, dtype=torch.uint8, device=rows.device)
+    last[: flat.numel() - whole] = flat[whole:]
+    words = flat[:whole].view(torch.int64)
+    found = _mixed(last.view(torch.int64)).sum() * (2 * words.numel() + 1)
+    for some in row_portions(words.numel(), 1, ON_GPU if rows.device.type == "cuda" else None):
+        part = _mixed(words[some])
+        weights = torch.arange(2 * some.start + 1, 2 * some.stop, 2, device=rows.device)
+        found += part.mul_(weights).sum()
+    return found
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """Brings high bits down: of words that differ in those alone, as numbers do in their signs, some multiples would be the same."""
+    return (words >> 29).bitwise_and_(2**35 - 1).bitwise_xor_(words)
