@@ -142,10 +142,10 @@ run in `make test`, the others with `pytest --full`.
 `memory.offload_gradients` say where they wait, on the `host` or in `files`, `accumulation` is several micro-batches a step, `assign`
 8-bit states for the embedding by `optim.assign`, `frozen` embeddings and norms that do not learn, `frozen=nf4`
 `model.frozen_dtype=nf4`, `caps` are `model.attention_cap` and `model.logit_cap`, `lora`, `dora`, `bone`,
-`adalora` and `lq_lora` are `adapter=...`, `pissa`, `eva` and `corda` `adapter.init=...`, `dropout` `adapter.dropout`, `mixture` and
-`chat` `data=...`, the one of two sources, `average` is `average.ema`, `norms` `log.norms_every`, `moved` a run that began on one
-process and went on on this layout; with `on_spike` one step is a spike. `qwz` is `parallel.quantize_gather=int8`, `hpz`
-`parallel.inner_shard=1`.
+`adalora` and `lq_lora` are `adapter=...`, `pissa`, `eva` and `corda` `adapter.init=...`, `fisher` `adapter.fisher` of `lq_lora`,
+`dropout` `adapter.dropout`, `mixture` and `chat` `data=...`, the one of two sources, `average` is `average.ema`, `norms`
+`log.norms_every`, `moved` a run that began on one process and went on on this layout; with `on_spike` one step is a spike. `qwz` is
+`parallel.quantize_gather=int8`, `hpz` `parallel.inner_shard=1`.
 Not here: `sparsity.semi_structured`, which needs a GPU (`benchmarks/gpu.py`), and `parallel.quantize_reduce`, the one option that is
 another run on another layout ([quantised-messages.md](quantised-messages.md)).
 """
