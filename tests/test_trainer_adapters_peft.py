@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_trainer_models_decoder import CASES, some_tokens, transformers_model
 
 from parity import relative_error, small_config, with_layout
@@ -16,7 +17,7 @@ from rowwise.trainer.adapters.allocate import Allocation
 from rowwise.trainer.adapters.config import AdaLora, Dora, Lora
 from rowwise.trainer.adapters.convert import adapt
 from rowwise.trainer.adapters.initial import with_adapter_rows
-from rowwise.trainer.adapters.peft import check_adapter_source, name_in_folder
+from rowwise.trainer.adapters.peft import WEIGHTS, check_adapter_source, name_in_folder, write_adapter
 from rowwise.trainer.adapters.specs import with_adapter
 from rowwise.trainer.models.decoder import Decoder, parameter_specs
 from rowwise.trainer.models.huggingface import rows_from
@@ -106,6 +107,37 @@ def test_logits_gradients_and_updates_equal_those_of_peft(tmp_path, name, case):
         for n, (mine, their) in pairs.items():
             assert (mine - before[n]).abs().max() > 0.001, n
             assert relative_error(mine.detach(), their.detach()) <= 20 * TOLERANCE, n
+
+
+def test_a_tied_embedding_that_learns_is_the_head_too(tmp_path):
+    """PEFT opens our folder so, and we open PEFT's; one in which it is not is refused."""
+    import peft
+
+    case, adapter = "qwen3 tied", Lora(rank=2, train=["embed.weight"])
+    specs, folder, draw = parameter_specs(CASES[case]), tmp_path / "ours", torch.Generator().manual_seed(4)
+
+    def read_(tensors):
+        for tensor in tensors.values():
+            tensor.normal_(0.0, 0.2, generator=draw)
+
+    folder.mkdir()
+    write_adapter(folder, adapter, specs, read_, torch.float32)
+    transformers_model(CASES[case]).save_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(transformers_model(CASES[case]), folder).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokens = some_tokens(CASES[case])
+    begin_without_backward()
+    for source in (folder, tmp_path / "theirs"):
+        ours = our_model(source, tmp_path / "base", case, adapter)
+        with torch.no_grad():
+            logits = ours(tokens, torch.arange(tokens.size(1)).expand_as(tokens))
+            assert relative_error(logits, theirs(tokens).logits) <= TOLERANCE
+    tensors = load_file(folder / WEIGHTS)
+    other = {copy: tensors.pop(copy) + 1 for copy in ["base_model.model.lm_head.weight"]}
+    for changed, said in (({}, "no base_model.model.lm_head.weight: that did not learn"), (other, "differs from")):
+        save_file(tensors | changed, folder / WEIGHTS)
+        with pytest.raises(ValueError, match=said):
+            check_adapter_source(replace(adapter, init_from=str(folder)), specs)
 
 
 def in_state(name: str) -> str:

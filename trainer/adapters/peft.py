@@ -5,12 +5,13 @@
     blocks.0.attention.wq.lora_b      ...lora_B.weight
     blocks.0.attention.wq.magnitude   ...lora_magnitude_vector
     norm.weight, learned beside it    base_model.model.model.norm.weight, and its layer in modules_to_save
+    embed.weight, tied and learned    also base_model.model.lm_head.weight, and ensure_weight_tying
 
 Rows of ours are rows of theirs, so that loading reads just those of a shard.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,13 @@ def name_in_folder(name: str, specs: Specs) -> str:
         return PREFIX + their_name(name, specs[name])
     layer, _, what = name.rpartition(".")
     return f"{PREFIX}{_their_layer(layer, specs)}.{THEIRS[what]}"
+
+
+def copies_in_folder(names: Iterable[str], specs: Specs) -> dict[str, str]:
+    """Finds the tensors of a folder that are one with another in a model where `names` learn: by their names, that of the other. (PEFT
+    puts a module of its own in the place of each, so that a head is no more the embedding that learns, unless it is told.)"""
+    tied = [(name, copy) for name in names if name in specs for copy in specs[name].copies]
+    return {f"{PREFIX}{copy}": name_in_folder(name, specs) for name, copy in tied}
 
 
 def check_adapter_source(adapter: AdapterConfig, specs: Specs) -> None:
@@ -88,7 +96,9 @@ def _refusing(folder: Path) -> Iterator[None]:
 
 
 def _check_tensors(folder: Path, adapter: LowRank, specs: Specs) -> None:
-    shapes = {name_in_folder(name, specs): spec.shape for name, spec in learning(with_adapter(specs, adapter)).items()}
+    learned = learning(with_adapter(specs, adapter))
+    shapes = {name_in_folder(name, specs): spec.shape for name, spec in learned.items()}
+    copies = copies_in_folder(learned, specs)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"no {WEIGHTS} in it")
     with opened(folder / WEIGHTS) as file:
@@ -98,11 +108,19 @@ def _check_tensors(folder: Path, adapter: LowRank, specs: Specs) -> None:
                 f"it has no tensor {missing[0]} ({len(missing)} of {len(shapes)} are missing): it is an adapter of other layers or "
                 "of another model"
             )
-        if more := sorted(there - shapes.keys()):
+        if apart := sorted(copies.keys() - there):
+            raise ValueError(
+                f"it has {copies[apart[0]]} and no {apart[0]}: that did not learn with it, as the model, which ties them, does "
+                "(ensure_weight_tying=True of PEFT)"
+            )
+        if more := sorted(there - shapes.keys() - copies.keys()):
             raise ValueError(f"it has a tensor {more[0]}, which is in neither adapter.layers nor adapter.train")
         for name, shape in shapes.items():
             if (theirs := tuple(file.get_slice(name).get_shape())) != tuple(shape):
                 raise ValueError(f"its {name} is {theirs}, and that of the run {tuple(shape)}: it is of another model")
+        for copy, name in copies.items():
+            if not torch.equal(file.get_tensor(copy), file.get_tensor(name)):
+                raise ValueError(f"its {copy} differs from {name}, and the model ties them")
 
 
 def adapter_rows_from(folder: Path, specs: Specs) -> Callable[[str, Tensor, int, int], None]:
@@ -128,7 +146,9 @@ def write_adapter(
     read_(tensors)
     if spoilt := next((name for name, t in tensors.items() if not t.isfinite().all()), None):
         raise ValueError(f"{spoilt} has numbers that are infinite or undefined in {dtype}; give a wider dtype")
-    save_file({name_in_folder(name, specs): t for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    named = {name_in_folder(name, specs): t for name, t in tensors.items()}
+    named |= {copy: named[name].clone() for copy, name in copies_in_folder(tensors, specs).items()}
+    save_file(named, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(their_adapter_config(adapter, specs), indent=2))
     return sum(t.numel() for t in tensors.values())
 
@@ -136,7 +156,9 @@ def write_adapter(
 def their_adapter_config(adapter: LowRank, specs: Specs) -> dict[str, Any]:
     """Gives the adapter_config.json of an adapter."""
     trained = [name for name in learning(with_adapter(specs, adapter)) if name in specs]
-    return dict(PLAIN) | {
+    copies = [copy.removeprefix(PREFIX).rpartition(".")[0] for copy in copies_in_folder(trained, specs)]
+    plain = dict(PLAIN) | ({"ensure_weight_tying": True} if copies else {})
+    return plain | {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
@@ -147,7 +169,7 @@ def their_adapter_config(adapter: LowRank, specs: Specs) -> dict[str, Any]:
         "use_dora": isinstance(adapter, Dora),
         "init_lora_weights": True,
         "target_modules": [_their_layer(layer, specs) for layer in adapted_layers(specs, adapter)],
-        "modules_to_save": [_their_layer(name.rpartition(".")[0], specs) for name in trained] or None,
+        "modules_to_save": [*(_their_layer(name.rpartition(".")[0], specs) for name in trained), *copies] or None,
     }
 
 
