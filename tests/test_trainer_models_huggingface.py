@@ -394,6 +394,24 @@ def test_damage_in_one_of_several_files_is_refused(sources, tmp_path):
             check_source(copy, CASES["llama"])
 
 
+def test_a_single_file_goes_before_an_index_as_in_transformers(sources, tmp_path):
+    """As where a merged model was saved over its base, whose files are there still, or are not."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(sources("llama", FILES["several files"])[0], tmp_path, dirs_exist_ok=True)
+    merged = {
+        name: tensor * 1.1 for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().items()
+    }
+    save_file(merged, tmp_path / SINGLE, metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for _ in range(2):
+        ours = loaded(tmp_path, CASES["llama"]).state_dict()
+        assert torch.equal(ours["embed.weight"], merged["model.embed_tokens.weight"])
+        assert torch.equal(theirs["model.embed_tokens.weight"], merged["model.embed_tokens.weight"])
+        for shard in tmp_path.glob("model-*.safetensors"):
+            shard.unlink()
+
+
 def moved_head(folder: Path, file: str) -> str:
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"]["lm_head.weight"] = file

@@ -129,10 +129,10 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Returns tensor name -> file."""
-    if (folder / INDEX).is_file():
-        return {name: folder / file for name, file in read_object(folder / INDEX)["weight_map"].items()}
+    """Returns tensor name -> file: of a single one where there is an index too, as transformers does."""
     path = folder / SINGLE
+    if not path.is_file() and (folder / INDEX).is_file():
+        return {name: folder / file for name, file in read_object(folder / INDEX)["weight_map"].items()}
     if not path.is_file():
         raise ValueError(f"no {INDEX} and no {path.name} in it")
     with opened(path) as file:
