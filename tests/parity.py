@@ -33,7 +33,7 @@ from rowwise.optim.sparse.masks import unpack
 from rowwise.parallel.config import DEGREES, resolve_degrees
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.trainer import parallelize as onto_mesh
-from rowwise.trainer.adapters.begin import begin_adapter, with_forms_chosen
+from rowwise.trainer.adapters.begin import begin_adapter, with_choices_made
 from rowwise.trainer.assemble import assemble as assemble_run
 from rowwise.trainer.build import build_model
 from rowwise.trainer.check import check
@@ -167,10 +167,10 @@ def run_on(mesh: Mesh, config: TrainConfig, steps: int, coarse: bool = False) ->
     """`coarse`: see `coarsen_`."""
     data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
     begin = functools.partial(train_batches, config, mesh, data, 0)
-    config, importance = with_forms_chosen(config, mesh, data.train.fingerprint, begin)
+    config, known = with_choices_made(config, mesh, data.train.fingerprint, begin)
     with mock.patch.object(onto_mesh, "initial_rows", coarse_rows) if coarse else nullcontext():
         built = assemble_run(config, mesh)
-    begin_adapter(config, mesh, built.engine, begin, importance)
+    begin_adapter(config, mesh, built.engine, begin, known)
     model, optimizer, sparsity = built.model, built.optimizer, built.sparsity
 
     def keep_gradients(report: StepReport) -> StepReport:

@@ -784,6 +784,22 @@ REFUSED = {
         ["adapter=lora", "adapter.init=eva", "adapter.corda_mode=knowledge"],
         r"adapter.corda_mode=knowledge with adapter.init=eva; give adapter.init=corda, or leave adapter.corda_mode out",
     ),
+    "ranks shared out by another beginning": (
+        ["adapter=lora", "adapter.init=pissa", "adapter.eva_rho=1.5"],
+        r"adapter.eva_rho=1.5 with adapter.init=pissa; give adapter.init=eva, or leave adapter.eva_rho out",
+    ),
+    "less than a rank to share out": (
+        ["adapter=lora", "adapter.init=eva", "adapter.eva_rho=0.5"],
+        r"adapter.eva_rho=0.5: a matrix has at most so many times adapter.rank, at least 1, which shares nothing out",
+    ),
+    "ranks of what goes out of matrices": (
+        ["adapter=lora", "adapter.init=corda", "adapter.ranks={blocks.0.attention.wq.weight: 3}"],
+        r"adapter.ranks with adapter.init=corda, which gives each matrix as much; give adapter.init=eva or kaiming, or",
+    ),
+    "ranks of some matrices": (
+        ["adapter=lora", "adapter.layers=[*.wq.*]", "adapter.ranks={blocks.0.attention.wq.weight: 3}"],
+        r"adapter.ranks and adapter.layers say otherwise of blocks.1.attention.wq.weight; give each matrix of adapter.layers a rank",
+    ),
     "another beginning": (["adapter=lora", "adapter.init=olora"], r"adapter.init='olora': .*'kaiming'.* or "),
     "the beginning of another adapter": (["adapter=dora", "adapter.init=pissa"], r"adapter.init.*"),
     "fewer bits than there are": (

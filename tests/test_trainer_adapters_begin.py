@@ -12,7 +12,7 @@ from rowwise.trainer.adapters.bits import FORMS, bits_of, choose
 from rowwise.trainer.adapters.bone import BoneLinear, unfolded
 from rowwise.trainer.adapters.budget import Budget, kept, move_importance_
 from rowwise.trainer.adapters.config import Bone
-from rowwise.trainer.adapters.decompose import corda, eva, first_errors, lq, pissa
+from rowwise.trainer.adapters.decompose import corda, first_errors, lq, pissa, principal
 
 peft = pytest.importorskip("peft")
 
@@ -68,15 +68,17 @@ def test_corda_is_that_of_peft(part, method, monkeypatch):
     torch.testing.assert_close(ours.b @ ours.a, theirs[2].data @ theirs[1].data, rtol=1e-3, atol=1e-5)
 
 
-def test_eva_is_what_peft_converges_to():
-    """PEFT's incremental PCA of all inputs at once, exact: components, and their signs."""
+def test_principal_components_are_what_peft_converges_to():
+    """PEFT's incremental PCA of all inputs at once, exact: components, their signs, and what each explains."""
     from peft.utils.incremental_pca import IncrementalPCA
 
     x = (matrix(300, 21, 1, 1.0) @ matrix(21, 21, 2, 1.0) + 3).double()
-    theirs = IncrementalPCA(n_components=5, batch_size=300, lowrank=False).fit(x).components_
-    ours = eva(matrix(8, 21).double(), 300, x.sum(0), x.T @ x, 5)
-    torch.testing.assert_close(ours.a.abs(), theirs.abs(), rtol=1e-6, atol=1e-8)
-    assert not ours.b.any() and torch.equal(ours.rest, matrix(8, 21).double())
+    theirs = IncrementalPCA(n_components=5, batch_size=300, lowrank=False).fit(x)
+    with_one = torch.cat([x, x.new_ones(300, 1)], dim=1)
+    ours = principal(with_one.T @ with_one, 5, torch.float64)
+    torch.testing.assert_close(ours.rows.abs(), theirs.components_.abs(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(ours.shares, theirs.explained_variance_ratio_, rtol=1e-6, atol=1e-8)
+    assert ours.tokens == 300 and (ours.rows.gather(1, ours.rows.abs().argmax(1, keepdim=True)) > 0).all()
 
 
 LQ = RowForm(3, 16, scales="whole", scale_bits=8, group=16, top="bf16")

@@ -12,7 +12,7 @@ from test_trainer_models_decoder import transformers_model
 from parity import global_batch, relative_error, small_config, whole, with_layout
 from rowwise.parallel.mesh import Workers, make_mesh
 from rowwise.trainer.adapters import inputs
-from rowwise.trainer.adapters.begin import begin_adapter
+from rowwise.trainer.adapters.begin import begin_adapter, with_choices_made
 from rowwise.trainer.assemble import assemble
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.open import open_data
@@ -37,8 +37,11 @@ def begun(workers: Workers, config: TrainConfig, pass_bytes: int = inputs.PASS_B
 
 def _begun(workers: Workers, config: TrainConfig) -> dict[str, torch.Tensor]:
     mesh = make_mesh(config.parallel, workers)
-    built, data = assemble(config, mesh), open_data(config.data, config.batch.seq_len, config.model.vocab_size)
-    begin_adapter(config, mesh, built.engine, functools.partial(train_batches, config, mesh, data, 0), {})
+    data = open_data(config.data, config.batch.seq_len, config.model.vocab_size)
+    batches = functools.partial(train_batches, config, mesh, data, 0)
+    config, known = with_choices_made(config, mesh, data.train.fingerprint, batches)
+    built = assemble(config, mesh)
+    begin_adapter(config, mesh, built.engine, batches, known)
     return {name: whole(p) for name, p in built.model.named_parameters()}
 
 
@@ -54,10 +57,13 @@ def base(tmp_path):
     return model, tmp_path / "base", [batch.inputs for batch in batches]
 
 
-def layers_of(config: TrainConfig, theirs) -> dict:
+PROJECTIONS = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "w1": "gate_proj"}
+
+
+def layers_of(config: TrainConfig, theirs, which=("wq", "wo", "w1")) -> dict:
     """Our name of a layer -> PEFT's layer."""
     specs, modules = parameter_specs(config.model), dict(theirs.named_modules())
-    names = [name for name in specs if name.endswith(("wq.weight", "wo.weight", "w1.weight"))]
+    names = [name for name in specs if name.endswith(tuple(f"{one}.weight" for one in which))]
     return {
         name.removesuffix(".weight"): modules[f"base_model.model.{specs[name].theirs.removesuffix('.weight')}"]
         for name in names
@@ -65,24 +71,45 @@ def layers_of(config: TrainConfig, theirs) -> dict:
 
 
 def lora_config(init: str, **more):
-    return peft.LoraConfig(
-        r=12, lora_alpha=7, target_modules=["q_proj", "o_proj", "gate_proj"], init_lora_weights=init, **more
-    )
+    given = {"r": 12, "lora_alpha": 7, "target_modules": ["q_proj", "o_proj", "gate_proj"]} | more
+    return peft.LoraConfig(init_lora_weights=init, **given)
 
 
-def test_eva_is_that_of_peft(ranks, tmp_path, base):
+# Of each: rank, rho, and the projections that have the adapter.
+SHARED_OUT = [(12, 1.0, ["wq", "wo", "w1"]), (6, 2.0, [*PROJECTIONS]), (8, 1.5, [*PROJECTIONS])]
+
+
+@pytest.mark.parametrize(("rank", "rho", "which"), SHARED_OUT)
+def test_eva_is_that_of_peft(ranks, tmp_path, base, rank, rho, which):
+    """A, and how many directions each layer has. Queries, keys and values take the same: the last direction of these goes to queries,
+    and to which of the others PEFT's sort leaves open."""
     from peft.tuners.lora.config import EvaConfig
 
     model, folder, sequences = base
-    theirs = peft.get_peft_model(model, lora_config("eva", eva_config=EvaConfig(rho=1.0, tau=0.9999)))
+    targets = [PROJECTIONS[one] for one in which]
+    eva = EvaConfig(rho=rho, tau=0.9999)
+    theirs = peft.get_peft_model(model, lora_config("eva", eva_config=eva, r=rank, target_modules=targets))
     together = [{"input_ids": torch.cat(sequences)}]
     peft.initialize_lora_eva_weights(theirs, together, show_progress_bar=False)
-    config = with_layout(small_config(tmp_path, *OPTIONS, f"model.init_from={folder}", "adapter.init=eva"), 1)
+    layers = f"adapter.layers=[{','.join(f'*.{one}.*' for one in which)}]"
+    words = ("adapter.init=eva", f"adapter.rank={rank}", f"adapter.eva_rho={rho}", layers)
+    config = with_layout(small_config(tmp_path, *OPTIONS, f"model.init_from={folder}", *words), 1)
     (ours,) = ranks.run(begun, 1, config)
-    for layer, their in layers_of(config, theirs).items():
-        assert relative_error(ours[f"{layer}.lora_a"], their.lora_A["default"].weight.detach()) <= TOLERANCE, layer
-        assert not ours[f"{layer}.lora_b"].any()
-        assert torch.equal(ours[f"{layer}.weight"], their.base_layer.weight)
+    found, expected = {}, {}
+    for layer, their in layers_of(config, theirs, which).items():
+        a = their.lora_A["default"].weight.detach() if hasattr(their, "lora_A") else torch.empty(0, 24)
+        mine = ours.get(f"{layer}.lora_a", a[:0])
+        found[layer], expected[layer] = len(mine), len(a)
+        both = min(len(a), len(mine))
+        assert relative_error(mine[:both], a[:both]) <= TOLERANCE if both else layer
+        assert not ours.get(f"{layer}.lora_b", a[:0]).any()
+        assert torch.equal(ours[f"{layer}.weight"], getattr(their, "base_layer", their).weight)
+    for block in ("blocks.0", "blocks.1"):
+        for names in (("wk", "wv"), ("wq",), ("wo",)):
+            of = [f"{block}.attention.{name}" for name in names if name in which]
+            assert sorted(found[layer] for layer in of) == sorted(expected[layer] for layer in of)
+        assert found[f"{block}.feed_forward.w1"] == expected[f"{block}.feed_forward.w1"]
+    assert sum(found.values()) == rank * len(found) and (len(set(found.values())) > 1) == (rho > 1)
 
 
 @pytest.mark.parametrize(("mode", "method"), [("instruction", "ipm"), ("knowledge", "kpm")])

@@ -134,7 +134,7 @@ def test_gradients_that_say_nothing_are_refused_on_every_rank(ranks, tmp_path):
     told = ranks.run(refused_without_gradients, 2, with_layout(small_config(tmp_path, *FISHER), 2))
     assert told[0] == told[1]
     assert told[0].startswith(
-        "adapter.fisher: blocks.0.attention.wq: its gradients are zero, or not finite; give more than adapter.init_batches=2, data"
+        "adapter.fisher: blocks.0.attention.wv: its gradients are zero, or not finite; give more than adapter.init_batches=2, data"
     )
 
 

@@ -30,7 +30,11 @@ ADAPTERS = {
         rank=4, rslora=True, layers=["*.attention.*", "*.1.*.w2.*"], train=["*norm.weight"]
     ),
     "dora": Dora(rank=3, alpha=5.0),
-}
+    "ranks of their own": Lora(
+        rank=2, alpha=5.0, layers=["*.attention.w?.weight"],
+        ranks={f"blocks.{i}.attention.w{what}.weight": (i + n) % 4 for i in (0, 1) for n, what in enumerate("qkvo")},
+    ),
+}  # fmt: skip
 OTHERS = {"pissa": Lora(rank=3, alpha=7.0, init="pissa"), "pissa, rslora": Lora(rank=2, rslora=True, init="pissa"),
     "corda": Lora(rank=3, alpha=7.0, init="corda", init_batches=1, corda_mode="knowledge"),
     "eva": Lora(rank=2, rslora=True, init="eva", init_batches=1),
@@ -47,9 +51,13 @@ def peft_model(case: str, adapter: Lora | Dora):
     layers = [name.removesuffix(".lora_a") for name in found if name.endswith(".lora_a")]
     trained = [name for name, spec in found.items() if name in specs and not spec.frozen]
     theirs = [specs[f"{layer}.weight"].theirs.removesuffix(".weight") for layer in layers]
+    own = getattr(adapter, "ranks", None) or {}
+    shares = {their: own.get(f"{layer}.weight", adapter.rank) for layer, their in zip(layers, theirs, strict=True)}
     config = peft.LoraConfig(
         r=adapter.rank, lora_alpha=adapter.alpha, use_rslora=adapter.rslora, use_dora=isinstance(adapter, Dora),
         target_modules=theirs, lora_dropout=0.0, task_type="CAUSAL_LM",
+        rank_pattern={their: rank for their, rank in shares.items() if rank != adapter.rank},
+        alpha_pattern={their: adapter.alpha * rank / adapter.rank for their, rank in shares.items() if rank != adapter.rank},
         modules_to_save=[specs[name].theirs.removesuffix(".weight") for name in trained] or None,
     )  # fmt: skip
     torch.manual_seed(3)

@@ -37,10 +37,11 @@ class Adapted(nn.Module):
 
     def __init__(
         self, linear: nn.Linear, path: str, config: TrainConfig, forms: dict[str, RowForm], taken: list[Tensor] | None,
-        fisher: Tensor | None,
+        fisher: Tensor | None, own_rank: int | None,
     ):  # fmt: skip
         super().__init__()
         choice, (rows, columns) = config.adapter, linear.weight.shape
+        rank = choice.rank if own_rank is None else own_rank
         self.weight, self.scale = linear.weight, choice.alpha / choice.rank
         self.dropout, self.key = choice.dropout, stream_key(config.seed, f"dropout/{path}")
         if choice.name == "adalora":
@@ -48,14 +49,14 @@ class Adapted(nn.Module):
             return
         if choice.rslora:
             self.scale = choice.alpha / math.sqrt(choice.rank)
-        words = random_words(stream_key(config.seed, f"{path}.lora_a"), 0, choice.rank * columns, CPU)
+        words = random_words(stream_key(config.seed, f"{path}.lora_a"), 0, rank * columns, CPU)
         drawn = (words.double() / 2**31 - 1) / math.sqrt(columns)
-        self.lora_a = nn.Parameter(drawn.view(choice.rank, columns))
-        self.lora_b = nn.Parameter(torch.zeros(rows, choice.rank, dtype=torch.float64))
+        self.lora_a = nn.Parameter(drawn.view(rank, columns))
+        self.lora_b = nn.Parameter(torch.zeros(rows, rank, dtype=torch.float64))
         if getattr(choice, "init", "kaiming") == "pissa":
             self.become(*principal(linear.weight.detach(), choice.rank, self.scale))
         if taken is not None:
-            self.become(*from_data(linear.weight.detach(), taken, choice, self.scale))
+            self.become(*from_data(linear.weight.detach(), taken, choice, self.scale, rank))
         if choice.name == "lq_lora":
             form, key = forms[path], stream_key(config.seed, f"lq_lora/{path}.weight")
             codes, a, b, _ = lq(linear.weight.detach(), form, choice.rank, self.scale, key, fisher)
@@ -167,11 +168,14 @@ def adapt(model: nn.Module, config: TrainConfig, batch_of: Callable[[int], Micro
     taken = (
         taken_of(model, plain, map(batch_of, range(choice.init_batches)), config.model.frozen_dtype) if looks else {}
     )
+    ranks = ranks_of(taken, choice) if getattr(choice, "init", None) == "eva" else {}
     for path, module in plain.items():
+        if ranks.get(path) == 0:
+            continue
         layer = (
             WithBone(module, choice.rank)
             if choice.name == "bone"
-            else Adapted(module, path, config, forms, taken.get(path), fishers.get(path))
+            else Adapted(module, path, config, forms, taken.get(path), fishers.get(path), ranks.get(path))
         )
         model.set_submodule(path, layer)
     for name, p in model.named_parameters():
@@ -219,12 +223,25 @@ def taken_of(
     return taken
 
 
-def from_data(w: Tensor, taken: list[Tensor], choice: Any, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def ranks_of(taken: dict[str, list[Tensor]], choice: Any) -> dict[str, int]:
+    """EVA's ranks: layers take turns, and each takes the direction that explains most of what is left, until all are given away."""
+    shares = {}
+    for path, some in taken.items():
+        squares = torch.linalg.svdvals(torch.cat(some) - torch.cat(some).mean(0)).square()
+        shares[path] = (squares / squares.sum()).round(decimals=9).tolist()[: round(choice.eva_rho * choice.rank)]
+    ranks = dict.fromkeys(shares, 0)
+    for _ in range(choice.rank * len(shares)):
+        left = {path: own[ranks[path]] for path, own in shares.items() if ranks[path] < len(own)}
+        ranks[max(left, key=left.__getitem__)] += 1
+    return ranks
+
+
+def from_data(w: Tensor, taken: list[Tensor], choice: Any, scale: float, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """(what is left of W, A, B) of EVA and CorDA, as their authors write them."""
     if choice.init == "eva":
         x = torch.cat(taken)
-        a = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[: choice.rank]
-        return w, a * a.gather(1, a.abs().argmax(1, keepdim=True)).sign(), w.new_zeros(len(w), choice.rank)
+        a = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:rank]
+        return w, a * a.gather(1, a.abs().argmax(1, keepdim=True)).sign(), w.new_zeros(len(w), rank)
     covariance = sum((x / x.max().abs()).T @ (x / x.max().abs()) for x in taken if len(x)) / len(taken)
     eye = torch.eye(len(covariance), dtype=torch.float64)
     covariance = covariance + eye * covariance.diagonal().mean() * 0.01

@@ -46,11 +46,11 @@ def resume(
     data: Data,
     built: Assembled,
     rollbacks: Rollbacks,
-    importance: dict[str, Tensor],
+    known: dict[str, Tensor],
 ) -> Begun:
     """Loads the newest sound checkpoint that `config.resume` allows into the states of `built` and the ranges of its keeper; of a run
-    that was rolled back, its own. Where there is none it begins what hangs on whole matrices, or on what layers take (`importance`:
-    see `with_forms_chosen`). Says what was passed over as damaged, where it goes on, what changes, what it was rolled back by, and
+    that was rolled back, its own. Where there is none it begins what hangs on whole matrices, or on what layers take (`known`:
+    see `with_choices_made`). Says what was passed over as damaged, where it goes on, what changes, what it was rolled back by, and
     what there is to say of the keeper."""
     states, keeper = built.states, built.keeper
     told = [keeper.told] if keeper is not None and keeper.told is not None else []
@@ -58,7 +58,7 @@ def resume(
     found = from_rank_0(here, mesh.save_group)
     if not found:
         batches = partial(train_batches, config, mesh, data, 0)
-        if begin_adapter(config, mesh, built.engine, batches, importance) and built.average is not None:
+        if begin_adapter(config, mesh, built.engine, batches, known) and built.average is not None:
             built.average.begin()
         return Begun(TrainState(loss_scale=initial_loss_scale(config.precision)), Recorded(), told)
     checkpoint, manifest, complaints = load_first_sound(found, tensors := states.room(), mesh)

@@ -44,8 +44,9 @@ def state_facts(config: TrainConfig) -> dict[str, Any]:
     facts = _facts("fixed", config, "optim")
     facts["optim.assign"] = facts.pop("optim.assign")  # the last, as in every manifest
     facts |= _facts("fixed", config, "sparsity") | _facts("fixed", config, "adapter")
-    if facts.get("adapter.forms", {}) is None:
-        del facts["adapter.forms"]  # which the checkpoint says
+    for chosen in ("adapter.forms", "adapter.ranks"):
+        if facts.get(chosen, {}) is None:
+            del facts[chosen]  # which the checkpoint says
     if isinstance(config.sparsity, TimedBase):
         # Times that moved with `steps` would change masks that were meant to stay.
         facts["sparsity.start_at"] = config.sparsity.first_step(config.steps)

@@ -19,7 +19,7 @@ from rowwise.parallel.activations.saved import open_stores
 from rowwise.parallel.mesh import Mesh, Workers, make_mesh
 from rowwise.parallel.pipeline import Trace
 from rowwise.parallel.precision import product_precision
-from rowwise.trainer.adapters.begin import with_forms_chosen
+from rowwise.trainer.adapters.begin import with_choices_made
 from rowwise.trainer.asked import asked_of, text_of
 from rowwise.trainer.assemble import Assembled, assemble
 from rowwise.trainer.begin import range_test, resume
@@ -68,10 +68,10 @@ def train(config: TrainConfig, workers: Workers | None = None, command: str | No
     data = require_same_data(opened, mesh)
     require_folder(config, mesh)
     batches = functools.partial(train_batches, config, mesh, data, 0)
-    config, importance = with_forms_chosen(config, mesh, data.train.fingerprint, batches)
+    config, known = with_choices_made(config, mesh, data.train.fingerprint, batches)
     data.watch.share(workers.local_rank, workers.local_world_size)
     with data.watch, StopRequest() as stop, Outlets(command) as outlets:
-        end = _train(config, mesh, data, stop, outlets, [], importance)
+        end = _train(config, mesh, data, stop, outlets, [], known)
         while not isinstance(end, TrainState):
             gc.collect()  # a model and its hooks are in circles, and there is no room for two
             end = _train(config, mesh, data, stop, outlets, end, {})
@@ -82,13 +82,13 @@ def train(config: TrainConfig, workers: Workers | None = None, command: str | No
 
 def _train(
     config: TrainConfig, mesh: Mesh, data: Data, stop: StopRequest, outlets: Outlets, rollbacks: Rollbacks,
-    importance: dict[str, Tensor],
+    known: dict[str, Tensor],
 ) -> TrainState | Rollbacks:  # fmt: skip
     """From where the run stands to its end, or to a spike that it goes back from: what it goes back by is given to the next
-    call, which heeds a `stop` that was asked for meanwhile. `importance`: see `with_forms_chosen`."""
+    call, which heeds a `stop` that was asked for meanwhile. `known`: see `with_choices_made`."""
     built = assemble(config, mesh)
     model, optimizer, states = built.model, built.optimizer, built.states
-    begun = resume(config, mesh, data, built, rollbacks, importance)
+    begun = resume(config, mesh, data, built, rollbacks, known)
     state, first, back, saved = begun.state, begun.state.step, Rollbacks(), dict[str, float]()
     update = update_of(config, mesh, built, state)
     products = float32_products(product_precision(config.precision, mesh.device))

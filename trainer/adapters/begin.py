@@ -12,6 +12,7 @@ all layers before anything changes: until then B is 0, and layers take what they
 there is in its checkpoint.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -28,10 +29,11 @@ from rowwise.kernels.wide import wide_dtype
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank, from_rank_0
 from rowwise.trainer.adapters.bits import FORMS, bits_of, choose, name_of
-from rowwise.trainer.adapters.config import FROM_DATA, OUT_OF_W, Lora, LqLora
+from rowwise.trainer.adapters.config import OUT_OF_W, AdapterConfig, Lora, LqLora
 from rowwise.trainer.adapters.decompose import first_errors, lq, pissa, without
+from rowwise.trainer.adapters.eva import directions_of
 from rowwise.trainer.adapters.fisher import fisher_of
-from rowwise.trainer.adapters.from_data import Batches, Found, found_in_data
+from rowwise.trainer.adapters.from_data import Batches, Part, found_in_data, part_of
 from rowwise.trainer.adapters.initial import Fill
 from rowwise.trainer.adapters.merge import adapter_of
 from rowwise.trainer.adapters.specs import adapted_layers, run_specs
@@ -44,29 +46,55 @@ from rowwise.trainer.parallelize import parameter_dtype
 from rowwise.trainer.resume import find_resume
 
 
-def with_forms_chosen(
+def with_choices_made(
     config: TrainConfig, mesh: Mesh, data_fingerprint: str, batches: Batches
 ) -> tuple[TrainConfig, dict[str, Tensor]]:
-    """Returns the run with the forms of LQ-LoRA's matrices: those of the checkpoint that it goes on from, or those that the integer
-    programme chooses, by the errors of one turn. And, for `begin_adapter`, by what errors count, of this rank's share of the matrices,
-    where the run begins and they do not all alike. `batches`: those of this rank. All ranks call it. Raises ValueError, and
-    Unbegun, on every rank."""
+    """Returns the run with the forms of LQ-LoRA's matrices, or the ranks of EVA's: those of the checkpoint that it goes on from, or
+    those that are chosen. And what `begin_adapter` needs of what was found meanwhile, where the run begins, for this rank's share of
+    the layers: by what errors of LQ-LoRA count, where they do not all alike, and A of EVA. `batches`: those of this rank. All ranks
+    call it. Raises ValueError, and Unbegun, on every rank."""
     adapter = config.adapter
-    if not isinstance(adapter, LqLora) or (adapter.forms is not None and not adapter.fisher):
+    of_lq = isinstance(adapter, LqLora) and (adapter.forms is None or adapter.fisher)
+    if not of_lq and not (isinstance(adapter, Lora) and adapter.init == "eva"):
         return config, {}
-    there = from_rank_0(_forms_there(config, data_fingerprint) if mesh.rank == 0 else None, mesh.save_group)
-    if there is not None:
-        return replace(config, adapter=replace(adapter, forms=there)), {}
-    specs = parameter_specs(config.model)
+    there = from_rank_0(_adapter_there(config, data_fingerprint) if mesh.rank == 0 else None, mesh.save_group)
+    if isinstance(adapter, LqLora):
+        forms, known = (there.forms, {}) if isinstance(there, LqLora) else _forms(config, mesh, batches)
+        return replace(config, adapter=replace(adapter, forms=forms)), known
+    assert isinstance(adapter, Lora)
+    ranks, known = (there.ranks, {}) if isinstance(there, Lora) else _ranks(config, mesh, batches)
+    return replace(config, adapter=replace(adapter, ranks=ranks)), known
+
+
+def _adapter_there(config: TrainConfig, data_fingerprint: str) -> AdapterConfig | None:
+    """That in the newest checkpoint that a run goes on from; None: it begins."""
+    for checkpoint in find_resume(config, data_fingerprint):
+        with contextlib.suppress(ValueError):
+            return adapter_of(read_manifest(checkpoint)["config"])
+    return None
+
+
+def _ranks(config: TrainConfig, mesh: Mesh, batches: Batches) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """The ranks of EVA, and A of this rank's share of the layers."""
+    specs, adapter = parameter_specs(config.model), config.adapter
+    assert isinstance(adapter, Lora)
+    layers = adapted_layers(specs, replace(adapter, ranks=None))
+    return directions_of(config, mesh, batches, {layer: specs[f"{layer}.weight"].shape[1] for layer in layers})
+
+
+def _forms(config: TrainConfig, mesh: Mesh, batches: Batches) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The forms that the integer programme chooses for LQ-LoRA, by the errors of one turn, and by what errors count."""
+    adapter, specs = config.adapter, parameter_specs(config.model)
+    assert isinstance(adapter, LqLora)
     shapes = {layer: specs[f"{layer}.weight"].shape for layer in adapted_layers(specs, adapter)}
     importance = fisher_of(config, mesh, batches, shapes) if adapter.fisher else {}
-    if (forms := adapter.forms) is None:
-        mine = {layer: _errors(config, mesh, layer, importance) for layer in [*shapes][mesh.rank :: mesh.world_size]}
-        everyone = from_every_rank(mine, mesh.save_group)
-        errors = {layer: found for part in everyone for layer, found in part.items()}
-        chosen = _chosen(config, {f"{layer}.weight": errors[layer] for layer in shapes}) if mesh.rank == 0 else {}
-        forms = from_rank_0(chosen, mesh.save_group)
-    return replace(config, adapter=replace(adapter, forms=forms)), importance
+    if adapter.forms is not None:
+        return adapter.forms, importance
+    mine = {layer: _errors(config, mesh, layer, importance) for layer in [*shapes][mesh.rank :: mesh.world_size]}
+    everyone = from_every_rank(mine, mesh.save_group)
+    errors = {layer: found for part in everyone for layer, found in part.items()}
+    chosen = _chosen(config, {f"{layer}.weight": errors[layer] for layer in shapes}) if mesh.rank == 0 else {}
+    return from_rank_0(chosen, mesh.save_group), importance
 
 
 def _errors(config: TrainConfig, mesh: Mesh, layer: str, importance: Mapping[str, Tensor]) -> list[float]:
@@ -74,23 +102,8 @@ def _errors(config: TrainConfig, mesh: Mesh, layer: str, importance: Mapping[str
     adapter, name = config.adapter, f"{layer}.weight"
     assert isinstance(adapter, LqLora)
     w = _whole(config, model_rows(config.model, config.seed), mesh.device, name)
-    return first_errors(w, FORMS, adapter.rank, _key(config, name), _on(mesh.device, importance.get(layer)))
-
-
-def _on(device: torch.device, t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.to(device)
-
-
-def _forms_there(config: TrainConfig, data_fingerprint: str) -> dict[str, str] | None:
-    """The forms in the newest checkpoint that a run goes on from; None: it begins."""
-    for checkpoint in find_resume(config, data_fingerprint):
-        try:
-            adapter = adapter_of(read_manifest(checkpoint)["config"])
-        except ValueError:
-            continue
-        assert isinstance(adapter, LqLora)
-        return adapter.forms
-    return None
+    counts = importance[layer].to(mesh.device) if layer in importance else None
+    return first_errors(w, FORMS, adapter.rank, _key(config, name), counts)
 
 
 def _chosen(config: TrainConfig, errors: Mapping[str, list[float]]) -> dict[str, str]:
@@ -104,29 +117,28 @@ def _chosen(config: TrainConfig, errors: Mapping[str, list[float]]) -> dict[str,
 
 
 @torch.no_grad()
-def begin_adapter(
-    config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batches, importance: dict[str, Tensor]
-) -> bool:
+def begin_adapter(config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batches, known: dict[str, Tensor]) -> bool:
     """Gives what hangs on whole matrices its numbers in the model of `engine`, which has all others; says whether anything does.
-    `batches`: those of this rank; `importance`: see `with_forms_chosen`, from which it is taken. All ranks call it. Raises Unbegun,
-    on every rank."""
-    adapter, specs = config.adapter, run_specs(config)
+    `batches`: those of this rank; `known`: see `with_choices_made`, from which it is taken. All ranks call it. Raises Unbegun, on
+    every rank."""
+    adapter = config.adapter
     if not isinstance(adapter, LqLora) and not (isinstance(adapter, Lora) and adapter.init != "kaiming"):
         return False
-    layers, fill_ = adapted_layers(specs, adapter), model_rows(config.model, config.seed)
-    whole, found = partial(_whole, config, fill_, mesh.device), dict[str, Found]()
-    if isinstance(adapter, Lora) and adapter.init in FROM_DATA:
+    specs, params = run_specs(config), {name: p.detach() for name, p in engine.model.named_parameters()}
+    layers = adapted_layers(specs, replace(adapter, ranks=None) if isinstance(adapter, Lora) else adapter)
+    whole, parts = partial(_whole, config, model_rows(config.model, config.seed), mesh.device), dict[str, Part]()
+    if isinstance(adapter, Lora) and adapter.init == "corda":
         columns = {layer: specs[f"{layer}.weight"].shape[1] for layer in layers}
-        looked_at = whole if adapter.init in OUT_OF_W else partial(_outline, config)
-        found = found_in_data(config, mesh, engine, batches, columns, looked_at)
-    params = {name: p.detach() for name, p in engine.model.named_parameters()}
+        parts = found_in_data(
+            config, mesh, engine, batches, columns, lambda layer, sums: part_of(config, whole(f"{layer}.weight"), sums)
+        )
     for first in range(0, len(layers), mesh.world_size):
         some = layers[first : first + mesh.world_size]
         mine = dict[str, Tensor]()
         if mesh.rank < len(some):
             name = f"{(layer := some[mesh.rank])}.weight"
-            counts = _on(mesh.device, importance.pop(layer, None))
-            mine = _begun(config, name, specs[name], whole, found.pop(layer, None), counts)
+            told = known.pop(layer).to(mesh.device) if layer in known else None
+            mine = _begun(config, name, specs[name], whole, parts.pop(layer, None), told)
         for owner, layer in enumerate(some):
             for key, room in _rooms(config, layer, specs[f"{layer}.weight"], mesh.device):
                 it = mine.pop(key).contiguous() if owner == mesh.rank else room
@@ -137,21 +149,22 @@ def begin_adapter(
 
 
 def _begun(
-    config: TrainConfig, name: str, weight: ParameterSpec, whole: Callable[[str], Tensor], found: Found | None,
-    importance: Tensor | None,
+    config: TrainConfig, name: str, weight: ParameterSpec, whole: Callable[[str], Tensor], part: Part | None,
+    known: Tensor | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """What of the parameters of a layer is not what it would be without an adapter, or at random: whole. `name`: its weight's, which
-    `whole` makes; `found`: its A and B, where they are found in data; `importance`: by which its errors count."""
+    `whole` makes; `part`: the A and B that go out of it, where they are found in data; `known`: see `with_choices_made`."""
     adapter = config.adapter
     if isinstance(adapter, LqLora):
         assert isinstance(weight.kept, RowForm)
-        packed, a, b, _ = lq(whole(name), weight.kept, adapter.rank, adapter.scale, _key(config, name), importance)
+        packed, a, b, _ = lq(whole(name), weight.kept, adapter.rank, adapter.scale, _key(config, name), known)
         return {"weight": packed, "lora_a": a, "lora_b": b}
     assert isinstance(adapter, Lora)
-    if found is not None and adapter.init not in OUT_OF_W:
-        return {"lora_a": found.a}
+    if adapter.init == "eva":
+        assert known is not None
+        return {"lora_a": known}
     w = whole(name)
-    rest, a, b = pissa(w, adapter.rank, adapter.scale) if found is None else without(w, *found, adapter.scale)
+    rest, a, b = pissa(w, adapter.rank, adapter.scale) if part is None else without(w, *part, adapter.scale)
     return {"weight": rest, "lora_a": a, "lora_b": b}
 
 
@@ -161,11 +174,12 @@ def _rooms(
     """(what it is, room for it) of each thing that `_begun` gives and that changes."""
     adapter, dtype = config.adapter, wide_dtype(parameter_dtype(config))
     assert isinstance(adapter, Lora | LqLora)
-    rows, columns = weight.shape
-    yield "lora_a", torch.empty(adapter.rank, columns, dtype=dtype, device=device)
+    (rows, columns), rank = weight.shape, adapter.at(f"{layer}.weight").rank
+    if rank:
+        yield "lora_a", torch.empty(rank, columns, dtype=dtype, device=device)
     if isinstance(adapter, Lora) and adapter.init not in OUT_OF_W:
         return
-    yield "lora_b", torch.empty(rows, adapter.rank, dtype=dtype, device=device)
+    yield "lora_b", torch.empty(rows, rank, dtype=dtype, device=device)
     if isinstance(adapter, LqLora):
         assert isinstance(weight.kept, RowForm)
         yield "weight", torch.empty(rows, weight.kept.row_bytes(columns), dtype=torch.uint8, device=device)
@@ -182,15 +196,10 @@ def _place_(p: Tensor, spec: ParameterSpec, whole: Tensor) -> None:
     rows.copy_(own)
 
 
-def _outline(config: TrainConfig, name: str) -> Tensor:
-    """Shape and dtype of a matrix as the run would begin with it, in 32 bits or more: without numbers."""
-    shape, dtype = parameter_specs(config.model)[name].shape, wide_dtype(parameter_dtype(config))
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def _whole(config: TrainConfig, fill_: Fill, device: torch.device, name: str) -> Tensor:
-    """A matrix as the run would begin with it, by what fills its rows."""
-    w = torch.empty_like(_outline(config, name), device=device)
+    """A matrix as the run would begin with it, by what fills its rows; in 32 bits or more."""
+    shape, dtype = parameter_specs(config.model)[name].shape, wide_dtype(parameter_dtype(config))
+    w = torch.empty(shape, dtype=dtype, device=device)
     fill_(name, w, 0, w.size(0))
     return w
 

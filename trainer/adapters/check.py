@@ -1,6 +1,7 @@
 """What an adapter cannot be for the matrices of a model, and what it does not go with."""
 
 import math
+from dataclasses import replace
 
 from rowwise.conf.refusal import Refusal, Refusals
 from rowwise.kernels.spec import Specs
@@ -8,6 +9,7 @@ from rowwise.optim.build import FROZEN, fold
 from rowwise.trainer.adapters.bits import FORMS, NAMED, bits_of
 from rowwise.trainer.adapters.config import (
     FROM_DATA,
+    OUT_OF_W,
     AdaLora,
     AdapterConfig,
     Bone,
@@ -57,6 +59,22 @@ ADAPTED: Refusals = (
         lambda run: run.adapter.name == "lora" and run.adapter.init != "corda" and _says(run.adapter, "corda_mode"),
         "adapter.corda_mode={adapter.corda_mode} with adapter.init={adapter.init}; give adapter.init=corda, or leave "
         "adapter.corda_mode out",
+    ),
+    Refusal(
+        ("adapter.eva_rho", "adapter.init"),
+        lambda run: run.adapter.name == "lora" and run.adapter.init != "eva" and _says(run.adapter, "eva_rho"),
+        "adapter.eva_rho={adapter.eva_rho} with adapter.init={adapter.init}; give adapter.init=eva, or leave adapter.eva_rho out",
+    ),
+    Refusal(
+        ("adapter.eva_rho",),
+        lambda run: run.adapter.name == "lora" and not 1 <= run.adapter.eva_rho < math.inf,
+        "adapter.eva_rho={adapter.eva_rho}: a matrix has at most so many times adapter.rank, at least 1, which shares nothing out",
+    ),
+    Refusal(
+        ("adapter.ranks", "adapter.init"),
+        lambda run: run.adapter.name == "lora" and run.adapter.init in OUT_OF_W and run.adapter.ranks is not None,
+        "adapter.ranks with adapter.init={adapter.init}, which gives each matrix as much; give adapter.init=eva or kaiming, or "
+        "adapter.ranks=null",
     ),
     Refusal(
         ("adapter.init_batches",),
@@ -145,6 +163,8 @@ def check_adapter(config: AdapterConfig, specs: Specs) -> None:
             )
     if isinstance(config, LowRankBase):
         _check_low_rank(config, specs)
+    if isinstance(config, Lora) and config.ranks is not None:
+        _check_ranks(config, specs)
     if isinstance(config, LoraBase) and config.b_lr_ratio <= 0:
         raise ValueError(f"adapter.b_lr_ratio={config.b_lr_ratio}: it is above 0; 1 is the learning rate of A")
     if isinstance(config, AdaLora):
@@ -175,6 +195,22 @@ def _check_low_rank(config: LowRankBase, specs: Specs) -> None:
         raise ValueError(f"adapter.alpha={config.alpha}: it is above 0 (alpha=rank multiplies by 1)")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"adapter.dropout={config.dropout}: the share that is dropped, at least 0 and below 1")
+
+
+def _check_ranks(config: Lora, specs: Specs) -> None:
+    ranks, plain = config.ranks or {}, replace(config, ranks=None)
+    shapes = {name: spec.shape for name, spec in specs.items() if is_adapted(name, spec, plain)}
+    if apart := sorted(ranks.keys() ^ shapes.keys()):
+        raise ValueError(
+            f"adapter.ranks and adapter.layers say otherwise of {apart[0]}; give each matrix of adapter.layers a rank, or null"
+        )
+    for name, rank in ranks.items():
+        if not 0 <= rank <= shapes[name][1]:
+            raise ValueError(
+                f"adapter.ranks: {name}, {tuple(shapes[name])}, has {rank}; give 0 (it has no adapter) to {shapes[name][1]}"
+            )
+    if not any(ranks.values()):
+        raise ValueError("adapter.ranks: no matrix has any; give one of them 1 or more, or adapter=none")
 
 
 def _check_adalora(config: AdaLora) -> None:

@@ -1,8 +1,8 @@
 """The choices of `adapter`: what learns beside matrices that are frozen, and which of a model's matrices have it."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 import torch
 
@@ -36,6 +36,14 @@ class AdapterBase:
     def added(self, matrix: torch.Size) -> Added:
         """Gives the specs of what stands beside a matrix (rows, columns)."""
         raise NotImplementedError
+
+    def at(self, name: str) -> Self:
+        """Returns the adapter of the matrix of that name alone, which may be of a rank of its own."""
+        return self
+
+    def leaves_out(self, name: str) -> bool:
+        """Says whether a matrix that `layers` matches has no adapter all the same."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +97,29 @@ class Lora(LoadedBase):
     goes out of W (`pissa`: Meng et al., *PiSSA*), A as the directions in which what the layer takes varies most (`eva`: Paischer et
     al., *EVA*), or both as the part of W that matters for what it takes, or does not, which goes out of W (`corda`: Yang et al.,
     *CorDA*). `init_batches`: the first global batches of the run, in which eva and corda see what layers take. `corda_mode`: the
-    part that matters most learns (`instruction`), or that which matters least, so that what the model knows stays (`knowledge`)."""
+    part that matters most learns (`instruction`), or that which matters least, so that what the model knows stays (`knowledge`).
+    `eva_rho`: a matrix has at most so many times `rank`: eva gives more to those whose layers take what varies most in few
+    directions, less or none to others, and as much to all together (1: as much to each). `ranks`: what it gave to each; null: it is
+    asked before the first step."""
 
     name: Fixed[Literal["lora"]] = "lora"
     init: Fixed[Init] = "kaiming"
     init_batches: Fixed[int] = 8
     corda_mode: Fixed[Mode] = "instruction"
+    eva_rho: Fixed[float] = 2.0
+    ranks: Fixed[dict[str, int] | None] = None
+
+    def at(self, name: str) -> Self:
+        """Returns the adapter of the matrix of that name alone. Its scale is that of all: `alpha` grows as the rank does."""
+        rank = self.rank if self.ranks is None else self.ranks[name]
+        if rank == self.rank:
+            return self
+        share = rank / self.rank
+        return replace(self, rank=rank, alpha=self.alpha * (math.sqrt(share) if self.rslora else share), ranks=None)
+
+    def leaves_out(self, name: str) -> bool:
+        """Says whether it gave nothing to the matrix of that name."""
+        return self.ranks is not None and self.ranks.get(name) == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from rowwise.kernels.philox import stream_key
 from rowwise.kernels.spec import Specs
 from rowwise.parallel.activations.compress import Tokens
 from rowwise.trainer.adapters.bone import BoneLinear
-from rowwise.trainer.adapters.config import AdaLora, AdapterConfig, Bone, Dora, Lora, LowRankBase, LqLora
+from rowwise.trainer.adapters.config import AdaLora, AdapterConfig, Bone, Dora, Lora, LowRankBase, LqLora, NoAdapter
 from rowwise.trainer.adapters.dropout import Dropout
 from rowwise.trainer.adapters.lora import AdaLoraLinear, DoraLinear, LoraLinear
 from rowwise.trainer.adapters.specs import adapted_layers
@@ -28,8 +28,8 @@ def adapt(model: Decoder, adapter: AdapterConfig, specs: Specs, seed: int, token
     modules = dict(model.named_modules())
     for path in adapted_layers(specs, adapter):
         if (layer := modules.get(path)) is not None:  # it may be another stage's
-            assert type(layer) is nn.Linear
-            adapted = LAYERS[type(adapter)](layer, adapter)
+            assert type(layer) is nn.Linear and not isinstance(adapter, NoAdapter)
+            adapted = LAYERS[type(adapter)](layer, adapter.at(f"{path}.weight"))
             if isinstance(adapted, LoraLinear):
                 adapted.dropout = dropout_of(path, adapter, seed, tokens)
             model.set_submodule(path, adapted)

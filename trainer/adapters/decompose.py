@@ -67,26 +67,43 @@ def _inverted(c: Tensor) -> tuple[Tensor, Tensor]:
         damping *= 2
 
 
-def eva(w: Tensor, count: float, total: Tensor, squares: Tensor, rank: int) -> Parts:
-    """Takes the `rank` directions in which what a layer takes varies most: `count` inputs x (n,), whose sum is `total` (n,) and whose
-    sum of x x^T is `squares` (n, n). B is 0. Raises ValueError where it varies in fewer."""
-    w = wide(w)
-    return Parts(
-        w, principal(count, total, squares, rank, torch.finfo(w.dtype).eps).to(w.dtype), w.new_zeros(w.size(0), rank)
-    )
+class Principal(NamedTuple):
+    """What a layer takes for so many `tokens`: the `shares` of its variance along its principal components, the largest first, and
+    these components, `rows` (k, n)."""
+
+    tokens: float
+    shares: Tensor
+    rows: Tensor
 
 
-def principal(count: float, total: Tensor, squares: Tensor, rank: int, eps: float) -> Tensor:
-    """Returns the principal components (rank, n) of what `eva` is told of, whose numbers are known to a share of `eps`. Raises
-    ValueError where there are fewer."""
+def principal(sums: Tensor, most: int, dtype: torch.dtype) -> Principal:
+    """Returns the first principal components of what a layer takes, `most` or as many as there are, on the host. `sums`
+    (n + 1, n + 1): of [x, 1]^T [x, 1] over tokens' x (n,), whose numbers are known as well as `dtype` tells. Raises ValueError where
+    there is nothing."""
+    count, total, squares = sums[-1, -1].item(), sums[-1, :-1], sums[:-1, :-1]
     if not (count > 0 and squares.isfinite().all()):
         raise ValueError("it takes nothing, or what is not finite")
     mean = wide(total) / count
     values, vectors = torch.linalg.eigh(wide(squares) - count * torch.outer(mean, mean))
-    if (found := int((values > len(values) * eps * values[-1]).sum())) < rank:
-        raise ValueError(f"what it takes for {count:.0f} tokens varies in {found} directions, and adapter.rank={rank}")
-    directions = vectors.flip(1)[:, :rank].T
-    return directions * signs_of(directions)
+    there = int((values > len(values) * torch.finfo(dtype).eps * values[-1]).sum())
+    rows = vectors.flip(1)[:, : min(most, there)].T
+    shares = values.flip(0)[: len(rows)] / values.clamp(min=0).sum()
+    return Principal(count, shares.cpu(), (rows * signs_of(rows)).to("cpu", dtype))
+
+
+def shared_out(shares: Sequence[Tensor], rank: int, most: int) -> list[int]:
+    """Returns the rank of each layer: of the directions in which layers take what varies, those of the largest shares, `rank` for each
+    layer on the mean, and of one layer at most `most`. `shares`: of a layer's variance, direction by direction, the largest first; as
+    much in two layers, as where these take the same, goes to the one before."""
+    # To 2^-20: what is the same has been added up in other orders.
+    told = [(share, layer) for layer, own in enumerate(shares) for share in _coarse(own[:most])]
+    chosen = sorted(told, key=lambda one: (-one[0], one[1]))[: rank * len(shares)]
+    return [sum(layer == of for _, of in chosen) for layer in range(len(shares))]
+
+
+def _coarse(numbers: Tensor) -> list[float]:
+    mantissas, exponents = torch.frexp(numbers.double())
+    return torch.ldexp((mantissas * 2**20).round(), exponents).tolist()
 
 
 def signs_of(rows: Tensor) -> Tensor:

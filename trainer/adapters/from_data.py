@@ -1,15 +1,15 @@
-"""What adapters begin with that hangs on what layers take: A and B of `adapter.init=eva` and `corda`."""
+"""What adapters begin with that hangs on what layers take in the first batches of a run: found layer by layer, each by one rank."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
 from rowwise.trainer.adapters.config import Lora, Mode
-from rowwise.trainer.adapters.decompose import corda, eva
+from rowwise.trainer.adapters.decompose import corda
 from rowwise.trainer.adapters.inputs import in_passes, sums_of
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import MicroBatch
@@ -17,13 +17,14 @@ from rowwise.trainer.engine import Engine
 
 Batches = Callable[[], Iterator[list[MicroBatch]]]  # of this rank, step by step from the first
 PARTS: dict[Mode, Literal["most", "least"]] = {"instruction": "most", "knowledge": "least"}
+Found = TypeVar("Found")
 
 
 class Unbegun(ValueError):
     """The data does not say what an adapter begins with."""
 
 
-class Found(NamedTuple):
+class Part(NamedTuple):
     """A (r, n) and B (m, r) of a layer."""
 
     a: Tensor
@@ -31,15 +32,16 @@ class Found(NamedTuple):
 
 
 def found_in_data(
-    config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batches, columns: dict[str, int], whole: Callable[[str], Tensor]
+    config: TrainConfig, mesh: Mesh, engine: Engine, batches: Batches, columns: Mapping[str, int],
+    find: Callable[[str, Tensor], Found],
 ) -> dict[str, Found]:  # fmt: skip
-    """Returns A and B of every `mesh.world_size`-th layer, from that of the rank's number on. `columns`: how many numbers each layer
-    takes for a token; `whole`: makes a weight by its name, of which EVA needs shape and dtype alone. All ranks call it. Raises
-    Unbegun, on every rank."""
+    """Returns what `find` finds in the sums (`inputs`) of every `mesh.world_size`-th layer, from that of the rank's number on; it is
+    given the layer and its sums, and may raise ValueError. `columns`: how many numbers each layer takes for a token. All ranks call
+    it. Raises Unbegun, on every rank."""
     adapter = config.adapter
     assert isinstance(adapter, Lora)
     owners = {layer: number % mesh.world_size for number, layer in enumerate(columns)}
-    found, complaints, sequences = dict[str, Found](), list[str](), adapter.init_batches * config.batch.global_size
+    found, complaints = dict[str, Found](), list[str]()
     for some in in_passes({layer: 8 * (n + 1) ** 2 for layer, n in columns.items()}):
         first = chain.from_iterable(islice(batches(), adapter.init_batches))
         sums = sums_of(
@@ -48,22 +50,21 @@ def found_in_data(
         )  # fmt: skip
         for layer in [*sums]:
             try:
-                found[layer] = _of_sums(adapter, whole(f"{layer}.weight"), sums.pop(layer), sequences)
+                found[layer] = find(layer, sums.pop(layer))
             except ValueError as refusal:
                 complaints.append(f"{layer}: {refusal}")
     require_none(complaints, mesh, f"adapter.init={adapter.init}", adapter.init_batches, "adapter.init=kaiming")
     return found
 
 
-def _of_sums(adapter: Lora, w: Tensor, sums: Tensor, sequences: int) -> Found:
-    """A and B of a layer with the weight w (m, n), whose sums (n + 1, n + 1) are over so many sequences. CorDA has the mean over
-    sequences: its size says how much of a singular value is A's, and how much B's."""
-    squares = sums[:-1, :-1]
-    if adapter.init == "eva":
-        _, a, b = eva(w, sums[-1, -1].item(), sums[-1, :-1], squares, adapter.rank)
-    else:
-        _, a, b = corda(w, squares / sequences, adapter.rank, adapter.scale, PARTS[adapter.corda_mode])
-    return Found(a, b)
+def part_of(config: TrainConfig, w: Tensor, sums: Tensor) -> Part:
+    """Returns CorDA's A and B of a layer with the weight w (m, n), of the mean of its sums over sequences, whose size says how much of
+    a singular value is A's, and how much B's. Raises ValueError where there is none."""
+    adapter = config.adapter
+    assert isinstance(adapter, Lora)
+    mean = sums[:-1, :-1] / (adapter.init_batches * config.batch.global_size)
+    _, a, b = corda(w, mean, adapter.rank, adapter.scale, PARTS[adapter.corda_mode])
+    return Part(a, b)
 
 
 def require_none(complaints: Sequence[str], mesh: Mesh, what: str, batches: int, instead: str) -> None:

@@ -44,7 +44,7 @@ def merged(adapter: AdapterConfig, specs: Specs, dtype: torch.dtype, read_: Read
 def merged_matrix(adapter: AdapterConfig, name: str, shape: torch.Size, dtype: torch.dtype, read_: Read) -> Tensor:
     """Returns the matrix that the layer of the weight `name` stands for, in 32 bits or more."""
     assert isinstance(adapter, LowRankBase | Bone)
-    layer = name.removesuffix(".weight")
+    adapter, layer = adapter.at(name), name.removesuffix(".weight")
     parts = {"weight": shape} | {key: spec.shape for key, spec in adapter.added(shape).items()}
     held = {key: torch.empty(size, dtype=wide_dtype(dtype)) for key, size in parts.items()}
     read_({f"{layer}.{key}": t for key, t in held.items()})

@@ -34,8 +34,8 @@ THEIRS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lo
 LowRank = Lora | Dora
 # What must be so in a folder: another would compute otherwise.
 PLAIN: Mapping[str, Any] = {
-    "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False,
-    "layer_replication": None, "trainable_token_indices": None, "exclude_modules": None, "target_parameters": None,
+    "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "layer_replication": None,
+    "trainable_token_indices": None, "exclude_modules": None, "target_parameters": None,
 }  # fmt: skip
 # What begins as a part that goes out of W.
 TAKEN_OUT = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -75,6 +75,11 @@ def check_adapter_source(adapter: AdapterConfig, specs: Specs) -> None:
             if said.get(key, False) != value:
                 what = f"adapter.{keys[key]}={value}" if key in keys else f"adapter={adapter.name}"
                 raise ValueError(f"its {CONFIG} has {key}={said.get(key)!r}, and the run {what}")
+        for key, pattern in _patterns(adapter, specs).items():
+            if (said.get(key) or {}) != pattern:
+                raise ValueError(
+                    f"its {CONFIG} has {key}={said.get(key)!r}, and the run, by adapter.ranks, {pattern!r}"
+                )
         if (began := str(said.get("init_lora_weights"))).startswith(TAKEN_OUT):
             raise ValueError(
                 f"its {CONFIG} has init_lora_weights={began!r}, so that it stands beside what is left of the matrices: convert it "
@@ -168,8 +173,20 @@ def their_adapter_config(adapter: LowRank, specs: Specs) -> dict[str, Any]:
         "use_rslora": adapter.rslora,
         "use_dora": isinstance(adapter, Dora),
         "init_lora_weights": True,
+        **_patterns(adapter, specs),
         "target_modules": [_their_layer(layer, specs) for layer in adapted_layers(specs, adapter)],
         "modules_to_save": [*(_their_layer(name.rpartition(".")[0], specs) for name in trained), *copies] or None,
+    }
+
+
+def _patterns(adapter: LowRank, specs: Specs) -> dict[str, dict[str, Any]]:
+    """What of the layers with a rank of their own the folder says, by their names."""
+    layers = adapted_layers(specs, adapter)
+    own = {_their_layer(layer, specs): adapter.at(f"{layer}.weight") for layer in layers}
+    others = {layer: one for layer, one in own.items() if one.rank != adapter.rank}
+    return {
+        "rank_pattern": {layer: one.rank for layer, one in others.items()},
+        "alpha_pattern": {layer: one.alpha for layer, one in others.items()},
     }
 
 

@@ -79,7 +79,7 @@ def with_adapter(specs: Specs, adapter: AdapterConfig) -> Specs:
         found |= {name: replace(spec, frozen=not trained(name)) for name, spec in members.items()}
         weight = f"{layer}.weight"
         if weight in members and is_adapted(weight, members[weight], adapter):
-            found |= {f"{layer}.{name}": spec for name, spec in adapter.added(members[weight].shape).items()}
+            found |= {f"{layer}.{name}": spec for name, spec in adapter.at(weight).added(members[weight].shape).items()}
     return found
 
 
@@ -92,7 +92,7 @@ def is_adapted(name: str, spec: ParameterSpec, adapter: NoAdapter | AdapterBase)
     """Says whether a parameter is a matrix that the adapter stands beside."""
     if isinstance(adapter, NoAdapter) or spec.role != "hidden":
         return False
-    return name.endswith(".weight") and matching(adapter.layers)(name)
+    return name.endswith(".weight") and matching(adapter.layers)(name) and not adapter.leaves_out(name)
 
 
 def is_added(name: str) -> bool:

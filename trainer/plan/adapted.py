@@ -15,6 +15,7 @@ from rowwise.kernels.spec import Specs
 from rowwise.parallel.activations.results import INPUT, BackwardPiece, LayerResults, LayerWork, Result
 from rowwise.parallel.precision import compute_dtype
 from rowwise.trainer.activations import tokens_of
+from rowwise.trainer.adapters.config import NoAdapter
 from rowwise.trainer.adapters.specs import adapted_layers, is_added
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.plan.layer import ALL, Kept, Moment, reads
@@ -63,14 +64,15 @@ class Adapted:
 
 def form_of(config: TrainConfig, piece: Specs, work: LayerWork, begins: bool) -> LayerForm:
     """Reads what the matrices of a layer are, whose parameters are a piece. `begins`: nothing before it learns."""
-    adapted = set(adapted_layers(piece, config.adapter))
+    adapter, adapted = config.adapter, set(adapted_layers(piece, config.adapter))
     modules = {path_in_layer(name): (name, spec) for name, spec in piece.items() if spec.role == "hidden"}
 
     def linear(path: str) -> LinearForm:
         name, spec = modules[path]
         layer, (rows, columns) = module_of(name), spec.shape
         bias = any(module_of(one) == layer and one != name and not is_added(one) for one in piece)
-        return LinearForm(rows, columns, bias, not spec.frozen, spec.kept, layer in adapted)
+        rank = 0 if isinstance(adapter, NoAdapter) or layer not in adapted else adapter.at(name).rank
+        return LinearForm(rows, columns, bias, not spec.frozen, spec.kept, rank)
 
     linears = tuple(tuple(map(linear, one.linears)) for one in work.backward)
     return LayerForm(linears, first_learning(piece, work) if begins else None)
@@ -126,7 +128,7 @@ def _held(
         return None
     sequences = config.batch.micro_size
     given = Given(sequences, tokens_of(config) // sequences, compute_dtype(config.precision), learns, stays)
-    bare = tuple(replace(form, learns=False, kept=None, adapted=False) for form in forms)
+    bare = tuple(replace(form, learns=False, kept=None, rank=0) for form in forms)
     return held_by(forms, config.adapter, given, split, gpu), held_by(
         bare, config.adapter, replace(given, learns=True, stays=True)
     )

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from rowwise.kernels.torch_dispatch import Births
 from rowwise.parallel.activations.compress import Tokens
 from rowwise.parallel.activations.saved import begin_sequences
 from rowwise.parallel.defer import WeightGradients, deferred
-from rowwise.trainer.adapters.config import AdapterConfig, LoraBase
+from rowwise.trainer.adapters.config import AdapterConfig, LoraBase, NoAdapter
 from rowwise.trainer.adapters.convert import LAYERS
 from rowwise.trainer.adapters.dropout import PORTION, Dropout
 from rowwise.trainer.adapters.frozen import FrozenLinear
@@ -32,19 +32,19 @@ _known: dict[Any, "Held"] = {}  # of what was computed with
 @dataclass(frozen=True)
 class LinearForm:
     """A linear layer: its weight (rows, columns), which `learns` or is `kept` as codes or in another dtype (None: in that of
-    computation), whether it has a `bias`, and whether it has the run's adapter beside it."""
+    computation), whether it has a `bias`, and the `rank` of the run's adapter beside it (0: it has none)."""
 
     rows: int
     columns: int
     bias: bool
     learns: bool
     kept: RowForm | torch.dtype | None
-    adapted: bool
+    rank: int
 
     @property
     def is_plain(self) -> bool:
         """Says whether it learns by itself."""
-        return self.learns and not self.adapted
+        return self.learns and not self.rank
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,10 @@ def held_by(
 def _layer(form: LinearForm, adapter: AdapterConfig, given: Given, gpu: bool) -> nn.Linear:
     linear = nn.Linear(form.columns, form.rows, form.bias, device=META, dtype=given.dtype)
     linear.requires_grad_(form.learns)
-    if form.adapted:
-        linear = LAYERS[type(adapter)](linear, adapter)
+    if form.rank:
+        assert not isinstance(adapter, NoAdapter)
+        own = adapter if form.rank == adapter.rank else replace(adapter, rank=form.rank)
+        linear = LAYERS[type(adapter)](linear, own)
         if isinstance(linear, LoraLinear) and isinstance(adapter, LoraBase) and adapter.dropout:
             places = torch.arange(given.tokens, device=META)
             linear.dropout = _TwoPortions(adapter.dropout, 0, Tokens(given.tokens, places, places))
