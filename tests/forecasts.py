@@ -60,10 +60,16 @@ FORMS = (  # of layers: those of families
     ("model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true"),
 )
 
+RANKS = ",".join(
+    f"blocks.{n}.{what}.weight:{(5 * n + i) % 11}"
+    for n in range(4)
+    for i, what in enumerate(("attention.wq", "feed_forward.w2"))
+)
 FROZEN = (  # what of a model does not learn, and what does beside it
     ("adapter=lora", "adapter.rank=16"),
     ("adapter=lora", "adapter.rank=16", "adapter.dropout=0.1"),
     ("adapter=lora", 'adapter.layers=["*.attention.*"]', "adapter.train=[head.weight]"),
+    ("adapter=lora", "adapter.rank=8", 'adapter.layers=["*.wq.*", "*.w2.*"]', f"adapter.ranks={{{RANKS}}}"),
     ("adapter=dora", "adapter.rank=8"),
     ("adapter=dora", "adapter.rank=8", "adapter.dropout=0.1"),
     ("adapter=bone", "adapter.rank=24"),

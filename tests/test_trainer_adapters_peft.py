@@ -17,7 +17,14 @@ from rowwise.trainer.adapters.allocate import Allocation
 from rowwise.trainer.adapters.config import AdaLora, Dora, Lora
 from rowwise.trainer.adapters.convert import adapt
 from rowwise.trainer.adapters.initial import with_adapter_rows
-from rowwise.trainer.adapters.peft import WEIGHTS, check_adapter_source, name_in_folder, write_adapter
+from rowwise.trainer.adapters.peft import (
+    CONFIG,
+    WEIGHTS,
+    check_adapter_source,
+    name_in_folder,
+    with_ranks_of_folder,
+    write_adapter,
+)
 from rowwise.trainer.adapters.specs import with_adapter
 from rowwise.trainer.models.decoder import Decoder, parameter_specs
 from rowwise.trainer.models.huggingface import rows_from
@@ -72,7 +79,10 @@ def peft_model(case: str, adapter: Lora | Dora):
 def our_model(folder, base, case: str, adapter: Lora | Dora) -> Decoder:
     """Ours, of PEFT's folder and transformers'."""
     specs: Specs = parameter_specs(CASES[case])
-    adapter = replace(adapter, init_from=str(folder))
+    given, adapter = adapter, replace(adapter, init_from=str(folder))
+    if isinstance(adapter, Lora):  # its ranks are read in the folder
+        adapter = with_ranks_of_folder(replace(adapter, ranks=None), specs)
+        assert isinstance(adapter, Lora) and isinstance(given, Lora) and adapter.ranks == given.ranks
     check_adapter_source(adapter, specs)
     model = adapt(Decoder(CASES[case]), adapter, with_adapter(specs, adapter), 0, Tokens(9, *[torch.arange(9)] * 2))
     fill_ = with_adapter_rows(rows_from(base, specs), no_draw, with_adapter(specs, adapter), adapter)
@@ -80,6 +90,18 @@ def our_model(folder, base, case: str, adapter: Lora | Dora) -> Decoder:
         for name, p in model.named_parameters():
             fill_(name, p, 0, p.size(0))
     return model
+
+
+@pytest.mark.parametrize(("key", "pattern"), [("alpha_pattern", {}), ("rank_pattern", {"q_proj": 7})])
+def test_a_folder_that_multiplies_otherwise_is_refused(tmp_path, key, pattern):
+    adapter, specs = ADAPTERS["ranks of their own"], parameter_specs(CASES["llama"])
+    peft_model("llama", adapter).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(said | {key: pattern}))
+    with pytest.raises(
+        ValueError, match=r"gives model.layers.0.self_attn.\w_proj rank \d and lora_alpha \d.*, and the run rank \d"
+    ):
+        check_adapter_source(replace(adapter, init_from=str(tmp_path)), specs)
 
 
 def no_draw(*given):

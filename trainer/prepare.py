@@ -9,7 +9,7 @@ import torch
 
 from rowwise.parallel.mesh import pick_device
 from rowwise.trainer.accelerate.require import check_engine, check_engine_here
-from rowwise.trainer.adapters.peft import check_adapter_source
+from rowwise.trainer.adapters.peft import check_adapter_source, with_ranks_of_folder
 from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import batch_bytes
@@ -70,7 +70,9 @@ def examine(config: TrainConfig, world_size: int, here: bool = True) -> TrainCon
         )
     if config.model.init_from is not None:
         check_source(Path(config.model.init_from).expanduser(), config.model)
-    check_adapter_source(config.adapter, parameter_specs(config.model))
+    adapter = with_ranks_of_folder(config.adapter, parameter_specs(config.model))
+    check_adapter_source(adapter, parameter_specs(config.model))
+    config = replace(config, adapter=adapter)
     refuse_other_steps(config, find_resume(config, data.train.fingerprint), data.train.fingerprint)
     if here:
         require_fit(config, own_device())

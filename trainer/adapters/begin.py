@@ -55,13 +55,15 @@ def with_choices_made(
     call it. Raises ValueError, and Unbegun, on every rank."""
     adapter = config.adapter
     of_lq = isinstance(adapter, LqLora) and (adapter.forms is None or adapter.fisher)
-    if not of_lq and not (isinstance(adapter, Lora) and adapter.init == "eva"):
+    if not of_lq and not (isinstance(adapter, Lora) and (adapter.init == "eva" or adapter.ranks is None)):
         return config, {}
     there = from_rank_0(_adapter_there(config, data_fingerprint) if mesh.rank == 0 else None, mesh.save_group)
     if isinstance(adapter, LqLora):
         forms, known = (there.forms, {}) if isinstance(there, LqLora) else _forms(config, mesh, batches)
         return replace(config, adapter=replace(adapter, forms=forms)), known
     assert isinstance(adapter, Lora)
+    if there is None and adapter.init != "eva":
+        return config, {}
     ranks, known = (there.ranks, {}) if isinstance(there, Lora) else _ranks(config, mesh, batches)
     return replace(config, adapter=replace(adapter, ranks=ranks)), known
 

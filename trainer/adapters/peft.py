@@ -11,8 +11,10 @@ Rows of ours are rows of theirs, so that loading reads just those of a shard.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,17 +77,48 @@ def check_adapter_source(adapter: AdapterConfig, specs: Specs) -> None:
             if said.get(key, False) != value:
                 what = f"adapter.{keys[key]}={value}" if key in keys else f"adapter={adapter.name}"
                 raise ValueError(f"its {CONFIG} has {key}={said.get(key)!r}, and the run {what}")
-        for key, pattern in _patterns(adapter, specs).items():
-            if (said.get(key) or {}) != pattern:
-                raise ValueError(
-                    f"its {CONFIG} has {key}={said.get(key)!r}, and the run, by adapter.ranks, {pattern!r}"
-                )
+        _check_patterns(said, adapter, specs)
         if (began := str(said.get("init_lora_weights"))).startswith(TAKEN_OUT):
             raise ValueError(
                 f"its {CONFIG} has init_lora_weights={began!r}, so that it stands beside what is left of the matrices: convert it "
                 "first (PEFT's save_pretrained, path_initial_model_for_weight_conversion)"
             )
         _check_tensors(folder, adapter, specs)
+
+
+def with_ranks_of_folder(adapter: AdapterConfig, specs: Specs) -> AdapterConfig:
+    """Returns the adapter with the ranks that its matrices have in the folder to start from, where that says that they are not all
+    the same and the run does not say which; a matrix that has none there has none here. Reads headers. Raises ValueError."""
+    if not isinstance(adapter, Lora) or adapter.init_from is None or adapter.ranks is not None:
+        return adapter
+    folder = Path(adapter.init_from).expanduser()
+    with _refusing(folder):
+        if not read_object(folder / CONFIG).get("rank_pattern"):
+            return adapter
+        with opened(folder / WEIGHTS) as file:
+            names = {layer: name_in_folder(f"{layer}.lora_a", specs) for layer in adapted_layers(specs, adapter)}
+            there = set(file.keys())
+            ranks = {
+                f"{layer}.weight": int(file.get_slice(name).get_shape()[0]) if name in there else 0
+                for layer, name in names.items()
+            }
+    return replace(adapter, ranks=ranks)
+
+
+def _check_patterns(said: Mapping[str, Any], adapter: LowRank, specs: Specs) -> None:
+    """Refuses a folder in which a layer has another rank, or is multiplied by another number, than in the run. Its patterns are taken
+    as the ends of names: a stranger's regular expressions are not run."""
+    for layer in adapted_layers(specs, adapter):
+        own, name = adapter.at(f"{layer}.weight"), _their_layer(layer, specs)
+        rank, alpha = (
+            next((value for key, value in (said.get(pattern) or {}).items() if f".{name}".endswith(f".{key}")), usual)
+            for pattern, usual in (("rank_pattern", adapter.rank), ("alpha_pattern", adapter.alpha))
+        )
+        if rank != own.rank or not math.isclose(alpha, own.alpha, rel_tol=1e-6):
+            raise ValueError(
+                f"its {CONFIG} gives {name} rank {rank} and lora_alpha {alpha}, and the run rank {own.rank} and {own.alpha}: a layer "
+                "with a rank of its own (adapter.ranks) is multiplied by as much as all"
+            )
 
 
 @contextmanager

@@ -133,13 +133,14 @@ def _compute(layers: Sequence[nn.Linear], columns: int, given: Given, split: boo
     outputs, needs = sum(y.nbytes for y in made), storage() is not None
     kept = watch.now - outputs - size * needs
     forward = watch.most - kept - size
-    gradients = [torch.empty_like(y) for y in made]
+    returning = [y for y in made if y.requires_grad]
+    gradients = [torch.empty_like(y) for y in returning]
     watch.begin_backward()
     with watch:
-        torch.autograd.backward(made, gradients)
+        torch.autograd.backward(returning, gradients)
     backward = watch.most - outputs - kept - size * needs
     leaf.grad = None
-    del made, stays
+    del made, returning, stays
     rest, new = watch.left()
     waits = storage() is not None
     return Held(kept, needs, forward, backward, rest - size * waits, new, waits)
