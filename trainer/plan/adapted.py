@@ -51,15 +51,13 @@ class Extra:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A layer as it is: its results, its work, and what there is beside each piece of its backward. `forward`: bytes at most, when it
-    makes the last of what it gives; `attending`: with all results up to what attention gives, when that is made (0: no more than is
-    known)."""
+    """A layer as it is: its results, its work, and what there is beside each piece of its backward. `most`: bytes at most in its
+    forward, with the results that there are then, where products and attention take more than its work knows (0: they do not)."""
 
     table: LayerResults
     work: LayerWork
     extras: tuple[Extra, ...]
-    forward: int
-    attending: int = 0
+    most: int = 0
 
 
 def form_of(config: TrainConfig, piece: Specs, work: LayerWork, begins: bool) -> LayerForm:
@@ -101,8 +99,9 @@ def adapt(
 ) -> Adapted:
     """Tells what a layer of this form makes and holds, by what one does whose parameters learn."""
     if form.is_plain:
-        return Adapted(table, work, tuple(Extra() for _ in work.backward), 0)
+        return Adapted(table, work, tuple(Extra() for _ in work.backward))
     pieces = work.backward if form.first is None else work.backward[: form.first + 1]
+    given_to = [piece.needs[0] for piece in pieces]
     needed = [name for piece in pieces for name in piece.needs]
     held = [
         _held(config, form.linears[n], n != form.first, any(needed.count(name) > 1 for name in piece.needs), split, gpu)
@@ -111,13 +110,22 @@ def adapt(
     pieces = tuple(_piece(piece, one) for piece, one in zip(pieces, held, strict=True))
     extras = tuple(Extra() if one is None else _extra(*one) for one in held)
     work = replace(work, backward=pieces)
-    ends = next((n for n, one in enumerate(held) if one is not None), None)
-    forward = 0
-    if ends is not None and (one := held[ends]) is not None:
-        forms = form.linears[ends]
-        given = 0 if one[0].needs_input else forms[0].columns * tokens_of(config) * kept.width
-        forward = given + max(one[0].forward, 2 * forms[0].rows * tokens_of(config) * kept.width)
-    return Adapted(_read(table, kept, work), work, extras, forward)
+    read, tokens = frozenset(reads(table, kept, work)), tokens_of(config)
+    most = [
+        _there(table, read, given, kept.width) * tokens + max(one[0].forward, 2 * forms[0].rows * kept.width * tokens)
+        for one, forms, given in zip(held, form.linears, given_to, strict=False)
+        if one is not None
+    ]
+    return Adapted(_left(table, read), work, extras, max(most, default=0))
+
+
+def _there(table: LayerResults, read: frozenset[str], given: str, width: int) -> int:
+    """Counts the bytes a token of what is there when a layer computes with the result `given`: it, and those before it that are read
+    in the backward or taken by those after it."""
+    names = [INPUT, *(result.name for result in table.results)]
+    before, after = table.results[: names.index(given)], table.results[names.index(given) :]
+    taken = {given, *(name for result in after for name in result.of)}
+    return _left(LayerResults(table.input, before), read | taken).bytes_kept(table.names, width)
 
 
 def _held(
@@ -147,14 +155,13 @@ def _extra(one: Held, bare: Held) -> Extra:
     return Extra(one.kept, one.backward - one.later - bare.backward, one.rest, one.later)
 
 
-def _read(table: LayerResults, kept: Kept, work: LayerWork) -> LayerResults:
-    """The results of which something is left that reads them, to make others again too."""
-    read = reads(table, kept, work).keys()
+def _left(table: LayerResults, names: frozenset[str]) -> LayerResults:
+    """The results of which these are left, and of the others what is fixed."""
 
-    def as_read(result: Result) -> Result:
-        return result if result.name in read else replace(result, numbers=0, fixed=0)
+    def as_left(result: Result) -> Result:
+        return result if result.name in names else replace(result, numbers=0, fixed=0)
 
-    return LayerResults(table.input if INPUT in read else 0, tuple(map(as_read, table.results)))
+    return LayerResults(table.input if INPUT in names else 0, tuple(map(as_left, table.results)))
 
 
 def with_extras(backward: Sequence[Moment], extras: Sequence[Extra]) -> tuple[Moment, ...]:

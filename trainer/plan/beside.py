@@ -57,15 +57,17 @@ def read_bytes(config: TrainConfig, groups: Iterable[Group]) -> int:
 
 def step_bytes(config: TrainConfig, portions: Iterable[Portion], gpu: bool) -> int:
     """Counts what of a step is in the host's memory beside what waits there: of three portions, one that comes, one that is changed
-    and one that goes back, what is in files or on a GPU (`optim.home`)."""
+    and one that goes back, what is in files or on a GPU (`optim.home`). What is read from a file begins with a block of memory, and
+    is whole blocks."""
     memory, width = config.memory, widths_of(config).parameter
     if memory.offload_states == "none":
         return 0
     crosses = gpu and memory.offload_params == "none"
     rows = width * ((is_folder(memory.offload_params) or crosses) + (is_folder(memory.offload_gradients) or crosses))
     states = is_folder(memory.offload_states)
+    away = is_folder(memory.offload_params) + is_folder(memory.offload_gradients)
     sizes = [
-        one.states * states + one.numbers * rows + 4 * BLOCK * len(one.entries) * (states or rows > 0)
+        one.states * states + one.numbers * rows + 2 * BLOCK * (one.tensors * states + len(one.entries) * away)
         for one in portions
     ]
     return int(max((sum(sizes[n : n + 3]) for n in range(len(sizes))), default=0))

@@ -56,7 +56,6 @@ def moments(table: LayerResults, kept: Kept, work: LayerWork, split: bool) -> tu
     """Walks through a layer's backward; the last moment is its end. `split`: weights' gradients come later."""
     known, width = results_by_name(table), kept.width
     read = reads(table, kept, work)
-    last = {name: n for n, piece in enumerate(work.backward) for name in piece.needs if name in known}
     waiting = waits(table, work) if split else frozenset[str]()
     opened = {name: whole(known[name], kept) for name in read if kept.coded or name not in stored(kept)}
     again = {name for name in opened if name not in stored(kept)}
@@ -80,7 +79,7 @@ def moments(table: LayerResults, kept: Kept, work: LayerWork, split: bool) -> tu
         before = beside
         made = [name for name in again - waiting if read[name][0] <= n <= read[name][-1]]
         remade, gone = (sum(opened[name] for name in names) for names in (made, [m for m in made if read[m][-1] == n]))
-        for name in (name for name, end in last.items() if end == n):
+        for name in (name for name, at in read.items() if at[-1] == n):
             released += known[name].bytes_waiting(name in stored(kept) - waiting, width, kept.coded)
     deferred = outputs + sum(opened.get(name, 0) for name in waiting - stored(kept))
     gone = table.bytes_kept(kept.names, width, kept.coded) - later(table, kept, waiting)

@@ -74,7 +74,8 @@ class Stage:
         for piece in reversed(range(len(self.works))):
             work, visit = self.works[piece], visits[piece]
             ledger.at = f"the backward of {work.name}{told}"
-            weights.enter_back(piece)
+            if work.returns:
+                weights.enter_back(piece)
             if (loss := work.loss) is not None:
                 self._make_head_gradient(piece, loss, "backward")
                 ledger.use("loss", max(0, loss.backward - loss.kept))

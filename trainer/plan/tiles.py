@@ -37,7 +37,7 @@ def with_tiles(config: TrainConfig, adapted: Adapted, gpu: bool) -> Adapted:
     there = model.dim + sum(result.numbers + result.fixed for result in made)
     widened = tokens * model.head_size * 4 * (dtype.itemsize < 4)  # of what is summed in float32
     queries, all_heads = model.heads * widened, (model.heads + 2 * model.kv_heads) * widened
-    adapted = replace(adapted, attending=there * dtype.itemsize * tokens + forward + queries)
+    adapted = replace(adapted, most=max(adapted.most, there * dtype.itemsize * tokens + forward + queries))
     reads = [n for n, piece in enumerate(adapted.work.backward) if made[-1].name in piece.needs]
     if not reads:
         return adapted

@@ -50,13 +50,15 @@ _known: dict[
 
 
 class Portion(NamedTuple):
-    """What a rule is given at once: rows of these entries at a `place`, so many `numbers` of them with so many bytes of `states`."""
+    """What a rule is given at once: rows of these entries at a `place`, so many `numbers` of them with so many bytes of `states`, which
+    are so many `tensors`."""
 
     rule: Rule
     entries: list[Entry]
     place: Place
     numbers: int
     states: float
+    tensors: int
 
 
 def update_bytes(config: TrainConfig, stages: Iterable[range], place: Place, gpu: bool) -> StepBytes:
@@ -92,7 +94,12 @@ def portions_of(entries: Iterable[Entry], config: TrainConfig, place: Place) -> 
         for part in parts:
             counts = {name: local_numbers(spec, where) for name, spec in part}
             states = sum(whole[name][1] * count / max(1, whole[name][0]) for name, count in counts.items())
-            yield Portion(rule, list(part), where, sum(counts.values()), states)
+            tensors = sum(_state_tensors(rule, spec, dtype) for _, spec in part)
+            yield Portion(rule, list(part), where, sum(counts.values()), states, tensors)
+
+
+def _state_tensors(rule: Rule, spec: ParameterSpec, dtype: torch.dtype) -> int:
+    return len(rule.new_state(torch.empty(spec.matrix, dtype=dtype, device="meta")))
 
 
 def _cut(entries: Iterable[Entry], place: Place) -> Iterator[list[Entry]]:

@@ -10,7 +10,7 @@ from rowwise.trainer.adapters.config import NoAdapter
 from rowwise.trainer.adapters.specs import run_specs
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.models.decoder import layer_work
-from rowwise.trainer.models.specs import EMBEDDING
+from rowwise.trainer.models.specs import FIRST
 from rowwise.trainer.plan.adapted import Adapted, LayerForm, adapt, form_of, path_in_layer, with_extras
 from rowwise.trainer.plan.codes import coding_bytes
 from rowwise.trainer.plan.layer import ALL, Kept, Moment, later, moments, results_by_name, stored, waits
@@ -20,12 +20,16 @@ from rowwise.trainer.plan.tiles import with_tiles
 from rowwise.trainer.stages import splits_backward
 
 
+NOTHING = (Moment(0, 0, 0, ALL),)  # of a backward
+
+
 @dataclass(frozen=True)
 class Work:
     """Bytes of a piece beside parameters and gradients. `kept`: activations, from its forward to its backward, its input among them;
     of these `away` wait elsewhere, and `stays` of those here too; `forward`: what comes and goes meanwhile, at most; `backward`: from
     moment to moment; `rest`: what of what was kept weights' gradients need, and `decoded`: of that at once; `messages`: of attention,
-    at most in the forward and in the backward; `loss`: what the loss holds (None: it is none)."""
+    at most in the forward and in the backward; `loss`: what the loss holds (None: it is none); `returns`: a gradient comes back to
+    it, since something of it, or before it, learns."""
 
     name: str
     kept: int
@@ -37,6 +41,7 @@ class Work:
     decoded: int = 0
     messages: tuple[int, int] = (0, 0)
     loss: LossWork | None = None
+    returns: bool = True
 
 
 def unknown(config: TrainConfig) -> str | None:
@@ -114,13 +119,20 @@ def works_of(config: TrainConfig, layers: range, split: bool, gpu: bool) -> list
 
 def embedding_work(config: TrainConfig, tokens: int, width: int) -> Work:
     """Counts what the embedding holds: its output is counted with the first layer."""
-    size = tokens * config.model.dim
+    size, learns = tokens * config.model.dim, embedding_learns(config)
     if not config.model.stable_embedding:
-        return Work("the embedding", 0, 0, (Moment(0, 0, 0, ALL),))
+        return Work("the embedding", 0, 0, NOTHING, returns=learns)
     wide = max(4, width)
     kept = size * wide + 2 * tokens * wide  # what the layer norm takes, its mean and its scale
     during = size * (2 * wide + width)
+    if not learns:
+        return Work("the embedding", 0, during, NOTHING, returns=False)
     return Work("the embedding", kept, during, (Moment(0, during, 0, 0), Moment(kept, size * width, 0, ALL)))
+
+
+def embedding_learns(config: TrainConfig) -> bool:
+    """Says whether anything before the layers learns."""
+    return any(not spec.frozen for name, spec in run_specs(config).items() if name in FIRST)
 
 
 def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> list[Work]:
@@ -132,7 +144,7 @@ def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> l
     work = layer_work(model, width, gpu)
     assert work is not None
     policy, pieces = kept_of(config), pieces_of(config, layers)[layers.start == 0 :]
-    begins = layers.start == 0 and run_specs(config)[EMBEDDING].frozen  # nothing before a layer learns
+    begins = layers.start == 0 and not embedding_learns(config)  # nothing before a layer learns
     known: dict[tuple[frozenset[str], LayerForm], Work] = {}
     works = []
     for layer, piece in zip(layers, pieces, strict=False):
@@ -142,7 +154,7 @@ def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> l
         if (kept.names, form) not in known:
             adapted = with_tiles(config, adapt(config, form, table, work, kept, split, gpu), gpu)
             known[kept.names, form] = (
-                Work("", 0, work.alone * tokens + adapted.forward, (Moment(0, 0, 0, ALL),))
+                Work("", 0, work.alone * tokens, NOTHING, returns=False)
                 if form.first == -1
                 else adapted_work(config, adapted, kept, split, gpu)
             )
@@ -157,12 +169,11 @@ def adapted_work(config: TrainConfig, adapted: Adapted, kept: Kept, split: bool,
     taken = {n: (0, 0) if gpu else coding_bytes(n, tokens) for n in columns_of(table, kept) if kept.coded}
     decoding = max((size for _, size in taken.values()), default=0)
     stays, everything = (table.bytes_kept(names, width, kept.coded) for names in (kept.names, table.names))
-    # Until the forward is over all results are there; and what is made on the way to the last of them.
-    during = (everything - stays) * tokens + max(work.last * tokens, adapted.forward)
+    during = (everything - stays + work.last) * tokens  # until the forward is over all results are there
     if kept.coded:
         coding = {columns: size for columns, (size, _) in taken.items()}
         during = forward_in_codes(table, kept, work, tokens, coding)
-    during = max(during, adapted.attending - stays * tokens)
+    during = max(during, adapted.most - stays * tokens)
     back = tuple(scaled(one, tokens, decoding) for one in moments(table, kept, work, split))
     waiting = waits(table, work) if split else frozenset[str]()
     decoded = max((r.numbers * width for r in table.results if r.name in waiting & kept.names), default=0) * kept.coded
