@@ -36,9 +36,16 @@ from rowwise.trainer.update import make_update
 
 WORTH = 1_000_000  # bytes: of smaller categories nothing is asked
 CATEGORY, TOTAL = 0.05, 0.02
+OF_ALL = "adamw", "lion", "adafactor", "adamw8bit", "lion8bit"
 OPTIMIZERS = (
-    "adamw", "lion", "adafactor", "adamw8bit", "lion8bit", "muon", "galore", "dct", "fira", "apollo", "apollo_mini",
-)  # fmt: skip
+    *OF_ALL,
+    "muon",
+    "galore",
+    "dct",
+    "fira",
+    "apollo",
+    "apollo_mini",
+)  # the others are of hidden matrices that learn
 MASKS = ("static", "set", "rigl", "srigl", "st3", "pdp", "pdp_rows", "pdp_nm", "gradual", "nm")
 STAGED = (("1f1b", 1), ("gpipe", 1), ("zb_h1", 1), ("zb_h2", 1), ("zb_v", 2), ("interleaved_1f1b", 2), ("blockwise", 2))
 
@@ -110,7 +117,8 @@ def draw(folder: Path, chance: random.Random) -> Drawn:
 def _words(chance: random.Random) -> tuple[list[str], int]:
     pick = chance.choice
     world_size, narrow = pick((1, 2, 2, 2, 2, 4)), chance.random() < 0.3
-    words = [f"parallel.zero={pick((0, 1, 2, 3))}", f"optim={pick(OPTIMIZERS)}"]
+    frozen = pick(FROZEN) if chance.random() < 0.4 else ()
+    words = [f"parallel.zero={pick((0, 1, 2, 3))}", f"optim={pick(OF_ALL if frozen else OPTIMIZERS)}"]
     words += [f"memory.recompute={pick(('none', 'none', 'selective', 'full', 0.3, 0.7))}"]
     words += [f"memory.fused_loss={pick(('true', 'true', 'false'))}", f"data.mask_documents={pick(('true', 'false'))}"]
     words += [f"model.tie_embeddings={pick(('false', 'false', 'true'))}", f"model.qk_norm={pick(('false', 'true'))}"]
@@ -128,7 +136,7 @@ def _words(chance: random.Random) -> tuple[list[str], int]:
         words += [f"parallel.{pick(('ulysses', 'ring'))}=2"]
     elif layout == "replicas":
         words += ["parallel.replicate=2"]
-    if chance.random() < 0.4:
+    if not frozen and chance.random() < 0.4:
         words += [f"sparsity={(name := pick(MASKS))}"]
         words += ["sparsity.update_every=2"] * (name in ("set", "rigl", "srigl", "gradual"))
     if chance.random() < 0.35:
@@ -153,9 +161,11 @@ def _words(chance: random.Random) -> tuple[list[str], int]:
         words += ["optim.in_backward=true", "clip_norm=0", "batch.micro_size=4", "batch.global_size=4"]
     if chance.random() < 0.5:
         words += pick(FORMS)
-    if chance.random() < 0.4:
-        words += (frozen := pick(FROZEN))
-        words += [f"model.frozen_dtype={pick(('null', 'bf16', 'int8', 'nf4'))}"] * (frozen[0] != "adapter=lq_lora")
+    if frozen:
+        words += frozen
+        keeps = frozen[0] != "adapter=lq_lora" and "parallel.quantize_gather=int8" not in words
+        wide = "optim.param_dtype=bf16" not in words
+        words += [f"model.frozen_dtype={pick(('null', 'int8', 'nf4', *(('bf16',) if wide else ())))}"] * keeps
     if chance.random() < 0.4:
         words += pick(LOOKS)
     return words, world_size

@@ -240,10 +240,6 @@ UNKNOWN = {
         "adapter=lora",
         "model.block=own",
     ): r"model\.block=own: its layers do not say which linear layers their backward goes through",
-    (
-        "adapter=lora",
-        "memory.compress=int8",
-    ): r"memory\.compress=int8 with matrices that are frozen: .* give memory\.compress=none",
 }
 
 

@@ -18,7 +18,7 @@ from rowwise.trainer.activations import tokens_of
 from rowwise.trainer.adapters.config import NoAdapter
 from rowwise.trainer.adapters.specs import adapted_layers, is_added
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.plan.layer import ALL, Kept, Moment, reads
+from rowwise.trainer.plan.layer import ALL, Kept, Moment, reads, stored
 from rowwise.trainer.plan.linears import Given, Held, LinearForm, held_by
 from rowwise.trainer.plan.weights import arrivals
 
@@ -101,7 +101,7 @@ def adapt(
     if form.is_plain:
         return Adapted(table, work, tuple(Extra() for _ in work.backward))
     pieces = work.backward if form.first is None else work.backward[: form.first + 1]
-    given_to = [piece.needs[0] for piece in pieces]
+    given_to = [piece.needs for piece in pieces]
     needed = [name for piece in pieces for name in piece.needs]
     held = [
         _held(config, form.linears[n], n != form.first, any(needed.count(name) > 1 for name in piece.needs), split, gpu)
@@ -112,20 +112,22 @@ def adapt(
     work = replace(work, backward=pieces)
     read, tokens = frozenset(reads(table, kept, work)), tokens_of(config)
     most = [
-        _there(table, read, given, kept.width) * tokens + max(one[0].forward, 2 * forms[0].rows * kept.width * tokens)
+        _there(table, read, given[0], kept) * tokens + max(one[0].forward, 2 * forms[0].rows * kept.width * tokens)
         for one, forms, given in zip(held, form.linears, given_to, strict=False)
         if one is not None
     ]
     return Adapted(_left(table, read), work, extras, max(most, default=0))
 
 
-def _there(table: LayerResults, read: frozenset[str], given: str, width: int) -> int:
+def _there(table: LayerResults, read: frozenset[str], given: str, kept: Kept) -> int:
     """Counts the bytes a token of what is there when a layer computes with the result `given`: it, and those before it that are read
-    in the backward or taken by those after it."""
+    in the backward or taken by those after it; of what becomes codes these alone, once all that takes it is there."""
     names = [INPUT, *(result.name for result in table.results)]
     before, after = table.results[: names.index(given)], table.results[names.index(given) :]
     taken = {given, *(name for result in after for name in result.of)}
-    return _left(LayerResults(table.input, before), read | taken).bytes_kept(table.names, width)
+    whole = _left(LayerResults(table.input, before), (read - stored(kept) if kept.coded else read) | taken)
+    codes = _left(table, read).bytes_kept(kept.names, kept.width, True) if kept.coded else 0
+    return whole.bytes_kept(table.names, kept.width) + codes
 
 
 def _held(
@@ -135,7 +137,8 @@ def _held(
     if not forms:
         return None
     sequences = config.batch.micro_size
-    given = Given(sequences, tokens_of(config) // sequences, compute_dtype(config.precision), learns, stays)
+    coded = config.memory.compress != "none"
+    given = Given(sequences, tokens_of(config) // sequences, compute_dtype(config.precision), learns, stays, coded)
     bare = tuple(replace(form, learns=False, kept=None, rank=0) for form in forms)
     return held_by(forms, config.adapter, given, split, gpu), held_by(
         bare, config.adapter, replace(given, learns=True, stays=True)

@@ -9,21 +9,24 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rowwise.kernels.coded_rows import RowForm, decode_rows
+from rowwise.kernels.activation_codes import Groups, code_bytes
+from rowwise.kernels.coded_rows import RowForm
 from rowwise.kernels.torch_dispatch import Births
-from rowwise.parallel.activations.compress import Tokens
-from rowwise.parallel.activations.saved import begin_sequences
+from rowwise.parallel.activations.compress import Coding, Tokens
+from rowwise.parallel.activations.saved import Formed, Keeper, begin_sequences
 from rowwise.parallel.defer import WeightGradients, deferred
 from rowwise.trainer.adapters.config import AdapterConfig, LoraBase, NoAdapter
 from rowwise.trainer.adapters.convert import LAYERS
 from rowwise.trainer.adapters.dropout import PORTION, Dropout
 from rowwise.trainer.adapters.frozen import FrozenLinear
 from rowwise.trainer.adapters.lora import LoraLinear
+from rowwise.trainer.plan.codes import coding_bytes
 
 META = torch.device("meta")
 _known: dict[Any, "Held"] = {}  # of what was computed with
@@ -50,18 +53,19 @@ class LinearForm:
 @dataclass(frozen=True)
 class Given:
     """What linear layers are given: (sequences, tokens, columns) in `dtype`; whether it `learns`, so that it has a gradient, and
-    whether it `stays` while they are gone through, for others that need it."""
+    whether it `stays` while they are gone through, for others that need it. `coded`: what they keep becomes 8-bit codes."""
 
     sequences: int
     tokens: int
     dtype: torch.dtype
     learns: bool
     stays: bool
+    coded: bool = False
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of linear layers beside their input, its gradients and those of parameters. `kept`: from the forward to the backward, with
+    """Bytes of linear layers beside their input (and its codes), its gradients and those of parameters. `kept`: from the forward to the backward, with
     the input where they need it (`needs_input`); `forward`: at most beside that, with what they give; `backward`: at most beside that
     and the gradients of what they give, of which some is let go of meanwhile. Where weights' gradients come later, `rest` of what was
     kept waits for them, and `later` of what the backward made, with the input where they need it (`input_waits`)."""
@@ -82,9 +86,12 @@ def held_by(
     what that gives."""
     asked = forms, repr(adapter), given, split, gpu, torch.get_num_threads()
     if asked not in _known:
-        layers = [_layer(form, adapter, given, gpu) for form in forms]
+        together = _Together([_layer(form, adapter, given, gpu) for form in forms])
+        keeper = Keeper(partial(_Sizes, _tokens_of(given), gpu) if given.coded else None)
+        keeper.around("", together)
+        as_it_is = held_by(forms, adapter, replace(given, coded=False), split, gpu) if given.coded else None
         # What it says of sequences is for it alone.
-        _known[asked] = copy_context().run(_compute, layers, forms[0].columns, given, split)
+        _known[asked] = copy_context().run(_compute, together, forms[0].columns, given, split, keeper, as_it_is)
     return _known[asked]
 
 
@@ -96,8 +103,7 @@ def _layer(form: LinearForm, adapter: AdapterConfig, given: Given, gpu: bool) ->
         own = adapter if form.rank == adapter.rank else replace(adapter, rank=form.rank)
         linear = LAYERS[type(adapter)](linear, own)
         if isinstance(linear, LoraLinear) and isinstance(adapter, LoraBase) and adapter.dropout:
-            places = torch.arange(given.tokens, device=META)
-            linear.dropout = _TwoPortions(adapter.dropout, 0, Tokens(given.tokens, places, places))
+            linear.dropout = _TwoPortions(adapter.dropout, 0, _tokens_of(given))
     if form.kept is not None:
         linear = linear if isinstance(linear, FrozenLinear) else FrozenLinear(linear)
         other = torch.bfloat16 if given.dtype != torch.bfloat16 else torch.float16
@@ -114,36 +120,81 @@ class _TwoPortions(Dropout):
         return x
 
 
-def _compute(layers: Sequence[nn.Linear], columns: int, given: Given, split: bool) -> Held:
+def _tokens_of(given: Given) -> Tokens:
+    places = torch.arange(given.tokens, device=META)
+    return Tokens(given.tokens, places, places)
+
+
+class _Together(nn.Module):
+    """Linear layers of one input."""
+
+    def __init__(self, layers: Sequence[nn.Linear]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+class _Sizes(Coding):
+    """Codes of which nothing is made but their memory, and beside it as much as it takes to make them."""
+
+    def __init__(self, tokens: Tokens, gpu: bool, layer: str, first: int, x: Tensor):
+        super().__init__(0, tokens, layer, first, x)
+        self._rows, self._gpu = x.size(0) * x.size(1), gpu
+
+    def _formed(self, parts: Sequence[tuple[str, Groups]], columns: int, dtype: torch.dtype, attention: bool) -> Formed:
+        rows = self._rows
+        coding, decoding = (0, 0) if self._gpu else coding_bytes(columns, rows)
+
+        def make(memory: Tensor) -> list[Tensor]:
+            codes, _ = _bytes(rows * code_bytes(columns, parts[0][1].width)), _bytes(coding)
+            return [codes]
+
+        def rebuild(kept: Sequence[Tensor]) -> Tensor:
+            numbers, _ = torch.empty(rows * columns, device=META, dtype=dtype), _bytes(decoding)
+            return numbers
+
+        return Formed(make, rebuild)
+
+
+def _bytes(size: int) -> Tensor:
+    return torch.empty(size, device=META, dtype=torch.uint8)
+
+
+def _compute(
+    together: _Together, columns: int, given: Given, split: bool, keeper: Keeper, as_it_is: Held | None
+) -> Held:
+    """`as_it_is`: what is held where nothing becomes codes."""
     begin_sequences(nn.Module(), 0)
-    for layer in layers:  # what decoding makes once for all
-        if isinstance(layer, FrozenLinear) and layer.form is not None:
-            decode_rows(layer.weight[:1], columns, layer.form, given.dtype)
     shape = given.sequences, given.tokens, columns
     leaf = torch.empty(*shape, device=META, dtype=given.dtype, requires_grad=given.learns)
-    watch, later = _Watch(), WeightGradients()
-    for p in (p for layer in layers for p in layer.parameters() if p.requires_grad):
+    together(leaf.clone())  # what is made once for all
+    watch, later = _Watch(), WeightGradients(keeper.read.hold)
+    for p in (p for p in together.parameters() if p.requires_grad):
         p.register_post_accumulate_grad_hook(watch.leave_out)
     with watch, deferred(later) if split else nullcontext():
         x = leaf.clone()
-        made = [layer(x) for layer in layers]
+        made = together(x)
     storage, size = weakref.ref(x.untyped_storage()), x.nbytes
     stays = x.detach() if given.stays else None
     del x
-    outputs, needs = sum(y.nbytes for y in made), storage() is not None
-    kept = watch.now - outputs - size * needs
+    outputs, needs = sum(y.nbytes for y in made), storage() is not None if as_it_is is None else as_it_is.needs_input
+    waiting = size if as_it_is is None else given.sequences * given.tokens * code_bytes(columns)  # of the input
+    kept = watch.now - outputs - waiting * needs
     forward = watch.most - kept - size
     returning = [y for y in made if y.requires_grad]
     gradients = [torch.empty_like(y) for y in returning]
     watch.begin_backward()
     with watch:
         torch.autograd.backward(returning, gradients)
-    backward = watch.most - outputs - kept - size * needs
+    decoded = 0 if as_it_is is None else size
+    backward = watch.most - outputs - kept - (waiting + decoded) * needs
     leaf.grad = None
     del made, returning, stays
     rest, new = watch.left()
-    waits = storage() is not None
-    return Held(kept, needs, forward, backward, rest - size * waits, new, waits)
+    waits = storage() is not None if as_it_is is None else as_it_is.input_waits
+    return Held(kept, needs, forward, backward, rest - waiting * waits, new, waits)
 
 
 class _Watch(Births[tuple[int, bool]]):

@@ -85,11 +85,6 @@ def unknown_of_frozen(config: TrainConfig, work: LayerWork) -> str | None:
             f"model.block={config.model.block}: its layers do not say which linear layers their backward goes through, so that what "
             "is frozen of them is not forecast; name them in its method `work` (docs/memory.md)"
         )
-    if config.memory.compress != "none":
-        return (
-            f"memory.compress={config.memory.compress} with matrices that are frozen: what is kept beside them as codes is not "
-            "forecast; give memory.compress=none to see what that holds"
-        )
     split = config.parallel.pipeline > 1 and splits_backward(config.parallel, config.micro_batches)
     if split and any(not specs[name].frozen for name in hidden):
         return (
