@@ -65,10 +65,11 @@ class Given:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of linear layers beside their input (and its codes), its gradients and those of parameters. `kept`: from the forward to the backward, with
-    the input where they need it (`needs_input`); `forward`: at most beside that, with what they give; `backward`: at most beside that
-    and the gradients of what they give, of which some is let go of meanwhile. Where weights' gradients come later, `rest` of what was
-    kept waits for them, and `later` of what the backward made, with the input where they need it (`input_waits`)."""
+    """Bytes of linear layers beside their input and its codes, its gradients and those of parameters. `kept`: from the forward to the
+    backward, with the input where they need it (`needs_input`); `forward`: at most beside that, with what they give; `backward`: at
+    most beside that and the gradients of what they give, of which some is let go of meanwhile. Where weights' gradients come later,
+    `rest` of what was kept waits for them, and `later` of what the backward made, with the input where they need it
+    (`input_waits`)."""
 
     kept: int
     needs_input: bool
@@ -89,9 +90,14 @@ def held_by(
         together = _Together([_layer(form, adapter, given, gpu) for form in forms])
         keeper = Keeper(partial(_Sizes, _tokens_of(given), gpu) if given.coded else None)
         keeper.around("", together)
-        as_it_is = held_by(forms, adapter, replace(given, coded=False), split, gpu) if given.coded else None
+        plain = replace(given, coded=False)
+        as_it_is = held_by(forms, adapter, replace(plain, stays=False), split, gpu) if given.coded else None
         # What it says of sequences is for it alone.
-        _known[asked] = copy_context().run(_compute, together, forms[0].columns, given, split, keeper, as_it_is)
+        held = copy_context().run(_compute, together, forms[0].columns, given, split, keeper, as_it_is)
+        if given.coded:  # the codes of an input that others need stay
+            known = held_by(forms, adapter, plain, split, gpu)
+            held = replace(held, needs_input=known.needs_input, input_waits=known.input_waits)
+        _known[asked] = held
     return _known[asked]
 
 
@@ -165,7 +171,7 @@ def _bytes(size: int) -> Tensor:
 def _compute(
     together: _Together, columns: int, given: Given, split: bool, keeper: Keeper, as_it_is: Held | None
 ) -> Held:
-    """`as_it_is`: what is held where nothing becomes codes."""
+    """Computes with them. `as_it_is`: what they hold, alone with their input, where nothing becomes codes."""
     begin_sequences(nn.Module(), 0)
     shape = given.sequences, given.tokens, columns
     leaf = torch.empty(*shape, device=META, dtype=given.dtype, requires_grad=given.learns)
@@ -177,7 +183,7 @@ def _compute(
         x = leaf.clone()
         made = together(x)
     storage, size = weakref.ref(x.untyped_storage()), x.nbytes
-    stays = x.detach() if given.stays else None
+    stays = x.detach() if given.stays and not given.coded else None
     del x
     outputs, needs = sum(y.nbytes for y in made), storage() is not None if as_it_is is None else as_it_is.needs_input
     waiting = size if as_it_is is None else given.sequences * given.tokens * code_bytes(columns)  # of the input

@@ -21,8 +21,8 @@ from rowwise.trainer.models.specs import EMBEDDING, HEAD
 class LossWork:
     """Bytes at most in the `forward`, `kept` from there to the backward, at most in the `backward`, and `deferred` for the head's
     gradient, which takes `head` bytes and is made where `makes` says, within the loss or after it, where other gradients take
-    `after`. `needs_input`: the backward needs what the head takes; `tied`: the head is the embedding, whose gradient is complete
-    when that of the look-up is added."""
+    `after`. `needs_input`: the backward needs what the head takes, `input` bytes; `tied`: the head is the embedding, whose gradient is
+    complete when that of the look-up is added."""
 
     forward: int
     kept: int
@@ -33,6 +33,7 @@ class LossWork:
     needs_input: bool
     tied: bool
     after: int = 0
+    input: int = 0
 
 
 def head_spec(config: TrainConfig) -> ParameterSpec:
@@ -45,23 +46,22 @@ def loss_work(config: TrainConfig, tokens: int, width: int, split: bool, gpu: bo
     model, wide, pipelined = config.model, max(4, width), config.parallel.pipeline > 1
     tied, learns = model.tie_embeddings and not pipelined, not head_spec(config).frozen
     head, capped = model.vocab_size * model.dim * width * learns, model.logit_cap is not None
+    given = tokens * model.dim * width
     if not config.memory.fused_loss:
         numbers = tokens * model.vocab_size
         made = 3 if capped else 1 + (width < wide)  # of wide numbers, beside what the head gives
         deferred = numbers * width * split * learns
-        after = (numbers + tokens * model.dim) * width
+        after = numbers * width + given
         forward, kept, backward = (
             numbers * (width + made * wide),
             (1 + capped) * numbers * wide,
             (3 + capped) * numbers * wide,
         )
-        return LossWork(forward, kept, backward, deferred, head, "after", learns, tied, after)
+        return LossWork(forward, kept, backward, deferred, head, "after", learns, tied, after, given)
     at_once = width >= 4 and not pipelined and learns
     device = "cuda" if gpu else "cpu"
     most = loss_bytes(tokens, model.dim, model.vocab_size, width, at_once, device, capped, learns)
     if at_once:
-        kept = tokens * model.dim * width
-        return LossWork(most, kept, kept, 0, head, "forward", False, tied)
-    return LossWork(
-        sums_bytes(tokens, model.vocab_size, width, device), tokens * wide, most, 0, head, "backward", True, tied
-    )
+        return LossWork(most, given, given, 0, head, "forward", False, tied, input=given)
+    sums = sums_bytes(tokens, model.vocab_size, width, device)
+    return LossWork(sums, tokens * wide, most, 0, head, "backward", True, tied, input=given)

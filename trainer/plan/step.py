@@ -59,7 +59,7 @@ class Stage:
             ledger.use("messages", work.messages[0])
             if (loss := work.loss) is not None:
                 self._make_head_gradient(piece, loss, "forward")
-                given = 0 if loss.needs_input else loss.kept  # what the head takes is as large as its gradient
+                given = 0 if loss.needs_input else loss.input
                 ledger.take("working", given)
                 ledger.use("loss", loss.forward)
                 ledger.give("working", given)

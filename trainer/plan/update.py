@@ -50,8 +50,8 @@ _known: dict[
 
 
 class Portion(NamedTuple):
-    """What a rule is given at once: rows of these entries at a `place`, so many `numbers` of them with so many bytes of `states`, which
-    are so many `tensors`."""
+    """What a rule is given at once: rows of these entries at a `place`, so many `numbers` of them with so many bytes of `states`,
+    which are so many `tensors`."""
 
     rule: Rule
     entries: list[Entry]

@@ -19,7 +19,6 @@ from rowwise.trainer.plan.states import pieces_of, widths_of
 from rowwise.trainer.plan.tiles import with_tiles
 from rowwise.trainer.stages import splits_backward
 
-
 NOTHING = (Moment(0, 0, 0, ALL),)  # of a backward
 
 
