@@ -28,7 +28,7 @@ class Work:
     of these `away` wait elsewhere, and `stays` of those here too; `forward`: what comes and goes meanwhile, at most; `backward`: from
     moment to moment; `rest`: what of what was kept weights' gradients need, and `decoded`: of that at once; `messages`: of attention,
     at most in the forward and in the backward; `loss`: what the loss holds (None: it is none); `returns`: a gradient comes back to
-    it, since something of it, or before it, learns."""
+    it, since something of it, or before it, learns; `takes`: it keeps what it is given."""
 
     name: str
     kept: int
@@ -41,6 +41,7 @@ class Work:
     messages: tuple[int, int] = (0, 0)
     loss: LossWork | None = None
     returns: bool = True
+    takes: bool = True
 
 
 def unknown(config: TrainConfig) -> str | None:
@@ -102,7 +103,8 @@ def works_of(config: TrainConfig, layers: range, split: bool, gpu: bool) -> list
     memory = config.memory
     # What a stage was given it holds itself, beside what its first layer keeps of that, not while that computes alone.
     given = tokens * model.dim * width if layers.start > 0 else 0
-    beside, stays = (given, 0) if memory.compress != "none" else (0, min(given, works[0].away))
+    apart = memory.compress != "none" or not works[0].takes
+    beside, stays = (given, 0) if apart else (0, min(given, works[0].away))
     works[0] = replace(works[0], kept=works[0].kept + tables + beside, stays=stays, forward=works[0].forward - beside)
     if layers.start == 0:
         works.insert(0, embedding_work(config, tokens, width))
@@ -176,7 +178,7 @@ def adapted_work(config: TrainConfig, adapted: Adapted, kept: Kept, split: bool,
     return Work(
         "", holds, during, with_extras(back, adapted.extras), holds * (config.memory.offload_activations != "none"),
         rest=later(table, kept, waiting) * tokens + rest, decoded=decoded * tokens + decoding * split,
-        messages=messages_of(config, tokens, width),
+        messages=messages_of(config, tokens, width), takes=table.input > 0,
     )  # fmt: skip
 
 
