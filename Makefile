@@ -57,8 +57,8 @@ test-slurm: $(READY) slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow tests/cluster/*.py $(ARGS)
 
 # Every preset trains the tiny model (twenty minutes on one core), and what strangers, kills and disks do to runs (tests/attack).
-test-long: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --long --slow -m long $(ARGS)
+test-long: $(READY) slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --long --slow -m long tests tests/cluster/*.py $(ARGS)
 
 # docs/first-hour.md, typed from a fresh clone; about ten minutes.
 test-walk: $(READY)

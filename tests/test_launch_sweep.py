@@ -282,7 +282,7 @@ def await_another_trial(folder: Path, search: Process) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [1, 3])
+@pytest.mark.parametrize("parallel", [1, pytest.param(3, marks=pytest.mark.long)])  # several: tests/cluster/search.py
 def test_a_search_that_is_killed_goes_on(tmp_path, parallel):
     """SIGKILL at random instants, and where a trial is begun and has no name of a machine. With one trial at a time the trials are
     those of a search never killed, to the digit."""

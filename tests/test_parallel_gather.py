@@ -81,7 +81,7 @@ CASES = {
 # Those for which others stand: what they have is in another case together with more.
 FULL = (
     "one process", "copies", "copies, replicas", "copies of codes, pipeline", "zero 2", "copies, in backward", "copies, sparse",
-    "replicas", "in backward, whole", "copies of all",
+    "replicas", "in backward, whole", "copies of all", "zero 1", "copies of codes",
 )  # fmt: skip
 
 

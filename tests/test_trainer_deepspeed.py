@@ -82,7 +82,9 @@ def stage_3(tmp_path_factory):
 
 
 # Stage 1 makes steps in `test_checkpoints_go_on_on_either_side`.
-@pytest.mark.parametrize("zero, tied", [pytest.param(1, True, marks=pytest.mark.long), (2, False), (3, True)])
+@pytest.mark.parametrize(
+    "zero, tied", [*(pytest.param(*one, marks=pytest.mark.long) for one in ((1, True), (2, False))), (3, True)]
+)
 def test_twenty_steps_are_those_without_it(native, stage_3, tmp_path, zero, tied):
     """Within the rounding of 32 bits."""
     words = (f"parallel.zero={zero}", f"model.tie_embeddings={tied}")

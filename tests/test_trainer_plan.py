@@ -348,6 +348,7 @@ def test_the_last_stage_of_a_pipeline_holds_less_activations_than_the_first():
     assert found.seconds.bubble / found.seconds.step == pytest.approx(3 / 19, abs=0.06), "(p - 1) / (m + p - 1)"
 
 
+@pytest.mark.full
 def test_the_largest_model_is_fitted_in_seconds():
     """70B on 1,024 devices: what is found fits, and its words lead to the same forecast."""
     words = ["model=llama3_70b", "precision=bf16", "batch.global_size=1024", "batch.seq_len=8192", "eval.every=0"]

@@ -269,6 +269,7 @@ def test_a_fixed_job_outlasts_a_short_cut_and_ends_on_both_hosts_after_a_long_on
     report(went_on=went_on, keeper_left=left, other_left=time.monotonic() - cut, bound=trial.alone_seconds)
 
 
+@pytest.mark.long  # a lost worker is what tests/attack kills, and a lost torchrun stands in the two before
 def test_a_worker_is_lost_and_then_a_torchrun(hosts, tmp_path, uninterrupted):
     """After the first all begin again, at once; after the second the other host goes on alone."""
     trial, (kept, lost) = Trial(hosts, tmp_path), hosts

@@ -35,7 +35,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_grid_whose_trials_are_jobs(cluster, ranks, tmp_path, nodes):
     """Two workers each: 2 x 2 settings on one node, and two on a worker of each of two nodes, whose agents meet."""
     words = trial_overrides(tmp_path, "steps=4", "eval.every=2", f"nproc={2 // nodes}", "data.holdout=0.1")
