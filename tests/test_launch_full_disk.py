@@ -140,6 +140,16 @@ def test_a_disk_that_fills_up_while_a_corpus_is_built(ranks, tmp_path, disk):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_disk_that_takes_no_more_files(disk):
+    """It has room for bytes, which would be no answer."""
+    subprocess.run(["mount", "-o", "remount,nr_inodes=3", disk], check=True)
+    with pytest.raises(
+        DiskFull, match=f"^disk full: {disk} has room for no more files, of 3 .df -i., writing {disk}/c$"
+    ):
+        for name in "abc":
+            write_whole(disk / name, name)
+
+
 def test_a_report_onto_a_full_disk(tmp_path, disk, capsys):
     (tmp_path / "run").mkdir()
     log = MetricsLog(tmp_path / "run", 0)

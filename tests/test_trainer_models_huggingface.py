@@ -286,6 +286,10 @@ DAMAGES = {
         lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
         "no key 'num_hidden_layers'",
     ),
+    "a size that is text": (lambda f: change_config(f, hidden_size="30"), "hidden_size is '30', possible is a whole number"),
+    "no size": (lambda f: change_config(f, vocab_size=None), "vocab_size is None, possible is a whole number"),
+    "half a layer": (lambda f: change_config(f, num_hidden_layers=1.5), "num_hidden_layers is 1.5, possible is a whole"),
+    "a number that is text": (lambda f: change_config(f, rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6', possible is a number"),
     "another size": (lambda f: change_config(f, intermediate_size=38), "model.ffn_dim=38 there and 37 here"),
     "tied there": (lambda f: change_config(f, tie_word_embeddings=True), "model.tie_embeddings=True there"),
     "another model": (lambda f: change_config(f, model_type="gpt2"), "model_type is 'gpt2', possible are llama"),
@@ -385,6 +389,11 @@ def test_damage_in_one_of_several_files_is_refused(sources, tmp_path):
         "missing": (lambda f: (f / last).unlink(), f"{last} cannot be read"),
         "named for another": (lambda f: (f / INDEX).write_text(moved_head(f, first)), "lm_head.weight"),
         "no weight_map": (lambda f: (f / INDEX).write_text("{}"), "no key 'weight_map'"),
+        "a list": (
+            lambda f: (f / INDEX).write_text('{"weight_map": [1]}'),
+            f"weight_map in {INDEX} .* name of each tensor's file",
+        ),
+        "no file": (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 1}}'), f"weight_map in {INDEX} "),
     }
     for name, (change, named) in damages.items():
         copy = tmp_path / name

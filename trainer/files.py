@@ -60,6 +60,9 @@ def _described(path: Path, cause: BaseException) -> str:
         mount = mount.parent
     if isinstance(cause, OSError) and cause.errno == errno.EDQUOT:
         return f"disk full: the quota on {mount} is used up, writing {path}"
+    files = os.statvfs(mount)
+    if files.f_files and not files.f_favail:  # 0 of 0: it does not count them
+        return f"disk full: {mount} has room for no more files, of {files.f_files:,} (df -i), writing {path}"
     room = shutil.disk_usage(mount)
     return f"disk full: {mount} has {room.free >> 10:,} KiB of {room.total >> 20:,} MiB free, writing {path}"
 

@@ -132,7 +132,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Returns tensor name -> file: of a single one where there is an index too, as transformers does."""
     path = folder / SINGLE
     if not path.is_file() and (folder / INDEX).is_file():
-        return {name: folder / file for name, file in read_object(folder / INDEX)["weight_map"].items()}
+        weight_map = read_object(folder / INDEX)["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"weight_map in {INDEX} is not possible: it must give the name of each tensor's file")
+        return {name: folder / file for name, file in weight_map.items()}
     if not path.is_file():
         raise ValueError(f"no {INDEX} and no {path.name} in it")
     with opened(path) as file:

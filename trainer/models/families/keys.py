@@ -7,6 +7,16 @@ from typing import Any
 from rowwise.trainer.models.families.rope import Keys, read_rope, write_rope
 from rowwise.trainer.models.families.table import COMMON, FAMILIES, PLAIN, REQUIRED, WHOLES, Family
 
+# Of the keys of any family those that are whole numbers, and those that are numbers.
+WHOLE = (
+    *(key.theirs for key in COMMON),
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "max_position_embeddings",
+)
+NUMBERS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar")
+
 
 def read_keys(theirs: Keys) -> Keys:
     """Returns the model.* keys that a config.json says, as plain values, `family` among them. Raises ValueError for what our decoder
@@ -14,11 +24,14 @@ def read_keys(theirs: Keys) -> Keys:
     kind = theirs.get("model_type")
     if whole := WHOLES.get(str(kind)):
         outer = {key: theirs[key] for key in ("tie_word_embeddings", "quantization_config") if key in theirs}
+        if not isinstance(theirs[whole.config], dict):
+            raise ValueError(f"{whole.config} is {theirs[whole.config]!r}, possible is the config of the model of text")
         kind, theirs = whole.family, outer | theirs[whole.config]
     if kind not in FAMILIES:
         raise ValueError(f"model_type is {kind!r}, possible are {', '.join((*FAMILIES, *WHOLES))}")
     family = FAMILIES[kind]
     theirs = {**family.sizes, **theirs}
+    _refuse_no_numbers(theirs)
     _refuse_others(theirs, family)
     keys = PLAIN | {"family": kind}
     for key in (*COMMON, *family.keys):
@@ -42,6 +55,16 @@ def read_keys(theirs: Keys) -> Keys:
     if keys["attention_scale"] == keys["head_dim"] ** -0.5:
         keys["attention_scale"] = None
     return keys
+
+
+def _refuse_no_numbers(theirs: Keys) -> None:
+    """Before anything is computed with what is none."""
+    given = {key: theirs[key] for key in (*WHOLE, *NUMBERS) if theirs.get(key) is not None}
+    given |= {key.theirs: None for key in COMMON if key.theirs in theirs and theirs[key.theirs] is None}
+    for key, value in given.items():
+        whole = key in WHOLE
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise ValueError(f"{key} is {value!r}, possible is a {'whole ' if whole else ''}number")
 
 
 def _refuse_others(theirs: Keys, family: Family) -> None:
