@@ -1,13 +1,16 @@
 """Fine-tuning that works: a small model is trained on text first, then taught conversations by each method, at equal tokens.
 
-    python benchmarks/fine_tuning.py FOLDER                    all of it: twenty minutes of two cores; what is finished there stays
+    python benchmarks/fine_tuning.py FOLDER                    all of it: half an hour of two cores; what is finished there stays
 
 | run | what it is |
 |---|---|
 | base | 2.6 million parameters, byte-pair tokens of one half of the standard library's files |
 | whole, galore | all parameters learn, by AdamW or by GaLore |
-| lora, dora, pissa, nf4 | adapters of rank 8 beside every hidden matrix, which is frozen; nf4: LoRA beside matrices of 4 bits |
+| lora, dora, pissa, eva, corda | adapters of rank 8 beside every hidden matrix, which is frozen |
+| nf4 | LoRA beside matrices of 4 bits |
+| adalora, bone | adapters as their choices have them: 12 triplets of which 8 stay, and blocks of 16 |
 | lq_lora, lq_lora_3 | codes and adapters that begin as W together, at 4 bits a number and at 3 |
+| lq_lora_3_fisher | at 3, and errors count by squared gradients |
 | replay 0.05, 0.25 | whole, where that share of the samples is of the text that the base was trained on |
 
 Conversations (`conversations.py`): what a function is to do, and the function, of the other half. Whole training and LoRA run at two
@@ -37,15 +40,21 @@ MODEL = [
     "model.ffn_dim=512",
 ]
 RATES = {"whole": (3e-4, 1e-3), "galore": (1e-3,), "lora": (1e-3, 4e-3), "dora": (4e-3,), "pissa": (4e-3,),
-         "nf4": (4e-3,), "lq_lora": (4e-3,), "lq_lora_3": (4e-3,)}  # fmt: skip
+         "eva": (4e-3,), "corda": (5e-4, 4e-3), "adalora": (4e-3,), "bone": (4e-3,), "nf4": (4e-3,), "lq_lora": (4e-3,),
+         "lq_lora_3": (4e-3,), "lq_lora_3_fisher": (4e-3,)}  # fmt: skip
 METHODS = {
     "whole": ["optim=adamw"],
     "galore": ["optim=galore", "optim.rank=48"],
     "lora": ["optim=adamw", "adapter=lora"],
     "dora": ["optim=adamw", "adapter=dora"],
     "pissa": ["optim=adamw", "adapter=lora", "adapter.init=pissa"],
+    "eva": ["optim=adamw", "adapter=lora", "adapter.init=eva"],
+    "corda": ["optim=adamw", "adapter=lora", "adapter.init=corda"],
+    "adalora": ["optim=adamw", "adapter=adalora"],
+    "bone": ["optim=adamw", "adapter=bone"],
     "lq_lora": ["optim=adamw", "adapter=lq_lora", "adapter.bits=4.0"],
     "lq_lora_3": ["optim=adamw", "adapter=lq_lora", "adapter.bits=3.0"],
+    "lq_lora_3_fisher": ["optim=adamw", "adapter=lq_lora", "adapter.bits=3.0", "adapter.fisher=true"],
     "nf4": ["optim=adamw", "adapter=lora", "model.frozen_dtype=nf4"],
 }
 REPLAYS = (0.05, 0.25)  # at the first rate of whole

@@ -157,12 +157,13 @@ class AdaLora(LowRankBase):
 
     name: Fixed[Literal["adalora"]] = "adalora"
     rank: Fixed[int] = 12
+    alpha: Fixed[float] = 32.0
     target_rank: Fixed[int] = 8
     start: FixedAsSteps[int | float] = 0.1
     stop: FixedAsSteps[int | float] = 0.7
     every: MayChange[int] = 10
     betas: MayChange[list[float]] = field(default_factory=lambda: [0.85, 0.85])
-    orthogonality: MayChange[float] = 0.5
+    orthogonality: MayChange[float] = 0.1
 
     @property
     def scale(self) -> float:
