@@ -61,6 +61,7 @@ def test_adapters_of_four_ranks_go_on_on_one(ranks, folder):
     assert_same_run(base.run_dir, alone.run_dir)
 
 
+@pytest.mark.full  # tests/test_trainer_writer.py resumes LoRA to the last bit
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
     config = on(small_config(folder, *DORA, *DROPOUT, *FOUR, "steps=4"), 2, **SPLIT)
     assert_resumes_to_the_last_bit(ranks, 2, config, folder, stop_at=2)

@@ -110,7 +110,7 @@ def test_codes_of_four_ranks_go_on_on_one_and_are_read_as_numbers(ranks, folder)
     torch.testing.assert_close(weight, right, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.full  # test_trainer_adapters has a run that is resumed, and codes go on on other ranks above
+@pytest.mark.full  # test_trainer_writer has a run that is resumed, and codes go on on other ranks above
 def test_stopped_and_resumed_is_the_same_to_the_last_bit(ranks, folder):
     config = small_config(folder, *LORA, *FOUR, "model.frozen_dtype=int8", "steps=4")
     assert_resumes_to_the_last_bit(ranks, 2, on(config, 2, zero=3), folder, stop_at=2)

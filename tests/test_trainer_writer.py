@@ -1,4 +1,4 @@
-"""What is frozen is written twice by a run, and then linked; every checkpoint is whole by itself, and no damage is in both copies."""
+"""What is frozen is written twice by a run, and then linked; every checkpoint is whole, and no damage is in both copies. (Law 6.)"""
 
 import errno
 import os
