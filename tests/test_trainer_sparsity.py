@@ -100,9 +100,7 @@ def traces(ranks, folder, full):
     @functools.cache
     def of_layout(layout: str) -> dict[str, list[Trace]]:
         chosen = [method for method in METHODS if full or NOW.get(method) == layout]
-        world = {"zero 0": 2, "zero 3": 3}.get(
-            layout, 4
-        )  # at 0 no row is split, and three ranks have rows that do not divide
+        world = 2 if layout in ("zero 0", "zero 3") else 4  # bare parameters, below, have rows that do not divide
         configs = [with_layout(sparse_config(folder, *METHODS[m]), world, **LAYOUTS[layout]) for m in chosen]
         everyone = ranks.run(run_layouts, world, configs, STEPS)
         return {method: [traces[i] for traces in everyone] for i, method in enumerate(chosen)}
