@@ -92,16 +92,52 @@ def our_model(folder, base, case: str, adapter: Lora | Dora) -> Decoder:
     return model
 
 
-@pytest.mark.parametrize(("key", "pattern"), [("alpha_pattern", {}), ("rank_pattern", {"q_proj": 7})])
-def test_a_folder_that_multiplies_otherwise_is_refused(tmp_path, key, pattern):
+ODD = {
+    "another number": ({"alpha_pattern": {}}, r"gives model.layers.0.self_attn.\w_proj rank \d and lora_alpha 5.0, and the run"),
+    "another rank": ({"rank_pattern": {"q_proj": 7}}, r"gives model.layers.0.self_attn.\w_proj rank \d and lora_alpha \d.*, and the"),
+    "a regular expression": ({"rank_pattern": {".*q_proj": 7}}, r"; '.\*q_proj' is read as a name, not as a regular expression"),
+    "a list": ({"rank_pattern": ["q_proj"]}, r"rank_pattern=\['q_proj'\], and possible are names of layers with a number each"),
+    "text": ({"alpha_pattern": {"q_proj": "7"}}, r"alpha_pattern=\{'q_proj': '7'\}, and possible are names of layers with a number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_with_other_patterns_is_refused(tmp_path, name):
     adapter, specs = ADAPTERS["ranks of their own"], parameter_specs(CASES["llama"])
     peft_model("llama", adapter).save_pretrained(tmp_path)
     said = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(said | {key: pattern}))
-    with pytest.raises(
-        ValueError, match=r"gives model.layers.0.self_attn.\w_proj rank \d and lora_alpha \d.*, and the run rank \d"
-    ):
-        check_adapter_source(replace(adapter, init_from=str(tmp_path)), specs)
+    given = replace(adapter, init_from=str(tmp_path))
+    for whole in ("", "^"):  # as PEFT's own documents spell names that are no ends
+        own = {
+            key: {f"{whole}{layer}": n for layer, n in said[key].items()} for key in ("rank_pattern", "alpha_pattern")
+        }
+        (tmp_path / CONFIG).write_text(json.dumps(said | own))
+        check_adapter_source(given, specs)
+    other, message = ODD[name]
+    (tmp_path / CONFIG).write_text(json.dumps(said | other))
+    with pytest.raises(ValueError, match=message):
+        check_adapter_source(given, specs)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.tensor(1.0), r"lora_A.weight is \(\), and possible is a matrix"),
+        (torch.ones(0, 30).char(), "I8, possible are F64"),
+    ],
+)
+def test_a_tensor_that_is_no_matrix_of_numbers_is_refused(tmp_path, tensor, message):
+    adapter, specs = ADAPTERS["ranks of their own"], parameter_specs(CASES["llama"])
+    peft_model("llama", adapter).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    name = next(name for name in tensors if "lora_A" in name)
+    save_file(
+        tensors | {name: torch.ones_like(tensors[name]).to(tensor.dtype) if tensor.dim() else tensor},
+        tmp_path / WEIGHTS,
+    )
+    with pytest.raises(ValueError, match=message):
+        unread = replace(adapter, ranks=None, init_from=str(tmp_path))
+        check_adapter_source(with_ranks_of_folder(unread, specs), specs)
 
 
 def no_draw(*given):

@@ -34,6 +34,7 @@ from rowwise.trainer.check import check
 from rowwise.trainer.config import TrainConfig, config_from_tree, tree_of
 from rowwise.trainer.data.config import DataConfig
 from rowwise.trainer.files import fingerprint
+from rowwise.trainer.keys import told_apart
 from rowwise.trainer.lock import lock_run
 from rowwise.trainer.manifest import CheckpointConfig
 from rowwise.trainer.metrics import read_metrics
@@ -249,6 +250,22 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(ranks, tmp_path)
     again = replace(onwards, steps=6)
     assert ranks.run(run_train, 1, prepare(again, 1))[0].step == 6
     assert [record["step"] for record in read_metrics(tmp_path / "next")] == [3, 4, 5, 6]
+
+
+APART = [
+    (1, 2, "1", "2"),
+    ("0123456789abcdef" * 4, "f123456789abcdef" * 4, "0123456789ab...", "f123456789ab..."),
+    ([{"match": "blocks.*", "rule": "frozen"}], [{"match": "blocks.0.*", "rule": "frozen"}],
+     "[{'match': 'blocks.*', 'rule': ...", "[{'match': 'blocks.0.*', 'rule'..."),
+    ([*range(90)], [*range(90), 7], "..., 84, 85, 86, 87, 88, 89]", "..., 84, 85, 86, 87, 88, 89, 7]"),
+    ({"a": 1, **dict.fromkeys("bcdefghij", 2)}, {"k": 3, **dict.fromkeys("bcdefghij", 2)}, "{'a': 1}", "{'k': 3}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other", "first", "second"), APART)
+def test_two_values_that_differ_are_told_apart(one, other, first, second):
+    assert told_apart(one, other) == (first, second)
+    assert told_apart(other, one) == (second, first)
 
 
 def test_a_path_to_resume_from_is_never_passed_over_in_silence(ranks, tmp_path):

@@ -96,6 +96,26 @@ def as_lists(tree: Any) -> Any:
     return [as_lists(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
+def told_apart(one: Any, other: Any) -> tuple[str, str]:
+    """Returns two values that differ as short texts that do: of long ones what stands where they part, of trees what is another."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        one, other = (
+            {key: value for key, value in this.items() if key not in that or that[key] != value}
+            for this, that in ((one, other), (other, one))
+        )
+    texts = str(one), str(other)
+    same = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    first = max(same - 24, 0) if same >= 12 else 0
+
+    def short(text: str) -> str:
+        if len(text) <= 24:
+            return text
+        last = first + 12 if same < 12 else same + 12
+        return ("..." if first else "") + text[first:last] + ("..." if last < len(text) else "")
+
+    return short(texts[0]), short(texts[1])
+
+
 def without_password(text: str) -> str:
     """Returns the text with stars for the password of every URL in it."""
     hidden = re.sub(

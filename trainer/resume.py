@@ -11,7 +11,7 @@ from rowwise.optim.sparse.config import TimedBase, every
 from rowwise.trainer.adapters.config import AdaLora
 from rowwise.trainer.config import TrainConfig, schedule_of, tree_of
 from rowwise.trainer.convert.find import is_deepspeeds
-from rowwise.trainer.keys import as_lists, flat
+from rowwise.trainer.keys import as_lists, flat, told_apart
 from rowwise.trainer.manifest import (
     Manifest,
     OtherVersion,
@@ -180,7 +180,8 @@ def changes(manifest: Manifest, config: TrainConfig) -> list[str]:
     keys = [key for key in before | now if key not in apart and before.get(key) != now.get(key)]
     if not keys:
         return []
-    told = ", ".join(f"{key} {_short(before.get(key))} -> {_short(now.get(key))}" for key in keys)
+    pairs = {key: told_apart(before.get(key), now.get(key)) for key in keys}
+    told = ", ".join(f"{key} {theirs} -> {ours}" for key, (theirs, ours) in pairs.items())
     step = manifest["step"]
     lines = [f"changed since: {told}"]
     if step < config.steps:
@@ -291,10 +292,6 @@ def _same_path(one: str, other: str) -> bool:
 def _refuse_difference(checkpoint: Path, there: dict, here: dict, what: str, advice: str) -> None:
     different = [key for key in here if there.get(key) != here[key]]
     if different:
-        pairs = ", ".join(f"{key}={_short(there.get(key))} there and {_short(here[key])} here" for key in different)
+        told = {key: told_apart(there.get(key), here[key]) for key in different}
+        pairs = ", ".join(f"{key}={theirs} there and {ours} here" for key, (theirs, ours) in told.items())
         raise ValueError(f"checkpoint {checkpoint} {what}: {pairs}; {advice}")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else text[:12] + "..."

@@ -12,6 +12,7 @@ Rows of ours are rows of theirs, so that loading reads just those of a shard.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ from rowwise.kernels.spec import Specs, learning
 from rowwise.trainer.adapters.config import AdapterConfig, Dora, Lora
 from rowwise.trainer.adapters.specs import adapted_layers, with_adapter
 from rowwise.trainer.models.config_json import read_object
-from rowwise.trainer.models.huggingface import opened, their_name
+from rowwise.trainer.models.huggingface import FLOATS, opened, their_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -98,27 +99,51 @@ def with_ranks_of_folder(adapter: AdapterConfig, specs: Specs) -> AdapterConfig:
         with opened(folder / WEIGHTS) as file:
             names = {layer: name_in_folder(f"{layer}.lora_a", specs) for layer in adapted_layers(specs, adapter)}
             there = set(file.keys())
-            ranks = {
-                f"{layer}.weight": int(file.get_slice(name).get_shape()[0]) if name in there else 0
-                for layer, name in names.items()
-            }
+            ranks = {f"{layer}.weight": _rows(file, name) if name in there else 0 for layer, name in names.items()}
     return replace(adapter, ranks=ranks)
+
+
+def _rows(file: Any, name: str) -> int:
+    shape = file.get_slice(name).get_shape()
+    if len(shape) != 2:
+        raise ValueError(f"its {name} is {tuple(shape)}, and possible is a matrix")
+    return int(shape[0])
 
 
 def _check_patterns(said: Mapping[str, Any], adapter: LowRank, specs: Specs) -> None:
     """Refuses a folder in which a layer has another rank, or is multiplied by another number, than in the run. Its patterns are taken
-    as the ends of names: a stranger's regular expressions are not run."""
+    as the ends of names, or after ^ as whole ones: a stranger's regular expressions are not run."""
+    ranks, alphas = (_pattern(said, key) for key in ("rank_pattern", "alpha_pattern"))
+    odd = next(
+        (f"; {key!r} is read as a name, not as a regular expression" for key in [*ranks, *alphas] if _is_odd(key)), ""
+    )
     for layer in adapted_layers(specs, adapter):
         own, name = adapter.at(f"{layer}.weight"), _their_layer(layer, specs)
         rank, alpha = (
-            next((value for key, value in (said.get(pattern) or {}).items() if f".{name}".endswith(f".{key}")), usual)
-            for pattern, usual in (("rank_pattern", adapter.rank), ("alpha_pattern", adapter.alpha))
+            next((value for key, value in pattern.items() if _is_end(key, name)), usual)
+            for pattern, usual in ((ranks, adapter.rank), (alphas, adapter.alpha))
         )
         if rank != own.rank or not math.isclose(alpha, own.alpha, rel_tol=1e-6):
             raise ValueError(
                 f"its {CONFIG} gives {name} rank {rank} and lora_alpha {alpha}, and the run rank {own.rank} and {own.alpha}: a layer "
-                "with a rank of its own (adapter.ranks) is multiplied by as much as all"
+                f"with a rank of its own (adapter.ranks) is multiplied by as much as all{odd}"
             )
+
+
+def _pattern(said: Mapping[str, Any], key: str) -> Mapping[str, float]:
+    pattern = said.get(key) or {}
+    if not isinstance(pattern, dict) or not all(isinstance(value, int | float) for value in pattern.values()):
+        raise ValueError(f"its {CONFIG} has {key}={pattern!r}, and possible are names of layers with a number each")
+    return pattern
+
+
+def _is_end(key: str, name: str) -> bool:
+    return key == f"^{name}" or f".{name}".endswith(f".{key}")
+
+
+def _is_odd(key: str) -> bool:
+    """Whether it stands for other names than the ends that it spells."""
+    return re.fullmatch(r"\^?[\w.-]+", key) is None
 
 
 @contextmanager
@@ -154,8 +179,11 @@ def _check_tensors(folder: Path, adapter: LowRank, specs: Specs) -> None:
         if more := sorted(there - shapes.keys() - copies.keys()):
             raise ValueError(f"it has a tensor {more[0]}, which is in neither adapter.layers nor adapter.train")
         for name, shape in shapes.items():
-            if (theirs := tuple(file.get_slice(name).get_shape())) != tuple(shape):
+            rows = file.get_slice(name)
+            if (theirs := tuple(rows.get_shape())) != tuple(shape):
                 raise ValueError(f"its {name} is {theirs}, and that of the run {tuple(shape)}: it is of another model")
+            if rows.get_dtype() not in FLOATS:
+                raise ValueError(f"its {name} is of dtype {rows.get_dtype()}, possible are {', '.join(FLOATS)}")
         for copy, name in copies.items():
             if not torch.equal(file.get_tensor(copy), file.get_tensor(name)):
                 raise ValueError(f"its {copy} differs from {name}, and the model ties them")

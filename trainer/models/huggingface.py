@@ -25,7 +25,7 @@ from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.models.families.keys import family_of, normal
 from rowwise.trainer.models.families.table import name_in_family
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 _ROWS_AT_A_TIME = 4096
 Read = Callable[[dict[str, Tensor]], None]  # fills tensors, by our names
 Form = Callable[[str, Tensor], dict[str, Tensor]]  # our name and tensor -> tensors by their names
@@ -156,8 +156,8 @@ def _sliced(file: Any, stored: Stored, shape: torch.Size) -> Any:
     source = file.get_slice(name)
     if tuple(source.get_shape()) != tuple(shape):
         raise ValueError(f"{path}: {name} has the shape {source.get_shape()}, and the model needs {list(shape)}")
-    if source.get_dtype() not in _FLOATS:
-        raise ValueError(f"{path}: {name} is of dtype {source.get_dtype()}, possible are {', '.join(_FLOATS)}")
+    if source.get_dtype() not in FLOATS:
+        raise ValueError(f"{path}: {name} is of dtype {source.get_dtype()}, possible are {', '.join(FLOATS)}")
     return source
 
 
