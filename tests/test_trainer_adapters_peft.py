@@ -140,6 +140,17 @@ def test_a_tensor_that_is_no_matrix_of_numbers_is_refused(tmp_path, tensor, mess
         check_adapter_source(with_ranks_of_folder(unread, specs), specs)
 
 
+def test_a_matrix_that_lost_its_pair_is_not_one_without_an_adapter(tmp_path):
+    adapter, specs = ADAPTERS["ranks of their own"], parameter_specs(CASES["llama"])
+    peft_model("llama", adapter).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    lost = name_in_folder("blocks.1.attention.wq.lora_a", specs)
+    save_file({name: t for name, t in tensors.items() if lost.rpartition(".lora_A")[0] not in name}, tmp_path / WEIGHTS)
+    unread = replace(adapter, ranks=None, init_from=str(tmp_path))
+    with pytest.raises(ValueError, match=f"it has no tensor {lost}, and its {CONFIG} has the layer in target_modules"):
+        with_ranks_of_folder(unread, specs)
+
+
 def no_draw(*given):
     raise AssertionError("the folder has everything")
 

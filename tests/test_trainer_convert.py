@@ -3,6 +3,7 @@
 Here they are written as DeepSpeed writes them. `test_trainer_convert_deepspeed` has those of its real engine.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -23,6 +24,7 @@ from rowwise.trainer.config import config_from_tree
 from rowwise.trainer.convert import pickles
 from rowwise.trainer.convert.foreign import Counts, Foreign
 from rowwise.trainer.convert.pickles import DynamicScaler, Scaler, Stage
+from rowwise.trainer.files import fingerprint
 from rowwise.trainer.manifest import complete_checkpoints, read_manifest
 from rowwise.trainer.models.decoder import parameter_specs
 from rowwise.trainer.prepare import examine
@@ -489,3 +491,9 @@ def test_a_run_that_deepspeed_has_no_form_for_is_refused(words, tmp_path, capsys
     assert "adam=mine: possible are torch, deepspeed" in refused(capsys, *command, "adam=mine")
     assert "step=7: not one of" in refused(capsys, *command, "step=7")
     assert "exists and is not empty" in refused(capsys, f"from={tmp_path}/run", f"to={tmp_path}/saved")
+    (path,) = (tmp_path / "run/checkpoints").glob("*/manifest.json")
+    tree = json.loads(path.read_text())
+    tree["config"]["adapter"] = {"name": "lora"}
+    tree = {key: value for key, value in tree.items() if key != "checksum"}
+    path.write_text(json.dumps({**tree, "checksum": fingerprint(tree)}))
+    assert "is of adapter=lora, beside which weights are frozen" in refused(capsys, *command)

@@ -94,13 +94,26 @@ def with_ranks_of_folder(adapter: AdapterConfig, specs: Specs) -> AdapterConfig:
         return adapter
     folder = Path(adapter.init_from).expanduser()
     with _refusing(folder):
-        if not read_object(folder / CONFIG).get("rank_pattern"):
+        if not (said := read_object(folder / CONFIG)).get("rank_pattern"):
             return adapter
         with opened(folder / WEIGHTS) as file:
             names = {layer: name_in_folder(f"{layer}.lora_a", specs) for layer in adapted_layers(specs, adapter)}
             there = set(file.keys())
+            for layer, name in names.items():
+                if name not in there and _is_target(said, _their_layer(layer, specs)):
+                    raise ValueError(f"it has no tensor {name}, and its {CONFIG} has the layer in target_modules")
             ranks = {f"{layer}.weight": _rows(file, name) if name in there else 0 for layer, name in names.items()}
     return replace(adapter, ranks=ranks)
+
+
+def _is_target(said: Mapping[str, Any], name: str) -> bool:
+    """Whether a layer has the adapter by names alone: a text is a regular expression, and layers may be left out by number."""
+    targets = said.get("target_modules")
+    return (
+        isinstance(targets, list)
+        and said.get("layers_to_transform") is None
+        and any(f".{name}".endswith(f".{target}") for target in targets)
+    )
 
 
 def _rows(file: Any, name: str) -> int:

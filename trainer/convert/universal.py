@@ -111,10 +111,16 @@ def _require_adamw(source: Source, specs: Specs) -> None:
     config, checkpoint = source.config, source.checkpoint
     found = read_metadata(checkpoint).state_dict_metadata
     needed = {key_of(name, key): spec.shape for name, spec in specs.items() for key in (MASTER, *MOMENTS)}
+    if (adapter := config.get("adapter", {"name": "none"})["name"]) != "none":
+        raise ValueError(
+            f"{checkpoint} is of adapter={adapter}, beside which weights are frozen, and a universal checkpoint of DeepSpeed has "
+            "states of every weight; rowwise export gives the weights"
+        )
+    mixed = " with optim.assign" if config["optim"].get("assign") else ""
     if any(getattr(found.get(key), "size", None) != shape for key, shape in needed.items()):
         raise ValueError(
-            f"{checkpoint} is of optim={config['optim']['name']}, whose states have no counterpart in DeepSpeed's universal "
-            "checkpoint; possible is optim=adamw for every parameter, or rowwise export for the weights alone"
+            f"{checkpoint} is of optim={config['optim']['name']}{mixed}, whose states have no counterpart in DeepSpeed's universal "
+            "checkpoint; possible is optim=adamw for every parameter, none of them frozen, or rowwise export for the weights alone"
         )
     if config["precision"]["name"] == "fp64":
         raise ValueError(
