@@ -140,6 +140,15 @@ def test_a_tensor_that_is_no_matrix_of_numbers_is_refused(tmp_path, tensor, mess
         check_adapter_source(with_ranks_of_folder(unread, specs), specs)
 
 
+def test_dora_has_one_rank(tmp_path):
+    adapter, specs = ADAPTERS["dora"], parameter_specs(CASES["llama"])
+    peft_model("llama", adapter).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(said | {"rank_pattern": {"q_proj": 2}}))
+    with pytest.raises(ValueError, match=r"rank 2 .*: adapter=dora gives every layer the same"):
+        check_adapter_source(replace(adapter, init_from=str(tmp_path)), specs)
+
+
 def test_a_matrix_that_lost_its_pair_is_not_one_without_an_adapter(tmp_path):
     adapter, specs = ADAPTERS["ranks of their own"], parameter_specs(CASES["llama"])
     peft_model("llama", adapter).save_pretrained(tmp_path)

@@ -137,9 +137,10 @@ def _check_patterns(said: Mapping[str, Any], adapter: LowRank, specs: Specs) -> 
             for pattern, usual in ((ranks, adapter.rank), (alphas, adapter.alpha))
         )
         if rank != own.rank or not math.isclose(alpha, own.alpha, rel_tol=1e-6):
+            alike = "a layer with a rank of its own (adapter.ranks) is multiplied by as much as all"
             raise ValueError(
-                f"its {CONFIG} gives {name} rank {rank} and lora_alpha {alpha}, and the run rank {own.rank} and {own.alpha}: a layer "
-                f"with a rank of its own (adapter.ranks) is multiplied by as much as all{odd}"
+                f"its {CONFIG} gives {name} rank {rank} and lora_alpha {alpha}, and the run rank {own.rank} and {own.alpha}: "
+                f"{alike if isinstance(adapter, Lora) else f'adapter={adapter.name} gives every layer the same'}{odd}"
             )
 
 
