@@ -285,7 +285,7 @@ def test_updates_and_triplets_of_adalora_are_those_of_peft():
     import peft
 
     case, rank, steps = CASES["llama"], 4, 10
-    ours_config = AdaLora(rank=rank, target_rank=2, alpha=7.0, start=1, stop=7, every=2)
+    ours_config = AdaLora(rank=rank, target_rank=2, alpha=7.0, start=1, stop=7, every=2, orthogonality=0.5)
     base, specs = transformers_model(case), parameter_specs(case)
     found = with_adapter(specs, ours_config)
     layers = [name.removesuffix(".lora_a") for name in found if name.endswith(".lora_a")]
