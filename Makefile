@@ -18,10 +18,12 @@ export PYTHONDONTWRITEBYTECODE :=
 
 setup: $(READY)
 
+# Modules are compiled on all cores, where pip would take one; as pip does, it passes over files that this Python cannot compile.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,host,trackers]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(AUTHORS)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,host,trackers]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-deps $(AUTHORS)
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $(READY)
 
 train: $(READY)
@@ -48,7 +50,9 @@ test-full: $(READY)
 	$(BIN)/python -m pytest --full $(SIDE_BY_SIDE) $(ARGS)
 
 # A browser lays reports out, kills come again and again, commands, DeepSpeed, and Slurm: most of the time it waits. As root only.
-SLOW ?= tests/test_*.py tests/cluster/*.py
+# Only files that have some are read, for all of the others' cases would be made first.
+COMMANDS = $(shell grep -l 'mark\.slow' tests/test_*.py)
+SLOW ?= $(COMMANDS) tests/cluster/*.py
 test-slow: $(READY) chromium slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow $(SLOW) $(ARGS)
 

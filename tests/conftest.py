@@ -79,6 +79,11 @@ def pytest_collection():
 def pytest_collection_modifyitems(config, items):
     hidden = {mark for mark in ("full", "slow", "long") if not config.getoption(f"--{mark}")}
     left = {item: None for item in items if any(mark.name in hidden for mark in item.iter_markers())}
+    for file in {item.path for item in items if item.get_closest_marker("slow")}:
+        if file.parent.name == "tests" and "mark.slow" not in file.read_text():
+            raise pytest.UsageError(
+                f"{file.name} has slow cases and does not say mark.slow, by which make test-slow finds it"
+            )
     config.hook.pytest_deselected(items=[*left])
     items[:] = [item for item in items if item not in left]
     turns = {name: turn for turn, name in enumerate(FIRST)}
