@@ -132,7 +132,10 @@ class GradientRows:
         if p in self._held:
             rows = self._file.fetch([there]).result()[0].add_(rows)
         self._held.add(p)
-        self._writing.append(self._file.put([rows.contiguous()], [there]))
+        rows = rows.contiguous()
+        if self._file.witness is not None:
+            self._file.witness(rows)
+        self._writing.append(self._file.put([rows], [there]))
         p.grad = None
 
     def finish(self) -> None:

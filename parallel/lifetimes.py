@@ -71,9 +71,15 @@ class Lifetimes(Births[Life]):
             life.moved = True
 
     def note_host(self, tensor: Tensor) -> None:
-        """Says that a tensor is one that has left the device."""
-        if (life := self._life(tensor)) is not None:
-            life.host = True
+        """Says that a tensor is one that has left the device, or, of a gradient, that it leaves: how long that takes is the disk's."""
+        if (life := self._life(tensor)) is None:
+            return
+        if life.gradient:  # until now
+            storage = rows_of(tensor).untyped_storage()
+            self.note_death(id(storage))
+            self.note_birth(storage, "leaving")
+            life = self._lives[-1]
+        life.host = True
 
     def note_return(self, tensor: Tensor) -> None:
         """Says that a tensor is one that has come back to the device, which no operation made where a file was read."""

@@ -41,7 +41,7 @@ class Extent(NamedTuple):
 
 class RowFile:
     """The file of a rank in `folder`, of which `said` tells in errors (`memory.offload_states=/disk`). Raises OSError where it
-    cannot be made. `witness`: is told of the memory that is made for what comes and goes."""
+    cannot be made. `witness`: is told of the memory that is made for what comes and goes, and of gradients that go."""
 
     def __init__(self, folder: Path, said: str, threads: int = THREADS):
         self._said, self._folder, self._end, self._extents = said, folder, 0, list[Extent]()

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from rowwise.kernels.spec import Specs
 from rowwise.parallel.activations.results import INPUT, BackwardPiece, LayerResults, LayerWork, Result
 from rowwise.parallel.precision import compute_dtype
-from rowwise.trainer.activations import tokens_of
+from rowwise.trainer.activations import one_by_one, tokens_of
 from rowwise.trainer.adapters.config import NoAdapter
 from rowwise.trainer.adapters.specs import adapted_layers, is_added
 from rowwise.trainer.config import TrainConfig
-from rowwise.trainer.plan.layer import ALL, Kept, Moment, reads, stored
+from rowwise.trainer.plan.layer import ALL, Kept, Moment, reads, results_by_name, stored
 from rowwise.trainer.plan.linears import Given, Held, LinearForm, held_by
 from rowwise.trainer.plan.weights import arrivals
 
@@ -104,41 +104,63 @@ def adapt(
     given_to = [piece.needs for piece in pieces]
     needed = [name for piece in pieces for name in piece.needs]
     held = [
-        _held(config, form.linears[n], n != form.first, any(needed.count(name) > 1 for name in piece.needs), split, gpu)
+        _held(config, form.linears[n], _given(config, piece, kept, n != form.first, needed), split, gpu)
         for n, piece in enumerate(pieces)
     ]
     pieces = tuple(_piece(piece, one) for piece, one in zip(pieces, held, strict=True))
     extras = tuple(Extra() if one is None else _extra(*one) for one in held)
-    work = replace(work, backward=pieces)
+    first, work = form.first, replace(work, backward=pieces)
     read, tokens = frozenset(reads(table, kept, work)), tokens_of(config)
+    if first is not None and kept.coded:
+        size = _uncoded(table, read, given_to[first], bool(form.linears[first]), kept) * tokens
+        extras = (*extras[:first], replace(extras[first], kept=extras[first].kept + size), *extras[first + 1 :])
     most = [
         _there(table, read, given[0], kept) * tokens + max(one[0].forward, 2 * forms[0].rows * kept.width * tokens)
         for one, forms, given in zip(held, form.linears, given_to, strict=False)
         if one is not None
     ]
-    return Adapted(_left(table, read), work, extras, max(most, default=0))
+    return Adapted(_left(table, read, table.names - kept.names), work, extras, max(most, default=0))
 
 
 def _there(table: LayerResults, read: frozenset[str], given: str, kept: Kept) -> int:
     """Counts the bytes a token of what is there when a layer computes with the result `given`: it, and those before it that are read
-    in the backward or taken by those after it; of what becomes codes these alone, once all that takes it is there."""
+    in the backward, made again or taken by those after it; of what becomes codes these alone, once all that takes it is there."""
     names = [INPUT, *(result.name for result in table.results)]
     before, after = table.results[: names.index(given)], table.results[names.index(given) :]
     taken = {given, *(name for result in after for name in result.of)}
-    whole = _left(LayerResults(table.input, before), (read - stored(kept) if kept.coded else read) | taken)
+    again = table.names - kept.names
+    whole = _left(LayerResults(table.input, before), (read - stored(kept) if kept.coded else read) | taken, again)
     codes = _left(table, read).bytes_kept(kept.names, kept.width, True) if kept.coded else 0
     return whole.bytes_kept(table.names, kept.width) + codes
 
 
+def _uncoded(table: LayerResults, read: frozenset[str], given: tuple[str, ...], linears: bool, kept: Kept) -> int:
+    """Counts the bytes a token that what is kept takes more than its codes would where it has no gradient, and stays as it is: what
+    goes into the first piece that leaves any, but for that itself where `linears` have it."""
+    known = results_by_name(table)
+    names = [*known]
+    before = names[: max((names.index(name) for name in given), default=-1) + 1]
+    plain = [known[name] for name in before if name in read & stored(kept) and not (linears and name in given)]
+    return sum(one.bytes(one.numbers, kept.width, False) - one.bytes(one.numbers, kept.width, True) for one in plain)
+
+
+def _given(config: TrainConfig, piece: BackwardPiece, kept: Kept, learns: bool, needed: Sequence[str]) -> Given:
+    """What the linear layers of a piece are given. `needed`: by all pieces of the backward."""
+    sequences = config.batch.micro_size
+    coded, stays = config.memory.compress != "none", any(needed.count(name) > 1 for name in piece.needs)
+    again = coded and not stored(kept).issuperset(piece.needs)
+    dtype = compute_dtype(config.precision)
+    return Given(
+        sequences, tokens_of(config) // sequences, dtype, learns, stays, coded, coded and one_by_one(config), again
+    )
+
+
 def _held(
-    config: TrainConfig, forms: tuple[LinearForm, ...], learns: bool, stays: bool, split: bool, gpu: bool
+    config: TrainConfig, forms: tuple[LinearForm, ...], given: Given, split: bool, gpu: bool
 ) -> tuple[Held, Held] | None:
     """What linears hold, and what they would if they had nothing beside weights that do not learn; None: there are none."""
     if not forms:
         return None
-    sequences = config.batch.micro_size
-    coded = config.memory.compress != "none"
-    given = Given(sequences, tokens_of(config) // sequences, compute_dtype(config.precision), learns, stays, coded)
     bare = tuple(replace(form, learns=False, kept=None, rank=0) for form in forms)
     return held_by(forms, config.adapter, given, split, gpu), held_by(
         bare, config.adapter, replace(given, learns=True, stays=True)
@@ -158,11 +180,14 @@ def _extra(one: Held, bare: Held) -> Extra:
     return Extra(one.kept, one.backward - one.later - bare.backward, one.rest, one.later)
 
 
-def _left(table: LayerResults, names: frozenset[str]) -> LayerResults:
-    """The results of which these are left, and of the others what is fixed."""
+def _left(table: LayerResults, names: frozenset[str], again: frozenset[str] = frozenset()) -> LayerResults:
+    """The results of which these are left. `again`: those that would be made again are there until the forward is over, whether
+    anything reads them or not."""
 
     def as_left(result: Result) -> Result:
-        return result if result.name in names else replace(result, numbers=0, fixed=0)
+        if result.name in names:
+            return result
+        return replace(result, numbers=result.numbers if result.name in again else 0, fixed=0)
 
     return LayerResults(table.input if INPUT in names else 0, tuple(map(as_left, table.results)))
 

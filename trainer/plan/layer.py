@@ -70,14 +70,18 @@ def moments(table: LayerResults, kept: Kept, work: LayerWork, split: bool) -> tu
         unread = sum(size for size, at in back.values() if at[0] > n)
         there = sum(size for size, at in back.values() if at[0] <= n <= (at[0] if kept.coded else at[-1]))
         beside = piece.beside if split else piece.during
+        # What others alone were made of again goes before the piece begins.
+        made_of = [
+            name for name, at in read.items() if name in opened and at[-1] == n and name not in {*piece.needs, *waiting}
+        ]
+        left = held - sum(opened[name] for name in made_of)
         # Of gradients there are then those that the piece before has left to this one.
         given = min(before, beside)
         decoding = (held + given) * (kept.coded and any(at[0] == n for _, at in back.values()))
-        found.append(
-            Moment(released, held + beside, deferred, piece.parameters, there, unread, decoding, given + remade, gone)
-        )
+        working, given = max(held + given, left + beside), given + remade
+        found.append(Moment(released, working, deferred, piece.parameters, there, unread, decoding, given, gone))
         before = beside
-        made = [name for name in again - waiting if read[name][0] <= n <= read[name][-1]]
+        made = [name for name in again - waiting - {*made_of} if read[name][0] <= n <= read[name][-1]]
         remade, gone = (sum(opened[name] for name in names) for names in (made, [m for m in made if read[m][-1] == n]))
         for name in (name for name, at in read.items() if at[-1] == n):
             released += known[name].bytes_waiting(name in stored(kept) - waiting, width, kept.coded)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rowwise.kernels.activation_codes import Groups, code_bytes
 from rowwise.kernels.coded_rows import RowForm
 from rowwise.kernels.torch_dispatch import Births
+from rowwise.kernels.torch_storage import storage_key
 from rowwise.parallel.activations.compress import Coding, Tokens
 from rowwise.parallel.activations.saved import Formed, Keeper, begin_sequences
 from rowwise.parallel.defer import WeightGradients, deferred
@@ -53,7 +54,8 @@ class LinearForm:
 @dataclass(frozen=True)
 class Given:
     """What linear layers are given: (sequences, tokens, columns) in `dtype`; whether it `learns`, so that it has a gradient, and
-    whether it `stays` while they are gone through, for others that need it. `coded`: what they keep becomes 8-bit codes."""
+    whether it `stays` while they are gone through, for others that need it. `coded`: what they keep becomes 8-bit codes, at once, or
+    where they are made `apart` once all that they give is there; but for what they are given, if that is made `again`."""
 
     sequences: int
     tokens: int
@@ -61,6 +63,8 @@ class Given:
     learns: bool
     stays: bool
     coded: bool = False
+    apart: bool = False
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,10 @@ def held_by(
     asked = forms, repr(adapter), given, split, gpu, torch.get_num_threads()
     if asked not in _known:
         together = _Together([_layer(form, adapter, given, gpu) for form in forms])
-        keeper = Keeper(partial(_Sizes, _tokens_of(given), gpu) if given.coded else None)
+        keeper = Keeper(partial(_Sizes, _tokens_of(given), gpu, given.again) if given.coded else None)
+        together.keeper = keeper if given.apart else None
         keeper.around("", together)
-        plain = replace(given, coded=False)
+        plain = replace(given, coded=False, apart=False, again=False)
         as_it_is = held_by(forms, adapter, replace(plain, stays=False), split, gpu) if given.coded else None
         # What it says of sequences is for it alone.
         held = copy_context().run(_compute, together, forms[0].columns, given, split, keeper, as_it_is)
@@ -134,20 +139,28 @@ def _tokens_of(given: Given) -> Tokens:
 class _Together(nn.Module):
     """Linear layers of one input."""
 
+    keeper: Keeper | None = None  # of what becomes codes once all that they give is there
+
     def __init__(self, layers: Sequence[nn.Linear]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [layer(x) for layer in self.layers]
+        scope = None if self.keeper is None else self.keeper.scope
+        with nullcontext() if scope is None else scope.waits():
+            return [layer(x) for layer in self.layers]
 
 
 class _Sizes(Coding):
     """Codes of which nothing is made but their memory, and beside it as much as it takes to make them."""
 
-    def __init__(self, tokens: Tokens, gpu: bool, layer: str, first: int, x: Tensor):
+    def __init__(self, tokens: Tokens, gpu: bool, again: bool, layer: str, first: int, x: Tensor):
         super().__init__(0, tokens, layer, first, x)
         self._rows, self._gpu = x.size(0) * x.size(1), gpu
+        self._stays = storage_key(x) if again else None
+
+    def of(self, t: Tensor, learns: bool) -> Formed | None:
+        return None if storage_key(t) == self._stays else super().of(t, learns)
 
     def _formed(self, parts: Sequence[tuple[str, Groups]], columns: int, dtype: torch.dtype, attention: bool) -> Formed:
         rows = self._rows
@@ -183,10 +196,11 @@ def _compute(
         x = leaf.clone()
         made = together(x)
     storage, size = weakref.ref(x.untyped_storage()), x.nbytes
-    stays = x.detach() if given.stays and not given.coded else None
+    codes = given.coded and not given.again  # of the input
+    stays = x.detach() if given.stays and not codes else None
     del x
     outputs, needs = sum(y.nbytes for y in made), storage() is not None if as_it_is is None else as_it_is.needs_input
-    waiting = size if as_it_is is None else given.sequences * given.tokens * code_bytes(columns)  # of the input
+    waiting = given.sequences * given.tokens * code_bytes(columns) if codes else size
     kept = watch.now - outputs - waiting * needs
     forward = watch.most - kept - size
     returning = [y for y in made if y.requires_grad]
@@ -194,7 +208,7 @@ def _compute(
     watch.begin_backward()
     with watch:
         torch.autograd.backward(returning, gradients)
-    decoded = 0 if as_it_is is None else size
+    decoded = size if codes else 0
     backward = watch.most - outputs - kept - (waiting + decoded) * needs
     leaf.grad = None
     del made, returning, stays

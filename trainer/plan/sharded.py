@@ -5,7 +5,7 @@ and as it is kept:
 
     gather      a buffer P c and, where c != k, one of P c / N; then the group's parameters, P c. In a forward the buffer stays
                 until the next group's are there; in a backward the next group's is there already.
-    reduce      the gradients, whole, and a buffer P r, which stays until the next group's; then P k / N, and where r != k
+    reduce      the gradients, whole, and a buffer P r, which stays until the next group's turn; then P k / N, and where r != k
                 P r / N before that.
 """
 
@@ -204,8 +204,8 @@ class Sharded:
             return
         if self._last or self._zero == 3:
             self._free(g)
+        self._drop_buffer()  # also where nothing of the group has a gradient
         if whole or wide:
-            self._drop_buffer()
             self._reduce(g, whole, wide)
 
     def _widen(self, g: int) -> None:

@@ -166,7 +166,7 @@ def _sums(config: TrainConfig, shapes: list[torch.Size], place: Place) -> tuple[
 
 
 def _merged(config: TrainConfig, layers: range, place: Place) -> list[Group]:
-    parts, rest = run_parts(config, layers)
+    pieces, (parts, rest) = pieces_of(config, layers), run_parts(config, layers)
     zero, first, width = config.parallel.zero, layers.start == 0, widths_of(config).parameter
     placed = list(enumerate(parts, 1 if rest else 0))
 
@@ -175,13 +175,13 @@ def _merged(config: TrainConfig, layers: range, place: Place) -> list[Group]:
 
     last = len(placed) if rest else len(placed) - 1
     merged = [[one] for one in placed] if zero >= 2 else in_buckets(placed, bytes_of)
-    pieces = pieces_of(config, layers)
+    late = {at for at in range(last + 1) if first and not any(map(learning, pieces[:at]))}  # given what has no gradient
     of_rest = [(0, pieces[0]), (last, pieces[-1])] if rest else []
     if len(merged) == 1:
         return [_group(merged[0] + of_rest, (0, last), place, root=True, stays=True, late=first)]
     root = [_group(of_rest, (0, last), place, root=True, stays=True, late=True)] if rest else []
     return root + [
-        _group(some, (some[0][0], some[-1][0]), place, False, zero < 3 or some is merged[-1], first and some[0][0] == 0)
+        _group(some, (some[0][0], some[-1][0]), place, False, zero < 3 or some is merged[-1], some[0][0] in late)
         for some in merged
     ]
 

@@ -150,12 +150,18 @@ def layer_works(config: TrainConfig, layers: range, split: bool, gpu: bool) -> l
         if (kept.names, form) not in known:
             adapted = with_tiles(config, adapt(config, form, table, work, kept, split, gpu), gpu)
             known[kept.names, form] = (
-                Work("", 0, work.alone * tokens, NOTHING, returns=False)
+                Work("", 0, max(work.alone, _again(table, work, kept)) * tokens, NOTHING, returns=False)
                 if form.first == -1
                 else adapted_work(config, adapted, kept, split, gpu)
             )
         works.append(replace(known[kept.names, form], name=f"layer {layer}"))
     return works
+
+
+def _again(table: LayerResults, work: LayerWork, kept: Kept) -> int:
+    """Counts the bytes a token of what would be made again, which is there until the forward is over, and what that makes last."""
+    again = sum(result.numbers for result in table.results if result.name not in kept.names)
+    return (again * kept.width + work.last) * (again > 0)
 
 
 def adapted_work(config: TrainConfig, adapted: Adapted, kept: Kept, split: bool, gpu: bool) -> Work:
