@@ -793,12 +793,27 @@ REFUSED = {
         r"adapter.eva_rho=0.5: a matrix has at most so many times adapter.rank, at least 1, which shares nothing out",
     ),
     "ranks of what goes out of matrices": (
-        ["adapter=lora", "adapter.init=corda", "adapter.ranks={blocks.0.attention.wq.weight: 3}"],
+        [
+            "adapter=lora",
+            "adapter.init=corda",
+            "adapter.layers=[*.0.*.wq.*]",
+            "adapter.ranks={blocks.0.attention.wq.weight: 3}",
+        ],
         r"adapter.ranks with adapter.init=corda, which gives each matrix as much; give adapter.init=eva or kaiming, or",
     ),
     "ranks of some matrices": (
         ["adapter=lora", "adapter.layers=[*.wq.*]", "adapter.ranks={blocks.0.attention.wq.weight: 3}"],
         r"adapter.ranks and adapter.layers say otherwise of blocks.1.attention.wq.weight; give each matrix of adapter.layers a rank",
+    ),
+    "ranks that eva did not share out": (
+        [
+            "adapter=lora",
+            "adapter.init=eva",
+            "adapter.rank=2",
+            "adapter.layers=[*.0.*.wq.*]",
+            "adapter.ranks={blocks.0.attention.wq.weight: 3}",
+        ],
+        r"adapter.ranks has 3 directions in all, and eva shares out adapter.rank=2 for each of 1 matrices; give adapter.ranks=null",
     ),
     "another beginning": (["adapter=lora", "adapter.init=olora"], r"adapter.init='olora': .*'kaiming'.* or "),
     "the beginning of another adapter": (["adapter=dora", "adapter.init=pissa"], r"adapter.init.*"),

@@ -211,6 +211,11 @@ def _check_ranks(config: Lora, specs: Specs) -> None:
             )
     if not any(ranks.values()):
         raise ValueError("adapter.ranks: no matrix has any; give one of them 1 or more, or adapter=none")
+    if config.init == "eva" and sum(ranks.values()) != config.rank * len(ranks):
+        raise ValueError(
+            f"adapter.ranks has {sum(ranks.values())} directions in all, and eva shares out adapter.rank={config.rank} for each of "
+            f"{len(ranks)} matrices; give adapter.ranks=null to have them shared out anew"
+        )
 
 
 def _check_adalora(config: AdaLora) -> None:
