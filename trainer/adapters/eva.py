@@ -8,22 +8,19 @@ The parameters of a run hang on the ranks. So a model is made for this alone, an
 B is 0, so that layers take what they do without an adapter. It takes the memory and the messages of forward passes.
 """
 
-import gc
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rowwise.kernels.wide import wide_dtype
-from rowwise.parallel.activations.saved import open_stores
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
 from rowwise.trainer.adapters.config import Lora
 from rowwise.trainer.adapters.decompose import Principal, principal, shared_out
-from rowwise.trainer.adapters.from_data import Batches, found_in_data, require_none
-from rowwise.trainer.assemble import assemble
+from rowwise.trainer.adapters.from_data import Batches, found_in_data, looked_at, require_none
+from rowwise.trainer.assemble import Assembled
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.parallelize import parameter_dtype
 
@@ -58,20 +55,17 @@ def _found(config: TrainConfig, mesh: Mesh, batches: Batches, columns: Mapping[s
     adapter = config.adapter
     assert isinstance(adapter, Lora)
     dtype, most = wide_dtype(parameter_dtype(config)), most_of(adapter)
-    look = replace(adapter, init="kaiming", ranks=None)
-    built = assemble(replace(config, adapter=look, average=replace(config.average, ema=None)), mesh)
-    with open_stores(built.model), closing(built):
-        found = found_in_data(
-            config, mesh, built.engine, batches, columns, lambda _, sums: principal(sums, most, dtype)
-        )
-    del built
-    gc.collect()  # a model and its hooks are in circles, and there is no room for two
-    return found
+    look = replace(config, adapter=replace(adapter, init="kaiming", ranks=None))
+
+    def find(built: Assembled) -> dict[str, Principal]:
+        return found_in_data(config, mesh, built.engine, batches, columns, lambda _, sums: principal(sums, most, dtype))
+
+    return looked_at(look, mesh, find)
 
 
 def _lacking(adapter: Lora, ranks: Mapping[str, int], told: Told, layers: Mapping[str, int]) -> Iterator[str]:
     """Says of layers that what they take varies in fewer directions than they are to have, or than all need on the mean."""
-    few = sum(ranks.values()) < adapter.rank * len(ranks) if adapter.ranks is None else False
+    few = adapter.ranks is None and sum(ranks.values()) < adapter.rank * len(ranks)
     for layer in layers:
         tokens, shares = told[layer]
         wanted = adapter.rank if few else ranks[f"{layer}.weight"]

@@ -13,9 +13,8 @@ own, forward and backward, with 8 m n bytes a matrix of them; ranks that share s
 rank has the F of a matrix in the end, 8 m n bytes from every rank.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -25,13 +24,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rowwise.kernels.wide import wide, wide_dtype
-from rowwise.parallel.activations.saved import open_stores, sequences_of_forward
+from rowwise.parallel.activations.saved import sequences_of_forward
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.precision import initial_loss_scale
 from rowwise.trainer.adapters.config import Lora, LqLora
-from rowwise.trainer.adapters.from_data import Batches, require_none
+from rowwise.trainer.adapters.from_data import Batches, looked_at, require_none
 from rowwise.trainer.adapters.inputs import in_passes, modules_of
-from rowwise.trainer.assemble import Assembled, assemble
+from rowwise.trainer.assemble import Assembled
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.data.corpus import IGNORE
@@ -48,8 +47,8 @@ def fisher_of(config: TrainConfig, mesh: Mesh, batches: Batches, shapes: Mapping
     assert isinstance(adapter, LqLora)
     owners = {layer: number % mesh.world_size for number, layer in enumerate(shapes)}
     dtype, found, complaints = wide_dtype(parameter_dtype(config)), dict[str, Tensor](), list[str]()
-    built = assemble(as_lora(config, adapter), mesh)
-    with open_stores(built.model), closing(built):
+
+    def look(built: Assembled) -> None:
         for some in in_passes({layer: 8 * shape.numel() for layer, shape in shapes.items()}):
             sums = {layer: torch.zeros(shapes[layer], dtype=torch.float64, device=mesh.device) for layer in some}
             for step in islice(batches(), adapter.init_batches):
@@ -61,8 +60,8 @@ def fisher_of(config: TrainConfig, mesh: Mesh, batches: Batches, shapes: Mapping
                     if not (found[layer].isfinite().all() and found[layer].any()):
                         complaints.append(f"{layer}: its gradients are zero, or not finite")
                 del sums[layer]
-    del built
-    gc.collect()  # a model and its hooks are in circles, and there is no room for two
+
+    looked_at(as_lora(config, adapter), mesh, look)
     require_none(complaints, mesh, "adapter.fisher", adapter.init_batches, "adapter.fisher=false")
     return found
 
@@ -73,9 +72,8 @@ def as_lora(config: TrainConfig, adapter: LqLora) -> TrainConfig:
     parallel = config.parallel
     if parallel.pipeline > 1:
         parallel = replace(parallel, pipeline_schedule="1f1b", virtual_stages=1, post_validation=False)
-    average = replace(config.average, ema=None)
     optim = replace(config.optim, in_backward=False)
-    return replace(config, adapter=plain, parallel=parallel, average=average, optim=optim, compile=False)
+    return replace(config, adapter=plain, parallel=parallel, optim=optim, compile=False)
 
 
 def add_step_(

@@ -1,16 +1,21 @@
 """What adapters begin with that hangs on what layers take in the first batches of a run: found layer by layer, each by one rank."""
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from rowwise.parallel.activations.saved import open_stores
 from rowwise.parallel.mesh import Mesh
 from rowwise.parallel.objects import from_every_rank
 from rowwise.trainer.adapters.config import Lora, Mode
 from rowwise.trainer.adapters.decompose import corda
 from rowwise.trainer.adapters.inputs import in_passes, sums_of
+from rowwise.trainer.assemble import Assembled, assemble
 from rowwise.trainer.config import TrainConfig
 from rowwise.trainer.data.batches import MicroBatch
 from rowwise.trainer.engine import Engine
@@ -65,6 +70,16 @@ def part_of(config: TrainConfig, w: Tensor, sums: Tensor) -> Part:
     mean = sums[:-1, :-1] / (adapter.init_batches * config.batch.global_size)
     _, a, b = corda(w, mean, adapter.rank, adapter.scale, PARTS[adapter.corda_mode])
     return Part(a, b)
+
+
+def looked_at(config: TrainConfig, mesh: Mesh, look: Callable[[Assembled], Found]) -> Found:
+    """Makes the model of a run, without an average, for a look at data alone, and lets it go. Returns what `look` finds with it."""
+    built = assemble(replace(config, average=replace(config.average, ema=None)), mesh)
+    with open_stores(built.model), closing(built):
+        found = look(built)
+    del built
+    gc.collect()  # a model and its hooks are in circles, and there is no room for two
+    return found
 
 
 def require_none(complaints: Sequence[str], mesh: Mesh, what: str, batches: int, instead: str) -> None:
